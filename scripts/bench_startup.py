@@ -1,0 +1,125 @@
+"""Measure how long commands take from nothing to their end, as whole processes, beside the shortest diffusers script.
+
+The commands that compute nothing stand beside `python -c pass`, the ones that paint beside a diffusers script that
+paints the same picture. Every round runs each command once, so that a slow moment of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STARTER = ROOT / "sdcli" / "starter"
+PROMPT = "an astronaut riding a horse"
+
+# The same picture by hand: the starter's own defaults, and its prompt template filled in.
+DIFFUSERS = f"""
+import torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({str(STARTER)!r}, dtype=torch.float32)
+generator = torch.Generator("cpu").manual_seed(0)
+picture = pipe("{PROMPT}, glossy style", num_inference_steps=20, guidance_scale=5.0, generator=generator).images[0]
+picture.save("picture.png")
+"""
+
+SDCLI = [sys.executable, "-m", "sdcli"]
+EMPTY = "python -c pass"
+THROUGH_SCRIPT = "scripts/sdcli --version"
+BY_HAND = "diffusers script (starter)"
+COMMANDS: dict[str, list[str]] = {
+    EMPTY: [sys.executable, "-c", "pass"],
+    "--version": [*SDCLI, "--version"],
+    "--help": [*SDCLI, "--help"],
+    "generate --help": [*SDCLI, "generate", "--help"],
+    "models list": [*SDCLI, "models", "list"],
+    "generate --dry-run": [*SDCLI, "generate", "--dry-run", PROMPT],
+    THROUGH_SCRIPT: [str(ROOT / "scripts" / "sdcli"), "--version"],
+    "generate (tiny)": [*SDCLI, "generate", PROMPT, "-m", "tiny", "--seed", "0"],
+    "generate (starter)": [*SDCLI, "generate", PROMPT, "-m", "starter", "--seed", "0"],
+    BY_HAND: [sys.executable, "-c", DIFFUSERS],
+}
+BUDGETS = {
+    "--version": 0.4,
+    "--help": 0.3,
+    "generate --help": 0.3,
+    "models list": 0.4,
+    "generate --dry-run": 0.4,
+    "generate (tiny)": 3.0,
+}
+"""Seconds that a command may take; what paints with the starter may take 0.7 of the diffusers script."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", "--rounds", type=int, default=7, help="runs of each command (default: %(default)s)")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only commands with this text in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time and the machine's name here")
+    chosen = parser.parse_args()
+    commands = {name: command for name, command in COMMANDS.items() if chosen.only in name}
+    if not (ROOT / ".venv" / ".sdcli-stamp-run").exists():
+        commands.pop(THROUGH_SCRIPT, None)  # it would measure the set-up
+    if not commands or chosen.rounds < 1:
+        parser.error("nothing to measure")
+    seconds = measure(commands, rounds=chosen.rounds)
+    print_table(seconds)
+    if chosen.json:
+        report = {"machine": machine(), "python": platform.python_version(), "seconds": seconds}
+        chosen.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(commands: dict[str, list[str]], *, rounds: int) -> dict[str, list[float]]:
+    """Name -> seconds of each round; a first round, which only warms the disk's cache, is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for round_number in range(rounds + 1):
+        for name, command in commands.items():
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                done = subprocess.run(
+                    command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+                )
+                elapsed = time.perf_counter() - start
+            if done.returncode:
+                sys.exit(f"{name} ended with {done.returncode}:\n{done.stderr}")
+            if round_number:
+                seconds[name].append(round(elapsed, 4))
+    return seconds
+
+
+def print_table(seconds: dict[str, list[float]]) -> None:
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{machine()}, Python {platform.python_version()}; seconds, median of {len(next(iter(seconds.values())))}\n")
+    print(f"{'command':28}{'median':>8}{'least':>8}{'budget':>8}   beside")
+    for name, times in seconds.items():
+        budget = BUDGETS.get(name)
+        if name == "generate (starter)" and BY_HAND in median:
+            budget = 0.7 * median[BY_HAND]
+        row = f"{name:28}{median[name]:8.3f}{min(times):8.3f}{f'{budget:8.2f}' if budget else ' ' * 8}   "
+        if name.startswith("generate (") and BY_HAND in median:
+            row += f"{median[name] / median[BY_HAND]:.2f} of the diffusers script"
+        elif name not in (EMPTY, BY_HAND) and EMPTY in median:
+            row += f"{median[name] - median[EMPTY]:+.3f} s over {EMPTY}"
+        print(row.rstrip() + ("  OVER BUDGET" if budget and median[name] > budget else ""))
+
+
+def machine() -> str:
+    """The processor's name and its cores, as far as the system tells."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    return f"{cores}-core {name}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The table of commands, and the one place where failures become a sentence and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from sdcli import __version__
+from sdcli.cli.console import printable
+from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
+
+COMMANDS = {
+    "generate": "Paint",
+    "encode": "Latents",
+    "decode": "Latents",
+    "info": "Pictures",
+    "models": "Models",
+    "selftest": "Models",
+}
+"""Command -> the panel of `sdcli --help` it stands in; each lives in the module of its name."""
+
+_EXITS = "  ".join(
+    f"{code} {meaning.split(':')[0].split(';')[0].split('(')[0].strip()}," for code, meaning in EXIT_CODES.items()
+)
+
+app = typer.Typer(
+    name="sdcli",
+    help="Paint pictures from text with latent diffusion models.",
+    epilog=f"Exit codes: {_EXITS.rstrip(',')}.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"sdcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _name, _panel in COMMANDS.items():
+    _module = importlib.import_module(f"sdcli.cli.{_name}")
+    if hasattr(_module, "app"):
+        app.add_typer(_module.app, name=_name, rich_help_panel=_panel)
+    else:
+        app.command(_name, rich_help_panel=_panel)(_module.command)
+
+
+def main() -> NoReturn:
+    """Run the command line; the process ends here, with the code that `errors.EXIT_CODES` explains."""
+    _raise_on_signals()
+    verbose = bool({"-v", "--verbose"} & set(sys.argv))
+    try:
+        app()
+    except SdcliError as error:
+        _complain(str(error), verbose)
+        _exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit(141)
+    except Exception as error:
+        hint = "" if verbose else " (-v shows where)"
+        _complain(f"unexpected {type(error).__name__}: {error}{hint}", verbose)
+        _exit(1)
+    _exit(0)
+
+
+def _complain(sentence: str, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    print(f"sdcli: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def _raise_on_signals() -> None:
+    def interrupted(*_: object) -> NoReturn:
+        raise Interrupted("interrupted")
+
+    def terminated(*_: object) -> NoReturn:
+        raise Terminated("terminated")
+
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, terminated)
+
+
+def _exit(code: int) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # one that comes while Python shuts down must not change the code
+    sys.stdout.flush()
+    sys.exit(code)

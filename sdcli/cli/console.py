@@ -1,0 +1,51 @@
+"""What the user sees: results on stdout, talk and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+@dataclass(frozen=True)
+class Console:
+    """How much to say, and whether results are JSON lines."""
+
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+
+    def say(self, text: str) -> None:
+        """A line of talk on stderr; silent with -q."""
+        if not self.quiet:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def detail(self, text: str) -> None:
+        """A line that only -v shows."""
+        if self.verbose:
+            self.say(text)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know although the run goes on; shown even with -q."""
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+    def result(self, text: str, **fields: Any) -> None:
+        """One result on stdout, at once: a line of text, or with --json the fields as an object."""
+        line = json.dumps(fields) if self.json else printable(text)
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """Text without control characters and direction marks, which could play tricks on a terminal."""
+    return _CONTROL.sub("�", text).encode(errors="replace").decode()
+
+
+def plain_terminal() -> bool:
+    """Whether stderr can show no moving or coloured text."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()

@@ -1,0 +1,5 @@
+"""decode"""
+
+
+def command() -> None:
+    "todo"

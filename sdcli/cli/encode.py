@@ -1,0 +1,5 @@
+"""encode"""
+
+
+def command() -> None:
+    "todo"

@@ -1,0 +1,278 @@
+"""`sdcli generate`: paint pictures from prompts, prompt files and earlier pictures."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.options import (
+    DeviceOpt,
+    DTypeOpt,
+    JsonOpt,
+    ModelsFileOpt,
+    OfflineOpt,
+    OverwriteOpt,
+    QuietOpt,
+    VerboseOpt,
+)
+from sdcli.cli.progress import ProgressDisplay
+from sdcli.cli.request_options import request_options
+from sdcli.cli.stopping import GracefulStop
+from sdcli.errors import SdcliError, SomeFailed, UsageError
+from sdcli.jobs import BadJob, Job, Line, expand, read_lines
+from sdcli.journal import Journal
+from sdcli.naming import SUFFIXES
+from sdcli.registry import Registry, load_registry
+from sdcli.request import parse_size
+from sdcli.schedulers import SCHEDULERS
+from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
+
+if TYPE_CHECKING:
+    from sdcli.engine import Result
+
+INPUT, PICTURE, OUTPUT, RUN = "Prompts", "The picture", "Output", "The run"
+
+
+@request_options
+def command(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to paint; several prompts are several jobs.")
+    ] = None,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts-file",
+            metavar="FILE",
+            rich_help_panel=INPUT,
+            help="Jobs from a .txt (a prompt a line), .jsonl or .csv file; - reads stdin.",
+        ),
+    ] = None,
+    from_image: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="IMAGE", rich_help_panel=INPUT, help="Begin with the settings of a picture."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", rich_help_panel=INPUT, help="Paint --from again, and say whether it is identical."),
+    ] = False,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            "--num-images", "-n", min=1, rich_help_panel=PICTURE, help="Pictures per prompt: seed, seed+1, ..."
+        ),
+    ] = 1,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Width and height, as 512x768.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="NAME",
+            rich_help_panel=OUTPUT,
+            help="A file name, or a template such as {index:05}-{seed}-{prompt}.png.",
+        ),
+    ] = None,
+    outdir: Annotated[
+        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the pictures [outputs].")
+    ] = None,
+    image_format: Annotated[
+        ImageFormat | None,
+        typer.Option("--format", rich_help_panel=OUTPUT, help="File format [png].", show_default=False),
+    ] = None,
+    overwrite: OverwriteOpt = False,
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", rich_help_panel=OUTPUT, help="Write no settings into the pictures.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", rich_help_panel=OUTPUT, help="Skip what an earlier run of the prompts file finished."),
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once [auto].", show_default=False
+        ),
+    ] = None,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    strict_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--strict-prompt", rich_help_panel=RUN, help="Refuse a prompt that is too long, instead of cutting it."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=RUN, help="Print the resolved requests as JSON and paint nothing."),
+    ] = False,
+    models_file: ModelsFileOpt = None,
+    offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+    *,
+    typed: dict[str, Any],
+) -> None:
+    """Paint pictures. Each path is printed as soon as the picture is on the disk."""
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    if typed.get("scheduler") == "help":
+        for name, entry in SCHEDULERS.items():
+            console.result(f"{name:16} {entry.summary}", name=name, summary=entry.summary, diffusers=entry.class_name)
+        return
+    if size is not None:
+        if {"width", "height"} & set(typed):
+            raise UsageError("--size goes without --width and --height")
+        typed["width"], typed["height"] = parse_size(size)
+    run = RunSettings(device=device, dtype=dtype, batch_size=batch_size, offline=offline, strict_prompt=strict_prompt)
+    registry = load_registry(models_file)
+
+    if verify:
+        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume:
+            raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
+        from sdcli.verify import verify_picture
+
+        verdict = verify_picture(from_image, registry, run)
+        console.result(verdict.sentence(), **verdict.as_dict())
+        verdict.raise_if_different()
+        return
+
+    if from_image is not None:
+        typed = {**_recorded(from_image, console), **typed}
+    lines = _lines(prompts or [], prompts_file, typed)
+    if resume and prompts_file is None:
+        raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
+    settings = _output_settings(
+        output, outdir, image_format, overwrite=overwrite, metadata=not no_metadata, resume=resume
+    )
+    journal, base_seed = None, secrets.randbelow(2**32)
+    if prompts_file is not None and not dry_run:
+        journal = Journal.open(settings.outdir)
+        source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
+        known = journal.base_seed(source) if resume else None
+        if known is None:
+            journal.begin_run(source, base_seed)
+        else:
+            base_seed = known
+    jobs = list(expand(lines, typed, registry, num_images=num_images, base_seed=base_seed))
+    if not jobs:
+        raise UsageError(f"no prompts in {prompts_file}")
+    if dry_run:
+        _print_requests(jobs, console)
+    else:
+        _paint(jobs, registry, run, settings, journal, console)
+
+
+def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any]) -> list[Line]:
+    if prompts_file is not None:
+        if prompts:
+            raise UsageError("either prompts or --prompts-file, not both")
+        return list(read_lines(prompts_file))
+    if not prompts and "prompt" not in typed:
+        raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
+    return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
+
+
+def _recorded(image: Path, console: Console) -> dict[str, Any]:
+    """The request that a picture holds, as typed fields. Raises UsageError where it holds none."""
+    from sdcli.metadata import read_picture
+
+    info = read_picture(image)
+    if info.request is None:
+        raise UsageError(f"{image} holds no settings (sdcli info {image} shows what there is)")
+    for name, value in info.unmapped.items():
+        console.say(f"not taken over from {image}: {name} = {value}")
+    return info.request.typed()
+
+
+def _output_settings(output: str | None, outdir: Path | None, image_format: str | None, **rest: bool) -> OutputSettings:
+    """-o's own folder part counts from here, as for any tool; with --outdir it must stay inside that."""
+    from sdcli.naming import check_template
+
+    template = output or DEFAULT_TEMPLATE
+    if output is not None and outdir is None:
+        fixed = output.partition("{")[0]
+        cut = max(fixed.rfind("/") + 1, 0)
+        outdir, template = Path(output[:cut] or ".").expanduser(), output[cut:]
+    check_template(template)
+    named = SUFFIXES.get(Path(template).suffix.lower())
+    if named is not None and image_format is not None and named != image_format:
+        raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
+    folder = outdir if outdir is not None else OutputSettings.outdir
+    chosen: Any = image_format or named or "png"
+    return OutputSettings(outdir=folder, template=template, format=chosen, **rest)
+
+
+def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
+    for job in jobs:
+        if isinstance(job, BadJob):
+            console.warn(str(job.error))
+        else:
+            console.result(job.request.model_dump_json(by_alias=True), **job.request.model_dump(by_alias=True))
+    _raise_for([job.error for job in jobs if isinstance(job, BadJob)], of=len(jobs))
+
+
+def _paint(
+    jobs: list[Job | BadJob],
+    registry: Registry,
+    run: RunSettings,
+    settings: OutputSettings,
+    journal: Journal | None,
+    console: Console,
+) -> None:
+    stop = GracefulStop(console).install()
+    from sdcli.engine import Engine, Note, Phase, Progress
+
+    engine = Engine(registry, run, settings, stop=stop)
+    engine.check_output()
+    errors: list[SdcliError] = []
+    with ProgressDisplay(console) as display:
+        for event in engine.paint_all(jobs, journal=journal):
+            if isinstance(event, Phase):
+                display.phase(event)
+            elif isinstance(event, Progress):
+                display.step(event)
+            elif isinstance(event, Note):
+                console.warn(event.text)
+            else:
+                errors += [event.error] if event.error is not None else []
+                _report(event, console, alone=len(jobs) == 1)
+    _raise_for(errors, of=len(jobs))
+
+
+def _report(result: Result, console: Console, *, alone: bool) -> None:
+    """One result as one line: a path on stdout, or the object of --json; a failure's sentence goes to stderr."""
+    job = result.job
+    fields: dict[str, Any] = {"status": result.status, "index": job.index}
+    fields |= {"custom_id": job.custom_id} if job.custom_id is not None else {}
+    fields |= {"line": job.line} if job.line is not None else {}
+    if isinstance(job, Job):
+        r = job.request
+        fields |= {"seed": r.seed, "width": r.width, "height": r.height, "steps": r.steps, "model": r.model}
+    if result.error is not None:
+        fields |= {"error": str(result.error), "exit_code": result.error.exit_code}
+        if console.json:
+            console.result("", **fields)
+        if not alone:
+            console.warn(f"picture {job.index}: {result.error}")
+        return
+    fields |= {"path": str(result.path), "seconds": round(result.seconds, 3), "fallbacks": list(result.fallbacks)}
+    if result.status == "skipped":
+        console.detail(f"{result.path} is finished already")
+    if result.status == "done" or console.json:
+        console.result(str(result.path), **fields)
+    if result.status == "done" and isinstance(job, Job):
+        console.detail(f"seed {job.request.seed}, {result.seconds:.1f} s")
+
+
+def _raise_for(errors: list[SdcliError], *, of: int) -> None:
+    """A single picture's own error, or, where others may be done, SomeFailed."""
+    if errors and of == 1:
+        raise errors[0]
+    if errors:
+        raise SomeFailed(f"{len(errors)} of {of} pictures failed")

@@ -1,0 +1,117 @@
+"""The `info` command: what a picture says about how it was made, or a copy of it that says nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.errors import Interrupted, SdcliError, SomeFailed, UsageError
+from sdcli.files import write_whole
+
+if TYPE_CHECKING:
+    from sdcli.metadata import PictureInfo
+
+SUFFIXES = {"png": {".png"}, "jpeg": {".jpg", ".jpeg"}, "webp": {".webp"}}
+TOOLS = {"sdcli": "sdcli", "a1111": "A1111's text", "comfyui": "ComfyUI", "invokeai": "InvokeAI"}
+
+
+def command(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP pictures.")],
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Write a copy without any metadata (NAME-stripped) and print its path.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --strip: where the copy goes.")
+    ] = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Print how pictures were made, as far as they say: sdcli's own record, or A1111's, ComfyUI's, InvokeAI's.
+
+    --strip writes a copy without metadata instead; nothing is encoded again, so its pixels are the same.
+    """
+    if (output is not None or overwrite) and not strip:
+        raise UsageError(f"{'--output' if output is not None else '--overwrite'} has no effect without --strip")
+    if output is not None and len(images) > 1:
+        raise UsageError(f"--output names one copy, and there are {len(images)} pictures")
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    failed = 0
+    for path in images:
+        try:
+            if strip:
+                _strip(path, output, console, overwrite=overwrite)
+            else:
+                _show(path, console)
+        except Interrupted:
+            raise
+        except SdcliError as error:
+            failed += 1
+            if as_json:
+                console.result("", path=str(path), status="failed", error=str(error), exit_code=error.exit_code)
+            if len(images) == 1:
+                raise
+            console.warn(str(error))
+    if failed:
+        raise SomeFailed(f"{failed} of {len(images)} pictures could not be {'stripped' if strip else 'read'}")
+
+
+def _show(path: Path, console: Console) -> None:
+    from sdcli.metadata import read_picture
+
+    info = read_picture(path)
+    provenance = info.record.provenance if info.record is not None else None
+    console.result(
+        _described(info),
+        path=str(path),
+        status="ok",
+        format=info.format,
+        width=info.width,
+        height=info.height,
+        source=info.source,
+        request=info.request.typed() if info.request is not None else None,
+        provenance=provenance,
+        parameters=info.parameters,
+        unmapped=info.unmapped,
+    )
+
+
+def _strip(path: Path, output: Path | None, console: Console, *, overwrite: bool) -> None:
+    from sdcli.metadata import read_picture, strip
+
+    info = read_picture(path)
+    if output is not None and output.suffix.lower() not in SUFFIXES[info.format]:
+        raise UsageError(f"the copy of {path} is a {info.format} picture, and {output.name!r} is no name for one")
+    copy = output if output is not None else path.with_name(f"{path.stem}-stripped{path.suffix}")
+    write_whole(copy, strip(path.read_bytes()), overwrite=overwrite)
+    console.result(str(copy), path=str(path), status="ok", stripped=str(copy))
+
+
+def _described(info: PictureInfo) -> str:
+    """A paragraph for people: one line of facts, then the request, the run, and what was not understood."""
+    known = f"record: {TOOLS[info.source]}" if info.source is not None else "says nothing about how it was made"
+    lines = [f"{info.path}: {info.width}x{info.height} {info.format}, {known}"]
+    if info.request is not None:
+        lines += _rows({key: value for key, value in info.request.typed().items() if key != "schema"})
+    if info.record is not None:
+        lines += ["  provenance:", *_rows(info.record.provenance, indent=4)]
+    if info.unmapped:
+        lines += ["  also there, without a field in a request:", *_rows(info.unmapped, indent=4)]
+    return "\n".join(lines)
+
+
+def _rows(fields: dict[str, Any], *, indent: int = 2) -> list[str]:
+    width = max((len(key) for key in fields), default=0)
+    rows = []
+    for key, value in fields.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        first, *more = text.split("\n")
+        label = f"{' ' * indent}{key.replace('_', ' '):<{width}}  "
+        rows += [(label + first).rstrip(), *(" " * len(label) + line for line in more)]
+    return rows

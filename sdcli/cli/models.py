@@ -1,0 +1,484 @@
+"""`sdcli models`: see, download, check, add and convert models."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sdcli.cli.console import Console, plain_terminal, printable
+from sdcli.cli.options import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
+from sdcli.registry import (
+    PACKAGE,
+    SUPPORTED_FAMILIES,
+    EmbeddedSource,
+    FileSource,
+    FolderSource,
+    HubSource,
+    ModelSpec,
+    RandomSource,
+    Registry,
+    load_registry,
+    user_registry_file,
+)
+from sdcli.request import did_you_mean, parse_size
+from sdcli.settings import DType
+
+if TYPE_CHECKING:
+    from sdcli.hub import Progress
+    from sdcli.user_models import Written
+
+app = typer.Typer(help="See, download, check, add and convert models.", no_args_is_help=True)
+
+NameArg = Annotated[
+    str, typer.Argument(metavar="NAME", help="A name from `sdcli models list`, or owner/name[@revision].")
+]
+NamesArg = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="Names from `sdcli models list`, or owner/name.")
+]
+
+
+@app.command("list")
+def list_models(models_file: ModelsFileOpt = None, json: JsonOpt = False) -> None:
+    """List the models that sdcli knows by name; `*` marks the default."""
+    console, registry = Console(json=json), load_registry(models_file)
+    rows = [_summary(spec, registry) for spec in registry.models.values()]
+    if json:
+        for row in rows:
+            console.result("", **row)
+        return
+    heads = ("  name", "family", "where", "size", "licence", "description")
+    for line in _table([heads, *(_cells(row) for row in rows)]):
+        console.result(line)
+    if any(not row["supported"] for row in rows):
+        console.say("families in parentheses are not yet supported")
+
+
+@app.command()
+def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False) -> None:
+    """Print everything that is known about a model, with the files that are here."""
+    registry = load_registry(models_file)
+    spec = registry.find(name)
+    fields: dict[str, Any] = {
+        **_summary(spec, registry),
+        "source": spec.source.model_dump(mode="json"),
+        "defaults": spec.defaults.model_dump(mode="json"),
+        "files": [{"file": path, "bytes": size} for path, size in _files(spec)],
+    }
+    console = Console(json=json)
+    if json:
+        console.result("", **fields)
+        return
+    for line in _lines(fields):
+        console.result(line)
+
+
+@app.command()
+def pull(
+    names: NamesArg,
+    models_file: ModelsFileOpt = None,
+    offline: OfflineOpt = False,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Download models into the Hugging Face cache and record their hashes; the only command that uses the network.
+
+    Only safetensors weights and small text files are fetched. An interrupted pull goes on where it stopped.
+    """
+    console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
+
+    def one(name: str) -> None:
+        from sdcli.hub import megabytes
+        from sdcli.hub import pull as pull_from_hub
+
+        spec = registry.find(name)
+        with _Meter(console, spec.name) as meter:
+            report = pull_from_hub(spec, offline=offline, progress=meter.progress)
+        for path in report.changed:
+            console.warn(f"{spec.name}: {path} is not the file that the last pull recorded; the hub has a new one")
+        console.say(
+            f"{spec.name}: {report.files} files, {megabytes(report.total_bytes)} "
+            f"({megabytes(report.downloaded_bytes)} downloaded), commit {report.commit[:12]}"
+        )
+        console.result(
+            str(report.folder),
+            name=spec.name,
+            folder=str(report.folder),
+            commit=report.commit,
+            files=report.files,
+            bytes=report.total_bytes,
+            downloaded_bytes=report.downloaded_bytes,
+            changed=list(report.changed),
+        )
+
+    _each(names, one, console=console)
+
+
+@app.command()
+def verify(
+    names: NamesArg,
+    models_file: ModelsFileOpt = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Compare the files of downloaded models with the hashes that `pull` recorded; exit 1 where one differs."""
+    console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
+
+    def one(name: str) -> None:
+        from sdcli.hub import verify as verify_in_cache
+
+        spec = registry.find(name)
+        report = verify_in_cache(spec)
+        against = "recorded" if report.recorded else "the cache's own names say (nothing was recorded by `pull`)"
+        text = "\n".join(f"{spec.name}: {line}" for line in report.differences) or (
+            f"{spec.name}: {report.files} files are as {against}"
+        )
+        console.result(
+            text,
+            name=spec.name,
+            ok=not report.differences,
+            commit=report.commit,
+            files=report.files,
+            recorded=report.recorded,
+            differences=list(report.differences),
+        )
+        if report.differences:
+            raise BadWeights(f"{spec.name} is damaged; `sdcli models pull {spec.name}` fetches what differs again")
+
+    _each(names, one, console=console)
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A diffusers folder, a .safetensors file or owner/name[@revision].")
+    ],
+    description: Annotated[str, typer.Option(help="One line about it.")] = "",
+    license: Annotated[str | None, typer.Option(help="Its licence.")] = None,
+    family: Annotated[Literal["sd1", "sd2", "sdxl"], typer.Option(help="What it descends from.")] = "sd1",
+    steps: Annotated[int | None, typer.Option(help="Default steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default guidance scale.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Default scheduler.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Default size in pixels.")] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Wraps every prompt: '{prompt}, glossy style'.")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Default number format.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Which weight files of the repository: fp16.")] = None,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Give a model a name and defaults, in your own models file; nothing is downloaded."""
+    from sdcli.user_models import add_model, source_of
+
+    defaults: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "prompt_template": prompt_template,
+        "dtype": dtype,
+    }
+    if size is not None:
+        defaults["width"], defaults["height"] = parse_size(size)
+    typed = {key: value for key, value in defaults.items() if value is not None}
+    entry: dict[str, Any] = {
+        "description": description,
+        "source": source_of(source, revision=revision, variant=variant),
+        "family": family,
+        **({"license": license} if license is not None else {}),
+        **({"defaults": typed} if typed else {}),
+    }
+    _tell_written(add_model(name, entry, overwrite=overwrite), f"added {name}")
+
+
+@app.command()
+def remove(
+    name: NameArg,
+    files: Annotated[bool, typer.Option("--files", help="Also delete what was downloaded for it.")] = False,
+) -> None:
+    """Take a model out of your own models file; with --files, delete its download too (of any model of the hub)."""
+    from sdcli.user_models import remove_model
+
+    registry = load_registry()
+    spec = registry.find(name)
+    removable = name in registry.models and not _is_packaged(name)
+    if not files or removable:
+        _tell_written(remove_model(name), f"removed {name}")
+    if files:
+        _delete_download(spec, registry, removed=removable)
+
+
+@app.command()
+def default(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The new default.")] = None) -> None:
+    """Print the model that is used without -m, or choose another."""
+    registry = load_registry()
+    if name is None:
+        Console().result(registry.default)
+        return
+    if name not in registry.models:
+        hint = did_you_mean(name, registry.models) or "; `sdcli models add` gives a model a name"
+        raise NotFound(f"no model {name!r} in the models files{hint}")
+    registry.models[name].require_supported()
+    from sdcli.user_models import set_default
+
+    _tell_written(set_default(name), f"{name} is the default now")
+
+
+@app.command()
+def path(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A model.")] = None,
+    models_file: ModelsFileOpt = None,
+) -> None:
+    """Print where your own models file is, or where a model's files are."""
+    if name is None:
+        Console().result(str(user_registry_file()))
+        return
+    spec = load_registry(models_file).find(name)
+    folder = _local_path(spec)
+    if folder is None:
+        raise UsageError(f"model {spec.name!r} has no files: {spec.origin()}")
+    if not folder.exists():
+        raise NotFound(f"model {spec.name!r} should be at {folder}, which is not there")
+    Console().result(str(folder))
+
+
+@app.command("convert")
+def convert_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="IN.ckpt", help="A pickled checkpoint (.ckpt, .pt, .bin).")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="What to write.")],
+    overwrite: OverwriteOpt = False,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up after so long.")] = 600.0,
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, metavar="GB", help="Give up beyond so much; by default 2 + 4 x the file.")
+    ] = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Convert a pickled checkpoint to safetensors, in a process that can do little harm."""
+    from sdcli.convert import convert
+    from sdcli.hub import megabytes
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    done = convert(source, target, overwrite=overwrite, timeout_s=timeout, memory_gb=memory)
+    if done.left_out:
+        more = f" and {len(done.left_out) - 5} more" if len(done.left_out) > 5 else ""
+        console.say(f"left out what is no weights: {', '.join(done.left_out[:5])}{more}")
+    console.say(f"{done.tensors} tensors, {megabytes(done.total_bytes)}")
+    console.result(str(done.file), file=str(done.file), tensors=done.tensors, bytes=done.total_bytes)
+
+
+# What stands where
+
+
+def _summary(spec: ModelSpec, registry: Registry) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "default": spec.name == registry.default,
+        "family": spec.family,
+        "supported": spec.family in SUPPORTED_FAMILIES,
+        "here": _here(spec),
+        "origin": spec.origin(),
+        "download_bytes": spec.download_bytes,
+        "license": spec.license,
+        "description": spec.description,
+    }
+
+
+def _here(spec: ModelSpec) -> str:
+    match spec.source:
+        case EmbeddedSource():
+            return "embedded"
+        case RandomSource():
+            return "in memory"
+        case FolderSource(path=path) | FileSource(path=path):
+            return "on disk" if path.exists() else "missing"
+        case HubSource() as source:
+            from sdcli.hub import cached_commit, first_missing, repo_folder
+
+            folder = repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
+            if not folder.is_dir():
+                return "not downloaded"
+            try:
+                return "downloaded" if first_missing(folder, variant=source.variant) is None else "partly downloaded"
+            except BadWeights:
+                return "damaged"
+
+
+def _local_path(spec: ModelSpec) -> Path | None:
+    """Where a model's files are, or None for one without files. Raises Offline for one that is not downloaded."""
+    match spec.source:
+        case EmbeddedSource(folder=folder):
+            return PACKAGE / folder
+        case RandomSource():
+            return None
+        case FolderSource(path=path) | FileSource(path=path):
+            return path
+        case HubSource() as source:
+            from sdcli.hub import local_snapshot
+
+            return local_snapshot(source, name=spec.name, size=spec.download_bytes)
+
+
+def _files(spec: ModelSpec) -> Iterator[tuple[str, int]]:
+    """The model's files that are here, relative to its folder, with their bytes."""
+    if isinstance(spec.source, HubSource):
+        from sdcli.hub import cached_commit, repo_folder
+
+        root: Path | None = repo_folder(spec.source.repo) / "snapshots" / (cached_commit(spec.source) or "none")
+    else:
+        root = _local_path(spec)
+    if root is None:
+        return
+    if root.is_file():
+        yield root.name, root.stat().st_size
+    for file in sorted(root.rglob("*")) if root.is_dir() else ():
+        if file.is_file():
+            yield file.relative_to(root).as_posix(), file.stat().st_size
+
+
+def _is_packaged(name: str) -> bool:
+    from sdcli.registry import packaged_registry_file, read_registry_file
+
+    user = user_registry_file()
+    in_user_file = user.exists() and name in read_registry_file(user)[1]
+    return name in read_registry_file(packaged_registry_file())[1] and not in_user_file
+
+
+def _delete_download(spec: ModelSpec, registry: Registry, *, removed: bool) -> None:
+    from sdcli.hub import delete_from_cache, megabytes
+
+    console = Console()
+    if not isinstance(spec.source, HubSource):
+        console.say(f"nothing was downloaded for {spec.name}; its files stay: {spec.origin()}")
+        return
+    others = [
+        other.name
+        for other in registry.models.values()
+        if isinstance(other.source, HubSource) and other.source.repo == spec.source.repo and other.name != spec.name
+    ]
+    if removed and others:
+        console.warn(f"the files of {spec.source.repo} stay: {', '.join(others)} uses them too")
+        return
+    console.say(f"freed {megabytes(delete_from_cache(spec.source.repo))} ({spec.source.repo})")
+
+
+def _tell_written(written: Written, what: str) -> None:
+    console = Console()
+    if written.backup is not None:
+        console.warn(f"the comments of {written.file.name} are lost; the former file is {written.backup}")
+    console.say(what)
+    console.result(str(written.file))
+
+
+def _each(names: list[str], one: Callable[[str], None], *, console: Console) -> None:
+    """Do one after the other; a failure of one of several is told and the rest goes on."""
+    if len(names) == 1:
+        one(names[0])
+        return
+    failed = []
+    for name in names:
+        try:
+            one(name)
+        except SdcliError as error:
+            if error.exit_code >= 128:
+                raise
+            console.warn(str(error))
+            failed.append(name)
+    if failed:
+        raise SomeFailed(f"{len(failed)} of {len(names)} models failed: {', '.join(failed)}")
+
+
+# How it looks
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    from sdcli.hub import megabytes
+
+    return (
+        f"{'*' if row['default'] else ' '} {row['name']}",
+        row["family"] if row["supported"] else f"({row['family']})",
+        row["here"],
+        megabytes(row["download_bytes"]) if row["download_bytes"] else "-",
+        row["license"].partition(" (")[0],
+        row["description"],
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """Aligned columns; on a terminal cut to its width."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for row in rows:
+        line = "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        yield line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def _lines(fields: dict[str, Any]) -> Iterator[str]:
+    for key, value in fields.items():
+        if key == "files":
+            yield f"files: {'' if value else 'none'}".rstrip()
+            for file in value:
+                yield f"  {file['bytes']:>13,}  {file['file']}"
+        elif isinstance(value, dict):
+            yield f"{key}: {', '.join(f'{inner}={shown}' for inner, shown in value.items() if shown is not None)}"
+        else:
+            yield f"{key}: {'yes' if value is True else 'no' if value is False else value}"
+
+
+@dataclass
+class _Meter:
+    """The progress of one pull on stderr: a moving bar on a terminal, a line per tenth elsewhere, nothing with -q."""
+
+    console: Console
+    name: str
+    _bar: Any = None
+    _task: Any = None
+    _told: int = -1
+
+    def __enter__(self) -> _Meter:
+        if not self.console.quiet and not plain_terminal():
+            from rich.console import Console as Terminal
+            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+            columns = (
+                "{task.description}",
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Terminal(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(printable(self.name), total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def progress(self) -> Progress:
+        return self._bar_progress if self._bar is not None else self._line_progress
+
+    def _bar_progress(self, file: str, done: int, total: int) -> None:
+        self._bar.update(
+            self._task, description=f"{printable(self.name)} {printable(file)}", completed=done, total=total
+        )
+
+    def _line_progress(self, file: str, done: int, total: int) -> None:
+        from sdcli.hub import megabytes
+
+        tenth = 10 * done // max(total, 1)
+        if tenth > self._told:
+            self._told = tenth
+            self.console.say(f"{self.name}: {tenth * 10:3d} % of {megabytes(total)} ({file})")

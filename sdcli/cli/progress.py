@@ -1,0 +1,78 @@
+"""The engine's events as a progress bar on a terminal, or as plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from sdcli.cli.console import Console, plain_terminal, printable
+
+if TYPE_CHECKING:
+    from sdcli.engine import Phase, Progress
+
+PHASES = {"load": "loading", "encode": "encoding", "denoise": "denoising", "decode": "decoding", "save": "saving"}
+HEARTBEAT = 10.0
+"""Seconds between two plain lines of one phase."""
+
+
+class ProgressDisplay:
+    """Shows phases and denoising steps on stderr; shows nothing with -q. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Any = None
+        self._task: Any = None
+        self._spoke = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> Self:
+        if not self._console.quiet and not plain_terminal():
+            self._bar = _rich_bar()
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def phase(self, phase: Phase) -> None:
+        """A new phase begins."""
+        text = f"{PHASES[phase.name]} {phase.detail}".rstrip()
+        self._began = self._spoke = time.monotonic()
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(printable(text), total=phase.steps or None, rate="")
+        elif phase.name in ("load", "denoise"):
+            self._console.say(f"{text}{f', {phase.steps} steps' if phase.steps else ''}")
+
+    def step(self, progress: Progress) -> None:
+        """One denoising step is done."""
+        now = time.monotonic()
+        done = progress.index + 1
+        rate = done / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=progress.count, rate=f"{rate:.2f} it/s")
+        elif now - self._spoke > HEARTBEAT:
+            self._spoke = now
+            left = (progress.count - done) / rate
+            self._console.say(f"step {done} of {progress.count}, {rate:.2f} it/s, {left:.0f} s left")
+
+
+def _rich_bar() -> Any:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=RichConsole(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,5 @@
+"""selftest"""
+
+
+def command() -> None:
+    "todo"

@@ -1,0 +1,121 @@
+"""CLIP's byte-level BPE tokenizer, read from a model's tokenizer folder and run by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from sdcli.errors import BadWeights, NotFound
+
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as the text encoder takes it."""
+
+    ids: tuple[int, ...]
+    """Exactly `max_length` ids: start, the words, end, padding."""
+    cut: str
+    """The end of the prompt that did not fit; empty where all did."""
+    count: int
+    """How many tokens the whole prompt has, without start and end."""
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """Text -> token ids, padded or cut to `max_length`."""
+
+    tokenizer: Tokenizer
+    max_length: int
+    start_id: int
+    end_id: int
+    pad_id: int
+
+    def __call__(self, text: str) -> Tokens:
+        """Start and end are always there; a longer text is cut before the end token."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        room = self.max_length - 2
+        kept = encoding.ids[:room]
+        cut = text_from(text, encoding.offsets, room)
+        padding = [self.pad_id] * (room - len(kept))
+        return Tokens(ids=(self.start_id, *kept, self.end_id, *padding), cut=cut, count=len(encoding.ids))
+
+
+def text_from(text: str, offsets: list[tuple[int, int]], first: int) -> str:
+    """The part of the text that token number `first` and all later ones stand for."""
+    return text[offsets[first][0] :].strip() if len(offsets) > first else ""
+
+
+def load_tokenizer(folder: Path) -> ClipTokenizer:
+    """Read tokenizer.json, or vocab.json and merges.txt. Raises NotFound and BadWeights."""
+    config = _json(folder / "tokenizer_config.json", missing={})
+    special = {**_json(folder / "special_tokens_map.json", missing={}), **config}
+    pad = special.get("pad_token") or END
+    if isinstance(pad, dict):
+        pad = pad.get("content", END)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            tokenizer = _from_vocabulary(folder)
+    except (NotFound, BadWeights):
+        raise
+    except Exception as error:  # the library raises bare Exception for a bad file
+        raise BadWeights(f"{folder} holds no usable tokenizer: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    start_id, end_id, pad_id = (tokenizer.token_to_id(token) for token in (START, END, pad))
+    if start_id is None or end_id is None or pad_id is None:
+        raise BadWeights(f"{folder} is no CLIP tokenizer: it has no {START} and {END}")
+    max_length = config.get("model_max_length", 77)
+    limit = max_length if isinstance(max_length, int) and max_length <= 77 else 77
+    return ClipTokenizer(tokenizer, limit, start_id, end_id, pad_id)
+
+
+def _from_vocabulary(folder: Path) -> Tokenizer:
+    """The same parts as transformers 5 builds for CLIP (tests/test_clip.py compares the ids)."""
+    vocabulary = _json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split() for line in lines if line and not line.startswith("#version"))
+    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    if START not in vocabulary or END not in vocabulary:
+        raise BadWeights(f"{folder} is no CLIP tokenizer: vocab.json has no {START} and {END}")
+    tokenizer = Tokenizer(
+        BPE(
+            vocabulary,
+            merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=END,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
+
+
+def _json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is None:
+            raise NotFound(f"no file {path}; the tokenizer needs it") from None
+        return missing
+    except (ValueError, RecursionError, OSError) as error:
+        raise BadWeights(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise BadWeights(f"{path} should hold a JSON object")
+    return data

@@ -1,0 +1,30 @@
+"""The denoising loop. It never grows an `if` for a feature: those wrap `predict` or `advance`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdcli.denoise.predict import Predict
+from sdcli.denoise.sampler import Advance
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: its number from 0, how many there are, its timestep, and the latents after it."""
+
+    index: int
+    count: int
+    t: Tensor
+    latents: Tensor
+
+
+@torch.inference_mode()
+def denoise(predict: Predict, advance: Advance, x: Tensor, timesteps: Tensor) -> Iterator[Step]:
+    """Latents [B, C, h, w] of pure noise -> the same, step by step less noisy; the last step holds the result."""
+    for index, t in enumerate(timesteps):
+        x = advance(predict(x, t), t, x)
+        yield Step(index, len(timesteps), t, x)

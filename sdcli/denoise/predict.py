@@ -1,0 +1,60 @@
+"""The UNet as a function of (x, t), and what can be wrapped around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdcli.lean_imports import UNet2DConditionModel
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, C, h, w] float32, timestep) -> model output of the same shape, float32 (noise, x0 or v, as trained)."""
+
+
+def unet_predict(unet: UNet2DConditionModel, hidden: Tensor, *, embedded_scale: float | None = None) -> Predict:
+    """The plain network under a condition: hidden states [B, L, D], one row per row of x.
+
+    `embedded_scale` is the guidance scale for networks that were distilled to take it as an input (LCM).
+    """
+    scale_embedding = None
+    if embedded_scale is not None:
+        size = unet.config.time_cond_proj_dim
+        scale_embedding = guidance_embedding(embedded_scale - 1, size).to(hidden).expand(len(hidden), -1)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        output = unet(
+            x.to(hidden.dtype), t, encoder_hidden_states=hidden, timestep_cond=scale_embedding, return_dict=False
+        )[0]
+        return output.float()
+
+    return predict
+
+
+def guided(predict: Predict, scale: float) -> Predict:
+    """Classifier-free guidance, uncond + scale * (cond - uncond); Ho & Salimans 2022, arXiv 2207.12598.
+
+    `predict` must have been made for the unconditional rows followed by the conditional ones.
+    """
+
+    def guide(x: Tensor, t: Tensor) -> Tensor:
+        unconditional, conditional = predict(torch.cat([x, x]), t).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return guide
+
+
+def scaled_input(predict: Predict, scheduler: Any) -> Predict:
+    """Scale x as the scheduler wants its network input (by 1/sqrt(sigma^2 + 1) for the sigma family)."""
+    return lambda x, t: predict(scheduler.scale_model_input(x, t), t)
+
+
+def guidance_embedding(scale: float, size: int) -> Tensor:
+    """Sinusoidal embedding [1, size] of a guidance scale; Luo et al. 2023 (LCM), after Vaswani et al. 2017."""
+    half = size // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = torch.tensor([scale * 1000.0])[:, None] * frequencies[None, :]
+    embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+    return torch.nn.functional.pad(embedding, (0, size - 2 * half))

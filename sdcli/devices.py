@@ -1,0 +1,65 @@
+"""What this machine computes on, and with which number format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from sdcli.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises UsageError for a device that is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, here in available.items() if here)
+    kind = name.partition(":")[0]
+    if not available.get(kind, False):
+        raise UsageError(f"no {name} device here (there is {', '.join(k for k, here in available.items() if here)})")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float16 on CUDA, bfloat16 on CPUs with instructions for it, float32 elsewhere."""
+    if name != "auto":
+        if name == "float16" and device.type == "cpu":
+            raise UsageError("float16 is not for the CPU; use bfloat16 or float32")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively (x86 avx512_bf16 or amx_bf16, Arm bf16)."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated, about."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out: torch has a class for CUDA and a sentence for the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)

@@ -1,0 +1,377 @@
+"""Jobs in, files out: keeps the model warm, batches jobs of equal shape, falls back when memory runs out, saves."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.metadata
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import sdcli
+from sdcli import latents as latent_space
+from sdcli.devices import out_of_memory
+from sdcli.errors import BadOutput, CannotWrite, Interrupted, OutOfMemory, SdcliError, UsageError
+from sdcli.files import AlreadyExists, sweep, write_whole
+from sdcli.images import from_pixels
+from sdcli.jobs import BadJob, Job
+from sdcli.journal import Journal
+from sdcli.loading import LoadedModel, load_model
+from sdcli.metadata import Record, picture_bytes, pixels_digest
+from sdcli.naming import is_literal, numbered, picture_name
+from sdcli.pipeline import Painter, decode, paint
+from sdcli.registry import ModelSpec, Registry
+from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The engine begins something that takes time; `steps` is 0 where the length is not known."""
+
+    name: Literal["load", "encode", "denoise", "decode", "save"]
+    detail: str = ""
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One denoising step is done."""
+
+    index: int
+    count: int
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should hear: a fall-back, a prompt that was cut."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one job; `path` is whole on the disk when this is yielded."""
+
+    status: Literal["done", "skipped", "failed"]
+    job: Job | BadJob
+    path: Path | None = None
+    seconds: float = 0.0
+    fallbacks: tuple[str, ...] = ()
+    error: SdcliError | None = None
+
+
+Event = Phase | Progress | Note | Result
+
+
+@dataclass(frozen=True)
+class Painted:
+    """One decoded picture with what its record needs beside the request."""
+
+    job: Job
+    pixels: Tensor
+    batch_size: int
+    batch_index: int
+    fallbacks: tuple[str, ...]
+
+
+@dataclass
+class Engine:
+    """Paints jobs with one warm model at a time. `stop` is asked between batches for a reason to end."""
+
+    registry: Registry
+    run: RunSettings
+    output: OutputSettings
+    stop: Callable[[], Interrupted | None] = lambda: None
+    _painter: Painter | None = None
+    _names: set[str] = field(default_factory=set)
+
+    def paint_all(self, jobs: Sequence[Job | BadJob], *, journal: Journal | None = None) -> Iterator[Event]:
+        """Paint every job and save it. With a journal, jobs that it knows as finished are skipped.
+
+        Batches are planned over all jobs, finished ones included, so that a resumed run paints what is missing in
+        the same company, and with that to the same bytes, as an uninterrupted one.
+        Raises what `stop` answers, and what concerns every job (no such model, cannot write).
+        """
+        for bad in (job for job in jobs if isinstance(job, BadJob)):
+            yield Result("failed", bad, error=bad.error)
+        good = [job for job in jobs if isinstance(job, Job)]
+        done: dict[int, str] = {}
+        if journal is not None and self.output.resume:
+            sweep(self.output.outdir)
+            taken: set[str] = set()
+            for job in good:
+                path = journal.finished(job.request.key(), taken=taken)
+                if path is not None:
+                    taken.add(path)
+                    done[job.index] = path
+            self._names |= taken
+        for batch in plan(good, self.registry, self.run):
+            for job in batch:
+                if job.index in done:
+                    yield Result("skipped", job, path=self.output.outdir / done[job.index])
+            wanted = {job.index for job in batch} - set(done)
+            if not wanted:
+                continue
+            self._stop_if_asked()
+            yield from self._paint_batch(batch, wanted, journal)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        reason = self.stop()
+        if reason is not None:
+            raise reason
+
+    def check_output(self) -> None:
+        """Raise CannotWrite now for what would fail after minutes of painting."""
+        output = self.output
+        try:
+            output.outdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotWrite(f"cannot make the folder {output.outdir}: {error.strerror}") from None
+        if not os.access(output.outdir, os.W_OK | os.X_OK):
+            raise CannotWrite(f"no permission to write into {output.outdir}")
+        if is_literal(output.template) and not output.overwrite:
+            name = picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
+            if os.path.lexists(output.outdir / name):
+                raise AlreadyExists(f"{output.outdir / name} exists already; --overwrite replaces it")
+
+    def load(self, spec: ModelSpec) -> Painter:
+        """The painter of a model; the last one stays warm."""
+        if self._painter is None or self._painter.model.spec != spec:
+            self._painter = None
+            gc.collect()
+            self._painter = Painter.of(
+                load_model(spec, device=self.run.device, dtype=self.run.dtype, offline=self.run.offline)
+            )
+        return self._painter
+
+    def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
+        """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
+        painter = self.load(self.registry.find(batch[0].request.model))
+        batch = list(batch)
+        pieces = [batch]
+        fallbacks: tuple[str, ...] = ()
+        while pieces:
+            piece = pieces.pop(0)
+            yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
+            step, crowded = None, False
+            try:
+                for step in paint(painter, [job.request for job in piece]):
+                    yield Progress(step.index, step.count, len(piece))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                crowded = True
+            if crowded or step is None:  # outside `except`: the exception would keep the memory alive
+                free_caches()
+                if len(piece) == 1:
+                    raise OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
+                half = (len(piece) + 1) // 2
+                pieces = [piece[:half], piece[half:], *pieces]
+                fallbacks = (*fallbacks, f"batch of {len(piece)} halved: out of memory while denoising")
+                yield Note(f"out of memory with {len(piece)} pictures at once; going on with {half}")
+                continue
+            latents = step.latents
+            yield Phase("decode")
+            for position, job in enumerate(piece):
+                if job.index not in wanted:
+                    continue
+                try:
+                    pixels, notes = decode_with_fallbacks(painter, latents[position])
+                except SdcliError as error:
+                    yield Result("failed", job, error=error)
+                    continue
+                for note in notes:
+                    yield Note(note)
+                yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
+
+    def _paint_batch(self, batch: Sequence[Job], wanted: set[int], journal: Journal | None) -> Iterator[Event]:
+        started = time.monotonic()
+        if self._painter is None or self._painter.model.spec.name != batch[0].request.model:
+            yield Phase("load", batch[0].request.model or "")
+        painter = self.load(self.registry.find(batch[0].request.model))
+        self._stop_if_asked()
+        fitting = []
+        for job in batch:
+            try:
+                for text in prompt_notes(painter, job, strict=self.run.strict_prompt):
+                    if job.index in wanted:
+                        yield Note(text)
+                fitting.append(job)
+            except UsageError as error:
+                yield Result("failed", job, error=error)
+        wanted = wanted & {job.index for job in fitting}
+        if not wanted:
+            return
+        try:
+            for event in self.paint_batch(fitting, wanted):
+                if isinstance(event, Painted):
+                    share = (time.monotonic() - started) / len(wanted)
+                    path = self._save(event, painter.model, journal)
+                    yield Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
+                else:
+                    yield event
+        except (BadOutput, OutOfMemory, UsageError) as error:
+            for job in fitting:
+                if job.index in wanted:
+                    yield Result("failed", job, error=error)
+
+    def _save(self, painted: Painted, model: LoadedModel, journal: Journal | None) -> Path:
+        """Write one picture under a name that is free, or that may be overwritten."""
+        image = from_pixels(painted.pixels)
+        request, output = painted.job.request, self.output
+        facts = provenance(
+            model,
+            batch={"size": painted.batch_size, "index": painted.batch_index},
+            fallbacks=painted.fallbacks,
+            pixels=pixels_digest(image),
+        )
+        data = picture_bytes(image, output.format, Record(request, facts) if output.metadata else None)
+        fields = {**request.model_dump(), "index": painted.job.index, "custom_id": painted.job.custom_id or "none"}
+        name = picture_name(output.template, fields, suffix=SUFFIX_OF[output.format])
+        for number in itertools.count(1):
+            candidate = numbered(name, number)
+            if str(candidate).lower() in self._names:
+                continue
+            if journal is not None:
+                journal.note(request.key(), str(candidate), data)
+            try:
+                write_whole(output.outdir / candidate, data, overwrite=output.overwrite)
+            except AlreadyExists:
+                if is_literal(output.template) and number == 1:
+                    raise
+                continue
+            self._names.add(str(candidate).lower())
+            return output.outdir / candidate
+        raise AssertionError("unreachable")
+
+
+def plan(jobs: Sequence[Job], registry: Registry, run: RunSettings) -> list[list[Job]]:
+    """Batches of jobs that can be denoised together: same model, shape, steps, scheduler and guidance.
+
+    The same jobs always give the same batches; models come in the order of their first job.
+    """
+    groups: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        r = job.request
+        groups.setdefault((r.model, r.width, r.height, r.steps, r.scheduler, r.eta, r.guidance_scale), []).append(job)
+    models = list(dict.fromkeys(key[0] for key in groups))
+    batches = []
+    for key in sorted(groups, key=lambda key: models.index(key[0])):
+        size = run.batch_size or automatic_batch_size(key[1] * key[2], device=run.device)
+        group = groups[key]
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
+def automatic_batch_size(pixels: int, *, device: str) -> int:
+    """Pictures per batch: from size and device alone, not from what is free now, so that it is always the same.
+
+    A CPU is busy with one 512x512 picture, and gains from batches only for small ones; a GPU needs several.
+    """
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    room = 16 * 512 * 512 if on_gpu else 8 * 128 * 128
+    return max(1, min(16 if on_gpu else 8, room // pixels))
+
+
+def decode_with_fallbacks(painter: Painter, latents: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
+
+    The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
+    """
+    if not latents.isfinite().all():
+        raise BadOutput("the latents are not finite (NaN); try --dtype float32")
+    vae = painter.model.vae
+    notes: tuple[str, ...] = ()
+    tiled = not latent_space.fits_in_memory(vae, latents.shape[1] * 8, latents.shape[2] * 8)
+    if tiled:
+        notes = ("decoded in tiles: the whole picture would not fit into memory",)
+    pixels = _try_decode(painter, latents, tiled=tiled)
+    if pixels is None and not tiled:
+        notes = ("decoded in tiles: out of memory",)
+        pixels = _try_decode(painter, latents, tiled=True)
+    if pixels is None and painter.model.device.type != "cpu":
+        notes = (*notes, "decoded on the CPU: out of memory")
+        pixels = _try_decode(with_vae(painter, device="cpu"), latents.cpu(), tiled=True)
+    if pixels is None:
+        raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
+    if wrong(pixels) and next(vae.parameters()).dtype != torch.float32:
+        notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
+        pixels = _try_decode(with_vae(painter, dtype=torch.float32), latents, tiled=tiled)
+    if pixels is None or wrong(pixels):
+        kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
+        raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
+    return pixels, notes
+
+
+def wrong(pixels: Tensor) -> bool:
+    """Whether a decoded picture is no picture: NaN somewhere, or black everywhere."""
+    return not bool(pixels.isfinite().all()) or float(pixels.max()) == 0.0
+
+
+def _try_decode(painter: Painter, latents: Tensor, *, tiled: bool) -> Tensor | None:
+    try:
+        return decode(painter, latents, tiled=tiled)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_caches()
+    return None
+
+
+def with_vae(painter: Painter, **to: Any) -> Painter:
+    """The painter with a copy of its VAE elsewhere or in another dtype."""
+    model = painter.model
+    vae = copy.deepcopy(model.vae).to(**to)
+    return replace(painter, model=replace(model, parts={**model.parts, "vae": vae}))
+
+
+def free_caches() -> None:
+    """Give cached memory back before the next attempt."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
+    """What the text encoder will not see of a job's prompts. With `strict`, raises UsageError instead."""
+    tokenizer = painter.model.tokenizer
+    assert tokenizer is not None
+    notes = []
+    for kind, text in (("prompt", job.request.painted_prompt), ("negative prompt", job.request.negative_prompt or "")):
+        tokens = tokenizer(text)
+        if tokens.cut:
+            cut = tokens.cut if len(tokens.cut) <= 100 else f"{tokens.cut[:60]} ... {tokens.cut[-30:]}"
+            problem = f"the {kind} has {tokens.count} tokens, {tokenizer.max_length - 2} fit; cut: {cut!r}"
+            if strict:
+                raise UsageError(problem)
+            notes.append(problem)
+        if "<|endoftext|>" in text or "<|startoftext|>" in text:
+            notes.append(f"the {kind} spells a special token of CLIP; what follows it may have no effect")
+    return notes
+
+
+def provenance(model: LoadedModel, **facts: Any) -> dict[str, Any]:
+    """The facts of a run that belong into a picture's record. No times: the same request gives the same bytes."""
+    return {
+        "sdcli": sdcli.__version__,
+        "model": model.spec.name,
+        "origin": model.spec.origin(),
+        "weights": model.weights(),
+        "torch": torch.__version__,
+        "diffusers": importlib.metadata.version("diffusers"),
+        "device": model.device.type,
+        "hardware": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()},
+    }

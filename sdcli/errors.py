@@ -1,0 +1,91 @@
+"""Every failure a user can act on: one class per exit code, each raised with the sentence that is printed."""
+
+from __future__ import annotations
+
+
+class SdcliError(Exception):
+    """A failure told in one sentence. `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class UsageError(SdcliError):
+    """An option, a request or a file of requests that cannot be honoured as written."""
+
+    exit_code = 2
+
+
+class NotFound(SdcliError):
+    """A model, or a file that should be read, is not there."""
+
+    exit_code = 3
+
+
+class Offline(SdcliError):
+    """Something must be downloaded, and there is no network or it was forbidden."""
+
+    exit_code = 4
+
+
+class OutOfMemory(SdcliError):
+    """Memory ran out, and every fall-back was tried."""
+
+    exit_code = 5
+
+
+class BadOutput(SdcliError):
+    """The numbers went wrong (NaN, an all-black picture), or a picture did not verify."""
+
+    exit_code = 6
+
+
+class SomeFailed(SdcliError):
+    """Some items of a batch failed and the others are done."""
+
+    exit_code = 7
+
+
+class CannotWrite(SdcliError):
+    """The output could not be written: disk full, no permission, or the file exists already."""
+
+    exit_code = 8
+
+
+class Interrupted(SdcliError):
+    """Stopped by SIGINT (Ctrl-C); what was finished is on the disk."""
+
+    exit_code = 130
+
+
+class Terminated(Interrupted):
+    """Stopped by SIGTERM; what was finished is on the disk."""
+
+    exit_code = 143
+
+
+class BadWeights(SdcliError):
+    """A model's files are there, and are damaged, incomplete or of another kind than expected."""
+
+
+class BadPicture(SdcliError):
+    """An input picture cannot be read, or is too large to be read safely."""
+
+
+class BadLatents(SdcliError):
+    """A latent file cannot be read, or does not fit the model's VAE."""
+
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: "another failure (a damaged model file, an unreadable picture)",
+    2: "wrong usage: an option or a request that cannot be honoured",
+    3: "a model or a file was not found",
+    4: "offline, and what is needed is not in the cache",
+    5: "out of memory after every fall-back",
+    6: "bad output: NaN or all black, or a picture that did not verify",
+    7: "some items of a batch failed, the others are done",
+    8: "cannot write the output",
+    130: "interrupted (Ctrl-C); finished pictures are kept",
+    143: "terminated (SIGTERM); finished pictures are kept",
+}
+"""What each exit code means; the README's table and `sdcli --help` are made from it."""

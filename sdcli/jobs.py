@@ -1,0 +1,182 @@
+"""Prompt files -> jobs: txt, JSONL and CSV, line by line; a bad line is a value, not an end."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdcli.errors import NotFound, SdcliError, UsageError
+from sdcli.registry import Registry, resolve
+from sdcli.request import MAX_SEED, GenerationRequest, parse_request
+
+KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
+"""kohya's one-letter options of a prompt line (`a cat --n dog --s 20`)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry of a prompt file, or why it is none."""
+
+    number: int
+    fields: Mapping[str, Any]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to paint. `index` counts from 1 over the whole run."""
+
+    index: int
+    request: GenerationRequest
+    """Resolved: as it will be painted."""
+    custom_id: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class BadJob:
+    """An entry that cannot be painted, and the error that says why."""
+
+    index: int
+    error: SdcliError
+    custom_id: str | None = None
+    line: int | None = None
+
+
+def read_lines(source: str) -> Iterator[Line]:
+    """The entries of a prompt file, or of stdin for `-`. Raises NotFound."""
+    if source == "-":
+        data = sys.stdin.buffer.read()
+        kind = "jsonl" if data.lstrip()[:1] == b"{" else "txt"
+    else:
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise NotFound(f"cannot read the prompts file {source}: {error.strerror}") from None
+        kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}.get(
+            Path(source).suffix.lower(), "txt"
+        )
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if kind == "csv":
+        yield from _csv_lines(data)
+        return
+    parse = _json_line if kind == "jsonl" else _text_line
+    for number, raw in enumerate(data.split(b"\n"), start=1):
+        try:
+            text = raw.decode().strip()
+        except UnicodeDecodeError:
+            yield Line(number, {}, problem="is not UTF-8 text")
+            continue
+        if text and not (kind == "txt" and text.startswith("#")):
+            try:
+                yield Line(number, parse(text))
+            except UsageError as error:
+                yield Line(number, {}, problem=str(error))
+
+
+def _text_line(text: str) -> dict[str, Any]:
+    """`a cat --n dog --steps 20`: kohya's letters and A1111's words; what stands before the first is the prompt."""
+    prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", text)
+    fields: dict[str, Any] = {"prompt": prompt.strip()} if prompt.strip() else {}
+    for option in options:
+        name, _, value = option.strip().partition(" ")
+        value = value.strip()
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        if not value:
+            raise UsageError(f"--{name} has no value")
+        fields[KOHYA.get(name, name)] = value
+    return fields
+
+
+def _json_line(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UsageError("should be a JSON object")
+    return fields
+
+
+def _csv_lines(data: bytes) -> Iterator[Line]:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        yield Line(data[: error.start].count(b"\n") + 1, {}, problem="is not UTF-8 text")
+        return
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                yield Line(rows.line_num, {}, problem="has another number of cells than the header")
+            else:
+                yield Line(rows.line_num, {name.strip(): cell for name, cell in row.items() if cell != ""})
+    except csv.Error as error:
+        yield Line(rows.line_num, {}, problem=f"is not CSV ({error})")
+
+
+def expand(
+    lines: Iterable[Line], typed: Mapping[str, Any], registry: Registry, *, num_images: int, base_seed: int
+) -> Iterator[Job | BadJob]:
+    """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
+
+    An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
+    file gets the same seeds again when it was reordered or extended in between.
+    """
+    seen: Counter[str] = Counter()
+    index = 0
+    for line in lines:
+        fields = dict(line.fields)
+        custom_id = fields.pop("custom_id", None)
+        custom_id = None if custom_id is None else str(custom_id)
+        try:
+            if line.problem is not None:
+                raise UsageError(line.problem)
+            count = _count(fields.pop("num_images", fields.pop("n", num_images)))
+            asked = parse_request({**typed, **fields})
+            if "prompt" not in fields and "prompt" not in typed:
+                raise UsageError("has no prompt")
+            spec = registry.find(asked.model)
+            spec.require_supported()
+            key = asked.key()
+            seen[key] += 1
+            if asked.seed is None:
+                asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
+            resolved = resolve(asked, spec)
+            if resolved.seed is None or resolved.seed + count - 1 > MAX_SEED:
+                raise UsageError(f"seed: {count} pictures from seed {resolved.seed} pass the largest seed, {MAX_SEED}")
+        except SdcliError as error:
+            index += 1
+            prefix = f"line {line.number}: " if line.number else ""
+            yield BadJob(index, type(error)(f"{prefix}{error}"), custom_id, line.number or None)
+            continue
+        for offset in range(count):
+            index += 1
+            request = resolved.model_copy(update={"seed": resolved.seed + offset})
+            yield Job(index, request, custom_id, line.number or None)
+
+
+def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:
+    """A 32-bit seed that is the same for the same base seed, request and occurrence."""
+    digest = hashlib.sha256(f"{base_seed}:{key}:{occurrence}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _count(value: Any) -> int:
+    try:
+        count = int(value)
+    except (TypeError, ValueError):
+        count = 0
+    if not 1 <= count <= 100_000:
+        raise UsageError(f"num_images: should be a number from 1 to 100000, not {value!r}")
+    return count

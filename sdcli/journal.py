@@ -1,0 +1,87 @@
+"""What a batch has finished: an append-only file beside the pictures, written before each picture appears."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdcli.errors import CannotWrite
+
+NAME = ".sdcli-journal.jsonl"
+
+
+@dataclass
+class Journal:
+    """The journal of one output folder.
+
+    An entry is written, with the digest of the file's bytes, before the file gets its name; so after a crash an entry
+    whose file is there with this digest is finished, and any other is not. A torn last line is passed over.
+    """
+
+    folder: Path
+    _finished: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    _base_seeds: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path) -> Journal:
+        """Read the journal of a folder, or begin an empty one."""
+        journal = cls(folder)
+        try:
+            lines = (folder / NAME).read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return journal
+        except OSError as error:
+            raise CannotWrite(f"cannot read {folder / NAME}: {error.strerror}") from None
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if "base_seed" in entry:
+                    journal._base_seeds[entry["source"]] = int(entry["base_seed"])
+                else:
+                    journal._finished[entry["request"]].append((str(entry["path"]), str(entry["sha256"])))
+            except (ValueError, KeyError, TypeError):
+                continue
+        return journal
+
+    def base_seed(self, source: str) -> int | None:
+        """The base seed that the last run of this prompt file drew."""
+        return self._base_seeds.get(source)
+
+    def begin_run(self, source: str, base_seed: int) -> None:
+        """Note the base seed of a run before anything is painted."""
+        self._base_seeds[source] = base_seed
+        self._append({"source": source, "base_seed": base_seed})
+
+    def finished(self, request_key: str, *, taken: set[str]) -> str | None:
+        """The path, relative to the folder, of a whole picture of this request that is not in `taken` yet."""
+        for path, digest in self._finished.get(request_key, ()):
+            file = self.folder / path
+            if path not in taken and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest:
+                return path
+        return None
+
+    def note(self, request_key: str, path: str, data: bytes) -> None:
+        """Say that a picture of this request is about to appear at `path` with these bytes."""
+        self._append({"request": request_key, "path": path, "sha256": hashlib.sha256(data).hexdigest()})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                size = os.fstat(descriptor).st_size
+                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
+                if os.write(descriptor, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise CannotWrite(f"cannot write {self.folder / NAME}: {error.strerror}") from None

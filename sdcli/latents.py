@@ -1,0 +1,91 @@
+"""Latents: the noise they start from, and the VAE between them and pixels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sdcli.devices import free_memory
+from sdcli.lean_imports import VAE, AutoencoderTiny
+
+TILE = 64
+"""Latent cells a side of a tile (512 pixels)."""
+
+
+def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per picture: its noise depends on its seed alone, not on batch, neighbours or device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise [B, *shape], float32 on the CPU, one draw per generator."""
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+
+@torch.inference_mode()
+def encode(vae: VAE, pixels: Tensor, *, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Pixels [B, 3, H, W] in 0..1 -> scaled latents [B, C, H/8, W/8], float32 on the CPU.
+
+    The mean of the VAE's distribution, or a sample drawn with one CPU generator per picture. A VAE without a
+    distribution (AutoencoderTiny) has only the mean; there the generators have no effect.
+    """
+    parameter = next(vae.parameters())
+    encoded = vae.encode((pixels * 2 - 1).to(parameter))
+    if isinstance(vae, AutoencoderTiny):
+        latents = encoded.latents.float().cpu()
+    else:
+        distribution = encoded.latent_dist
+        latents = distribution.mean.float().cpu()
+        if generators is not None:
+            latents = latents + distribution.std.float().cpu() * initial_noise(generators, tuple(latents.shape[1:]))
+    return latents * scaling_factor(vae)
+
+
+@torch.inference_mode()
+def decode(vae: VAE, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    """Scaled latents [B, C, h, w] -> pixels [B, 3, 8h, 8w] in 0..1, float32 on the CPU; NaN stays NaN."""
+    parameter = next(vae.parameters())
+    with _tiles(vae) if tiled else contextlib.nullcontext():
+        pixels = vae.decode((latents / scaling_factor(vae)).to(parameter), return_dict=False)[0]
+    return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def scaling_factor(vae: VAE) -> float:
+    """What the VAE's own latents are multiplied by, so that their standard deviation is about 1."""
+    return float(vae.config.scaling_factor)
+
+
+def latent_channels(vae: VAE) -> int:
+    """C of the latents [B, C, h, w] that the VAE makes and takes."""
+    return int(vae.config.latent_channels)
+
+
+def has_distribution(vae: VAE) -> bool:
+    """Whether `encode` can draw samples; AutoencoderTiny knows only one latent per picture."""
+    return not isinstance(vae, AutoencoderTiny)
+
+
+def fits_in_memory(vae: VAE, height: int, width: int) -> bool:
+    """Whether decoding height x width pixels in one piece should fit into the free memory.
+
+    The widest layers hold about five buffers of `block_out_channels[1]` channels at full size
+    (measured: 1.2 GB for 512x512 in float32).
+    """
+    parameter = next(vae.parameters())
+    channels = vae.config.block_out_channels[1] if not isinstance(vae, AutoencoderTiny) else 64
+    need = height * width * channels * parameter.element_size() * 5
+    return need < 0.8 * free_memory(parameter.device)
+
+
+@contextlib.contextmanager
+def _tiles(vae: VAE, tile: int = TILE) -> Iterator[None]:
+    """Let the VAE work in overlapping tiles of at most `tile` latent cells a side."""
+    before = (vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size)
+    vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = True, tile, tile * 8
+    try:
+        yield
+    finally:
+        vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = before

@@ -1,0 +1,327 @@
+"""The registry: read models.yaml and its overlays, find a model, and fill what a request leaves to the model."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sdcli.errors import NotFound, UsageError
+from sdcli.request import GenerationRequest, did_you_mean, first_problem
+from sdcli.schedulers import SCHEDULERS
+
+MAX_REGISTRY_BYTES = 256 * 1024
+PICKLE_SUFFIXES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+PACKAGE = Path(__file__).parent
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EmbeddedSource(_Strict):
+    """A diffusers folder inside the package."""
+
+    kind: Literal["embedded"]
+    folder: str
+
+
+class RandomSource(_Strict):
+    """Random weights, made in memory from a seed: no files, no network."""
+
+    kind: Literal["random"]
+    architecture: Literal["tiny", "sd15"]
+    seed: int = Field(0, ge=0)
+
+
+class FolderSource(_Strict):
+    """A diffusers folder (model_index.json and its sub-folders)."""
+
+    kind: Literal["folder"]
+    path: Path
+
+
+class FileSource(_Strict):
+    """A single .safetensors checkpoint with the original LDM keys."""
+
+    kind: Literal["file"]
+    path: Path
+
+
+class HubSource(_Strict):
+    """A diffusers repository on the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    revision: str = "main"
+    variant: str | None = None
+
+
+Source = Annotated[EmbeddedSource | RandomSource | FolderSource | FileSource | HubSource, Field(discriminator="kind")]
+
+
+class ModelDefaults(_Strict):
+    """What a request gets where it says nothing."""
+
+    width: int = Field(512, ge=16, multiple_of=8)
+    height: int = Field(512, ge=16, multiple_of=8)
+    steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(7.5, ge=0)
+    scheduler: str = "dpmpp-2m-karras"
+    prompt_template: str = "{prompt}"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+Family = Literal["sd1", "sd2", "sdxl"]
+SUPPORTED_FAMILIES = {"sd1", "sd2"}
+
+
+class ModelSpec(_Strict):
+    """One entry of models.yaml. The name is its key there."""
+
+    name: str
+    source: Source
+    family: Family = "sd1"
+    license: str = "unknown"
+    description: str = ""
+    download_bytes: int = Field(0, ge=0)
+    defaults: ModelDefaults = ModelDefaults()
+
+    def origin(self) -> str:
+        """Where the weights come from, in a few words."""
+        match self.source:
+            case EmbeddedSource():
+                return "embedded in sdcli"
+            case RandomSource(architecture=architecture, seed=seed):
+                return f"random weights ({architecture}, seed {seed})"
+            case FolderSource(path=path) | FileSource(path=path):
+                return str(path)
+            case HubSource(repo=repo, revision=revision):
+                return repo if revision == "main" else f"{repo}@{revision}"
+
+    def require_supported(self) -> None:
+        """Raise UsageError for a family that sdcli cannot paint with yet; asked before anything is downloaded."""
+        if self.family not in SUPPORTED_FAMILIES:
+            raise UsageError(
+                f"model {self.name!r} is of the {self.family} family, which is not yet supported "
+                f"(supported: {', '.join(sorted(SUPPORTED_FAMILIES))}); nothing was downloaded"
+            )
+
+
+class Registry(_Strict):
+    """All known models. `files` are the files that were read, the later overlaying the earlier."""
+
+    default: str
+    models: dict[str, ModelSpec]
+    files: tuple[Path, ...] = ()
+
+    def find(self, model: str | None) -> ModelSpec:
+        """The spec of a registry name, a folder, a .safetensors file or owner/name[@revision]; None is the default.
+
+        Nothing is downloaded or opened. Raises NotFound, or UsageError for a pickle.
+        """
+        name = self.default if model is None else model
+        if name in self.models:
+            return self.models[name]
+        path = Path(name).expanduser()
+        looks_like_path = (
+            path.is_absolute() or name.startswith((".", "~")) or path.suffix in {".safetensors", *PICKLE_SUFFIXES}
+        )
+        if path.is_dir():
+            return spec_of_folder(path)
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            if path.exists():
+                raise UsageError(pickle_refused(path))
+            raise NotFound(f"no file {name}")
+        if path.is_file():
+            return ModelSpec(name=path.name, source=FileSource(kind="file", path=path.resolve()))
+        if looks_like_path:
+            raise NotFound(f"no file or folder {name}")
+        if HUB_ID.fullmatch(name):
+            return self._hub_spec(name)
+        raise NotFound(f"no model {name!r} in {self._where()}{did_you_mean(name, self.models)} (sdcli models list)")
+
+    def _hub_spec(self, name: str) -> ModelSpec:
+        repo, _, revision = name.partition("@")
+        known = next(
+            (spec for spec in self.models.values() if isinstance(spec.source, HubSource) and spec.source.repo == repo),
+            None,
+        )
+        if known is not None and isinstance(known.source, HubSource):
+            source = known.source.model_copy(update={"revision": revision or known.source.revision})
+            return known.model_copy(update={"name": name, "source": source})
+        return ModelSpec(name=name, source=HubSource(kind="hub", repo=repo, revision=revision or "main"))
+
+    def _where(self) -> str:
+        return self.files[-1].name if self.files else "models.yaml"
+
+
+def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
+    """The request as it will be painted: every None filled from the model's defaults, the seed drawn.
+
+    Raises UsageError where a typed field would have no effect with the rest.
+    """
+    defaults = spec.defaults
+    chosen: dict[str, Any] = {
+        "model": spec.name,
+        "negative_prompt": "",
+        "prompt_template": defaults.prompt_template,
+        "width": defaults.width,
+        "height": defaults.height,
+        "steps": defaults.steps,
+        "guidance_scale": defaults.guidance_scale,
+        "scheduler": defaults.scheduler,
+        "eta": 0.0,
+    }
+    typed = {name: value for name, value in request if value is not None}
+    if "seed" not in typed:
+        chosen["seed"] = secrets.randbelow(2**32)
+    resolved = request.model_copy(update={**chosen, **typed, "model": spec.name})
+    assert resolved.scheduler is not None
+    if resolved.negative_prompt and not resolved.guided:
+        raise UsageError(
+            f"a negative prompt has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1"
+        )
+    if resolved.eta and not SCHEDULERS[resolved.scheduler].uses_eta:
+        raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
+    return resolved
+
+
+def load_registry(models_file: Path | None = None) -> Registry:
+    """The packaged models.yaml, overlaid by the user's file and then by `models_file` (or $SDCLI_MODELS_FILE).
+
+    Raises NotFound, or UsageError with one sentence that names file, entry and field.
+    """
+    files = [packaged_registry_file()]
+    if user_registry_file().exists():
+        files.append(user_registry_file())
+    extra = models_file or (Path(os.environ["SDCLI_MODELS_FILE"]) if os.environ.get("SDCLI_MODELS_FILE") else None)
+    if extra is not None:
+        files.append(extra)
+    default, models = None, {}
+    for file in files:
+        file_default, file_models = read_registry_file(file)
+        models.update(file_models)
+        default = file_default or default
+        if file_default is not None and file_default not in models:
+            raise UsageError(f"{file}: default: there is no model {file_default!r}{did_you_mean(file_default, models)}")
+    if default is None:
+        raise UsageError(f"{files[0]}: default: missing")
+    return Registry(default=default, models=models, files=tuple(files))
+
+
+def read_registry_file(file: Path) -> tuple[str | None, dict[str, ModelSpec]]:
+    """One registry file -> (its default or None, its models by name). Raises NotFound and UsageError."""
+    data = read_yaml(file)
+    unknown = set(data) - {"schema", "default", "models"}
+    if unknown:
+        raise UsageError(f"{file}: unknown key {min(unknown)!r}; a registry has schema, default and models")
+    if data.get("schema", 1) != 1:
+        raise UsageError(f"{file}: schema: {data['schema']!r} is not 1, the only one this sdcli knows")
+    default, entries = data.get("default"), data.get("models") or {}
+    if default is not None and not isinstance(default, str):
+        raise UsageError(f"{file}: default: should be the name of a model")
+    if not isinstance(entries, dict):
+        raise UsageError(f"{file}: models: should be a mapping of names to entries")
+    return default, {str(name): _spec(file, str(name), entry) for name, entry in entries.items()}
+
+
+def _spec(file: Path, name: str, entry: Any) -> ModelSpec:
+    if not isinstance(entry, dict):
+        raise UsageError(f"{file}: models.{name}: should be a mapping")
+    try:
+        spec = ModelSpec.model_validate({"name": name, **entry})
+    except ValidationError as error:
+        raise UsageError(f"{file}: models.{name}.{first_problem(error)}") from None
+    if spec.defaults.scheduler not in SCHEDULERS:
+        hint = did_you_mean(spec.defaults.scheduler, SCHEDULERS)
+        raise UsageError(f"{file}: models.{name}.defaults.scheduler: no scheduler {spec.defaults.scheduler!r}{hint}")
+    if isinstance(spec.source, FolderSource | FileSource):
+        path = (file.parent / spec.source.path.expanduser()).absolute()
+        spec = spec.model_copy(update={"source": spec.source.model_copy(update={"path": path})})
+    return spec
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a few lines of them can mean gigabytes) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key_node.value!r} is there twice")
+            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A small YAML mapping, hostile input included. Raises NotFound and UsageError."""
+    try:
+        if file.stat().st_size > MAX_REGISTRY_BYTES:
+            raise UsageError(f"{file}: larger than {MAX_REGISTRY_BYTES // 1024} KiB, which no registry is")
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except FileNotFoundError:
+        raise NotFound(f"no models file {file}") from None
+    except OSError as error:
+        raise NotFound(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: is not UTF-8 text") from None
+    except RecursionError:
+        raise UsageError(f"{file}: is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"{file}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{file}: should be a mapping, not a {type(data).__name__}")
+    return data
+
+
+def packaged_registry_file() -> Path:
+    """models.yaml as shipped: inside an installed wheel, or at the top of a checkout."""
+    inside = PACKAGE / "models.yaml"
+    return inside if inside.exists() else PACKAGE.parent / "models.yaml"
+
+
+def user_registry_file() -> Path:
+    """The user's own overlay, `models.yaml` in the configuration folder (XDG_CONFIG_HOME on Linux)."""
+    return platformdirs.user_config_path("sdcli") / "models.yaml"
+
+
+def spec_of_folder(path: Path) -> ModelSpec:
+    """A spec for a diffusers folder on disk. Raises NotFound where it is no such folder."""
+    if not (path / "model_index.json").is_file():
+        raise NotFound(
+            f"{path} is no diffusers model: it has no model_index.json "
+            "(expected beside it: unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
+        )
+    return ModelSpec(name=str(path), source=FolderSource(kind="folder", path=path.resolve()))
+
+
+def pickle_refused(path: Path | str) -> str:
+    """The sentence for a pickle, which can run code when it is opened."""
+    stem = Path(path).with_suffix(".safetensors")
+    return (
+        f"{path} is a pickle, which can run any code when opened; sdcli reads safetensors only. "
+        f"Convert it in a sandboxed process: sdcli models convert {path} {stem}"
+    )
+
+
+def with_models(registry: Registry, models: Mapping[str, ModelSpec]) -> Registry:
+    """The registry with some entries added or replaced."""
+    return registry.model_copy(update={"models": {**registry.models, **models}})

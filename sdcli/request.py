@@ -1,0 +1,177 @@
+"""The request: what is asked of the painter, one flat value that means the same in flags, JSON and pictures."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sdcli.errors import UsageError
+from sdcli.schedulers import SCHEDULERS
+
+SCHEMA = 1
+MAX_SEED = 2**63 - 1
+T = TypeVar("T")
+
+ALIASES = {
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "num_inference_steps": "steps",
+    "sampler": "scheduler",
+    "negative": "negative_prompt",
+    "text": "prompt",
+}
+"""What other tools call our fields; accepted wherever a request is read as data."""
+
+
+class GenerationRequest(BaseModel):
+    """One picture, or as much of its description as was asked for.
+
+    A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
+    `registry.resolve` fills every None, and the result, as painted, is what a picture's metadata holds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_version: int = Field(SCHEMA, alias="schema", description="the version of this layout")
+    prompt: str = Field("", description="what to paint")
+    negative_prompt: str | None = Field(None, description="what to keep out; needs a guidance scale above 1")
+    prompt_template: str | None = Field(
+        None, description="wraps the prompt before the text encoder sees it: '{prompt}, glossy style'"
+    )
+    model: str | None = Field(None, description="a name from models.yaml, a folder, a .safetensors file or owner/name")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="where the noise starts; drawn and told if not given")
+    width: int | None = Field(None, ge=16, le=8192, multiple_of=8, description="pixels, a multiple of 8")
+    height: int | None = Field(None, ge=16, le=8192, multiple_of=8, description="pixels, a multiple of 8")
+    steps: int | None = Field(None, ge=1, le=1000, description="denoising steps")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="how strongly to follow the prompt; 1 is off"
+    )
+    scheduler: str | None = Field(None, description="how to denoise; `--scheduler help` lists them")
+    eta: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="noise added by ddim: 0 none, 1 as much as ddpm"
+    )
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_schema(cls, value: int) -> int:
+        if value != SCHEMA:
+            raise ValueError(f"schema {value} is newer than this sdcli, which knows {SCHEMA}")
+        return value
+
+    @field_validator("prompt", "negative_prompt", "prompt_template", "model")
+    @classmethod
+    def _plain_unicode(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if "\0" in value:
+            raise ValueError("has a NUL character")
+        if len(value) > 1_000_000:
+            raise ValueError(f"has {len(value):,} characters, more than a million")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start + 1} is half a character (not valid UTF-8 text)") from None
+        return value
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _template_has_prompt(cls, value: str | None) -> str | None:
+        if value is not None and "{prompt}" not in value:
+            raise ValueError("has no {prompt} in it")
+        return value
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, value: str | None) -> str | None:
+        if value is not None and value not in SCHEDULERS:
+            raise ValueError(f"no scheduler {value!r}{did_you_mean(value, SCHEDULERS)} (--scheduler help lists them)")
+        return value
+
+    @property
+    def painted_prompt(self) -> str:
+        """The text that the text encoder sees: the prompt inside its template."""
+        return (self.prompt_template or "{prompt}").replace("{prompt}", self.prompt)
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on; at a scale of 1 or less there is no unconditional half."""
+        return self.guidance_scale is not None and self.guidance_scale > 1
+
+    def typed(self) -> dict[str, Any]:
+        """The fields that were given, without those left to the model; JSON-ready."""
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+    def key(self) -> str:
+        """64 hex digits that are equal for equal requests, whatever they were read from."""
+        canonical = json.dumps(self.typed(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def changed(self, **fields: Any) -> GenerationRequest:
+        """The same request with some fields changed, checked again. Raises UsageError."""
+        return parse_request({**self.typed(), **fields})
+
+
+def known(value: T | None) -> T:
+    """A field of a resolved request, in which no None is left."""
+    assert value is not None, "the request is not resolved"
+    return value
+
+
+def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
+    """A request from JSON-like fields; aliases of other tools and `size: "WxH"` are understood.
+
+    Raises UsageError with one sentence that names the field.
+    """
+    known = {info.alias or name for name, info in GenerationRequest.model_fields.items()}
+    canonical: dict[str, Any] = {}
+    for name, value in fields.items():
+        field = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
+        if field == "size" and value is not None:
+            canonical["width"], canonical["height"] = parse_size(str(value))
+        elif field not in known and field != "size":
+            raise UsageError(f"a request has no field {name!r}{did_you_mean(field, known)}")
+        elif value is not None:
+            canonical[field] = value
+    try:
+        return GenerationRequest.model_validate(migrate(canonical))
+    except ValidationError as error:
+        raise UsageError(first_problem(error)) from None
+
+
+def migrate(fields: dict[str, Any]) -> dict[str, Any]:
+    """A request of an older schema as one of this schema. There is only schema 1 so far."""
+    return fields
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`"512x768"` -> (512, 768), width first. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,5})\s*[xX×*]\s*(\d{1,5})\s*", text)
+    if not match:
+        raise UsageError(f"a size is WIDTHxHEIGHT in pixels, such as 512x512, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def first_problem(error: ValidationError) -> str:
+    """Pydantic's first complaint as a sentence: `steps: should be at least 1, not 0`."""
+    detail = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = detail.get("input")
+    shown = (
+        f", not {given!r}" if isinstance(given, (int, float)) or (isinstance(given, str) and len(given) < 60) else ""
+    )
+    if detail["type"] == "value_error":
+        shown = ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """`"; did you mean 'sd15'?"`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,59 @@
+"""The table of schedulers: our name -> the diffusers class, the settings it needs, and what other tools call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """One row. `settings` override the model's own scheduler_config.json, and only what they must."""
+
+    class_name: str
+    summary: str
+    a1111: str
+    """A1111's `Sampler` value."""
+    a1111_type: str | None = None
+    """A1111's `Schedule type` value, where it writes one."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    uses_eta: bool = False
+    uses_scipy: bool = False
+    stochastic: bool = False
+    """Draws fresh noise at every step (from the picture's own generator)."""
+
+
+SCHEDULERS: dict[str, Scheduler] = {
+    "ddpm": Scheduler(
+        "DDPMScheduler", "the ancestral sampler of the first paper; wants many steps", "DDPM", stochastic=True
+    ),
+    "ddim": Scheduler(
+        "DDIMScheduler", "deterministic at eta 0, DDPM-like at eta 1; the reference", "DDIM", uses_eta=True
+    ),
+    "pndm": Scheduler(
+        "PNDMScheduler", "pseudo linear multistep, the first SD default", "PLMS", settings={"skip_prk_steps": True}
+    ),
+    "euler": Scheduler("EulerDiscreteScheduler", "simple and quick; what turbo models expect", "Euler"),
+    "euler-a": Scheduler(
+        "EulerAncestralDiscreteScheduler", "Euler with fresh noise at every step", "Euler a", stochastic=True
+    ),
+    "heun": Scheduler("HeunDiscreteScheduler", "second order: better per step, two model calls each", "Heun"),
+    "dpmpp-2m": Scheduler("DPMSolverMultistepScheduler", "second-order multistep; good in 20 to 25 steps", "DPM++ 2M"),
+    "dpmpp-2m-karras": Scheduler(
+        "DPMSolverMultistepScheduler",
+        "the same on Karras' noise levels; the usual choice",
+        "DPM++ 2M",
+        "Karras",
+        settings={"use_karras_sigmas": True},
+    ),
+    "dpmpp-2m-sde": Scheduler(
+        "DPMSolverMultistepScheduler",
+        "its stochastic form; livelier detail",
+        "DPM++ 2M SDE",
+        settings={"algorithm_type": "sde-dpmsolver++"},
+        stochastic=True,
+    ),
+    "unipc": Scheduler("UniPCMultistepScheduler", "predictor and corrector; good in 10 to 20 steps", "UniPC"),
+    "lms": Scheduler("LMSDiscreteScheduler", "linear multistep on sigmas", "LMS", uses_scipy=True),
+    "lcm": Scheduler("LCMScheduler", "for latent consistency models, 1 to 8 steps", "LCM", stochastic=True),
+}

@@ -1,0 +1,75 @@
+"""Our CLIP text encoder and tokenizer against transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sdcli.conditioning.clip import ClipTextConfig, ClipTextEncoder
+from sdcli.conditioning.tokenizer import load_tokenizer
+from sdcli.registry import PACKAGE
+
+TOKENIZERS = {name: PACKAGE / folder for name, folder in (("clip", "clip_tokenizer"), ("starter", "starter/tokenizer"))}
+
+
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_equal_transformers_bit_for_bit(hidden_act: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        hidden_act=hidden_act,
+    )
+    oracle = CLIPTextModel(config).eval().to(dtype)
+    network = ClipTextEncoder(ClipTextConfig.from_dict(config.to_dict())).to(dtype)
+    network.load_state_dict(oracle.state_dict())
+    ids = torch.randint(0, 1000, (3, 77))
+    with torch.inference_mode():
+        assert torch.equal(network(ids), oracle(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=300))
+def test_token_ids_equal_transformers(name: str, text: str) -> None:
+    oracle = _oracle(name)
+    expected = oracle(text, padding="max_length", max_length=oracle.model_max_length, truncation=True).input_ids
+    assert list(_tokenizer(name)(text).ids) == expected
+
+
+def test_a_vocabulary_with_merges_gives_the_same_ids_as_tokenizer_json(tmp_path: Path) -> None:
+    oracle = _oracle("clip")
+    backend = oracle.backend_tokenizer
+    backend.model.save(str(tmp_path))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("a photo of a cat", "it's 12 o'clock!!", "naïve café — 東京 🐎", "<|endoftext|> trick", ""):
+        expected = oracle(text, padding="max_length", max_length=77, truncation=True).input_ids
+        assert list(tokenizer(text).ids) == expected
+
+
+def test_what_does_not_fit_is_said_in_the_words_of_the_prompt() -> None:
+    tokens = _tokenizer("clip")("word " * 75 + "Beyond The End")
+    assert tokens.cut == "Beyond The End"
+    assert tokens.count == 78
+    assert len(tokens.ids) == 77
+    assert _tokenizer("clip")("word " * 75).cut == ""
+
+
+_cache: dict[str, object] = {}
+
+
+def _oracle(name: str) -> CLIPTokenizer:
+    return _cache.setdefault(f"oracle {name}", CLIPTokenizer.from_pretrained(TOKENIZERS[name]))  # type: ignore[return-value]
+
+
+def _tokenizer(name: str):
+    return _cache.setdefault(name, load_tokenizer(TOKENIZERS[name]))

@@ -1,0 +1,298 @@
+"""The laws of painting: what a picture depends on, and what happens when memory or numbers fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdcli import engine as engine_module
+from sdcli import pipeline
+from sdcli.engine import Engine, Event, Note, Result, automatic_batch_size, plan
+from sdcli.errors import BadOutput, CannotWrite, OutOfMemory, UsageError
+from sdcli.files import AlreadyExists
+from sdcli.jobs import BadJob, Job, Line, expand
+from sdcli.metadata import read_picture
+from sdcli.registry import Registry, load_registry
+from sdcli.settings import OutputSettings, RunSettings
+from sdcli.verify import verify_picture
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return load_registry()
+
+
+def jobs_of(registry: Registry, *prompts: str, **typed: Any) -> list[Job | BadJob]:
+    lines = [Line(0, {"prompt": prompt}) for prompt in prompts]
+    return list(expand(lines, typed, registry, num_images=typed.pop("num_images", 1), base_seed=5))
+
+
+def paint(
+    registry: Registry, folder: Path, jobs: list[Job | BadJob], *, batch_size: int | None = None, **output: Any
+) -> list[Event]:
+    settings = OutputSettings(outdir=folder, template="{index}", **output)
+    return list(Engine(registry, RunSettings(device="cpu", batch_size=batch_size), settings).paint_all(jobs))
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("model", ["tiny", "starter"])
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler-a"])
+def test_a_picture_does_not_depend_on_its_batch(registry: Registry, tmp_path: Path, model: str, scheduler: str) -> None:
+    jobs = jobs_of(registry, "a cat", "a dog", "a house", model=model, seed=7, steps=4, scheduler=scheduler)
+    paint(registry, tmp_path / "together", jobs, batch_size=3)
+    paint(registry, tmp_path / "alone", jobs, batch_size=1)
+    for name in ("1.png", "2.png", "3.png"):
+        assert np.abs(pixels(tmp_path / "together" / name) - pixels(tmp_path / "alone" / name)).max() <= 2
+
+
+def test_the_same_request_twice_gives_the_same_bytes(registry: Registry, tmp_path: Path) -> None:
+    jobs = jobs_of(registry, "a cat", "a dog", model="tiny", seed=7, scheduler="ddpm")
+    for name in ("first", "second"):
+        paint(registry, tmp_path / name, jobs, batch_size=2)
+    assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
+    assert len(pictures(tmp_path / "first")) == 2
+
+
+def test_other_neighbours_in_a_batch_of_equal_size_do_not_change_a_byte(registry: Registry, tmp_path: Path) -> None:
+    for name, other in (("one", "a dog"), ("two", "a very different thing")):
+        jobs = jobs_of(registry, "a cat", other, model="starter", seed=7, steps=3)
+        paint(registry, tmp_path / name, jobs, batch_size=2)
+    assert pixels(tmp_path / "one" / "1.png").tolist() == pixels(tmp_path / "two" / "1.png").tolist()
+    assert pixels(tmp_path / "one" / "2.png").tolist() != pixels(tmp_path / "two" / "2.png").tolist()
+
+
+def test_picture_number_k_starts_from_the_noise_of_its_own_seed(registry: Registry, tmp_path: Path) -> None:
+    many = jobs_of(registry, "a cat", model="tiny", seed=7, num_images=3)
+    assert [job.request.seed for job in many if isinstance(job, Job)] == [7, 8, 9]
+    paint(registry, tmp_path / "many", many, batch_size=1)
+    paint(registry, tmp_path / "one", jobs_of(registry, "a cat", model="tiny", seed=9), batch_size=1)
+    assert (tmp_path / "many" / "3.png").read_bytes() == (tmp_path / "one" / "1.png").read_bytes()
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(7.5, 2), (1.0, 1), (0.0, 1)])
+def test_guidance_of_one_computes_no_unconditional_half(
+    registry: Registry, tmp_path: Path, scale: float, rows: int
+) -> None:
+    engine = Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=tmp_path))
+    seen: list[int] = []
+    engine.load(registry.find("tiny")).model.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    list(engine.paint_all(jobs_of(registry, "a cat", model="tiny", guidance_scale=scale, steps=3)))
+    assert seen == [rows] * 3
+
+
+def test_a_picture_holds_the_request_that_paints_it_again(registry: Registry, tmp_path: Path) -> None:
+    paint(registry, tmp_path / "first", jobs_of(registry, "a cat\nin a hat", model="tiny", scheduler="euler-a"))
+    info = read_picture(tmp_path / "first" / "1.png")
+    assert info.request is not None
+    again = list(expand([Line(0, {})], info.request.typed(), registry, num_images=1, base_seed=99))
+    paint(registry, tmp_path / "second", again)
+    assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
+
+
+def test_every_picture_of_a_batch_verifies_alone(registry: Registry, tmp_path: Path) -> None:
+    paint(
+        registry, tmp_path, jobs_of(registry, "a cat", "a dog", "a fox", model="starter", seed=3, steps=3), batch_size=3
+    )
+    for path in tmp_path.glob("*.png"):
+        assert verify_picture(path, registry, RunSettings(device="cpu")).identical
+
+
+def test_a_picture_of_other_weights_does_not_verify_and_they_are_named(registry: Registry, tmp_path: Path) -> None:
+    paint(registry, tmp_path, jobs_of(registry, "a cat", model="tiny", seed=3))
+    tiny = registry.models["tiny"]
+    other = tiny.model_copy(update={"source": tiny.source.model_copy(update={"seed": 1})})
+    changed = registry.model_copy(update={"models": {**registry.models, "tiny": other}})
+    verdict = verify_picture(tmp_path / "1.png", changed, RunSettings(device="cpu"))
+    assert not verdict.identical
+    assert any(difference.startswith("the unet has other weights") for difference in verdict.differences)
+    with pytest.raises(BadOutput):
+        verdict.raise_if_different()
+
+
+def test_an_edited_picture_is_told_from_one_that_cannot_be_repeated(registry: Registry, tmp_path: Path) -> None:
+    paint(registry, tmp_path, jobs_of(registry, "a cat", model="tiny", seed=3))
+    with Image.open(tmp_path / "1.png") as image:
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        for name, text in image.text.items():
+            info.add_text(name, text)
+        edited = image.copy()
+    edited.putpixel((0, 0), (1, 2, 3))
+    edited.save(tmp_path / "edited.png", pnginfo=info)
+    verdict = verify_picture(tmp_path / "edited.png", registry, RunSettings(device="cpu"))
+    assert verdict.identical
+    assert verdict.edited
+
+
+def oom_above(limit: int, original: Any) -> Any:
+    def paint(painter: Any, requests: Any) -> Iterator[Any]:
+        if len(requests) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from original(painter, requests)
+
+    return paint
+
+
+def test_out_of_memory_while_denoising_halves_the_batch(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(registry, *"abcde", model="tiny", seed=1)
+    monkeypatch.setattr(engine_module, "paint", oom_above(2, pipeline.paint))
+    events = paint(registry, tmp_path / "crowded", jobs, batch_size=5)
+    monkeypatch.undo()
+    paint(registry, tmp_path / "roomy", jobs, batch_size=1)
+    results = [event for event in events if isinstance(event, Result)]
+    assert [result.status for result in results] == ["done"] * 5
+    assert any(isinstance(event, Note) and "out of memory" in event.text for event in events)
+    for name in pictures(tmp_path / "roomy"):
+        assert np.abs(pixels(tmp_path / "crowded" / name) - pixels(tmp_path / "roomy" / name)).max() <= 2
+    record = read_picture(tmp_path / "crowded" / "1.png").record
+    assert record is not None
+    assert "halved" in record.provenance["fallbacks"][0]
+    assert record.provenance["batch"]["size"] <= 2
+
+
+def test_out_of_memory_with_one_picture_fails_that_picture_with_exit_code_5(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "paint", oom_above(0, pipeline.paint))
+    *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
+    assert isinstance(result, Result)
+    assert isinstance(result.error, OutOfMemory)
+    assert result.error.exit_code == 5
+
+
+def test_out_of_memory_while_decoding_keeps_the_latents_and_tries_tiles(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[bool] = []
+
+    def decode(painter: Any, latents: Any, *, tiled: bool = False) -> Any:
+        attempts.append(tiled)
+        if not tiled:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+            )
+        return pipeline.decode(painter, latents, tiled=tiled)
+
+    monkeypatch.setattr(engine_module, "decode", decode)
+    *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
+    assert isinstance(result, Result)
+    assert result.status == "done"
+    assert attempts == [False, True]
+    record = read_picture(tmp_path / "1.png").record
+    assert record is not None
+    assert record.provenance["fallbacks"] == ["decoded in tiles: out of memory"]
+
+
+def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(painter: Any, latents: Any, *, tiled: bool = False) -> Any:
+        picture = pipeline.decode(painter, latents, tiled=tiled)
+        half = next(painter.model.vae.parameters()).dtype == torch.bfloat16
+        return picture * float("nan") if half else picture
+
+    monkeypatch.setattr(engine_module, "decode", decode)
+    settings = OutputSettings(outdir=tmp_path, template="x")
+    engine = Engine(registry, RunSettings(device="cpu", dtype="bfloat16"), settings)
+    *_, result = engine.paint_all(jobs_of(registry, "a", model="tiny"))
+    assert isinstance(result, Result)
+    assert result.status == "done"
+    assert result.fallbacks == ("decoded in float32: the half-precision VAE gave no picture",)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_black_or_nan_picture_is_never_saved(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(engine_module, "decode", lambda *_, **__: torch.full((3, 64, 64), value))
+    *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
+    assert isinstance(result, Result)
+    assert isinstance(result.error, BadOutput)
+    assert not pictures(tmp_path)
+
+
+def test_nan_in_one_picture_of_a_batch_does_not_take_its_neighbours(registry: Registry, tmp_path: Path) -> None:
+    engine = Engine(
+        registry, RunSettings(device="cpu", batch_size=2), OutputSettings(outdir=tmp_path, template="{index}")
+    )
+
+    def poison(_: Any, __: Any, output: Any) -> Any:
+        output[0][0] = float("nan")
+        return output
+
+    engine.load(registry.find("tiny")).model.unet.register_forward_hook(poison)
+    events = engine.paint_all(jobs_of(registry, "a", "b", model="tiny", guidance_scale=1))
+    statuses = [event.status for event in events if isinstance(event, Result)]
+    assert sorted(statuses) == ["done", "failed"]
+    assert list(pictures(tmp_path)) == ["2.png"]
+
+
+def test_a_prompt_that_is_too_long_is_cut_aloud_or_refused(registry: Registry, tmp_path: Path) -> None:
+    jobs = jobs_of(registry, "cat " * 100 + "unicorn", "a cat", model="tiny")
+    notes = [event.text for event in paint(registry, tmp_path, jobs) if isinstance(event, Note)]
+    assert len(notes) == 1
+    assert "101 tokens, 75 fit" in notes[0]
+    assert "unicorn" in notes[0]
+    run = RunSettings(device="cpu", strict_prompt=True)
+    results = [
+        event
+        for event in Engine(registry, run, OutputSettings(outdir=tmp_path / "strict")).paint_all(jobs)
+        if isinstance(event, Result)
+    ]
+    assert {result.job.index: result.status for result in results} == {1: "failed", 2: "done"}
+    assert isinstance(results[0].error, UsageError)
+
+
+def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"mine")
+    jobs = jobs_of(registry, "a", model="tiny", seed=1)
+    paint(registry, tmp_path, jobs)
+    assert (tmp_path / "1.png").read_bytes() == b"mine"
+    assert (tmp_path / "1-2.png").exists()
+    paint(registry, tmp_path, jobs, overwrite=True)
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "1-2.png").read_bytes()
+
+
+def test_a_taken_name_and_a_folder_without_permission_are_found_before_painting(
+    registry: Registry, tmp_path: Path
+) -> None:
+    (tmp_path / "x.png").write_bytes(b"mine")
+    with pytest.raises(AlreadyExists):
+        Engine(registry, RunSettings(), OutputSettings(outdir=tmp_path, template="x.png")).check_output()
+    with pytest.raises(CannotWrite, match="cannot make the folder"):
+        Engine(registry, RunSettings(), OutputSettings(outdir=tmp_path / "x.png" / "y")).check_output()
+
+
+def test_batches_hold_jobs_of_one_shape_and_models_are_loaded_once(registry: Registry) -> None:
+    lines = [
+        Line(number, {"prompt": "x", "model": model, "width": width})
+        for number, (model, width) in enumerate(
+            [("tiny", 64), ("starter", 64), ("tiny", 128), ("tiny", 64), ("starter", 64)]
+        )
+    ]
+    jobs = [job for job in expand(lines, {"height": 64}, registry, num_images=1, base_seed=1) if isinstance(job, Job)]
+    batches = plan(jobs, registry, RunSettings(device="cpu"))
+    assert [[job.index for job in batch] for batch in batches] == [[1, 4], [3], [2, 5]]
+
+
+def test_the_automatic_batch_size_depends_on_size_and_device_alone() -> None:
+    assert automatic_batch_size(512 * 512, device="cpu") == 1
+    assert automatic_batch_size(128 * 128, device="cpu") == 8
+    assert automatic_batch_size(4096 * 4096, device="cpu") == 1
+    assert automatic_batch_size(512 * 512, device="cuda") == 16

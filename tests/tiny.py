@@ -1,0 +1,69 @@
+"""Micro models with random weights, made and saved by diffusers and transformers themselves: the oracles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+PACKAGE = Path(__file__).parent.parent / "sdcli"
+
+
+def tiny_parts(*, vae_layers: int = 1, hidden_act: str = "quick_gelu", **unet_changes: Any) -> dict[str, Any]:
+    """The parts of a StableDiffusionPipeline in miniature, with seeded weights."""
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act=hidden_act,
+    )
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+            **unet_changes,
+        }
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=vae_layers,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    return {
+        "vae": vae,
+        "text_encoder": CLIPTextModel(text),
+        "tokenizer": CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer"),
+        "unet": unet,
+        "scheduler": PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            set_alpha_to_one=False,
+            skip_prk_steps=True,
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+def save_tiny_pipeline(folder: Path, **changes: Any) -> Path:
+    """Write a micro model in the diffusers layout and return its folder."""
+    pipeline = StableDiffusionPipeline(**tiny_parts(**changes), requires_safety_checker=False)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
