@@ -284,17 +284,20 @@ def automatic_batch_size(pixels: int, *, device: str) -> int:
     return max(1, min(16 if on_gpu else 8, room // pixels))
 
 
-def decode_with_fallbacks(painter: Painter, latents: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+def decode_with_fallbacks(
+    painter: Painter, latents: Tensor, *, tiled: bool = False, may_be_black: bool = False
+) -> tuple[Tensor, tuple[str, ...]]:
     """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
 
-    The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
+    `tiled` asks for tiles from the start. A black picture counts as a failure, unless it `may_be_black`: then only
+    NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
     """
     if not latents.isfinite().all():
         raise BadOutput("the latents are not finite (NaN); try --dtype float32")
     vae = painter.model.vae
     notes: tuple[str, ...] = ()
-    tiled = not latent_space.fits_in_memory(vae, latents.shape[1] * 8, latents.shape[2] * 8)
-    if tiled:
+    if not tiled and not latent_space.fits_in_memory(vae, latents.shape[1] * 8, latents.shape[2] * 8):
+        tiled = True
         notes = ("decoded in tiles: the whole picture would not fit into memory",)
     pixels = _try_decode(painter, latents, tiled=tiled)
     if pixels is None and not tiled:
@@ -305,18 +308,18 @@ def decode_with_fallbacks(painter: Painter, latents: Tensor) -> tuple[Tensor, tu
         pixels = _try_decode(with_vae(painter, device="cpu"), latents.cpu(), tiled=True)
     if pixels is None:
         raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
-    if wrong(pixels) and next(vae.parameters()).dtype != torch.float32:
+    if wrong(pixels, may_be_black=may_be_black) and next(vae.parameters()).dtype != torch.float32:
         notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
         pixels = _try_decode(with_vae(painter, dtype=torch.float32), latents, tiled=tiled)
-    if pixels is None or wrong(pixels):
+    if pixels is None or wrong(pixels, may_be_black=may_be_black):
         kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
         raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
     return pixels, notes
 
 
-def wrong(pixels: Tensor) -> bool:
+def wrong(pixels: Tensor, *, may_be_black: bool = False) -> bool:
     """Whether a decoded picture is no picture: NaN somewhere, or black everywhere."""
-    return not bool(pixels.isfinite().all()) or float(pixels.max()) == 0.0
+    return not bool(pixels.isfinite().all()) or (float(pixels.max()) == 0.0 and not may_be_black)
 
 
 def _try_decode(painter: Painter, latents: Tensor, *, tiled: bool) -> Tensor | None:

@@ -26,14 +26,17 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, 
 
 
 @torch.inference_mode()
-def encode(vae: VAE, pixels: Tensor, *, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+def encode(
+    vae: VAE, pixels: Tensor, *, generators: Sequence[torch.Generator] | None = None, tiled: bool = False
+) -> Tensor:
     """Pixels [B, 3, H, W] in 0..1 -> scaled latents [B, C, H/8, W/8], float32 on the CPU.
 
     The mean of the VAE's distribution, or a sample drawn with one CPU generator per picture. A VAE without a
     distribution (AutoencoderTiny) has only the mean; there the generators have no effect.
     """
     parameter = next(vae.parameters())
-    encoded = vae.encode((pixels * 2 - 1).to(parameter))
+    with _tiles(vae) if tiled else contextlib.nullcontext():
+        encoded = vae.encode((pixels * 2 - 1).to(parameter))
     if isinstance(vae, AutoencoderTiny):
         latents = encoded.latents.float().cpu()
     else:
@@ -69,7 +72,7 @@ def has_distribution(vae: VAE) -> bool:
 
 
 def fits_in_memory(vae: VAE, height: int, width: int) -> bool:
-    """Whether decoding height x width pixels in one piece should fit into the free memory.
+    """Whether decoding height x width pixels in one piece should fit into the free memory; encoding needs less.
 
     The widest layers hold about five buffers of `block_out_channels[1]` channels at full size
     (measured: 1.2 GB for 512x512 in float32).

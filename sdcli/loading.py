@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
+from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import pick_device, pick_dtype
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.lean_imports import VAE, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, lean_imports
@@ -116,6 +117,8 @@ def load_model(
     identities: dict[str, Future[str]] = {part: hashing.submit(build.identity, part) for part in wanted}
     hashing.shutdown(wait=False)
     networks: dict[str, nn.Module] = {part: _placed(build.network(part), target, number) for part in wanted}
+    if "unet" in networks and target.type == "cpu" and number != torch.float32:
+        use_sliced_self_attention(networks["unet"])
     return LoadedModel(
         spec=spec,
         device=target,

@@ -12,13 +12,11 @@ A JPEG's EXIF holds 64 KB at most: a `parameters` text over some 32,000 characte
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,20 +25,18 @@ from typing import Any, Literal
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin
 
 from sdcli import __version__
-from sdcli.errors import BadPicture, NotFound, SdcliError, UsageError
+from sdcli.errors import BadPicture, SdcliError, UsageError
 from sdcli.foreign import Tool, a1111_text, load_json, read_foreign
+from sdcli.picture_files import check_readable, opened
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.settings import ImageFormat
 
 SCHEMA = 1
 """The version of the record's layout; the request inside has its own."""
 
-MAX_PIXELS = 8192 * 8192
-"""The largest picture that a request can ask for; larger ones are not read."""
-MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_SHOWN = 500
 """Characters of a text in `unmapped`, before it is cut."""
 
@@ -137,9 +133,9 @@ def read_picture(path: Path) -> PictureInfo:
     An own record that is damaged or newer is told in `unmapped["sdcli"]`, and the other texts are read instead.
     Raises NotFound, and BadPicture for a file that is truncated, too large, or no such picture.
     """
-    _check_readable(path)
+    check_readable(path)
     try:
-        with _opened(path) as image:
+        with opened(path) as image:
             image.load()
             texts, own = _texts(image)
             width, height = image.size
@@ -261,43 +257,6 @@ def _segment(marker: int, data: bytes) -> bytes:
 
 _FORMATS: dict[str, ImageFormat] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
 """Pillow's names; MPO is a JPEG with a second picture behind it, as phones write them."""
-
-
-def _check_readable(path: Path) -> None:
-    """Refuse what is no ordinary file before it is opened: reading a pipe would wait for ever."""
-    try:
-        size = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise BadPicture(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if path.is_dir():
-        raise BadPicture(f"{path} is a folder, not a picture")
-    if not path.is_file():
-        raise BadPicture(f"{path} is no ordinary file")
-    if size > MAX_FILE_BYTES:
-        raise BadPicture(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
-
-
-@contextlib.contextmanager
-def _opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
-    """A picture, not yet decoded; whatever goes wrong in the block, on a hostile file too, is a BadPicture."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                yield image
-    except SdcliError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadPicture(f"has more than {MAX_PIXELS:,} pixels, too many to be read safely") from None
-    except UnidentifiedImageError:
-        raise BadPicture("is no PNG, JPEG or WebP picture") from None
-    except Exception as error:  # Pillow's readers fail in a dozen ways on damaged files
-        raise BadPicture(f"cannot be read: {str(error) or type(error).__name__}") from None
 
 
 def _texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
@@ -515,7 +474,7 @@ def _webp_chunk(kind: bytes, body: bytes) -> bytes:
 
 def _orientation(data: bytes) -> int:
     """The EXIF orientation, 1 to 8; 1 is upright, also where nothing says."""
-    with _opened(io.BytesIO(data)) as image:
+    with opened(io.BytesIO(data)) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdcli.conditioning.clip import ClipTextConfig, ClipTextEncoder
-from sdcli.conditioning.tokenizer import load_tokenizer
+from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.registry import PACKAGE
 
 TOKENIZERS = {name: PACKAGE / folder for name, folder in (("clip", "clip_tokenizer"), ("starter", "starter/tokenizer"))}
@@ -64,12 +65,11 @@ def test_what_does_not_fit_is_said_in_the_words_of_the_prompt() -> None:
     assert _tokenizer("clip")("word " * 75).cut == ""
 
 
-_cache: dict[str, object] = {}
-
-
+@cache
 def _oracle(name: str) -> CLIPTokenizer:
-    return _cache.setdefault(f"oracle {name}", CLIPTokenizer.from_pretrained(TOKENIZERS[name]))  # type: ignore[return-value]
+    return CLIPTokenizer.from_pretrained(TOKENIZERS[name])
 
 
-def _tokenizer(name: str):
-    return _cache.setdefault(name, load_tokenizer(TOKENIZERS[name]))
+@cache
+def _tokenizer(name: str) -> ClipTokenizer:
+    return load_tokenizer(TOKENIZERS[name])

@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "errors",
         "files",
         "hub",
+        "inputs",
         "jobs",
         "journal",
         "naming",
@@ -41,12 +42,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lean_imports",
         "loading",
         "metadata",
+        "picture_files",  # the one way to open a picture; images and metadata stand on it
         "weights",
     ),
     # 2: one batch, from requests to pictures
     ("pipeline",),
     # 3: many batches, kept warm
-    ("engine", "verify"),
+    ("codec", "engine", "selftest", "verify"),
     # 4: the mouths
     ("__main__", "cli.*"),
 )

@@ -1,5 +1,143 @@
-"""decode"""
+"""`sdcli decode`: latent files to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.options import (
+    DeviceOpt,
+    DTypeOpt,
+    JsonOpt,
+    ModelOpt,
+    ModelsFileOpt,
+    OfflineOpt,
+    OverwriteOpt,
+    QuietOpt,
+    VerboseOpt,
+)
+from sdcli.cli.stopping import GracefulStop
+from sdcli.errors import SdcliError, SomeFailed, UsageError
+from sdcli.inputs import input_files
+from sdcli.naming import SUFFIXES
+from sdcli.registry import load_registry
+from sdcli.settings import ImageFormat, RunSettings
+
+if TYPE_CHECKING:
+    from sdcli.codec import Decoded
+
+LATENTS = frozenset({".safetensors", ".latent", ".npy"})
 
 
-def command() -> None:
-    "todo"
+def command(
+    latents: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="LATENTS",
+            readable=False,
+            help="Files of `sdcli encode`, ComfyUI's .latent, plain .safetensors or .npy; folders.",
+        ),
+    ],
+    model: ModelOpt = None,
+    scaled: Annotated[
+        bool | None,
+        typer.Option(
+            "--scaled/--unscaled",
+            help="Whether plain files are multiplied by the VAE's scaling factor; the others say it themselves.",
+            show_default=False,
+        ),
+    ] = None,
+    tile: Annotated[
+        bool, typer.Option("--tile", help="Decode in tiles, for little memory; chosen alone where it must be.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The one picture to write.")
+    ] = None,
+    outdir: Annotated[Path | None, typer.Option("--outdir", help="The folder for the pictures (outputs).")] = None,
+    image_format: Annotated[
+        ImageFormat | None, typer.Option("--format", help="File format (png).", show_default=False)
+    ] = None,
+    overwrite: OverwriteOpt = False,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    models_file: ModelsFileOpt = None,
+    offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Decode latents to pictures. Each path is printed as soon as its picture is on the disk.
+
+    Without -m the model that the file names is taken. --dtype auto is float32 here, the one that loses nothing.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    if output is not None and outdir is not None:
+        raise UsageError("either -o or --outdir, not both")
+    if output is not None and (len(latents) > 1 or latents[0].is_dir()):
+        raise UsageError("-o names a single picture; several files need --outdir")
+    format = _format(output, image_format)
+    registry = load_registry(models_file)
+    if model is not None:
+        registry.find(model)
+    files = input_files(latents, suffixes=LATENTS, kind="latent files")
+    stop = GracefulStop(console).install()
+
+    from sdcli.codec import DecodeSettings, check_output, decode_all
+
+    settings = DecodeSettings(
+        outdir=outdir or DecodeSettings.outdir,
+        output=output,
+        format=format,
+        scaled=scaled,
+        tiled=tile,
+        overwrite=overwrite,
+    )
+    check_output(settings)
+    run = RunSettings(device=device, dtype=dtype, offline=offline)
+    alone = len(latents) == 1 and not latents[0].is_dir()
+    errors: list[SdcliError] = []
+    count = 0
+    for event in decode_all(files, registry, run, settings, model=model, stop=stop):
+        count += 1
+        errors += [event.error] if event.error is not None else []
+        _report(event, console, alone=alone)
+    if errors and count == 1:
+        raise errors[0]
+    if errors:
+        raise SomeFailed(f"{len(errors)} of {count} pictures failed")
+
+
+def _format(output: Path | None, image_format: ImageFormat | None) -> ImageFormat:
+    if output is None:
+        return image_format or "png"
+    named = SUFFIXES.get(output.suffix.lower())
+    if named is None:
+        raise UsageError(f"-o names no picture: {output.name!r} should end in {', '.join(SUFFIXES)}")
+    if image_format not in (None, named):
+        raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
+    return cast(ImageFormat, named)
+
+
+def _report(event: Decoded, console: Console, *, alone: bool) -> None:
+    """One picture as one line; a failure's sentence goes to stderr."""
+    for note in event.notes:
+        console.warn(note)
+    fields = {"status": event.status, "source": str(event.source), "index": event.index}
+    if event.error is not None:
+        if console.json:
+            console.result("", **fields, error=str(event.error), exit_code=event.error.exit_code)
+        if not alone or event.index:
+            console.warn(str(event.error))
+        return
+    console.result(
+        str(event.path),
+        **fields,
+        path=str(event.path),
+        width=event.width,
+        height=event.height,
+        model=event.model,
+        notes=list(event.notes),
+    )

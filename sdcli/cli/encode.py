@@ -1,5 +1,204 @@
-"""encode"""
+"""`sdcli encode`: pictures to latent files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, ModelOpt, ModelsFileOpt, OfflineOpt, QuietOpt, VerboseOpt
+from sdcli.cli.stopping import GracefulStop
+from sdcli.errors import SdcliError, SomeFailed, UsageError
+from sdcli.inputs import input_files
+from sdcli.registry import load_registry
+from sdcli.request import parse_size
+from sdcli.settings import RunSettings
+
+if TYPE_CHECKING:
+    from sdcli.codec import Encoded
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+INPUT, OUTPUT, RUN = "The pictures", "Output", "The run"
 
 
-def command() -> None:
-    "todo"
+def command(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="Pictures, or folders of them.")
+    ],
+    model: ModelOpt = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="WxH",
+            rich_help_panel=INPUT,
+            help="Bring every picture to this size; without it the middle is cut out at multiples of 8.",
+        ),
+    ] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "stretch"] | None,
+        typer.Option(
+            "--fit",
+            rich_help_panel=INPUT,
+            help="How a picture of other proportions gets --size (crop); pad adds black.",
+            show_default=False,
+        ),
+    ] = None,
+    sample: Annotated[
+        bool,
+        typer.Option("--sample", rich_help_panel=INPUT, help="Draw from the VAE's distribution, not take its mean."),
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", min=0, max=2**63 - 1, rich_help_panel=INPUT, help="For --sample (0).", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", rich_help_panel=OUTPUT, help="The one file to write."),
+    ] = None,
+    outdir: Annotated[
+        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the latents (latents).")
+    ] = None,
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack", rich_help_panel=OUTPUT, help="One file a batch (16 pictures), instead of one a picture."
+        ),
+    ] = False,
+    half: Annotated[
+        bool, typer.Option("--half", rich_help_panel=OUTPUT, help="Store 16-bit numbers; half the size.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", rich_help_panel=OUTPUT, help="Replace files made of other pictures or with other settings."
+        ),
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", rich_help_panel=OUTPUT, help="Decode again, and print what the VAE loses (PSNR, dB)."),
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once (1).", show_default=False
+        ),
+    ] = None,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    models_file: ModelsFileOpt = None,
+    offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Encode pictures to latents: .safetensors files that say how they were made, and that ComfyUI reads.
+
+    Each path is printed as soon as its file is on the disk. A second run skips what is there already. The numbers are
+    the VAE's own, not multiplied by its scaling factor. --dtype auto is float32 here, the one that loses nothing.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    if fit is not None and size is None:
+        raise UsageError("--fit goes with --size; without a size nothing is fitted")
+    if seed is not None and not sample:
+        raise UsageError("--seed goes with --sample; the mean needs none")
+    if output is not None and outdir is not None:
+        raise UsageError("either -o or --outdir, not both")
+    if output is not None and not pack and (len(images) > 1 or images[0].is_dir()):
+        raise UsageError("-o names a single file; several pictures need --outdir, or --pack")
+    if output is not None and output.suffix.lower() not in (".safetensors", ".latent"):
+        raise UsageError(f"latents go into a .safetensors file (or .latent, for ComfyUI), not {output.name!r}")
+    spec = load_registry(models_file).find(model)
+    files = input_files(images, suffixes=PICTURES, kind="pictures")
+    stop = GracefulStop(console).install()
+
+    from sdcli.codec import Codec, EncodeSettings, check_output, encode_all
+
+    settings = EncodeSettings(
+        outdir=outdir or EncodeSettings.outdir,
+        output=output,
+        pack=pack,
+        size=_size(size) if size is not None else None,
+        fit=fit or "crop",
+        sample_seed=(seed or 0) if sample else None,
+        half=half,
+        batch_size=batch_size,
+        check=check,
+        overwrite=overwrite,
+    )
+    check_output(settings)
+    console.say(f"loading the VAE of {spec.name}")
+    codec = Codec.load(spec, RunSettings(device=device, dtype=dtype, offline=offline))
+    alone = len(images) == 1 and not images[0].is_dir()
+    errors: list[SdcliError] = []
+    decibels: list[float] = []
+    count, printed = 0, None
+    for event in encode_all(files, codec, settings, stop=stop):
+        count += 1
+        errors += [event.error] if event.error is not None else []
+        decibels += [event.psnr] if event.psnr is not None else []
+        named = event.path == printed and not as_json and not check  # a packed file is printed once
+        if not named or event.error is not None:
+            _report(event, console, alone=alone)
+        printed = event.path if event.error is None else printed
+    if decibels:
+        mean = sum(decibels) / len(decibels)
+        text = f"mean PSNR {_decibels(mean)} over {len(decibels)} pictures"
+        console.result(text, status="summary", pictures=len(decibels), mean_psnr=_finite(mean))
+    if errors and count == 1:
+        raise errors[0]
+    if errors:
+        raise SomeFailed(f"{len(errors)} of {count} pictures failed")
+
+
+def _size(text: str) -> tuple[int, int]:
+    size = parse_size(text)
+    if any(side % 8 or not 8 <= side <= 8192 for side in size):
+        raise UsageError(f"--size takes multiples of 8 from 8 to 8192, not {text}")
+    return size
+
+
+def _report(event: Encoded, console: Console, *, alone: bool) -> None:
+    """One picture as one line: the path, with --check the decibels behind it; a failure's sentence goes to stderr."""
+    for note in event.notes:
+        console.warn(f"{event.source}: {note}")
+    fields = {"status": event.status, "source": str(event.source)}
+    if event.error is not None:
+        if console.json:
+            console.result("", **fields, error=str(event.error), exit_code=event.error.exit_code)
+        if not alone:
+            console.warn(str(event.error))
+        return
+    facts = event.facts
+    assert facts is not None
+    if event.status == "skipped":
+        console.say(f"{event.path} is there already, made of {event.source}")
+    if event.status == "skipped" and not console.json and event.psnr is None:
+        return
+    checked = {"psnr": _finite(event.psnr), "identical": event.psnr == math.inf} if event.psnr is not None else {}
+    console.result(
+        f"{event.path}\t{_decibels(event.psnr)}" if event.psnr is not None else str(event.path),
+        **fields,
+        path=str(event.path),
+        width=facts.width,
+        height=facts.height,
+        fitted_width=facts.fitted_width,
+        fitted_height=facts.fitted_height,
+        sha256=facts.sha256,
+        fallbacks=list(facts.fallbacks),
+        **checked,
+    )
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.2f} dB" if math.isfinite(value) else "identical"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return round(value, 4) if math.isfinite(value) else None

@@ -79,11 +79,11 @@ def command(
         ),
     ] = None,
     outdir: Annotated[
-        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the pictures [outputs].")
+        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the pictures (outputs).")
     ] = None,
     image_format: Annotated[
         ImageFormat | None,
-        typer.Option("--format", rich_help_panel=OUTPUT, help="File format [png].", show_default=False),
+        typer.Option("--format", rich_help_panel=OUTPUT, help="File format (png).", show_default=False),
     ] = None,
     overwrite: OverwriteOpt = False,
     no_metadata: Annotated[
@@ -96,7 +96,7 @@ def command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once [auto].", show_default=False
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once (auto).", show_default=False
         ),
     ] = None,
     device: DeviceOpt = "auto",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="See, download, check, add and convert models.", no_args_is_help=True)
 
 NameArg = Annotated[
-    str, typer.Argument(metavar="NAME", help="A name from `sdcli models list`, or owner/name[@revision].")
+    str, typer.Argument(metavar="NAME", help="A name from `sdcli models list`, or owner/name(@revision).")
 ]
 NamesArg = Annotated[
     list[str], typer.Argument(metavar="NAME...", help="Names from `sdcli models list`, or owner/name.")
@@ -160,7 +160,7 @@ def verify(
 def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A diffusers folder, a .safetensors file or owner/name[@revision].")
+        str, typer.Argument(metavar="SOURCE", help="A diffusers folder, a .safetensors file or owner/name(@revision).")
     ],
     description: Annotated[str, typer.Option(help="One line about it.")] = "",
     license: Annotated[str | None, typer.Option(help="Its licence.")] = None,

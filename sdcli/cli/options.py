@@ -15,7 +15,7 @@ ModelOpt = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="A name from `sdcli models list`, a diffusers folder, a .safetensors file, or owner/name[@revision].",
+        help="A name from `sdcli models list`, a diffusers folder, a .safetensors file, or owner/name(@revision).",
     ),
 ]
 ModelsFileOpt = Annotated[

@@ -1,0 +1,79 @@
+"""Files and folders as typed -> the files in them, in a stable order, each with a name for what is made of it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sdcli.errors import NotFound
+from sdcli.naming import numbered
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to work on. `name` is a relative path without suffix, and no other file of the run has the same."""
+
+    path: Path
+    name: PurePosixPath
+
+
+def input_files(arguments: Sequence[Path], *, suffixes: frozenset[str], kind: str) -> Iterator[InputFile]:
+    """The files that were typed, and those with a known suffix in the folders that were typed, sub-folders included.
+
+    A folder is read when its turn comes, one sub-folder at a time and sorted. Of `a.png` and `a.jpg` side by side
+    neither is called `a`: the names keep the suffix. A file that is typed need not exist; whoever reads it will say so.
+    Raises NotFound for a folder that cannot be read or has no such file.
+    """
+    typed = Counter(_stem(path.name) for path in arguments if not path.is_dir())
+    names = Names()
+    for argument in arguments:
+        if not argument.is_dir():
+            yield InputFile(argument, names.claim(PurePosixPath(_name(argument.name, typed))))
+            continue
+        found = False
+        for path, relative in _in_folder(argument, suffixes):
+            found = True
+            yield InputFile(path, names.claim(relative))
+        if not found:
+            raise NotFound(f"the folder {argument} holds no {kind} ({', '.join(sorted(suffixes))})")
+
+
+class Names:
+    """Names that are given out once; letters in upper and lower case count as equal, as on macOS and Windows."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def claim(self, name: PurePosixPath) -> PurePosixPath:
+        """The name, or where it is taken `name-2`, `name-3`, ..."""
+        number, free = 1, name
+        while str(free).casefold() in self._taken:
+            number += 1
+            free = PurePosixPath(str(numbered(name.with_name(f"{name.name}.x"), number))[: -len(".x")])
+        self._taken.add(str(free).casefold())
+        return free
+
+
+def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, PurePosixPath]]:
+    for root, folders, files in os.walk(folder, onerror=_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        known = sorted(name for name in files if not name.startswith(".") and Path(name).suffix.lower() in suffixes)
+        stems = Counter(_stem(name) for name in known)
+        below = PurePosixPath(Path(root).relative_to(folder).as_posix())
+        for name in known:
+            yield Path(root, name), below / _name(name, stems)
+
+
+def _unreadable(error: OSError) -> None:
+    raise NotFound(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
+def _name(name: str, stems: Counter[str]) -> str:
+    return name if stems[_stem(name)] > 1 else Path(name).stem
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem.casefold()
