@@ -73,14 +73,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     import torch
 
-    from sdcli.loading import load_model
+    from sdcli import loading
     from sdcli.registry import load_registry
 
     spec = load_registry().find(arguments.model)
     plain = contender in ("default", "sdcli-float32")
     dtype = "float32" if plain else "auto"
     times = run_sdcli if contender.startswith("sdcli") else run_diffusers
-    model = load_model(spec, device=arguments.device, dtype=dtype)
+    if times is run_diffusers:
+        loading.keep_freed_memory = lambda: None  # sdcli's own tuning of the allocator
+    model = loading.load_model(spec, device=arguments.device, dtype=dtype)
     loaded = time.perf_counter() - started
     steps, decode = times(model, arguments)
     cuda = model.device.type == "cuda"
@@ -129,9 +131,11 @@ def run_diffusers(model: Any, arguments: argparse.Namespace) -> tuple[list[float
     """The same with StableDiffusionPipeline, given the very same networks."""
     import torch
     from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import AttnProcessor2_0
 
     from sdcli.denoise.sampler import make_scheduler
 
+    model.unet.set_attn_processor(AttnProcessor2_0())  # diffusers' own; sdcli has another in half precision
     layout = torch.channels_last if arguments.worker == "tuned" else torch.contiguous_format
     pipeline = StableDiffusionPipeline(
         vae=model.vae.to(memory_format=layout),

@@ -163,6 +163,8 @@ class Engine:
         fallbacks: tuple[str, ...] = ()
         while pieces:
             piece = pieces.pop(0)
+            yield Phase("encode")
+            painter.encode(job.request.painted_prompt for job in piece)  # remembered: `paint` finds it done
             yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
             step, crowded = None, False
             try:
@@ -217,6 +219,7 @@ class Engine:
             for event in self.paint_batch(fitting, wanted):
                 if isinstance(event, Painted):
                     share = (time.monotonic() - started) / len(wanted)
+                    yield Phase("save")
                     path = self._save(event, painter.model, journal)
                     yield Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
                 else:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
-from sdcli.devices import pick_device, pick_dtype
+from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
 from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.hub import PIPELINES, local_snapshot, use_offline
 from sdcli.lean_imports import VAE, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, lean_imports
 from sdcli.registry import (
     PACKAGE,
@@ -95,6 +96,8 @@ def load_model(
     """
     spec.require_supported()
     target = pick_device(device)
+    if target.type == "cpu":
+        keep_freed_memory()
     number = pick_dtype(spec.defaults.dtype if dtype == "auto" else dtype, target)
     match spec.source:
         case RandomSource() as source:
@@ -106,8 +109,6 @@ def load_model(
         case FolderSource(path=path):
             build = _from_folder(path, number)
         case HubSource() as hub:
-            from sdcli.hub import local_snapshot, use_offline
-
             use_offline(offline)
             build = _from_folder(
                 local_snapshot(hub, name=spec.name, size=spec.download_bytes), number, variant=hub.variant
@@ -234,7 +235,7 @@ def _check_index(folder: Path) -> None:
         raise NotFound(f"no folder {folder}")
     index = _read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
-    if pipeline not in {"StableDiffusionPipeline", "LatentConsistencyModelPipeline"}:
+    if pipeline not in PIPELINES:
         raise UsageError(f"{folder} is a {pipeline}; sdcli paints with Stable Diffusion 1.x and 2.x so far")
     for part, allowed in COMPONENTS.items():
         named = index.get(part)
