@@ -48,6 +48,8 @@ MAX_PACK = 256
 """Pictures in a packed file that was named with -o: they are all held until it is written."""
 MAX_SIDE = {"png": 2**31 - 1, "jpeg": 65535, "webp": 16383}
 """Pixels a side that the formats can hold."""
+MAX_NAME_BYTES = 255
+"""What file systems take as a name; a picture may have one so long that no longer suffix fits behind it."""
 
 _OF_ONE_ITEM = (BadPicture, BadLatents, BadOutput, NotFound, OutOfMemory, UsageError, AlreadyExists)
 """Failures that concern one file; the rest of the batch goes on."""
@@ -232,7 +234,7 @@ class _Fitted:
 
 def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitted | Encoded:
     """One picture, fitted; or what became of it already: skipped or failed."""
-    path = None if settings.pack else settings.output or settings.outdir / f"{file.name}.safetensors"
+    path = None if settings.pack else settings.output or settings.outdir / _file_name(file.name, ".safetensors")
     try:
         check_readable(file.path)
         digest = _sha256(file.path)
@@ -482,7 +484,7 @@ def _decoded(
     settings: DecodeSettings,
     notes: tuple[str, ...],
 ) -> Decoded:
-    path = settings.output or settings.outdir / f"{name}{SUFFIX_OF[settings.format]}"
+    path = settings.output or settings.outdir / _file_name(name, SUFFIX_OF[settings.format])
     try:
         if os.path.lexists(path) and not settings.overwrite:
             raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
@@ -541,6 +543,15 @@ def check_output(settings: EncodeSettings | DecodeSettings) -> None:
         raise CannotWrite(f"cannot make the folder {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"no permission to write into {folder}")
+
+
+def _file_name(name: PurePosixPath, suffix: str) -> PurePosixPath:
+    """The name with its suffix; one too long is cut, and a digest of the whole tells it from its like."""
+    whole = os.fsencode(name.name)
+    if len(whole) + len(suffix) <= MAX_NAME_BYTES:
+        return name.with_name(name.name + suffix)
+    end = f"-{hashlib.sha256(whole).hexdigest()[:12]}{suffix}"
+    return name.with_name(whole[: MAX_NAME_BYTES - len(end)].decode(errors="ignore") + end)
 
 
 def _swept(files: Iterable[InputFile], settings: EncodeSettings | DecodeSettings) -> Iterator[InputFile]:

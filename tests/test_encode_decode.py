@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -288,6 +289,19 @@ def test_names_never_collide() -> None:
     assert len(good("decode", "latents")) == len(digests(Path("outputs"))) == 7
 
 
+def test_names_too_long_for_another_suffix_are_cut_and_still_tell_their_pictures_apart() -> None:
+    longest = ["l" * 251, "l" * 250 + "m", "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 83]
+    for k, name in enumerate(longest):
+        paint(Path("pictures") / f"{name}.png", seed=k)
+    paint(Path("pictures/z.png"), seed=9)
+    lines = run("encode", "pictures", "-m", "tiny", "--json").json
+    assert [line["status"] for line in lines] == ["done"] * 4
+    assert len({line["path"] for line in lines}) == 4
+    assert all(len(os.fsencode(Path(line["path"]).name)) <= 255 for line in lines)
+    assert [line["status"] for line in run("encode", "pictures", "-m", "tiny", "--json").json] == ["skipped"] * 4
+    assert len(good("decode", "latents", "--format", "webp")) == len(digests(Path("outputs"))) == 4
+
+
 def test_a_second_run_skips_what_is_there_and_encodes_what_changed() -> None:
     folder = folder_of(3)
     first = good("encode", folder, "-m", "tiny")
@@ -410,6 +424,29 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> No
         assert path.read_bytes() == (Path("expected") / path.name).read_bytes()
     good("encode", folder, "-m", "tiny")
     assert digests(Path("latents")) == digests(Path("expected"))
+
+
+def test_a_terminated_run_prints_exactly_what_it_leaves_on_the_disk() -> None:
+    folder = folder_of(200, size=(16, 16))
+    command = [sys.executable, "-m", "sdcli", "encode", str(folder), "-m", "tiny"]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    first = [process.stdout.readline().strip() for _ in range(3)]
+    process.terminate()
+    rest, talk = process.communicate(timeout=60)
+    assert process.returncode == 143, talk
+    assert "Traceback" not in talk
+    printed = first + rest.splitlines()
+    assert 3 <= len(printed) < 200
+    assert sorted(printed) == sorted(str(path) for path in Path("latents").iterdir())
+    for path in printed:
+        assert tensor(path).shape == (1, 4, 2, 2)
 
 
 @pytest.mark.slow
@@ -600,11 +637,51 @@ def test_a_folder_that_cannot_be_made_ends_with_exit_8() -> None:
         assert isinstance(run(*arguments, "-m", "tiny").error, CannotWrite)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_ends_with_exit_8() -> None:
+@contextlib.contextmanager
+def disk(path: Path, options: str) -> Iterator[Path]:
+    """A real file system of its own; needs the right to mount."""
+    path.mkdir()
+    mount = shutil.which("mount")
+    command = [str(mount), "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+    if mount is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_folder_without_permission_ends_with_exit_8_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As root everything is permitted but a disk that is mounted to be read."""
+    from sdcli.codec import Codec
+
+    monkeypatch.setattr(Codec, "load", lambda *_: pytest.fail("the model was loaded"))
     paint(Path("a.png"))
-    Path("locked").mkdir(mode=0o500)
-    assert isinstance(run("encode", "a.png", "--outdir", "locked", "-m", "tiny").error, CannotWrite)
+    np.save("a.npy", np.zeros((4, 2, 2), dtype=np.float32))
+    with contextlib.ExitStack() as mounted:
+        if os.geteuid() == 0:
+            mounted.enter_context(disk(Path("locked"), "ro"))
+        else:
+            Path("locked").mkdir(mode=0o500)
+        for command in (["encode", "a.png"], ["decode", "a.npy", "--scaled"]):
+            error = run(*command, "--outdir", "locked", "-m", "tiny").error
+            assert isinstance(error, CannotWrite)
+            assert "no permission to write" in str(error)
+
+
+def test_a_full_disk_ends_with_exit_8_and_what_was_printed_is_whole() -> None:
+    folder = folder_of(40, size=(16, 16))
+    good("encode", folder, "-m", "tiny", "--outdir", "expected")
+    with disk(Path("small"), "size=64k") as small:
+        outcome = run("encode", folder, "-m", "tiny", "--outdir", small)
+        assert isinstance(outcome.error, CannotWrite)
+        assert outcome.error.exit_code == 8
+        assert "No space left" in str(outcome.error)
+        assert 1 <= len(outcome.out) < 40
+        assert digests(small).keys() == {Path(line).name for line in outcome.out}
+        assert digests(small).items() <= digests(Path("expected")).items()
 
 
 def test_pictures_are_not_overwritten_unasked() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from sdcli.errors import BadPicture, NotFound
 from sdcli.images import fit, from_pixels, open_picture, to_pixels
@@ -131,6 +131,15 @@ def test_a_bomb_is_refused_at_once(tmp_path: Path, size: tuple[int, int]) -> Non
     with pytest.raises(BadPicture, match=r"too many to be read safely|cannot be read"):
         open_picture(path)
     assert time.monotonic() - started < 1
+
+
+def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("comment", "x" * 70_000_000, zip=True)
+    path = saved(tmp_path, picture(), "a.png", pnginfo=texts)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(BadPicture, match=f"^{path}: cannot be read: Decompressed data too large"):
+        open_picture(path)
 
 
 def test_what_is_no_picture_is_refused_whatever_its_name(tmp_path: Path) -> None:
