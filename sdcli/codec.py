@@ -504,7 +504,7 @@ def _model_of(
     if model is not None or content.record is None:
         return registry.find(model), ()
     if content.record.model in registry.models:
-        return registry.models[content.record.model], ()
+        return registry.find(content.record.model), ()
     note = f"{path} was made with {content.record.model!r}, which models.yaml does not know; decoding with the default"
     return registry.find(None), (note,)
 

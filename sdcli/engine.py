@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import gc
 import importlib.metadata
 import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sdcli
-from sdcli import latents as latent_space
 from sdcli.devices import out_of_memory
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, OutOfMemory, SdcliError, UsageError
 from sdcli.files import AlreadyExists, sweep, write_whole
@@ -30,6 +29,7 @@ from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
+from sdcli.request import GenerationRequest
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 
 
@@ -115,7 +115,7 @@ class Engine:
                     taken.add(path)
                     done[job.index] = path
             self._names |= taken
-        for batch in plan(good, self.registry, self.run):
+        for batch in plan(good, self.run):
             for job in batch:
                 if job.index in done:
                     yield Result("skipped", job, path=self.output.outdir / done[job.index])
@@ -157,45 +157,7 @@ class Engine:
 
     def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
-        painter = self.load(self.registry.find(batch[0].request.model))
-        batch = list(batch)
-        pieces = [batch]
-        fallbacks: tuple[str, ...] = ()
-        while pieces:
-            piece = pieces.pop(0)
-            yield Phase("encode")
-            painter.encode(job.request.painted_prompt for job in piece)  # remembered: `paint` finds it done
-            yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
-            step, crowded = None, False
-            try:
-                for step in paint(painter, [job.request for job in piece]):
-                    yield Progress(step.index, step.count, len(piece))
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                crowded = True
-            if crowded or step is None:  # outside `except`: the exception would keep the memory alive
-                free_caches()
-                if len(piece) == 1:
-                    raise OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
-                half = (len(piece) + 1) // 2
-                pieces = [piece[:half], piece[half:], *pieces]
-                fallbacks = (*fallbacks, f"batch of {len(piece)} halved: out of memory while denoising")
-                yield Note(f"out of memory with {len(piece)} pictures at once; going on with {half}")
-                continue
-            latents = step.latents
-            yield Phase("decode")
-            for position, job in enumerate(piece):
-                if job.index not in wanted:
-                    continue
-                try:
-                    pixels, notes = decode_with_fallbacks(painter, latents[position])
-                except SdcliError as error:
-                    yield Result("failed", job, error=error)
-                    continue
-                for note in notes:
-                    yield Note(note)
-                yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
+        return paint_batch(self.load(self.registry.find(batch[0].request.model)), batch, wanted)
 
     def _paint_batch(self, batch: Sequence[Job], wanted: set[int], journal: Journal | None) -> Iterator[Event]:
         started = time.monotonic()
@@ -259,7 +221,83 @@ class Engine:
         raise AssertionError("unreachable")
 
 
-def plan(jobs: Sequence[Job], registry: Registry, run: RunSettings) -> list[list[Job]]:
+def paint_batch(painter: Painter, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
+    """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
+    batch = list(batch)
+    pieces = [batch]
+    fallbacks: tuple[str, ...] = ()
+    while pieces:
+        piece = pieces.pop(0)
+        yield Phase("encode")
+        painter.encode(job.request.painted_prompt for job in piece)  # remembered: `paint` finds it done
+        yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
+        step, crowded = None, False
+        try:
+            for step in paint(painter, [job.request for job in piece]):
+                yield Progress(step.index, step.count, len(piece))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            crowded = True
+        if crowded or step is None:  # outside `except`: the exception would keep the memory alive
+            free_caches()
+            if len(piece) == 1:
+                raise OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
+            half = (len(piece) + 1) // 2
+            pieces = [piece[:half], piece[half:], *pieces]
+            fallbacks = (*fallbacks, f"batch of {len(piece)} halved: out of memory while denoising")
+            yield Note(f"out of memory with {len(piece)} pictures at once; going on with {half}")
+            continue
+        latents = step.latents
+        yield Phase("decode")
+        for position, job in enumerate(piece):
+            if job.index not in wanted:
+                continue
+            try:
+                pixels, notes = decode_with_fallbacks(painter, latents[position])
+            except SdcliError as error:
+                yield Result("failed", job, error=error)
+                continue
+            for note in notes:
+                yield Note(note)
+            yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
+
+
+def paint_pictures(
+    painter: Painter, requests: Sequence[GenerationRequest], *, batch_size: int | None = None
+) -> list[Painted]:
+    """Paint resolved requests with a painter that is at hand, and return the pictures in their order; no files.
+
+    The way of a trainer to its sample pictures: the batches and fall-backs are those of `sdcli generate`, so a picture
+    has the same pixels as one that `generate` paints with these weights, device, dtype and batch size. The networks
+    are in evaluation mode meanwhile. Raises what is wrong with a picture: UsageError, BadOutput and OutOfMemory.
+    """
+    jobs = [Job(index, request) for index, request in enumerate(requests)]
+    painted: dict[int, Painted] = {}
+    with _evaluating(painter.model.parts.values()):
+        for batch in plan(jobs, RunSettings(device=painter.model.device.type, batch_size=batch_size)):
+            for event in paint_batch(painter, batch, {job.index for job in batch}):
+                if isinstance(event, Painted):
+                    painted[event.job.index] = event
+                elif isinstance(event, Result) and event.error is not None:
+                    raise event.error
+    return [painted[job.index] for job in jobs]
+
+
+@contextlib.contextmanager
+def _evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Dropout and its like are off inside, and each layer is as it was afterwards."""
+    training = [module for network in networks for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
     """Batches of jobs that can be denoised together: same model, shape, steps, scheduler and guidance.
 
     The same jobs always give the same batches; models come in the order of their first job.
@@ -292,14 +330,15 @@ def decode_with_fallbacks(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
 
-    `tiled` asks for tiles from the start. A black picture counts as a failure, unless it `may_be_black`: then only
-    NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
+    `tiled` asks for tiles from the start. A black picture of a VAE counts as a failure, unless it `may_be_black`: then
+    only NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
     """
     if not latents.isfinite().all():
         raise BadOutput("the latents are not finite (NaN); try --dtype float32")
-    vae = painter.model.vae
+    space = painter.space
+    may_be_black = may_be_black or not space.black_is_wrong
     notes: tuple[str, ...] = ()
-    if not tiled and not latent_space.fits_in_memory(vae, latents.shape[1] * 8, latents.shape[2] * 8):
+    if not tiled and not space.fits_in_memory(latents):
         tiled = True
         notes = ("decoded in tiles: the whole picture would not fit into memory",)
     pixels = _try_decode(painter, latents, tiled=tiled)
@@ -308,12 +347,12 @@ def decode_with_fallbacks(
         pixels = _try_decode(painter, latents, tiled=True)
     if pixels is None and painter.model.device.type != "cpu":
         notes = (*notes, "decoded on the CPU: out of memory")
-        pixels = _try_decode(with_vae(painter, device="cpu"), latents.cpu(), tiled=True)
+        pixels = _try_decode(replace(painter, space=space.moved(device="cpu")), latents.cpu(), tiled=True)
     if pixels is None:
         raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
-    if wrong(pixels, may_be_black=may_be_black) and next(vae.parameters()).dtype != torch.float32:
+    if wrong(pixels, may_be_black=may_be_black) and space.dtype != torch.float32:
         notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
-        pixels = _try_decode(with_vae(painter, dtype=torch.float32), latents, tiled=tiled)
+        pixels = _try_decode(replace(painter, space=space.moved(dtype=torch.float32)), latents, tiled=tiled)
     if pixels is None or wrong(pixels, may_be_black=may_be_black):
         kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
         raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
@@ -335,13 +374,6 @@ def _try_decode(painter: Painter, latents: Tensor, *, tiled: bool) -> Tensor | N
     return None
 
 
-def with_vae(painter: Painter, **to: Any) -> Painter:
-    """The painter with a copy of its VAE elsewhere or in another dtype."""
-    model = painter.model
-    vae = copy.deepcopy(model.vae).to(**to)
-    return replace(painter, model=replace(model, parts={**model.parts, "vae": vae}))
-
-
 def free_caches() -> None:
     """Give cached memory back before the next attempt."""
     gc.collect()
@@ -352,7 +384,8 @@ def free_caches() -> None:
 def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
     """What the text encoder will not see of a job's prompts. With `strict`, raises UsageError instead."""
     tokenizer = painter.model.tokenizer
-    assert tokenizer is not None
+    if tokenizer is None:
+        return []
     notes = []
     for kind, text in (("prompt", job.request.painted_prompt), ("negative prompt", job.request.negative_prompt or "")):
         tokens = tokenizer(text)

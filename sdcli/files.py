@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from sdcli.errors import CannotWrite
 
-_TEMPORARY = re.compile(r"\.sdcli-(\d+)-\d+\.tmp")
+_TEMPORARY = re.compile(r"\.sdcli-(\d+)-\d+(?:-[0-9a-f]+)?\.tmp")
 _counter = itertools.count()
 
 
@@ -29,7 +31,7 @@ def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     if not overwrite and os.path.lexists(path):
         raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
-    temporary = path.parent / f".sdcli-{os.getpid()}-{next(_counter)}.tmp"
+    temporary = path.parent / f".sdcli-{os.getpid()}-{next(_counter)}-{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,16 +57,13 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
 
 
 def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # safetensors makes its files private, whatever the umask says
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    os.chmod(temporary, permitted_mode())  # safetensors makes its files private, whatever the umask says
+    sync_file(temporary)
     if overwrite:
         os.replace(temporary, path)
     else:
         _link_or_rename(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _link_or_rename(temporary: Path, path: Path) -> None:
@@ -79,9 +78,23 @@ def _link_or_rename(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
 
 
-def _sync_folder(folder: Path) -> None:
+def permitted_mode() -> int:
+    """The permissions of a new file, as the umask has them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk. Raises OSError."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that. Raises OSError."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
@@ -91,15 +104,34 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places at once; False where the system or the file system cannot. Raises OSError.
+
+    Linux's renameat2 with RENAME_EXCHANGE, which Python has no name for.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # another system, or another C library
+        return False
+    here, both_stay = -100, 2
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), both_stay) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
+
 def sweep(folder: Path) -> None:
     """Remove temporary files that a killed process left in a folder; those of living processes stay."""
     for entry in os.scandir(folder) if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and not _alive(int(match[1])):
+        if match and not alive(int(match[1])):
             Path(entry.path).unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs on this computer."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

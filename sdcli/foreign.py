@@ -400,7 +400,9 @@ def _mapped(found: dict[str, Any], unmapped: dict[str, Any]) -> GenerationReques
         try:
             if isinstance(value, bool):
                 raise UsageError(f"{field}: should be no boolean")
-            parse_request({field: value})
+            side = getattr(parse_request({field: value}), field)
+            if field in ("width", "height") and side % 8:  # all these tools paint on the latents of a VAE
+                raise UsageError(f"{field}: should be a multiple of 8, not {side}")
             valid[field] = value
         except UsageError:
             unmapped[field] = value

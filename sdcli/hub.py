@@ -47,7 +47,7 @@ SIDE_FILES = {
 }
 """Component -> the small files it may have; no other name is ever downloaded."""
 PIPELINES = {"StableDiffusionPipeline", "LatentConsistencyModelPipeline"}
-"""The classes of model_index.json that sdcli can paint with."""
+"""The classes of model_index.json that are downloaded; `model_folder.LAYOUTS` knows more, for folders on disk."""
 MAX_SIDE_FILE_BYTES = 32 * 1024**2
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sdcli.errors import BadPicture, SdcliError
-from sdcli.picture_files import OWN_FORMATS, check_readable, opened
+from sdcli.picture_files import MAX_FILE_BYTES, OWN_FORMATS, check_readable, opened
 
 Fit = Literal["crop", "pad", "stretch"]
 READABLE = (*OWN_FORMATS, "BMP", "GIF", "TIFF")
@@ -26,12 +27,26 @@ def open_picture(path: Path) -> Image.Image:
     Raises NotFound, and BadPicture for what is truncated, damaged, too large, or no picture.
     """
     check_readable(path)
+    return _decoded(path, name=str(path))
+
+
+def picture_from_bytes(data: bytes, *, name: str) -> Image.Image:
+    """The bytes of a picture file -> the picture, with the care of `open_picture`; `name` is for the sentence.
+
+    Raises BadPicture.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise BadPicture(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+    return _decoded(io.BytesIO(data), name=name)
+
+
+def _decoded(file: Path | io.BytesIO, *, name: str) -> Image.Image:
     try:
-        with opened(path, formats=READABLE) as image:
+        with opened(file, formats=READABLE) as image:
             image.load()
             return _rgb(_upright(image))
     except BadPicture as error:
-        raise BadPicture(f"{path}: {error}") from None
+        raise BadPicture(f"{name}: {error}") from None
 
 
 def fit(image: Image.Image, size: tuple[int, int] | None, *, how: Fit = "crop") -> Image.Image:

@@ -144,9 +144,9 @@ def expand(
                 raise UsageError(line.problem)
             count = _count(fields.pop("num_images", fields.pop("n", num_images)))
             asked = parse_request({**typed, **fields})
-            if "prompt" not in fields and "prompt" not in typed:
-                raise UsageError("has no prompt")
             spec = registry.find(asked.model)
+            if "prompt" not in fields and "prompt" not in typed and spec.kind.conditioning != "none":
+                raise UsageError("has no prompt")
             spec.require_supported()
             key = asked.key()
             seen[key] += 1

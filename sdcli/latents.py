@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sdcli.devices import free_memory
 from sdcli.lean_imports import VAE, AutoencoderTiny
+from sdcli.model_folder import cell_of
 
 TILE = 64
-"""Latent cells a side of a tile (512 pixels)."""
+"""Latent cells a side of a tile (512 pixels with Stable Diffusion's VAE)."""
 
 
 def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -34,17 +35,28 @@ def encode(
     The mean of the VAE's distribution, or a sample drawn with one CPU generator per picture. A VAE without a
     distribution (AutoencoderTiny) has only the mean; there the generators have no effect.
     """
+    latents, logvar = moments(vae, pixels, tiled=tiled)
+    if logvar is not None and generators is not None:
+        # the exponential where and as the VAE computes: in half precision it rounds differently
+        std = torch.exp(0.5 * logvar.to(next(vae.parameters()))).float().cpu()
+        _, channels, height, width = latents.shape
+        latents = latents + std * initial_noise(generators, (channels, height, width))
+    return latents * scaling_factor(vae)
+
+
+@torch.inference_mode()
+def moments(vae: VAE, pixels: Tensor, *, tiled: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Pixels [B, 3, H, W] in 0..1 -> mean and log variance of their latents, each [B, C, H/8, W/8], not scaled.
+
+    Both float32 on the CPU; the log variance is cut to -30..20, as diffusers' `DiagonalGaussianDistribution` does, and
+    None for a VAE without a distribution (AutoencoderTiny).
+    """
     parameter = next(vae.parameters())
     with _tiles(vae) if tiled else contextlib.nullcontext():
         encoded = vae.encode((pixels * 2 - 1).to(parameter))
     if isinstance(vae, AutoencoderTiny):
-        latents = encoded.latents.float().cpu()
-    else:
-        distribution = encoded.latent_dist
-        latents = distribution.mean.float().cpu()
-        if generators is not None:
-            latents = latents + distribution.std.float().cpu() * initial_noise(generators, tuple(latents.shape[1:]))
-    return latents * scaling_factor(vae)
+        return encoded.latents.float().cpu(), None
+    return encoded.latent_dist.mean.float().cpu(), encoded.latent_dist.logvar.float().cpu()
 
 
 @torch.inference_mode()
@@ -64,6 +76,11 @@ def scaling_factor(vae: VAE) -> float:
 def latent_channels(vae: VAE) -> int:
     """C of the latents [B, C, h, w] that the VAE makes and takes."""
     return int(vae.config.latent_channels)
+
+
+def cell(vae: VAE) -> int:
+    """Pixels a side that become one cell of the latents; 8 for the VAE of Stable Diffusion."""
+    return cell_of(vae.config)
 
 
 def has_distribution(vae: VAE) -> bool:
@@ -87,7 +104,7 @@ def fits_in_memory(vae: VAE, height: int, width: int) -> bool:
 def _tiles(vae: VAE, tile: int = TILE) -> Iterator[None]:
     """Let the VAE work in overlapping tiles of at most `tile` latent cells a side."""
     before = (vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size)
-    vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = True, tile, tile * 8
+    vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = True, tile, tile * cell(vae)
     try:
         yield
     finally:

@@ -2,13 +2,14 @@
 
 Measured on a 2-core AMD EPYC: `import torch` takes 1.0 s, the UNet class 2.4 s on top, and 0.4 s inside `lean_imports`.
 The rest goes to packages whose `__init__` imports every model family, to `torch._dynamo` (for one decorator),
-and to transformers and scipy.stats (for features sdcli does not use). Inside the block those are absent, which
+and to transformers, peft and scipy.stats (for features painting does not use). Inside the block those are absent, which
 diffusers allows for; after it everything is as before, so that other code in the process imports the real ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -18,7 +19,7 @@ from typing import Any
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 _EAGER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets", "diffusers.models.autoencoders")
-_ABSENT = ("transformers", "scipy")
+_ABSENT = ("transformers", "scipy", "peft")
 
 
 @contextlib.contextmanager
@@ -71,13 +72,45 @@ def _dynamo_stand_in() -> types.ModuleType:
     return module
 
 
+def _scale_lora_layers_lazily() -> None:
+    """Spare the import of peft, and with it of transformers, where nothing is to be scaled.
+
+    diffusers imports it in every forward pass, to multiply all LoRA layers by a scale that is 1 if none was given.
+    """
+    from diffusers.utils import peft_utils
+
+    def unless_one(scale: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(scale)
+        def scaled(model: Any, weight: float | None = None) -> None:
+            if weight != 1.0:
+                scale(model, weight)
+
+        return scaled
+
+    for name in ("scale_lora_layers", "unscale_lora_layers"):
+        setattr(peft_utils, name, unless_one(getattr(peft_utils, name)))
+
+
 import torch  # noqa: E402  (torch first: it must not be imported inside the block)
 
 with lean_imports():
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+_scale_lora_layers_lazily()
+
+UNet = UNet2DConditionModel | UNet2DModel
 VAE = AutoencoderKL | AutoencoderTiny
 
-__all__ = ["VAE", "AutoencoderKL", "AutoencoderTiny", "UNet2DConditionModel", "lean_imports", "torch"]
+__all__ = [
+    "VAE",
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "UNet",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "lean_imports",
+    "torch",
+]

@@ -1,12 +1,14 @@
-"""ModelSpec -> LoadedModel: the networks of a model in memory, in the run's dtype, on the run's device."""
+"""ModelSpec -> LoadedModel: the networks of a model in memory, in the run's dtype, on the run's device.
+
+Which folders there are, and what stands where in them, is in `model_folder.py`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +20,18 @@ from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
-from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.hub import PIPELINES, local_snapshot, use_offline
-from sdcli.lean_imports import VAE, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, lean_imports
+from sdcli.errors import BadWeights, UsageError
+from sdcli.hub import local_snapshot, use_offline
+from sdcli.lean_imports import (
+    VAE,
+    AutoencoderKL,
+    AutoencoderTiny,
+    UNet,
+    UNet2DConditionModel,
+    UNet2DModel,
+    lean_imports,
+)
+from sdcli.model_folder import kind_of, network_config, read_json_object, read_layout
 from sdcli.registry import (
     PACKAGE,
     EmbeddedSource,
@@ -29,19 +40,20 @@ from sdcli.registry import (
     HubSource,
     ModelSpec,
     RandomSource,
+    described,
 )
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 
 Part = Literal["text_encoder", "unet", "vae"]
 PARTS: tuple[Part, ...] = ("text_encoder", "unet", "vae")
-VAE_CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-COMPONENTS = {
-    "unet": {"UNet2DConditionModel"},
-    "vae": set(VAE_CLASSES),
-    "text_encoder": {"CLIPTextModel"},
-    "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
+NAMES: dict[str, str] = {"text_encoder": "text encoder", "unet": "UNet", "vae": "VAE"}
+NETWORKS: dict[str, Any] = {
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "UNet2DModel": UNet2DModel,
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
 }
-"""The classes that a model_index.json may name; sdcli never looks a class up by a name from a file."""
+"""diffusers' classes by the names in config.json; the text encoder is our own."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class LoadedModel:
     identities: Mapping[str, Future[str]] = field(repr=False)
 
     @cached_property
-    def unet(self) -> UNet2DConditionModel:
+    def unet(self) -> UNet:
         return self._part("unet")
 
     @cached_property
@@ -81,6 +93,54 @@ class LoadedModel:
         """The identity of every loaded part."""
         return {part: self.identity(part) for part in self.parts}
 
+    def with_parts(self, *, identity: str = "memory", **networks: nn.Module) -> LoadedModel:
+        """The same model with some of its networks replaced, as they stand in memory: what a trainer paints with.
+
+        `identity` is what the records of pictures call their weights. The networks are of the same kind as those they
+        replace, bare (not inside DDP), on the model's device; a text encoder is a `ClipTextEncoder`.
+        """
+        return replace(
+            self,
+            parts={**self.parts, **networks},
+            identities={**self.identities, **dict.fromkeys(networks, _finished(identity))},
+        )
+
+
+def model_in_memory(
+    spec: ModelSpec,
+    *,
+    scheduler_config: Mapping[str, Any],
+    tokenizer: ClipTokenizer | None = None,
+    classes: Sequence[str] | None = None,
+    identity: str = "memory",
+    **networks: nn.Module,
+) -> LoadedModel:
+    """A model of networks made in memory: `unet`, and `vae` and `text_encoder` (with a tokenizer) if it has them.
+
+    What it paints from, and on what, is read off the networks' own configurations; of the spec its name and defaults
+    are used, and its source need not exist. `classes` names the classes of a class-conditional UNet.
+    Device and dtype are those of the UNet. Raises UsageError and BadWeights where the networks do not fit together.
+    """
+    unet: Any = networks["unet"]
+    vae: Any = networks.get("vae")
+    kind = kind_of(
+        unet.config,
+        vae=None if vae is None else vae.config,
+        has_text="text_encoder" in networks,
+        classes=classes,
+        source=spec.name,
+    )
+    parameter = next(unet.parameters())
+    return LoadedModel(
+        spec=spec.model_copy(update={"kind": kind}),
+        device=parameter.device,
+        dtype=parameter.dtype,
+        scheduler_config=scheduler_config,
+        parts=networks,
+        tokenizer=tokenizer,
+        identities=dict.fromkeys(networks, _finished(identity)),
+    )
+
 
 def load_model(
     spec: ModelSpec,
@@ -88,13 +148,15 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     offline: bool = False,
-    parts: Iterable[Part] = PARTS,
+    parts: Iterable[Part] | None = None,
 ) -> LoadedModel:
-    """Load a model from wherever its spec says. The network is never used; `sdcli models pull` does that.
+    """Load a model from wherever its spec says, or some `parts` of it. The network is never used.
 
-    Raises NotFound, Offline (a hub model that is not in the cache), BadWeights and UsageError.
+    Raises NotFound, Offline (a hub model that is not in the cache; `sdcli models pull` gets it), BadWeights and
+    UsageError, also for a part that this kind of model does not have.
     """
     spec.require_supported()
+    spec = described(spec)
     target = pick_device(device)
     if target.type == "cpu":
         keep_freed_memory()
@@ -113,8 +175,15 @@ def load_model(
             build = _from_folder(
                 local_snapshot(hub, name=spec.name, size=spec.download_bytes), number, variant=hub.variant
             )
+    if parts is None and "unet" not in build.parts:
+        held = " and ".join(NAMES[part] for part in build.parts)
+        raise UsageError(f"{spec.name} holds a {held} and no UNet, so it cannot paint; train-unet can build on it")
+    wanted = build.parts if parts is None else tuple(parts)
+    for part in wanted:
+        if part not in build.parts:
+            why = "it paints on pixels, not on latents" if part == "vae" else "it paints without text"
+            raise UsageError(f"{spec.name} has no {NAMES[part]}: {why}")
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
-    wanted = tuple(parts)
     identities: dict[str, Future[str]] = {part: hashing.submit(build.identity, part) for part in wanted}
     hashing.shutdown(wait=False)
     networks: dict[str, nn.Module] = {part: _placed(build.network(part), target, number) for part in wanted}
@@ -131,6 +200,13 @@ def load_model(
     )
 
 
+def _finished(identity: str) -> Future[str]:
+    """An identity that needs no hashing."""
+    known: Future[str] = Future()
+    known.set_result(identity)
+    return known
+
+
 def _placed(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """On the device; convolutions channels-last in half precision, where it is quicker (float32 stays bit-exact)."""
     network = network.to(device)
@@ -141,6 +217,7 @@ def _placed(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
 class _Build:
     """How one kind of source makes its parts."""
 
+    parts: tuple[Part, ...]
     network: Callable[[str], nn.Module]
     tokenizer: Callable[[], ClipTokenizer]
     identity: Callable[[str], str]
@@ -159,6 +236,7 @@ def _from_recipe(source: RandomSource, dtype: torch.dtype) -> _Build:
         return empty
 
     return _Build(
+        PARTS,
         network,
         tokenizer=lambda: load_tokenizer(PACKAGE / "clip_tokenizer"),
         identity=lambda part: f"random:{source.architecture}:{source.seed}",
@@ -169,7 +247,7 @@ def _from_recipe(source: RandomSource, dtype: torch.dtype) -> _Build:
 def _sd15_configs() -> dict[str, dict[str, Any]]:
     folder = PACKAGE / "sd1_config"
     names = {"scheduler": "scheduler_config.json"}
-    return {part: _read_json(folder / part / names.get(part, "config.json")) for part in (*PARTS, "scheduler")}
+    return {part: read_json_object(folder / part / names.get(part, "config.json")) for part in (*PARTS, "scheduler")}
 
 
 _TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -205,15 +283,14 @@ _TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None) -> _Build:
-    _check_index(folder)
+    layout = read_layout(folder)
     stems = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
     def files(part: str) -> list[Path]:
-        return shards(folder / part, stems[part], variant=variant)
+        return shards(folder / layout.folder_of(part), stems[part], variant=variant)
 
     def network(part: str) -> nn.Module:
-        config = _read_json(folder / part / "config.json")
-        empty = _empty(part, config, source=str(folder / part))
+        empty = _empty(part, network_config(folder, layout, part), source=str(folder / layout.folder_of(part)))
         wanted = set(empty.state_dict())
         tensors: dict[str, Tensor] = {}
         for file in files(part):
@@ -221,31 +298,14 @@ def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None
         fill(empty, tensors, source=str(files(part)[0]))
         return empty
 
+    scheduler = read_json_object(folder / "scheduler" / "scheduler_config.json")
     return _Build(
+        tuple(part for part in PARTS if part in layout.components),
         network,
         tokenizer=lambda: load_tokenizer(folder / "tokenizer"),
         identity=lambda part: _files_digest(files(part)),
-        scheduler_config=_mended_scheduler_config(_read_json(folder / "scheduler" / "scheduler_config.json")),
+        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text else scheduler,
     )
-
-
-def _check_index(folder: Path) -> None:
-    """Refuse a folder whose model_index.json names other parts than sdcli knows, or that lacks some."""
-    if not folder.is_dir():
-        raise NotFound(f"no folder {folder}")
-    index = _read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise UsageError(f"{folder} is a {pipeline}; sdcli paints with Stable Diffusion 1.x and 2.x so far")
-    for part, allowed in COMPONENTS.items():
-        named = index.get(part)
-        if not isinstance(named, list) or len(named) != 2 or named[1] not in allowed:
-            shown = named[1] if isinstance(named, list) and len(named) == 2 else named
-            raise BadWeights(
-                f"{folder}/model_index.json names {shown!r} as its {part}; known: {', '.join(sorted(allowed))}"
-            )
-        if not (folder / part).is_dir():
-            raise BadWeights(f"{folder} has no {part} folder; the model is incomplete")
 
 
 def _modern_name(part: str, stored: str, wanted: set[str]) -> str | None:
@@ -306,6 +366,7 @@ def _from_single_file(path: Path, dtype: torch.dtype) -> _Build:
         return empty
 
     return _Build(
+        PARTS,
         network,
         tokenizer=lambda: load_tokenizer(PACKAGE / "clip_tokenizer"),
         identity=lambda part: _files_digest([path]),
@@ -348,29 +409,14 @@ def _empty(part: str, config: dict[str, Any], *, source: str) -> nn.Module:
                     raise ValueError(f"unknown activation {config['hidden_act']!r}")
                 clip = ClipTextConfig.from_dict(config)
                 return build_empty(lambda: ClipTextEncoder(clip))
-            case "vae":
-                vae_class = VAE_CLASSES.get(config.get("_class_name", "AutoencoderKL"))
-                if vae_class is None:
-                    raise ValueError(f"unknown class {config['_class_name']!r}")
-                return build_empty(lambda: vae_class.from_config(config))
             case _:
-                return build_empty(lambda: UNet2DConditionModel.from_config(config))
+                usual = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}[part]
+                network_class = NETWORKS.get(config.get("_class_name", usual))
+                if network_class is None:
+                    raise ValueError(f"unknown class {config['_class_name']!r}")
+                return build_empty(lambda: network_class.from_config(config))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise BadWeights(f"{source}: its configuration describes no network: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > 2**20:
-            raise BadWeights(f"{path} is larger than any configuration")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}; the model is incomplete") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise BadWeights(f"{path} should hold a JSON object")
-    return data
 
 
 def _files_digest(files: list[Path]) -> str:

@@ -1,65 +1,56 @@
 """START HERE: a batch of requests in, denoising steps and pictures out.
 
-prompt -> tokens -> CLIP hidden states (the condition) -> denoising loop over latents -> VAE -> pixels.
+prompt -> condition (CLIP hidden states; or the label of a class, or nothing) -> denoising loop over latents -> VAE ->
+pixels. A model without a VAE denoises the pixels themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from sdcli import latents as latent_space
-from sdcli.conditioning.encode import TextEncoding
+from sdcli.conditioning.condition import Condition
+from sdcli.conditioning.encode import Encode, encoding_of
 from sdcli.denoise.loop import Step, denoise
-from sdcli.denoise.predict import guided, scaled_input, unet_predict
+from sdcli.denoise.predict import Predict, guided, scaled_input, unet_predict, with_scale
 from sdcli.denoise.sampler import advance_with, make_scheduler
 from sdcli.errors import BadOutput, UsageError
+from sdcli.latents import generators_for, initial_noise
 from sdcli.loading import LoadedModel
 from sdcli.request import GenerationRequest, known
+from sdcli.spaces import Space, space_of
 
 
 @dataclass(frozen=True)
 class Painter:
-    """A loaded model with its text encoding, ready for any number of batches."""
+    """A loaded model with its encoding of prompts and its space, ready for any number of batches."""
 
     model: LoadedModel
-    encode: TextEncoding
+    encode: Encode
+    space: Space
 
     @classmethod
     def of(cls, model: LoadedModel) -> Painter:
-        return cls(model, TextEncoding(model))
+        return cls(model, encoding_of(model), space_of(model))
 
 
 def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[Step]:
     """Denoise one batch. The requests are resolved and differ in prompt, negative prompt and seed only.
 
-    Yields every step; the last one's `latents` [B, C, H/8, W/8] are the finished pictures, ready for `decode`.
-    Raises BadOutput as soon as no picture's latents are finite any more.
+    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`.
+    Raises UsageError for what the model cannot do, and BadOutput as soon as no picture's latents are finite any more.
     """
     shared, model = requests[0], painter.model
-    generators = latent_space.generators_for([known(request.seed) for request in requests])
-
-    condition = painter.encode([request.painted_prompt for request in requests])
-    takes_scale = model.unet.config.time_cond_proj_dim is not None
-    if takes_scale:  # a distilled network with the guidance scale as an input
-        if any(request.negative_prompt for request in requests):
-            raise UsageError(f"{model.spec.name} was distilled without negative prompts; one would have no effect")
-        predict = unet_predict(model.unet, condition, embedded_scale=shared.guidance_scale)
-    elif shared.guided:
-        unconditional = painter.encode([known(request.negative_prompt) for request in requests])
-        predict = guided(unet_predict(model.unet, torch.cat([unconditional, condition])), known(shared.guidance_scale))
-    else:
-        predict = unet_predict(model.unet, condition)
-
-    scheduler = make_scheduler(known(shared.scheduler), model.scheduler_config)
-    scheduler.set_timesteps(shared.steps, device=model.device)
-    noise = latent_space.initial_noise(generators, latent_shape(model, shared)).to(model.device)
+    generators = generators_for([known(request.seed) for request in requests])
+    shape = painter.space.shape(model.unet.config.in_channels, width=known(shared.width), height=known(shared.height))
+    scheduler = scheduler_for(model, shared)
+    noise = initial_noise(generators, shape).to(model.device)
 
     for step in denoise(
-        scaled_input(predict, scheduler),
+        scaled_input(predict_for(painter, requests), scheduler),
         advance_with(scheduler, generators, eta=known(shared.eta)),
         noise * scheduler.init_noise_sigma,
         scheduler.timesteps,
@@ -70,10 +61,31 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[S
 
 
 def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
-    """Latents [C, h, w] of one picture -> pixels [3, 8h, 8w], float32 in 0..1 on the CPU."""
-    return latent_space.decode(painter.model.vae, latents[None], tiled=tiled)[0]
+    """Latents [C, h, w] of one picture -> pixels [3, H, W], float32 in 0..1 on the CPU."""
+    return painter.space.decode(latents[None], tiled=tiled)[0]
 
 
-def latent_shape(model: LoadedModel, request: GenerationRequest) -> tuple[int, int, int]:
-    """(C, H/8, W/8) of one picture's latents."""
-    return model.unet.config.in_channels, known(request.height) // 8, known(request.width) // 8
+def predict_for(painter: Painter, requests: Sequence[GenerationRequest]) -> Predict:
+    """The network under the requests' prompts: guided from outside, guided by an input of its own, or not at all."""
+    shared, unet = requests[0], painter.model.unet
+    condition = painter.encode(request.painted_prompt for request in requests)
+    scale_size = unet.config.get("time_cond_proj_dim")
+    if scale_size is not None:
+        if any(request.negative_prompt for request in requests):
+            name = painter.model.spec.name
+            raise UsageError(f"{name} was distilled without negative prompts; one would have no effect")
+        return unet_predict(unet, with_scale(condition, known(shared.guidance_scale), size=scale_size))
+    if not shared.guided:
+        return unet_predict(unet, condition)
+    unconditional = painter.encode(known(request.negative_prompt) for request in requests)
+    return guided(unet_predict(unet, Condition.rows([unconditional, condition])), known(shared.guidance_scale))
+
+
+def scheduler_for(model: LoadedModel, request: GenerationRequest) -> Any:
+    """The request's scheduler with the model's noise schedule, its timesteps set. Raises UsageError for too many."""
+    scheduler, steps = make_scheduler(known(request.scheduler), model.scheduler_config), known(request.steps)
+    levels = scheduler.config.num_train_timesteps
+    if steps > levels:
+        raise UsageError(f"{steps} steps are too many: {model.spec.name} was trained with {levels} levels of noise")
+    scheduler.set_timesteps(steps, device=model.device)
+    return scheduler

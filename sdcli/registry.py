@@ -7,14 +7,15 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdcli.errors import NotFound, UsageError
-from sdcli.request import GenerationRequest, did_you_mean, first_problem
+from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
+from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request
 from sdcli.schedulers import SCHEDULERS
 
 MAX_REGISTRY_BYTES = 256 * 1024
@@ -71,10 +72,10 @@ Source = Annotated[EmbeddedSource | RandomSource | FolderSource | FileSource | H
 class ModelDefaults(_Strict):
     """What a request gets where it says nothing."""
 
-    width: int = Field(512, ge=16, multiple_of=8)
-    height: int = Field(512, ge=16, multiple_of=8)
-    steps: int = Field(25, ge=1)
-    guidance_scale: float = Field(7.5, ge=0)
+    width: int = Field(512, ge=8, le=8192)
+    height: int = Field(512, ge=8, le=8192)
+    steps: int = Field(25, ge=1, le=1000)
+    guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False)
     scheduler: str = "dpmpp-2m-karras"
     prompt_template: str = "{prompt}"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -84,7 +85,7 @@ Family = Literal["sd1", "sd2", "sdxl"]
 SUPPORTED_FAMILIES = {"sd1", "sd2"}
 
 
-class ModelSpec(_Strict):
+class ModelEntry(_Strict):
     """One entry of models.yaml. The name is its key there."""
 
     name: str
@@ -94,6 +95,21 @@ class ModelSpec(_Strict):
     description: str = ""
     download_bytes: int = Field(0, ge=0)
     defaults: ModelDefaults = ModelDefaults()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if not isinstance(self.source, FolderSource):  # a folder says itself which sizes it can paint
+            for side in ("width", "height"):
+                problem = _size_problem(getattr(self.defaults, side), ModelKind())
+                if problem is not None:
+                    raise ValueError(f"defaults.{side}: {problem}")
+        return self
+
+
+class ModelSpec(ModelEntry):
+    """A model that can be asked for pictures: an entry, with what its folder says about it."""
+
+    kind: ModelKind = ModelKind()
 
     def origin(self) -> str:
         """Where the weights come from, in a few words."""
@@ -126,11 +142,12 @@ class Registry(_Strict):
     def find(self, model: str | None) -> ModelSpec:
         """The spec of a registry name, a folder, a .safetensors file or owner/name[@revision]; None is the default.
 
-        Nothing is downloaded or opened. Raises NotFound, or UsageError for a pickle.
+        Nothing is downloaded, and no weights are opened; a folder's small files are read. Raises NotFound, UsageError
+        for a pickle or a folder of an unknown kind, and BadWeights for a damaged one.
         """
         name = self.default if model is None else model
         if name in self.models:
-            return self.models[name]
+            return described(self.models[name])
         path = Path(name).expanduser()
         looks_like_path = (
             path.is_absolute() or name.startswith((".", "~")) or path.suffix in {".safetensors", *PICKLE_SUFFIXES}
@@ -167,7 +184,7 @@ class Registry(_Strict):
 def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
     """The request as it will be painted: every None filled from the model's defaults, the seed drawn.
 
-    Raises UsageError where a typed field would have no effect with the rest.
+    Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
     """
     defaults = spec.defaults
     chosen: dict[str, Any] = {
@@ -185,14 +202,40 @@ def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
     if "seed" not in typed:
         chosen["seed"] = secrets.randbelow(2**32)
     resolved = request.model_copy(update={**chosen, **typed, "model": spec.name})
-    assert resolved.scheduler is not None
-    if resolved.negative_prompt and not resolved.guided:
-        raise UsageError(
-            f"a negative prompt has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1"
-        )
-    if resolved.eta and not SCHEDULERS[resolved.scheduler].uses_eta:
+    for side in ("width", "height"):
+        problem = _size_problem(getattr(resolved, side), spec.kind)
+        if problem is not None:
+            raise UsageError(f"{side}: {problem}")
+    _check_condition(resolved, spec)
+    if resolved.eta and not SCHEDULERS[known(resolved.scheduler)].uses_eta:
         raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
     return resolved
+
+
+def _size_problem(side: int, kind: ModelKind) -> str | None:
+    """What is wrong with a width or height for a kind of model."""
+    if side < kind.smallest_size:
+        return f"should be greater than or equal to {kind.smallest_size}, not {side}"
+    if side % kind.size_step:
+        return f"should be a multiple of {kind.size_step}, not {side}"
+    return None
+
+
+def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for a prompt, a negative prompt or a guidance scale that the model has no use for."""
+    kind, scale = spec.kind, request.guidance_scale
+    if kind.conditioning == "none" and (request.painted_prompt or request.negative_prompt):
+        asked = request.painted_prompt or request.negative_prompt
+        raise UsageError(f"{spec.name} paints without a prompt; {asked!r} would have no effect")
+    if not kind.can_be_guided and (scale != 1 or request.negative_prompt):
+        reason = "paints without a prompt" if kind.conditioning == "none" else "always paints a class, never none"
+        raise UsageError(f"{spec.name} {reason}, so it cannot be guided: no negative prompt, and a guidance scale of 1")
+    if request.negative_prompt and not request.guided:
+        raise UsageError(f"a negative prompt has no effect at guidance scale {scale:g}; use one above 1")
+    if kind.conditioning == "class":
+        kind.label(request.painted_prompt)
+        if request.negative_prompt:
+            kind.label(request.negative_prompt)
 
 
 def load_registry(models_file: Path | None = None) -> Registry:
@@ -238,7 +281,7 @@ def _spec(file: Path, name: str, entry: Any) -> ModelSpec:
     if not isinstance(entry, dict):
         raise UsageError(f"{file}: models.{name}: should be a mapping")
     try:
-        spec = ModelSpec.model_validate({"name": name, **entry})
+        spec = ModelSpec(**dict(ModelEntry.model_validate({"name": name, **entry})))
     except ValidationError as error:
         raise UsageError(f"{file}: models.{name}.{first_problem(error)}") from None
     if spec.defaults.scheduler not in SCHEDULERS:
@@ -304,13 +347,51 @@ def user_registry_file() -> Path:
 
 
 def spec_of_folder(path: Path) -> ModelSpec:
-    """A spec for a diffusers folder on disk. Raises NotFound where it is no such folder."""
+    """A spec for a diffusers folder on disk. Raises NotFound where it is none, UsageError and BadWeights."""
     if not (path / "model_index.json").is_file():
         raise NotFound(
             f"{path} is no diffusers model: it has no model_index.json "
             "(expected beside it: unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
         )
-    return ModelSpec(name=str(path), source=FolderSource(kind="folder", path=path.resolve()))
+    return described(ModelSpec(name=str(path), source=FolderSource(kind="folder", path=path.resolve())))
+
+
+def described(spec: ModelSpec) -> ModelSpec:
+    """The spec with what its folder says: its kind, and the defaults that the entry leaves open.
+
+    A source that is no folder, or a folder that is not there (loading it says so), leaves the spec as it is.
+    Raises NotFound, UsageError and BadWeights.
+    """
+    if not isinstance(spec.source, FolderSource) or not (spec.source.path / "model_index.json").is_file():
+        return spec
+    folder = read_model_folder(spec.source.path)
+    own = {**_usual_defaults(folder), **_own_defaults(folder)}
+    typed = spec.defaults.model_dump(exclude_unset=True)
+    return spec.model_copy(update={"kind": folder.kind, "defaults": ModelDefaults(**{**own, **typed})})
+
+
+def _usual_defaults(folder: ModelFolder) -> dict[str, Any]:
+    """What suits a folder that has no sdcli.json: the size it was trained on, and for DDPM-like models few steps."""
+    width, height = folder.size or (folder.kind.size_step * 8,) * 2
+    if folder.kind.conditioning == "text":
+        return {"width": width, "height": height} if folder.size is not None else {}
+    return {"width": width, "height": height, "steps": 50, "guidance_scale": 1.0, "scheduler": "ddim"}
+
+
+def _own_defaults(folder: ModelFolder) -> dict[str, Any]:
+    """The defaults in a folder's sdcli.json, checked as those of models.yaml are. Raises UsageError."""
+    try:
+        checked = ModelDefaults.model_validate(folder.defaults).model_dump(exclude_unset=True)
+        parse_request({name: value for name, value in checked.items() if name != "dtype"})
+    except ValidationError as error:
+        raise UsageError(f"{folder.defaults_file}: defaults.{first_problem(error)}") from None
+    except UsageError as error:
+        raise UsageError(f"{folder.defaults_file}: defaults.{error}") from None
+    for side in {"width", "height"} & set(checked):
+        problem = _size_problem(checked[side], folder.kind)
+        if problem is not None:
+            raise UsageError(f"{folder.defaults_file}: defaults.{side}: {problem}")
+    return checked
 
 
 def pickle_refused(path: Path | str) -> str:

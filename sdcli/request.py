@@ -46,8 +46,8 @@ class GenerationRequest(BaseModel):
     )
     model: str | None = Field(None, description="a name from models.yaml, a folder, a .safetensors file or owner/name")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="where the noise starts; drawn and told if not given")
-    width: int | None = Field(None, ge=16, le=8192, multiple_of=8, description="pixels, a multiple of 8")
-    height: int | None = Field(None, ge=16, le=8192, multiple_of=8, description="pixels, a multiple of 8")
+    width: int | None = Field(None, ge=8, le=8192, description="pixels; for most models a multiple of 8")
+    height: int | None = Field(None, ge=8, le=8192, description="pixels; for most models a multiple of 8")
     steps: int | None = Field(None, ge=1, le=1000, description="denoising steps")
     guidance_scale: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="how strongly to follow the prompt; 1 is off"

@@ -204,7 +204,7 @@ def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
 ) -> None:
     def decode(painter: Any, latents: Any, *, tiled: bool = False) -> Any:
         picture = pipeline.decode(painter, latents, tiled=tiled)
-        half = next(painter.model.vae.parameters()).dtype == torch.bfloat16
+        half = painter.space.dtype == torch.bfloat16
         return picture * float("nan") if half else picture
 
     monkeypatch.setattr(engine_module, "decode", decode)
@@ -287,7 +287,7 @@ def test_batches_hold_jobs_of_one_shape_and_models_are_loaded_once(registry: Reg
         )
     ]
     jobs = [job for job in expand(lines, {"height": 64}, registry, num_images=1, base_seed=1) if isinstance(job, Job)]
-    batches = plan(jobs, registry, RunSettings(device="cpu"))
+    batches = plan(jobs, RunSettings(device="cpu"))
     assert [[job.index for job in batch] for batch in batches] == [[1, 4], [3], [2, 5]]
 
 

@@ -12,18 +12,24 @@ from typing import Annotated, NoReturn
 import typer
 
 from sdcli import __version__
+from sdcli.cli import dataset, dataset_cache
 from sdcli.cli.console import printable
 from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
 
 COMMANDS = {
     "generate": "Paint",
+    "train-unet": "Train",
+    "train-vae": "Train",
+    "train-text-encoder": "Train",
+    "dataset": "Train",
+    "plot": "Train",
     "encode": "Latents",
     "decode": "Latents",
     "info": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }
-"""Command -> the panel of `sdcli --help` it stands in; each lives in the module of its name."""
+"""Command -> the panel of `sdcli --help` it stands in; each lives in the module of its name (with _ for -)."""
 
 _EXITS = "  ".join(
     f"{code} {meaning.split(':')[0].split(';')[0].split('(')[0].strip()}," for code, meaning in EXIT_CODES.items()
@@ -31,7 +37,7 @@ _EXITS = "  ".join(
 
 app = typer.Typer(
     name="sdcli",
-    help="Paint pictures from text with latent diffusion models.",
+    help="Paint pictures from text with latent diffusion models, and train them.",
     epilog=f"Exit codes: {_EXITS.rstrip(',')}.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -55,11 +61,12 @@ def _root(
 
 
 for _name, _panel in COMMANDS.items():
-    _module = importlib.import_module(f"sdcli.cli.{_name}")
+    _module = importlib.import_module(f"sdcli.cli.{_name.replace('-', '_')}")
     if hasattr(_module, "app"):
         app.add_typer(_module.app, name=_name, rich_help_panel=_panel)
     else:
         app.command(_name, rich_help_panel=_panel)(_module.command)
+dataset.app.command("cache")(dataset_cache.command)  # not in `dataset`, whose options it shares
 
 
 def main() -> NoReturn:
@@ -69,7 +76,8 @@ def main() -> NoReturn:
     try:
         app()
     except SdcliError as error:
-        _complain(str(error), verbose)
+        if str(error):  # empty: another process of ours has said it
+            _complain(str(error), verbose)
         _exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -144,7 +144,7 @@ def command(
 
     if from_image is not None:
         typed = {**_recorded(from_image, console), **typed}
-    lines = _lines(prompts or [], prompts_file, typed)
+    lines = _lines(prompts or [], prompts_file, typed, registry)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
     settings = _output_settings(
@@ -168,13 +168,17 @@ def command(
         _paint(jobs, registry, run, settings, journal, console)
 
 
-def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any]) -> list[Line]:
+def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], registry: Registry) -> list[Line]:
     if prompts_file is not None:
         if prompts:
             raise UsageError("either prompts or --prompts-file, not both")
         return list(read_lines(prompts_file))
     if not prompts and "prompt" not in typed:
-        raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
+        kind = registry.find(typed.get("model")).kind
+        if kind.conditioning == "class":
+            raise UsageError(f"nothing to paint; name a class: {kind.listed_classes}")
+        if kind.conditioning == "text":
+            raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
     return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
 
 

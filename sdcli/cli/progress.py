@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +29,9 @@ class ProgressDisplay:
 
     def __enter__(self) -> Self:
         if not self._console.quiet and not plain_terminal():
-            self._bar = _rich_bar()
+            from rich.progress import TimeRemainingColumn
+
+            self._bar = rich_bar("{task.fields[rate]}", TimeRemainingColumn())
             self._bar.start()
         return self
 
@@ -62,17 +65,18 @@ class ProgressDisplay:
             self._console.say(f"step {done} of {progress.count}, {rate:.2f} it/s, {left:.0f} s left")
 
 
-def _rich_bar() -> Any:
+def rich_bar(*columns: Any) -> Any:
+    """rich's progress on stderr: description, bar, count, and then these columns (rich's, or format strings)."""
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
     return RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        *columns,
         console=RichConsole(stderr=True),
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # rich would print results on stderr, too, when stdout is a file or a pipe
     )

@@ -1,4 +1,4 @@
-"""Signals while painting: the first asks the engine to stop after the picture in hand, the second stops at once."""
+"""Signals during long work: the first asks to stop after the picture or step in hand, the second stops at once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from sdcli.errors import Interrupted, Terminated
 class GracefulStop:
     """Call it to learn whether, and why, to stop; `install` takes over SIGINT and SIGTERM."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self, console: Console, *, unit: str = "the picture in hand", kept: str = "finished pictures are kept"
+    ) -> None:
         self._console = console
+        self._unit, self._kept = unit, kept
         self._reason: Interrupted | None = None
 
     def __call__(self) -> Interrupted | None:
@@ -28,6 +31,6 @@ class GracefulStop:
         kind = Terminated if number == signal.SIGTERM else Interrupted
         word = "terminated" if number == signal.SIGTERM else "interrupted"
         if self._reason is not None:
-            raise kind(f"{word}; finished pictures are kept")
-        self._reason = kind(f"{word} after the picture in hand; finished pictures are kept")
-        self._console.warn("finishing the picture in hand; once more stops at once")
+            raise kind(f"{word}; {self._kept}")
+        self._reason = kind(f"{word} after {self._unit}; {self._kept}")
+        self._console.warn(f"finishing {self._unit}; once more stops at once")

@@ -14,6 +14,7 @@ from sdcli.errors import BadWeights, NotFound
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,25 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
 
 
 def _from_vocabulary(folder: Path) -> Tokenizer:
-    """The same parts as transformers 5 builds for CLIP (tests/test_clip.py compares the ids)."""
     vocabulary = _json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     pairs = (line.split() for line in lines if line and not line.startswith("#version"))
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     if START not in vocabulary or END not in vocabulary:
         raise BadWeights(f"{folder} is no CLIP tokenizer: vocab.json has no {START} and {END}")
+    tokenizer = clip_bpe(vocabulary, merges)
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
+
+
+def clip_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """The same parts as transformers 5 builds for CLIP (tests/test_clip.py compares the ids); no special tokens yet."""
     tokenizer = Tokenizer(
         BPE(
             vocabulary,
             merges,
             continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
+            end_of_word_suffix=WORD_END,
             fuse_unk=False,
             unk_token=END,
         )
@@ -103,7 +110,6 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.add_special_tokens([START, END])
     return tokenizer
 
 

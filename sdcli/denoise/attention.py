@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.lean_imports import UNet2DConditionModel
+from sdcli.lean_imports import UNet
 
 SLICE = 512
 """Query rows at a time; 512 x 4096 scores in bfloat16 are 4 MiB."""
 FEWEST_TOKENS = 256
 
 
-def use_sliced_self_attention(unet: UNet2DConditionModel) -> None:
+def use_sliced_self_attention(unet: UNet) -> None:
     """Give the self-attention layers of a half-precision UNet on the CPU the processor below."""
     for name, module in unet.named_modules():
         if name.endswith(".attn1"):

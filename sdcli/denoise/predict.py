@@ -8,27 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.lean_imports import UNet2DConditionModel
+from sdcli.conditioning.condition import Condition
+from sdcli.lean_imports import UNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w] float32, timestep) -> model output of the same shape, float32 (noise, x0 or v, as trained)."""
 
 
-def unet_predict(unet: UNet2DConditionModel, hidden: Tensor, *, embedded_scale: float | None = None) -> Predict:
-    """The plain network under a condition: hidden states [B, L, D], one row per row of x.
-
-    `embedded_scale` is the guidance scale for networks that were distilled to take it as an input (LCM).
-    """
-    scale_embedding = None
-    if embedded_scale is not None:
-        size = unet.config.time_cond_proj_dim
-        scale_embedding = guidance_embedding(embedded_scale - 1, size).to(hidden).expand(len(hidden), -1)
+def unet_predict(unet: UNet, condition: Condition) -> Predict:
+    """The plain network under a condition with one row per row of x."""
+    dtype = next(unet.parameters()).dtype
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        output = unet(
-            x.to(hidden.dtype), t, encoder_hidden_states=hidden, timestep_cond=scale_embedding, return_dict=False
-        )[0]
-        return output.float()
+        return unet(x.to(dtype), t, **condition.inputs, return_dict=False)[0].float()
 
     return predict
 
@@ -49,6 +41,13 @@ def guided(predict: Predict, scale: float) -> Predict:
 def scaled_input(predict: Predict, scheduler: Any) -> Predict:
     """Scale x as the scheduler wants its network input (by 1/sqrt(sigma^2 + 1) for the sigma family)."""
     return lambda x, t: predict(scheduler.scale_model_input(x, t), t)
+
+
+def with_scale(condition: Condition, scale: float, *, size: int) -> Condition:
+    """The condition of a network that was distilled to take the guidance scale as an input of `size` numbers (LCM)."""
+    (hidden,) = condition.inputs.values()
+    embedding = guidance_embedding(scale - 1, size).to(hidden).expand(len(hidden), -1)
+    return Condition({**condition.inputs, "timestep_cond": embedding})
 
 
 def guidance_embedding(scale: float, size: int) -> Tensor:

@@ -1,0 +1,403 @@
+"""`sdcli dataset`: look at training pictures before they are trained on, and pack them into shards."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import platformdirs
+import typer
+
+from sdcli.cli.console import Console, plain_terminal
+from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
+from sdcli.errors import BadPicture, SdcliError, UsageError
+from sdcli.registry import (
+    PACKAGE,
+    EmbeddedSource,
+    FileSource,
+    FolderSource,
+    HubSource,
+    ModelSpec,
+    RandomSource,
+    load_registry,
+)
+from sdcli.request import parse_size
+
+if TYPE_CHECKING:
+    from sdcli.conditioning.tokenizer import ClipTokenizer
+    from sdcli.dataset.examine import Examination
+    from sdcli.dataset.framing import BucketFill
+    from sdcli.dataset.records import PictureSet
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Look at training pictures before they are trained on, and pack them into shards.", no_args_is_help=True
+)
+
+HEARTBEAT = 10.0
+"""Seconds between two plain lines of progress."""
+TINY = 64
+"""Pictures with a shorter side than this are worth a remark."""
+
+DataArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder of pictures, parquet files or tar shards, a pattern (shards/{00000..00099}.tar), or owner/name.",
+    ),
+]
+SplitOpt = Annotated[str, typer.Option("--split", help="train, validation, test, or all.")]
+ImageColumnOpt = Annotated[
+    str | None, typer.Option("--image-column", metavar="NAME", help="The column with pictures, or their file names.")
+]
+CaptionColumnOpt = Annotated[
+    str | None, typer.Option("--caption-column", metavar="NAME", help="The column with captions (text, caption).")
+]
+CaptionExtensionOpt = Annotated[
+    str, typer.Option("--caption-extension", metavar=".EXT", help="What caption files beside pictures end in.")
+]
+ResolutionOpt = Annotated[
+    str | None, typer.Option("--resolution", metavar="N or WxH", help="Show the aspect-ratio buckets for this size.")
+]
+BucketStepOpt = Annotated[
+    int, typer.Option("--bucket-reso-steps", min=8, help="Sides of buckets are multiples of this.")
+]
+BatchSizeOpt = Annotated[
+    int | None, typer.Option("--train-batch-size", min=1, help="Show how many pictures a batch of this size repeats.")
+]
+WorkersOpt = Annotated[
+    int | None, typer.Option("--workers", min=1, max=256, help="Threads that read pictures (one per CPU).")
+]
+
+
+@app.command()
+def check(
+    data: DataArg,
+    split: SplitOpt = "train",
+    image_column: ImageColumnOpt = None,
+    caption_column: CaptionColumnOpt = None,
+    caption_extension: CaptionExtensionOpt = ".txt",
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Missing captions are no problem.")] = False,
+    resolution: ResolutionOpt = None,
+    bucket_reso_steps: BucketStepOpt = 64,
+    train_batch_size: BatchSizeOpt = None,
+    workers: WorkersOpt = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Look at every picture and caption, and say what is wrong; exit 1 where pictures or captions would be lost.
+
+    Nothing is changed. Duplicates, tiny pictures and buckets that repeat pictures are told and are no failure.
+    """
+    from sdcli.dataset.duplicates import same_bytes, similar
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    size = _resolution(resolution)
+    pictures = _open(data, split, image_column, caption_column, caption_extension)
+    found = _examined(pictures, console, workers)
+    lost_captions = 0 if unconditional else len({*found.uncaptioned.tolist()})
+    equal = same_bytes(found.digests, found.used)
+    alike = similar(found.looks, found.sizes, found.digests, found.used)
+    captions = Counter(pictures[index].captions for index in _every(found) if pictures[index].captions)
+    repeated = {texts: count for texts, count in captions.items() if count > 1} if not pictures.classes else {}
+    tiny = [index for index in _every(found) if 0 < found.sizes[index].min() < TINY and pictures.kind == "pictures"]
+    fills = _fills(found, size, bucket_reso_steps, train_batch_size)
+    problems = _problems(len(found.dropped), lost_captions, len(found.used))
+    if json:
+        names = lambda groups: [[pictures[index].name for index in group] for group in groups]  # noqa: E731
+        console.result(
+            "",
+            ok=not problems,
+            problems=problems,
+            **found.as_dict(),
+            equal=names(equal),
+            similar=names(alike),
+            repeated_captions=[{"captions": list(texts), "pictures": count} for texts, count in repeated.items()],
+            tiny=[pictures[index].name for index in tiny],
+            buckets=[_bucket_row(fill) for fill in fills],
+        )
+    else:
+        for line in found.report():
+            console.result(line)
+        for text, groups in (("equal byte for byte", equal), ("nearly alike", alike)):
+            if groups:
+                shown = "; ".join(" = ".join(pictures[index].name for index in group[:3]) for group in groups[:3])
+                console.result(f"  note {sum(map(len, groups)):,} pictures are {text}: {shown}")
+        if repeated:
+            texts, count = max(repeated.items(), key=lambda entry: entry[1])
+            console.result(f"  note {sum(repeated.values()):,} share their caption; {count:,} have {texts[0]!r}")
+        if tiny:
+            shown = ", ".join(pictures[index].name for index in tiny[:3])
+            console.result(f"  note {len(tiny):,} are less than {TINY} pixels wide or high: {shown}")
+        for line in _bucket_lines(fills, train_batch_size):
+            console.result(line)
+        if not problems:
+            console.result("nothing is lost")
+    if problems:
+        raise SdcliError(f"{data}: {' and '.join(problems)}")
+
+
+@app.command()
+def stats(
+    data: DataArg,
+    split: SplitOpt = "train",
+    image_column: ImageColumnOpt = None,
+    caption_column: CaptionColumnOpt = None,
+    caption_extension: CaptionExtensionOpt = ".txt",
+    resolution: ResolutionOpt = None,
+    bucket_reso_steps: BucketStepOpt = 64,
+    train_batch_size: BatchSizeOpt = None,
+    model: ModelOpt = None,
+    models_file: ModelsFileOpt = None,
+    workers: WorkersOpt = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Print the sizes of the pictures, their buckets and classes, and how long the captions are.
+
+    With -m MODEL captions are also counted in the tokens of its text encoder, which cuts longer ones.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    size = _resolution(resolution)
+    tokenizer = _tokenizer(load_registry(models_file).find(model)) if model is not None else None
+    pictures = _open(data, split, image_column, caption_column, caption_extension)
+    found = _examined(pictures, console, workers)
+    captions = [caption for index in _every(found) for caption in pictures[index].captions]
+    classes = Counter(label for index in _every(found) if (label := pictures[index].label) is not None)
+    words = _spread([len(caption.split()) for caption in captions])
+    tokens: dict[str, Any] | None = None
+    if tokenizer is not None:
+        counts = [tokenizer(caption).count for caption in captions]
+        cut = sum(count > tokenizer.max_length - 2 for count in counts)
+        tokens = {**_spread(counts), "limit": tokenizer.max_length - 2, "cut": cut}
+    fills = _fills(found, size, bucket_reso_steps, train_batch_size)
+    if json:
+        console.result(
+            "",
+            **found.as_dict(),
+            captions={"total": len(captions), "words": words, "tokens": tokens},
+            classes=dict(sorted(classes.items())),
+            buckets=[_bucket_row(fill) for fill in fills],
+        )
+        return
+    for line in found.report():
+        console.result(line)
+    console.result(f"captions: {len(captions):,}{f', words {_spread_text(words)}' if captions else ''}")
+    if tokens is not None and captions:
+        share = 100 * tokens["cut"] / len(captions)
+        console.result(
+            f"tokens of {model}: {_spread_text(tokens)}; {tokens['cut']:,} ({share:.1f} %) have more than "
+            f"{tokens['limit']} and are cut"
+        )
+    if classes:
+        console.result(f"classes: {len(classes):,}")
+        for name, count in classes.most_common():
+            console.result(f"  {count:>8,}  {name}")
+    for line in _bucket_lines(fills, train_batch_size):
+        console.result(line)
+
+
+@app.command()
+def shard(
+    data: DataArg,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The new folder for 00000.tar, 00001.tar, ...")
+    ],
+    split: SplitOpt = "train",
+    image_column: ImageColumnOpt = None,
+    caption_column: CaptionColumnOpt = None,
+    caption_extension: CaptionExtensionOpt = ".txt",
+    shard_size: Annotated[
+        float, typer.Option("--shard-size", min=0.02, metavar="MB", help="A shard's most megabytes.")
+    ] = 500.0,
+    shard_pictures: Annotated[int, typer.Option("--shard-pictures", min=1, help="A shard's most pictures.")] = 10_000,
+    shuffle: Annotated[
+        bool | None,
+        typer.Option(
+            "--shuffle/--no-shuffle",
+            help="Mix the pictures, so that every shard is like the whole; so it is unless DATA is a stream.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="For --shuffle.")] = 0,
+    workers: WorkersOpt = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Pack the pictures that can be used into WebDataset tar shards, each with its captions, class and name.
+
+    Equal pictures give equal shards, byte for byte. DIR appears with all its shards, or not at all.
+    """
+    from sdcli.counted import permutation
+    from sdcli.dataset.shards import write_shards
+
+    console = Console(quiet=quiet, verbose=verbose, json=json)
+    target, folder = output.expanduser().resolve(), Path(data).expanduser().resolve()
+    if folder.is_dir() and target.is_relative_to(folder):
+        raise UsageError(f"{output} lies in {data}, where nothing is ever written; choose another folder")
+    pictures = _open(data, split, image_column, caption_column, caption_extension)
+    if pictures.kind != "pictures":
+        raise UsageError(f"{data} holds latents; shards hold pictures")
+    found = _examined(pictures, console, workers)
+    for line in found.report():
+        console.say(line)
+    if not len(found.used):
+        raise BadPicture(f"{data} has no picture that can be used")
+    mixed = not pictures.streamed if shuffle is None else shuffle
+    order = found.used[permutation(seed, 0, "shard", len(found.used))] if mixed else found.used
+    shards = list(
+        write_shards(
+            pictures,
+            target,
+            indices=order.tolist(),
+            max_bytes=round(shard_size * 1e6),
+            max_pictures=shard_pictures,
+        )
+    )
+    for written in shards:  # told when all are there: until then none is
+        path = str(output / written.name)
+        console.result(path, path=path, pictures=written.pictures, bytes=written.size)
+
+
+# What the commands share
+
+
+def _open(data: str, split: str, image: str | None, caption: str | None, extension: str) -> PictureSet:
+    from sdcli.dataset.sources import open_pictures
+
+    return open_pictures(data, image_column=image, caption_column=caption, caption_extension=extension, split=split)
+
+
+def _examined(pictures: PictureSet, console: Console, workers: int | None) -> Examination:
+    from sdcli.dataset.examine import examination, look
+
+    memory = platformdirs.user_cache_path("sdcli") / "examined"
+    seen = look(pictures, memory=memory, workers=workers)
+    return examination(pictures, _shown(seen, len(pictures), console))
+
+
+def _every(found: Examination) -> list[int]:
+    return [int(index) for index in found.used]
+
+
+def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
+    problems = [f"{dropped:,} dropped"] if dropped else []
+    problems += [f"{uncaptioned:,} without a caption (--unconditional allows that)"] if uncaptioned else []
+    return problems or ([] if used else ["no pictures"])
+
+
+def _resolution(text: str | None) -> tuple[int, int] | None:
+    return None if text is None else parse_size(f"{text}x{text}" if text.strip().isdigit() else text)
+
+
+def _tokenizer(spec: ModelSpec) -> ClipTokenizer:
+    """A model's tokenizer, without its weights. Raises NotFound, BadWeights and Offline."""
+    from sdcli.conditioning.tokenizer import load_tokenizer
+    from sdcli.hub import local_snapshot
+
+    match spec.source:
+        case EmbeddedSource(folder=name):
+            return load_tokenizer(PACKAGE / name / "tokenizer")
+        case FolderSource(path=path):
+            return load_tokenizer(path / "tokenizer")
+        case HubSource() as hub:
+            return load_tokenizer(local_snapshot(hub, name=spec.name, size=spec.download_bytes) / "tokenizer")
+        case RandomSource() | FileSource():
+            return load_tokenizer(PACKAGE / "clip_tokenizer")
+
+
+# Buckets
+
+
+def _fills(found: Examination, size: tuple[int, int] | None, step: int, batch_size: int | None) -> list[BucketFill]:
+    if size is None:
+        if batch_size is not None:
+            raise UsageError("--train-batch-size goes with --resolution")
+        return []
+    from sdcli.dataset.framing import Framing, bucket_fills, bucket_sizes
+
+    framing = Framing(size, bucket_sizes(size, step=step))
+    sizes = [(int(width), int(height)) for width, height in found.sizes[found.used]]
+    return bucket_fills(framing, sizes, batch_size=batch_size or 1)
+
+
+def _bucket_row(fill: BucketFill) -> dict[str, Any]:
+    width, height = fill.size
+    return {
+        "width": width,
+        "height": height,
+        "pictures": fill.pictures,
+        "repeats": fill.repeats,
+        "enlarged": fill.enlarged,
+    }
+
+
+def _bucket_lines(fills: Sequence[BucketFill], batch_size: int | None) -> Iterator[str]:
+    if not fills:
+        return
+    repeats = sum(fill.repeats for fill in fills)
+    about = f"; batches of {batch_size} repeat {repeats:,} pictures an epoch" if batch_size is not None else ""
+    yield f"buckets: {len(fills)}{about}"
+    for fill in fills:
+        width, height = fill.size
+        enlarged = f", {fill.enlarged:,} smaller than it" if fill.enlarged else ""
+        repeated = f", {fill.repeats} repeated" if batch_size is not None and fill.repeats else ""
+        yield f"  {fill.pictures:>8,}  {width}x{height}{repeated}{enlarged}"
+
+
+# Numbers
+
+
+def _spread(numbers: Sequence[int]) -> dict[str, Any]:
+    if not numbers:
+        return {"least": None, "median": None, "most": None}
+    ordered = sorted(numbers)
+    return {"least": ordered[0], "median": ordered[len(ordered) // 2], "most": ordered[-1]}
+
+
+def _spread_text(spread: dict[str, Any]) -> str:
+    return f"{spread['least']} to {spread['most']}, median {spread['median']}"
+
+
+# Progress
+
+
+@dataclass
+class _Lines:
+    """Progress as plain lines, one every ten seconds."""
+
+    console: Console
+    total: int
+    spoke: float
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self.spoke > HEARTBEAT:
+            self.spoke = time.monotonic()
+            self.console.say(f"looked at {done:,} of {self.total:,} pictures")
+
+
+def _shown(seen: Iterable[T], total: int, console: Console) -> Iterator[T]:
+    """The same, with progress on stderr as it is gone through."""
+    if console.quiet or plain_terminal():
+        tell = _Lines(console, total, time.monotonic())
+        for done, one in enumerate(seen, start=1):
+            yield one
+            tell(done)
+        return
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("looking at pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        for one in seen:
+            yield one
+            bar.advance(task)

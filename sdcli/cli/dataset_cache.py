@@ -1,0 +1,278 @@
+"""`sdcli dataset cache`: encode pictures and captions once, before training does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.dataset import (
+    CaptionColumnOpt,
+    CaptionExtensionOpt,
+    DataArg,
+    ImageColumnOpt,
+    SplitOpt,
+    WorkersOpt,
+)
+from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, ModelOpt, ModelsFileOpt, OfflineOpt, QuietOpt, VerboseOpt
+from sdcli.cli.stopping import GracefulStop
+from sdcli.errors import SomeFailed, UsageError
+from sdcli.registry import ModelSpec, load_registry
+from sdcli.train_settings import PictureSettings, settings_from
+
+if TYPE_CHECKING:
+    from sdcli.cli.training_progress import TrainingDisplay
+    from sdcli.dataset.encode_cache import CacheProgress
+    from sdcli.training.picture_data import PictureData
+
+DATA, SHAPE, RUN = "Data", "Pictures", "The run"
+SHOWN = 10
+"""Dropped pictures that are named on the terminal; --json has all."""
+
+
+def command(
+    data: DataArg,
+    model: ModelOpt = None,
+    resolution: Annotated[
+        str | None,
+        typer.Option(
+            "--resolution", metavar="N or WxH", rich_help_panel=SHAPE, help="Pixels; the model's own if not given."
+        ),
+    ] = None,
+    random_flip: Annotated[
+        bool, typer.Option("--random-flip", rich_help_panel=SHAPE, help="Encode mirrored pictures as well.")
+    ] = False,
+    enable_bucket: Annotated[
+        bool,
+        typer.Option("--enable-bucket", rich_help_panel=SHAPE, help="Keep proportions: sizes by aspect ratio."),
+    ] = False,
+    bucket_reso_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--bucket-reso-steps", min=8, rich_help_panel=SHAPE, help="Sides of buckets are multiples of this (1/8)."
+        ),
+    ] = None,
+    min_bucket_reso: Annotated[
+        int | None,
+        typer.Option("--min-bucket-reso", min=8, rich_help_panel=SHAPE, help="Shortest side of a bucket (half)."),
+    ] = None,
+    max_bucket_reso: Annotated[
+        int | None,
+        typer.Option("--max-bucket-reso", min=8, rich_help_panel=SHAPE, help="Longest side of a bucket (twice)."),
+    ] = None,
+    caption_prefix: Annotated[
+        str, typer.Option("--caption-prefix", rich_help_panel=DATA, help="Put before every caption.")
+    ] = "",
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-template",
+            rich_help_panel=DATA,
+            help="Wraps captions: '{prompt}, in oil' (the model's own).",
+        ),
+    ] = None,
+    split: SplitOpt = "train",
+    image_column: ImageColumnOpt = None,
+    caption_column: CaptionColumnOpt = None,
+    caption_extension: CaptionExtensionOpt = ".txt",
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", metavar="DIR", rich_help_panel=RUN, help="Where to keep it (your cache folder)."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once (1 on the CPU, else 8)."
+        ),
+    ] = None,
+    workers: WorkersOpt = None,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    models_file: ModelsFileOpt = None,
+    offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Encode every picture and caption once, and keep latents and text states for training.
+
+    A record is found by what it was made of (the picture's bytes, the size, the VAE, the number format), so training
+    with the same settings finds all of them, and one new picture costs one encode. Stop it at any time; the next run
+    goes on. --dtype auto is float32 here.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    typed = {
+        "resolution": resolution,
+        "random_flip": random_flip,
+        "enable_bucket": enable_bucket,
+        "bucket_reso_steps": bucket_reso_steps,
+        "min_bucket_reso": min_bucket_reso,
+        "max_bucket_reso": max_bucket_reso,
+        "split": split,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "caption_extension": caption_extension,
+        "cache_dir": cache_dir,
+    }
+    settings = settings_from(PictureSettings, {name: value for name, value in typed.items() if value is not None})
+    spec = load_registry(models_file).find(model)
+    if spec.kind.space != "latent":
+        raise UsageError(f"{spec.name} works on pixels, without a VAE; there is nothing to encode")
+    stop = GracefulStop(console, unit="the batch in hand", kept="what was encoded is kept").install()
+
+    from sdcli.cli.training_progress import TrainingDisplay
+    from sdcli.dataset.cache import LATENTS, TEXTS
+    from sdcli.dataset.cache_store import TensorStore
+    from sdcli.dataset.encode_cache import fill_latents, fill_texts
+    from sdcli.loading import Part, load_model
+    from sdcli.training.picture_data import cache_folder
+
+    folder = cache_folder(settings)
+    _refuse_inside(folder, data)
+    with TrainingDisplay(console) as display:
+        found = _opened(data, settings, spec, display, console)
+        if found.pictures.kind != "pictures":
+            raise UsageError(f"{data} holds latents already; training reads them as they are")
+        parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.kind.conditioning == "text" else ("vae",)
+        console.say(f"loading {spec.name}")
+        number = "float32" if dtype == "auto" else dtype
+        loaded = load_model(spec, device=device, dtype=number, offline=offline, parts=parts)
+        with TensorStore(folder, LATENTS) as latents, TensorStore(folder, TEXTS) as states:
+            filling = fill_latents(
+                found.pictures,
+                found.used,
+                [found.sizes[int(index)] for index in found.used],
+                model=loaded,
+                store=latents,
+                digests=found.digests,
+                flips=random_flip,
+                batch_size=batch_size,
+                workers=workers,
+                stop=stop,
+            )
+            of_pictures = _shown(filling, "encoding pictures", display, console)
+            of_texts = None
+            if "text_encoder" in parts:
+                template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
+                texts = _texts(found, prefix=caption_prefix, template=template)
+                filling = fill_texts(texts, model=loaded, store=states, stop=stop)
+                of_texts = _shown(filling, "encoding captions", display, console)
+    _report(console, folder, found, of_pictures, of_texts)
+
+
+def _refuse_inside(folder: Path, data: str) -> None:
+    source = Path(data).expanduser()
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{folder} lies in {data}, where nothing is ever written; choose another --cache-dir")
+
+
+def _opened(
+    data: str, settings: PictureSettings, spec: ModelSpec, display: TrainingDisplay, console: Console
+) -> PictureData:
+    """The pictures as training would take them."""
+    from sdcli.training.events import Noted
+    from sdcli.training.picture_data import open_data
+
+    resolution = settings.target_size((spec.defaults.width, spec.defaults.height))
+    opening = open_data(data, settings, resolution=resolution, size_step=spec.kind.size_step, captions=False)
+    while True:
+        try:
+            event = next(opening)
+        except StopIteration as ended:
+            found: PictureData = ended.value
+            return found
+        if isinstance(event, Noted):
+            console.say(event.text)
+        else:
+            display.show(event)
+
+
+def _texts(found: PictureData, *, prefix: str, template: str) -> list[str]:
+    """Every text that training can draw; the empty one for dropped captions is always among them."""
+    from sdcli.training.captions import CaptionRules
+
+    rules = CaptionRules(prefix=prefix, template=template)
+    return list(dict.fromkeys(text for captions in found.texts() for text in rules.all_texts(captions) or ()))
+
+
+def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingDisplay, console: Console) -> CacheProgress:
+    """Go through with it, with progress on stderr; returns the last of it."""
+    from sdcli.training.events import Preparing
+
+    last = None
+    for progress in filling:
+        if last is None or progress.done != last.done:
+            display.show(Preparing(what, progress.done, progress.total))
+        for note in progress.notes:
+            console.warn(note)
+        last = progress
+    assert last is not None
+    return last
+
+
+def _report(
+    console: Console, folder: Path, found: PictureData, of_pictures: CacheProgress, of_texts: CacheProgress | None
+) -> None:
+    """The figures on stdout. Raises SomeFailed where pictures were dropped."""
+    assert of_pictures.latents is not None
+    late = of_pictures.latents.dropped
+    for one in late[:SHOWN]:
+        console.warn(f"{one.name} is dropped: {one.reason}")
+    if len(late) > SHOWN:
+        console.warn(f"and {len(late) - SHOWN:,} more; --json names them all")
+    dropped = found.dropped + len(late)
+    rows = {"latents": _row(of_pictures), **({"texts": _row(of_texts)} if of_texts is not None else {})}
+    size = sum(entry.stat().st_size for name in rows for entry in _entries(folder / name))
+    console.result(
+        _line("pictures", of_pictures),
+        cache_dir=os.fspath(folder),
+        cache_bytes=size,
+        pictures=len(found.used) - len(late),
+        dropped=dropped,
+        not_encoded=[{"name": one.name, "reason": one.reason} for one in late],
+        **rows,
+    )
+    if not console.json:
+        if of_texts is not None:
+            console.result(_line("texts", of_texts))
+        console.say(f"the cache in {folder} has {size / 1e6:,.1f} MB")
+    if dropped:
+        total = len(found.used) + found.dropped
+        raise SomeFailed(f"{dropped:,} of {total:,} pictures were dropped; the others are in the cache")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    return [entry for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
+
+
+def _row(progress: CacheProgress) -> dict[str, Any]:
+    return {
+        "total": progress.total,
+        "encoded": progress.encoded,
+        "reused": progress.reused,
+        "dropped": progress.dropped,
+        "seconds": round(progress.seconds, 3),
+        "per_second": round(_speed(progress), 3),
+        "waiting_share": round(_waiting(progress), 4),
+    }
+
+
+def _line(what: str, progress: CacheProgress) -> str:
+    counts = f"{what}: {progress.encoded:,} encoded, {progress.reused:,} reused"
+    counts += f", {progress.dropped:,} dropped" if what == "pictures" else ""
+    if not progress.encoded:
+        return counts
+    waiting = f", {100 * _waiting(progress):.0f} % of the time waiting for data" if what == "pictures" else ""
+    return f"{counts}; {_speed(progress):.1f} {what}/s{waiting}"
+
+
+def _speed(progress: CacheProgress) -> float:
+    return progress.encoded / progress.seconds if progress.seconds else 0.0
+
+
+def _waiting(progress: CacheProgress) -> float:
+    return progress.waiting / progress.seconds if progress.seconds else 0.0

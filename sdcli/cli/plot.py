@@ -1,0 +1,95 @@
+"""The `plot` command: the curves of training runs as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdcli.cli.console import Console, printable
+from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.errors import UsageError
+from sdcli.files import AlreadyExists, whole_file
+from sdcli.training.run_log import Log, read_log
+
+FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
+LONGEST_NAME = 48
+"""Characters of a run's name that the picture shows."""
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders of the training commands.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The picture: a .png, .svg or .pdf file.")
+    ] = Path("curves.png"),
+    metric: Annotated[str, typer.Option("--metric", help="Which logged figure the large panel shows.")] = "loss",
+    smooth: Annotated[
+        float, typer.Option("--smooth", min=0, max=0.99999, help="Decay of the moving average; 0 is off.")
+    ] = 0.98,
+    log_scale: Annotated[bool, typer.Option("--log-scale", help="Logarithmic axis for the metric.")] = False,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Draw the curves of one or several training runs, and print the picture's path.
+
+    The loss while training (smoothed, and faintly as it is) and in validation; below it learning rate, gradient norm
+    and samples/s. A run may still be training. Of a resumed run, steps that were done twice count once.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    format = FORMATS.get(output.suffix.lower())
+    if format is None:
+        raise UsageError(f"-o names no picture: {output.name!r} should end in {', '.join(FORMATS)}")
+    logs = [_read(run, metric, console) for run in runs]
+    if output.exists() and not overwrite:
+        raise AlreadyExists(f"{output} exists already; --overwrite replaces it")
+
+    from sdcli.plotting import Run, draw_curves, save_figure
+
+    figure = draw_curves(
+        [Run(name, log) for name, log in zip(_names(runs), logs, strict=True)],
+        metric=metric,
+        smooth=smooth,
+        log_scale=log_scale,
+    )
+    with whole_file(output, overwrite=overwrite) as temporary:
+        save_figure(figure, temporary, format=format)
+    facts = [_facts(run, log, metric) for run, log in zip(runs, logs, strict=True)]
+    console.result(str(output), path=str(output), metric=metric, runs=facts)
+
+
+def _read(run: Path, metric: str, console: Console) -> Log:
+    """A run's log, if it has the metric."""
+    log = read_log(run)
+    if log.damaged:
+        console.say(f"{run}: passed over {log.damaged} damaged line{'s' if log.damaged > 1 else ''} of the log")
+    metrics = sorted({*log.metrics("train"), *log.metrics("validation")})
+    if not metrics:
+        raise UsageError(f"{run} has no steps to show yet")
+    if metric not in metrics:
+        raise UsageError(f"{run} logs no {metric!r}; there are {', '.join(metrics)}")
+    return log
+
+
+def _facts(run: Path, log: Log, metric: str) -> dict[str, Any]:
+    """What --json says about a run: its last step, and the metric's last and lowest values."""
+    steps = {event: log.series(event, metric) for event in ("train", "validation")}
+    facts: dict[str, Any] = {"run": str(run), "step": max((max(at) for at, _ in steps.values() if at), default=0)}
+    for event, (at, values) in steps.items():
+        finite = [(value, step) for step, value in zip(at, values, strict=True) if abs(value) < float("inf")]
+        if finite:
+            lowest, step = min(finite)
+            facts[event] = {"last": finite[-1][0], "lowest": lowest, "lowest_at": step}
+    return facts
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """What each run is called in the picture: its folder's name, and as many parents as tell it from the others."""
+    paths = [run.absolute().parts for run in runs]
+    depth = 1
+    while depth < max(map(len, paths)) and len({parts[-depth:] for parts in paths}) < len(set(paths)):
+        depth += 1
+    names = [" ".join(printable("/".join(parts[-depth:])).split()) for parts in paths]
+    return [name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}" for name in names]

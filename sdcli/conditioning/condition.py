@@ -1,0 +1,24 @@
+"""The condition: what the denoiser is told beside x and the timestep, one row a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Rows of what the network takes, by the name it takes it under.
+
+    `encoder_hidden_states` [B, L, D] of a text encoder, or `class_labels` [B] int64, or nothing at all.
+    """
+
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def rows(cls, conditions: Sequence[Condition]) -> Condition:
+        """The rows of several conditions of one kind, one after the other."""
+        return cls({name: torch.cat([one.inputs[name] for one in conditions]) for name in conditions[0].inputs})

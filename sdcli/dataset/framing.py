@@ -1,0 +1,113 @@
+"""From a picture of any size to one of a training size: aspect-ratio buckets, and the cut."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+from sdcli.errors import UsageError
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+BUCKET_STEP = 64
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The sizes that pictures are brought to, and where they are cut."""
+
+    resolution: Size
+    buckets: tuple[Size, ...]
+    """Every size that occurs; a single one where no aspect-ratio buckets are wanted."""
+    random_crop: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.buckets:
+            raise UsageError("there must be at least one bucket")
+
+    def bucket_for(self, size: Size) -> Size:
+        """The bucket whose aspect ratio is nearest to the picture's (by the ratio of the two; of equals the largest).
+
+        It depends on the picture's proportions only, and a picture lying on its side gets the bucket on its side.
+        """
+        width, height = size
+
+        def distance(bucket: Size) -> tuple[float, int, Size]:
+            across, down = width * bucket[1], height * bucket[0]
+            return max(across, down) / min(across, down), -bucket[0] * bucket[1], bucket
+
+        return min(self.buckets, key=distance)
+
+    def place(self, source: random.Random) -> tuple[float, float]:
+        """Where to cut: anywhere with `random_crop`, otherwise the middle. For the `at` of `frame`."""
+        return (source.random(), source.random()) if self.random_crop else (0.5, 0.5)
+
+
+def bucket_sizes(
+    resolution: Size, *, step: int = BUCKET_STEP, smallest: int | None = None, largest: int | None = None
+) -> tuple[Size, ...]:
+    """The aspect-ratio buckets of a resolution, sorted: multiples of `step`, none with more pixels than `resolution`.
+
+    For each width from `smallest` to `largest` the greatest height that fits, and the same lying on its side; and the
+    resolution itself. This is how kohya's sd-scripts make them (`make_bucket_resolutions`), and NovelAI before. The
+    sides go from half the shorter side to twice the longer one by default (256 to 1024 for 512x512).
+    Raises UsageError for limits that leave nothing, or a resolution that is no multiple of `step`.
+    """
+    width, height = resolution
+    if step < 1 or width < 1 or height < 1 or width % step or height % step:
+        raise UsageError(f"the sides of {width}x{height} must be multiples of the buckets' step, {step}")
+    smallest = min(width, height) // 2 if smallest is None else smallest
+    largest = 2 * max(width, height) if largest is None else largest
+    if smallest > min(width, height) or largest < max(width, height):
+        raise UsageError(f"buckets of {smallest} to {largest} pixels a side leave out {width}x{height} itself")
+    area, sizes = width * height, {resolution}
+    first = max(step, math.ceil(smallest / step) * step)
+    for across in range(first, largest + 1, step):
+        down = min(largest, area // across) // step * step
+        if down >= first:
+            sizes |= {(across, down), (down, across)}
+    return tuple(sorted(sizes))
+
+
+def frame(image: Image.Image, size: Size, *, at: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Image.Image:
+    """An RGB picture of exactly `size`: resized with Lanczos until it covers the size, then cut.
+
+    `at` says where, 0..1 from left to right and from top to bottom; (0.5, 0.5) cuts out the middle. The cut lies on
+    whole pixels, so a picture that needs no resizing keeps its pixels. `flip` mirrors what was cut out.
+    """
+    width, height = size
+    scale = max(width / image.width, height / image.height)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling.LANCZOS)
+    left, top = round(at[0] * (image.width - width)), round(at[1] * (image.height - height))
+    cut = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(cut) if flip else cut
+
+
+@dataclass(frozen=True)
+class BucketFill:
+    """How many pictures fall into a bucket, and how many must be seen again to fill its last batch."""
+
+    size: Size
+    pictures: int
+    repeats: int
+    enlarged: int
+    """Pictures that are smaller than the bucket and would be blown up."""
+
+
+def bucket_fills(framing: Framing, sizes: Iterable[Size], *, batch_size: int) -> list[BucketFill]:
+    """The buckets that pictures of these sizes fill, the fullest first."""
+    counts: dict[Size, list[int]] = {}
+    for size in sizes:
+        bucket = framing.bucket_for(size)
+        count = counts.setdefault(bucket, [0, 0])
+        count[0] += 1
+        count[1] += size[0] < bucket[0] or size[1] < bucket[1]
+    fills = [BucketFill(size, count, -count % batch_size, enlarged) for size, (count, enlarged) in counts.items()]
+    return sorted(fills, key=lambda fill: (-fill.pictures, fill.size))

@@ -1,0 +1,99 @@
+"""What the training loop tells while it runs: one small dataclass for each kind of event."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """Work before the first step goes on: `done` of `total` pictures examined, latents encoded."""
+
+    what: str
+    """In a word or two that fit before a count: "examining pictures"."""
+    done: int
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Started:
+    """The steps begin, from the first or, resumed, from after `start_step`."""
+
+    steps: int | None
+    """How many steps the run will have when it ends; None where only the time limits it."""
+    start_step: int
+    """Steps that are done already."""
+    batch: int
+    """Samples of one optimizer step, over all processes."""
+    parameters: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Optimizer steps up to number `step` are done; the figures are means over those since the last event."""
+
+    step: int
+    steps: int | None
+    loss: float
+    lr: float
+    grad_norm: float | None
+    """L2 norm of all gradients before clipping."""
+    samples_per_second: float
+    waiting: float
+    """Share of the time that was spent waiting for data, 0..1."""
+    seconds: float
+    """Of one step."""
+    memory_bytes: int | None
+    """The most that was in use: of the accelerator's memory, or the process's where there is none."""
+    shown: Mapping[str, float] = field(default_factory=dict)
+    """Further figures of the trainer, by name: the parts of the loss, say."""
+    samples: int | None = None
+    """Samples seen since the first step."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The held-out pictures were measured; `figures` has at least `loss`."""
+
+    step: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """A checkpoint is whole and on the disk."""
+
+    step: int
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Sample pictures were painted and written."""
+
+    step: int
+    paths: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something the user should read, and find in the log later."""
+
+    text: str
+    warning: bool = True
+    """Whether it may be other than was wanted; else it is only told."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last event of a run. `reason` completes "ended after step N: ..."."""
+
+    step: int
+    reason: str
+
+
+Event = Preparing | Started | Trained | Validated | Checkpointed | Sampled | Noted | Ended

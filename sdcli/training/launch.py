@@ -1,0 +1,86 @@
+"""Several processes on this machine, each with its own rank: what `accelerate launch` and torchrun do for many.
+
+Started here and not through them because they answer every failure with exit code 1, and sdcli's say what happened.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+MARK = "SDCLI_RANKS_STARTED"
+
+
+def inside_a_launch() -> bool:
+    """Whether this process is one of several already, whoever started them."""
+    return "LOCAL_RANK" in os.environ or "RANK" in os.environ
+
+
+def launch(arguments: Sequence[str], *, processes: int) -> int:
+    """Run `python -m sdcli <arguments>` once per rank; the exit code of the rank that failed first, or 0.
+
+    SIGINT and SIGTERM are passed on; when one rank fails, the others are terminated.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    ranks = []
+    for rank in range(processes):
+        environment = {
+            **os.environ,
+            MARK: "1",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": threads,
+        }
+        ranks.append(subprocess.Popen([sys.executable, "-m", "sdcli", *arguments], env=environment))
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _first_failure(ranks)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int:
+    code = 0
+    running = list(ranks)
+    while running:
+        for rank in list(running):
+            try:
+                answer = rank.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            running.remove(rank)
+            if answer and not code:
+                code = answer if answer > 0 else 128 - answer
+                _end(running)
+    return code
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """The others wait for the failed one in a collective call, where no signal handler of Python runs."""
+    for rank in ranks:
+        try:
+            rank.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            rank.kill()

@@ -1,0 +1,378 @@
+"""The training loop: any task, stopped anywhere, gone on with exactly.
+
+    for each step:  micro-batches -> loss -> gradients -> clip -> optimizer -> moving average
+                    then, when due: validate, paint samples, checkpoint
+
+It yields what happens (`events.py`); the caller shows it, logs it, or stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sdcli import counted
+from sdcli.devices import out_of_memory
+from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated
+from sdcli.train_settings import TrainSettings
+from sdcli.training.checkpoint import link_model_folder, save_checkpoint
+from sdcli.training.events import Checkpointed, Ended, Event, Noted, Sampled, Started, Trained, Validated
+from sdcli.training.feed import Feed, Share, on_device
+from sdcli.training.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
+from sdcli.training.state import TrainingState
+from sdcli.training.task import Batch, Losses, Networks, Phase, Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far to go, and when to look up from the work."""
+
+    steps: int | None
+    """Optimizer steps in all, those before a resume included; None goes on until `seconds` are over."""
+    seconds: float | None = None
+    validate_every: int | None = None
+    sample_every: int | None = None
+    checkpoint_every: int = 500
+    keep: int | None = None
+
+    def ends_at(self, done: int) -> bool:
+        return self.steps is not None and done >= self.steps
+
+
+def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
+    """accelerate's side of a run: device, precision, processes. Accumulation is the loop's own."""
+    return Accelerator(
+        mixed_precision=settings.mixed_precision,
+        cpu=settings.device == "cpu",
+        step_scheduler_with_optimizer=False,
+        **extras,
+    )
+
+
+@dataclass
+class Trainer:
+    """A task with its optimizers, prepared for this process. `run` is the folder that checkpoints go to."""
+
+    task: Task
+    settings: TrainSettings
+    accelerator: Accelerator
+    run: Path
+    plan: Plan
+    links: Mapping[str, str] = field(default_factory=dict)
+    """RUN/<part> -> the folder or file in the newest checkpoint, so that RUN is a model folder."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a checkpoint's manifest says beside its files."""
+    before_checkpoint: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        settings, task = self.settings, self.task
+        for network in task.networks.values():
+            network.train().to(self.accelerator.device)
+            if settings.channels_last:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        trained = {
+            name: frozenset(key for key, p in network.named_parameters() if p.requires_grad)
+            for name, network in task.networks.items()
+        }
+        self.averages = {name: _average_of(task.networks[name]) for name in task.averaged if settings.use_ema}
+        self.state = TrainingState(
+            networks=task.networks,
+            averages=self.averages,
+            trained=trained,
+            optimizers={phase.name: make_optimizer(phase.groups, settings) for phase in task.phases},
+            names={phase.name: parameter_names(phase.groups) for phase in task.phases},
+        )
+        self._ema = {name: _moving_average(average, settings) for name, average in self.averages.items()}
+
+    def resume(self, checkpoint: Path) -> int:
+        """Take up the state of a whole checkpoint; returns the steps it has done. Raises BadWeights."""
+        done = self.state.restore(checkpoint, scaler=self.accelerator.scaler)
+        for ema in self._ema.values():
+            ema.optimization_step = done
+        return done
+
+    def train(self, *, done: int = 0, stop: Callable[[], Interrupted | None] = lambda: None) -> Iterator[Event]:
+        """Go on after `done` steps. Raises BadOutput for a loss that is not finite, CannotWrite, and what `stop` says.
+
+        Whatever ends the run, the last whole checkpoint is kept.
+        """
+        settings, task, accelerator, plan = self.settings, self.task, self.accelerator, self.plan
+        world = accelerator.num_processes
+        networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
+        optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in self.state.optimizers.items()}
+        rate = learning_rate(settings, plan.steps)
+        share = Share(settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.process_index, world)
+        began, saved = time.monotonic(), done if done else None
+        total, means = settings.total_batch_size(world), _Means()
+        yield Started(
+            steps=plan.steps,
+            start_step=done,
+            batch=total,
+            parameters=sum(p.numel() for network in task.networks.values() for p in network.parameters()),
+            trainable=sum(
+                p.numel() for phase in task.phases for group in phase.groups for p in group["params"].values()
+            ),
+        )
+        computed, note = self._perhaps_compiled(networks)
+        if note:
+            yield Noted(note)
+        with Feed(
+            task, share=share, first_step=done, device=accelerator.device, workers=settings.dataloader_num_workers
+        ) as feed:
+            while not plan.ends_at(done):
+                started, waited = time.perf_counter(), feed.waited
+                batches = feed.step()
+                figures: dict[str, float] = {}
+                for phase in task.phases:
+                    figures |= self._optimize(phase, computed, optimizers[phase.name], batches, done, rate(done))
+                done += 1
+                for name, ema in self._ema.items():
+                    ema.step(_trained(task.networks[name]))
+                means.add(figures, seconds=time.perf_counter() - started, waited=feed.waited - waited)
+                reason, late = self._agree(stop(), plan.seconds is not None and time.monotonic() - began > plan.seconds)
+                last = plan.ends_at(done) or late or reason is not None
+                if last or done % settings.log_steps == 0 or _due(plan.checkpoint_every, done):
+                    yield means.event(
+                        done, plan.steps, settings.learning_rate * rate(done - 1), total, accelerator.device
+                    )
+                    means = _Means()
+                if _due(plan.validate_every, done) or (last and reason is None and plan.validate_every):
+                    yield from self._validate(networks, done)
+                if _due(plan.sample_every, done) or (last and reason is None and plan.sample_every):
+                    yield from self._sample(networks, done)
+                if _due(plan.checkpoint_every, done) or last:
+                    yield from self._checkpoint(done)
+                    saved = done
+                if reason is not None:
+                    yield Ended(done, str(reason))
+                    raise type(reason)(f"{reason} (checkpoint at step {done}; --resume goes on)")
+                if late:
+                    break
+        if saved != done:
+            yield from self._checkpoint(done)
+        yield Ended(done, "finished" if plan.ends_at(done) else "--max-hours is over")
+
+    def _optimize(
+        self, phase: Phase, networks: Networks, optimizer: Any, batches: list[Batch], done: int, rate: float
+    ) -> dict[str, float]:
+        """One optimizer step of one phase; returns its figures. Raises BadOutput before anything was changed by NaN."""
+        accelerator, count = self.accelerator, len(batches)
+        set_learning_rate(optimizer.optimizer, rate)
+        optimizer.zero_grad(set_to_none=True)
+        total: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            # layers that draw for themselves (dropout) draw counted numbers too
+            torch.manual_seed(
+                counted.key(
+                    self.settings.seed,
+                    (done * count + number) * accelerator.num_processes + accelerator.process_index,
+                    phase.name,
+                )
+            )
+            with self._gradients_stay_here(networks) if number < count - 1 else contextlib.nullcontext():
+                losses: Losses = phase.loss(networks, batch)
+                accelerator.backward(losses.loss / count)
+            for name, value in {"loss": losses.loss, **losses.shown}.items():
+                total[name] = total.get(name, 0) + value.detach().float() / count
+        parameters = [parameter for group in phase.groups for parameter in group["params"].values()]
+        norm = self._clipped_norm(optimizer, parameters)
+        figures = {name: float(value) for name, value in self._mean(total).items()}
+        if not torch.isfinite(torch.tensor(figures["loss"])) or not (torch.isfinite(norm) or accelerator.scaler):
+            raise BadOutput(self._not_finite(phase, figures["loss"], done))
+        optimizer.step()
+        prefix = "" if phase is self.task.phases[0] else f"{phase.name}_"
+        return {f"{prefix}{name}": value for name, value in {**figures, "grad_norm": float(norm)}.items()}
+
+    def _clipped_norm(self, optimizer: Any, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of all gradients before they are clipped."""
+        if self.settings.max_grad_norm > 0:
+            norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm if isinstance(norm, Tensor) else torch.tensor(float(norm))
+
+    @contextlib.contextmanager
+    def _gradients_stay_here(self, networks: Networks) -> Iterator[None]:
+        """Between micro-batches of one step the processes need not exchange gradients."""
+        with contextlib.ExitStack() as stack:
+            for network in networks.values():
+                stack.enter_context(self.accelerator.no_sync(network))
+            yield
+
+    def _mean(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over all processes."""
+        if self.accelerator.num_processes == 1:
+            return figures
+        reduced = self.accelerator.reduce(torch.stack(list(figures.values())), reduction="mean")
+        return dict(zip(figures, reduced, strict=True))
+
+    def _agree(self, reason: Interrupted | None, late: bool) -> tuple[Interrupted | None, bool]:
+        """All processes stop after the same step: the strongest reason that any of them has counts."""
+        if self.accelerator.num_processes == 1:
+            return reason, late
+        codes = torch.tensor([reason.exit_code if reason else 0, int(late)], device=self.accelerator.device)
+        strongest = self.accelerator.gather(codes[None]).amax(dim=0).tolist()
+        if reason is None and strongest[0]:
+            reason = (Terminated if strongest[0] == Terminated.exit_code else Interrupted)("stopped")
+        return reason, bool(strongest[1])
+
+    def _validate(self, networks: Networks, done: int) -> Iterator[Event]:
+        """Every process validates its own copy; they are equal, so that one answer is enough."""
+        with _evaluating(self.task.networks), torch.no_grad():
+            figures = self.task.validate(self._painted_with(networks)) if self.accelerator.is_main_process else {}
+        self.accelerator.wait_for_everyone()
+        if figures:
+            yield Validated(done, figures)
+
+    def _sample(self, networks: Networks, done: int) -> Iterator[Event]:
+        if self.accelerator.is_main_process:
+            try:
+                with _evaluating(self.task.networks), torch.no_grad():
+                    paths = self.task.samples(self._painted_with(networks), done, self.run / "samples")
+                if paths:
+                    yield Sampled(done, paths)
+            except Exception as error:
+                if not isinstance(error, SdcliError) and not out_of_memory(error):
+                    raise
+                yield Noted(f"no samples at step {done}: {error}")
+        self.accelerator.wait_for_everyone()
+
+    def _painted_with(self, networks: Networks) -> Networks:
+        """What the finished model consists of: the moving averages where there are some, else the networks."""
+        return {**{name: self.task.networks[name] for name in networks}, **self.averages}
+
+    def _checkpoint(self, done: int) -> Iterator[Event]:
+        began = time.monotonic()
+        path = self.run / f"checkpoint-{done}"
+        notes: list[str] = []
+        if self.accelerator.is_main_process:
+            self.before_checkpoint()
+
+            def write(folder: Path) -> None:
+                self.task.save(folder, self.task.networks, self.averages)
+                self.state.save(folder, done=done, scaler=self.accelerator.scaler)
+
+            path = save_checkpoint(
+                self.run,
+                done,
+                write,
+                facts={**self.facts, "processes": self.accelerator.num_processes},
+                keep=self.plan.keep,
+                report=lambda path, reason: notes.append(f"{path} {reason}; it is left where it is"),
+            )
+            link_model_folder(self.run, self.links)
+        self.accelerator.wait_for_everyone()
+        for note in notes:
+            yield Noted(note)
+        yield Checkpointed(done, path, time.monotonic() - began)
+
+    def _not_finite(self, phase: Phase, loss: float, done: int) -> str:
+        names = [self.task.item_name(draw.index) for draw in self.task.draws(done)]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"the {phase.name} loss is {loss} (or its gradients are not finite) at step {done + 1}, with the samples "
+            f"{shown}; nothing of that step was kept. A lower --learning-rate or --mixed-precision no may help; "
+            "--resume goes on from the last checkpoint"
+        )
+
+    def _perhaps_compiled(self, networks: Networks) -> tuple[Networks, str | None]:
+        """With --compile the compiled networks, unless their gradients differ from the plain ones'."""
+        if not self.settings.compile:
+            return networks, None
+        from sdcli.training.compiling import compiled_if_right
+
+        draws = Share(min(2, self.settings.train_batch_size), 1).of(self.task.draws(0))[0]
+        batch = on_device(self.task.collate([self.task.item(draw) for draw in draws]), self.accelerator.device)
+        return compiled_if_right(networks, self.task.phases[0], batch)
+
+
+@dataclass
+class _Means:
+    """The figures of the steps since the last `Trained`."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, figures: Mapping[str, float], *, seconds: float, waited: float) -> None:
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
+
+    def event(self, done: int, steps: int | None, lr: float, batch: int, device: torch.device) -> Trained:
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        return Trained(
+            step=done,
+            steps=steps,
+            loss=means.pop("loss"),
+            lr=lr,
+            grad_norm=means.pop("grad_norm"),
+            samples_per_second=batch * self.steps / self.seconds,
+            waiting=self.waited / self.seconds,
+            seconds=self.seconds / self.steps,
+            memory_bytes=peak_memory(device),
+            shown=means,
+            samples=done * batch,
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process held so far: on a CUDA device its memory, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
+
+
+def _trained(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _average_of(network: nn.Module) -> nn.Module:
+    """A copy of the network for its moving average; frozen parameters are shared, not copied."""
+    shared: dict[int, Any] = {id(p): p for p in network.parameters() if not p.requires_grad}
+    return copy.deepcopy(network, shared)
+
+
+def _moving_average(average: nn.Module, settings: TrainSettings) -> Any:
+    """diffusers' EMAModel, working directly on the copy's parameters."""
+    from diffusers.training_utils import EMAModel
+
+    parameters = _trained(average)
+    ema = EMAModel(
+        parameters, decay=settings.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=settings.ema_power, foreach=True
+    )
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    ema.shadow_params = parameters
+    return ema
+
+
+@contextlib.contextmanager
+def _evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The networks in evaluation mode, then as they were."""
+    before = {name: network.training for name, network in networks.items()}
+    for network in networks.values():
+        network.eval()
+    try:
+        yield
+    finally:
+        for name, network in networks.items():
+            network.train(before[name])

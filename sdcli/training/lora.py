@@ -1,0 +1,147 @@
+"""LoRA: low-rank additions to a frozen network (Hu et al. 2021, arXiv 2106.09685), through peft; and its files.
+
+Two files hold the same numbers: `pytorch_lora_weights.safetensors` in the diffusers/PEFT dialect, and
+`lora_kohya.safetensors` in the one that kohya's scripts, AUTOMATIC1111's web UI and ComfyUI read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdcli.errors import UsageError
+from sdcli.training.state_files import write_tensors
+
+ADAPTER = "default"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The attention projections of a UNet, which diffusers' own LoRA trainer takes."""
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te"}
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What is added: W + alpha / rank * B A with B A of the given rank, at the layers whose names end in `targets`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
+
+
+def add_lora(network: nn.Module, shape: LoraShape, *, seed: int) -> None:
+    """Freeze a network and put a LoRA, at first without effect, into it. Raises UsageError where no layer matches."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=list(shape.targets),
+        init_lora_weights=True,
+    )
+    torch.manual_seed(seed)  # peft draws A from the global generator
+    try:
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+    except ValueError:
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+        )
+        raise UsageError(
+            f"no layer of the network matches --lora-targets {' '.join(shape.targets)}; "
+            f"linear layers there are called {', '.join(names[:20])}"
+        ) from None
+
+
+def lora_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The LoRA's own tensors by PEFT's names, `<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]."""
+    return {
+        name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in network.state_dict().items() if ".lora_" in name
+    }
+
+
+def merged_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of the plain network with the LoRA added in; the network itself stays as it is."""
+    from peft.tuners.lora import LoraLayer
+
+    tensors = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in network.state_dict().items()
+        if ".lora_" not in name
+    }
+    with torch.no_grad():
+        for name, layer in network.named_modules():
+            if isinstance(layer, LoraLayer):
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + layer.get_delta_weight(ADAPTER)
+    return tensors
+
+
+def write_lora(folder: Path, networks: Mapping[str, nn.Module], shapes: Mapping[str, LoraShape]) -> None:
+    """Write the LoRAs of some networks ("unet", "text_encoder") as one file in each dialect."""
+    peft: dict[str, Tensor] = {}
+    kohya: dict[str, Tensor] = {}
+    for part, network in networks.items():
+        tensors = lora_tensors(network)
+        peft |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+        kohya |= to_kohya(tensors, part=part, alpha=shapes[part].alpha)
+    write_tensors(
+        folder / "pytorch_lora_weights.safetensors",
+        peft,
+        {"format": "pt", "lora_adapter_metadata": json.dumps(_peft_metadata(shapes), sort_keys=True)},
+    )
+    shape = shapes["unet"]
+    write_tensors(
+        folder / "lora_kohya.safetensors",
+        kohya,
+        {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(shape.rank),
+            "ss_network_alpha": f"{shape.alpha:g}",
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": "stable-diffusion-v1/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.title": "LoRA trained by sdcli",
+        },
+    )
+
+
+def to_kohya(tensors: Mapping[str, Tensor], *, part: str, alpha: float) -> dict[str, Tensor]:
+    """PEFT's names -> kohya's: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        path, kind = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        # kohya's text encoder paths carry the prefix of older transformers
+        full = f"text_model.{path}" if part == "text_encoder" and not path.startswith("text_model.") else path
+        layer = f"{KOHYA_PREFIX[part]}_{full.replace('.', '_')}"
+        renamed[f"{layer}.lora_{'down' if kind == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return renamed
+
+
+def _peft_metadata(shapes: Mapping[str, LoraShape]) -> dict[str, Any]:
+    """The header in which diffusers' loader finds rank and alpha."""
+    return {
+        f"{part}.{key}": value
+        for part, shape in shapes.items()
+        for key, value in {
+            "peft_type": "LORA",
+            "r": shape.rank,
+            "lora_alpha": shape.alpha,
+            "lora_dropout": shape.dropout,
+            "target_modules": sorted(shape.targets),
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "init_lora_weights": True,
+        }.items()
+    }

@@ -1,0 +1,90 @@
+"""How much memory training will take, said before it starts: weights, gradients, optimizer, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdcli.latents import cell
+from sdcli.train_settings import TrainSettings
+from sdcli.training.unet import UnetTask
+from sdcli.training.vae import VaeTask, plain
+
+MARGIN = 1.15
+"""Buffers of convolutions and what the allocator leaves unused."""
+RUNTIME_BYTES = 600 * 2**20
+"""Python, torch and the libraries."""
+MOMENTS = {"adamw": 2.0, "adamw-8bit": 0.5, "sgd": 1.0}
+"""What the optimizers keep, in units of the trained weights."""
+
+
+def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
+    """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
+    unet: Any = task.networks["unet"]
+    factor = 1 if task.vae is None else cell(task.vae)
+    width, height = size[0] // factor, size[1] // factor
+
+    def run(network: Any) -> None:
+        batch = settings.train_batch_size
+        inputs: dict[str, Any] = {
+            "sample": torch.empty(batch, unet.config.in_channels, height, width),
+            "timestep": torch.zeros(batch, dtype=torch.long),
+        }
+        if "cross_attention_dim" in unet.config:
+            inputs["encoder_hidden_states"] = torch.empty(batch, 77, unet.config.cross_attention_dim)
+        if unet.config.get("num_class_embeds"):
+            inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
+        network(**inputs)
+
+    frozen = [part for part in (task.frozen_text_encoder, task.vae) if part is not None]
+    return _total([*task.networks.values(), *frozen], settings, _activations(unet, run, settings))
+
+
+def vae_memory(task: VaeTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
+    """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
+    vae: Any = plain(task.networks)
+
+    def run(network: Any) -> None:
+        encoded = network.encode(torch.empty(settings.train_batch_size, 3, size[1], size[0]))
+        network.decode(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
+
+    return _total(task.networks.values(), settings, _activations(vae, run, settings))
+
+
+def _total(networks: Iterable[nn.Module], settings: TrainSettings, activations: int) -> int:
+    parts = list(networks)
+    weights = sum(t.numel() * t.element_size() for part in parts for t in part.state_dict().values())
+    trained = sum(p.numel() * 4 for part in parts for p in part.parameters() if p.requires_grad)
+    copies = 1 + MOMENTS[settings.optimizer] + (1 if settings.use_ema else 0)
+    return int((weights + trained * copies + activations) * MARGIN) + RUNTIME_BYTES
+
+
+def _activations(like: Any, run: Callable[[Any], None], settings: TrainSettings) -> int:
+    """Bytes that a forward pass keeps for the backward pass, counted on a network of tensors without numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+    with FakeTensorMode():
+        network = type(like).from_config(like.config)
+        if settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        network.train()
+        own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:  # views of one storage count once
+                kept[storage._cdata] = storage.nbytes()
+                alive.append(tensor)  # so that no other storage takes its place meanwhile
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision != "no"),
+        ):
+            run(network)
+    return sum(kept.values())

@@ -1,0 +1,48 @@
+"""How near a reconstruction is to its picture: PSNR and SSIM of pictures [B, C, H, W] in 0..1, float64 [B]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW = 11
+SIGMA = 1.5
+BEST_PSNR = 100.0
+"""Decibels that equal pictures get in place of infinity, so that a mean over pictures stays a number."""
+
+
+def psnr(pixels: Tensor, other: Tensor) -> Tensor:
+    """The peak signal-to-noise ratio of each picture in decibels, -10 log10 of the mean squared error; at most 100."""
+    squared = (pixels.double() - other.double()).square().flatten(1).mean(dim=1)
+    return -10 * squared.clamp(min=10 ** (-BEST_PSNR / 10)).log10()
+
+
+def ssim(pixels: Tensor, other: Tensor) -> Tensor:
+    """The structural similarity of each picture, -1..1, 1 for equal ones; the mean over channels and windows.
+
+    Wang et al. 2004 (doi 10.1109/TIP.2003.819861), eq. 13 and section III-C: Gaussian windows of 11x11 pixels, sigma
+    1.5, those inside the picture only; K1 = 0.01, K2 = 0.03. In float64, as variances are differences of near numbers.
+    Raises ValueError for pictures smaller than a window.
+    """
+    if min(pixels.shape[2:]) < WINDOW:
+        raise ValueError(f"SSIM needs pictures of at least {WINDOW} pixels a side")
+    x, y = pixels.double(), other.double()
+    c1, c2 = 0.01**2, 0.03**2
+    mean_x, mean_y = _windowed(x), _windowed(y)
+    var_x, var_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
+    covariance = _windowed(x * y) - mean_x * mean_y
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    )
+    return similarity.flatten(1).mean(dim=1)
+
+
+def _windowed(x: Tensor) -> Tensor:
+    """The Gaussian mean over every window inside the picture; the window is a product, so one axis after the other."""
+    distance = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    weights = torch.exp(-distance.square() / (2 * SIGMA**2))
+    weights = weights / weights.sum()
+    channels = x.shape[1]
+    across = F.conv2d(x, weights.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    return F.conv2d(across, weights.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)

@@ -1,0 +1,257 @@
+"""The model that a UNet is trained into: its frozen parts, its UNet (loaded or new), and RUN's model files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdcli.conditioning.tokenizer import ClipTokenizer
+from sdcli.errors import BadWeights, UsageError
+from sdcli.files import write_whole
+from sdcli.hub import local_snapshot
+from sdcli.latents import cell, latent_channels
+from sdcli.lean_imports import UNet2DConditionModel, UNet2DModel
+from sdcli.loading import LoadedModel
+from sdcli.model_folder import LAYOUTS, read_json_object
+from sdcli.registry import PACKAGE, EmbeddedSource, FolderSource, HubSource, ModelDefaults, ModelSpec
+from sdcli.request import did_you_mean
+from sdcli.training.run_folder import write_json
+
+PIXEL_PRESET: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 64, 64],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+    "attention_head_dim": 16,
+}
+PRESETS: dict[str, str] = {
+    "starter": "the shape of the embedded model's UNet, 13.5 million parameters",
+    "sd15": "the shape of Stable Diffusion 1.x, 860 million parameters",
+    "pixel": "a small UNet on RGB pixels, 1.1 million parameters",
+    "pixel-grey": "the same on grey pixels",
+    "latent": "a small UNet on latents, without text: for --unconditional and --class-conditional",
+}
+DDPM_SCHEDULE: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": True,
+    "prediction_type": "epsilon",
+}
+"""Ho et al. 2020, section 4."""
+LATENT_SCHEDULE: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+"""Of Stable Diffusion 1.x."""
+
+
+def unet_config(name: str) -> dict[str, Any]:
+    """What --from-scratch names: a preset or a unet/config.json. Raises UsageError, NotFound and BadWeights."""
+    match name:
+        case "starter":
+            return read_json_object(PACKAGE / "starter" / "unet" / "config.json")
+        case "sd15":
+            return read_json_object(PACKAGE / "sd1_config" / "unet" / "config.json")
+        case "pixel" | "latent":
+            return dict(PIXEL_PRESET)
+        case "pixel-grey":
+            return {**PIXEL_PRESET, "in_channels": 1, "out_channels": 1}
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix != ".json":
+        hint = did_you_mean(name, PRESETS)
+        raise UsageError(f"--from-scratch {name}: should be a unet/config.json, or one of {', '.join(PRESETS)}{hint}")
+    return read_json_object(path)
+
+
+def new_unet(config: Mapping[str, Any], *, seed: int) -> nn.Module:
+    """A UNet with torch's own random initialisation, float32. Raises BadWeights for a configuration of no network."""
+    classes = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}
+    name = config.get("_class_name", "UNet2DConditionModel")
+    if name not in classes:
+        raise UsageError(f"--from-scratch: unknown class {name!r}; known: {', '.join(classes)}")
+    torch.manual_seed(seed)
+    try:
+        network: nn.Module = classes[name].from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        raise BadWeights(f"--from-scratch: the configuration describes no network: {error}") from None
+    return network
+
+
+def fitted_config(
+    config: Mapping[str, Any],
+    *,
+    resolution: tuple[int, int],
+    vae_of: LoadedModel | None,
+    text_of: LoadedModel | None,
+    classes: Sequence[str],
+    guidance_class: bool,
+) -> dict[str, Any]:
+    """A configuration with the sizes of what surrounds the UNet: the latents, the text states, the classes."""
+    factor = cell(vae_of.vae) if vae_of is not None else 1
+    height, width = resolution[1] // factor, resolution[0] // factor
+    fitted = {**config, "sample_size": height if height == width else [height, width]}
+    if vae_of is not None:
+        fitted["in_channels"] = fitted["out_channels"] = latent_channels(vae_of.vae)
+    if text_of is not None:
+        fitted["cross_attention_dim"] = text_of.text_encoder.config.hidden_size
+    if classes:
+        fitted["num_class_embeds"] = len(classes) + int(guidance_class)
+    return fitted
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """How RUN becomes a model folder: which pipeline it says it is, and the parts that training leaves alone."""
+
+    pipeline: str
+    """`_class_name` of model_index.json; see model_folder.py."""
+    scheduler_config: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    """How the model likes to paint; goes into sdcli.json."""
+    frozen: Mapping[str, tuple[LoadedModel, str]]
+    """Sub-folder -> the model whose part it is, and the part's name (`vae`, `text_encoder`, `tokenizer`)."""
+    trained: Mapping[str, str]
+    """Sub-folders that a checkpoint holds -> the class of their network (`tokenizer` -> `CLIPTokenizer`)."""
+    averaged: tuple[str, ...] = ()
+    """Those of them that have an average beside them."""
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def around(cls, model: LoadedModel | None, *, trained: Mapping[str, str], averaged: tuple[str, ...]) -> ModelFiles:
+        """For a trained VAE or text encoder: the rest is the model's; without one the other parts are absent."""
+        frozen: dict[str, tuple[LoadedModel, str]] = {}
+        if model is not None:
+            parts = [*model.parts, *(["tokenizer"] if model.tokenizer is not None else [])]
+            frozen = {_folder_of(part, model): (model, part) for part in parts if part not in trained}
+        return cls(
+            pipeline="StableDiffusionPipeline" if model is None or model.tokenizer is not None else "LDMPipeline",
+            scheduler_config=model.scheduler_config if model is not None else LATENT_SCHEDULE,
+            defaults=model.spec.defaults.model_dump() if model is not None else {},
+            frozen=frozen,
+            trained=trained,
+            averaged=averaged,
+            classes=model.spec.kind.classes if model is not None else (),
+        )
+
+    def links(self) -> dict[str, str]:
+        """RUN/<part> -> the sub-folder of a checkpoint; with averages RUN has those, and RUN/raw the others."""
+        links = {part: f"{part}_ema" if part in self.averaged else part for part in self.trained}
+        return {**links, **({f"raw/{part}": part for part in self.trained} if self.averaged else {})}
+
+    def write(self, run: Path) -> None:
+        """Write all of it but the trained parts."""
+        for folder in (run, *([run / "raw"] if self.averaged else [])):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "model_index.json", self._index())
+            write_json(folder / "sdcli.json", {"schema": 1, "defaults": dict(self.defaults)})
+            write_json(folder / "scheduler" / "scheduler_config.json", dict(self.scheduler_config))
+            if self.classes:
+                write_whole(folder / "classes.json", json.dumps(list(self.classes)).encode(), overwrite=True)
+            for name, (model, part) in self.frozen.items():
+                write_part(folder / name, model, part)
+
+    def _index(self) -> dict[str, Any]:
+        """model_index.json: the components that are there, each with its library and class; the others are null."""
+        there = {name: _class_name(model, part) for name, (model, part) in self.frozen.items()} | dict(self.trained)
+        expected = [name for name, _ in LAYOUTS[self.pipeline].components.values()]
+        components: dict[str, Any] = {
+            name: ["transformers" if there[name].startswith("CLIP") else "diffusers", there[name]]
+            if name in there
+            else [None, None]
+            for name in expected
+        }
+        if self.pipeline == "StableDiffusionPipeline":
+            components |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+            components["requires_safety_checker"] = False
+        scheduler = self.scheduler_config.get("_class_name", "DDIMScheduler")
+        return {
+            "_class_name": self.pipeline,
+            "_diffusers_version": metadata.version("diffusers"),
+            "scheduler": ["diffusers", scheduler],
+            **components,
+        }
+
+
+def _class_name(model: LoadedModel, part: str) -> str:
+    """What model_index.json calls the class of a part."""
+    fixed = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+    return fixed.get(part) or type(model.parts[part]).__name__
+
+
+def _folder_of(part: str, model: LoadedModel) -> str:
+    """Where a part stands in the layout that the model has; see model_folder.py."""
+    return "vqvae" if part == "vae" and model.tokenizer is None else part
+
+
+def write_part(folder: Path, model: LoadedModel, part: str) -> None:
+    """A frozen part of a model as a sub-folder: its own files where it has some, else from the network in memory."""
+    source = source_folder(model.spec)
+    if source is not None and (source / part).is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source / part, folder)
+    elif part == "tokenizer":
+        shutil.copytree(PACKAGE / "clip_tokenizer", folder, dirs_exist_ok=True)
+    else:
+        from sdcli.training.unet import write_network
+
+        network = model.parts[part]
+        write_network(folder, network, network.state_dict())
+
+
+def source_folder(spec: ModelSpec) -> Path | None:
+    """The folder that a model was loaded from; None for single files and random weights."""
+    match spec.source:
+        case EmbeddedSource(folder=name):
+            return PACKAGE / name
+        case FolderSource(path=path):
+            return path
+        case HubSource() as hub:
+            return local_snapshot(hub, name=spec.name, size=spec.download_bytes)
+    return None
+
+
+def painting_defaults(base: ModelDefaults | None, *, resolution: tuple[int, int], guided: bool) -> dict[str, Any]:
+    """What sdcli.json says: the base model's habits where there is one, at the size that was trained."""
+    width, height = resolution
+    if base is not None:
+        kept = base.model_dump(exclude={"width", "height"})
+        return {**kept, "width": width, "height": height}
+    return {
+        "width": width,
+        "height": height,
+        "steps": 50,
+        "guidance_scale": 3.0 if guided else 1.0,
+        "scheduler": "ddim",
+        "dtype": "float32",
+    }
+
+
+def tokenizer_of(model: LoadedModel) -> ClipTokenizer:
+    """The tokenizer of a model with text. Raises UsageError."""
+    if model.tokenizer is None:
+        raise UsageError(f"{model.spec.name} has no text encoder")
+    return model.tokenizer

@@ -1,0 +1,221 @@
+"""The diffusion objective: noise schedules, q(x_t | x_0), prediction targets, weights, and the loss.
+
+alphas_cumprod[t] is the share of the signal's variance that is left at timestep t, 0 <= t < T; in the papers it is
+alpha-bar, a product over 1..T of 1 - beta. All functions take x [B, ...] and t int64 [B] and compute in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdcli import counted
+from sdcli.denoise.sampler import make_scheduler
+from sdcli.errors import UsageError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """How much noise there is at each timestep, and what the network predicts."""
+
+    alphas_cumprod: Tensor
+    """float32 [T], falling, between 0 and 1"""
+    prediction_type: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Of a scheduler_config.json, with the numbers of diffusers' own DDPMScheduler. Raises UsageError."""
+        scheduler = make_scheduler("ddpm", config)
+        prediction = scheduler.config.prediction_type
+        if prediction not in PREDICTIONS:
+            raise UsageError(
+                f"the scheduler's prediction type {prediction!r} cannot be trained ({', '.join(PREDICTIONS)})"
+            )
+        return cls(scheduler.alphas_cumprod.float(), prediction)
+
+    def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), float32 [B, 1, ...] to be multiplied with `like` [B, ...]."""
+        shape = (-1, *[1] * (like.ndim - 1))
+        alpha_bar = self.alphas_cumprod.to(like.device)[t].view(shape)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def schedule_config(
+    base: Mapping[str, Any],
+    *,
+    beta_schedule: str | None = None,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool | None = None,
+) -> dict[str, Any]:
+    """A model's scheduler_config.json with what was asked for changed; to be trained with and saved with the model.
+
+    With zero terminal SNR the sampler must begin at the last timestep, so `timestep_spacing` becomes "trailing"
+    (Lin et al. 2023, arXiv 2305.08891). Raises UsageError for what contradicts itself.
+    """
+    asked = {
+        "beta_schedule": beta_schedule,
+        "beta_start": beta_start,
+        "beta_end": beta_end,
+        "prediction_type": prediction_type,
+        "rescale_betas_zero_snr": rescale_betas_zero_snr,
+    }
+    changes = {name: value for name, value in asked.items() if value is not None}
+    config = {**base, **changes}
+    if {"beta_schedule", "beta_start", "beta_end"} & set(changes):
+        config.pop("trained_betas", None)
+        if config.get("beta_schedule") == "squaredcos_cap_v2" and {"beta_start", "beta_end"} & set(changes):
+            raise UsageError("--beta-start and --beta-end have no effect with --beta-schedule squaredcos_cap_v2")
+        start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        if start >= end:
+            raise UsageError(f"--beta-start {start:g} should be smaller than --beta-end {end:g}")
+    if config.get("rescale_betas_zero_snr"):
+        if config.get("prediction_type", "epsilon") == "epsilon":
+            raise UsageError(
+                "with zero terminal SNR the last step is pure noise, from which epsilon says nothing: "
+                "add --prediction-type v_prediction"
+            )
+        config["timestep_spacing"] = "trailing"
+    return config
+
+
+# The forward process
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """A draw from q(x_t | x_0) in one step: sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise; Ho et al. 2020, eq. 4."""
+    signal, amount = schedule.signal_and_noise(t, x0)
+    return signal * x0.float() + amount * noise.float()
+
+
+def posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [B, ...] and variance [B, 1, ...] of q(x_{t-1} | x_t, x_0); Ho et al. 2020, eq. 6 and 7.
+
+    At t = 0 the step before is x_0 itself: the mean is x_0 and the variance 0.
+    """
+    shape = (-1, *[1] * (x0.ndim - 1))
+    table = schedule.alphas_cumprod.double().to(x0.device)
+    now = table[t].view(shape)
+    before = torch.where(t > 0, table[(t - 1).clamp(min=0)], torch.ones_like(table[t])).view(shape)
+    beta = 1 - now / before
+    mean = before.sqrt() * beta / (1 - now) * x0 + (now / before).sqrt() * (1 - before) / (1 - now) * x_t
+    return mean.float(), ((1 - before) / (1 - now) * beta).float()
+
+
+# What the network predicts
+
+
+def target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What a perfect network answers: the noise (Ho et al. 2020), x_0, or
+    v = sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x_0 (Salimans & Ho 2022, appendix D)."""
+    match schedule.prediction_type:
+        case "epsilon":
+            return noise.float()
+        case "sample":
+            return x0.float()
+        case _:
+            signal, amount = schedule.signal_and_noise(t, x0)
+            return signal * noise.float() - amount * x0.float()
+
+
+def x0_from(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The x_0 that a network's output means; for epsilon undefined (infinite) where no signal is left."""
+    signal, amount = schedule.signal_and_noise(t, x_t)
+    match schedule.prediction_type:
+        case "epsilon":
+            return (x_t - amount * output) / signal
+        case "sample":
+            return output.float()
+        case _:
+            return signal * x_t - amount * output
+
+
+def noise_from(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The noise that a network's output means; for x_0 undefined (infinite) where there is none in x_t."""
+    signal, amount = schedule.signal_and_noise(t, x_t)
+    match schedule.prediction_type:
+        case "epsilon":
+            return output.float()
+        case "sample":
+            return (x_t - signal * output) / amount
+        case _:
+            return amount * x_t + signal * output
+
+
+# The loss
+
+
+def diffusion_loss(output: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The mean squared error of each sample, float32 [B]; with weights 1 this is L_simple (Ho et al. 2020, eq. 14)."""
+    error = (output.float() - wanted.float()).square().flatten(1).mean(dim=1)
+    return error if weights is None else error * weights
+
+
+def snr(schedule: NoiseSchedule) -> Tensor:
+    """The signal-to-noise ratio alpha-bar / (1 - alpha-bar) of each timestep, float32 [T]."""
+    return schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+
+
+def snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
+    """min-SNR-gamma weights [B]; Hang et al. 2023, arXiv 2303.09556, section 3.4.
+
+    The weight of the error in x_0 is min(SNR, gamma); an error in epsilon is 1 / SNR of that, one in v 1 / (SNR + 1).
+    Where there is no signal (SNR 0, v only) the weight is the limit 0 / 1 = 0. diffusers' training script divides by
+    SNR before it looks at the prediction type in older versions, which is NaN there.
+    """
+    ratio = snr(schedule).to(t.device)[t]
+    clipped = ratio.clamp(max=gamma)
+    match schedule.prediction_type:
+        case "epsilon":
+            return clipped / ratio
+        case "sample":
+            return clipped
+        case _:
+            return clipped / (ratio + 1)
+
+
+# The random part of a sample; counted, see `counted.py`
+
+
+def training_noise(seed: int, counter: int, shape: Sequence[int], *, noise_offset: float = 0.0) -> Tensor:
+    """Standard normal noise of a sample [C, ...]; with `noise_offset` plus a normal number per channel times it.
+
+    Offset noise (Guttenberg 2023, "Diffusion with Offset Noise") lets a model change a picture's mean brightness.
+    """
+    noise = counted.noise(seed, counter, "noise", shape)
+    if noise_offset:
+        per_channel = (shape[0], *[1] * (len(shape) - 1))
+        noise = noise + noise_offset * counted.noise(seed, counter, "noise offset", per_channel)
+    return noise
+
+
+def perturbed(noise: Tensor, seed: int, counter: int, *, input_perturbation: float) -> Tensor:
+    """The noise for the network's input, while the target keeps `noise`; Ning et al. 2023, arXiv 2301.11706, eq. 8."""
+    return noise + input_perturbation * counted.noise(seed, counter, "input perturbation", noise.shape)
+
+
+def timestep(seed: int, counter: int, levels: int) -> int:
+    """A timestep 0..levels-1 of a sample, all equally likely."""
+    return counted.scalars(seed, counter, "timestep").randrange(levels)
+
+
+@lru_cache(maxsize=8)
+def timesteps(seed: int, step: int, count: int, levels: int) -> tuple[int, ...]:
+    """The timesteps of a step's `count` samples, one in each of `count` equal strata, in random order.
+
+    Each alone is uniform over 0..levels-1, together they vary less from step to step than independent ones: low
+    discrepancy sampling of Kingma et al. 2021 (variational diffusion models, arXiv 2107.00630, appendix I.1).
+    """
+    draw = counted.scalars(seed, step, "timesteps")
+    offset = draw.random()
+    order = list(range(count))
+    draw.shuffle(order)
+    return tuple(min(levels - 1, int((stratum + offset) / count * levels)) for stratum in order)

@@ -1,0 +1,171 @@
+"""From DATA to the pictures of a run: examined, framed, split into trained and held-out ones, and put in order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sdcli.dataset.cache import default_cache_dir
+from sdcli.dataset.examine import examination, look
+from sdcli.dataset.framing import Framing, bucket_sizes
+from sdcli.dataset.records import PictureSet
+from sdcli.dataset.sources import open_pictures
+from sdcli.errors import UsageError
+from sdcli.train_settings import PictureSettings
+from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.order import Order
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """The usable pictures of a run."""
+
+    pictures: PictureSet
+    framing: Framing
+    trained: np.ndarray
+    """int64 indices into `pictures`"""
+    held_out: np.ndarray
+    sizes: dict[int, tuple[int, int]]
+    """Each usable picture's bucket, by index."""
+    digests: tuple[str, ...]
+    """The SHA-256 of each picture's bytes, by index."""
+    dropped: int
+
+    def only(self, usable: np.ndarray) -> PictureData:
+        """Without the pictures that turned out later to be unusable. Raises UsageError where nothing is left."""
+        trained = np.intersect1d(self.trained, usable)
+        if not len(trained):
+            raise UsageError("no picture could be encoded")
+        held_out = np.intersect1d(self.held_out, usable)
+        lost = len(self.trained) + len(self.held_out) - len(trained) - len(held_out)
+        return replace(self, trained=trained, held_out=held_out, dropped=self.dropped + lost)
+
+    @property
+    def used(self) -> np.ndarray:
+        """Trained and held-out ones, in the order of the set."""
+        return np.sort(np.concatenate([self.trained, self.held_out]))
+
+    def largest(self) -> tuple[int, int]:
+        """The width and height of the largest bucket."""
+        return max(set(self.sizes.values()), key=lambda size: size[0] * size[1])
+
+    def validation(self) -> list[tuple[int, tuple[int, int]]]:
+        """The held-out pictures with their buckets."""
+        return [(int(index), self.sizes[int(index)]) for index in self.held_out]
+
+    def order(self, *, batch: int, seed: int, buffer: int) -> Order:
+        """The order of the trained ones, for steps of `batch` samples."""
+        buckets: dict[tuple[int, int] | None, list[int]] = {}
+        for index in self.trained.tolist():
+            buckets.setdefault(self.sizes[index], []).append(index)
+        blocks, window = None, self.pictures.shuffle_window
+        if window is not None:  # further apart, and shards would be read again and again
+            buffer = min(buffer, window)
+        if self.pictures.streamed:
+            blocks = np.array([self.pictures[index].block for index in range(len(self.pictures))])
+        return Order(
+            {size: np.array(indices) for size, indices in buckets.items()}, batch, seed, blocks=blocks, buffer=buffer
+        )
+
+    def texts(self) -> list[tuple[str, ...]]:
+        """The captions of every usable picture."""
+        return [self.pictures[int(index)].captions for index in self.used]
+
+
+def open_data(
+    data: str, settings: PictureSettings, *, resolution: tuple[int, int], size_step: int, captions: bool
+) -> Generator[Event, None, PictureData]:
+    """Open and examine DATA; yields progress, and a note for everything that is not used.
+
+    `captions` says that each picture must have one. Raises NotFound, UsageError where nothing is left or captions are
+    missing.
+    """
+    pictures = open_pictures(
+        data,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        caption_extension=settings.caption_extension,
+        split=settings.split,
+    )
+    if pictures.kind == "latents":
+        _refuse_framing(settings, data)
+    framing = _framing(settings, resolution, size_step=size_step)
+    seen = []
+    for one in look(pictures, memory=cache_folder(settings) / "examined"):
+        seen.append(one)
+        if len(seen) % 100 == 0 or len(seen) == len(pictures):
+            yield Preparing("examining pictures", len(seen), len(pictures))
+    examined = examination(pictures, seen)
+    for line in examined.report():
+        yield Noted(line, warning=line.lstrip().startswith(("dropped", "note")))
+    used = examined.used
+    if not len(used):
+        raise UsageError(f"{data} holds no picture that can be used")
+    if captions:
+        _require_captions(pictures, used, data)
+    if settings.max_train_samples is not None:
+        used = used[: settings.max_train_samples]
+    held_out = _held_out(pictures, used, settings.validation_split)
+    size_of = {
+        int(index): (int(width), int(height))
+        if pictures.kind == "latents"
+        else framing.bucket_for((int(width), int(height)))
+        for index, (width, height) in zip(examined.used, examined.sizes[examined.used], strict=True)
+    }
+    return PictureData(
+        pictures=pictures,
+        framing=framing,
+        trained=np.setdiff1d(used, held_out),
+        held_out=held_out,
+        sizes=size_of,
+        digests=examined.digests,
+        dropped=len(examined.dropped),
+    )
+
+
+def cache_folder(settings: PictureSettings) -> Path:
+    """Where latents, text states and what was examined are remembered."""
+    return settings.cache_dir.expanduser() if settings.cache_dir is not None else default_cache_dir()
+
+
+def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:
+    for side in resolution:
+        if side % size_step or side < size_step:
+            raise UsageError(f"--resolution: should be a multiple of {size_step}, not {side}")
+    if not settings.enable_bucket:
+        return Framing(resolution, (resolution,), settings.random_crop)
+    step = settings.bucket_reso_steps or max(size_step, min(resolution) // 8 // size_step * size_step)
+    if step % size_step:
+        raise UsageError(f"--bucket-reso-steps: should be a multiple of {size_step}, not {step}")
+    buckets = bucket_sizes(resolution, step=step, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso)
+    return Framing(resolution, buckets, settings.random_crop)
+
+
+def _refuse_framing(settings: PictureSettings, data: str) -> None:
+    """Latents have the size that they were encoded at."""
+    framed = {"resolution", "random_crop", "random_flip", "enable_bucket"}
+    for name in sorted(framed):
+        if getattr(settings, name):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect on {data}, which holds latents")
+
+
+def _require_captions(pictures: PictureSet, used: np.ndarray, data: str) -> None:
+    without = [pictures[int(index)].name for index in used if not pictures[int(index)].captions]
+    if without:
+        shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        raise UsageError(
+            f"{len(without)} of {len(used)} pictures in {data} have no caption ({shown}); "
+            "caption them, or train without: --unconditional, or --caption-dropout 1"
+        )
+
+
+def _held_out(pictures: PictureSet, used: np.ndarray, share: float) -> np.ndarray:
+    """The validation pictures: chosen by their names alone, so that every run on this data holds out the same."""
+    count = int(len(used) * share)
+    digests = [hashlib.blake2b(pictures[int(index)].name.encode(errors="surrogateescape")).digest() for index in used]
+    chosen = sorted(range(len(used)), key=lambda place: digests[place])[:count]
+    return np.sort(used[np.array(chosen, dtype=np.int64)])

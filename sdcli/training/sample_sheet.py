@@ -1,0 +1,82 @@
+"""What a UNet paints while it is being trained: fixed prompts and seeds, through the engine of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sdcli.conditioning.tokenizer import ClipTokenizer
+from sdcli.contact_sheet import contact_sheet, write_sheet
+from sdcli.engine import paint_pictures
+from sdcli.images import from_pixels
+from sdcli.loading import model_in_memory
+from sdcli.pipeline import Painter
+from sdcli.registry import FolderSource, ModelDefaults, ModelSpec, resolve
+from sdcli.request import GenerationRequest
+from sdcli.training.task import Networks
+
+MOST = 16
+"""Pictures on a sheet where no prompts were given."""
+
+
+@dataclass(frozen=True)
+class SampleSheet:
+    """Paints RUN/samples/step-<n>.png; seed number i belongs to prompt number i, at every step the same."""
+
+    name: str
+    prompts: Sequence[str]
+    defaults: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
+    frozen: Mapping[str, nn.Module]
+    """`vae` and `text_encoder`, as far as the model has them."""
+    tokenizer: ClipTokenizer | None = None
+    classes: Sequence[str] | None = None
+    steps: int | None = None
+
+    def __call__(self, networks: Networks, step: int, folder: Path) -> list[Path]:
+        """Paint with the networks as they are now; returns the sheet. Raises BadOutput for NaN."""
+        spec = ModelSpec(
+            name=self.name,
+            source=FolderSource(kind="folder", path=folder.parent),
+            defaults=ModelDefaults.model_validate(self.defaults),
+        )
+        parts = {**self.frozen, **networks}
+        model = model_in_memory(
+            spec,
+            scheduler_config=self.scheduler_config,
+            tokenizer=self.tokenizer,
+            classes=self.classes,
+            identity=f"{self.name} step {step}",
+            **parts,
+        )
+        for network in self.frozen.values():
+            network.to(model.device)
+        painter = Painter.of(model)
+        requests = [
+            resolve(GenerationRequest(prompt=prompt, seed=seed, steps=self.steps), model.spec)
+            for seed, prompt in enumerate(self.prompts)
+        ]
+        pictures = [from_pixels(painted.pixels) for painted in paint_pictures(painter, requests)]
+        path = folder / f"step-{step}.png"
+        enlarge = max(1, 64 // pictures[0].width)
+        sheet = contact_sheet(pictures, labels=[request.prompt for request in requests], enlarge=enlarge)
+        settings = {"step": step, "requests": [request.model_dump(by_alias=True) for request in requests]}
+        write_sheet(path, sheet, settings, overwrite=True)
+        return [path]
+
+
+def default_prompts(captions: Sequence[tuple[str, ...]], classes: Sequence[str], *, unconditional: bool) -> list[str]:
+    """What to paint where no prompts were given: the classes, or captions spread over the data, or nothing."""
+    if unconditional:
+        return [""] * MOST
+    if classes:
+        return [classes[number % len(classes)] for number in range(max(MOST, min(len(classes), 2 * MOST)))]
+    firsts = [some[0] for some in captions if some]
+    if not firsts:
+        return [""] * MOST
+    step = max(1, len(firsts) // MOST)
+    return firsts[::step][:MOST]

@@ -1,0 +1,231 @@
+"""One training command from its data to its last checkpoint: what all trainers do around the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from sdcli.devices import free_memory
+from sdcli.errors import Interrupted, UsageError
+from sdcli.train_settings import TrainSettings
+from sdcli.training import run_folder
+from sdcli.training.checkpoint import Found, newest_checkpoint, run_lock
+from sdcli.training.events import Event, Noted
+from sdcli.training.loop import Plan, Trainer, make_accelerator
+from sdcli.training.run_log import RunLog, log_event
+from sdcli.training.task import Task
+
+S = TypeVar("S", bound=TrainSettings)
+Stop = Callable[[], Interrupted | None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A task ready to train, and how RUN becomes a model folder around it."""
+
+    task: Task
+    samples: int
+    """Items of one epoch."""
+    links: Mapping[str, str]
+    """RUN/<part> -> current/<folder or file>."""
+    write_frozen: Callable[[Path], None]
+    """Writes the parts that training leaves alone, model_index.json and sdcli.json into RUN."""
+    memory_bytes: int
+    """About what training will hold at most on the device."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What --dry-run, the log and the manifests tell of data and model."""
+
+
+class Session(ABC, Generic[S]):
+    """A training run of this process; a context manager. `prepare`, then `train`; both yield what happens."""
+
+    command: ClassVar[str]
+    kind: ClassVar[type[TrainSettings]]
+
+    def __init__(self, data: str, run: Path, settings: S) -> None:
+        self.data, self.run, self.settings = data, run, settings
+        self._stack = contextlib.ExitStack()
+        trackers = list(settings.report_to) or None
+        self.accelerator = make_accelerator(settings, log_with=trackers, project_dir=str(run) if trackers else None)
+        self._built: Built | None = None
+        self._found: Found | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        if self.accelerator.num_processes > 1 and error is None:
+            self.accelerator.end_training()
+        elif self.accelerator.num_processes > 1:
+            _leave_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and talks."""
+        return bool(self.accelerator.is_main_process)
+
+    @abstractmethod
+    def build(self) -> Generator[Event, None, Built]:
+        """Read the data, load or make the networks; yields what takes time, returns the task.
+
+        In a run of several processes the first one fills caches while the others wait.
+        """
+
+    def prepare(self, *, resume: bool, stop: Stop = lambda: None) -> Iterator[Event]:
+        """Everything before the first step that writes nothing into RUN."""
+        if resume:
+            self._found = newest_checkpoint(self.run)
+            self._check_unchanged()
+            for path, reason in self._found.passed_over:
+                yield Noted(f"passed over {path}: it {reason}; it is left where it is")
+        building = self.build()
+        while True:
+            try:
+                yield next(building)
+            except StopIteration as end:
+                self._built = end.value
+                break
+            stopped = stop()
+            if stopped is not None:
+                raise type(stopped)(f"{str(stopped).split(' after')[0]} while preparing; nothing was trained yet")
+
+    @property
+    def built(self) -> Built:
+        assert self._built is not None, "prepare first"
+        return self._built
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the whole run; None where only --max-hours ends it."""
+        return self.settings.steps(self.built.samples, self.accelerator.num_processes)
+
+    def plan(self) -> dict[str, Any]:
+        """What is going to happen, in figures."""
+        total = self.settings.total_batch_size(self.accelerator.num_processes)
+        return {
+            "command": self.command,
+            "run": str(self.run),
+            "steps": self.steps,
+            "done": self._found.step if self._found else 0,
+            "batch": total,
+            "samples": self.built.samples,
+            "steps_per_epoch": round(self.built.samples / total, 2),
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "memory_bytes": self.built.memory_bytes,
+            "free_bytes": free_memory(self.accelerator.device),
+            **self.built.facts,
+        }
+
+    def plan_lines(self) -> Iterator[str]:
+        """The same in sentences."""
+        plan = self.plan()
+        steps = f"{plan['steps']:,} steps" if plan["steps"] else f"{self.settings.max_hours:g} hours"
+        resumed = f" from step {plan['done']:,}" if plan["done"] else ""
+        yield (
+            f"{steps}{resumed} of {plan['batch']} samples; an epoch of {plan['samples']:,} samples has "
+            f"{plan['steps_per_epoch']:g} steps"
+        )
+        need, free = plan["memory_bytes"], plan["free_bytes"]
+        yield f"will need about {need / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free"
+        if need > free:
+            yield (
+                "that may not fit: a smaller --train-batch-size, --gradient-checkpointing, --mixed-precision bf16 or "
+                "--rank (a LoRA) need less"
+            )
+
+    def train(self, *, stop: Stop) -> Iterator[Event]:
+        """Write RUN's frozen parts, train, checkpoint, log. Raises what `loop.Trainer.train` raises."""
+        settings, built = self.settings, self.built
+        log = None
+        if self.is_main:
+            self._stack.enter_context(run_lock(self.run))
+            if self._found is None:
+                run_folder.begin(self.run, settings, command=self.command, data=self.data)
+                built.write_frozen(self.run)
+            log = self._stack.enter_context(RunLog.open(self.run))
+        self.accelerator.wait_for_everyone()
+        trainer = Trainer(
+            built.task,
+            settings,
+            self.accelerator,
+            self.run,
+            Plan(
+                steps=self.steps,
+                seconds=settings.max_hours * 3600 if settings.max_hours is not None else None,
+                validate_every=settings.validation_steps or settings.checkpointing_steps,
+                sample_every=settings.sample_every_n_steps or settings.checkpointing_steps,
+                checkpoint_every=settings.checkpointing_steps,
+                keep=settings.checkpoints_total_limit,
+            ),
+            links=built.links,
+            facts={"command": self.command, **built.facts},
+            before_checkpoint=log.sync if log is not None else lambda: None,
+        )
+        done = trainer.resume(self._found.path) if self._found is not None else 0
+        self._start_trackers()
+        for event in trainer.train(done=done, stop=stop):
+            if log is not None:
+                log_event(log, event)
+                self._track(event)
+            yield event
+
+    def _check_unchanged(self) -> None:
+        """What may not change between the parts of one run."""
+        _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
+        before = self.kind.model_validate(values)
+        assert self._found is not None
+        processes = int(self._found.facts.get("processes", 1))
+        run_folder.check_unchanged(before, self.settings, processes=(processes, self.accelerator.num_processes))
+
+    def _start_trackers(self) -> None:
+        if not self.settings.report_to:
+            return
+        config = {
+            name: value if isinstance(value, str | int | float | bool) else str(value)
+            for name, value in self.settings.model_dump(mode="json").items()
+            if value is not None
+        }
+        try:
+            self.accelerator.init_trackers("sdcli", config=config)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"--report-to {' '.join(self.settings.report_to)}: {error}") from None
+        missing = set(self.settings.report_to) - {tracker.name for tracker in self.accelerator.trackers}
+        if missing and self.is_main:
+            raise UsageError(f"--report-to {min(missing)} needs its package: pip install {min(missing)}")
+
+    def _track(self, event: Event) -> None:
+        from sdcli.training.events import Trained, Validated
+
+        if not self.settings.report_to:
+            return
+        if isinstance(event, Trained):
+            values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, **event.shown}
+            self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=event.step)
+        elif isinstance(event, Validated):
+            self.accelerator.log({f"validation/{name}": v for name, v in event.figures.items()}, step=event.step)
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """A short digest of JSON values, for logs and manifests."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _leave_group() -> None:
+    """Leave a group of processes without waiting for the others, which may wait for this one in a collective call."""
+    import torch.distributed as distributed
+
+    if distributed.is_initialized() and os.environ.get("SDCLI_RANKS_STARTED"):
+        with contextlib.suppress(Exception):
+            distributed.destroy_process_group()

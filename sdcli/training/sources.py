@@ -1,0 +1,92 @@
+"""Where a sample's picture comes from: pixels read and framed anew, or latents from the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sdcli import counted
+from sdcli.dataset.cache import CachedLatents, EncodedLatents, sample_latents
+from sdcli.dataset.framing import Framing, frame
+from sdcli.dataset.records import PictureSet
+from sdcli.images import picture_from_bytes, to_pixels
+from sdcli.training.task import Draw
+
+
+class Source(Protocol):
+    """The picture part of an item. Both methods are pure functions of their arguments."""
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        """`x0` [C, h, w], what the denoiser learns to paint, or `pixels` [3, H, W] in 0..1 for an encoder."""
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The same without anything random, for validation: cut in the middle, not mirrored, the mean latents."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures read from their files; the crop and the flip of a sample are counted randomness."""
+
+    pictures: PictureSet
+    framing: Framing
+    seed: int
+    flip: bool = False
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        assert draw.size is not None
+        crop = counted.scalars(self.seed, draw.counter, "crop")
+        return {"pixels": self._framed(draw.index, draw.size, at=self.framing.place(crop), flip=self._flipped(draw))}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {"pixels": self._framed(index, size, at=(0.5, 0.5), flip=False)}
+
+    def _flipped(self, draw: Draw) -> bool:
+        return self.flip and flipped(self.seed, draw.counter)
+
+    def _framed(self, index: int, size: tuple[int, int], *, at: tuple[float, float], flip: bool) -> Tensor:
+        picture = picture_from_bytes(self.pictures.read(index), name=self.pictures[index].name)
+        return to_pixels(frame(picture, size, at=at, flip=flip))
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """Pixels as what the denoiser paints: -1..1, grey (C = 1, the mean of the channels) or in colour."""
+
+    pixels: Pixels
+    channels: int
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        return {"x0": self._scaled(self.pixels.item(draw)["pixels"])}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {"x0": self._scaled(self.pixels.fixed(index, size)["pixels"])}
+
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        chosen = pixels.mean(dim=0, keepdim=True) if self.channels == 1 else pixels
+        return chosen * 2 - 1
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents from the cache, or from files of `sdcli encode`: each sample is drawn from the VAE's distribution."""
+
+    cached: CachedLatents | EncodedLatents
+    scaling: float
+    seed: int
+    flip: bool = False
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        mean, log_variance = self.cached[draw.index, self.flip and flipped(self.seed, draw.counter)]
+        noise = counted.noise(self.seed, draw.counter, "posterior", mean.shape)
+        return {"x0": sample_latents(mean, log_variance, noise, self.scaling)}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        mean, _ = self.cached[index, False]
+        return {"x0": mean.float() * self.scaling}
+
+
+def flipped(seed: int, counter: int) -> bool:
+    """Whether a sample is mirrored; every second one is."""
+    return counted.scalars(seed, counter, "flip").random() < 0.5

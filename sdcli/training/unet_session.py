@@ -1,0 +1,441 @@
+"""`sdcli train-unet` from its settings to a task: which model, which pictures, what is cached, what is painted."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from sdcli.conditioning.tokenizer import ClipTokenizer
+from sdcli.dataset.cache import (
+    LATENTS,
+    TEXTS,
+    CachedLatents,
+    CachedTexts,
+    EncodedLatents,
+    TextKeys,
+    check_same_vae,
+)
+from sdcli.dataset.cache_store import TensorStore
+from sdcli.dataset.encode_cache import CacheProgress, fill_latents, fill_texts
+from sdcli.dataset.folders import LatentFiles
+from sdcli.devices import free_memory
+from sdcli.errors import UsageError
+from sdcli.latents import cell, scaling_factor
+from sdcli.lean_imports import UNet2DConditionModel
+from sdcli.loading import LoadedModel, load_model
+from sdcli.registry import ModelDefaults, ModelSpec, Registry
+from sdcli.train_settings import UnetSettings
+from sdcli.training import model_parts
+from sdcli.training.captions import CaptionRules
+from sdcli.training.conditions import Conditions, Labels, Nothing, Texts
+from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.lora import TARGETS, TEXT_TARGETS, LoraShape, add_lora
+from sdcli.training.memory import unet_memory
+from sdcli.training.model_parts import ModelFiles
+from sdcli.training.objective import NoiseSchedule, schedule_config
+from sdcli.training.order import Order
+from sdcli.training.picture_data import PictureData, cache_folder, open_data
+from sdcli.training.sample_sheet import SampleSheet, default_prompts
+from sdcli.training.session import Built, Session, fingerprint
+from sdcli.training.sources import Latents, Pixels, PixelSpace, Source
+from sdcli.training.unet import Objective, UnetTask
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is trained, and what stands around it."""
+
+    unet: nn.Module
+    vae_of: LoadedModel | None
+    """The model with the VAE; None in pixel space."""
+    text_of: LoadedModel | None
+    """The model with the text encoder and the tokenizer; None without text."""
+    scheduler_config: dict[str, Any]
+    defaults: ModelDefaults | None
+    resolution: tuple[int, int]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def size_step(self) -> int:
+        depth = len(self.unet.config.block_out_channels)  # type: ignore[union-attr,arg-type]
+        factor = cell(self.vae_of.vae) if self.vae_of is not None else 1
+        return factor if isinstance(self.unet, UNet2DConditionModel) else factor * 2 ** (depth - 1)
+
+
+class UnetSession(Session[UnetSettings]):
+    """See `Session`."""
+
+    command: ClassVar[str] = "train-unet"
+    kind: ClassVar[type[UnetSettings]] = UnetSettings
+
+    def __init__(self, data: str, run: Path, settings: UnetSettings, registry: Registry) -> None:
+        super().__init__(data, run, settings)
+        self._registry = registry
+
+    def build(self) -> Generator[Event, None, Built]:
+        settings = self.settings
+        yield Preparing("loading the model", 0)
+        model = self._model()
+        captions = not (settings.unconditional or settings.class_conditional or settings.space == "pixel")
+        data = yield from open_data(
+            self.data,
+            settings,
+            resolution=model.resolution,
+            size_step=model.size_step,
+            captions=captions and model.text_of is not None and settings.caption_dropout < 1,
+        )
+        model = self._with_classes(model, data)
+        source, conditions = yield from self._inputs(model, data)
+        if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
+            data = data.only(source.cached.items)
+        networks, loras = self._networks(model)
+        total = settings.total_batch_size(self.accelerator.num_processes)
+        order = data.order(batch=total, seed=settings.seed, buffer=settings.shuffle_buffer)
+        files = self._files(model, networks)
+        task = self._task(model, data, source, conditions, networks, loras, order)
+        task.painter = self._painter(model, data, files)
+        return Built(
+            task=task,
+            samples=len(order),
+            links=files.links(),
+            write_frozen=files.write,
+            memory_bytes=unet_memory(task, settings, size=data.largest()),
+            facts={
+                "data": self.data,
+                "pictures": len(data.trained),
+                "held_out": len(data.held_out),
+                "dropped": data.dropped,
+                "data_fingerprint": fingerprint(
+                    {data.pictures[int(i)].name: data.pictures[int(i)].captions for i in data.used}
+                ),
+                "buckets": {f"{w}x{h}": n for (w, h), n in _counted(data).items()},
+                "trained_parameters": sum(
+                    p.numel() for n in networks.values() for p in n.parameters() if p.requires_grad
+                ),
+                "base": {part: m.weights() for part, m in (("vae", model.vae_of), ("text", model.text_of)) if m},
+            },
+        )
+
+    # The model
+
+    def _model(self) -> _Model:
+        """Everything but the data's classes; loads only the parts that are needed."""
+        settings = self.settings
+        if settings.from_scratch is None:
+            return self._from_model()
+        return self._from_scratch()
+
+    def _from_model(self) -> _Model:
+        settings = self.settings
+        spec = self._registry.find(settings.model)
+        loaded = load_model(spec, device=self._device(), dtype="float32")
+        kind = loaded.spec.kind
+        if settings.unconditional and kind.conditioning == "class":
+            raise UsageError(f"{spec.name} paints classes; --unconditional goes with --from-scratch")
+        if settings.class_conditional and kind.conditioning != "class":
+            raise UsageError(f"{spec.name} paints no classes; --class-conditional goes with --from-scratch")
+        defaults = loaded.spec.defaults
+        return _Model(
+            unet=loaded.unet,
+            vae_of=loaded if kind.space == "latent" else None,
+            text_of=loaded if kind.conditioning == "text" else None,
+            scheduler_config=self._schedule(loaded.scheduler_config),
+            defaults=defaults,
+            resolution=settings.target_size((defaults.width, defaults.height)),
+            classes=kind.classes,
+        )
+
+    def _from_scratch(self) -> _Model:
+        settings = self.settings
+        assert settings.from_scratch is not None
+        config = model_parts.unet_config(settings.from_scratch)
+        is_text = config.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
+        if settings.space == "pixel" and is_text:
+            raise UsageError("--space pixel trains a UNet2DModel: --from-scratch pixel, pixel-grey, or its config.json")
+        if settings.class_conditional and is_text:
+            raise UsageError("--class-conditional trains a UNet2DModel: --from-scratch latent, or its config.json")
+        if not is_text and not settings.class_conditional and not settings.unconditional and settings.space == "latent":
+            raise UsageError("a UNet2DModel takes no captions: add --unconditional or --class-conditional")
+        if settings.text_encoder is not None and not is_text:
+            raise UsageError("--text-encoder has no effect: this UNet takes no captions")
+        vae_of = text_of = None
+        base = self._registry.find(settings.model)
+        if settings.space == "latent":
+            vae_of = self._part(settings.vae, base, "vae")
+            text_of = self._part(settings.text_encoder, base, "text_encoder") if is_text else None
+        otherwise = (32, 32) if vae_of is None else (base.defaults.width, base.defaults.height)
+        resolution = settings.target_size(otherwise)
+        schedule = dict(vae_of.scheduler_config) if vae_of is not None else model_parts.DDPM_SCHEDULE
+        fitted = model_parts.fitted_config(
+            config, resolution=resolution, vae_of=vae_of, text_of=text_of, classes=(), guidance_class=False
+        )
+        return _Model(
+            unet=model_parts.new_unet(fitted, seed=settings.seed),
+            vae_of=vae_of,
+            text_of=text_of,
+            scheduler_config=self._schedule(schedule),
+            defaults=None,
+            resolution=resolution,
+        )
+
+    def _part(self, name: str | None, base: ModelSpec, part: Any) -> LoadedModel:
+        spec = base if name is None else self._registry.find(name)
+        return load_model(spec, device=self._device(), dtype="float32", parts=(part,))
+
+    def _with_classes(self, model: _Model, data: PictureData) -> _Model:
+        """With --class-conditional the UNet gets a row for each class of the data (and one for none)."""
+        settings = self.settings
+        if not settings.class_conditional:
+            return model
+        classes = tuple(data.pictures.classes)
+        if not classes:
+            raise UsageError(f"{self.data} has no classes; --class-conditional wants class folders or labels")
+        if model.classes:
+            if classes != model.classes:
+                raise UsageError(f"the data's classes ({', '.join(classes[:5])}, ...) are not those of the model")
+            return model
+        fitted = model_parts.fitted_config(
+            dict(model.unet.config),  # type: ignore[arg-type]
+            resolution=model.resolution,
+            vae_of=model.vae_of,
+            text_of=None,
+            classes=classes,
+            guidance_class=settings.caption_dropout > 0,
+        )
+        unet = model_parts.new_unet({**fitted, "_class_name": "UNet2DModel"}, seed=settings.seed)
+        return _Model(
+            unet, model.vae_of, None, model.scheduler_config, model.defaults, model.resolution, classes=classes
+        )
+
+    def _schedule(self, base: Any) -> dict[str, Any]:
+        s = self.settings
+        return dict(
+            schedule_config(
+                base,
+                beta_schedule=s.beta_schedule,
+                beta_start=s.beta_start,
+                beta_end=s.beta_end,
+                prediction_type=s.prediction_type,
+                rescale_betas_zero_snr=s.rescale_betas_zero_snr,
+            )
+        )
+
+    def _device(self) -> str:
+        return str(self.accelerator.device)
+
+    # The inputs
+
+    def _inputs(self, model: _Model, data: PictureData) -> Generator[Event, None, tuple[Source, Conditions]]:
+        """Where samples come from; fills the caches, the first process for all."""
+        settings = self.settings
+        if not self.is_main:
+            self.accelerator.wait_for_everyone()
+        source = yield from self._source(model, data)
+        conditions = yield from self._conditions(model, data)
+        if self.is_main:
+            self.accelerator.wait_for_everyone()
+        if model.vae_of is not None and not isinstance(source, Pixels):
+            model.vae_of.vae.to("cpu")  # wanted for sample pictures alone from here on
+        if settings.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
+        return source, conditions
+
+    def _source(self, model: _Model, data: PictureData) -> Generator[Event, None, Source]:
+        settings = self.settings
+        pixels = Pixels(data.pictures, data.framing, settings.seed, flip=settings.random_flip)
+        if data.pictures.kind == "latents":
+            if model.vae_of is None:
+                raise UsageError(f"--space pixel cannot train on {self.data}, which holds latents")
+            files = cast(LatentFiles, data.pictures)
+            check_same_vae(files, model.vae_of)
+            return Latents(EncodedLatents(files), scaling_factor(model.vae_of.vae), settings.seed)
+        if model.vae_of is None:
+            return PixelSpace(pixels, channels=int(model.unet.config.in_channels))  # type: ignore[union-attr,arg-type]
+        if not settings.cache_latents or settings.random_crop:
+            if settings.random_crop and settings.cache_latents:
+                yield Noted("latents are not cached: --random-crop cuts each sample anew, so it is encoded each time")
+            return pixels
+        store = TensorStore(cache_folder(settings), LATENTS)
+        filling = fill_latents(
+            data.pictures,
+            data.used,
+            [data.sizes[int(index)] for index in data.used],
+            model=model.vae_of,
+            store=store,
+            digests=data.digests,
+            flips=settings.random_flip,
+        )
+        last = yield from _shown(filling, "encoding pictures")
+        assert last.latents is not None
+        for dropped in last.latents.dropped:
+            yield Noted(f"dropped {dropped.name}: {dropped.reason}")
+        cached = CachedLatents(store, last.latents, budget=_budget())
+        return Latents(cached, scaling_factor(model.vae_of.vae), settings.seed, flip=settings.random_flip)
+
+    def _conditions(self, model: _Model, data: PictureData) -> Generator[Event, None, Conditions]:
+        settings = self.settings
+        if model.classes:
+            numbers = {name: number for number, name in enumerate(model.classes)}
+            rows = int(model.unet.config.num_class_embeds)  # type: ignore[union-attr,arg-type]
+            return Labels(
+                data.pictures, numbers, settings.seed, dropout=settings.caption_dropout if rows > len(numbers) else 0.0
+            )
+        if model.text_of is None:
+            return Nothing()
+        template = settings.prompt_template
+        if template is None:
+            template = model.defaults.prompt_template if model.defaults is not None else "{prompt}"
+        rules = CaptionRules(
+            dropout=settings.caption_dropout,
+            shuffle=settings.shuffle_caption,
+            keep=settings.keep_tokens,
+            prefix=settings.caption_prefix,
+            template=template,
+        )
+        tokenizer: ClipTokenizer = model_parts.tokenizer_of(model.text_of)
+        texts = Texts(data.pictures, rules, settings.seed, tokenizer=tokenizer, ignored=settings.unconditional)
+        countable = [rules.all_texts(() if settings.unconditional else captions) for captions in data.texts()]
+        if settings.train_text_encoder or None in countable:
+            return texts
+        wanted = sorted({text for some in countable if some for text in some})
+        store = TensorStore(cache_folder(settings), TEXTS)
+        yield from _shown(fill_texts(wanted, model=model.text_of, store=store), "encoding captions")
+        states = CachedTexts(store, TextKeys.of(model.text_of), wanted, budget=_budget())
+        return Texts(data.pictures, rules, settings.seed, states=states, ignored=settings.unconditional)
+
+    # The task
+
+    def _networks(self, model: _Model) -> tuple[dict[str, nn.Module], dict[str, LoraShape]]:
+        """What is trained, with gradients where they are wanted."""
+        settings = self.settings
+        networks: dict[str, nn.Module] = {"unet": model.unet}
+        if settings.train_text_encoder:
+            assert model.text_of is not None
+            networks["text_encoder"] = model.text_of.text_encoder
+        if settings.rank is None:
+            for network in networks.values():
+                network.requires_grad_(True)
+            return networks, {}
+        alpha = settings.lora_alpha if settings.lora_alpha is not None else float(settings.rank)
+        loras = {}
+        for name, network in networks.items():
+            usual = TARGETS if name == "unet" else TEXT_TARGETS
+            targets = settings.lora_targets if settings.lora_targets and name == "unet" else usual
+            loras[name] = LoraShape(settings.rank, alpha, tuple(targets), settings.lora_dropout)
+            add_lora(network, loras[name], seed=settings.seed)
+        return networks, loras
+
+    def _task(
+        self,
+        model: _Model,
+        data: PictureData,
+        source: Source,
+        conditions: Conditions,
+        networks: dict[str, nn.Module],
+        loras: dict[str, LoraShape],
+        order: Order,
+    ) -> UnetTask:
+        settings = self.settings
+        frozen_text = None
+        if isinstance(conditions, Texts) and conditions.states is None and not settings.train_text_encoder:
+            assert model.text_of is not None
+            frozen_text = model.text_of.text_encoder
+        return UnetTask(
+            networks=networks,
+            objective=Objective(
+                NoiseSchedule.from_config(model.scheduler_config),
+                snr_gamma=settings.snr_gamma,
+                noise_offset=settings.noise_offset,
+                input_perturbation=settings.input_perturbation,
+                stratified=settings.stratified_timesteps,
+            ),
+            order=order,
+            source=source,
+            conditions=conditions,
+            seed=settings.seed,
+            learning_rates={
+                "unet": settings.learning_rate,
+                "text_encoder": settings.text_encoder_lr or settings.learning_rate,
+            },
+            held_out=data.validation(),
+            frozen_text_encoder=frozen_text,
+            vae=model.vae_of.vae if model.vae_of is not None else None,
+            loras=loras,
+            name_of=lambda index: data.pictures[index].name,
+        )
+
+    def _painter(self, model: _Model, data: PictureData, files: ModelFiles) -> SampleSheet:
+        settings = self.settings
+        frozen: dict[str, nn.Module] = {}
+        if model.vae_of is not None:
+            frozen["vae"] = model.vae_of.vae
+        if model.text_of is not None and not settings.train_text_encoder:
+            frozen["text_encoder"] = model.text_of.text_encoder
+        prompts = settings.sample_prompts or default_prompts(
+            data.texts(), model.classes, unconditional=settings.unconditional or settings.space == "pixel"
+        )
+        return SampleSheet(
+            name=str(self.run),
+            prompts=prompts,
+            defaults=files.defaults,
+            scheduler_config=model.scheduler_config,
+            frozen=frozen,
+            tokenizer=model.text_of.tokenizer if model.text_of is not None else None,
+            classes=model.classes or None,
+            steps=settings.sample_steps,
+        )
+
+    def _files(self, model: _Model, networks: dict[str, nn.Module]) -> ModelFiles:
+        settings = self.settings
+        frozen: dict[str, tuple[LoadedModel, str]] = {}
+        if model.vae_of is not None:
+            frozen["vae" if model.text_of is not None else "vqvae"] = (model.vae_of, "vae")
+        if model.text_of is not None:
+            frozen["tokenizer"] = (model.text_of, "tokenizer")
+            if "text_encoder" not in networks:
+                frozen["text_encoder"] = (model.text_of, "text_encoder")
+        pipeline = "DDPMPipeline" if model.vae_of is None else "LDMPipeline"
+        return ModelFiles(
+            pipeline="StableDiffusionPipeline" if model.text_of is not None else pipeline,
+            scheduler_config=model.scheduler_config,
+            defaults=model_parts.painting_defaults(
+                model.defaults,
+                resolution=model.resolution,
+                guided=model.text_of is not None or (bool(model.classes) and settings.caption_dropout > 0),
+            ),
+            frozen=frozen,
+            trained={
+                name: "CLIPTextModel" if name == "text_encoder" else type(network).__name__
+                for name, network in networks.items()
+            },
+            averaged=tuple(networks) if settings.use_ema else (),
+            classes=model.classes,
+        )
+
+
+def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None, CacheProgress]:
+    """A cache's progress as events; returns the last one."""
+    progress = None
+    for progress in filling:
+        for note in progress.notes:
+            yield Noted(note)
+        yield Preparing(what, progress.done, progress.total)
+    assert progress is not None
+    return progress
+
+
+def _budget() -> int:
+    """Bytes of cached tensors that may be held in memory: a quarter of what is free."""
+    return free_memory(torch.device("cpu")) // 4
+
+
+def _counted(data: PictureData) -> dict[tuple[int, int], int]:
+    counts: dict[tuple[int, int], int] = {}
+    for index in data.trained.tolist():
+        counts[data.sizes[index]] = counts.get(data.sizes[index], 0) + 1
+    return counts
