@@ -356,25 +356,24 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_accelerate_launch_does_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_of_others_do_the_same(tmp_path: Path, launcher: str) -> None:
+    """On the CPU accelerate's launcher starts one process (more need mpirun), torch's as many as are asked for."""
     data = captioned_pictures(tmp_path / "pictures", 8)
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
-        "--mixed_precision",
-        "no",
-    ]
-    line = command(data, tmp_path / "launched", "--max-train-steps", "3")
+    limits = ["--max-train-steps", "3", "--device", "cpu"]
+    if launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29411"]
+        limits_of_own = [*limits, "--num-processes", "2"]
+    else:
+        start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+        start += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        limits_of_own = limits
+    line = command(data, tmp_path / "launched", *limits)
     done = subprocess.run(
-        [*launcher, "--num_machines", "1", "--dynamo_backend", "no", "-m", *line[2:]],
-        env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [sys.executable, *start, *line[1:]], env=environment(), capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
-    own = command(data, tmp_path / "own", "--max-train-steps", "3", "--num-processes", "2")
+    own = command(data, tmp_path / "own", *limits_of_own)
     assert subprocess.run(own, env=environment(), capture_output=True, timeout=240).returncode == 0
     assert same_checkpoint(tmp_path / "launched" / "checkpoint-3", tmp_path / "own" / "checkpoint-3")
 

@@ -15,16 +15,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from sdcli import counted
-from sdcli.devices import out_of_memory
-from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated
+from sdcli.devices import out_of_memory, pick_device
+from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated, UsageError
 from sdcli.train_settings import TrainSettings
 from sdcli.training.checkpoint import link_model_folder, save_checkpoint
 from sdcli.training.events import Checkpointed, Ended, Event, Noted, Sampled, Started, Trained, Validated
@@ -32,6 +34,9 @@ from sdcli.training.feed import Feed, Share, on_device
 from sdcli.training.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
 from sdcli.training.state import TrainingState
 from sdcli.training.task import Batch, Losses, Networks, Phase, Task
+
+PATIENCE = timedelta(days=1)
+"""How long the processes wait for the first one, which fills the caches."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,18 @@ class Plan:
 
 
 def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
-    """accelerate's side of a run: device, precision, processes. Accumulation is the loop's own."""
-    return Accelerator(
+    """accelerate's side of a run: device, precision, processes. Accumulation is the loop's own. Raises UsageError."""
+    accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        cpu=settings.device == "cpu",
+        cpu=pick_device(settings.device).type == "cpu",
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         **extras,
     )
+    if accelerator.distributed_type.value not in {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"}:
+        kind = accelerator.distributed_type.value
+        raise UsageError(f"accelerate is set up for {kind}, whose sharded states cannot be saved here; use plain DDP")
+    return accelerator
 
 
 @dataclass
@@ -190,7 +200,8 @@ class Trainer:
         figures = {name: float(value) for name, value in self._mean(total).items()}
         if not torch.isfinite(torch.tensor(figures["loss"])) or not (torch.isfinite(norm) or accelerator.scaler):
             raise BadOutput(self._not_finite(phase, figures["loss"], done))
-        optimizer.step()
+        if any(parameter.grad is not None for parameter in parameters):  # a phase may rest
+            optimizer.step()
         prefix = "" if phase is self.task.phases[0] else f"{phase.name}_"
         return {f"{prefix}{name}": value for name, value in {**figures, "grad_norm": float(norm)}.items()}
 

@@ -135,7 +135,7 @@ class ModelFiles:
     frozen: Mapping[str, tuple[LoadedModel, str]]
     """Sub-folder -> the model whose part it is, and the part's name (`vae`, `text_encoder`, `tokenizer`)."""
     trained: Mapping[str, str]
-    """Sub-folders that a checkpoint holds -> the class of their network (`tokenizer` -> `CLIPTokenizer`)."""
+    """Parts that a checkpoint holds, by its sub-folders -> the class of their network (`tokenizer`: CLIPTokenizer)."""
     averaged: tuple[str, ...] = ()
     """Those of them that have an average beside them."""
     classes: tuple[str, ...] = ()
@@ -143,12 +143,14 @@ class ModelFiles:
     @classmethod
     def around(cls, model: LoadedModel | None, *, trained: Mapping[str, str], averaged: tuple[str, ...]) -> ModelFiles:
         """For a trained VAE or text encoder: the rest is the model's; without one the other parts are absent."""
-        frozen: dict[str, tuple[LoadedModel, str]] = {}
+        pipeline, frozen = "StableDiffusionPipeline", {}
         if model is not None:
             parts = [*model.parts, *(["tokenizer"] if model.tokenizer is not None else [])]
-            frozen = {_folder_of(part, model): (model, part) for part in parts if part not in trained}
+            pipeline = "StableDiffusionPipeline" if model.tokenizer is not None else "LDMPipeline"
+            components = LAYOUTS[pipeline].components
+            frozen = {components[part][0]: (model, part) for part in parts if part not in trained}
         return cls(
-            pipeline="StableDiffusionPipeline" if model is None or model.tokenizer is not None else "LDMPipeline",
+            pipeline=pipeline,
             scheduler_config=model.scheduler_config if model is not None else LATENT_SCHEDULE,
             defaults=model.spec.defaults.model_dump() if model is not None else {},
             frozen=frozen,
@@ -159,8 +161,13 @@ class ModelFiles:
 
     def links(self) -> dict[str, str]:
         """RUN/<part> -> the sub-folder of a checkpoint; with averages RUN has those, and RUN/raw the others."""
-        links = {part: f"{part}_ema" if part in self.averaged else part for part in self.trained}
-        return {**links, **({f"raw/{part}": part for part in self.trained} if self.averaged else {})}
+        folders = {part: self._folder_of(part) for part in self.trained}
+        links = {folders[part]: f"{part}_ema" if part in self.averaged else part for part in self.trained}
+        return {**links, **({f"raw/{folders[part]}": part for part in self.trained} if self.averaged else {})}
+
+    def _folder_of(self, part: str) -> str:
+        """Where a part stands in this kind of model folder; see model_folder.py."""
+        return LAYOUTS[self.pipeline].components[part][0]
 
     def write(self, run: Path) -> None:
         """Write all of it but the trained parts."""
@@ -176,7 +183,8 @@ class ModelFiles:
 
     def _index(self) -> dict[str, Any]:
         """model_index.json: the components that are there, each with its library and class; the others are null."""
-        there = {name: _class_name(model, part) for name, (model, part) in self.frozen.items()} | dict(self.trained)
+        there = {name: _class_name(model, part) for name, (model, part) in self.frozen.items()}
+        there |= {self._folder_of(part): kind for part, kind in self.trained.items()}
         expected = [name for name, _ in LAYOUTS[self.pipeline].components.values()]
         components: dict[str, Any] = {
             name: ["transformers" if there[name].startswith("CLIP") else "diffusers", there[name]]
@@ -200,11 +208,6 @@ def _class_name(model: LoadedModel, part: str) -> str:
     """What model_index.json calls the class of a part."""
     fixed = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     return fixed.get(part) or type(model.parts[part]).__name__
-
-
-def _folder_of(part: str, model: LoadedModel) -> str:
-    """Where a part stands in the layout that the model has; see model_folder.py."""
-    return "vqvae" if part == "vae" and model.tokenizer is None else part
 
 
 def write_part(folder: Path, model: LoadedModel, part: str) -> None:

@@ -88,7 +88,7 @@ class VaeSession(Session[VaeSettings]):
         )
         files = ModelFiles.around(
             model,
-            trained={"vae" if model is None or model.tokenizer is not None else "vqvae": type(vae).__name__},
+            trained={"vae": type(vae).__name__},
             averaged=("vae",) if settings.use_ema else (),
         )
         return Built(
