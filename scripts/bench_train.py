@@ -54,7 +54,7 @@ def main() -> None:
         print(json.dumps({"seconds": seconds, "memory": memory}))
         return
     with tempfile.TemporaryDirectory() as work:
-        make_pictures(Path(work) / "pictures", options.resolution, count=max(32, 2 * options.batch))
+        make_pictures(Path(work) / "pictures", options.resolution, count=max(8, 2 * options.batch))
         results = compare(options, Path(work))
     report(options, results)
 

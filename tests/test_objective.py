@@ -91,7 +91,7 @@ def test_the_cosine_schedule_is_that_of_nichol_and_dhariwal() -> None:
     assert table[999].item() == pytest.approx(table[998].item() * 0.001, rel=1e-3)
 
 
-@pytest.mark.parametrize("config", [LINEAR, SCALED], ids=["linear", "scaled"])
+@pytest.mark.parametrize("config", [LINEAR, SCALED, COSINE], ids=["linear", "scaled", "cosine"])
 def test_zero_terminal_snr_is_algorithm_1_of_lin_et_al(config: Mapping[str, Any]) -> None:
     before = of(config).alphas_cumprod
     after = of(config, rescale_betas_zero_snr=True, prediction_type="v_prediction").alphas_cumprod
@@ -101,6 +101,31 @@ def test_zero_terminal_snr_is_algorithm_1_of_lin_et_al(config: Mapping[str, Any]
     assert after[-1].item() == 0
     assert after[0].item() == pytest.approx(before[0].item(), rel=1e-6)
     assert snr(of(ZERO))[-1].item() == 0
+
+
+def test_betas_that_a_model_lists_itself_are_its_schedule() -> None:
+    betas = [0.1, 0.2, 0.5]
+    config = {**SCALED, "trained_betas": betas}
+    assert of(config).alphas_cumprod.tolist() == pytest.approx([0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.5])
+    assert torch.equal(of(config).alphas_cumprod, oracle(config).alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_schedule": "exponential"},
+        {"beta_start": "small"},
+        {"beta_start": math.nan},
+        {"beta_start": 0.5, "beta_end": 1.5},
+        {"trained_betas": [0.1, -0.2, 0.3]},
+        {"trained_betas": [0.0, 0.1]},
+        {"num_train_timesteps": 0},
+    ],
+)
+def test_what_is_no_noise_schedule_is_refused_with_a_sentence(config: Mapping[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"^scheduler_config.json describes no noise schedule: .+") as refused:
+        NoiseSchedule.from_config(config)
+    assert "\n" not in str(refused.value)
 
 
 # The forward process
@@ -310,9 +335,12 @@ def test_min_snr_without_a_bound_is_the_plain_loss_of_epsilon(prediction: str) -
     assert torch.allclose(weights, expected)
 
 
-def test_pure_noise_has_weight_0_and_not_nan() -> None:
-    weights = snr_weights(of(ZERO), torch.tensor([999, 998, 0]), 5.0)
-    assert weights[0].item() == 0
+@every_prediction
+def test_the_weight_of_pure_noise_is_the_limit_and_not_nan(prediction: str) -> None:
+    schedule = of(ZERO, prediction_type=prediction)
+    weights = snr_weights(schedule, torch.tensor([999, 998, 0]), 5.0)
+    assert weights[0].item() == {"epsilon": 1, "sample": 0, "v_prediction": 0}[prediction]
+    assert weights[1].item() == pytest.approx(weights[0].item(), abs=1e-3)
     assert weights.isfinite().all()
 
 

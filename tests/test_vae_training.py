@@ -203,7 +203,7 @@ def test_the_discriminator_is_the_one_of_latent_diffusion_and_sees_patches_of_70
 
 def test_the_discriminators_answer_does_not_depend_on_the_company_and_its_weights_on_the_seed_alone() -> None:
     judge, again, other = (PatchDiscriminator(seed=seed, channels=8).train() for seed in (3, 3, 4))
-    pixels = counted.noise(0, 0, "pixels", (3, 3, vae_losses.SMALLEST, 40))
+    pixels = counted.noise(0, 0, "pixels", (3, 3, vae_losses.SMALLEST_FOR_DISCRIMINATOR, 40))
     assert torch.allclose(judge(pixels)[1:2], judge(pixels[1:2]), atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), again.parameters(), strict=True))
     assert not torch.equal(next(judge.parameters()), next(other.parameters()))
@@ -483,6 +483,8 @@ def test_under_ddp_both_phases_have_the_gradients_they_have_without(tmp_path: Pa
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 24 pixels a side, not 16"):
         task_of("AutoencoderKL", size=(32, 16), discriminator=True)
+    with pytest.raises(UsageError, match="LPIPS needs pictures of at least 16 pixels a side, not 8"):
+        task_of("AutoencoderKL", held_out=[(0, (32, 8))], lpips=LPIPS())
     vae = tiny_vae()
     vae.enable_gradient_checkpointing()
     with pytest.raises(UsageError, match="AutoencoderTiny"):
@@ -536,6 +538,36 @@ def test_validation_has_nothing_random_and_is_the_mean_over_pictures_of_all_size
         assert figures[name] == pytest.approx(np.mean([some[name] for some in alone]), rel=1e-4, abs=1e-8)
     task.held_out = []
     assert task.validate(task.networks) == {}
+
+
+def test_pictures_smaller_than_the_window_of_ssim_are_judged_without_it() -> None:
+    task = task_of("AutoencoderKL", size=(8, 8), held_out=[(0, (8, 8)), (1, (8, 8))])
+    figures = task.validate(task.networks)
+    assert "ssim" not in figures
+    assert math.isfinite(figures["psnr"])
+
+
+def test_large_pictures_are_validated_in_smaller_batches() -> None:
+    task = task_of("AutoencoderTiny")
+    sizes = {(32, 32): 16, (256, 256): 16, (512, 512): 4, (2048, 1024): 1}
+    for size, batch in sizes.items():
+        batches = list(task._batches([(index, size) for index in range(batch + 1)]))
+        assert [len(some) for some in batches] == [batch, 1]
+        assert batches[0].shape[1:] == (3, size[1], size[0])
+
+
+def test_lpips_counts_in_training_and_in_validation(lpips_folder: Path) -> None:
+    objective = VaeObjective(lpips=0.5)
+    task = task_of("AutoencoderKL", held_out=[(0, (32, 32))], lpips=load_lpips(lpips_folder), objective=objective)
+    without = task_of("AutoencoderKL", held_out=[(0, (32, 32))])
+    batch = batch_of(task)
+    losses, plainly = task.loss(task.networks, batch), without.loss(without.networks, batch)
+    assert losses.loss.item() == pytest.approx(plainly.loss.item() + 0.5 * losses.shown["lpips"].item(), rel=1e-5)
+    losses.loss.backward()
+    assert not any(p.grad is not None for p in task.lpips.parameters())  # type: ignore[union-attr]
+    figures, fewer = task.validate(task.networks), without.validate(without.networks)
+    assert figures["loss"] == pytest.approx(fewer["loss"] + 0.5 * figures["lpips"], rel=1e-5)
+    assert list(task.networks) == ["vae"]  # the judge is no network of the run
 
 
 def test_without_held_out_pictures_the_sheet_shows_the_first_trained_ones(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, NoReturn
 import typer
 
 from sdcli import __version__
-from sdcli.cli import dataset, dataset_cache
 from sdcli.cli.console import printable
 from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
 
@@ -60,13 +59,22 @@ def _root(
     pass
 
 
-for _name, _panel in COMMANDS.items():
-    _module = importlib.import_module(f"sdcli.cli.{_name.replace('-', '_')}")
-    if hasattr(_module, "app"):
-        app.add_typer(_module.app, name=_name, rich_help_panel=_panel)
-    else:
-        app.command(_name, rich_help_panel=_panel)(_module.command)
-dataset.app.command("cache")(dataset_cache.command)  # not in `dataset`, whose options it shares
+def _load(arguments: list[str]) -> None:
+    """Import the module of the command that was typed, or of all where none was (for --help)."""
+    typed = {name for name in arguments[1:2] if name in COMMANDS}
+    for name in typed or COMMANDS:
+        module = importlib.import_module(f"sdcli.cli.{name.replace('-', '_')}")
+        if name == "dataset":  # not in that module, whose options it shares
+            from sdcli.cli import dataset_cache
+
+            module.app.command("cache")(dataset_cache.command)
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name, rich_help_panel=COMMANDS[name])
+        else:
+            app.command(name, rich_help_panel=COMMANDS[name])(module.command)
+
+
+_load(sys.argv)
 
 
 def main() -> NoReturn:

@@ -57,9 +57,12 @@ class Plan:
 
 def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
     """accelerate's side of a run: device, precision, processes. Accumulation is the loop's own. Raises UsageError."""
+    device = pick_device(settings.device)
+    if settings.mixed_precision == "fp16" and device.type != "cuda":
+        raise UsageError("--mixed-precision fp16 needs a CUDA device; bf16 works everywhere")
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        cpu=pick_device(settings.device).type == "cpu",
+        cpu=device.type == "cpu",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         **extras,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW = 11
+"""Pixels a side that SSIM needs."""
 SIGMA = 1.5
 BEST_PSNR = 100.0
 """Decibels that equal pictures get in place of infinity, so that a mean over pictures stays a number."""

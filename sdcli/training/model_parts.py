@@ -237,15 +237,18 @@ def source_folder(spec: ModelSpec) -> Path | None:
     return None
 
 
-def painting_defaults(base: ModelDefaults | None, *, resolution: tuple[int, int], guided: bool) -> dict[str, Any]:
-    """What sdcli.json says: the base model's habits where there is one, at the size that was trained."""
+def painting_defaults(
+    base: ModelDefaults | None, *, resolution: tuple[int, int], guided: bool, prompt_template: str | None
+) -> dict[str, Any]:
+    """What sdcli.json says: the habits of the base model, if any, at the size and with the template of training."""
     width, height = resolution
+    trained: dict[str, Any] = {"width": width, "height": height}
+    if prompt_template is not None:
+        trained["prompt_template"] = prompt_template
     if base is not None:
-        kept = base.model_dump(exclude={"width", "height"})
-        return {**kept, "width": width, "height": height}
+        return {**base.model_dump(), **trained}
     return {
-        "width": width,
-        "height": height,
+        **trained,
         "steps": 50,
         "guidance_scale": 3.0 if guided else 1.0,
         "scheduler": "ddim",

@@ -32,13 +32,24 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Of a scheduler_config.json, with the numbers of diffusers' own DDPMScheduler. Raises UsageError."""
-        scheduler = make_scheduler("ddpm", config)
+        try:
+            scheduler = make_scheduler("ddpm", config)
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            first_line = str(error).partition("\n")[0]
+            raise UsageError(f"scheduler_config.json describes no noise schedule: {first_line}") from None
         prediction = scheduler.config.prediction_type
         if prediction not in PREDICTIONS:
             raise UsageError(
                 f"the scheduler's prediction type {prediction!r} cannot be trained ({', '.join(PREDICTIONS)})"
             )
-        return cls(scheduler.alphas_cumprod.float(), prediction)
+        table = scheduler.alphas_cumprod.float()
+        # written so that NaN does not pass
+        if not (len(table) and table[0] < 1 and table[-1] >= 0 and (table.diff() < 0).all()):
+            raise UsageError(
+                "scheduler_config.json describes no noise schedule: alphas_cumprod should fall from below 1 to 0 or "
+                "above, so every beta should be between 0 and 1"
+            )
+        return cls(table, prediction)
 
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), float32 [B, 1, ...] to be multiplied with `like` [B, ...]."""
@@ -168,18 +179,19 @@ def snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
     """min-SNR-gamma weights [B]; Hang et al. 2023, arXiv 2303.09556, section 3.4.
 
     The weight of the error in x_0 is min(SNR, gamma); an error in epsilon is 1 / SNR of that, one in v 1 / (SNR + 1).
-    Where there is no signal (SNR 0, v only) the weight is the limit 0 / 1 = 0. diffusers' training script divides by
-    SNR before it looks at the prediction type in older versions, which is NaN there.
+    Where no signal is left (SNR 0) the weight is the limit: 1 for epsilon, 0 for x_0 and v, which therefore learn
+    almost nothing about the noisiest steps. diffusers' train_text_to_image has these weights, but NaN for epsilon
+    there. Its older versions and scripts copied from them take min(SNR, gamma) / SNR + 1 for v, which is NaN there and
+    hardly less than 1 anywhere, or min(SNR + 1, gamma) / (SNR + 1), which is 1 there.
     """
     ratio = snr(schedule).to(t.device)[t]
-    clipped = ratio.clamp(max=gamma)
     match schedule.prediction_type:
         case "epsilon":
-            return clipped / ratio
+            return (gamma / ratio).clamp(max=1)  # min(SNR, gamma) / SNR, but 1 and not 0 / 0 at SNR 0
         case "sample":
-            return clipped
+            return ratio.clamp(max=gamma)
         case _:
-            return clipped / (ratio + 1)
+            return ratio.clamp(max=gamma) / (ratio + 1)
 
 
 # The random part of a sample; counted, see `counted.py`

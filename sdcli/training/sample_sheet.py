@@ -71,10 +71,10 @@ class SampleSheet:
 
 def default_prompts(captions: Sequence[tuple[str, ...]], classes: Sequence[str], *, unconditional: bool) -> list[str]:
     """What to paint where no prompts were given: the classes, or captions spread over the data, or nothing."""
-    if unconditional:
-        return [""] * MOST
     if classes:
         return [classes[number % len(classes)] for number in range(max(MOST, min(len(classes), 2 * MOST)))]
+    if unconditional:
+        return [""] * MOST
     firsts = [some[0] for some in captions if some]
     if not firsts:
         return [""] * MOST

@@ -407,6 +407,7 @@ class UnetSession(Session[UnetSettings]):
                 model.defaults,
                 resolution=model.resolution,
                 guided=model.text_of is not None or (bool(model.classes) and settings.caption_dropout > 0),
+                prompt_template=settings.prompt_template,
             ),
             frozen=frozen,
             trained={

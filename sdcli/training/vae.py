@@ -27,6 +27,10 @@ from sdcli.training.unet import write_network
 from sdcli.training.vae_losses import LPIPS, PatchDiscriminator
 
 VALIDATION_BATCH = 16
+"""Pictures that are encoded at once ..."""
+VALIDATION_PIXELS = 256 * 256 * VALIDATION_BATCH
+"""... or fewer when they are larger than 256x256: validating should not need more memory than training, whose batch may
+be a single picture."""
 SHOWN = 8
 """Pictures on a sample sheet."""
 MEASURED_PICTURES = 256
@@ -118,17 +122,26 @@ class VaeTask:
         if not has_distribution(self.vae) and self.vae.encoder.gradient_checkpointing:
             # diffusers 0.42's EncoderTiny forgets to bring -1..1 to 0..1 in that branch
             raise UsageError("--gradient-checkpointing does not work with an AutoencoderTiny; it is small without")
-        smallest = min((min(size) for size in self.order.buckets if size is not None), default=None)
-        if self.discriminator and smallest is not None and smallest < vae_losses.SMALLEST:
-            raise UsageError(
-                f"the discriminator needs pictures of at least {vae_losses.SMALLEST} pixels a side, not {smallest}"
-            )
+        for judge, wanted, needed in (
+            ("the discriminator", self.discriminator, vae_losses.SMALLEST_FOR_DISCRIMINATOR),
+            ("LPIPS", self.lpips is not None, vae_losses.SMALLEST_FOR_LPIPS),
+        ):
+            if wanted and self._shortest_side() < needed:
+                raise UsageError(
+                    f"{judge} needs pictures of at least {needed} pixels a side, not {self._shortest_side()}"
+                )
         self.networks = {"vae": Autoencoding(self.vae, latent_noise=self.objective.latent_noise)}
         phases = [Phase("vae", [self._group("vae")], self.loss)]
         if self.discriminator:
             self.networks["discriminator"] = PatchDiscriminator(seed=self.seed, channels=self.discriminator_channels)
             phases.append(Phase("discriminator", [self._group("discriminator")], self.discriminator_loss))
         self.phases = tuple(phases)
+
+    def _shortest_side(self) -> int:
+        """Of all pictures, trained and held out, in pixels."""
+        return min(
+            min(size) for size in (*self.order.buckets, *(size for _, size in self.held_out)) if size is not None
+        )
 
     def _group(self, name: str) -> dict[str, Any]:
         parameters = {key: p for key, p in self.networks[name].named_parameters() if p.requires_grad}
@@ -213,21 +226,30 @@ class VaeTask:
 
     def validate(self, networks: Networks) -> dict[str, float]:
         """Over the held-out pictures: the loss (without the discriminator), PSNR in decibels, SSIM, L1 (as in
-        training, of pictures in -1..1), and mean and standard deviation of the latents, of all and of each channel."""
+        training, of pictures in -1..1), and mean and standard deviation of the latents, of all and of each channel.
+        No SSIM where pictures are smaller than its window."""
         if not self.held_out:
             return {}
         vae = plain(networks)
+        device = next(vae.parameters()).device
+        judged = {"psnr": metrics.psnr}
+        if self._shortest_side() >= metrics.WINDOW:
+            judged["ssim"] = metrics.ssim
         sums: dict[str, float] = {}
         spread = _Spread()
         for pixels in self._batches(self.held_out):
             mean, logvar = moments(vae, pixels)
             reconstructed = _decoded(vae, mean)
             spread.add(mean, logvar)
-            terms = self._terms(pixels * 2 - 1, reconstructed * 2 - 1, mean, logvar)
+            terms = self._terms(
+                (pixels * 2 - 1).to(device),  # LPIPS is slow elsewhere
+                (reconstructed * 2 - 1).to(device),
+                mean.to(device),
+                None if logvar is None else logvar.to(device),
+            )
             figures = {
                 "loss": sum(weight * float(term) for weight, term in terms.values()),
-                "psnr": float(metrics.psnr(pixels, reconstructed).mean()),
-                "ssim": float(metrics.ssim(pixels, reconstructed).mean()),
+                **{name: float(judge(pixels, reconstructed).mean()) for name, judge in judged.items()},
                 **{name: float(term) for name, (_, term) in terms.items()},
             }
             for name, value in figures.items():
@@ -268,10 +290,11 @@ class VaeTask:
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, size in chosen:
             by_size.setdefault(size, []).append(index)
-        for size, indices in by_size.items():
-            for start in range(0, len(indices), VALIDATION_BATCH):
-                some = indices[start : start + VALIDATION_BATCH]
-                yield torch.stack([self.source.fixed(index, size)["pixels"] for index in some])
+        for (width, height), indices in by_size.items():
+            count = max(1, min(VALIDATION_BATCH, VALIDATION_PIXELS // (width * height)))
+            for start in range(0, len(indices), count):
+                some = indices[start : start + count]
+                yield torch.stack([self.source.fixed(index, (width, height))["pixels"] for index in some])
 
     # Files
 

@@ -73,6 +73,8 @@ def latents_regularisation(latents: Tensor) -> Tensor:
 
 # LPIPS
 
+SMALLEST_FOR_LPIPS = 16
+"""Pixels a side: four halvings leave one."""
 WIDTHS = (64, 128, 256, 512, 512)
 """Channels of VGG16's five stages."""
 CONVOLUTIONS = (2, 2, 3, 3, 3)
@@ -179,8 +181,8 @@ def _own_name(stored: str) -> str | None:
 
 # The discriminator
 
-SMALLEST = 24
-"""Pixels a side that the discriminator needs."""
+SMALLEST_FOR_DISCRIMINATOR = 24
+"""Pixels a side."""
 
 
 class PatchDiscriminator(nn.Module):

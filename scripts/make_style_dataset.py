@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Ten pictures in one style, for a LoRA: some of a captioned set, as white drawings on deep blue.
+
+python scripts/make_emoji_dataset.py emoji --style fluent-emoji --size 128
+python scripts/make_style_dataset.py emoji cyanotype
+sdcli train-unet cyanotype -o lora --rank 16 --prompt-template "{prompt}"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path, help="a folder with metadata.jsonl, as make_emoji_dataset.py makes it")
+    parser.add_argument("out", type=Path, help="the folder to make; it must not be there")
+    parser.add_argument("--count", type=int, default=10, help="how many (10), spread over the set")
+    options = parser.parse_args()
+    if options.out.exists():
+        sys.exit(f"{options.out} is there already")
+    rows = [json.loads(line) for line in (options.pictures / "metadata.jsonl").read_text().splitlines()]
+    options.out.mkdir(parents=True)
+    for row in rows[:: max(1, len(rows) // options.count)][: options.count]:
+        picture = Image.open(options.pictures / row["file_name"]).convert("RGB")
+        name = Path(row["file_name"]).stem
+        cyanotype(picture).save(options.out / f"{name}.png")
+        caption = row["text"][0] if isinstance(row["text"], list) else row["text"]
+        (options.out / f"{name}.txt").write_text(f"{caption}, cyanotype style\n")
+
+
+def cyanotype(picture: Image.Image) -> Image.Image:
+    """The old photographic print of plants: what was dark becomes white, what was light a deep blue."""
+    grey = ImageOps.autocontrast(ImageOps.grayscale(picture))
+    return ImageOps.colorize(grey, black=(255, 255, 255), mid=(120, 170, 225), white=(16, 42, 120))
+
+
+if __name__ == "__main__":
+    main()
