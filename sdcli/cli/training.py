@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 import typer
 
 from sdcli.cli.console import Console
+from sdcli.cli.options import JsonOpt, ModelsFileOpt, QuietOpt, VerboseOpt
+from sdcli.cli.settings_options import settings_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import BadOutput, SdcliError, UsageError
+from sdcli.registry import Registry, load_registry
 from sdcli.train_settings import TrainSettings, read_config, settings_from
 
 if TYPE_CHECKING:
@@ -57,7 +60,34 @@ class Trainer(Generic[S]):
 
     name: str
     kind: type[S]
-    open_session: Callable[[str, Path, S], Session[S]]
+    open_session: Callable[[str, Path, S, Registry], Session[S]]
+    data_metavar: str
+    data_help: str
+
+    def command(self, help_text: str) -> Callable[..., None]:
+        """The Typer command: its own argument, what all trainers take, and an option for each setting."""
+
+        def command(
+            data: str | None = None,
+            output: OutputRunOpt = None,
+            config: ConfigOpt = None,
+            resume: ResumeOpt = False,
+            dry_run: DryRunOpt = False,
+            prove_resume: ProveOpt = False,
+            models_file: ModelsFileOpt = None,
+            as_json: JsonOpt = False,
+            quiet: QuietOpt = False,
+            verbose: VerboseOpt = False,
+            *,
+            typed: dict[str, Any],
+        ) -> None:
+            asked = Asked(data, output, config, resume, dry_run, prove_resume, typed, load_registry(models_file))
+            train(self, asked, Console(quiet=quiet, verbose=verbose, json=as_json))
+
+        argument = typer.Argument(metavar=self.data_metavar, help=self.data_help, show_default=False)
+        command.__annotations__["data"] = Annotated[str | None, argument]
+        command.__doc__ = help_text
+        return settings_options(self.kind)(command)
 
 
 @dataclass(frozen=True)
@@ -71,6 +101,7 @@ class Asked:
     dry_run: bool
     prove_resume: bool
     typed: dict[str, Any]
+    registry: Registry
 
 
 def train(trainer: Trainer[S], asked: Asked, console: Console) -> None:
@@ -90,7 +121,7 @@ def train(trainer: Trainer[S], asked: Asked, console: Console) -> None:
         console, unit="the step in hand", kept="it is in the checkpoint" if not asked.dry_run else "nothing was changed"
     ).install()
     with ExitStack() as stack:
-        session = trainer.open_session(data, run, settings)
+        session = trainer.open_session(data, run, settings, asked.registry)
         stack.enter_context(session)
         if not session.is_main:
             console = dataclasses.replace(console, quiet=True)
@@ -235,15 +266,3 @@ def _differences(one: Path, other: Path) -> list[str]:
     """The files of two checkpoints that differ, by their manifests' digests."""
     files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in (one, other)]
     return sorted(name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name))
-
-
-__all__ = [
-    "Asked",
-    "ConfigOpt",
-    "DryRunOpt",
-    "OutputRunOpt",
-    "ProveOpt",
-    "ResumeOpt",
-    "Trainer",
-    "train",
-]
