@@ -228,6 +228,20 @@ def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, pictures: 
     assert newest_checkpoint(run).step == 2
 
 
+@pytest.mark.parametrize("change", ["caption", "picture", "one more"])
+def test_a_run_on_other_data_is_not_resumed(tmp_path: Path, pictures: Path, change: str) -> None:
+    run = tmp_path / "run"
+    train_unet(pictures, run, max_train_steps=1)
+    if change == "caption":
+        (pictures / "1.txt").write_text("something else\n")
+    elif change == "picture":
+        (pictures / "1.png").write_bytes((pictures / "2.png").read_bytes())
+    else:
+        captioned_pictures(pictures, 7)
+    with pytest.raises(UsageError, match=r"not what the run began with.*-m .*run -o"):
+        train_unet(pictures, run, max_train_steps=2, resume=True)
+
+
 def test_a_broken_checkpoint_is_passed_over_told_and_left_alone(tmp_path: Path, pictures: Path) -> None:
     run = tmp_path / "run"
     train_unet(pictures, run, max_train_steps=4, checkpointing_steps=2)

@@ -100,6 +100,9 @@ class Session(ABC, Generic[S]):
             if stopped is not None:
                 raise type(stopped)(f"{str(stopped).split(' after')[0]} while preparing; nothing was trained yet")
 
+        if self._found is not None:
+            self._check_same_data(self._found)
+
     @property
     def built(self) -> Built:
         assert self._built is not None, "prepare first"
@@ -188,6 +191,15 @@ class Session(ABC, Generic[S]):
         assert self._found is not None
         processes = int(self._found.facts.get("processes", 1))
         run_folder.check_unchanged(before, self.settings, processes=(processes, self.accelerator.num_processes))
+
+    def _check_same_data(self, found: Found) -> None:
+        """Other pictures or captions would be another run, whatever the seed."""
+        before, now = found.facts.get("data_fingerprint"), self.built.facts.get("data_fingerprint")
+        if before != now:
+            raise UsageError(
+                f"{self.data} is not what the run began with: pictures or captions came, went or changed. Put them "
+                f"back, or begin a new run from this one: -m {self.run} -o ANOTHER"
+            )
 
     def _start_trackers(self) -> None:
         if not self.settings.report_to:

@@ -111,7 +111,10 @@ class UnetSession(Session[UnetSettings]):
                 "held_out": len(data.held_out),
                 "dropped": data.dropped,
                 "data_fingerprint": fingerprint(
-                    {data.pictures[int(i)].name: data.pictures[int(i)].captions for i in data.used}
+                    {
+                        data.pictures[int(i)].name: (data.digests[int(i)], data.pictures[int(i)].captions)
+                        for i in data.used
+                    }
                 ),
                 "buckets": {f"{w}x{h}": n for (w, h), n in _counted(data).items()},
                 "trained_parameters": sum(
