@@ -138,13 +138,13 @@ def test_bad_input_gets_its_exit_code_and_a_sentence(
     "prompt",
     [
         "",
-        "🐎" * 30,
+        pytest.param("🐎" * 30, marks=pytest.mark.slow),
         "ركوب حصان",
-        "a" * 100_000,
+        pytest.param("a" * 100_000, marks=pytest.mark.slow),
         "x/../../y",
-        "CON",
-        "two\nlines",
-        "<|endoftext|> cat",
+        pytest.param("CON", marks=pytest.mark.slow),
+        pytest.param("two\nlines", marks=pytest.mark.slow),
+        pytest.param("<|endoftext|> cat", marks=pytest.mark.slow),
         "-rf *",
         "a\u202egnp.exe",
     ],
@@ -186,7 +186,7 @@ def test_prompts_come_from_stdin_as_text_or_jsonl(sdcli: Run) -> None:
     assert json.loads(lines.stdout)["steps"] == 3
 
 
-@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("image_format", ["png", "webp", pytest.param("jpeg", marks=pytest.mark.slow)])
 def test_from_paints_a_picture_again_and_verify_proves_it(sdcli: Run, tmp_path: Path, image_format: str) -> None:
     first = sdcli("generate", "a cat", *TINY, "--format", image_format, "--scheduler", "ddpm")
     path = first.stdout.strip()

@@ -54,7 +54,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+IN_THE_SLOW_SET = {"text encoder along", "random crops", "shuffled captions"}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in IN_THE_SLOW_SET)) for name in VARIANTS]
+)
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, variant: str) -> None:
     data = captioned_pictures(tmp_path / "pictures", sizes=((64, 64), (96, 64), (80, 72)))
     changes = {**VARIANTS[variant], "validation_split": 0.0}
@@ -331,7 +336,9 @@ def test_kill_9_and_resume_give_the_same_bytes_as_no_kill(tmp_path: Path, pictur
     assert same_checkpoint(tmp_path / "straight" / "checkpoint-12", tmp_path / "cut" / "checkpoint-12")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     tmp_path: Path, pictures: Path, number: signal.Signals, code: int
 ) -> None:
@@ -439,6 +446,7 @@ def test_prove_resume_says_identical_on_the_users_own_set_up(tmp_path: Path, pic
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("pictures",)] == []
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, pictures: Path) -> None:
     line = command(pictures, tmp_path / "run", "--max-train-steps", "7", "--dry-run")
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from sdcli import counted
 from sdcli.dataset.cache import sample_latents
-from sdcli.latents import moments, scaling_factor
+from sdcli.latents import cell, moments, scaling_factor
 from sdcli.lean_imports import VAE
 from sdcli.training.conditions import Conditions
 from sdcli.training.lora import LoraShape, merged_tensors, write_lora
@@ -162,7 +162,8 @@ class UnetTask:
             return tuple(item["x0"].shape)
         assert self.vae is not None
         height, width = item["pixels"].shape[1:]
-        return int(self.vae.config.latent_channels), height // 8, width // 8
+        factor = cell(self.vae)
+        return int(self.vae.config.latent_channels), height // factor, width // factor
 
     # Validation: the same pictures, noise and timesteps in every run, so that curves can be compared
 
