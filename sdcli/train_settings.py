@@ -248,6 +248,8 @@ class UnetSettings(PictureSettings):
         captions = {"shuffle_caption", "caption_prefix", "prompt_template", "caption_column"} & self._given()
         if captions and (self.unconditional or self.class_conditional):
             raise ValueError(f"--{min(captions).replace('_', '-')} has no effect without captions")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError("--prompt-template has no {prompt} in it, where the captions go")
         if self.unconditional and "caption_dropout" in self._given():
             raise ValueError("--caption-dropout has no effect with --unconditional")
         if self.space == "pixel" and (self.vae or self.model):
@@ -285,6 +287,9 @@ class VaeSettings(PictureSettings):
     def _every_vae_setting_has_an_effect(self) -> Self:
         if self.model is not None and self.from_scratch is not None:
             raise ValueError("either --model, whose VAE goes on, or --from-scratch")
+        captions = {"caption_column", "caption_extension"} & self._given()
+        if captions:
+            raise ValueError(f"--{min(captions).replace('_', '-')} has no effect: a VAE learns without captions")
         if self.lpips is None and "lpips_weight" in self._given():
             raise ValueError("--lpips-weight has no effect without --lpips")
         typed = {"discriminator_weight", "discriminator_start", "discriminator_channels"} & self._given()
@@ -321,6 +326,11 @@ class TextSettings(TrainSettings):
 
     @model_validator(mode="after")
     def _every_text_setting_has_an_effect(self) -> Self:
+        if self.gradient_checkpointing or self.channels_last:
+            raise ValueError(
+                f"--{'gradient-checkpointing' if self.gradient_checkpointing else 'channels-last'} has no effect on a "
+                "text encoder"
+            )
         shape = {
             "vocab_size",
             "max_length",

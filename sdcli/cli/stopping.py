@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 from sdcli.cli.console import Console
@@ -13,9 +14,16 @@ class GracefulStop:
     """Call it to learn whether, and why, to stop; `install` takes over SIGINT and SIGTERM."""
 
     def __init__(
-        self, console: Console, *, unit: str = "the picture in hand", kept: str = "finished pictures are kept"
+        self,
+        console: Console,
+        *,
+        unit: str = "the picture in hand",
+        kept: str = "finished pictures are kept",
+        echo: float = 0.0,
     ) -> None:
+        """`echo`: seconds within which another signal is taken for the same one, sent twice."""
         self._console = console
+        self._echo, self._first = echo, 0.0
         self._unit, self._kept = unit, kept
         self._reason: Interrupted | None = None
 
@@ -31,6 +39,9 @@ class GracefulStop:
         kind = Terminated if number == signal.SIGTERM else Interrupted
         word = "terminated" if number == signal.SIGTERM else "interrupted"
         if self._reason is not None:
+            if time.monotonic() - self._first < self._echo:
+                return
             raise kind(f"{word}; {self._kept}")
+        self._first = time.monotonic()
         self._reason = kind(f"{word} after {self._unit}; {self._kept}")
         self._console.warn(f"finishing {self._unit}; once more stops at once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +23,7 @@ from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.settings_options import settings_options
 from sdcli.cli.stopping import GracefulStop
-from sdcli.errors import BadOutput, SdcliError, UsageError
+from sdcli.errors import BadOutput, Interrupted, SdcliError, UsageError
 from sdcli.registry import Registry, load_registry
 from sdcli.train_settings import TrainSettings, read_config, settings_from
 
@@ -52,6 +53,10 @@ ProveOpt = Annotated[
         help="Train 10 steps, and 5 + kill -9 + 5 resumed; compare all bytes. Leaves nothing behind.",
     ),
 ]
+
+
+ECHO = 0.5
+"""Seconds within which a signal comes again because the terminal and the launcher both send it to every process."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,20 @@ def train(trainer: Trainer[S], asked: Asked, console: Console) -> None:
         _prove_resume(trainer.name, data, run, settings, console)
         return
     from sdcli.training.launch import inside_a_launch, launch
+    from sdcli.training.run_folder import check_free
 
+    if not asked.resume and not inside_a_launch() and not (asked.dry_run and asked.output is None):
+        check_free(run)
     if (settings.num_processes or 1) > 1 and not inside_a_launch():
         code = launch(sys.argv[1:], processes=settings.num_processes or 1)
         if code:
             raise _AlreadySaid(code)
         return
     stop = GracefulStop(
-        console, unit="the step in hand", kept="it is in the checkpoint" if not asked.dry_run else "nothing was changed"
+        console,
+        unit="the step in hand",
+        kept="whole checkpoints are kept" if not asked.dry_run else "nothing was changed",
+        echo=ECHO if inside_a_launch() else 0.0,
     ).install()
     with ExitStack() as stack:
         session = trainer.open_session(data, run, settings, asked.registry)
@@ -136,10 +147,13 @@ def train(trainer: Trainer[S], asked: Asked, console: Console) -> None:
             if session.is_main:
                 console.result(json.dumps(session.plan()), **session.plan())
             return
-        for event in session.train(stop=stop):
-            _show(event, display, console)
-            if session.is_main:
-                _report(event, console)
+        try:
+            for event in session.train(stop=stop):
+                _show(event, display, console)
+                if session.is_main:
+                    _report(event, console)
+        except Interrupted as stopped:
+            raise stopped if session.is_main else _AlreadySaid(stopped.exit_code) from None
     if session.is_main:
         console.result(str(run), status="done", run=str(run))
 
@@ -172,12 +186,14 @@ def _resolved(trainer: Trainer[S], asked: Asked) -> tuple[str, Path, S]:
         data = data if data is not None else begun_with
     if data is None:
         raise UsageError(f"nothing to train on; try: sdcli {trainer.name} DATA -o {output}")
-    # a limit that is typed replaces a limit of another kind, it does not contradict it
-    limits = ("max_train_steps", "num_train_epochs")
-    values = {**before, **given}
-    if any(name in typed for name in limits):
-        values = {name: value for name, value in values.items() if name not in limits}
-    return str(data), run, settings_from(trainer.kind, {**values, **typed})
+    return str(data), run, settings_from(trainer.kind, _over(_over(before, given), typed))
+
+
+def _over(values: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """Newer values over older ones: a limit replaces a limit of another kind, it does not contradict it."""
+    limits = {"max_train_steps", "num_train_epochs"}
+    replaced = limits if limits & set(newer) else set()
+    return {**{name: value for name, value in values.items() if name not in replaced}, **newer}
 
 
 def _show(event: Event, display: Any, console: Console) -> None:
@@ -255,11 +271,14 @@ def _finish(process: subprocess.CompletedProcess[bytes], what: str) -> None:
 def _kill_after_first_checkpoint(command: list[str]) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
-    line = next((line for line in process.stdout if b"checkpoint-" in line), None)
-    if line is None:
-        _finish(subprocess.CompletedProcess(command, process.wait() or 1), "the run to be killed")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        line = next((line for line in process.stdout if b"checkpoint-" in line), None)
+        if line is None:
+            _finish(subprocess.CompletedProcess(command, process.wait() or 1), "the run to be killed")
+    finally:  # also when Ctrl-C ends the proof: it does not reach another session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _differences(one: Path, other: Path) -> list[str]:

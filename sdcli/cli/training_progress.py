@@ -94,7 +94,8 @@ class TrainingDisplay:
         elif new or event.done == event.total or self._silent_for(HEARTBEAT):
             self._spoke = time.monotonic()
             of = f" of {event.total:,}" if event.total is not None else ""
-            self._console.say(f"{event.what}: {event.done:,}{of}")
+            count = f": {event.done:,}{of}" if event.done or of else ""
+            self._console.say(f"{event.what}{count}")
 
     def _start(self, event: Started) -> None:
         self._preparing = ""

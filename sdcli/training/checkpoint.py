@@ -173,6 +173,26 @@ def link_model_folder(run: Path, parts: Mapping[str, str]) -> None:
             raise CannotWrite(f"cannot let {run / part} lead to {checkpoint.name}: {_strerror(error)}") from error
 
 
+def write_frozen_parts(run: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` put the parts that training leaves alone into RUN, and bring them to the disk.
+
+    To be called before the first checkpoint: whoever has that has all of the model. Raises CannotWrite, and what
+    `write` raises; a second try writes over what the first one left.
+    """
+    try:
+        write(run)
+        for folder, _, names in os.walk(run):
+            for path in (Path(folder) / name for name in names):
+                if not path.is_symlink():
+                    _permit(path)
+                    sync_file(path)
+            sync_folder(Path(folder))
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        raise CannotWrite(f"cannot write the parts of the model into {run}: {_strerror(error)}") from error
+
+
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
     """Hold RUN, which is made if need be, for this process alone; the system lets go of it when the process ends.
@@ -572,10 +592,11 @@ def _is_of_the_disk(error: BaseException) -> bool:
 
 
 def _errno(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    match = re.search(r"\(os error ([0-9]{1,5})\)", str(error))
-    return int(match[1]) if match else None
+    # of safetensors, and of shutil.copytree, which gathers all errors in one
+    match = re.search(r"\(os error ([0-9]{1,5})\)|\[Errno ([0-9]{1,5})\]", str(error))
+    return int(match[1] or match[2]) if match else None
 
 
 def _strerror(error: BaseException) -> str:

@@ -17,18 +17,16 @@ TOLERANCE = 0.05
 
 def compiled_if_right(networks: Networks, phase: Phase, batch: Batch) -> tuple[Networks, str | None]:
     """The compiled networks and None, or the plain ones and the sentence that says why."""
-    compiled = {name: torch.compile(network) for name, network in networks.items()}
     plain = _gradients(networks, phase, batch)
     try:
+        compiled = {name: torch.compile(network) for name, network in networks.items()}
         other = _gradients(compiled, phase, batch)  # type: ignore[arg-type]
     except Exception as error:  # a compiler fails in its own ways; training plainly is always right
-        return (
-            networks,
-            f"--compile is off: compiling failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
-        )
+        first_line = next(iter(str(error).splitlines()), "no reason given")[:200]
+        return networks, f"--compile is off: compiling failed ({type(error).__name__}: {first_line})"
     floor = max(float(gradient.norm()) for gradient in plain.values()) * 1e-3
     differences = {name: difference(plain[name], other[name], floor=floor) for name in plain}
-    wrong = [name for name, found in differences.items() if found > TOLERANCE]
+    wrong = [name for name, found in differences.items() if not found <= TOLERANCE]  # NaN is wrong too
     if wrong:
         return networks, (
             f"--compile is off: the compiled gradients of {len(wrong)} of {len(plain)} parameters differ from the "
@@ -49,10 +47,11 @@ def _gradients(networks: Networks, phase: Phase, batch: Batch) -> dict[str, Tens
     """The gradient of every parameter of the phase; leaves none behind."""
     named = {f"{group['name']}.{name}": p for group in phase.groups for name, p in group["params"].items()}
     torch.manual_seed(0)
-    phase.loss(networks, batch).loss.backward()
-    gradients = {
-        name: p.grad.float().clone() if p.grad is not None else torch.zeros_like(p) for name, p in named.items()
-    }
-    for parameter in named.values():
-        parameter.grad = None
-    return gradients
+    try:
+        phase.loss(networks, batch).loss.backward()
+        return {
+            name: p.grad.float().clone() if p.grad is not None else torch.zeros_like(p) for name, p in named.items()
+        }
+    finally:
+        for parameter in named.values():
+            parameter.grad = None

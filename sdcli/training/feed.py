@@ -9,13 +9,20 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sdcli.errors import SdcliError
 from sdcli.training.task import Batch, Draw, Task
+
+WORKER_DIED = (
+    "a worker process that prepares samples was killed, perhaps for want of memory: fewer --dataloader-num-workers "
+    "need less; --resume goes on from the last checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,12 @@ class Feed:
             _Items(task),
             batch_sampler=_MicroBatches(task, share, first_step),
             num_workers=workers,
-            collate_fn=task.collate,
+            collate_fn=partial(_collated, task),
             worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=device.type == "cuda",
             **ahead_of_workers,
         )
-        self._batches = iter(loader)
+        self._batches = _iterated(loader)
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, ahead * share.accumulation))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._prepare, name="training-feed", daemon=True)
@@ -74,7 +81,7 @@ class Feed:
             shut_down()
 
     def step(self) -> list[Batch]:
-        """The micro-batches of the next step. Raises what preparing them raised."""
+        """The micro-batches of the next step. Raises what preparing them raised, and SdcliError for a dead worker."""
         return [self._next() for _ in range(self._accumulation)]
 
     def _next(self) -> Batch:
@@ -88,11 +95,14 @@ class Feed:
     def _prepare(self) -> None:
         try:
             for batch in self._batches:
+                if isinstance(batch, _Failed):
+                    raise batch.error
                 self._put(on_device(batch, self._device))
                 if self._ended.is_set():
                     return
         except BaseException as error:
-            self._put(error)
+            died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+            self._put(SdcliError(WORKER_DIED) if died else error)
 
     def _put(self, batch: Batch | BaseException) -> None:
         while not self._ended.is_set():
@@ -111,14 +121,29 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-class _Items(Dataset[dict[str, Any]]):
-    """The task's items, by draw. In a worker process this is all that runs."""
+@dataclass(frozen=True)
+class _Failed:
+    """What came instead of an item or a batch; as an exception, torch would pass it on as the text of a traceback."""
+
+    error: SdcliError
+
+
+class _Items(Dataset[dict[str, Any] | _Failed]):
+    """The task's items, by draw. In a worker process this is all that runs, and `_collated`."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        return self._task.item(draw)
+    def __getitem__(self, draw: Draw) -> dict[str, Any] | _Failed:
+        try:
+            return self._task.item(draw)
+        except SdcliError as error:
+            return _Failed(error)
+
+
+def _collated(task: Task, items: list[dict[str, Any] | _Failed]) -> Batch | _Failed:
+    whole = [item for item in items if not isinstance(item, _Failed)]
+    return task.collate(whole) if len(whole) == len(items) else next(i for i in items if isinstance(i, _Failed))
 
 
 class _MicroBatches(Sampler[list[Draw]]):
@@ -130,6 +155,20 @@ class _MicroBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         for step in itertools.count(self._first):
             yield from self._share.of(self._task.draws(step))
+
+
+def _iterated(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers, without torch's signal handler, which raises a worker's death wherever the main thread is.
+
+    In the middle of a checkpoint, say. The feed's thread finds out as well, within seconds, and tells it at a step.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    return batches
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:

@@ -70,6 +70,11 @@ def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
     if accelerator.distributed_type.value not in {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"}:
         kind = accelerator.distributed_type.value
         raise UsageError(f"accelerate is set up for {kind}, whose sharded states cannot be saved here; use plain DDP")
+    if settings.num_processes is not None and settings.num_processes != accelerator.num_processes:
+        raise UsageError(
+            f"--num-processes is {settings.num_processes}, and a launcher started {accelerator.num_processes}; leave it "
+            "to one of them"
+        )
     return accelerator
 
 

@@ -12,13 +12,14 @@ RUN/log.jsonl, RUN/samples/       what happened, and sample sheets
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.errors import BadWeights, CannotWrite, NotFound, UsageError
 from sdcli.files import write_whole
 from sdcli.registry import read_yaml
 from sdcli.train_settings import TrainSettings
@@ -47,11 +48,17 @@ TRADED = frozenset({"train_batch_size", "gradient_accumulation_steps", "num_proc
 """May change together as long as their product, the samples of a step, stays."""
 
 
-def begin(run: Path, settings: TrainSettings, *, command: str, data: str) -> None:
-    """Write the settings of a new run into RUN, which may be left over from a run without a checkpoint.
+def check_free(run: Path) -> None:
+    """Refuse a folder that no new run can begin in; asked again early, before an hour of encoding is lost.
 
     Raises UsageError where something else is there, and CannotWrite.
     """
+    nearest = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "is a file" if not nearest.is_dir() else "may not be written into"
+        raise CannotWrite(f"cannot write into {run}: {nearest} {reason}")
+    if not run.is_dir():
+        return
     if any(run.glob("checkpoint-*")):
         raise UsageError(f"{run} holds a training run already; --resume goes on with it, another -o starts a new one")
     others = [entry.name for entry in run.iterdir() if not entry.name.startswith(".")]
@@ -59,6 +66,14 @@ def begin(run: Path, settings: TrainSettings, *, command: str, data: str) -> Non
         raise UsageError(
             f"{run} holds something else already ({', '.join(sorted(others)[:3])}); name a new folder with -o"
         )
+
+
+def begin(run: Path, settings: TrainSettings, *, command: str, data: str) -> None:
+    """Write the settings of a new run into RUN, which may be left over from a run without a checkpoint.
+
+    Raises UsageError where something else is there, and CannotWrite.
+    """
+    check_free(run)
     values = {"command": command, "data": data, **settings.model_dump(mode="json")}
     text = yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
     write_whole(run / SETTINGS, text.encode(), overwrite=True)

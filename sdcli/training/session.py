@@ -17,7 +17,7 @@ from sdcli.devices import free_memory
 from sdcli.errors import Interrupted, UsageError
 from sdcli.train_settings import TrainSettings
 from sdcli.training import run_folder
-from sdcli.training.checkpoint import Found, newest_checkpoint, run_lock
+from sdcli.training.checkpoint import Found, newest_checkpoint, run_lock, write_frozen_parts
 from sdcli.training.events import Event, Noted
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.run_log import RunLog, log_event
@@ -102,6 +102,7 @@ class Session(ABC, Generic[S]):
 
         if self._found is not None:
             self._check_same_data(self._found)
+            yield from self._told_of_another_schedule(self._found)
 
     @property
     def built(self) -> Built:
@@ -156,7 +157,7 @@ class Session(ABC, Generic[S]):
             self._stack.enter_context(run_lock(self.run))
             if self._found is None:
                 run_folder.begin(self.run, settings, command=self.command, data=self.data)
-                built.write_frozen(self.run)
+                write_frozen_parts(self.run, built.write_frozen)
             log = self._stack.enter_context(RunLog.open(self.run))
         self.accelerator.wait_for_everyone()
         trainer = Trainer(
@@ -199,6 +200,23 @@ class Session(ABC, Generic[S]):
             raise UsageError(
                 f"{self.data} is not what the run began with: pictures or captions came, went or changed. Put them "
                 f"back, or begin a new run from this one: -m {self.run} -o ANOTHER"
+            )
+        base, present = found.facts.get("base", {}), self.built.facts.get("base", {})
+        changed = sorted(part for part in {*base, *present} if base.get(part) != present.get(part))
+        if changed:
+            raise UsageError(
+                f"{', '.join(changed)}: not the weights that the run began with, and training leaves them as they are; "
+                "put them back, or begin a new run"
+            )
+
+    def _told_of_another_schedule(self, found: Found) -> Iterator[Event]:
+        """Another number of steps is another learning rate at every step to come, where it is not constant."""
+        _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
+        before = self.kind.model_validate(values).steps(self.built.samples, int(found.facts.get("processes", 1)))
+        if before != self.steps and not self.settings.lr_scheduler.startswith("constant"):
+            yield Noted(
+                f"the learning rate fell over {before:,} steps until here and falls over {self.steps:,} from now on: "
+                f"--lr-scheduler {self.settings.lr_scheduler} depends on how many there are"
             )
 
     def _start_trackers(self) -> None:

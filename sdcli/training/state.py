@@ -81,11 +81,8 @@ class TrainingState:
 
 def _changing(network: nn.Module, trained: frozenset[str]) -> dict[str, Tensor]:
     """What training changes in a network: its trained parameters, and the buffers that belong to its state."""
-    return {
-        name: tensor
-        for name, tensor in network.state_dict().items()
-        if name in trained or name not in dict(network.named_parameters())
-    }
+    parameters = {name for name, _ in network.named_parameters()}
+    return {name: tensor for name, tensor in network.state_dict().items() if name in trained or name not in parameters}
 
 
 def _held_in(folder: Path, tensors: Mapping[str, Tensor]) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -55,6 +55,8 @@ class _Model:
     """The model with the VAE; None in pixel space."""
     text_of: LoadedModel | None
     """The model with the text encoder and the tokenizer; None without text."""
+    base_of: LoadedModel | None
+    """The model whose UNet goes on; None from scratch."""
     scheduler_config: dict[str, Any]
     defaults: ModelDefaults | None
     resolution: tuple[int, int]
@@ -89,6 +91,7 @@ class UnetSession(Session[UnetSettings]):
             size_step=model.size_step,
             captions=captions and model.text_of is not None and settings.caption_dropout < 1,
         )
+        self._check_effects(model)
         model = self._with_classes(model, data)
         source, conditions = yield from self._inputs(model, data)
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
@@ -120,7 +123,7 @@ class UnetSession(Session[UnetSettings]):
                 "trained_parameters": sum(
                     p.numel() for n in networks.values() for p in n.parameters() if p.requires_grad
                 ),
-                "base": {part: m.weights() for part, m in (("vae", model.vae_of), ("text", model.text_of)) if m},
+                "base": _unchanging(model, networks, loras),
             },
         )
 
@@ -147,6 +150,7 @@ class UnetSession(Session[UnetSettings]):
             unet=loaded.unet,
             vae_of=loaded if kind.space == "latent" else None,
             text_of=loaded if kind.conditioning == "text" else None,
+            base_of=loaded,
             scheduler_config=self._schedule(loaded.scheduler_config),
             defaults=defaults,
             resolution=settings.target_size((defaults.width, defaults.height)),
@@ -181,6 +185,7 @@ class UnetSession(Session[UnetSettings]):
             unet=model_parts.new_unet(fitted, seed=settings.seed),
             vae_of=vae_of,
             text_of=text_of,
+            base_of=None,
             scheduler_config=self._schedule(schedule),
             defaults=None,
             resolution=resolution,
@@ -190,14 +195,28 @@ class UnetSession(Session[UnetSettings]):
         spec = base if name is None else self._registry.find(name)
         return load_model(spec, device=self._device(), dtype="float32", parts=(part,))
 
+    def _check_effects(self, model: _Model) -> None:
+        """Refuse what speaks of captions where the model takes none."""
+        if model.text_of is not None:
+            return
+        captions = {"shuffle_caption", "caption_prefix", "prompt_template", "train_text_encoder"}
+        if not model.classes and not self.settings.class_conditional:
+            captions |= {"caption_dropout", "sample_prompts"}
+        typed = {name for name in captions if getattr(self.settings, name) != UnetSettings.model_fields[name].default}
+        if typed:
+            raise UsageError(f"--{min(typed).replace('_', '-')} has no effect: this model takes no captions")
+
     def _with_classes(self, model: _Model, data: PictureData) -> _Model:
         """With --class-conditional the UNet gets a row for each class of the data (and one for none)."""
         settings = self.settings
-        if not settings.class_conditional:
+        if not settings.class_conditional and not model.classes:
             return model
         classes = tuple(data.pictures.classes)
-        if not classes:
-            raise UsageError(f"{self.data} has no classes; --class-conditional wants class folders or labels")
+        without = [data.pictures[int(i)].name for i in data.used if data.pictures[int(i)].label is None]
+        if not classes or without:
+            missing = f"{len(without)} pictures without a class ({', '.join(without[:3])})" if classes else "no classes"
+            wants = "--class-conditional" if settings.class_conditional else "the model, which paints classes,"
+            raise UsageError(f"{self.data} has {missing}; {wants} wants class folders or labels")
         if model.classes:
             if classes != model.classes:
                 raise UsageError(f"the data's classes ({', '.join(classes[:5])}, ...) are not those of the model")
@@ -211,9 +230,7 @@ class UnetSession(Session[UnetSettings]):
             guidance_class=settings.caption_dropout > 0,
         )
         unet = model_parts.new_unet({**fitted, "_class_name": "UNet2DModel"}, seed=settings.seed)
-        return _Model(
-            unet, model.vae_of, None, model.scheduler_config, model.defaults, model.resolution, classes=classes
-        )
+        return replace(model, unet=unet, text_of=None, classes=classes)
 
     def _schedule(self, base: Any) -> dict[str, Any]:
         s = self.settings
@@ -380,7 +397,7 @@ class UnetSession(Session[UnetSettings]):
         if model.text_of is not None and not settings.train_text_encoder:
             frozen["text_encoder"] = model.text_of.text_encoder
         prompts = settings.sample_prompts or default_prompts(
-            data.texts(), model.classes, unconditional=settings.unconditional or settings.space == "pixel"
+            data.texts(), model.classes, unconditional=settings.unconditional or model.text_of is None
         )
         return SampleSheet(
             name=str(self.run),
@@ -420,6 +437,16 @@ class UnetSession(Session[UnetSettings]):
             averaged=tuple(networks) if settings.use_ema else (),
             classes=model.classes,
         )
+
+
+def _unchanging(model: _Model, networks: dict[str, nn.Module], loras: dict[str, LoraShape]) -> dict[str, str]:
+    """The identities of the weights that are not trained themselves; those below a LoRA are among them."""
+    of = {"vae": model.vae_of, "text_encoder": model.text_of, "unet": model.base_of}
+    return {
+        part: loaded.identity(part)
+        for part, loaded in of.items()
+        if loaded is not None and (part not in networks or part in loras)
+    }
 
 
 def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None, CacheProgress]:
