@@ -86,7 +86,8 @@ class Trainer(Generic[S]):
             *,
             typed: dict[str, Any],
         ) -> None:
-            asked = Asked(data, output, config, resume, dry_run, prove_resume, typed, load_registry(models_file))
+            registry = load_registry(models_file)
+            asked = Asked(data, output, config, resume, dry_run, prove_resume, typed, registry, models_file)
             train(self, asked, Console(quiet=quiet, verbose=verbose, json=as_json))
 
         argument = typer.Argument(metavar=self.data_metavar, help=self.data_help, show_default=False)
@@ -107,13 +108,14 @@ class Asked:
     prove_resume: bool
     typed: dict[str, Any]
     registry: Registry
+    models_file: Path | None = None
 
 
 def train(trainer: Trainer[S], asked: Asked, console: Console) -> None:
     """Carry out one training command, from what was typed to the last checkpoint."""
     data, run, settings = _resolved(trainer, asked)
     if asked.prove_resume:
-        _prove_resume(trainer.name, data, run, settings, console)
+        _prove_resume(trainer.name, data, run, settings, asked.models_file, console)
         return
     from sdcli.training.launch import inside_a_launch, launch
     from sdcli.training.run_folder import check_free
@@ -225,7 +227,9 @@ def _report(event: Event, console: Console) -> None:
 STEPS = 5
 
 
-def _prove_resume(name: str, data: str, run: Path, settings: TrainSettings, console: Console) -> None:
+def _prove_resume(
+    name: str, data: str, run: Path, settings: TrainSettings, models_file: Path | None, console: Console
+) -> None:
     """Straight against killed and resumed, with the user's own settings, in two throw-away runs."""
     parent = run.parent if run.parent.is_dir() else Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix=".sdcli-prove-", dir=parent))
@@ -242,6 +246,7 @@ def _prove_resume(name: str, data: str, run: Path, settings: TrainSettings, cons
             yaml.safe_dump({"data": str(Path(data).absolute()) if Path(data).exists() else data, **values})
         )
         command = [sys.executable, "-m", "sdcli", name, "--config", str(config), "--quiet"]
+        command += ["--models-file", str(models_file)] if models_file is not None else []
         straight, resumed = folder / "straight", folder / "resumed"
         console.say(f"training {2 * STEPS} steps without a stop")
         _finish(subprocess.run([*command, "-o", str(straight)], stdout=subprocess.DEVNULL), "the straight run")

@@ -72,8 +72,8 @@ def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
         raise UsageError(f"accelerate is set up for {kind}, whose sharded states cannot be saved here; use plain DDP")
     if settings.num_processes is not None and settings.num_processes != accelerator.num_processes:
         raise UsageError(
-            f"--num-processes is {settings.num_processes}, and a launcher started {accelerator.num_processes}; leave it "
-            "to one of them"
+            f"--num-processes is {settings.num_processes}, and a launcher started {accelerator.num_processes}; "
+            "leave it to one of them"
         )
     return accelerator
 
