@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("SDCLI_MODELS_FILE", None)
+
+# A busy machine is slow, not wrong.
+settings.register_profile("sdcli", deadline=None)
+settings.load_profile("sdcli")
 
 REPOSITORY = Path(__file__).parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,6 +32,34 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "HF_HOME"):
         monkeypatch.setenv(name, str(home if name == "HOME" else home / name.lower()))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+
+
+class Disk:
+    """A real file system of its own, at the new folder `path`; needs the right to mount."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        mount = shutil.which("mount")
+        if mount is None or self._mount("size=1g"):
+            pytest.skip("no right to mount a small disk here")
+
+    def resize(self, size: int) -> None:
+        assert not self._mount(f"remount,size={size}")
+
+    def read_only(self) -> None:
+        assert not self._mount("remount,ro")
+
+    def _mount(self, options: str) -> int:
+        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)]
+        return subprocess.run(line, capture_output=True).returncode
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    made = Disk(tmp_path / "disk")
+    yield made
+    subprocess.run(["umount", str(made.path)], check=True)
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_alternatives_all_occur_about_equally_often() -> None:
 
 
 @given(captions=CAPTIONS, seed=SEEDS, counter=st.integers(0, 2**50), prefix=WORDS | st.just(""))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_all_texts_holds_whatever_a_sample_can_get(captions: list[str], seed: int, counter: int, prefix: str) -> None:
     rules = CaptionRules(dropout=0.3, prefix=prefix, template="{prompt}, glossy")
     every = rules.all_texts(captions)
@@ -89,7 +89,7 @@ def test_all_texts_holds_whatever_a_sample_can_get(captions: list[str], seed: in
     seed=SEEDS,
     counter=st.integers(0, 2**50),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_shuffling_keeps_the_first_parts_and_loses_none(parts: list[str], keep: int, seed: int, counter: int) -> None:
     rules = CaptionRules(dropout=0.0, shuffle=True, keep=keep)
     shuffled = rules.text([",".join(parts)], seed=seed, counter=counter).split(", ")
@@ -118,7 +118,7 @@ def test_braces_in_a_caption_are_letters() -> None:
 
 
 @given(captions=CAPTIONS, seed=SEEDS, counters=st.lists(st.integers(0, 2**50), min_size=1, max_size=5))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_text_depends_on_seed_and_counter_alone(captions: list[str], seed: int, counters: list[int]) -> None:
     rules = CaptionRules(dropout=0.3, shuffle=True, keep=1)
     once = [rules.text(captions, seed=seed, counter=counter) for counter in counters]

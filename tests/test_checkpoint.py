@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from sdcli.training.checkpoint import (
     verify_checkpoint,
 )
 from sdcli.training.state_files import read_state, write_tensors
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Disk
 from tests.faults import (
     DIED,
     WRITING,
@@ -417,7 +417,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_flipped_byte_and_any_truncation_of_any_file_is_noticed(two: Path, data: st.DataObject) -> None:
     files = sorted(path for path in (two / "checkpoint-2").rglob("*") if path.is_file())
@@ -653,19 +653,6 @@ def test_the_model_of_a_disk_notices_a_missing_fsync(tmp_path: Path, omitted: st
 # Real disks and real kills
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB; needs the right to mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    command = [str(mount), "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if mount is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def large(value: int, count: int = 25_000) -> Callable[[Path], None]:
     """A checkpoint with two files of 100 kB."""
     tensors = {"weight": torch.full((count,), float(value))}
@@ -679,11 +666,12 @@ def large(value: int, count: int = 25_000) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("left", [0, 1, 4096, 20_000, 60_000, 110_000, 200_000])
-def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(small_disk: Path, left: int) -> None:
-    run = small_disk / "run"
+def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(disk: Disk, left: int) -> None:
+    disk.resize(1 << 20)
+    run = disk.path / "run"
     save_checkpoint(run, 1, large(1), facts={}, keep=1)
-    free = shutil.disk_usage(small_disk).free
-    (small_disk / "fill").write_bytes(bytes(max(free - left, 0) // 4096 * 4096))
+    free = shutil.disk_usage(disk.path).free
+    (disk.path / "fill").write_bytes(bytes(max(free - left, 0) // 4096 * 4096))
     for _ in range(2):
         with pytest.raises(CannotWrite) as caught:
             save_checkpoint(run, 2, large(2), facts={}, keep=1)
@@ -691,7 +679,7 @@ def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(small_disk: Path
         assert caught.value.exit_code == 8
         assert not hidden(run)
         assert value_of(newest_checkpoint(run).path) == value_of(run / "current") == 1
-    (small_disk / "fill").unlink()
+    (disk.path / "fill").unlink()
     save_checkpoint(run, 2, large(2), facts={}, keep=1)
     assert steps(run) == [2]
 

@@ -39,7 +39,7 @@ def test_hidden_states_equal_transformers_bit_for_bit(hidden_act: str, dtype: to
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=300))
 def test_token_ids_equal_transformers(name: str, text: str) -> None:
     oracle = _oracle(name)

@@ -59,7 +59,7 @@ def test_transformers_loads_the_folder_as_a_clip_tokenizer_of_77_tokens() -> Non
 
 
 @given(st.text() | st.text("abcdefghij klmnopqrst'uvwxyz0123456789,.!?ÄÖéß\t\n", max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_gets_the_ids_of_transformers_clip_tokenizer(shipped: Any, oracle: Any, text: str) -> None:
     assert shipped.encode(text).ids == oracle(text).input_ids
 

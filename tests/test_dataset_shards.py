@@ -65,7 +65,7 @@ names = st.text(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=6),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -193,7 +193,7 @@ def test_a_damaged_shard_does_not_cost_the_others(tmp_path: Path) -> None:
     assert reasons["5.tar"] == "holds no pictures"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_no_damage_makes_more_than_a_sentence(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     whole = bytearray(tar_bytes(sample("a") + sample("b"), format=tarfile.PAX_FORMAT))
@@ -287,7 +287,7 @@ sets = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sets, st.integers(1, 5))
 def test_a_round_trip_gives_the_same_pictures_captions_and_labels(
     tmp_path_factory: pytest.TempPathFactory, items: list[Item], limit: int

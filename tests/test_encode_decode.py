@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -42,7 +41,7 @@ from sdcli.files import AlreadyExists
 from sdcli.lean_imports import AutoencoderTiny
 from sdcli.loading import load_model
 from sdcli.registry import load_registry
-from tests.conftest import REPOSITORY, Run
+from tests.conftest import REPOSITORY, Disk, Run
 
 
 @dataclass(frozen=True)
@@ -637,22 +636,8 @@ def test_a_folder_that_cannot_be_made_ends_with_exit_8() -> None:
         assert isinstance(run(*arguments, "-m", "tiny").error, CannotWrite)
 
 
-@contextlib.contextmanager
-def disk(path: Path, options: str) -> Iterator[Path]:
-    """A real file system of its own; needs the right to mount."""
-    path.mkdir()
-    mount = shutil.which("mount")
-    command = [str(mount), "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
-    if mount is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk here")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
 def test_a_folder_without_permission_ends_with_exit_8_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """As root everything is permitted but a disk that is mounted to be read."""
     from sdcli.codec import Codec
@@ -660,28 +645,30 @@ def test_a_folder_without_permission_ends_with_exit_8_before_anything_is_loaded(
     monkeypatch.setattr(Codec, "load", lambda *_: pytest.fail("the model was loaded"))
     paint(Path("a.png"))
     np.save("a.npy", np.zeros((4, 2, 2), dtype=np.float32))
-    with contextlib.ExitStack() as mounted:
-        if os.geteuid() == 0:
-            mounted.enter_context(disk(Path("locked"), "ro"))
-        else:
-            Path("locked").mkdir(mode=0o500)
-        for command in (["encode", "a.png"], ["decode", "a.npy", "--scaled"]):
-            error = run(*command, "--outdir", "locked", "-m", "tiny").error
-            assert isinstance(error, CannotWrite)
-            assert "no permission to write" in str(error)
+    locked = Path("locked")
+    if os.geteuid() == 0:
+        disk = request.getfixturevalue("disk")
+        disk.read_only()
+        locked = disk.path
+    else:
+        locked.mkdir(mode=0o500)
+    for command in (["encode", "a.png"], ["decode", "a.npy", "--scaled"]):
+        error = run(*command, "--outdir", locked, "-m", "tiny").error
+        assert isinstance(error, CannotWrite)
+        assert "no permission to write" in str(error)
 
 
-def test_a_full_disk_ends_with_exit_8_and_what_was_printed_is_whole() -> None:
+def test_a_full_disk_ends_with_exit_8_and_what_was_printed_is_whole(disk: Disk) -> None:
     folder = folder_of(40, size=(16, 16))
     good("encode", folder, "-m", "tiny", "--outdir", "expected")
-    with disk(Path("small"), "size=64k") as small:
-        outcome = run("encode", folder, "-m", "tiny", "--outdir", small)
-        assert isinstance(outcome.error, CannotWrite)
-        assert outcome.error.exit_code == 8
-        assert "No space left" in str(outcome.error)
-        assert 1 <= len(outcome.out) < 40
-        assert digests(small).keys() == {Path(line).name for line in outcome.out}
-        assert digests(small).items() <= digests(Path("expected")).items()
+    disk.resize(64 << 10)
+    outcome = run("encode", folder, "-m", "tiny", "--outdir", disk.path)
+    assert isinstance(outcome.error, CannotWrite)
+    assert outcome.error.exit_code == 8
+    assert "No space left" in str(outcome.error)
+    assert 1 <= len(outcome.out) < 40
+    assert digests(disk.path).keys() == {Path(line).name for line in outcome.out}
+    assert digests(disk.path).items() <= digests(Path("expected")).items()
 
 
 def test_pictures_are_not_overwritten_unasked() -> None:

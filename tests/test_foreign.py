@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sdcli.foreign import Foreign, a1111_text, load_json, parse_a1111, read_a1111, read_foreign
@@ -50,7 +50,6 @@ def names_a_negative(text: str) -> bool:
     return any(line.strip().startswith("Negative prompt:") for line in text.split("\n"))
 
 
-@settings(deadline=None)
 @given(REQUESTS)
 @example(PLAIN.changed(prompt="Steps: 3, Sampler: Euler, Seed: 4\nSteps: 5"))
 @example(PLAIN.changed(prompt="", negative_prompt="\n\nbad"))
@@ -277,7 +276,6 @@ RECORDS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(RECORDS)
 def test_any_json_at_all_is_read_without_an_error_and_stays_json(record: Any) -> None:
     for key in ("prompt", "invokeai_metadata", "sd-metadata", "parameters"):

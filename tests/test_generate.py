@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sdcli.schedulers import SCHEDULERS
-from tests.conftest import REPOSITORY, Run
+from tests.conftest import REPOSITORY, Disk, Run
 
 TINY = ("-m", "tiny", "--steps", "2", "-q")
 
@@ -297,29 +296,16 @@ def test_two_processes_sharing_a_folder_lose_nothing(tmp_path: Path) -> None:
     assert whole(tmp_path / "out") == 36
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A real file system of 256 KiB; needs the right to mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
-    ).returncode == 0  # fmt: skip
-    if not mounted:
-        pytest.skip("no right to mount a small disk here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_full_disk_is_exit_code_8_and_leaves_nothing_half_written(sdcli: Run, small_disk: Path) -> None:
+def test_a_full_disk_is_exit_code_8_and_leaves_nothing_half_written(sdcli: Run, disk: Disk) -> None:
+    disk.resize(256 << 10)
     result = sdcli(
-        "generate", "a cat", *TINY, "--size", "128x128", "-n", "30", "--outdir", small_disk, "--batch-size", "2"
+        "generate", "a cat", *TINY, "--size", "128x128", "-n", "30", "--outdir", disk.path, "--batch-size", "2"
     )
     assert result.returncode == 8
     assert "No space left" in result.stderr
     assert "Traceback" not in result.stderr
-    assert 1 <= whole(small_disk) < 30
-    assert not list(small_disk.glob(".sdcli-*.tmp"))
+    assert 1 <= whole(disk.path) < 30
+    assert not list(disk.path.glob(".sdcli-*.tmp"))
 
 
 def test_a_folder_that_cannot_be_written_is_exit_code_8_before_anything_is_loaded(sdcli: Run, tmp_path: Path) -> None:

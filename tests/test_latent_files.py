@@ -181,7 +181,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path, name: str) -> No
             read_latents(tmp_path / name, scaled=None if name.startswith("ours") else True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_file_with_flipped_bytes_is_read_or_refused_but_never_breaks(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

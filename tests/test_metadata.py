@@ -72,7 +72,7 @@ def test_a_record_is_read_back_exactly(tmp_path: Path, format: ImageFormat) -> N
 
 
 @given(prompt=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=200))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_prompt_survives_in_every_format(tmp_path: Path, prompt: str) -> None:
     for format in FORMATS:
         record = record_of(prompt)

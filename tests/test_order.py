@@ -50,7 +50,7 @@ def steps_of_rounds(order: Order, rounds: int) -> int:
 
 
 @given(order=orders(), steps=st.integers(1, 30))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_step_is_one_bucket_and_counters_go_on_without_a_gap(order: Order, steps: int) -> None:
     draws = [order.draws(step) for step in range(steps)]
     assert [draw.counter for step in draws for draw in step] == list(range(steps * order.batch))
@@ -60,7 +60,7 @@ def test_a_step_is_one_bucket_and_counters_go_on_without_a_gap(order: Order, ste
 
 
 @given(order=orders(), asked=st.lists(st.integers(0, 400), min_size=1, max_size=12))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_step_is_the_same_whatever_was_asked_before(order: Order, asked: list[int]) -> None:
     for step in asked:
         assert order.draws(step) == again(order).draws(step)
@@ -88,7 +88,7 @@ def test_the_order_does_not_depend_on_how_the_buckets_were_listed() -> None:
 
 
 @given(order=orders(), epochs=st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_epoch_of_a_bucket_takes_each_picture_once(order: Order, epochs: int) -> None:
     rounds = epochs + order.batch  # enough for every bucket to have had that many epochs
     taken: dict[Size, list[int]] = {size: [] for size in order.buckets}
@@ -102,14 +102,14 @@ def test_every_epoch_of_a_bucket_takes_each_picture_once(order: Order, epochs: i
 
 
 @given(order=orders(), rounds=st.integers(1, 12))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_after_k_rounds_a_bucket_of_n_has_had_floor_of_kn_over_batch_steps(order: Order, rounds: int) -> None:
     had = Counter(order.draws(step)[0].size for step in range(steps_of_rounds(order, rounds)))
     assert had == Counter({size: rounds * len(indices) // order.batch for size, indices in order.buckets.items()})
 
 
 @given(order=orders(), rounds=st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_picture_is_ever_more_than_one_epoch_ahead_of_another_in_its_bucket(order: Order, rounds: int) -> None:
     seen: Counter[int] = Counter({int(index): 0 for indices in order.buckets.values() for index in indices})
     for step in range(steps_of_rounds(order, rounds)):
@@ -147,7 +147,7 @@ def shards(draw: st.DrawFn) -> np.ndarray:
 
 
 @given(blocks=shards(), seed=SEEDS, epoch=st.integers(0, 1000), buffer=st.integers(0, 60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_windowed_shuffle_takes_every_item_once_and_none_further_than_the_buffer(
     blocks: np.ndarray, seed: int, epoch: int, buffer: int
 ) -> None:
@@ -159,7 +159,7 @@ def test_a_windowed_shuffle_takes_every_item_once_and_none_further_than_the_buff
 
 
 @given(blocks=shards(), seed=SEEDS, epoch=st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_shards_are_read_whole_one_after_the_other_and_from_front_to_back(
     blocks: np.ndarray, seed: int, epoch: int
 ) -> None:
@@ -187,7 +187,7 @@ def test_a_large_buffer_mixes_what_lies_side_by_side() -> None:
 
 
 @given(size=st.integers(0, 200), seed=SEEDS, epoch=st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_permutation_has_every_number_once_and_is_the_same_each_time(size: int, seed: int, epoch: int) -> None:
     one = counted.permutation(seed, epoch, "order", size)
     assert one.dtype == np.int64
@@ -209,7 +209,7 @@ def test_permutations_differ_between_epochs_seeds_and_purposes() -> None:
     one=st.tuples(SEEDS, st.integers(0, 2**50), st.sampled_from(["flip", "crop", "1", "1:1"])),
     other=st.tuples(SEEDS, st.integers(0, 2**50), st.sampled_from(["flip", "crop", "1", "1:1"])),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_different_questions_have_different_keys(one: tuple[int, int, str], other: tuple[int, int, str]) -> None:
     assert (counted.key(*one) == counted.key(*other)) == (one == other)
     assert 0 <= counted.key(*one) < 2**63

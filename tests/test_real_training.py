@@ -45,7 +45,7 @@ def test_a_small_ddpm_learns_the_digits(tmp_path: Path, sdcli: Run) -> None:
     )  # fmt: skip
     curve = [event.figures["loss"] for event in events if isinstance(event, Validated)]
     # Who always predicts zero noise has a loss of 1, the variance of the noise.
-    assert curve[-1] < 0.3
+    assert curve[-1] < 0.2
     assert curve[-1] < curve[0]
     levels = next(event.figures for event in reversed(events) if isinstance(event, Validated))
     assert levels["loss_level_3"] < levels["loss_level_0"], "noise is easiest to tell where there is most of it"
@@ -58,7 +58,7 @@ def test_a_small_ddpm_learns_the_digits(tmp_path: Path, sdcli: Run) -> None:
     samples, real = pixels_of(tmp_path / "painted"), pixels_of(data)
     assert len(samples) == 48
     assert samples.mean() == pytest.approx(real.mean(), abs=0.08)
-    assert samples.std() == pytest.approx(real.std(), abs=0.08)
+    assert samples.std() == pytest.approx(real.std(), abs=0.12)
     # The borders of digits are empty and their middle is not; noise of that mean and deviation has no such shape.
     shape, wanted = samples.mean(axis=0), real.mean(axis=0)
     assert np.corrcoef(shape.ravel(), wanted.ravel())[0, 1] > 0.85
@@ -90,16 +90,16 @@ def test_a_lora_on_the_starter_takes(tmp_path: Path) -> None:
     train_unet(data, tmp_path / "before", max_train_steps=1, learning_rate=1e-12, **common)
     events = train_unet(data, tmp_path / "lora", max_train_steps=100, learning_rate=1e-3, **common)
     losses = [event.loss for event in events if isinstance(event, Trained)]
-    assert np.mean(losses[-25:]) < 0.8 * np.mean(losses[:10])
+    assert np.mean(losses[-25:]) < 0.5 * np.mean(losses[:10])
     before, after = loss_of(tmp_path / "before", data), loss_of(tmp_path / "lora", data)
-    assert after < 0.8 * before
+    assert after < 0.5 * before
 
 
 def loss_of(run: Path, data: Path) -> float:
     """The noise prediction's error of RUN, painted with as diffusers loads it, on fixed noise and noise levels."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(run)
+    pipeline = StableDiffusionPipeline.from_pretrained(run, torch_dtype=torch.float32)  # some parts are stored in half
     scheduler = pipeline.scheduler
     files = sorted(data.glob("*.png"))
     pixels = torch.stack([torch.tensor(np.asarray(Image.open(file).resize((64, 64)))) for file in files])

@@ -369,7 +369,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="."), min_size=1), VALUES, max_size=4
@@ -472,7 +472,7 @@ def test_a_file_that_is_damaged_or_hostile_is_a_sentence(tmp_path: Path) -> None
         read_state(tmp_path / "none.safetensors")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_damage_is_an_error_of_ours_or_other_numbers(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "a.safetensors"

@@ -330,7 +330,7 @@ def test_a_partner_is_another_caption_of_the_same_picture() -> None:
     assert min(min(seen.values()) for seen in partners.values()) > 40
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     text=st.lists(st.sampled_from(["a", "red", "fox", "zebrafish", "o'clock", "東京", "!"]), max_size=20).map(" ".join),
     counter=st.integers(0, 999),

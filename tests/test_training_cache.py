@@ -178,7 +178,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return flat.reshape(shape)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     records=st.dictionaries(
         st.binary(min_size=1, max_size=4),

@@ -61,7 +61,7 @@ def tokenizers(folder: Path) -> tuple[ClipTokenizer, ClipTokenizer, CLIPTokenize
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=120) | st.lists(st.sampled_from([*WORDS, START, END, "<|", "# v", "\x85"])).map(" ".join))
 def test_the_vocabulary_its_files_and_transformers_give_the_same_ids(saved: Path, text: str) -> None:
     trained, loaded, oracle = tokenizers(saved)
@@ -71,7 +71,7 @@ def test_the_vocabulary_its_files_and_transformers_give_the_same_ids(saved: Path
     assert oracle.model_max_length == loaded.max_length == 24
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(min_size=1, max_size=20))
 def test_no_text_is_lost(saved: Path, text: str) -> None:
     _, tokenizer, oracle = tokenizers(saved)

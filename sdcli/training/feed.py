@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Self
 
@@ -101,8 +102,16 @@ class Feed:
                 if self._ended.is_set():
                     return
         except BaseException as error:
-            died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-            self._put(SdcliError(WORKER_DIED) if died else error)
+            told = isinstance(error, SdcliError)
+            self._put(error if told or not self._a_worker_died() else SdcliError(WORKER_DIED))
+
+    def _a_worker_died(self) -> bool:
+        """Asked after an error: what torch raises for a dead worker depends on what it was doing just then.
+
+        A connection to it can break a moment before the system counts it as dead.
+        """
+        workers = getattr(self._batches, "_workers", [])
+        return bool(workers and wait([worker.sentinel for worker in workers], timeout=1))
 
     def _put(self, batch: Batch | BaseException) -> None:
         while not self._ended.is_set():
