@@ -24,14 +24,13 @@ from sdcli.errors import (
     BadLatents,
     BadOutput,
     BadPicture,
-    CannotWrite,
     Interrupted,
     NotFound,
     OutOfMemory,
     SdcliError,
     UsageError,
 )
-from sdcli.files import AlreadyExists, sweep, write_whole
+from sdcli.files import AlreadyExists, check_folder, sweep, write_whole
 from sdcli.images import CELL, Fit, fit, from_pixels, open_picture, to_pixels
 from sdcli.inputs import InputFile, Names
 from sdcli.latent_files import LatentFile, LatentRecord, Source, latent_bytes, read_latents, read_record
@@ -536,13 +535,7 @@ def _short(identity: str) -> str:
 
 def check_output(settings: EncodeSettings | DecodeSettings) -> None:
     """Raise CannotWrite now for what would fail after the model is loaded."""
-    folder = settings.output.parent if settings.output is not None else settings.outdir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(f"cannot make the folder {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CannotWrite(f"no permission to write into {folder}")
+    check_folder(settings.output.parent if settings.output is not None else settings.outdir)
 
 
 def _file_name(name: PurePosixPath, suffix: str) -> PurePosixPath:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import importlib.metadata
 import itertools
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 import sdcli
 from sdcli.devices import out_of_memory
-from sdcli.errors import BadOutput, CannotWrite, Interrupted, OutOfMemory, SdcliError, UsageError
+from sdcli.errors import BadOutput, Interrupted, OutOfMemory, SdcliError, UsageError
 from sdcli.files import AlreadyExists, sweep, write_whole
 from sdcli.images import from_pixels
-from sdcli.jobs import BadJob, Job
+from sdcli.jobs import Job
 from sdcli.journal import Journal
 from sdcli.loading import LoadedModel, load_model
 from sdcli.metadata import Record, picture_bytes, pixels_digest
@@ -63,7 +62,7 @@ class Result:
     """What became of one job; `path` is whole on the disk when this is yielded."""
 
     status: Literal["done", "skipped", "failed"]
-    job: Job | BadJob
+    job: Job
     path: Path | None = None
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
@@ -95,27 +94,24 @@ class Engine:
     _painter: Painter | None = None
     _names: set[str] = field(default_factory=set)
 
-    def paint_all(self, jobs: Sequence[Job | BadJob], *, journal: Journal | None = None) -> Iterator[Event]:
+    def paint_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
         """Paint every job and save it. With a journal, jobs that it knows as finished are skipped.
 
         Batches are planned over all jobs, finished ones included, so that a resumed run paints what is missing in
         the same company, and with that to the same bytes, as an uninterrupted one.
         Raises what `stop` answers, and what concerns every job (no such model, cannot write).
         """
-        for bad in (job for job in jobs if isinstance(job, BadJob)):
-            yield Result("failed", bad, error=bad.error)
-        good = [job for job in jobs if isinstance(job, Job)]
         done: dict[int, str] = {}
         if journal is not None and self.output.resume:
             sweep(self.output.outdir)
             taken: set[str] = set()
-            for job in good:
+            for job in jobs:
                 path = journal.finished(job.request.key(), taken=taken)
                 if path is not None:
                     taken.add(path)
                     done[job.index] = path
             self._names |= taken
-        for batch in plan(good, self.run):
+        for batch in plan(jobs, self.run):
             for job in batch:
                 if job.index in done:
                     yield Result("skipped", job, path=self.output.outdir / done[job.index])
@@ -130,20 +126,6 @@ class Engine:
         reason = self.stop()
         if reason is not None:
             raise reason
-
-    def check_output(self) -> None:
-        """Raise CannotWrite now for what would fail after minutes of painting."""
-        output = self.output
-        try:
-            output.outdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CannotWrite(f"cannot make the folder {output.outdir}: {error.strerror}") from None
-        if not os.access(output.outdir, os.W_OK | os.X_OK):
-            raise CannotWrite(f"no permission to write into {output.outdir}")
-        if is_literal(output.template) and not output.overwrite:
-            name = picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
-            if os.path.lexists(output.outdir / name):
-                raise AlreadyExists(f"{output.outdir / name} exists already; --overwrite replaces it")
 
     def load(self, spec: ModelSpec) -> Painter:
         """The painter of a model; the last one stays warm."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class SdcliError(Exception):
     """A failure told in one sentence. `exit_code` is what the process ends with."""
@@ -73,6 +75,14 @@ class BadPicture(SdcliError):
 
 class BadLatents(SdcliError):
     """A latent file cannot be read, or does not fit the model's VAE."""
+
+
+def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
+    """After a batch of `of` pictures: a single picture's own error, or, where others may be done, SomeFailed."""
+    if errors and of == 1:
+        raise errors[0]
+    if errors:
+        raise SomeFailed(f"{len(errors)} of {of} pictures failed")
 
 
 EXIT_CODES: dict[int, str] = {

@@ -22,6 +22,16 @@ class AlreadyExists(CannotWrite):
     """The file is there, and nobody asked to overwrite it."""
 
 
+def check_folder(folder: Path) -> None:
+    """Make a folder where it is missing, and raise CannotWrite now for what would fail after minutes of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"cannot make the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CannotWrite(f"no permission to write into {folder}")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary path to write to; when the block ends well, it becomes `path` at once and durably.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 import unicodedata
@@ -10,13 +11,24 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdcli.errors import UsageError
+from sdcli.files import AlreadyExists, check_folder
 from sdcli.request import did_you_mean
+from sdcli.settings import SUFFIX_OF, OutputSettings
 
 FIELDS = ("index", "seed", "prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "custom_id")
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 MAX_PROMPT_BYTES = 80
 MAX_NAME_BYTES = 200
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+
+
+def check_output(output: OutputSettings) -> None:
+    """Raise CannotWrite or AlreadyExists now for what would fail after minutes of painting."""
+    check_folder(output.outdir)
+    if is_literal(output.template) and not output.overwrite:
+        name = picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
+        if os.path.lexists(output.outdir / name):
+            raise AlreadyExists(f"{output.outdir / name} exists already; --overwrite replaces it")
 
 
 def check_template(template: str) -> None:

@@ -16,8 +16,9 @@ from sdcli import pipeline
 from sdcli.engine import Engine, Event, Note, Result, automatic_batch_size, plan
 from sdcli.errors import BadOutput, CannotWrite, OutOfMemory, UsageError
 from sdcli.files import AlreadyExists
-from sdcli.jobs import BadJob, Job, Line, expand
+from sdcli.jobs import Job, Line, expand
 from sdcli.metadata import read_picture
+from sdcli.naming import check_output
 from sdcli.registry import Registry, load_registry
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.verify import verify_picture
@@ -28,13 +29,14 @@ def registry() -> Registry:
     return load_registry()
 
 
-def jobs_of(registry: Registry, *prompts: str, **typed: Any) -> list[Job | BadJob]:
+def jobs_of(registry: Registry, *prompts: str, **typed: Any) -> list[Job]:
     lines = [Line(0, {"prompt": prompt}) for prompt in prompts]
-    return list(expand(lines, typed, registry, num_images=typed.pop("num_images", 1), base_seed=5))
+    jobs = expand(lines, typed, registry, num_images=typed.pop("num_images", 1), base_seed=5)
+    return [job for job in jobs if isinstance(job, Job)]
 
 
 def paint(
-    registry: Registry, folder: Path, jobs: list[Job | BadJob], *, batch_size: int | None = None, **output: Any
+    registry: Registry, folder: Path, jobs: list[Job], *, batch_size: int | None = None, **output: Any
 ) -> list[Event]:
     settings = OutputSettings(outdir=folder, template="{index}", **output)
     return list(Engine(registry, RunSettings(device="cpu", batch_size=batch_size), settings).paint_all(jobs))
@@ -76,7 +78,7 @@ def test_other_neighbours_in_a_batch_of_equal_size_do_not_change_a_byte(registry
 
 def test_picture_number_k_starts_from_the_noise_of_its_own_seed(registry: Registry, tmp_path: Path) -> None:
     many = jobs_of(registry, "a cat", model="tiny", seed=7, num_images=3)
-    assert [job.request.seed for job in many if isinstance(job, Job)] == [7, 8, 9]
+    assert [job.request.seed for job in many] == [7, 8, 9]
     paint(registry, tmp_path / "many", many, batch_size=1)
     paint(registry, tmp_path / "one", jobs_of(registry, "a cat", model="tiny", seed=9), batch_size=1)
     assert (tmp_path / "many" / "3.png").read_bytes() == (tmp_path / "one" / "1.png").read_bytes()
@@ -269,14 +271,12 @@ def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "1-2.png").read_bytes()
 
 
-def test_a_taken_name_and_a_folder_without_permission_are_found_before_painting(
-    registry: Registry, tmp_path: Path
-) -> None:
+def test_a_taken_name_and_a_folder_without_permission_are_found_before_painting(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"mine")
     with pytest.raises(AlreadyExists):
-        Engine(registry, RunSettings(), OutputSettings(outdir=tmp_path, template="x.png")).check_output()
+        check_output(OutputSettings(outdir=tmp_path, template="x.png"))
     with pytest.raises(CannotWrite, match="cannot make the folder"):
-        Engine(registry, RunSettings(), OutputSettings(outdir=tmp_path / "x.png" / "y")).check_output()
+        check_output(OutputSettings(outdir=tmp_path / "x.png" / "y"))
 
 
 def test_batches_hold_jobs_of_one_shape_and_models_are_loaded_once(registry: Registry) -> None:

@@ -50,10 +50,35 @@ finally:
     ids=" ".join,
 )
 def test_nothing_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
-    # An empty HOME of its own: what the user configured or downloaded must not matter.
-    env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-c", RUNNER, json.dumps(HEAVY), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = run(arguments, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["generate", "a", "--size", "65x64"], 2),
+        (["generate", "a", "--scheduler", "euler", "--eta", "0.5"], 2),
+        (["generate", "a", "-m", "nope"], 3),
+        (["generate", "a", "-o", "there/taken.png"], 8),
+        (["generate", "--prompts-file", "missing.txt"], 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_told_before_anything_heavy_is_loaded(arguments: list[str], code: int, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "taken.png").touch()
+    done = run(arguments, tmp_path)
+    assert done.returncode == code, done.stderr
+    *_, sentence, loaded = done.stderr.splitlines()
+    assert sentence.startswith("sdcli: ")
+    assert json.loads(loaded) == []
+
+
+def run(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    # An empty HOME of its own: what the user configured or downloaded must not matter.
+    env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", RUNNER, json.dumps(HEAVY), *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)

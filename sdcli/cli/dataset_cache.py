@@ -175,10 +175,13 @@ def _opened(
 ) -> PictureData:
     """The pictures as training would take them."""
     from sdcli.training.events import Noted
-    from sdcli.training.picture_data import open_data
+    from sdcli.training.picture_data import examine_data, list_data
 
     resolution = settings.target_size((spec.defaults.width, spec.defaults.height))
-    opening = open_data(data, settings, resolution=resolution, size_step=spec.kind.size_step, captions=False)
+    pictures = list_data(data, settings)
+    opening = examine_data(
+        data, pictures, settings, resolution=resolution, size_step=spec.kind.size_step, captions=False
+    )
     while True:
         try:
             event = next(opening)

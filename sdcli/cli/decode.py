@@ -20,7 +20,7 @@ from sdcli.cli.options import (
     VerboseOpt,
 )
 from sdcli.cli.stopping import GracefulStop
-from sdcli.errors import SdcliError, SomeFailed, UsageError
+from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.inputs import input_files
 from sdcli.naming import SUFFIXES
 from sdcli.registry import load_registry
@@ -104,10 +104,7 @@ def command(
         count += 1
         errors += [event.error] if event.error is not None else []
         _report(event, console, alone=alone)
-    if errors and count == 1:
-        raise errors[0]
-    if errors:
-        raise SomeFailed(f"{len(errors)} of {count} pictures failed")
+    raise_for(errors, of=count)
 
 
 def _format(output: Path | None, image_format: ImageFormat | None) -> ImageFormat:

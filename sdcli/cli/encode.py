@@ -11,7 +11,7 @@ import typer
 from sdcli.cli.console import Console
 from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, ModelOpt, ModelsFileOpt, OfflineOpt, QuietOpt, VerboseOpt
 from sdcli.cli.stopping import GracefulStop
-from sdcli.errors import SdcliError, SomeFailed, UsageError
+from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.inputs import input_files
 from sdcli.registry import load_registry
 from sdcli.request import parse_size
@@ -150,10 +150,7 @@ def command(
         mean = sum(decibels) / len(decibels)
         text = f"mean PSNR {_decibels(mean)} over {len(decibels)} pictures"
         console.result(text, status="summary", pictures=len(decibels), mean_psnr=_finite(mean))
-    if errors and count == 1:
-        raise errors[0]
-    if errors:
-        raise SomeFailed(f"{len(errors)} of {count} pictures failed")
+    raise_for(errors, of=count)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -22,10 +22,10 @@ from sdcli.cli.options import (
 from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
-from sdcli.errors import SdcliError, SomeFailed, UsageError
+from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.jobs import BadJob, Job, Line, expand, read_lines
 from sdcli.journal import Journal
-from sdcli.naming import SUFFIXES
+from sdcli.naming import SUFFIXES, check_output, check_template
 from sdcli.registry import Registry, load_registry
 from sdcli.request import parse_size
 from sdcli.schedulers import SCHEDULERS
@@ -196,8 +196,6 @@ def _recorded(image: Path, console: Console) -> dict[str, Any]:
 
 def _output_settings(output: str | None, outdir: Path | None, image_format: str | None, **rest: bool) -> OutputSettings:
     """-o's own folder part counts from here, as for any tool; with --outdir it must stay inside that."""
-    from sdcli.naming import check_template
-
     template = output or DEFAULT_TEMPLATE
     if output is not None and outdir is None:
         fixed = output.partition("{")[0]
@@ -218,7 +216,7 @@ def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
             console.warn(str(job.error))
         else:
             console.result(job.request.model_dump_json(by_alias=True), **job.request.model_dump(by_alias=True))
-    _raise_for([job.error for job in jobs if isinstance(job, BadJob)], of=len(jobs))
+    raise_for([job.error for job in jobs if isinstance(job, BadJob)], of=len(jobs))
 
 
 def _paint(
@@ -229,54 +227,65 @@ def _paint(
     journal: Journal | None,
     console: Console,
 ) -> None:
+    """Paint what can be painted. What is wrong with a request or the folder is told before torch is imported."""
+    alone = len(jobs) == 1
+    errors: list[SdcliError] = []
+    good: list[Job] = []
+    for job in jobs:
+        if isinstance(job, Job):
+            good.append(job)
+        else:
+            errors.append(job.error)
+            _report_failure(job, job.error, console, alone=alone)
+    if not good:
+        raise_for(errors, of=len(jobs))
+    check_output(settings)
     stop = GracefulStop(console).install()
     from sdcli.engine import Engine, Note, Phase, Progress
 
     engine = Engine(registry, run, settings, stop=stop)
-    engine.check_output()
-    errors: list[SdcliError] = []
     with ProgressDisplay(console) as display:
-        for event in engine.paint_all(jobs, journal=journal):
+        for event in engine.paint_all(good, journal=journal):
             if isinstance(event, Phase):
                 display.phase(event)
             elif isinstance(event, Progress):
                 display.step(event)
             elif isinstance(event, Note):
                 console.warn(event.text)
+            elif event.error is not None:
+                errors.append(event.error)
+                _report_failure(event.job, event.error, console, alone=alone)
             else:
-                errors += [event.error] if event.error is not None else []
-                _report(event, console, alone=len(jobs) == 1)
-    _raise_for(errors, of=len(jobs))
+                _report(event, console)
+    raise_for(errors, of=len(jobs))
 
 
-def _report(result: Result, console: Console, *, alone: bool) -> None:
-    """One result as one line: a path on stdout, or the object of --json; a failure's sentence goes to stderr."""
-    job = result.job
-    fields: dict[str, Any] = {"status": result.status, "index": job.index}
+def _report(result: Result, console: Console) -> None:
+    """One result as one line: a path on stdout, or the object of --json."""
+    seconds = result.seconds
+    rest = {"path": str(result.path), "seconds": round(seconds, 3), "fallbacks": list(result.fallbacks)}
+    if result.status == "skipped":
+        console.detail(f"{result.path} is finished already")
+    if result.status == "done" or console.json:
+        console.result(str(result.path), **_fields(result.job, result.status), **rest)
+    if result.status == "done":
+        console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
+
+
+def _report_failure(job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool) -> None:
+    """A sentence on stderr, and with --json an object; where the job is the only one, its error ends the process."""
+    if console.json:
+        console.result("", **_fields(job, "failed"), error=str(error), exit_code=error.exit_code)
+    if not alone:
+        console.warn(f"picture {job.index}: {error}")
+
+
+def _fields(job: Job | BadJob, status: str) -> dict[str, Any]:
+    """What a line of --json says of any job."""
+    fields: dict[str, Any] = {"status": status, "index": job.index}
     fields |= {"custom_id": job.custom_id} if job.custom_id is not None else {}
     fields |= {"line": job.line} if job.line is not None else {}
     if isinstance(job, Job):
         r = job.request
         fields |= {"seed": r.seed, "width": r.width, "height": r.height, "steps": r.steps, "model": r.model}
-    if result.error is not None:
-        fields |= {"error": str(result.error), "exit_code": result.error.exit_code}
-        if console.json:
-            console.result("", **fields)
-        if not alone:
-            console.warn(f"picture {job.index}: {result.error}")
-        return
-    fields |= {"path": str(result.path), "seconds": round(result.seconds, 3), "fallbacks": list(result.fallbacks)}
-    if result.status == "skipped":
-        console.detail(f"{result.path} is finished already")
-    if result.status == "done" or console.json:
-        console.result(str(result.path), **fields)
-    if result.status == "done" and isinstance(job, Job):
-        console.detail(f"seed {job.request.seed}, {result.seconds:.1f} s")
-
-
-def _raise_for(errors: list[SdcliError], *, of: int) -> None:
-    """A single picture's own error, or, where others may be done, SomeFailed."""
-    if errors and of == 1:
-        raise errors[0]
-    if errors:
-        raise SomeFailed(f"{len(errors)} of {of} pictures failed")
+    return fields

@@ -76,21 +76,30 @@ class PictureData:
         return [self.pictures[int(index)].captions for index in self.used]
 
 
-def open_data(
-    data: str, settings: PictureSettings, *, resolution: tuple[int, int], size_step: int, captions: bool
-) -> Generator[Event, None, PictureData]:
-    """Open and examine DATA; yields progress, and a note for everything that is not used.
-
-    `captions` says that each picture must have one. Raises NotFound, UsageError where nothing is left or captions are
-    missing.
-    """
-    pictures = open_pictures(
+def list_data(data: str, settings: PictureSettings) -> PictureSet:
+    """The pictures of DATA, listed and not yet read. Raises NotFound, UsageError, Offline and BadLatents."""
+    return open_pictures(
         data,
         image_column=settings.image_column,
         caption_column=settings.caption_column,
         caption_extension=settings.caption_extension,
         split=settings.split,
     )
+
+
+def examine_data(
+    data: str,
+    pictures: PictureSet,
+    settings: PictureSettings,
+    *,
+    resolution: tuple[int, int],
+    size_step: int,
+    captions: bool,
+) -> Generator[Event, None, PictureData]:
+    """Look at every picture of DATA; yields progress, and a note for everything that is not used.
+
+    `captions` says that each picture must have one. Raises UsageError where nothing is left or captions are missing.
+    """
     if pictures.kind == "latents":
         _refuse_framing(settings, data)
     framing = _framing(settings, resolution, size_step=size_step)

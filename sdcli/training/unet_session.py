@@ -39,7 +39,7 @@ from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
 from sdcli.training.objective import NoiseSchedule, schedule_config
 from sdcli.training.order import Order
-from sdcli.training.picture_data import PictureData, cache_folder, open_data
+from sdcli.training.picture_data import PictureData, cache_folder, examine_data, list_data
 from sdcli.training.sample_sheet import SampleSheet, default_prompts
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Latents, Pixels, PixelSpace, Source
@@ -81,11 +81,13 @@ class UnetSession(Session[UnetSettings]):
 
     def build(self) -> Generator[Event, None, Built]:
         settings = self.settings
+        pictures = list_data(self.data, settings)
         yield Preparing("loading the model", 0)
         model = self._model()
         captions = not (settings.unconditional or settings.class_conditional or settings.space == "pixel")
-        data = yield from open_data(
+        data = yield from examine_data(
             self.data,
+            pictures,
             settings,
             resolution=model.resolution,
             size_step=model.size_step,

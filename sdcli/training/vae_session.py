@@ -19,7 +19,7 @@ from sdcli.train_settings import VaeSettings
 from sdcli.training.events import Event, Preparing
 from sdcli.training.memory import vae_memory
 from sdcli.training.model_parts import ModelFiles
-from sdcli.training.picture_data import open_data
+from sdcli.training.picture_data import examine_data, list_data
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Pixels
 from sdcli.training.vae import VaeObjective, VaeTask
@@ -53,14 +53,16 @@ class VaeSession(Session[VaeSettings]):
 
     def build(self) -> Generator[Event, None, Built]:
         settings = self.settings
+        pictures = list_data(self.data, settings)
+        if pictures.kind != "pictures":
+            raise UsageError(f"{self.data} holds latents; a VAE is trained on pictures")
         yield Preparing("loading the model", 0)
         model, vae, otherwise = self._vae()
         self._check_effects(vae)
-        data = yield from open_data(
-            self.data, settings, resolution=settings.target_size(otherwise), size_step=cell(vae), captions=False
+        resolution = settings.target_size(otherwise)
+        data = yield from examine_data(
+            self.data, pictures, settings, resolution=resolution, size_step=cell(vae), captions=False
         )
-        if data.pictures.kind != "pictures":
-            raise UsageError(f"{self.data} holds latents; a VAE is trained on pictures")
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         total = settings.total_batch_size(self.accelerator.num_processes)
