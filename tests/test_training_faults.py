@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from sdcli.errors import BadOutput, CannotWrite, NotFound, SdcliError, UsageError
 from sdcli.registry import load_registry
@@ -324,6 +325,16 @@ def test_a_picture_that_is_gone_in_the_middle_of_a_run_is_a_sentence_with_its_na
 # Workers that die
 
 
+@pytest.fixture
+def loader_of_another() -> Iterator[None]:
+    """Somebody else's workers in this process: torch has installed its handler of dead children by then."""
+    list(DataLoader(range(4), num_workers=1))  # type: ignore[arg-type]
+    theirs = signal.getsignal(signal.SIGCHLD)
+    yield
+    assert signal.getsignal(signal.SIGCHLD) is theirs, "it was not given back"
+
+
+@pytest.mark.usefixtures("loader_of_another")
 def test_a_worker_that_is_killed_is_a_sentence_and_no_hang(tmp_path: Path, greys: Path) -> None:
     changes: dict[str, Any] = {
         "space": "pixel", "from_scratch": str(tmp_path / "micro.json"), "resolution": "8", "validation_split": 0.0,

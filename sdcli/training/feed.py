@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import signal
@@ -54,7 +55,7 @@ class Feed:
         self._accumulation = share.accumulation
         self._device = device
         ahead_of_workers: dict[str, Any] = {"prefetch_factor": max(2, ahead * share.accumulation)} if workers else {}
-        loader: DataLoader[Any] = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             _Items(task),
             batch_sampler=_MicroBatches(task, share, first_step),
             num_workers=workers,
@@ -63,12 +64,14 @@ class Feed:
             pin_memory=device.type == "cuda",
             **ahead_of_workers,
         )
-        self._batches = _iterated(loader)
+        self._batches: Iterator[Any] = iter(())
+        self._stack = contextlib.ExitStack()
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, ahead * share.accumulation))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._prepare, name="training-feed", daemon=True)
 
     def __enter__(self) -> Self:
+        self._batches = self._stack.enter_context(_workers_of(self._loader))
         self._thread.start()
         return self
 
@@ -77,9 +80,7 @@ class Feed:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        shut_down = getattr(self._batches, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        self._stack.close()
 
     def step(self) -> list[Batch]:
         """The micro-batches of the next step. Raises what preparing them raised, and SdcliError for a dead worker."""
@@ -166,18 +167,26 @@ class _MicroBatches(Sampler[list[Draw]]):
             yield from self._share.of(self._task.draws(step))
 
 
-def _iterated(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers, without torch's signal handler, which raises a worker's death wherever the main thread is.
+@contextlib.contextmanager
+def _workers_of(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """The loader's batches, without torch's signal handler, which raises a worker's death wherever the main thread is.
 
-    In the middle of a checkpoint, say. The feed's thread finds out as well, within seconds, and tells it at a step.
+    In the middle of a checkpoint, say; be it of this loader or of another one before. The feed's thread finds out as
+    well, within seconds, and tells it at a step.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
+    has_handlers = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if has_handlers else None
     batches = iter(loader)
-    signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    return batches
+    if has_handlers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield batches
+    finally:
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        if has_handlers:
+            signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
