@@ -425,6 +425,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> No
     assert digests(Path("latents")) == digests(Path("expected"))
 
 
+@pytest.mark.slow
 def test_a_terminated_run_prints_exactly_what_it_leaves_on_the_disk() -> None:
     folder = folder_of(200, size=(16, 16))
     command = [sys.executable, "-m", "sdcli", "encode", str(folder), "-m", "tiny"]

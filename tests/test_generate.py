@@ -215,7 +215,12 @@ def test_a_closed_stdout_ends_quietly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("signals", "code"), [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGINT] * 2, 130)]
+    ("signals", "code"),
+    [
+        ([signal.SIGINT], 130),
+        pytest.param([signal.SIGTERM], 143, marks=pytest.mark.slow),
+        pytest.param([signal.SIGINT] * 2, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_leaves_whole_pictures_and_its_exit_code(tmp_path: Path, signals: list[int], code: int) -> None:
     process = start(tmp_path, *[f"picture {n}" for n in range(400)], *TINY, "--steps", "20", "--batch-size", "1")
@@ -268,6 +273,7 @@ def kill_and_resume(sdcli: Run, folder: Path, *, jobs: int, kills: int) -> None:
     assert not list((folder / "killed").glob(".sdcli-*.tmp"))
 
 
+@pytest.mark.slow
 def test_resume_goes_by_the_request_and_not_by_name_or_order(sdcli: Run, tmp_path: Path) -> None:
     path = jobs_file(tmp_path, 4)
     options = ("generate", "--prompts-file", path.name, *TINY, "--outdir", "out", "--resume", "--json")
@@ -283,6 +289,7 @@ def test_resume_goes_by_the_request_and_not_by_name_or_order(sdcli: Run, tmp_pat
     assert statuses.count("done") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_sharing_a_folder_lose_nothing(tmp_path: Path) -> None:
     processes = [start(tmp_path, "a cat", *TINY, "-n", "12", "-o", "{index}.png", "--outdir", "out") for _ in range(3)]
     names = [name for process in processes for name in process.communicate(timeout=120)[0].splitlines()]
@@ -310,6 +317,7 @@ def test_a_folder_that_cannot_be_written_is_exit_code_8_before_anything_is_loade
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_files_follow_the_umask(tmp_path: Path) -> None:
     process = subprocess.run(
         f"umask 027; {sys.executable} -m sdcli generate x {' '.join(TINY)} -o x.png",
@@ -319,7 +327,9 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
+@pytest.mark.parametrize(
+    "variable", [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"NO_COLOR": "1"}, {"TERM": "dumb"}))]
+)
 def test_talk_without_a_terminal_is_plain_lines_on_stderr(sdcli: Run, variable: dict[str, str]) -> None:
     result = sdcli("generate", "a cat", "-m", "tiny", env=variable)
     assert "denoising" in result.stderr

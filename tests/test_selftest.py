@@ -36,6 +36,7 @@ def test_a_sound_installation_passes_in_seconds_and_leaves_nothing(sdcli: Run, t
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.slow
 def test_a_broken_user_registry_does_not_stop_it(sdcli: Run, tmp_path: Path) -> None:
     folder = tmp_path / "config" / "sdcli"
     folder.mkdir(parents=True)

@@ -264,6 +264,7 @@ def test_a_broken_checkpoint_is_passed_over_told_and_left_alone(tmp_path: Path, 
     assert same_checkpoint(run / "checkpoint-6", tmp_path / "straight" / "checkpoint-6")
 
 
+@pytest.mark.slow
 def test_the_log_of_a_resumed_run_reads_as_one_run(tmp_path: Path, pictures: Path) -> None:
     train_unet(pictures, tmp_path / "cut", max_train_steps=2)
     train_unet(pictures, tmp_path / "cut", max_train_steps=4, resume=True)

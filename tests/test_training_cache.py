@@ -1059,6 +1059,7 @@ def check_against_an_undisturbed_filling(tmp_path: Path, model: LoadedModel, ind
     assert all(same_bits(a[0], b[0]) and same_bits(a[1], b[1]) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_of_two_fillings_of_one_folder_that_are_killed_all_that_was_written_is_used(
     tmp_path: Path, model: LoadedModel, start: Callable[..., subprocess.Popen[str]], encodes: list[int]
 ) -> None:

@@ -51,6 +51,7 @@ def test_settings_without_effect_are_refused(kind: type[TrainSettings], typed: d
 # Models without captions
 
 
+@pytest.mark.slow
 def test_a_model_that_paints_classes_goes_on_with_classes_alone(tmp_path: Path, pictures: Path) -> None:
     classes = class_pictures(tmp_path / "classes")
     train_unet(classes, tmp_path / "run", max_train_steps=1, class_conditional=True, **GREY)
@@ -79,6 +80,7 @@ def test_captions_for_a_new_pixel_model_are_refused(tmp_path: Path) -> None:
 # Resuming
 
 
+@pytest.mark.slow
 def test_a_lora_is_not_resumed_on_other_weights(tmp_path: Path, pictures: Path) -> None:
     train_unet(pictures, tmp_path / "base", max_train_steps=1)
     train_unet(pictures, tmp_path / "other", max_train_steps=2)
@@ -101,6 +103,7 @@ def test_all_weights_go_on_whatever_became_of_those_they_came_from(tmp_path: Pat
     train_unet(pictures, tmp_path / "run", max_train_steps=2, resume=True, **changes)
 
 
+@pytest.mark.slow
 def test_another_length_of_a_falling_learning_rate_is_told(tmp_path: Path, pictures: Path) -> None:
     def told(scheduler: str, steps: int) -> list[str]:
         events = train_unet(
