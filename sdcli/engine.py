@@ -256,7 +256,7 @@ def paint_pictures(
     """
     jobs = [Job(index, request) for index, request in enumerate(requests)]
     painted: dict[int, Painted] = {}
-    with _evaluating(painter.model.parts.values()):
+    with evaluating(painter.model.parts.values()):
         for batch in plan(jobs, RunSettings(device=painter.model.device.type, batch_size=batch_size)):
             for event in paint_batch(painter, batch, {job.index for job in batch}):
                 if isinstance(event, Painted):
@@ -267,7 +267,7 @@ def paint_pictures(
 
 
 @contextlib.contextmanager
-def _evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
+def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Dropout and its like are off inside, and each layer is as it was afterwards."""
     training = [module for network in networks for module in network.modules() if module.training]
     for module in training:

@@ -77,6 +77,12 @@ class BadLatents(SdcliError):
     """A latent file cannot be read, or does not fit the model's VAE."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that a library's exception says anything in, or else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
     """After a batch of `of` pictures: a single picture's own error, or, where others may be done, SomeFailed."""
     if errors and of == 1:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError
+from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError, first_line
 from sdcli.files import write_whole
 from sdcli.registry import HubSource, ModelSpec
 
@@ -596,23 +596,23 @@ def _explained(source: HubSource) -> Iterator[None]:
     except hub.RevisionNotFoundError:
         raise NotFound(f"{repo} has no revision {source.revision!r}") from None
     except hub.LocalEntryNotFoundError as error:
-        raise Offline(f"cannot reach {host} for {repo}: {_first_line(error.__cause__ or error)}") from None
+        raise Offline(f"cannot reach {host} for {repo}: {first_line(error.__cause__ or error)}") from None
     except hub.EntryNotFoundError as error:
-        raise BadWeights(f"{repo}: the hub lists a file that it does not have: {_first_line(error)}") from None
+        raise BadWeights(f"{repo}: the hub lists a file that it does not have: {first_line(error)}") from None
     except hub.DisabledRepoError:
         raise NoAccess(f"{repo} has been disabled by {host}") from None
     except hub.HfHubHTTPError as error:
         raise _refused(error, repo, host) from None
     except (hub.HTTPError, hub.OfflineModeIsEnabled) as error:
-        raise Offline(f"cannot reach {host} for {repo}: {_first_line(error)}; what came so far is kept") from None
+        raise Offline(f"cannot reach {host} for {repo}: {first_line(error)}; what came so far is kept") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CannotWrite(f"the disk of {cache_folder()} is full; what came so far is kept") from None
         if error.errno is not None:
             raise CannotWrite(f"cannot write to {cache_folder()}: {error.strerror}") from None
-        raise BadWeights(f"{repo}: {_first_line(error)}") from None
+        raise BadWeights(f"{repo}: {first_line(error)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise BadWeights(f"{host} answered something else than the hub does: {_first_line(error)}") from error
+        raise BadWeights(f"{host} answered something else than the hub does: {first_line(error)}") from error
 
 
 def _refused(error: Any, repo: str, host: str) -> Exception:
@@ -628,8 +628,3 @@ def _refused(error: Any, repo: str, host: str) -> Exception:
 
 def _host() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

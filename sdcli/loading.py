@@ -142,6 +142,16 @@ def model_in_memory(
     )
 
 
+def _lacks(name: str, part: Part, held: Sequence[Part]) -> str:
+    listed = " and ".join(NAMES[one] for one in held)
+    if part == "unet":
+        return f"{name} holds a {listed} and no UNet, so it cannot paint; train-unet can build on it"
+    if "unet" not in held:
+        return f"{name} has no {NAMES[part]}: it holds a {listed}"
+    why = "it paints on pixels, not on latents" if part == "vae" else "it paints without text"
+    return f"{name} has no {NAMES[part]}: {why}"
+
+
 def load_model(
     spec: ModelSpec,
     *,
@@ -149,9 +159,11 @@ def load_model(
     dtype: str = "auto",
     offline: bool = False,
     parts: Iterable[Part] | None = None,
+    needs: Part = "unet",
 ) -> LoadedModel:
     """Load a model from wherever its spec says, or some `parts` of it. The network is never used.
 
+    Without `parts` it is all that is there; `needs` is what it is of no use without.
     Raises NotFound, Offline (a hub model that is not in the cache; `sdcli models pull` gets it), BadWeights and
     UsageError, also for a part that this kind of model does not have.
     """
@@ -175,14 +187,10 @@ def load_model(
             build = _from_folder(
                 local_snapshot(hub, name=spec.name, size=spec.download_bytes), number, variant=hub.variant
             )
-    if parts is None and "unet" not in build.parts:
-        held = " and ".join(NAMES[part] for part in build.parts)
-        raise UsageError(f"{spec.name} holds a {held} and no UNet, so it cannot paint; train-unet can build on it")
     wanted = build.parts if parts is None else tuple(parts)
-    for part in wanted:
+    for part in (needs,) if parts is None else wanted:
         if part not in build.parts:
-            why = "it paints on pixels, not on latents" if part == "vae" else "it paints without text"
-            raise UsageError(f"{spec.name} has no {NAMES[part]}: {why}")
+            raise UsageError(_lacks(spec.name, part, build.parts))
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
     identities: dict[str, Future[str]] = {part: hashing.submit(build.identity, part) for part in wanted}
     hashing.shutdown(wait=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -401,8 +400,3 @@ def pickle_refused(path: Path | str) -> str:
         f"{path} is a pickle, which can run any code when opened; sdcli reads safetensors only. "
         f"Convert it in a sandboxed process: sdcli models convert {path} {stem}"
     )
-
-
-def with_models(registry: Registry, models: Mapping[str, ModelSpec]) -> Registry:
-    """The registry with some entries added or replaced."""
-    return registry.model_copy(update={"models": {**registry.models, **models}})

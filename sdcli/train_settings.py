@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdcli.errors import NotFound, UsageError
@@ -92,7 +93,7 @@ class TrainSettings(BaseModel):
     log_steps: int = _field(1, "steps between lines of log.jsonl", WATCH, ge=1)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = _field((), "trackers to report to as well", WATCH)
 
-    def _given(self) -> set[str]:
+    def given(self) -> set[str]:
         """The fields that differ from their defaults."""
         return {name for name, info in type(self).model_fields.items() if getattr(self, name) != info.default}
 
@@ -119,9 +120,9 @@ class TrainSettings(BaseModel):
             raise ValueError("--lr-warmup-steps has no effect with constant; use --lr-scheduler constant_with_warmup")
         if self.lr_num_cycles is not None and self.lr_scheduler != "cosine_with_restarts":
             raise ValueError(f"--lr-num-cycles has no effect with --lr-scheduler {self.lr_scheduler}")
-        if self.optimizer == "sgd" and {"adam_beta2", "adam_epsilon"} & self._given():
+        if self.optimizer == "sgd" and {"adam_beta2", "adam_epsilon"} & self.given():
             raise ValueError("--adam-beta2 and --adam-epsilon have no effect with --optimizer sgd")
-        if not self.use_ema and {"ema_decay", "ema_power"} & self._given():
+        if not self.use_ema and {"ema_decay", "ema_power"} & self.given():
             raise ValueError("--ema-decay and --ema-power have no effect without --use-ema")
         return self
 
@@ -154,7 +155,7 @@ class PictureSettings(TrainSettings):
 
     @model_validator(mode="after")
     def _every_picture_setting_has_an_effect(self) -> Self:
-        typed = {"bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"} & self._given()
+        typed = {"bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"} & self.given()
         if typed and not self.enable_bucket:
             raise ValueError(f"--{min(typed).replace('_', '-')} has no effect without --enable-bucket")
         return self
@@ -230,7 +231,7 @@ class UnetSettings(PictureSettings):
 
     @model_validator(mode="after")
     def _every_unet_setting_has_an_effect(self) -> Self:
-        lora = {"lora_alpha", "lora_targets", "lora_dropout"} & self._given()
+        lora = {"lora_alpha", "lora_targets", "lora_dropout"} & self.given()
         if lora and self.rank is None:
             raise ValueError(f"--{min(lora).replace('_', '-')} has no effect without --rank")
         if self.from_scratch is None and (self.vae or self.text_encoder):
@@ -245,12 +246,12 @@ class UnetSettings(PictureSettings):
             raise ValueError("--train-text-encoder has no effect where there are no captions")
         if self.keep_tokens and not self.shuffle_caption:
             raise ValueError("--keep-tokens has no effect without --shuffle-caption")
-        captions = {"shuffle_caption", "caption_prefix", "prompt_template", "caption_column"} & self._given()
+        captions = {"shuffle_caption", "caption_prefix", "prompt_template", "caption_column"} & self.given()
         if captions and (self.unconditional or self.class_conditional):
             raise ValueError(f"--{min(captions).replace('_', '-')} has no effect without captions")
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise ValueError("--prompt-template has no {prompt} in it, where the captions go")
-        if self.unconditional and "caption_dropout" in self._given():
+        if self.unconditional and "caption_dropout" in self.given():
             raise ValueError("--caption-dropout has no effect with --unconditional")
         if self.space == "pixel" and (self.vae or self.model):
             raise ValueError("--space pixel uses no VAE and no other model: --from-scratch alone says what to train")
@@ -287,12 +288,12 @@ class VaeSettings(PictureSettings):
     def _every_vae_setting_has_an_effect(self) -> Self:
         if self.model is not None and self.from_scratch is not None:
             raise ValueError("either --model, whose VAE goes on, or --from-scratch")
-        captions = {"caption_column", "caption_extension"} & self._given()
+        captions = {"caption_column", "caption_extension"} & self.given()
         if captions:
             raise ValueError(f"--{min(captions).replace('_', '-')} has no effect: a VAE learns without captions")
-        if self.lpips is None and "lpips_weight" in self._given():
+        if self.lpips is None and "lpips_weight" in self.given():
             raise ValueError("--lpips-weight has no effect without --lpips")
-        typed = {"discriminator_weight", "discriminator_start", "discriminator_channels"} & self._given()
+        typed = {"discriminator_weight", "discriminator_start", "discriminator_channels"} & self.given()
         if typed and not self.discriminator:
             raise ValueError(f"--{min(typed).replace('_', '-')} has no effect without --discriminator")
         return self
@@ -339,10 +340,15 @@ class TextSettings(TrainSettings):
             "num_attention_heads",
             "intermediate_size",
         }
-        typed = shape & self._given()
+        typed = shape & self.given()
         if self.model is not None and typed:
             raise ValueError(f"--{min(typed).replace('_', '-')} has no effect with --model, whose network goes on")
         return self
+
+
+def cache_folder(cache_dir: Path | None = None) -> Path:
+    """Where latents, text states, a teacher's vectors and what was examined are kept unless `--cache-dir` says so."""
+    return cache_dir.expanduser() if cache_dir is not None else platformdirs.user_cache_path("sdcli") / "training"
 
 
 def settings_from(

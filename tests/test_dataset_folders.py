@@ -166,10 +166,17 @@ def test_links_are_followed_but_not_in_circles_and_odd_files_never_hang(tmp_path
     (root / "sub/loop").symlink_to(root)
     (root / "linked").symlink_to(tmp_path / "other")
     (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "itself.png").symlink_to(root / "itself.png")
+    (root / "through.png").symlink_to(root / "a.txt" / "b.png")
     os.mkfifo(root / "pipe.png")
     os.mkfifo(root / "sub/b.txt")
     assert [name for name, *_ in listed(root)] == ["a.png", "linked/c.png", "sub/b.png"]
-    assert dropped(root) == {"gone.png": "is a link to nothing", "pipe.png": "is no ordinary file"}
+    assert dropped(root) == {
+        "gone.png": "is a link to nothing",
+        "itself.png": "cannot be looked at: Too many levels of symbolic links",
+        "through.png": "cannot be looked at: Not a directory",
+        "pipe.png": "is no ordinary file",
+    }
 
 
 def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:

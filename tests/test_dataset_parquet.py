@@ -119,7 +119,10 @@ def test_a_file_without_pictures_is_a_question_not_a_guess(tmp_path: Path) -> No
     assert open_pictures(tmp_path, image_column="b").read(0) == b"y"
 
 
-def test_rows_without_a_picture_and_paths_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("typed", ["{root}/x.parquet", "x.parquet", "*.parquet", "../set/x.parquet"])
+def test_rows_without_a_picture_and_paths_out_of_the_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
     cells = [
         {"bytes": None, "path": None}, None, {"bytes": None, "path": "in/a.png"}, {"bytes": None, "path": "../b.png"},
         {"bytes": None, "path": "/etc/passwd"}, {"bytes": b"", "path": ""},
@@ -128,7 +131,8 @@ def test_rows_without_a_picture_and_paths_out_of_the_folder_are_refused(tmp_path
     root = folder_of(tmp_path / "set", {"x": b""})
     folder_of(tmp_path, {"b.png": PICTURES[0], "set/in/a.png": PICTURES[1]})
     pq.write_table(pa.table({"image": pa.array(cells, kind)}), root / "x.parquet")
-    pictures = open_pictures(root / "x.parquet")
+    monkeypatch.chdir(root)
+    pictures = open_pictures(typed.format(root=root))
     assert pictures.read(2) == PICTURES[1]
     for index in (0, 1, 5):
         with pytest.raises(BadPicture, match=rf"x.parquet:{index}: holds no picture$"):

@@ -47,7 +47,6 @@ from sdcli.dataset.cache import (
     LatentKeys,
     TextKeys,
     check_same_vae,
-    default_cache_dir,
     sample_latents,
 )
 from sdcli.dataset.cache_store import DamagedCache, Records, TensorStore
@@ -63,6 +62,7 @@ from sdcli.lean_imports import AutoencoderTiny
 from sdcli.loading import LoadedModel, load_model
 from sdcli.registry import load_registry
 from sdcli.settings import RunSettings
+from sdcli.train_settings import cache_folder
 from tests.conftest import REPOSITORY
 
 SIZE = (32, 32)
@@ -1187,5 +1187,5 @@ def test_the_command_refuses_what_makes_no_sense(
         result = cache(folder, "-m", tiny_folder, *arguments)
         assert isinstance(result.exception, UsageError)
         assert sentence in str(result.exception)
-    assert default_cache_dir().parts[-2:] == ("sdcli", "training")
+    assert cache_folder().parts[-2:] == ("sdcli", "training")
     assert not (folder / "cache").exists()

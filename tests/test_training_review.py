@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from sdcli.cli.console import Console
+from sdcli.cli.settings_options import settings_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.cli.training import Asked, Trainer, _resolved
 from sdcli.errors import CannotWrite, Interrupted, UsageError
@@ -22,6 +24,8 @@ from sdcli.train_settings import TextSettings, TrainSettings, UnetSettings, VaeS
 from sdcli.training.events import Noted, Sampled
 from sdcli.training.loop import make_accelerator
 from sdcli.training.run_folder import begin, check_free
+from sdcli.training.task import Networks
+from sdcli.training.unet import UnetTask
 from sdcli.training.unet_session import UnetSession
 from tests.conftest import Run
 from tests.training import captioned_pictures, class_pictures, fresh_accelerator, train_unet
@@ -124,6 +128,67 @@ def test_a_limit_in_a_config_file_replaces_the_one_the_run_began_with(tmp_path: 
     asked = Asked(None, run, config, True, False, False, {}, load_registry())
     data, _, settings = _resolved(trainer, asked)
     assert (data, settings.seed, settings.max_train_steps, settings.num_train_epochs) == ("pictures", 7, 3, None)
+
+
+@pytest.mark.parametrize("kind", [UnetSettings, VaeSettings, TextSettings])
+def test_every_name_of_every_setting_is_an_option(kind: type[TrainSettings]) -> None:
+    @settings_options(kind)
+    def command(*, typed: dict[str, Any]) -> None: ...
+
+    app = typer.Typer()
+    app.command()(command)
+    known = {name for option in typer.main.get_command(app).params for name in option.opts}
+    for name, info in kind.model_fields.items():
+        assert {f"--{name.replace('_', '-')}", *info.json_schema_extra["also"]} <= known  # type: ignore[call-overload, index]
+
+
+def test_captions_are_wanted_of_the_pictures_that_are_used(tmp_path: Path) -> None:
+    data = captioned_pictures(tmp_path / "pictures")
+    (data / "5.txt").unlink()
+    with pytest.raises(UsageError, match="caption"):
+        train_unet(data, tmp_path / "all", max_train_steps=1)
+    train_unet(data, tmp_path / "some", max_train_steps=1, max_train_samples=5)
+
+
+def test_what_is_judged_is_in_evaluation_mode_averages_too(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[set[bool]] = []
+    validate = UnetTask.validate
+
+    def watched(task: UnetTask, networks: Networks) -> dict[str, float]:
+        judged.append({module.training for network in networks.values() for module in network.modules()})
+        return validate(task, networks)
+
+    monkeypatch.setattr(UnetTask, "validate", watched)
+    train_unet(pictures, tmp_path / "run", max_train_steps=1, use_ema=True, validation_split=0.4, validation_steps=1)
+    assert judged == [{False}]
+
+
+@pytest.mark.slow
+def test_a_run_of_one_part_is_gone_on_with(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
+    quick = ("--max-train-steps", "1", "--train-batch-size", "2", "--validation-split", "0", "-q")
+    vae, small = ("train-vae", pictures, "--resolution", "64"), ("--vocab-size", "514", "--hidden-size", "32")
+    text = ("train-text-encoder", pictures)
+    assert sdcli(*vae, "-o", "a", "--from-scratch", "tiny", *quick).returncode == 0
+    assert sdcli(*text, "-o", "t", *small, "--num-attention-heads", "2", *quick).returncode == 0
+    for command, begun, run in ((vae, "a", "b"), (text, "t", "u")):
+        done = sdcli(*command, "-o", run, "-m", begun, *quick)
+        assert done.returncode == 0, done.stderr
+        ours, theirs = (sorted(p.name for p in (tmp_path / name).iterdir()) for name in (run, begun))
+        assert ours == theirs
+    for command, begun, sentence in ((vae, "t", "t has no VAE: it holds a"), (text, "a", "a has no text encoder: it")):
+        refused = sdcli(*command, "-o", "c", "-m", f"./{begun}", *quick)
+        assert refused.returncode == 2
+        assert sentence in refused.stderr
+
+
+def test_a_vae_is_not_trained_from_a_model_without_one(tmp_path: Path, sdcli: Run) -> None:
+    data = class_pictures(tmp_path / "classes")
+    train_unet(data, tmp_path / "run", max_train_steps=1, space="pixel", from_scratch="pixel-grey", resolution="16")
+    refused = sdcli("train-vae", data, "-o", "vae", "-m", "./run", "--max-train-steps", "1")
+    assert refused.returncode == 2
+    assert "has no VAE: it paints on pixels" in refused.stderr
 
 
 # RUN

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import platformdirs
 import typer
 
 from sdcli.cli.console import Console, plain_terminal
 from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
+from sdcli.cli.progress import HEARTBEAT, rich_bar
 from sdcli.errors import BadPicture, SdcliError, UsageError
 from sdcli.registry import (
     PACKAGE,
@@ -26,11 +25,12 @@ from sdcli.registry import (
     load_registry,
 )
 from sdcli.request import parse_size
+from sdcli.train_settings import cache_folder
 
 if TYPE_CHECKING:
     from sdcli.conditioning.tokenizer import ClipTokenizer
     from sdcli.dataset.examine import Examination
-    from sdcli.dataset.framing import BucketFill
+    from sdcli.dataset.framing import BucketFill, Framing
     from sdcli.dataset.records import PictureSet
 
 T = TypeVar("T")
@@ -39,8 +39,6 @@ app = typer.Typer(
     help="Look at training pictures before they are trained on, and pack them into shards.", no_args_is_help=True
 )
 
-HEARTBEAT = 10.0
-"""Seconds between two plain lines of progress."""
 TINY = 64
 """Pictures with a shorter side than this are worth a remark."""
 
@@ -98,16 +96,16 @@ def check(
     from sdcli.dataset.duplicates import same_bytes, similar
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    size = _resolution(resolution)
+    framing = _framing(resolution, bucket_reso_steps, train_batch_size)
     pictures = _open(data, split, image_column, caption_column, caption_extension)
     found = _examined(pictures, console, workers)
-    lost_captions = 0 if unconditional else len({*found.uncaptioned.tolist()})
+    lost_captions = 0 if unconditional else len(found.uncaptioned)
     equal = same_bytes(found.digests, found.used)
     alike = similar(found.looks, found.sizes, found.digests, found.used)
     captions = Counter(pictures[index].captions for index in _every(found) if pictures[index].captions)
     repeated = {texts: count for texts, count in captions.items() if count > 1} if not pictures.classes else {}
     tiny = [index for index in _every(found) if 0 < found.sizes[index].min() < TINY and pictures.kind == "pictures"]
-    fills = _fills(found, size, bucket_reso_steps, train_batch_size)
+    fills = _fills(found, framing, train_batch_size)
     problems = _problems(len(found.dropped), lost_captions, len(found.used))
     if json:
         names = lambda groups: [[pictures[index].name for index in group] for group in groups]  # noqa: E731
@@ -165,7 +163,7 @@ def stats(
     With -m MODEL captions are also counted in the tokens of its text encoder, which cuts longer ones.
     """
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    size = _resolution(resolution)
+    framing = _framing(resolution, bucket_reso_steps, train_batch_size)
     tokenizer = _tokenizer(load_registry(models_file).find(model)) if model is not None else None
     pictures = _open(data, split, image_column, caption_column, caption_extension)
     found = _examined(pictures, console, workers)
@@ -177,7 +175,7 @@ def stats(
         counts = [tokenizer(caption).count for caption in captions]
         cut = sum(count > tokenizer.max_length - 2 for count in counts)
         tokens = {**_spread(counts), "limit": tokenizer.max_length - 2, "cut": cut}
-    fills = _fills(found, size, bucket_reso_steps, train_batch_size)
+    fills = _fills(found, framing, train_batch_size)
     if json:
         console.result(
             "",
@@ -279,8 +277,7 @@ def _open(data: str, split: str, image: str | None, caption: str | None, extensi
 def _examined(pictures: PictureSet, console: Console, workers: int | None) -> Examination:
     from sdcli.dataset.examine import examination, look
 
-    memory = platformdirs.user_cache_path("sdcli") / "examined"
-    seen = look(pictures, memory=memory, workers=workers)
+    seen = look(pictures, memory=cache_folder() / "examined", workers=workers)
     return examination(pictures, _shown(seen, len(pictures), console))
 
 
@@ -292,10 +289,6 @@ def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
     problems = [f"{dropped:,} dropped"] if dropped else []
     problems += [f"{uncaptioned:,} without a caption (--unconditional allows that)"] if uncaptioned else []
     return problems or ([] if used else ["no pictures"])
-
-
-def _resolution(text: str | None) -> tuple[int, int] | None:
-    return None if text is None else parse_size(f"{text}x{text}" if text.strip().isdigit() else text)
 
 
 def _tokenizer(spec: ModelSpec) -> ClipTokenizer:
@@ -317,14 +310,23 @@ def _tokenizer(spec: ModelSpec) -> ClipTokenizer:
 # Buckets
 
 
-def _fills(found: Examination, size: tuple[int, int] | None, step: int, batch_size: int | None) -> list[BucketFill]:
-    if size is None:
+def _framing(resolution: str | None, step: int, batch_size: int | None) -> Framing | None:
+    """The buckets that were asked for. Raises UsageError."""
+    if resolution is None:
         if batch_size is not None:
             raise UsageError("--train-batch-size goes with --resolution")
-        return []
-    from sdcli.dataset.framing import Framing, bucket_fills, bucket_sizes
+        return None
+    from sdcli.dataset.framing import Framing, bucket_sizes
 
-    framing = Framing(size, bucket_sizes(size, step=step))
+    size = parse_size(f"{resolution}x{resolution}" if resolution.strip().isdigit() else resolution)
+    return Framing(size, bucket_sizes(size, step=step))
+
+
+def _fills(found: Examination, framing: Framing | None, batch_size: int | None) -> list[BucketFill]:
+    if framing is None:
+        return []
+    from sdcli.dataset.framing import bucket_fills
+
     sizes = [(int(width), int(height)) for width, height in found.sizes[found.used]]
     return bucket_fills(framing, sizes, batch_size=batch_size or 1)
 
@@ -370,34 +372,17 @@ def _spread_text(spread: dict[str, Any]) -> str:
 # Progress
 
 
-@dataclass
-class _Lines:
-    """Progress as plain lines, one every ten seconds."""
-
-    console: Console
-    total: int
-    spoke: float
-
-    def __call__(self, done: int) -> None:
-        if time.monotonic() - self.spoke > HEARTBEAT:
-            self.spoke = time.monotonic()
-            self.console.say(f"looked at {done:,} of {self.total:,} pictures")
-
-
 def _shown(seen: Iterable[T], total: int, console: Console) -> Iterator[T]:
-    """The same, with progress on stderr as it is gone through."""
+    """The same, with progress on stderr as it is gone through: a bar, or a plain line every ten seconds."""
     if console.quiet or plain_terminal():
-        tell = _Lines(console, total, time.monotonic())
+        spoke = time.monotonic()
         for done, one in enumerate(seen, start=1):
             yield one
-            tell(done)
+            if time.monotonic() - spoke > HEARTBEAT:
+                spoke = time.monotonic()
+                console.say(f"looked at {done:,} of {total:,} pictures")
         return
-    from rich.console import Console as Terminal
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TimeRemainingColumn
 
-    columns = (TextColumn("looking at pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        for one in seen:
-            yield one
-            bar.advance(task)
+    with rich_bar(TimeRemainingColumn()) as bar:
+        yield from bar.track(seen, total=total, description="looking at pictures")

@@ -22,7 +22,7 @@ from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, ModelOpt, ModelsFile
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import SomeFailed, UsageError
 from sdcli.registry import ModelSpec, load_registry
-from sdcli.train_settings import PictureSettings, settings_from
+from sdcli.train_settings import PictureSettings, cache_folder, settings_from
 
 if TYPE_CHECKING:
     from sdcli.cli.training_progress import TrainingDisplay
@@ -129,9 +129,8 @@ def command(
     from sdcli.dataset.cache_store import TensorStore
     from sdcli.dataset.encode_cache import fill_latents, fill_texts
     from sdcli.loading import Part, load_model
-    from sdcli.training.picture_data import cache_folder
 
-    folder = cache_folder(settings)
+    folder = cache_folder(settings.cache_dir)
     _refuse_inside(folder, data)
     with TrainingDisplay(console) as display:
         found = _opened(data, settings, spec, display, console)

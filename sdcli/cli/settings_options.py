@@ -43,7 +43,8 @@ def _annotation(kind: type[TrainSettings], name: str) -> Any:
     extra: Any = info.json_schema_extra
     value_type = _plain(info.annotation)
     flag = f"--{name.replace('_', '-')}"
-    names = (f"{flag}/--no-{flag[2:]}",) if value_type is bool else (flag, *extra["also"])
+    flags = (flag, *extra["also"])
+    names = tuple(f"{one}/--no-{one[2:]}" for one in flags) if value_type is bool else flags
     bounds: dict[str, Any] = {}
     for constraint in info.metadata:
         bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}

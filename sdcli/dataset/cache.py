@@ -11,11 +11,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
-import platformdirs
 import torch
 from torch import Tensor
 
@@ -37,11 +35,6 @@ _NOT_ARITHMETIC = frozenset(
     {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
 )
 """Fields of a VAE's configuration that do not change what its encoder computes."""
-
-
-def default_cache_dir() -> Path:
-    """Where latents and text states are kept unless `--cache-dir` says otherwise."""
-    return platformdirs.user_cache_path("sdcli") / "training"
 
 
 # Keys

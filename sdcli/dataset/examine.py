@@ -214,7 +214,8 @@ def _look_at(pictures: PictureSet, index: int, data: bytes, name: str) -> Seen:
 
 def _reason(sentence: str, name: str) -> str:
     """What follows the name in `folder/name: is cut short`, or in `folder/name is damaged`."""
-    _, found, reason = sentence.partition(name.rpartition("/")[2])
+    known = name if sentence.startswith(name) else name.rpartition("/")[2]
+    _, found, reason = sentence.partition(known)
     return reason.removeprefix(":").strip() if found and reason.strip(": ") else sentence
 
 

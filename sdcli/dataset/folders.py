@@ -160,9 +160,14 @@ def _walk(root: Path, dropped: list[Dropped]) -> Iterator[str]:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             name = below + entry.name
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:  # a link to itself, or through a file
+                dropped.append(Dropped(name, f"cannot be looked at: {error.strerror}"))
+                continue
+            if is_folder:
                 pending.append((entry.path, f"{name}/", above | {identity}))
-            elif entry.is_file():
+            elif is_file:
                 yield name
             elif PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES | LATENT_SUFFIXES | {".tar", ".parquet"}:
                 dropped.append(Dropped(name, "is a link to nothing" if entry.is_symlink() else "is no ordinary file"))
@@ -472,9 +477,8 @@ def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", sp
     items, places, sizes = [], [], []
     for name, record in records.items():
         for place, (stem, made_of) in enumerate(zip(_caption_stems(name, record), record.source, strict=True)):
-            item: Item | None = Item(name if len(record.source) == 1 else f"{name}:{place}", (), label_of(name))
-            if item is not None and stem in beside:
-                item = _with_caption_file(tree.root, item, beside[stem], listing)
+            plain = Item(name if len(record.source) == 1 else f"{name}:{place}", (), label_of(name))
+            item = _with_caption_file(tree.root, plain, beside[stem], listing) if stem in beside else plain
             if item is not None:
                 items.append(item)
                 places.append(place if len(record.source) > 1 else -1)

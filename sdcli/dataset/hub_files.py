@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdcli.dataset.parquet import ParquetRows, open_rows
-from sdcli.errors import NotFound, Offline, UsageError
+from sdcli.errors import NotFound, Offline, UsageError, first_line
 from sdcli.hub import offline_by_environment, use_offline
 
 HUB_DATA = re.compile(
@@ -26,8 +26,6 @@ class HubFiles:
     """The parquet files of one split, as fsspec URLs that name the commit, so that they never change."""
 
     urls: tuple[str, ...]
-    splits: tuple[str, ...]
-    """The splits that there are."""
     features: Mapping[str, Any]
 
 
@@ -78,7 +76,7 @@ def resolve(repo: str, *, config: str | None, revision: str | None, split: str) 
     else:
         raise UsageError(f"{repo} has no split {split!r}; it has {', '.join(files)} (--split)")
     features = builder.info.features
-    return HubFiles(urls, tuple(files), features.to_dict() if features is not None else {})
+    return HubFiles(urls, features.to_dict() if features is not None else {})
 
 
 def _builder(repo: str, config: str | None, revision: str | None) -> Any:
@@ -97,14 +95,14 @@ def _builder(repo: str, config: str | None, revision: str | None) -> Any:
     except DatasetNotFoundError as error:
         raise NotFound(
             f"there is neither a folder {repo} nor a data set of that name on the hub "
-            f"(or it is private: then set HF_TOKEN): {_first_line(error)}"
+            f"(or it is private: then set HF_TOKEN): {first_line(error)}"
         ) from None
     except (ConnectionError, TimeoutError) as error:
-        raise Offline(f"there is no folder {repo}, and the hub cannot be reached: {_first_line(error)}") from None
+        raise Offline(f"there is no folder {repo}, and the hub cannot be reached: {first_line(error)}") from None
     except ValueError as error:  # an unknown configuration, or several and none chosen
         raise UsageError(f"{repo}: {' '.join(str(error).split())} (owner/name:config chooses)") from None
     except (OSError, RuntimeError) as error:
-        raise NotFound(f"{repo} cannot be read as a data set: {_first_line(error)}") from None
+        raise NotFound(f"{repo} cannot be read as a data set: {first_line(error)}") from None
     if builder.name == "cache":  # what an earlier run of `datasets` stored, when the hub cannot be asked
         raise Offline(f"there is no folder {repo}, and the hub cannot be reached")
     return builder
@@ -117,8 +115,3 @@ def _short_names(urls: tuple[str, ...]) -> list[str]:
     while folders and all(len(path) > depth for path in folders) and len({path[depth] for path in folders}) == 1:
         depth += 1
     return ["/".join(url.split("/")[depth:]) for url in urls]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -27,7 +27,7 @@ from sdcli.dataset.records import (
     read_file,
 )
 from sdcli.dataset.tables import CAPTION_COLUMNS, LABEL_COLUMN, pick_column, pyarrow_modules
-from sdcli.errors import BadPicture, NotFound, Offline, UsageError
+from sdcli.errors import BadPicture, NotFound, Offline, UsageError, first_line
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes", "pixel_values")
 RETRY_PAUSES = (1.0, 4.0, 15.0)
@@ -97,9 +97,9 @@ class ParquetRows(Listed):
                 raise NotFound(f"{name}: no file {file}") from None
             except Exception as error:  # pyarrow, fsspec and the network fail in a dozen ways
                 if not self.remote:
-                    raise BadPicture(f"{name}: cannot be read: {_first_line(error)}") from None
+                    raise BadPicture(f"{name}: cannot be read: {first_line(error)}") from None
                 if pause is None:
-                    raise Offline(f"{name}: cannot be fetched from {file}: {_first_line(error)}") from None
+                    raise Offline(f"{name}: cannot be fetched from {file}: {first_line(error)}") from None
                 self.groups.forget(file)
                 time.sleep(pause)
         raise AssertionError
@@ -110,7 +110,7 @@ class ParquetRows(Listed):
         path = cell.get("path")
         if not path:
             raise BadPicture(f"{name}: holds no picture")
-        folder = os.path.dirname(file)
+        folder = os.path.dirname(os.path.abspath(file))
         target = os.path.normpath(os.path.join(folder, path))
         if self.remote or os.path.isabs(path) or not target.startswith(os.path.join(folder, "")):
             raise BadPicture(f"{name}: holds no picture, only the path of one ({path})")
@@ -212,7 +212,7 @@ def open_rows(
             raise
         except Exception as error:  # pyarrow and fsspec fail in a dozen ways on damaged or absent files
             del items[start:]
-            lost.append(Dropped(name, f"is a parquet file that cannot be read: {_first_line(error)}"))
+            lost.append(Dropped(name, f"is a parquet file that cannot be read: {first_line(error)}"))
     return ParquetRows(
         source,
         Items.of(captioned_by_class(items), classes=classes),
@@ -302,8 +302,3 @@ def _holds_bytes(kind: Any) -> bool:
     if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" and _holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
     return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

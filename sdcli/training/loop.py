@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sdcli import counted
 from sdcli.devices import out_of_memory, pick_device
+from sdcli.engine import evaluating
 from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated, UsageError
 from sdcli.train_settings import TrainSettings
 from sdcli.training.checkpoint import link_model_folder, save_checkpoint
@@ -131,7 +132,7 @@ class Trainer:
         optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in self.state.optimizers.items()}
         rate = learning_rate(settings, plan.steps)
         share = Share(settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.process_index, world)
-        began, saved = time.monotonic(), done if done else None
+        began = time.monotonic()
         total, means = settings.total_batch_size(world), _Means()
         yield Started(
             steps=plan.steps,
@@ -166,19 +167,16 @@ class Trainer:
                     )
                     means = _Means()
                 if _due(plan.validate_every, done) or (last and reason is None and plan.validate_every):
-                    yield from self._validate(networks, done)
+                    yield from self._validate(done)
                 if _due(plan.sample_every, done) or (last and reason is None and plan.sample_every):
-                    yield from self._sample(networks, done)
+                    yield from self._sample(done)
                 if _due(plan.checkpoint_every, done) or last:
                     yield from self._checkpoint(done)
-                    saved = done
                 if reason is not None:
                     yield Ended(done, str(reason))
                     raise type(reason)(f"{reason} (checkpoint at step {done}; --resume goes on)")
                 if late:
                     break
-        if saved != done:
-            yield from self._checkpoint(done)
         yield Ended(done, "finished" if plan.ends_at(done) else "--max-hours is over")
 
     def _optimize(
@@ -247,19 +245,22 @@ class Trainer:
             reason = (Terminated if strongest[0] == Terminated.exit_code else Interrupted)("stopped")
         return reason, bool(strongest[1])
 
-    def _validate(self, networks: Networks, done: int) -> Iterator[Event]:
-        """Every process validates its own copy; they are equal, so that one answer is enough."""
-        with _evaluating(self.task.networks), torch.no_grad():
-            figures = self.task.validate(self._painted_with(networks)) if self.accelerator.is_main_process else {}
+    def _validate(self, done: int) -> Iterator[Event]:
+        """The processes' copies are equal, so that the first one's answer is enough."""
+        if self.accelerator.is_main_process:
+            painted = self._painted_with()
+            with evaluating(painted.values()), torch.no_grad():
+                figures = self.task.validate(painted)
+            if figures:
+                yield Validated(done, figures)
         self.accelerator.wait_for_everyone()
-        if figures:
-            yield Validated(done, figures)
 
-    def _sample(self, networks: Networks, done: int) -> Iterator[Event]:
+    def _sample(self, done: int) -> Iterator[Event]:
         if self.accelerator.is_main_process:
             try:
-                with _evaluating(self.task.networks), torch.no_grad():
-                    paths = self.task.samples(self._painted_with(networks), done, self.run / "samples")
+                painted = self._painted_with()
+                with evaluating(painted.values()), torch.no_grad():
+                    paths = self.task.samples(painted, done, self.run / "samples")
                 if paths:
                     yield Sampled(done, paths)
             except Exception as error:
@@ -268,9 +269,9 @@ class Trainer:
                 yield Noted(f"no samples at step {done}: {error}")
         self.accelerator.wait_for_everyone()
 
-    def _painted_with(self, networks: Networks) -> Networks:
+    def _painted_with(self) -> Networks:
         """What the finished model consists of: the moving averages where there are some, else the networks."""
-        return {**{name: self.task.networks[name] for name in networks}, **self.averages}
+        return {**self.task.networks, **self.averages}
 
     def _checkpoint(self, done: int) -> Iterator[Event]:
         began = time.monotonic()
@@ -382,16 +383,3 @@ def _moving_average(average: nn.Module, settings: TrainSettings) -> Any:
         parameter.requires_grad_(False)
     ema.shadow_params = parameters
     return ema
-
-
-@contextlib.contextmanager
-def _evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The networks in evaluation mode, then as they were."""
-    before = {name: network.training for name, network in networks.items()}
-    for network in networks.values():
-        network.eval()
-    try:
-        yield
-    finally:
-        for name, network in networks.items():
-            network.train(before[name])

@@ -144,15 +144,16 @@ class ModelFiles:
     def around(cls, model: LoadedModel | None, *, trained: Mapping[str, str], averaged: tuple[str, ...]) -> ModelFiles:
         """For a trained VAE or text encoder: the rest is the model's; without one the other parts are absent."""
         pipeline, frozen = "StableDiffusionPipeline", {}
+        paints = model is not None and "unet" in model.parts
         if model is not None:
             parts = [*model.parts, *(["tokenizer"] if model.tokenizer is not None else [])]
-            pipeline = "StableDiffusionPipeline" if model.tokenizer is not None else "LDMPipeline"
+            pipeline = "LDMPipeline" if paints and model.tokenizer is None else "StableDiffusionPipeline"
             components = LAYOUTS[pipeline].components
             frozen = {components[part][0]: (model, part) for part in parts if part not in trained}
         return cls(
             pipeline=pipeline,
             scheduler_config=model.scheduler_config if model is not None else LATENT_SCHEDULE,
-            defaults=model.spec.defaults.model_dump() if model is not None else {},
+            defaults=model.spec.defaults.model_dump() if model is not None and paints else {},
             frozen=frozen,
             trained=trained,
             averaged=averaged,

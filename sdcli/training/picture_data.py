@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from sdcli.dataset.cache import default_cache_dir
 from sdcli.dataset.examine import examination, look
 from sdcli.dataset.framing import Framing, bucket_sizes
 from sdcli.dataset.records import PictureSet
 from sdcli.dataset.sources import open_pictures
 from sdcli.errors import UsageError
-from sdcli.train_settings import PictureSettings
+from sdcli.train_settings import PictureSettings, cache_folder
 from sdcli.training.events import Event, Noted, Preparing
 from sdcli.training.order import Order
 
@@ -51,7 +49,7 @@ class PictureData:
 
     def largest(self) -> tuple[int, int]:
         """The width and height of the largest bucket."""
-        return max(set(self.sizes.values()), key=lambda size: size[0] * size[1])
+        return max({self.sizes[int(index)] for index in self.used}, key=lambda size: size[0] * size[1])
 
     def validation(self) -> list[tuple[int, tuple[int, int]]]:
         """The held-out pictures with their buckets."""
@@ -104,7 +102,7 @@ def examine_data(
         _refuse_framing(settings, data)
     framing = _framing(settings, resolution, size_step=size_step)
     seen = []
-    for one in look(pictures, memory=cache_folder(settings) / "examined"):
+    for one in look(pictures, memory=cache_folder(settings.cache_dir) / "examined"):
         seen.append(one)
         if len(seen) % 100 == 0 or len(seen) == len(pictures):
             yield Preparing("examining pictures", len(seen), len(pictures))
@@ -114,10 +112,10 @@ def examine_data(
     used = examined.used
     if not len(used):
         raise UsageError(f"{data} holds no picture that can be used")
-    if captions:
-        _require_captions(pictures, used, data)
     if settings.max_train_samples is not None:
         used = used[: settings.max_train_samples]
+    if captions:
+        _require_captions(pictures, used, data)
     held_out = _held_out(pictures, used, settings.validation_split)
     size_of = {
         int(index): (int(width), int(height))
@@ -134,11 +132,6 @@ def examine_data(
         digests=examined.digests,
         dropped=len(examined.dropped),
     )
-
-
-def cache_folder(settings: PictureSettings) -> Path:
-    """Where latents, text states and what was examined are remembered."""
-    return settings.cache_dir.expanduser() if settings.cache_dir is not None else default_cache_dir()
 
 
 def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:

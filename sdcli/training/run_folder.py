@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from sdcli.errors import BadWeights, CannotWrite, NotFound, UsageError
+from sdcli.errors import CannotWrite, NotFound, UsageError
 from sdcli.files import write_whole
 from sdcli.registry import read_yaml
 from sdcli.train_settings import TrainSettings
@@ -112,14 +112,3 @@ def check_unchanged(before: TrainSettings, now: TrainSettings, *, processes: tup
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A small JSON file, whole and durable, replaced where it exists."""
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode(), overwrite=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object of our own. Raises BadWeights."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise BadWeights(f"{path} should hold a JSON object")
-    return value

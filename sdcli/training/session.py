@@ -19,6 +19,7 @@ from sdcli.train_settings import TrainSettings
 from sdcli.training import run_folder
 from sdcli.training.checkpoint import Found, newest_checkpoint, run_lock, write_frozen_parts
 from sdcli.training.events import Event, Noted
+from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.run_log import RunLog, log_event
 from sdcli.training.task import Task
@@ -256,6 +257,6 @@ def _leave_group() -> None:
     """Leave a group of processes without waiting for the others, which may wait for this one in a collective call."""
     import torch.distributed as distributed
 
-    if distributed.is_initialized() and os.environ.get("SDCLI_RANKS_STARTED"):
+    if distributed.is_initialized() and os.environ.get(MARK):
         with contextlib.suppress(Exception):
             distributed.destroy_process_group()

@@ -10,10 +10,9 @@ import torch
 
 from sdcli.conditioning.clip import ClipTextConfig
 from sdcli.conditioning.tokenizer import ClipTokenizer
-from sdcli.dataset.cache import default_cache_dir
 from sdcli.loading import LoadedModel, load_model
 from sdcli.registry import Registry
-from sdcli.train_settings import TextSettings
+from sdcli.train_settings import TextSettings, cache_folder
 from sdcli.training.caption_files import Captions, read_captions
 from sdcli.training.events import Event, Noted, Preparing
 from sdcli.training.model_parts import ModelFiles, tokenizer_of
@@ -51,7 +50,7 @@ class TextSession(Session[TextSettings]):
         if captions.dropped:
             examples = "; ".join(f"{one.name}: {one.reason}" for one in captions.dropped[:3])
             yield Noted(f"{len(captions.dropped):,} captions are not used ({examples})")
-        yield Preparing("learning the vocabulary", 0)
+        yield Preparing("learning the vocabulary" if settings.model is None else "loading the model", 0)
         model, encoder, tokenizer = self._network(captions)
         task = TextEncoderTask(
             captions=captions,
@@ -92,7 +91,7 @@ class TextSession(Session[TextSettings]):
         """The model to go on with (None from nothing), its text encoder, and the tokenizer."""
         settings = self.settings
         if settings.model is not None:
-            model = load_model(self._registry.find(settings.model), device="cpu", dtype="float32")
+            model = load_model(self._registry.find(settings.model), device="cpu", dtype="float32", needs="text_encoder")
             tokenizer = tokenizer_of(model)
             return model, continued_text_encoder(model.text_encoder, tokenizer), tokenizer
         tokenizer = train_vocabulary(captions.texts, size=settings.vocab_size, max_length=settings.max_length)
@@ -109,13 +108,9 @@ class TextSession(Session[TextSettings]):
         settings = self.settings
         if settings.teacher is None:
             return None
-        if not self.is_main:
-            self.accelerator.wait_for_everyone()
-        teacher = open_teacher(settings.teacher.expanduser(), device=self.accelerator.device)
-        folder = settings.cache_dir.expanduser() if settings.cache_dir is not None else default_cache_dir()
-        kept = KeptVectors.of(teacher, folder / "teachers")
-        for done, total in kept.learn(teacher, captions.texts):
-            yield Preparing("asking the teacher", done, total)
-        if self.is_main:
-            self.accelerator.wait_for_everyone()
+        with self.accelerator.main_process_first():
+            teacher = open_teacher(settings.teacher.expanduser(), device=self.accelerator.device)
+            kept = KeptVectors.of(teacher, cache_folder(settings.cache_dir) / "teachers")
+            for done, total in kept.learn(teacher, captions.texts):
+                yield Preparing("asking the teacher", done, total)
         return kept.vectors(captions.texts)

@@ -29,7 +29,7 @@ from sdcli.latents import cell, scaling_factor
 from sdcli.lean_imports import UNet2DConditionModel
 from sdcli.loading import LoadedModel, load_model
 from sdcli.registry import ModelDefaults, ModelSpec, Registry
-from sdcli.train_settings import UnetSettings
+from sdcli.train_settings import UnetSettings, cache_folder
 from sdcli.training import model_parts
 from sdcli.training.captions import CaptionRules
 from sdcli.training.conditions import Conditions, Labels, Nothing, Texts
@@ -39,7 +39,7 @@ from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
 from sdcli.training.objective import NoiseSchedule, schedule_config
 from sdcli.training.order import Order
-from sdcli.training.picture_data import PictureData, cache_folder, examine_data, list_data
+from sdcli.training.picture_data import PictureData, examine_data, list_data
 from sdcli.training.sample_sheet import SampleSheet, default_prompts
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Latents, Pixels, PixelSpace, Source
@@ -84,6 +84,8 @@ class UnetSession(Session[UnetSettings]):
         pictures = list_data(self.data, settings)
         yield Preparing("loading the model", 0)
         model = self._model()
+        self._check_effects(model)
+        schedule = NoiseSchedule.from_config(model.scheduler_config)
         captions = not (settings.unconditional or settings.class_conditional or settings.space == "pixel")
         data = yield from examine_data(
             self.data,
@@ -93,16 +95,15 @@ class UnetSession(Session[UnetSettings]):
             size_step=model.size_step,
             captions=captions and model.text_of is not None and settings.caption_dropout < 1,
         )
-        self._check_effects(model)
         model = self._with_classes(model, data)
+        networks, loras = self._networks(model)
         source, conditions = yield from self._inputs(model, data)
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
-        networks, loras = self._networks(model)
         total = settings.total_batch_size(self.accelerator.num_processes)
         order = data.order(batch=total, seed=settings.seed, buffer=settings.shuffle_buffer)
         files = self._files(model, networks)
-        task = self._task(model, data, source, conditions, networks, loras, order)
+        task = self._task(model, schedule, data, source, conditions, networks, loras, order)
         task.painter = self._painter(model, data, files)
         return Built(
             task=task,
@@ -204,7 +205,7 @@ class UnetSession(Session[UnetSettings]):
         captions = {"shuffle_caption", "caption_prefix", "prompt_template", "train_text_encoder"}
         if not model.classes and not self.settings.class_conditional:
             captions |= {"caption_dropout", "sample_prompts"}
-        typed = {name for name in captions if getattr(self.settings, name) != UnetSettings.model_fields[name].default}
+        typed = captions & self.settings.given()
         if typed:
             raise UsageError(f"--{min(typed).replace('_', '-')} has no effect: this model takes no captions")
 
@@ -255,12 +256,9 @@ class UnetSession(Session[UnetSettings]):
     def _inputs(self, model: _Model, data: PictureData) -> Generator[Event, None, tuple[Source, Conditions]]:
         """Where samples come from; fills the caches, the first process for all."""
         settings = self.settings
-        if not self.is_main:
-            self.accelerator.wait_for_everyone()
-        source = yield from self._source(model, data)
-        conditions = yield from self._conditions(model, data)
-        if self.is_main:
-            self.accelerator.wait_for_everyone()
+        with self.accelerator.main_process_first():
+            source = yield from self._source(model, data)
+            conditions = yield from self._conditions(model, data)
         if model.vae_of is not None and not isinstance(source, Pixels):
             model.vae_of.vae.to("cpu")  # wanted for sample pictures alone from here on
         if settings.gradient_checkpointing:
@@ -282,7 +280,7 @@ class UnetSession(Session[UnetSettings]):
             if settings.random_crop and settings.cache_latents:
                 yield Noted("latents are not cached: --random-crop cuts each sample anew, so it is encoded each time")
             return pixels
-        store = TensorStore(cache_folder(settings), LATENTS)
+        store = TensorStore(cache_folder(settings.cache_dir), LATENTS)
         filling = fill_latents(
             data.pictures,
             data.used,
@@ -325,7 +323,7 @@ class UnetSession(Session[UnetSettings]):
         if settings.train_text_encoder or None in countable:
             return texts
         wanted = sorted({text for some in countable if some for text in some})
-        store = TensorStore(cache_folder(settings), TEXTS)
+        store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
         yield from _shown(fill_texts(wanted, model=model.text_of, store=store), "encoding captions")
         states = CachedTexts(store, TextKeys.of(model.text_of), wanted, budget=_budget())
         return Texts(data.pictures, rules, settings.seed, states=states, ignored=settings.unconditional)
@@ -355,6 +353,7 @@ class UnetSession(Session[UnetSettings]):
     def _task(
         self,
         model: _Model,
+        schedule: NoiseSchedule,
         data: PictureData,
         source: Source,
         conditions: Conditions,
@@ -370,7 +369,7 @@ class UnetSession(Session[UnetSettings]):
         return UnetTask(
             networks=networks,
             objective=Objective(
-                NoiseSchedule.from_config(model.scheduler_config),
+                schedule,
                 snr_gamma=settings.snr_gamma,
                 noise_offset=settings.noise_offset,
                 input_perturbation=settings.input_perturbation,

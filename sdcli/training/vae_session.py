@@ -34,6 +34,8 @@ KL_PRESET: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
+USUAL = (256, 256)
+"""The size of pictures for a VAE without a UNet, which has none of its own, in pixels."""
 PRESETS = {
     "kl": "a small AutoencoderKL, 4.4 million parameters, 8 pixels a latent cell",
     "tiny": "the shape of the embedded model's AutoencoderTiny, 0.6 million parameters",
@@ -59,6 +61,7 @@ class VaeSession(Session[VaeSettings]):
         yield Preparing("loading the model", 0)
         model, vae, otherwise = self._vae()
         self._check_effects(vae)
+        lpips = load_lpips(settings.lpips.expanduser()) if settings.lpips is not None else None
         resolution = settings.target_size(otherwise)
         data = yield from examine_data(
             self.data, pictures, settings, resolution=resolution, size_step=cell(vae), captions=False
@@ -83,7 +86,7 @@ class VaeSession(Session[VaeSettings]):
                 discriminator_start=settings.discriminator_start,
             ),
             held_out=data.validation(),
-            lpips=load_lpips(settings.lpips.expanduser()) if settings.lpips is not None else None,
+            lpips=lpips,
             discriminator=settings.discriminator,
             discriminator_channels=settings.discriminator_channels,
             name_of=lambda index: data.pictures[index].name,
@@ -113,16 +116,17 @@ class VaeSession(Session[VaeSettings]):
         """The model whose VAE goes on (None from scratch), the VAE, and its usual size of pictures."""
         settings = self.settings
         if settings.from_scratch is not None:
-            return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), (256, 256)
+            return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), USUAL
         spec = self._registry.find(settings.model)
-        model = load_model(spec, device="cpu", dtype="float32")
+        model = load_model(spec, device="cpu", dtype="float32", needs="vae")
         model.vae.requires_grad_(True)
-        return model, model.vae, (model.spec.defaults.width, model.spec.defaults.height)
+        defaults = model.spec.defaults
+        return model, model.vae, (defaults.width, defaults.height) if "unet" in model.parts else USUAL
 
     def _check_effects(self, vae: VAE) -> None:
         """Refuse weights of terms that this kind of VAE does not have."""
         without = {"kl_weight"} if not has_distribution(vae) else {"latents_regularisation", "latent_noise"}
-        typed = {name for name in without if getattr(self.settings, name) != VaeSettings.model_fields[name].default}
+        typed = without & self.settings.given()
         if typed:
             flag = min(typed).replace("_", "-")
             raise UsageError(f"--{flag} has no effect on an {type(vae).__name__}")
