@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -24,11 +24,12 @@ from sdcli.errors import (
     BadLatents,
     BadOutput,
     BadPicture,
-    Interrupted,
     NotFound,
     OutOfMemory,
     SdcliError,
+    Stop,
     UsageError,
+    stop_if_asked,
 )
 from sdcli.files import AlreadyExists, check_folder, sweep, write_whole
 from sdcli.images import CELL, Fit, fit, from_pixels, open_picture, to_pixels
@@ -53,7 +54,6 @@ MAX_NAME_BYTES = 255
 _OF_ONE_ITEM = (BadPicture, BadLatents, BadOutput, NotFound, OutOfMemory, UsageError, AlreadyExists)
 """Failures that concern one file; the rest of the batch goes on."""
 
-Stop = Callable[[], Interrupted | None]
 Status = Literal["done", "skipped", "failed"]
 
 
@@ -208,7 +208,7 @@ def encode_all(
     batches = _batches((_prepared(file, codec, settings) for file in _swept(files, settings)), settings)
     number = 0
     for batch in batches:
-        _stop_if_asked(stop)
+        stop_if_asked(stop)
         if isinstance(batch, Encoded):
             yield batch
         elif settings.pack:
@@ -218,7 +218,7 @@ def encode_all(
             )
         else:
             yield from _write_each(batch, codec, settings)
-    _stop_if_asked(stop)
+    stop_if_asked(stop)
 
 
 @dataclass(frozen=True)
@@ -447,7 +447,7 @@ def decode_all(
     codec: Codec | None = None
     names = Names()
     for file in _swept(files, settings):
-        _stop_if_asked(stop)
+        stop_if_asked(stop)
         try:
             content = read_latents(file.path, scaled=settings.scaled)
         except _OF_ONE_ITEM as error:
@@ -468,7 +468,7 @@ def decode_all(
                 f"({_short(codec.vae_identity)}); the colours may be off",
             )
         for index, latents in enumerate(content.unscaled(codec.scaling_factor)):
-            _stop_if_asked(stop)
+            stop_if_asked(stop)
             suffix = f"-{index + 1}" if len(content.latents) > 1 else ""
             name = names.claim(file.name.with_name(file.name.name + suffix))
             yield _decoded(file.path, index, latents, name, codec, settings, notes if index == 0 else ())
@@ -557,9 +557,3 @@ def _swept(files: Iterable[InputFile], settings: EncodeSettings | DecodeSettings
             with contextlib.suppress(OSError):
                 sweep(folder)
         yield file
-
-
-def _stop_if_asked(stop: Stop) -> None:
-    reason = stop()
-    if reason is not None:
-        raise reason

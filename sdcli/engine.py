@@ -8,7 +8,7 @@ import importlib.metadata
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sdcli
 from sdcli.devices import out_of_memory
-from sdcli.errors import BadOutput, Interrupted, OutOfMemory, SdcliError, UsageError
+from sdcli.errors import BadOutput, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
 from sdcli.files import AlreadyExists, sweep, write_whole
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
@@ -90,7 +90,7 @@ class Engine:
     registry: Registry
     run: RunSettings
     output: OutputSettings
-    stop: Callable[[], Interrupted | None] = lambda: None
+    stop: Stop = lambda: None
     _painter: Painter | None = None
     _names: set[str] = field(default_factory=set)
 
@@ -118,14 +118,9 @@ class Engine:
             wanted = {job.index for job in batch} - set(done)
             if not wanted:
                 continue
-            self._stop_if_asked()
+            stop_if_asked(self.stop)
             yield from self._paint_batch(batch, wanted, journal)
-        self._stop_if_asked()
-
-    def _stop_if_asked(self) -> None:
-        reason = self.stop()
-        if reason is not None:
-            raise reason
+        stop_if_asked(self.stop)
 
     def load(self, spec: ModelSpec) -> Painter:
         """The painter of a model; the last one stays warm."""
@@ -146,7 +141,7 @@ class Engine:
         if self._painter is None or self._painter.model.spec.name != batch[0].request.model:
             yield Phase("load", batch[0].request.model or "")
         painter = self.load(self.registry.find(batch[0].request.model))
-        self._stop_if_asked()
+        stop_if_asked(self.stop)
         fitting = []
         for job in batch:
             try:

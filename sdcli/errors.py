@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class SdcliError(Exception):
@@ -65,6 +65,10 @@ class Terminated(Interrupted):
     exit_code = 143
 
 
+Stop = Callable[[], Interrupted | None]
+"""Whether, and why, to stop after the item in hand."""
+
+
 class BadWeights(SdcliError):
     """A model's files are there, and are damaged, incomplete or of another kind than expected."""
 
@@ -75,6 +79,13 @@ class BadPicture(SdcliError):
 
 class BadLatents(SdcliError):
     """A latent file cannot be read, or does not fit the model's VAE."""
+
+
+def stop_if_asked(stop: Stop) -> None:
+    """Raise what `stop` answers, if anything."""
+    reason = stop()
+    if reason is not None:
+        raise reason
 
 
 def first_line(error: BaseException) -> str:

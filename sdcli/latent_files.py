@@ -19,7 +19,7 @@ from sdcli.errors import BadLatents, BadWeights, NotFound, SdcliError, UsageErro
 from sdcli.images import Fit
 from sdcli.registry import PICKLE_SUFFIXES
 from sdcli.request import first_problem
-from sdcli.weights import FLOATS, check_header
+from sdcli.weights import FLOATS, PICKLE_STARTS, check_header
 
 SCHEMA = 1
 SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
@@ -27,7 +27,6 @@ COMFYUI_FACTOR = 0.18215
 """What ComfyUI's first `.latent` files, those without the marker, were multiplied by."""
 
 _TENSOR, _MARKER, _RECORD = "latent_tensor", "latent_format_version_0", "sdcli"
-_PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 MAX_NUMPY_HEADER = 10_000
 
 
@@ -109,8 +108,8 @@ def read_latents(path: Path, *, scaled: bool | None = None) -> LatentFile:
     Raises NotFound, BadLatents for what cannot be read or is not finite, and UsageError where `scaled` is missing
     or is not what the file says.
     """
-    _refuse_pickles(path)
     if path.suffix.lower() == ".npy":
+        _refuse_pickles(path)
         return LatentFile(latents=_checked(path, _read_numpy(path)), scaled=_said(path, scaled))
     header = _header(path)
     record = _record(path, header)
@@ -152,7 +151,7 @@ def _refuse_pickles(path: Path) -> None:
             start = file.read(4)
     except (OSError, ValueError) as error:
         raise BadLatents(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if start.startswith(_PICKLE_STARTS) or path.suffix.lower() in PICKLE_SUFFIXES:
+    if start.startswith(PICKLE_STARTS) or path.suffix.lower() in PICKLE_SUFFIXES:
         raise BadLatents(
             f"{path} is a pickle, which can run any program when it is opened; "
             "save the latents with safetensors.torch.save_file instead"

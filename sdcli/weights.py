@@ -17,6 +17,7 @@ from sdcli.registry import pickle_refused
 MAX_HEADER_BYTES = 20_000_000
 MAX_TENSORS = 20_000
 FLOATS = {"F64", "F32", "F16", "BF16"}
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 def build_empty(make: Callable[[], nn.Module]) -> nn.Module:
@@ -106,7 +107,7 @@ def check_header(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04":
+            if start.startswith(PICKLE_STARTS):
                 raise BadWeights(pickle_refused(path))
             if size < 8 + 2 or (length > MAX_HEADER_BYTES and length > size):
                 raise BadWeights(f"{path} is no safetensors file")

@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -27,12 +27,11 @@ from sdcli.dataset.framing import Size, frame
 from sdcli.dataset.records import Dropped, PictureSet
 from sdcli.devices import out_of_memory
 from sdcli.engine import free_caches
-from sdcli.errors import BadOutput, BadPicture, Interrupted, NotFound, OutOfMemory
+from sdcli.errors import BadOutput, BadPicture, NotFound, OutOfMemory, Stop, stop_if_asked
 from sdcli.images import picture_from_bytes, to_pixels
 from sdcli.lean_imports import VAE
 from sdcli.loading import LoadedModel
 
-Stop = Callable[[], Interrupted | None]
 Moments = tuple[Tensor, Tensor | None]
 """Mean and log variance of one picture's latents, each [C, h, w]; no log variance for a VAE without a distribution."""
 
@@ -92,14 +91,14 @@ def fill_latents(
     batches = _Batches(batch_size or (1 if model.device.type == "cpu" else 8))
     try:
         for prepared in filling.read_ahead(workers or _cpus(), held=batches.limit):
-            _stop_if_asked(stop)
+            stop_if_asked(stop)
             for waiting in filling.claimed(prepared):
                 batch = batches.with_one_more(waiting)
                 if batch:
                     filling.keep(batch, encoder([one.pixels for one in batch]))
             yield filling.progress(notes=encoder.notes())
         for batch in batches.rest():
-            _stop_if_asked(stop)
+            stop_if_asked(stop)
             filling.keep(batch, encoder([one.pixels for one in batch]))
             yield filling.progress(notes=encoder.notes())
     finally:
@@ -135,7 +134,7 @@ def fill_texts(
     yield progress(0, _damage(store))
     try:
         for start in range(0, len(absent), at_once):
-            _stop_if_asked(stop)
+            stop_if_asked(stop)
             batch = absent[start : start + at_once]
             states = _hidden_states(model, [wanted[key] for key in batch])
             for key, hidden in zip(batch, states, strict=True):
@@ -437,12 +436,6 @@ def _hidden_states(model: LoadedModel, texts: Sequence[str]) -> Tensor:
 def _damage(store: TensorStore) -> tuple[str, ...]:
     ending = "is damaged: it is passed over, and what it held is computed again; it can be deleted"
     return tuple(f"{path} {ending}" for path in store.damaged)
-
-
-def _stop_if_asked(stop: Stop) -> None:
-    reason = stop()
-    if reason is not None:
-        raise reason
 
 
 def _cpus() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -78,27 +78,39 @@ def unet_config(name: str) -> dict[str, Any]:
             return dict(PIXEL_PRESET)
         case "pixel-grey":
             return {**PIXEL_PRESET, "in_channels": 1, "out_channels": 1}
+    return config_file(name, "unet", presets=PRESETS)
+
+
+def config_file(name: str, part: str, *, presets: Collection[str]) -> dict[str, Any]:
+    """A config.json that --from-scratch names, or its folder. Raises UsageError, NotFound and BadWeights."""
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
     if path.suffix != ".json":
-        hint = did_you_mean(name, PRESETS)
-        raise UsageError(f"--from-scratch {name}: should be a unet/config.json, or one of {', '.join(PRESETS)}{hint}")
+        hint = did_you_mean(name, presets)
+        raise UsageError(f"--from-scratch {name}: should be a {part}/config.json, or one of {', '.join(presets)}{hint}")
     return read_json_object(path)
 
 
 def new_unet(config: Mapping[str, Any], *, seed: int) -> nn.Module:
-    """A UNet with torch's own random initialisation, float32. Raises BadWeights for a configuration of no network."""
-    classes = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}
-    name = config.get("_class_name", "UNet2DConditionModel")
-    if name not in classes:
-        raise UsageError(f"--from-scratch: unknown class {name!r}; known: {', '.join(classes)}")
+    """A UNet with torch's own random initialisation, float32. Raises UsageError and BadWeights."""
+    return new_network(config, (UNet2DConditionModel, UNet2DModel), seed=seed)
+
+
+def new_network(config: Mapping[str, Any], classes: Sequence[Any], *, seed: int) -> Any:
+    """A network of one of diffusers' classes (the first, where the configuration names none) with random weights.
+
+    Raises UsageError for another class, and BadWeights for a configuration of no network.
+    """
+    known = {one.__name__: one for one in classes}
+    name = config.get("_class_name", classes[0].__name__)
+    if name not in known:
+        raise UsageError(f"--from-scratch: unknown class {name!r}; known: {', '.join(known)}")
     torch.manual_seed(seed)
     try:
-        network: nn.Module = classes[name].from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        return known[name].from_config({k: v for k, v in config.items() if not k.startswith("_")})
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise BadWeights(f"--from-scratch: the configuration describes no network: {error}") from None
-    return network
 
 
 def fitted_config(

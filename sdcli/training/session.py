@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from sdcli.devices import free_memory
-from sdcli.errors import Interrupted, UsageError
+from sdcli.errors import Stop, UsageError
 from sdcli.train_settings import TrainSettings
 from sdcli.training import run_folder
 from sdcli.training.checkpoint import Found, newest_checkpoint, run_lock, write_frozen_parts
@@ -25,7 +25,6 @@ from sdcli.training.run_log import RunLog, log_event
 from sdcli.training.task import Task
 
 S = TypeVar("S", bound=TrainSettings)
-Stop = Callable[[], Interrupted | None]
 
 
 @dataclass(frozen=True)

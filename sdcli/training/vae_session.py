@@ -6,19 +6,16 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
-from sdcli.errors import BadWeights, UsageError
+from sdcli.errors import UsageError
 from sdcli.latents import cell, has_distribution
 from sdcli.lean_imports import VAE, AutoencoderKL, AutoencoderTiny
 from sdcli.loading import LoadedModel, load_model
 from sdcli.model_folder import read_json_object
 from sdcli.registry import PACKAGE, Registry
-from sdcli.request import did_you_mean
 from sdcli.train_settings import VaeSettings
 from sdcli.training.events import Event, Preparing
 from sdcli.training.memory import vae_memory
-from sdcli.training.model_parts import ModelFiles
+from sdcli.training.model_parts import ModelFiles, config_file, new_network
 from sdcli.training.picture_data import examine_data, list_data
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Pixels
@@ -141,23 +138,10 @@ def vae_config(name: str) -> dict[str, Any]:
             return read_json_object(PACKAGE / "starter" / "vae" / "config.json")
         case "sd15":
             return read_json_object(PACKAGE / "sd1_config" / "vae" / "config.json")
-    path = Path(name).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    if path.suffix != ".json":
-        hint = did_you_mean(name, PRESETS)
-        raise UsageError(f"--from-scratch {name}: should be a vae/config.json, or one of {', '.join(PRESETS)}{hint}")
-    return read_json_object(path)
+    return config_file(name, "vae", presets=PRESETS)
 
 
 def new_vae(config: Mapping[str, Any], *, seed: int) -> VAE:
     """A VAE with torch's own random initialisation, float32. Raises UsageError and BadWeights."""
-    classes: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in classes:
-        raise UsageError(f"--from-scratch: unknown class {name!r}; known: {', '.join(classes)}")
-    torch.manual_seed(seed)
-    try:
-        vae: VAE = classes[name].from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise BadWeights(f"--from-scratch: the configuration describes no network: {error}") from None
+    vae: VAE = new_network(config, (AutoencoderKL, AutoencoderTiny), seed=seed)
     return vae
