@@ -1090,10 +1090,11 @@ def test_two_processes_that_fill_one_folder_at_once_leave_the_union(
 ) -> None:
     for seed in range(24):
         paint(tmp_path / "data" / f"{seed:02}.png", seed=seed)
-    processes = [start(pause=0.01), start(pause=0.02)]
+    processes = [start(pause=0.05), start(pause=0.06)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+    for process in processes:  # when both are ready: the first could be done before the other has started
         begin(process)
     for process in processes:
         out, _ = process.communicate(timeout=120)
