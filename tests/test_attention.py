@@ -1,4 +1,4 @@
-"""The sliced self-attention of half precision: as good as torch's own, and nowhere else."""
+"""The attention of half precision on the CPU: as good as torch's own, and nowhere else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sdcli.denoise.attention import SlicedSelfAttention, sliced_attention
+from sdcli.denoise.attention import (
+    PlainSmallAttention,
+    SlicedSelfAttention,
+    sliced_attention,
+    use_plain_small_attention,
+)
 from sdcli.loading import load_model
 from sdcli.pipeline import Painter, paint
 from sdcli.registry import load_registry, resolve
@@ -49,3 +54,33 @@ def test_a_picture_in_half_precision_stays_close_to_float32() -> None:
         finals.append(last.latents)
     error = (finals[0] - finals[1]).square().mean().sqrt() / finals[0].square().mean().sqrt()
     assert error < 0.03
+
+
+def test_plain_attention_has_the_same_pictures_and_gradients() -> None:
+    unet = load_model(load_registry().find("tiny"), device="cpu", dtype="float32").unet.requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
+    states = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
+
+    def output_and_gradients() -> list[torch.Tensor]:
+        unet.zero_grad()
+        output = unet(sample, torch.tensor([3, 700]), states, return_dict=False)[0]
+        output.square().mean().backward()
+        return [output.detach(), *(parameter.grad.clone() for parameter in unet.parameters())]
+
+    usual = output_and_gradients()
+    use_plain_small_attention(unet)
+    assert all(isinstance(processor, PlainSmallAttention) for processor in unet.attn_processors.values())
+    for one, other in zip(usual, output_and_gradients(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "plain"), [(64, 64, True), (128, 32, True), (256, 32, False), (64, 256, False)]
+)
+def test_only_few_tokens_are_mixed_plainly(queries: int, keys: int, plain: bool) -> None:
+    asked: list[str] = []
+    processor = PlainSmallAttention(lambda *_, **__: asked.append("usual"))
+    processor._plain = lambda *_, **__: asked.append("plain")
+    processor(None, torch.zeros(1, queries, 8), torch.zeros(1, keys, 8))
+    assert asked == ["plain" if plain else "usual"]

@@ -50,7 +50,9 @@ from sdcli.training.teachers import (
     vector_bytes,
 )
 from sdcli.training.text_encoder import (
+    LENGTH_STEP,
     TextEncoderTask,
+    by_length,
     continued_text_encoder,
     first_end,
     fitting,
@@ -271,7 +273,7 @@ def test_cutting_a_batch_behind_its_longest_caption_changes_no_loss() -> None:
         float(work.loss(work.networks, full).loss.detach()), rel=1e-5
     )
     short = task({"lm": 1.0}, found=Captions(("owl", "fox", "cat"), (0, 1, 2)))
-    assert batch_of(short)["token_ids"].shape == (16, 8)
+    assert batch_of(short)["token_ids"].shape == (16, LENGTH_STEP)
 
 
 def test_equal_captions_and_alternatives_are_no_negatives() -> None:
@@ -373,6 +375,25 @@ def test_alternatives_of_a_held_out_caption_are_not_trained_on() -> None:
 
 
 # Learning
+
+
+@given(
+    tokens=st.lists(st.integers(3, 32), min_size=1, max_size=80),
+    fewest=st.integers(1, 20),
+)
+def test_every_caption_is_in_the_bucket_of_its_length_or_of_a_longer_one(tokens: list[int], fewest: int) -> None:
+    indices = np.arange(len(tokens)) * 3
+    buckets = by_length(indices, np.array(tokens), fewest=fewest)
+    assert sorted(np.concatenate(list(buckets.values())).tolist()) == indices.tolist(), "each once"
+    assert all(len(found) >= min(fewest, len(tokens)) for found in buckets.values())
+    longest = max(size[0] for size in buckets if size is not None)
+    for size, found in buckets.items():
+        assert size is not None
+        for index in found:
+            own = -(-tokens[index // 3] // 4) * 4
+            assert own <= size[0] or size[0] == longest, "only the last ones may find no longer bucket"
+            if own < size[0]:
+                assert sum(-(-t // 4) * 4 == own for t in tokens) < fewest, "it had too few of its kind"
 
 
 def test_the_language_model_learns_a_grammar() -> None:

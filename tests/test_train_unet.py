@@ -124,6 +124,18 @@ def test_cached_latents_train_as_online_ones(tmp_path: Path, pictures: Path) -> 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = train_unet(pictures, tmp_path / "cached", max_train_steps=3)
+    monkeypatch.setattr("sdcli.training.unet_session._budget", lambda: 1)
+    looped = train_unet(pictures, tmp_path / "looped", max_train_steps=3)
+    losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, looped)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    told = [[event.text for event in events if isinstance(event, Noted)] for events in (cached, looped)]
+    assert [any("would not fit into memory" in text for text in texts) for texts in told] == [False, True]
+
+
 def test_latents_that_encode_wrote_are_trained_on_like_the_pictures(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
     latents = tmp_path / "latents"
     encoded = sdcli("encode", pictures, "-m", "tiny", "--dtype", "float32", "--outdir", latents, "-q")

@@ -1,7 +1,11 @@
-"""Self-attention for half precision on the CPU: plain matrix products over slices that stay in the cache.
+"""Attention for half precision on the CPU, where torch's own kernel is slow at the shapes that the SD UNet has.
 
-torch's own CPU kernel blocks the many-token, few-channel attention of the SD UNet badly: it takes 35 to 46 % of a step
-for 16 % of its operations. On a 2-core AMD EPYC this form takes 0.7 of its time at 4096 tokens of 40 channels.
+Painting: the many-token, few-channel self-attention takes 35 to 46 % of a step for 16 % of its operations. Plain
+matrix products over slices that stay in the cache take 0.7 of its time at 4096 tokens of 40 channels.
+
+Training: the kernel's backward pass in bfloat16 takes two to four times as long as plain matrix products where there
+are few tokens (64 queries, 32 keys, 4 heads of 32, batch 64: 18.4 ms and 5.3 ms; 64 keys: 20.5 and 11.0 ms), and less
+from 256 tokens on. All on a 2-core AMD EPYC.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from sdcli.lean_imports import UNet
 SLICE = 512
 """Query rows at a time; 512 x 4096 scores in bfloat16 are 4 MiB."""
 FEWEST_TOKENS = 256
+MOST_PLAIN_TOKENS = 128
 
 
 def use_sliced_self_attention(unet: UNet) -> None:
@@ -23,6 +28,37 @@ def use_sliced_self_attention(unet: UNet) -> None:
     for name, module in unet.named_modules():
         if name.endswith(".attn1"):
             module.set_processor(SlicedSelfAttention(module.processor))
+
+
+def use_plain_small_attention(unet: UNet) -> None:
+    """Give the attention layers of a UNet that is trained in half precision on the CPU the processor below."""
+    for name, module in unet.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            module.set_processor(PlainSmallAttention(module.processor))
+
+
+class PlainSmallAttention:
+    """An attention processor as diffusers defines them: the plain one where there are few tokens."""
+
+    def __init__(self, otherwise: Any) -> None:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        self._plain, self._otherwise = AttnProcessor(), otherwise
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *more: Any,
+        **rest: Any,
+    ) -> Tensor:
+        """Hidden states [B, T, C] -> the same shape."""
+        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        few = max(hidden_states.shape[1], keys.shape[1]) <= MOST_PLAIN_TOKENS
+        processor = self._plain if few and hidden_states.ndim == 3 else self._otherwise
+        mixed: Tensor = processor(attention, hidden_states, encoder_hidden_states, *more, **rest)
+        return mixed
 
 
 class SlicedSelfAttention:

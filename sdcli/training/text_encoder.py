@@ -27,7 +27,7 @@ from sdcli.errors import UsageError
 from sdcli.files import write_whole
 from sdcli.request import did_you_mean
 from sdcli.training.caption_files import Captions
-from sdcli.training.order import Order
+from sdcli.training.order import Order, Size
 from sdcli.training.state_files import write_tensors
 from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
 from sdcli.training.text_items import TextItems
@@ -40,7 +40,7 @@ ENCODER, PROJECTION = "text_encoder", "text_projection"
 MOST_HELD_OUT = 1000
 """Groups of captions; more would tell little more, and validation should be short."""
 VALIDATION_BATCH = 256
-LENGTH_STEP = 8
+LENGTH_STEP = 4
 """Batches are cut to a multiple of this, so that they come in few shapes."""
 SHOWN, NEAREST, COMPARED = 8, 5, 2000
 """Sample sheet: so many held-out captions, the nearest of each, among so many others."""
@@ -234,8 +234,10 @@ class TextEncoderTask:
     phases: Sequence[Phase] = field(init=False)
     items: TextItems = field(init=False, repr=False)
     order: Order = field(init=False, repr=False)
+    trained: np.ndarray = field(init=False, repr=False)
+    """Indices of the captions that are trained on, int64."""
     held_out: np.ndarray = field(init=False, repr=False)
-    """Indices of the captions that are not trained on, int64."""
+    """Indices of the others."""
 
     def __post_init__(self) -> None:
         self._check()
@@ -260,8 +262,10 @@ class TextEncoderTask:
         self.held_out = np.flatnonzero(held_out & useful)
         if not len(trained):
             raise UsageError("there is not one caption to train on; a smaller --validation-split leaves more")
-        self.order = Order({None: trained}, batch=self.batch, seed=self.seed)
-        self._mean_length = float(self.items.lengths()[trained].mean())
+        lengths = self.items.lengths()[trained]
+        self.trained = trained
+        self.order = Order(by_length(trained, lengths + 1, fewest=self.batch), batch=self.batch, seed=self.seed)
+        self._mean_length = float(lengths.mean())
 
     def _check(self) -> None:
         objectives = self.objectives
@@ -388,9 +392,8 @@ class TextEncoderTask:
     @torch.no_grad()
     def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
         """Some captions, held out where some are, and what the encoder finds nearest to each; as text."""
-        trained = self.order.buckets[None]
-        asked = _spread(self.held_out if len(self.held_out) else trained, SHOWN)
-        among = np.concatenate([_spread(trained, COMPARED), _spread(self.held_out, COMPARED)])
+        asked = _spread(self.held_out if len(self.held_out) else self.trained, SHOWN)
+        among = np.concatenate([_spread(self.trained, COMPARED), _spread(self.held_out, COMPARED)])
         among = among[np.unique(self.items.texts[among], return_index=True)[1]]
         states = self._states(networks, np.concatenate([asked, among]))
         likeness = states[: len(asked)] @ states[len(asked) :].T
@@ -454,6 +457,26 @@ def info_nce(rows: Tensor, columns: Tensor, *, alike: Tensor, temperature: float
 
 def _equal(rows: Tensor, columns: Tensor) -> Tensor:
     return rows[:, None] == columns[None]
+
+
+def by_length(indices: np.ndarray, tokens: np.ndarray, *, fewest: int) -> dict[Size, np.ndarray]:
+    """Buckets of captions that are cut to the same length, so that a step computes little padding.
+
+    `tokens` [n] counts start and end. What would fill no batch of `fewest` goes to the next longer captions, the last
+    of them to the next shorter ones.
+    """
+    lengths = -(-tokens // LENGTH_STEP) * LENGTH_STEP
+    buckets: dict[Size, np.ndarray] = {}
+    gathered = np.zeros(0, dtype=np.int64)
+    for length in np.unique(lengths).tolist():
+        gathered = np.concatenate([gathered, indices[lengths == length]])
+        if len(gathered) >= fewest:
+            buckets[length, 1] = np.sort(gathered)
+            gathered = gathered[:0]
+    if len(gathered):
+        longest = next(reversed(buckets), (int(lengths.max()), 1))
+        buckets[longest] = np.sort(np.concatenate([buckets.get(longest, gathered[:0]), gathered]))
+    return buckets
 
 
 def _hold_out(first: np.ndarray, share: float, seed: int) -> np.ndarray:
