@@ -1,0 +1,68 @@
+"""Make the folder that sdcli embeds out of a run of train-unet: the same parts, weights in float16.
+
+    python scripts/starter/assemble.py RUN sdcli/starter
+
+Weights and configurations in OUT are replaced; other files there (the model card) stay. Refuses more than 40 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MOST = 40_000_000
+"""Bytes of weights that a package may carry."""
+PARTS = {
+    "scheduler": ["scheduler_config.json"],
+    "text_encoder": ["config.json", "model.safetensors"],
+    "tokenizer": ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"],
+    "unet": ["config.json", "diffusion_pytorch_model.safetensors"],
+    "vae": ["config.json", "diffusion_pytorch_model.safetensors"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="RUN of `sdcli train-unet`")
+    parser.add_argument("out", type=Path, help="the model folder")
+    chosen = parser.parse_args()
+    size = sum((chosen.run / part / name).stat().st_size for part, names in PARTS.items() for name in names
+               if name.endswith(".safetensors")) // 2  # fmt: skip
+    if size > MOST:
+        sys.exit(f"the weights would take {size:,} bytes in float16; at most {MOST:,} are wanted")
+    assemble(chosen.run, chosen.out)
+    print(f"{chosen.out}: {size:,} bytes of weights")
+
+
+def assemble(run: Path, out: Path) -> None:
+    """Write the parts of `run` into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    index = json.loads((run / "model_index.json").read_text(encoding="utf-8"))
+    write_json(out / "model_index.json", index)
+    for part, names in PARTS.items():
+        shutil.rmtree(out / part, ignore_errors=True)
+        (out / part).mkdir()
+        for name in names:
+            source = run / part / name
+            if name.endswith(".safetensors"):
+                tensors = {key: tensor.to(torch.float16).contiguous() for key, tensor in load_file(source).items()}
+                save_file(tensors, out / part / name, metadata={"format": "pt"})
+            elif name == "config.json":
+                config = json.loads(source.read_text(encoding="utf-8"))
+                write_json(out / part / name, config | ({"dtype": "float16"} if "dtype" in config else {}))
+            else:
+                shutil.copyfile(source, out / part / name)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The judge of the starter's pictures: a small network that names what a picture shows, trained on real sprites.
+
+    python scripts/starter/judge.py WORK
+
+trains it and writes WORK/judge.pt. It sees scenes in the three trained styles, never one in the fourth (twemoji), and
+tells which things are there, how many, what colour the thing was given and what the background is. `report` says how
+well it does that on scenes that it has not seen. It judges pictures of 128x128 by their 64x64 mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from scenes import BACKGROUNDS, HUES, KINDS, PLACES, STYLE_WORDS, Composer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SEEN = 64
+"""Pixels a side that the judge looks at."""
+HELD_OUT_STYLE = "twemoji"
+COUNTS = 4
+PLACE_NAMES = ("white", *BACKGROUNDS, *PLACES)
+COLOUR_NAMES = (*HUES, "brown")
+STEPS = 2500
+UNKNOWN = -100
+"""What cross_entropy passes over."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What there is to see in B pictures."""
+
+    things: Tensor
+    """float32 [B, concepts]: the share of each thing among the things that are there."""
+    count: Tensor
+    """int64 [B]: how many of a kind, less 1; UNKNOWN for two kinds."""
+    place: Tensor
+    """int64 [B], in PLACE_NAMES."""
+    colour: Tensor
+    """int64 [B], in COLOUR_NAMES; UNKNOWN where the thing has several or its own."""
+
+    def rows(self, wanted: Tensor) -> Truth:
+        return Truth(self.things[wanted], self.count[wanted], self.place[wanted], self.colour[wanted])
+
+
+class Block(nn.Module):
+    """Half the size, then a residual pair of convolutions (He et al. 2016)."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+        self.first = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return F.relu(x + self.second(self.first(x)))
+
+
+class Judge(nn.Module):
+    """Pictures [B, 3, 64, 64] in 0..1 -> features [B, 768] and the logits of the four questions."""
+
+    def __init__(self, concepts: int, widths: Sequence[int] = (32, 64, 128, 256, 384)) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 5, 2, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.blocks = nn.Sequential(*(Block(a, b) for a, b in pairwise(widths[:-1])))
+        self.last = nn.Sequential(
+            nn.Conv2d(widths[-2], widths[-1], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[-1]), nn.ReLU()
+        )
+        features = 2 * widths[-1]
+        self.things = nn.Linear(features, concepts)
+        self.count = nn.Linear(features, COUNTS)
+        self.place = nn.Linear(features, len(PLACE_NAMES))
+        self.colour = nn.Linear(features, len(COLOUR_NAMES))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """[B, 768]: mean and maximum over the picture."""
+        states = self.last(self.blocks(self.stem(pictures * 2 - 1)))
+        return torch.cat([states.mean(dim=(2, 3)), states.amax(dim=(2, 3))], dim=1)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = self.features(pictures)
+        return self.things(found), self.count(found), self.place(found), self.colour(found)
+
+
+# Scenes with the truth about them
+
+
+def scenes(
+    work: Path, jobs: Sequence[tuple[int, str]], styles: Sequence[str] = tuple(STYLE_WORDS)
+) -> tuple[np.ndarray, Truth]:
+    """Scenes of (seed, kind) as uint8 [n, 64, 64, 3], and what is in them."""
+    composer = Composer(work, styles=styles, shares=[1] * len(styles))
+    numbers = {concept.label: number for number, concept in enumerate(composer.concepts)}
+    pictures = np.empty((len(jobs), SEEN, SEEN, 3), np.uint8)
+    things = torch.zeros(len(jobs), len(numbers))
+    answers = torch.full((3, len(jobs)), UNKNOWN)
+    for row, (seed, kind) in enumerate(jobs):
+        source = random.Random(seed)
+        scene = composer.plan(kind, source)
+        pictures[row] = shrunk(composer.draw(scene, source)[None])[0]
+        for label in scene.labels:
+            things[row, numbers[label]] += 1 / len(scene.labels)
+        if len(set(scene.labels)) == 1:
+            answers[0, row] = len(scene.labels) - 1
+        answers[1, row] = PLACE_NAMES.index(scene.place)
+        hue = composer.hue(scene.placed[0].sprite)
+        if scene.placed[0].colour is not None:
+            answers[2, row] = COLOUR_NAMES.index(scene.placed[0].colour)
+        elif len(scene.labels) == 1 and hue is not None:
+            answers[2, row] = COLOUR_NAMES.index(hue[1])
+    return pictures, Truth(things, *answers)
+
+
+def shrunk(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [n, 128, 128, 3] -> [n, 64, 64, 3], the mean of four pixels each."""
+    count, height, width, _ = pictures.shape
+    parts = pictures.reshape(count, SEEN, height // SEEN, SEEN, width // SEEN, 3)
+    return (parts.mean(axis=(2, 4)) + 0.5).astype(np.uint8)
+
+
+def many_scenes(work: Path, count: int, *, seed: int) -> tuple[np.ndarray, Truth]:
+    """`count` scenes of all kinds, drawn by all processors; things that are easy to see are a little rarer."""
+    source = random.Random(seed)
+    kinds = source.choices(list(KINDS), [30, 12, 14, 14, 8, 10, 10, 4], k=count)
+    jobs = [(seed * 10**9 + number, kind) for number, kind in enumerate(kinds)]
+    chunks = [jobs[start : start + 500] for start in range(0, count, 500)]
+    with Pool() as pool:
+        parts = list(pool.imap(partial(scenes, work), chunks))
+    truths = [truth for _, truth in parts]
+    return np.concatenate([pictures for pictures, _ in parts]), Truth(
+        *(torch.cat([getattr(truth, name) for truth in truths]) for name in ("things", "count", "place", "colour"))
+    )
+
+
+def varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, 64, 64] moved by a few pixels, some softened, some noisy: as a decoder's are."""
+    moves = torch.randint(-3, 4, (len(pictures), 2), generator=generator)
+    padded = F.pad(pictures, (3, 3, 3, 3), mode="replicate")
+    moved = torch.stack(
+        [one[:, 3 + y : 3 + y + SEEN, 3 + x : 3 + x + SEEN] for one, (y, x) in zip(padded, moves.tolist(), strict=True)]
+    )
+    soft = F.interpolate(F.avg_pool2d(moved, 2), scale_factor=2.0, mode="bilinear")
+    share = torch.rand(len(pictures), 1, 1, 1, generator=generator) ** 2
+    noise = (
+        torch.randn(moved.shape, generator=generator) * 0.05 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+    )
+    return (moved + share * (soft - moved) + noise).clamp(0, 1)
+
+
+# Training and looking
+
+
+def trained(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int = 128, seed: int = 3) -> Judge:
+    """A judge after so many steps on `count` scenes: AdamW with a cosine, bfloat16."""
+    torch.manual_seed(seed)
+    pictures, truth = many_scenes(work, count, seed=seed)
+    judge = Judge(truth.things.shape[1])
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.02)
+    generator = torch.Generator().manual_seed(seed)
+    began = time.monotonic()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
+        rows = torch.randint(len(pictures), (batch,), generator=generator)
+        seen = varied(as_tensor(pictures[rows.numpy()]), generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            answers = [answer.float() for answer in judge(seen)]
+        loss = loss_of(answers, truth.rows(rows))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 200 == 0:
+            took = time.monotonic() - began
+            print(f"step {step + 1} of {steps}: loss {float(loss):.3f}, {took:.0f} s", flush=True)
+    return judge.eval()
+
+
+def loss_of(answers: Sequence[Tensor], truth: Truth) -> Tensor:
+    """The sum of four cross entropies."""
+    things, count, place, colour = answers
+    return (
+        F.cross_entropy(things, truth.things, label_smoothing=0.02)
+        + 0.3 * F.cross_entropy(count, truth.count)
+        + 0.3 * F.cross_entropy(place, truth.place)
+        + (0.3 * F.cross_entropy(colour, truth.colour) if (truth.colour != UNKNOWN).any() else 0)
+    )
+
+
+def as_tensor(pictures: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in 0..1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the judge says of n pictures."""
+
+    features: Tensor
+    things: Tensor
+    """int64 [n, concepts], the likeliest first."""
+    count: Tensor
+    """int64 [n]"""
+    place: Tensor
+    colour: Tensor
+
+    def finds(self, row: int, wanted: set[int], among: int) -> bool:
+        """Whether one of these concepts is among the first ones of a picture."""
+        return bool(wanted & set(self.things[row, :among].tolist()))
+
+
+@torch.inference_mode()
+def look(judge: Judge, pictures: np.ndarray) -> Seen:
+    """uint8 [n, 64, 64, 3] -> what is there."""
+    parts = []
+    for start in range(0, len(pictures), 256):
+        features = judge.features(as_tensor(pictures[start : start + 256]))
+        things = judge.things(features).argsort(dim=1, descending=True)
+        rest = [head(features).argmax(dim=1) for head in (judge.count, judge.place, judge.colour)]
+        parts.append([features, things, *rest])
+    features, things, count, place, colour = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Seen(features, things, count + 1, place, colour)
+
+
+PAIR_AMONG = 3
+"""Both of two things count as found when they are among so many of the judge's first guesses."""
+
+
+def accuracy(judge: Judge, work: Path, style: str, *, each: int = 300, seed: int = 8) -> dict[str, float]:
+    """How often the judge is right about new scenes in a style, in percent."""
+    found = {}
+    for place, kind in enumerate(("plain", "pair", "ride", "count", "place", "recoloured")):
+        jobs = [((seed * 100 + place) * 10**6 + number, kind) for number in range(each)]
+        pictures, truth = scenes(work, jobs, [style])
+        seen = look(judge, pictures)
+        wanted = [set(row.nonzero().flatten().tolist()) for row in truth.things]
+        if kind == "plain":
+            for name, among in (("objects top-1", 1), ("objects top-5", 5)):
+                found[name] = _percent(seen.finds(row, one, among) for row, one in enumerate(wanted))
+        elif kind in ("pair", "ride"):
+            found[f"{kind}: both"] = _percent(
+                all(seen.finds(row, {thing}, PAIR_AMONG) for thing in both) for row, both in enumerate(wanted)
+            )
+        elif kind == "count":
+            found["counts"] = _percent(seen.count == truth.count + 1)
+        elif kind == "place":
+            found["backgrounds"] = _percent(seen.place == truth.place)
+        else:
+            known = truth.colour != UNKNOWN
+            found["colours"] = _percent((seen.colour == truth.colour)[known])
+    return found
+
+
+def _percent(right: Iterator[bool] | Tensor) -> float:
+    values = [float(one) for one in right]
+    return 100 * sum(values) / len(values)
+
+
+def load_judge(work: Path) -> Judge:
+    """The judge that `main` trained."""
+    weights = torch.load(work / "judge.pt", weights_only=True)
+    judge = Judge(weights["things.weight"].shape[0])
+    judge.load_state_dict(weights)
+    return judge.eval()
+
+
+def report(judge: Judge, work: Path) -> str:
+    """The judge's own accuracy, a line for each style."""
+    lines = []
+    for style in (*STYLE_WORDS, HELD_OUT_STYLE):
+        figures = ", ".join(f"{name} {value:.1f} %" for name, value in accuracy(judge, work, style).items())
+        lines.append(f"{style}{' (held out)' if style == HELD_OUT_STYLE else ''}: {figures}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="what sprites.py wrote")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (%(default)s)")
+    chosen = parser.parse_args()
+    judge = trained(chosen.work, steps=chosen.steps)
+    torch.save(judge.state_dict(), chosen.work / "judge.pt")
+    print(report(judge, chosen.work))
+
+
+if __name__ == "__main__":
+    main()

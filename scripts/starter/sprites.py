@@ -1,0 +1,113 @@
+"""Draw the sprites that the starter's training pictures are composed of: emoji in four styles, from npm packages.
+
+    pip install resvg-py
+    python scripts/starter/sprites.py WORK
+
+writes WORK/sprites.npy, uint8 [sprites, 128, 128, 4], premultiplied RGBA, and WORK/sprites.json, a line for each.
+WORK/packages keeps what `npm pack` fetched; packages that are already there are not fetched again. Equal packages give
+equal files. WORK/SOURCES.md names the packages and their licences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import make_emoji_dataset as emoji
+
+SIDE = 128
+"""Pixels a side."""
+STYLES = ("fluent-emoji", "fluent-emoji-flat", "noto", "twemoji")
+
+GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
+SYMBOLS = frozenset(
+    [
+        "warning",
+        "no entry",
+        "radioactive",
+        "biohazard",
+        "check mark",
+        "cross mark",
+        "question mark",
+        "red question mark",
+        "red exclamation mark",
+        "recycling symbol",
+        "peace symbol",
+        "yin yang",
+        "plus",
+        "musical notes",
+        "musical note",
+    ]
+)
+"""Symbols that are pictures of something; the others are letters and signs."""
+GEOMETRIC = re.compile(
+    r"^(red|orange|yellow|green|blue|purple|brown|black|white|large|diamond)(?!.*(small|medium|button))"
+)
+ALIKE = re.compile(
+    r"^(man|woman|men|women|person)(:| (?!dancing$))|facing right|wheelchair|pregnant|feeding|veil|^breast|"
+    r"-thirty$|o’clock$|o'clock$"
+)
+"""Variants of another emoji that differ by a detail too small for 128 pixels, or by a person's sex alone."""
+KEPT = re.compile(r"^person (biking|running|swimming|surfing|rowing|lifting|walking|climbing|bouncing|juggling|in )")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="the folder to write into")
+    work = parser.parse_args().work
+    packages = work / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    wanted = [emoji.NAMES, *(f"@iconify-json/{style}" for style in STYLES)]
+    absent = [name for name in wanted if not list(packages.glob(f"{name.strip('@').replace('/', '-')}-[0-9]*.tgz"))]
+    if absent:
+        emoji.fetched(absent, packages)
+    entries = emoji.read(packages, emoji.NAMES, "en/data.json")
+    names = emoji.read(packages, emoji.NAMES, "meta/groups.json")
+    subgroups = {entry["hexcode"]: names["subgroups"].get(str(entry.get("subgroup"))) for entry in entries}
+    concepts = [one for one in emoji.select(entries, names, None) if is_concept(one, subgroups[one.code])]
+    drawings = [drawing for style in STYLES for drawing in emoji.drawings(packages, style, concepts)]
+    with Pool() as pool:
+        drawn = pool.map(sprite, drawings, chunksize=16)
+    lines, pixels = [], []
+    for drawing, picture in zip(drawings, drawn, strict=True):
+        if picture is not None:
+            one = drawing.emoji
+            facts = {"label": one.label, "style": drawing.style, "group": one.group, "tags": one.tags}
+            lines.append(json.dumps(facts | {"subgroup": subgroups[one.code]}, ensure_ascii=False) + "\n")
+            pixels.append(picture)
+    np.save(work / "sprites.npy", np.stack(pixels))
+    (work / "sprites.json").write_text("".join(lines), encoding="utf-8")
+    sources = "".join(f"{emoji.source(packages, name)}\n" for name in wanted)
+    (work / "SOURCES.md").write_text(f"# Sources\n\n{sources}", encoding="utf-8")
+    print(f"{len(pixels)} sprites of {len({json.loads(line)['label'] for line in lines})} concepts")
+
+
+def is_concept(one: emoji.Emoji, subgroup: str | None) -> bool:
+    """Whether an emoji is a thing that people ask for a picture of, and that can be told from the others."""
+    if subgroup == "geometric":
+        return bool(GEOMETRIC.search(one.label))
+    if one.group == "symbols":
+        return one.label in SYMBOLS
+    if one.group not in GROUPS or subgroup in ("family", "person-symbol"):
+        return one.label in ("couple with heart", "footprints")
+    return not ALIKE.search(one.label) or bool(KEPT.search(one.label)) or one.label == "alarm clock"
+
+
+def sprite(drawing: emoji.Drawing) -> np.ndarray | None:
+    """A drawing as uint8 [128, 128, 4], premultiplied RGBA; None where nothing is visible."""
+    picture = emoji.rasterised(drawing, size=SIDE, margin=0.0, transparent=True)
+    # "RGBa" is Pillow's name for premultiplied; tobytes keeps it so.
+    return (
+        None if picture is None else np.frombuffer(picture.convert("RGBa").tobytes(), np.uint8).reshape(SIDE, SIDE, 4)
+    )
+
+
+if __name__ == "__main__":
+    main()

