@@ -128,12 +128,25 @@ def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = train_unet(pictures, tmp_path / "cached", max_train_steps=3)
-    monkeypatch.setattr("sdcli.training.unet_session._budget", lambda: 1)
+    monkeypatch.setattr("sdcli.training.unet_session.MOST_TEXT_BYTES", 1)
     looped = train_unet(pictures, tmp_path / "looped", max_train_steps=3)
     losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, looped)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     told = [[event.text for event in events if isinstance(event, Noted)] for events in (cached, looped)]
-    assert [any("would not fit into memory" in text for text in texts) for texts in told] == [False, True]
+    assert [any("encoded as they are needed" in text for text in texts) for texts in told] == [False, True]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "no"), ("bfloat16", "bf16")])
+def test_training_finds_what_dataset_cache_encoded(
+    tmp_path: Path, pictures: Path, sdcli: Run, dtype: str, precision: str
+) -> None:
+    cache = tmp_path / "cache"
+    done = sdcli("dataset", "cache", pictures, "-m", "tiny", "--cache-dir", cache, "--dtype", dtype, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in (cache / "latents").rglob("*"))
+    assert files
+    train_unet(pictures, tmp_path / "run", max_train_steps=1, mixed_precision=precision, cache_dir=cache)
+    assert sorted(path.name for path in (cache / "latents").rglob("*")) == files, "nothing was encoded again"
 
 
 def test_latents_that_encode_wrote_are_trained_on_like_the_pictures(tmp_path: Path, pictures: Path, sdcli: Run) -> None:

@@ -4,10 +4,10 @@
 
 MODEL is anything that `sdcli generate --model` takes. The judge is trained first unless WORK/judge.pt is there, and its
 accuracy on real scenes is printed before anything else. Then `sdcli generate` paints every prompt with seeds 0 to 3 at
-the model's own steps and guidance. OUT gets the pictures; table.md and figures.json: percent of the pictures of a group
-that show what was asked for, the VAE's PSNR, the Frechet distance to real sprites in the judge's features beside that
-of real ones among themselves, and how far the pictures of a prompt lie apart; and a grid for each group: its first
-prompts, seed 0, whatever they look like.
+the model's own steps and guidance. OUT, which should be another one for another model, gets the pictures; table.md and
+figures.json: percent of the pictures of a group that show what was asked for, the VAE's PSNR, the Frechet distance to
+real sprites in the judge's features beside that of real ones among themselves, and how far the pictures of a prompt lie
+apart; and a grid for each group: its first prompts, seed 0, whatever they look like.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ from typing import Any
 import judge as judging
 import numpy as np
 import torch
-from judge import COLOUR_NAMES, HELD_OUT_STYLE, PAIR_AMONG, PLACE_NAMES, Judge, Seen
+from judge import COLOUR_NAMES, HELD_OUT_STYLE, PAIR_AMONG, PLACE_NAMES, Seen
 from PIL import Image
 from scenes import HUES, NUMBERS, PLACES, SIDE, Composer, colourable, lay, plain, sprite_of
 from torch import Tensor
 from words import LISTS, UNSEEN, Concept, held_out, one, several
 
+from sdcli.contact_sheet import contact_sheet
+from sdcli.latents import decode, moments, scaling_factor
+from sdcli.loading import load_model
+from sdcli.registry import load_registry
+from sdcli.training.metrics import psnr
+
 SEEDS = 4
+FIRST_TRIED = "an astronaut riding a horse"
 GRID = 48
 """Prompts in a grid."""
 
@@ -96,7 +103,7 @@ class Prompts:
         yield from self._combinations("", 32, new=False)
         yield from self._combinations("held-out ", 16, new=True)
         both = (self._thing(self._of("astronaut")), self._thing(self._of("horse")))
-        yield Asked("held-out riding", "an astronaut riding a horse", both, PAIR_AMONG)
+        yield Asked("held-out riding", FIRST_TRIED, both, PAIR_AMONG)
 
     def _combinations(self, name: str, each: int, *, new: bool) -> Iterator[Asked]:
         """Colours, counts, backgrounds, two objects and riding, `each` of them."""
@@ -223,9 +230,6 @@ def real_pictures(composer: Composer, asked: Sequence[Asked], *, seed: int) -> n
 
 def round_trip(composer: Composer, model: str, *, count: int = 200) -> float:
     """The mean PSNR in dB of the VAE's reconstructions of sprites in the held-out style, on white at 128x128."""
-    from sdcli.loading import load_model
-    from sdcli.registry import load_registry
-
     vae = load_model(load_registry().find(model), device="cpu", dtype="float32", parts=("vae",)).parts["vae"]
     drawn = [concept.sprites[HELD_OUT_STYLE] for concept in composer.concepts if HELD_OUT_STYLE in concept.sprites]
     found = []
@@ -233,10 +237,9 @@ def round_trip(composer: Composer, model: str, *, count: int = 200) -> float:
         canvas = plain((255, 255, 255))
         lay(canvas, composer.sprites[place], 64, 64, SIDE * 0.9)
         picture = judging.as_tensor((canvas + 0.5).astype(np.uint8)[None])
-        with torch.inference_mode():
-            again = vae.decode(vae.encode(picture * 2 - 1).latents).sample.clamp(-1, 1) / 2 + 0.5
-        found.append(-10 * torch.log10((again - picture).square().mean()))
-    return float(torch.stack(found).mean())
+        mean, _ = moments(vae, picture)
+        found.append(psnr(decode(vae, mean * scaling_factor(vae)), picture))
+    return float(torch.cat(found).mean())
 
 
 def table(asked: Sequence[Asked], seen: Seen, seeds: int) -> dict[str, float]:
@@ -253,16 +256,6 @@ def table(asked: Sequence[Asked], seen: Seen, seeds: int) -> dict[str, float]:
     return {name: 100 * sum(rights) / len(rights) for name, rights in found.items()}
 
 
-def grid(pictures: np.ndarray, path: Path, *, columns: int = 8) -> None:
-    """Pictures [n, 128, 128, 3] as one."""
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * SIDE, columns * SIDE, 3), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        y, x = divmod(number, columns)
-        sheet[y * SIDE : (y + 1) * SIDE, x * SIDE : (x + 1) * SIDE] = picture
-    Image.fromarray(sheet).save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="what sprites.py wrote")
@@ -270,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder for pictures and figures")
     parser.add_argument("--every-object", action="store_true", help="paint every concept once, and nothing else")
     chosen = parser.parse_args()
-    judge = the_judge(chosen.work)
+    judge = judging.load_judge(chosen.work)
     print(f"The judge on real scenes:\n{judging.report(judge, chosen.work)}", flush=True)
     composer = Composer(chosen.work)
     prompts = Prompts(composer)
@@ -297,19 +290,13 @@ def main() -> None:
     (chosen.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     for group in dict.fromkeys(one_asked.group for one_asked in asked):
         rows = [number for number, one_asked in enumerate(asked) if one_asked.group == group][:GRID]
-        grid(pictures[rows, 0], chosen.out / f"{group.replace(' ', '-')}.png")
-        (chosen.out / f"{group.replace(' ', '-')}.txt").write_text(
-            "\n".join(asked[number].prompt for number in rows) + "\n", encoding="utf-8"
-        )
-    riding = next((number for number, one_asked in enumerate(asked) if "astronaut" in one_asked.prompt), None)
-    print(text if riding is None else f"{text}an astronaut riding a horse is prompt {riding}")
-
-
-def the_judge(work: Path) -> Judge:
-    """The judge of WORK, trained now where there is none."""
-    if not (work / "judge.pt").exists():
-        torch.save(judging.trained(work).state_dict(), work / "judge.pt")
-    return judging.load_judge(work)
+        shown = [Image.fromarray(pictures[number, 0]) for number in rows]
+        sheet = contact_sheet(shown, columns=8, labels=[asked[number].prompt for number in rows])
+        sheet.save(chosen.out / f"{group.replace(' ', '-')}.png")
+    for number, one_asked in enumerate(asked):
+        if one_asked.prompt == FIRST_TRIED:
+            text += f"{FIRST_TRIED} is prompt {number}"
+    print(text)
 
 
 if __name__ == "__main__":

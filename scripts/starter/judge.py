@@ -266,8 +266,17 @@ def _percent(right: Iterator[bool] | Tensor) -> float:
     return 100 * sum(values) / len(values)
 
 
+def new_judge(work: Path, *, steps: int = STEPS) -> Judge:
+    """Train a judge and keep it in WORK."""
+    judge = trained(work, steps=steps)
+    torch.save(judge.state_dict(), work / "judge.pt")
+    return judge
+
+
 def load_judge(work: Path) -> Judge:
-    """The judge that `main` trained."""
+    """The judge that WORK has, or a new one."""
+    if not (work / "judge.pt").exists():
+        return new_judge(work)
     weights = torch.load(work / "judge.pt", weights_only=True)
     judge = Judge(weights["things.weight"].shape[0])
     judge.load_state_dict(weights)
@@ -288,9 +297,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="what sprites.py wrote")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training (%(default)s)")
     chosen = parser.parse_args()
-    judge = trained(chosen.work, steps=chosen.steps)
-    torch.save(judge.state_dict(), chosen.work / "judge.pt")
-    print(report(judge, chosen.work))
+    print(report(new_judge(chosen.work, steps=chosen.steps), chosen.work))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from assemble import halved
 from PIL import Image
-from safetensors.torch import load_file, save
 
 CHUNK = 15 * 2**20
 """Bytes a file."""
@@ -81,13 +81,6 @@ def parts_of(run: Path) -> list[Path]:
     return [path for path in run.glob("*.json") if path.is_file()] + [
         path for folder in folders for path in folder.iterdir() if path.is_file()
     ]
-
-
-def halved(path: Path) -> bytes:
-    """A file's bytes; weights in float16."""
-    if path.suffix != ".safetensors":
-        return path.read_bytes()
-    return save({name: tensor.half().contiguous() for name, tensor in load_file(path).items()}, {"format": "pt"})
 
 
 def put(archive: tarfile.TarFile, name: str, data: bytes) -> None:

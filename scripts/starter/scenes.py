@@ -110,7 +110,6 @@ class Placed:
 class Scene:
     """What is to be drawn, and what may be said about it."""
 
-    kind: str
     captions: tuple[str, ...]
     backdrop: Backdrop
     placed: tuple[Placed, ...]
@@ -217,8 +216,7 @@ class Composer:
         side = source.uniform(0.82, 0.94) if white or source.random() < 0.6 else source.uniform(0.5, 0.85)
         x, y = 64 + source.uniform(-3, 3), 64 + source.uniform(-3, 3)
         placed = (Placed(sprite, x, y, SIDE * side),)
-        kind = "plain" if white else "colour"
-        return Scene(kind, _styled(names, style, source), backdrop, placed, (concept.label,))
+        return Scene(_styled(names, style, source), backdrop, placed, (concept.label,))
 
     def _described(self, source: random.Random, concept: Concept, sprite: int) -> str:
         """One wording for a single thing."""
@@ -258,7 +256,7 @@ class Composer:
             sprite, 64 + source.uniform(-3, 3), 64 + source.uniform(-3, 3), SIDE * source.uniform(0.78, 0.92),
             colour if colour != hue[1] else None,
         )  # fmt: skip
-        return Scene("recoloured", _styled(captions, style, source), backdrop, (placed,), (concept.label,), colour)
+        return Scene(_styled(captions, style, source), backdrop, (placed,), (concept.label,), colour)
 
     def _pair(self, source: random.Random, style: str) -> Scene | None:
         lists = self.roles
@@ -283,7 +281,7 @@ class Composer:
             f"{second} {source.choice(['next to', 'and', 'to the right of', 'right of'])} {first}",
         ]
         captions = [caption + words for caption in captions]
-        return Scene("pair", _styled(captions, style, source), backdrop, placed, (left.label, right.label))
+        return Scene(_styled(captions, style, source), backdrop, placed, (left.label, right.label))
 
     def _count(self, source: random.Random, style: str) -> Scene | None:
         lists = self.roles
@@ -308,9 +306,7 @@ class Composer:
             f"{NUMBERS[number][0]} {several(concept.name)}{words}",
             f"{source.choice(FRAMES).format(f'{NUMBERS[number][0]} {several(concept.name)}')}{words}",
         ]
-        return Scene(
-            "count", _styled(captions, style, source), backdrop, placed, (concept.label,) * number, str(number)
-        )
+        return Scene(_styled(captions, style, source), backdrop, placed, (concept.label,) * number, str(number))
 
     def _ride(self, source: random.Random, style: str) -> Scene | None:
         rider, mount = source.choice(self.roles["riders"]), source.choice(self.roles["mounts"])
@@ -332,7 +328,7 @@ class Composer:
             f"{one(source.choice(mount.names))}",
         ]
         captions = [caption + words for caption in captions]
-        return Scene("ride", _styled(captions, style, source), backdrop, placed, (rider.label, mount.label))
+        return Scene(_styled(captions, style, source), backdrop, placed, (rider.label, mount.label))
 
     def _place(self, source: random.Random, style: str) -> Scene | None:
         lists = self.roles
@@ -353,7 +349,7 @@ class Composer:
             f"{source.choice(FRAMES).format(one(concept.name))} {source.choice(PLACES[place])}",
         ]
         backdrop = Backdrop(LANDSCAPES[place], "", place)
-        return Scene("place", _styled(captions, style, source), backdrop, placed, (concept.label,))
+        return Scene(_styled(captions, style, source), backdrop, placed, (concept.label,))
 
     def _above(self, source: random.Random, style: str) -> Scene | None:
         low, high = source.choice(self.roles["ground"]), source.choice(self.roles["sky"])
@@ -375,7 +371,7 @@ class Composer:
             f"{first} below {second}",
         ]
         captions = [caption + words for caption in source.sample(captions, 3)]
-        return Scene("above", _styled(captions, style, source), backdrop, placed, (low.label, high.label))
+        return Scene(_styled(captions, style, source), backdrop, placed, (low.label, high.label))
 
     def _any_backdrop(self, source: random.Random, landscapes: float = 0.3) -> Backdrop:
         if source.random() < landscapes:

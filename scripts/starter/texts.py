@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from scenes import BACKGROUNDS, FRAMES, HUES, NUMBERS, PLACES, STYLE_WORDS, Composer
+from scenes import BACKGROUNDS, FRAMES, HUES, KINDS, NUMBERS, PLACES, STYLE_WORDS, Composer
 from words import UNSEEN, one, several
 
 THINGS = {"05": 6, "06": 6, "08": 2, "13": 5, "15": 1, "17": 3, "18": 4, "20": 3, "27": 1}
@@ -83,8 +83,6 @@ def names(composer: Composer) -> list[str]:
 
 def scene_captions(composer: Composer, source: random.Random, count: int) -> list[str]:
     """One wording each of so many scenes."""
-    from scenes import KINDS
-
     kinds = source.choices(list(KINDS), list(KINDS.values()), k=count)
     return [source.choice(composer.plan(kind, source).captions) for kind in kinds]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import subprocess
 import sys
 import time
@@ -54,7 +53,9 @@ def main() -> None:
         print("+", *arguments, file=sys.stderr, flush=True)
         if chosen.dry_run:
             continue
-        subprocess.run(arguments, cwd=ROOT, check=True)
+        code = subprocess.run(arguments, cwd=ROOT, check=False).returncode
+        if code:
+            sys.exit(code)  # what went wrong is said already
         if "train" not in step or timed or finished(work / "runs" / name_of(step)):
             done.parent.mkdir(exist_ok=True)
             done.touch()
@@ -101,10 +102,11 @@ def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | 
 
 def finished(run: Path) -> bool:
     """Whether a run has done all its steps, and not ended for the time."""
-    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    ends = [entry["step"] for entry in entries if entry["event"] == "end"]
-    return bool(ends) and ends[-1] == [entry["steps"] for entry in entries if entry["event"] == "start"][-1]
+    from sdcli.training.run_log import read_log
+
+    log = read_log(run)
+    ends, starts = log.of("end"), log.of("start")
+    return bool(ends and starts) and ends[-1]["step"] == starts[-1]["steps"]
 
 
 if __name__ == "__main__":

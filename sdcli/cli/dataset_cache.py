@@ -102,7 +102,7 @@ def command(
 
     A record is found by what it was made of (the picture's bytes, the size, the VAE, the number format), so training
     with the same settings finds all of them, and one new picture costs one encode. Stop it at any time; the next run
-    goes on. --dtype auto is float32 here.
+    goes on. --dtype auto is float32 here; training with --mixed-precision bf16 on a CPU looks for bfloat16.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     typed = {

@@ -75,8 +75,8 @@ def fill_latents(
     What is stored are the moments of the VAE's distribution, unscaled, in the model's number format; with `flips` those
     of the mirrored pictures as well. `digests` are the SHA-256 of the pictures' bytes in hexadecimal, by item, as
     `examine` knows them: a picture whose latents are all in the store under its digest is not read at all. Pictures of
-    equal size are encoded `batch_size` at a time (1 in float32 on the CPU, where more gains little, else 8). Batches of
-    another size round numbers differently, so only with 1 do they never depend on what else was to be encoded.
+    equal size are encoded `batch_size` at a time (1 on the CPU, where more gains nothing, else 8). Batches of another
+    size round numbers differently, so only with 1 do they never depend on what else was to be encoded.
 
     A picture that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` answers, CannotWrite,
     OutOfMemory, and Offline where streamed pictures cannot be fetched.
@@ -88,8 +88,7 @@ def fill_latents(
     store.refresh()
     filling.take_what_is_there()
     yield filling.progress(notes=_damage(store))
-    exact = model.device.type == "cpu" and model.dtype == torch.float32
-    batches = _Batches(batch_size or (1 if exact else 8))
+    batches = _Batches(batch_size or (1 if model.device.type == "cpu" else 8))
     try:
         for prepared in filling.read_ahead(workers or _cpus(), held=batches.limit):
             stop_if_asked(stop)

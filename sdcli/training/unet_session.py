@@ -48,6 +48,8 @@ from sdcli.training.sources import Latents, Pixels, PixelSpace, Source
 from sdcli.training.unet import Objective, UnetTask
 
 N = TypeVar("N", bound=nn.Module)
+MOST_TEXT_BYTES = 2 * 2**30
+"""Text states that are cached; beyond, reading them back costs more than encoding them."""
 
 
 @dataclass(frozen=True)
@@ -302,9 +304,9 @@ class UnetSession(Session[UnetSettings]):
         return Latents(cached, scaling_factor(model.vae_of.vae), settings.seed, flip=settings.random_flip)
 
     def _encoding(self, model: LoadedModel) -> LoadedModel:
-        """The model whose VAE fills the cache: in bfloat16 where a CPU trains in it, in less than half the time."""
+        """The model whose VAE fills the cache: where a CPU trains in bfloat16, `load_model` in that format gives it."""
         vae = self._in_half(model.vae)
-        return model if vae is model.vae else replace(model.with_parts(vae=vae), dtype=torch.bfloat16)
+        return model if vae is model.vae else replace(model, dtype=torch.bfloat16, parts={**model.parts, "vae": vae})
 
     def _in_half(self, frozen: N) -> N:
         """A frozen network as a CPU that trains in bfloat16 computes it: a copy, since float32 paints pictures."""
@@ -339,8 +341,10 @@ class UnetSession(Session[UnetSettings]):
             return texts
         wanted = sorted({text for some in countable if some for text in some})
         config = model.text_of.text_encoder.config
-        if len(wanted) * config.max_position_embeddings * config.hidden_size * 4 > _budget():
-            yield Noted("captions are encoded as they are needed: their text states would not fit into memory")
+        # not by the memory that is free: a run must not compute otherwise when it is resumed
+        if len(wanted) * config.max_position_embeddings * config.hidden_size * 4 > MOST_TEXT_BYTES:
+            size = f"{MOST_TEXT_BYTES / 2**30:.0f} GiB"
+            yield Noted(f"captions are encoded as they are needed: their text states would take more than {size}")
             return texts
         store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
         yield from _shown(fill_texts(wanted, model=model.text_of, store=store), "encoding captions")
