@@ -33,11 +33,11 @@ from sdcli.errors import (
 )
 from sdcli.files import AlreadyExists, check_folder, sweep, write_whole
 from sdcli.images import CELL, Fit, fit, from_pixels, open_picture, to_pixels
-from sdcli.inputs import InputFile, Names
+from sdcli.inputs import InputFile, Names, check_readable
 from sdcli.latent_files import LatentFile, LatentRecord, Source, latent_bytes, read_latents, read_record
 from sdcli.loading import load_model
 from sdcli.metadata import picture_bytes
-from sdcli.picture_files import MAX_PIXELS, check_readable
+from sdcli.picture_files import MAX_PIXELS
 from sdcli.pipeline import Painter
 from sdcli.registry import ModelSpec, Registry
 from sdcli.settings import SUFFIX_OF, ImageFormat, RunSettings

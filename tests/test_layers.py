@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: what is asked; starts in no time
     (
         "",
+        "canvas",
         "errors",
         "files",
         "hub",
@@ -67,6 +68,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metadata",
         "plotting",
         "spaces",
+        "start_pictures",
+        "starting",
         "training.checkpoint",
         "training.objective",
         "training.state_files",

@@ -10,12 +10,28 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, Part
 
 NOT_FLAGS = {"schema_version", "prompt"}
 ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
-PANELS = {"model": "Model and prompt", "negative_prompt": "Model and prompt", "prompt_template": "Model and prompt"}
-METAVARS = {"model": "MODEL", "scheduler": "NAME", "negative_prompt": "TEXT", "prompt_template": "TEXT"}
+SPELLED = {"guidance_scale"}
+"""Numbers that may also be written otherwise; `GenerationRequest` reads them."""
+PANELS = {
+    **dict.fromkeys(("model", "negative_prompt", "prompt_template"), "Model and prompt"),
+    **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
+}
+METAVARS = {
+    "model": "MODEL",
+    "scheduler": "NAME",
+    "negative_prompt": "TEXT",
+    "prompt_template": "TEXT",
+    "guidance_scale": "NUMBER|FIRST..LAST",
+    "guidance_interval": "START-STOP",
+    "init_image": "FILE|-",
+    "mask": "FILE|-",
+    "extend": "SIDE=PIXELS,...",
+    "upscale": "FACTORx[:STRENGTH[:latent]]",
+}
 
 
 def request_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -43,8 +59,9 @@ def _fields() -> list[str]:
 def _annotation(name: str) -> Any:
     info = GenerationRequest.model_fields[name]
     kind = next(part for part in get_args(info.annotation) if part is not NoneType)
+    spelled = name in SPELLED or issubclass(kind, Part)
     bounds: dict[str, Any] = {}
-    for constraint in info.metadata:
+    for constraint in () if spelled else info.metadata:
         bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}
         bounds |= {"max": constraint.le} if hasattr(constraint, "le") and name != "seed" else {}
     option = typer.Option(
@@ -56,4 +73,4 @@ def _annotation(name: str) -> Any:
         show_default=False,
         **bounds,
     )
-    return Annotated[kind | None, option]
+    return Annotated[(str if spelled else kind) | None, option]
