@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 1: the parts
     (
         "conditioning.*",
+        "comparison",
         "contact_sheet",
         "convert",
         "counted",
@@ -65,6 +66,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lean_imports",
         "loading",
         "metadata",
+        "metrics",
         "plotting",
         "spaces",
         "training.checkpoint",

@@ -1,16 +1,64 @@
-"""How near a reconstruction is to its picture: PSNR and SSIM of pictures [B, C, H, W] in 0..1, float64 [B]."""
+"""How near a picture is to another: of RGB pictures, and of batches of pixels [B, C, H, W] in 0..1 as float64 [B]."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageChops
 from torch import Tensor
+
+from sdcli.images import to_pixels
 
 WINDOW = 11
 """Pixels a side that SSIM needs."""
 SIGMA = 1.5
 BEST_PSNR = 100.0
 """Decibels that equal pictures get in place of infinity, so that a mean over pictures stays a number."""
+BAND = 128
+"""Rows of windows at once: the SSIM of a large picture needs no more memory than that of a small one."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far apart two RGB pictures of equal size are, over all channels of all pixels."""
+
+    largest: int
+    """Levels, 0..255."""
+    mean: float
+    """Levels, 0..255: the mean absolute difference."""
+    psnr: float
+    """Decibels, of a peak of 255; infinite for equal pictures."""
+
+
+def distance(a: Image.Image, b: Image.Image) -> Distance | None:
+    """The distance of two RGB pictures, exact up to its last rounding; None where their sizes differ."""
+    if a.size != b.size:
+        return None
+    counts = np.array(ImageChops.difference(a, b).histogram()).reshape(3, 256).sum(axis=0)
+    levels = np.arange(256)
+    total = int(counts.sum())
+    squared = int(counts @ levels**2) / total
+    return Distance(
+        largest=int(counts.nonzero()[0].max()),
+        mean=int(counts @ levels) / total,
+        psnr=10 * math.log10(255**2 / squared) if squared else math.inf,
+    )
+
+
+def similarity(a: Image.Image, b: Image.Image) -> float | None:
+    """The structural similarity of two RGB pictures, see `ssim`; None for other sizes, or less than a window."""
+    if a.size != b.size or min(a.size) < WINDOW:
+        return None
+    windows, total = a.height - WINDOW + 1, 0.0
+    for top in range(0, windows, BAND):
+        rows = min(BAND, windows - top)
+        box = (0, top, a.width, top + rows + WINDOW - 1)
+        total += rows * float(ssim(to_pixels(a.crop(box))[None], to_pixels(b.crop(box))[None]))
+    return total / windows
 
 
 def psnr(pixels: Tensor, other: Tensor) -> Tensor:
