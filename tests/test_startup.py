@@ -41,6 +41,7 @@ finally:
         ["encode", "--help"],
         ["decode", "--help"],
         ["info", "--help"],
+        ["compare", "--help"],
         ["models", "--help"],
         ["models", "list"],
         ["models", "path"],

@@ -25,6 +25,7 @@ COMMANDS = {
     "encode": "Latents",
     "decode": "Latents",
     "info": "Pictures",
+    "compare": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }
