@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "request",
         "schedulers",
         "settings",
+        "sheet_labels",
         "train_settings",
         "training",
         "training.events",

@@ -42,6 +42,7 @@ finally:
         ["decode", "--help"],
         ["info", "--help"],
         ["compare", "--help"],
+        ["grid", "--help"],
         ["models", "--help"],
         ["models", "list"],
         ["models", "path"],

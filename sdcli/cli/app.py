@@ -26,6 +26,7 @@ COMMANDS = {
     "decode": "Latents",
     "info": "Pictures",
     "compare": "Pictures",
+    "grid": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }
