@@ -43,6 +43,7 @@ finally:
         ["info", "--help"],
         ["compare", "--help"],
         ["grid", "--help"],
+        ["noise", "--help"],
         ["models", "--help"],
         ["models", "list"],
         ["models", "path"],

@@ -24,6 +24,7 @@ COMMANDS = {
     "plot": "Train",
     "encode": "Latents",
     "decode": "Latents",
+    "noise": "Latents",
     "info": "Pictures",
     "compare": "Pictures",
     "grid": "Pictures",
