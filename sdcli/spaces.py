@@ -95,6 +95,12 @@ class PixelSpace:
 Space = LatentSpace | PixelSpace
 
 
+def in_pixel_space(pixels: Tensor, *, channels: int) -> Tensor:
+    """Pixels [3, H, W] in 0..1 -> x_0 [C, H, W] in -1..1; grey (C = 1) is the mean of the channels."""
+    chosen = pixels.mean(dim=0, keepdim=True) if channels == 1 else pixels
+    return chosen * 2 - 1
+
+
 def space_of(model: LoadedModel) -> Space:
     """The space that a model was trained in."""
     if model.spec.kind.space == "pixel":

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "request",
         "schedulers",
         "settings",
+        "sheet_labels",
         "train_settings",
         "training",
         "training.events",
@@ -42,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 1: the parts
     (
         "conditioning.*",
+        "comparison",
         "contact_sheet",
         "convert",
         "counted",
@@ -66,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lean_imports",
         "loading",
         "metadata",
+        "metrics",
         "plotting",
         "spaces",
         "start_pictures",
@@ -79,7 +82,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 2: one batch, from requests to pictures
     ("pipeline",),
     # 3: many batches, kept warm; training
-    ("codec", "dataset.encode_cache", "engine", "selftest", "training.*", "verify"),
+    ("codec", "dataset.encode_cache", "engine", "forward_process", "selftest", "training.*", "verify"),
     # 4: the mouths
     ("__main__", "cli.*"),
 )

@@ -24,7 +24,10 @@ COMMANDS = {
     "plot": "Train",
     "encode": "Latents",
     "decode": "Latents",
+    "noise": "Latents",
     "info": "Pictures",
+    "compare": "Pictures",
+    "grid": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }
