@@ -59,6 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "denoise.*",
         "devices",
         "foreign",
+        "gallery",
         "images",
         "latent_files",
         "latents",

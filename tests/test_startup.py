@@ -41,6 +41,7 @@ finally:
         ["encode", "--help"],
         ["decode", "--help"],
         ["info", "--help"],
+        ["gallery", "--help"],
         ["models", "--help"],
         ["models", "list"],
         ["models", "path"],

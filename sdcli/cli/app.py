@@ -25,6 +25,7 @@ COMMANDS = {
     "encode": "Latents",
     "decode": "Latents",
     "info": "Pictures",
+    "gallery": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }
