@@ -97,7 +97,8 @@ class ForwardProcess:
 
 def _in_pixels(spec: ModelSpec, run: RunSettings) -> tuple[LoadedModel, Encode, Decode]:
     model = load_model(spec, device=run.device, dtype=run.dtype, offline=run.offline, parts=("unet",))
-    channels, space = int(model.unet.config.in_channels), PixelSpace()
+    channels = int(model.unet.config.in_channels)
+    space = PixelSpace(channels)
     return (
         model,
         lambda pixels: (in_pixel_space(pixels, channels=channels), ()),

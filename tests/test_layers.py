@@ -62,6 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "denoise.*",
         "devices",
         "foreign",
+        "gallery",
         "images",
         "latent_files",
         "latents",

@@ -44,6 +44,7 @@ finally:
         ["compare", "--help"],
         ["grid", "--help"],
         ["noise", "--help"],
+        ["gallery", "--help"],
         ["models", "--help"],
         ["models", "list"],
         ["models", "path"],

@@ -28,6 +28,7 @@ COMMANDS = {
     "info": "Pictures",
     "compare": "Pictures",
     "grid": "Pictures",
+    "gallery": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }
