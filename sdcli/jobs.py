@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.errors import NotFound, SdcliError, UsageError
+from sdcli.loras import find_loras
 from sdcli.registry import Registry, resolve
 from sdcli.request import MAX_SEED, GenerationRequest, parse_request
 
@@ -94,7 +95,10 @@ def _text_line(text: str) -> dict[str, Any]:
             value = value[1:-1]
         if not value:
             raise UsageError(f"--{name} has no value")
-        fields[KOHYA.get(name, name)] = value
+        if name == "lora":
+            fields.setdefault("loras", []).append(value)
+        else:
+            fields[KOHYA.get(name, name)] = value
     return fields
 
 
@@ -126,9 +130,17 @@ def _csv_lines(data: bytes) -> Iterator[Line]:
 
 
 def expand(
-    lines: Iterable[Line], typed: Mapping[str, Any], registry: Registry, *, num_images: int, base_seed: int
+    lines: Iterable[Line],
+    typed: Mapping[str, Any],
+    registry: Registry,
+    *,
+    num_images: int,
+    base_seed: int,
+    lora_dir: Path | None = None,
 ) -> Iterator[Job | BadJob]:
     """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
+
+    LoRAs that are named, not given as files, are those of `lora_dir`, or of the user's own folder.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -152,7 +164,7 @@ def expand(
             seen[key] += 1
             if asked.seed is None:
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
-            resolved = resolve(asked, spec)
+            resolved = find_loras(resolve(asked, spec), lora_dir)
             if resolved.seed is None or resolved.seed + count - 1 > MAX_SEED:
                 raise UsageError(f"seed: {count} pictures from seed {resolved.seed} pass the largest seed, {MAX_SEED}")
         except SdcliError as error:

@@ -40,10 +40,13 @@ class Painter:
 def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[Step]:
     """Denoise one batch. The requests are resolved and differ in prompt, negative prompt and seed only.
 
+    The request's LoRAs are merged into the painter's model already.
     Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`.
     Raises UsageError for what the model cannot do, and BadOutput as soon as no picture's latents are finite any more.
     """
     shared, model = requests[0], painter.model
+    if shared.loras != tuple(applied.ref for applied in model.loras):
+        raise UsageError(f"{model.spec.name} was loaded with other LoRAs than the request asks for")
     generators = generators_for([known(request.seed) for request in requests])
     shape = painter.space.shape(model.unet.config.in_channels, width=known(shared.width), height=known(shared.height))
     scheduler = scheduler_for(model, shared)

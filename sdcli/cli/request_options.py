@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -14,17 +14,26 @@ from sdcli.request import GenerationRequest
 
 NOT_FLAGS = {"schema_version", "prompt"}
 ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
-PANELS = {"model": "Model and prompt", "negative_prompt": "Model and prompt", "prompt_template": "Model and prompt"}
-METAVARS = {"model": "MODEL", "scheduler": "NAME", "negative_prompt": "TEXT", "prompt_template": "TEXT"}
+PANELS = dict.fromkeys(("model", "negative_prompt", "prompt_template", "loras"), "Model and prompt")
+METAVARS = {
+    "model": "MODEL",
+    "scheduler": "NAME",
+    "negative_prompt": "TEXT",
+    "prompt_template": "TEXT",
+    "loras": "FILE[:WEIGHT[:TEXT_WEIGHT]]",
+}
 
 
 def request_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of the request; what was typed arrives as the keyword `typed`, a dict."""
+    """Give a command one option per field of the request; what was typed arrives as the keyword `typed`, a dict.
+
+    A field that holds several is an option in the singular that may be typed several times (`loras`: `--lora`).
+    """
 
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
         typed = {name: kwargs.pop(name) for name in _fields()}
-        function(*args, **kwargs, typed={name: value for name, value in typed.items() if value is not None})
+        function(*args, **kwargs, typed={name: value for name, value in typed.items() if value not in (None, [])})
 
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "typed"]
     flags = [
@@ -42,15 +51,16 @@ def _fields() -> list[str]:
 
 def _annotation(name: str) -> Any:
     info = GenerationRequest.model_fields[name]
-    kind = next(part for part in get_args(info.annotation) if part is not NoneType)
+    several = get_origin(info.annotation) is tuple
+    kind = list[str] if several else next(part for part in get_args(info.annotation) if part is not NoneType)
     bounds: dict[str, Any] = {}
     for constraint in info.metadata:
         bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}
         bounds |= {"max": constraint.le} if hasattr(constraint, "le") and name != "seed" else {}
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
+        f"--{(name.removesuffix('s') if several else name).replace('_', '-')}",
         *ALSO_SPELLED.get(name, ()),
-        help=f"{info.description}.".capitalize() if info.description else None,
+        help=f"{info.description[0].upper()}{info.description[1:]}." if info.description else None,
         metavar=METAVARS.get(name),
         rich_help_panel=PANELS.get(name, "The picture"),
         show_default=False,
