@@ -265,6 +265,17 @@ def test_a_weight_of_zero_changes_nothing_and_each_part_has_its_own(
     assert not same_weights(text_alone, model, "text_encoder")
 
 
+def test_the_model_itself_stays_as_it_is_and_shares_what_the_lora_does_not_touch(
+    tmp_path: Path, model: LoadedModel, pairs: Pairs
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    found = merged(model, save_kohya(tmp_path / "a.safetensors", pairs))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.unet.state_dict().items())
+    assert found.unet.conv_in.weight is not model.unet.conv_in.weight
+    assert found.unet.conv_in.bias is model.unet.conv_in.bias
+    assert found.vae is model.vae
+
+
 def test_several_loras_add_up(tmp_path: Path, model: LoadedModel, pairs: Pairs) -> None:
     one = save_kohya(tmp_path / "one.safetensors", pairs)
     two = save_kohya(tmp_path / "two.safetensors", random_pairs({"unet": model.unet}, seed=1, rank=5))
