@@ -18,8 +18,19 @@ from torch import Tensor, nn
 
 import sdcli
 from sdcli.canvas import is_latents
+from sdcli.controlnets import ControlNet, load_controlnet, with_controlnets
 from sdcli.devices import out_of_memory
-from sdcli.errors import BadOutput, BadWeights, NotFound, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
+from sdcli.errors import (
+    BadOutput,
+    BadWeights,
+    NotFound,
+    Offline,
+    OutOfMemory,
+    SdcliError,
+    Stop,
+    UsageError,
+    stop_if_asked,
+)
 from sdcli.files import AlreadyExists, sweep, write_whole
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
@@ -89,7 +100,7 @@ class Painted:
 
 @dataclass
 class Engine:
-    """Paints jobs with one warm model at a time, and one set of LoRAs on it.
+    """Paints jobs with one warm model at a time, and one set of LoRAs and of ControlNets on it.
 
     `stop` is asked between batches for a reason to end.
     """
@@ -101,6 +112,8 @@ class Engine:
     _painter: Painter | None = None
     _with_loras: Painter | None = None
     """Of the same model, which it shares the untouched weights with."""
+    _controlnets: dict[str, ControlNet] = field(default_factory=dict)
+    """Of the same model, by the names that requests have for them."""
     _names: set[str] = field(default_factory=set)
 
     def paint_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
@@ -135,6 +148,7 @@ class Engine:
         """The painter of a model with some LoRAs merged into it; the last one of each stays warm."""
         if self._painter is None or self._painter.model.spec != spec:
             self._painter = self._with_loras = None
+            self._controlnets = {}
             gc.collect()
             self._painter = Painter.of(
                 load_model(spec, device=self.run.device, dtype=self.run.dtype, offline=self.run.offline)
@@ -147,10 +161,20 @@ class Engine:
             self._with_loras = Painter.of(with_loras(self._painter.model, loras, folder=self.run.lora_dir))
         return self._with_loras
 
+    def painter_for(self, request: GenerationRequest) -> Painter:
+        """The painter of a request's model with its LoRAs and its ControlNets; the last ones stay warm."""
+        painter = self.load(self.registry.find(request.model), request.loras)
+        wanted = {one.model for one in request.controls}
+        if not wanted:
+            return painter
+        self._controlnets = {name: held for name, held in self._controlnets.items() if name in wanted}
+        for name in sorted(wanted - set(self._controlnets)):
+            self._controlnets[name] = load_controlnet(self.registry.find_controlnet(name), painter.model)
+        return replace(painter, model=with_controlnets(painter.model, self._controlnets))
+
     def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
-        request = batch[0].request
-        return paint_batch(self.load(self.registry.find(request.model), request.loras), batch, wanted)
+        return paint_batch(self.painter_for(batch[0].request), batch, wanted)
 
     def _paint_batch(self, batch: Sequence[Job], wanted: set[int], journal: Journal | None) -> Iterator[Event]:
         started = time.monotonic()
@@ -161,13 +185,13 @@ class Engine:
         self.load(spec)
         stop_if_asked(self.stop)
         try:
-            painter = self.load(spec, request.loras)
-        except (BadWeights, NotFound, UsageError) as error:  # concerns the jobs with these LoRAs alone
+            painter = self.painter_for(request)
+        except (BadWeights, NotFound, Offline, UsageError) as error:  # of these LoRAs and ControlNets alone
             for job in batch:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
             return
-        for text in lora_notes(painter.model) if painter is not warm else ():
+        for text in lora_notes(painter.model) if self._with_loras is not warm else ():
             yield Note(text)
         fitting = []
         for job in batch:
@@ -306,20 +330,23 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
 PER_PICTURE = {
     *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
     *("init_image", "mask", "mask_blur", "invert_mask", "extend"),
+    "controls",
 }
-"""The fields in which the requests of one batch may differ."""
+"""The fields in which the requests of one batch may differ; `controls` in their pictures alone."""
 
 
 def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
     """Batches of jobs that can be denoised together: their requests differ in what `PER_PICTURE` names alone.
 
-    The same jobs always give the same batches; models come in the order of their first job, and so do their LoRAs.
+    The same jobs always give the same batches; models come in the order of their first job, and so do what goes with
+    them, LoRAs and ControlNets.
     """
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         r = job.request
         shared = tuple(value for name, value in r if name not in PER_PICTURE)
-        groups.setdefault((shared, r.masked, is_latents(r.init_image)), []).append(job)
+        controls = tuple(one.model_copy(update={"image": None}) for one in r.controls)
+        groups.setdefault((shared, r.masked, is_latents(r.init_image), controls), []).append(job)
     models, weights = (list(dict.fromkeys(kind(job) for job in jobs)) for kind in (_model, _weights))
     batches = []
     for group in sorted(groups.values(), key=lambda g: (models.index(_model(g[0])), weights.index(_weights(g[0])))):
@@ -333,8 +360,8 @@ def _model(job: Job) -> str | None:
     return job.request.model
 
 
-def _weights(job: Job) -> tuple[str | None, tuple[LoraRef, ...]]:
-    return job.request.model, job.request.loras
+def _weights(job: Job) -> tuple[Any, ...]:
+    return job.request.model, job.request.loras, tuple(control.model for control in job.request.controls)
 
 
 def automatic_batch_size(pixels: int, *, device: str) -> int:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ import platformdirs
 
 from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError, first_line
 from sdcli.files import write_whole
-from sdcli.registry import HubSource, ModelSpec
+from sdcli.registry import ControlNetSpec, HubSource, ModelSpec
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -154,6 +154,21 @@ def local_snapshot(source: HubSource, *, name: str, size: int = 0) -> Path:
     return folder
 
 
+def local_controlnet(source: HubSource, *, name: str, size: int = 0) -> Path:
+    """The cached folder of a ControlNet's repository, as `local_snapshot` is that of a model's. Raises Offline."""
+    folder = repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
+    if not _controlnet_files([path.name for path in folder.glob("*")], variant=source.variant):
+        advice = f"run `sdcli models pull {name}`{f' ({megabytes(size)})' if size else ''}"
+        raise Offline(f"ControlNet {name!r} is not in the cache {cache_folder()}; {advice}")
+    return folder
+
+
+def _controlnet_files(present: Iterable[str], *, variant: str | None) -> list[str]:
+    """Which of the files at the top of a ControlNet's repository are wanted; none where it is not whole."""
+    weights = weight_files([f"controlnet/{name}" for name in present], "controlnet", variant=variant)
+    return ["config.json", *(name.removeprefix("controlnet/") for name in weights)] if weights else []
+
+
 def first_missing(folder: Path, *, variant: str | None) -> str | None:
     """The first file that a diffusers folder lacks to be painted with, or None."""
     present = {path.relative_to(folder).as_posix() for path in folder.glob("*") if path.is_file()} | {
@@ -186,7 +201,7 @@ def _shards_named_in(index: Path) -> list[str]:
 def weight_files(present: Iterator[str] | set[str] | list[str], part: str, *, variant: str | None) -> list[str]:
     """The safetensors files of one component among repo paths: the variant's where it has them, else the plain ones."""
     paths = sorted(present)
-    stem = f"{part}/{WEIGHTS[part]}"
+    stem = f"{part}/{WEIGHTS.get(part, 'diffusion_pytorch_model')}"
     for suffix in ([f".{variant}"] if variant else []) + [""]:
         whole = f"{stem}{suffix}.safetensors"
         if whole in paths:
@@ -232,6 +247,16 @@ def wanted_files(present: Mapping[str, int], *, variant: str | None, repo: str) 
     return small + [path for path in weights if path not in small]
 
 
+def _wanted_of_controlnet(present: Mapping[str, int], source: HubSource) -> list[str]:
+    """Which files to download of a repository that is one network, with its config.json at the top."""
+    wanted = _controlnet_files(present, variant=source.variant)
+    if not wanted:
+        raise BadWeights(f"{source.repo} has no diffusion_pytorch_model.safetensors, as a ControlNet has")
+    if present["config.json"] > MAX_SIDE_FILE_BYTES:
+        raise BadWeights(f"{source.repo}: config.json has {megabytes(present['config.json'])}, which no such file has")
+    return wanted
+
+
 def require_paintable(model_index: Mapping[str, Any], *, name: str) -> None:
     """Raise UsageError where model_index.json is of a pipeline that sdcli does not know."""
     pipeline = model_index.get("_class_name")
@@ -259,8 +284,8 @@ class _Remote:
         return self.sha256 or self.git_sha1
 
 
-def pull(spec: ModelSpec, *, offline: bool, progress: Progress = lambda *_: None) -> PullReport:
-    """Download a hub model's safetensors and small files into the hub cache and record their hashes.
+def pull(spec: ModelSpec | ControlNetSpec, *, offline: bool, progress: Progress = lambda *_: None) -> PullReport:
+    """Download a hub model's (or ControlNet's) safetensors and small files into the hub cache and record their hashes.
 
     What is there already is hashed and kept, a damaged file is replaced, a partial one continued.
     Raises UsageError for another source or an unsupported family (before the network is asked), Offline, NotFound,
@@ -269,9 +294,11 @@ def pull(spec: ModelSpec, *, offline: bool, progress: Progress = lambda *_: None
     source = spec.source
     if not isinstance(source, HubSource):
         raise UsageError(f"model {spec.name!r} needs no download: {spec.origin()}")
-    spec.require_supported()
+    if isinstance(spec, ModelSpec):
+        spec.require_supported()
     if offline or offline_by_environment():
-        folder = local_snapshot(source, name=spec.name, size=spec.download_bytes)
+        local = local_snapshot if isinstance(spec, ModelSpec) else local_controlnet
+        folder = local(source, name=spec.name, size=spec.download_bytes)
         return PullReport(folder, folder.name, *_counted(folder), downloaded_bytes=0)
     use_offline(False)
     with _explained(source):
@@ -283,7 +310,7 @@ def _counted(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _pull(spec: ModelSpec, source: HubSource, progress: Progress) -> PullReport:
+def _pull(spec: ModelSpec | ControlNetSpec, source: HubSource, progress: Progress) -> PullReport:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging as hub_logging
 
@@ -296,7 +323,11 @@ def _pull(spec: ModelSpec, source: HubSource, progress: Progress) -> PullReport:
     if "model_index.json" in remote and sizes["model_index.json"] <= MAX_SIDE_FILE_BYTES:
         _fetch(api, source, commit, remote["model_index.json"], folder, lambda _: None)
         require_paintable(_read_index(folder / "model_index.json"), name=spec.name)
-    files = [remote[path] for path in wanted_files(sizes, variant=source.variant, repo=source.repo)]
+    if "model_index.json" not in remote and "config.json" in remote:
+        wanted = _wanted_of_controlnet(sizes, source)
+    else:
+        wanted = wanted_files(sizes, variant=source.variant, repo=source.repo)
+    files = [remote[path] for path in wanted]
     total = sum(file.size for file in files)
     absent = [file for file in files if not _is_whole(folder / file.path, file)]
     _require_disk(spec.name, source.repo, absent)
@@ -481,7 +512,7 @@ def read_manifest(repo: str, commit: str | None) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def verify(spec: ModelSpec) -> VerifyReport:
+def verify(spec: ModelSpec | ControlNetSpec) -> VerifyReport:
     """Hash the cached files and compare them with the manifest. Raises UsageError for another source, and Offline."""
     source = spec.source
     if not isinstance(source, HubSource):
@@ -489,7 +520,8 @@ def verify(spec: ModelSpec) -> VerifyReport:
     commit = cached_commit(source)
     folder = repo_folder(source.repo) / "snapshots" / (commit or "none")
     if commit is None or not folder.is_dir():
-        local_snapshot(source, name=spec.name, size=spec.download_bytes)
+        local = local_snapshot if isinstance(spec, ModelSpec) else local_controlnet
+        local(source, name=spec.name, size=spec.download_bytes)
     assert commit is not None
     recorded = read_manifest(source.repo, commit)
     if recorded:
@@ -498,7 +530,8 @@ def verify(spec: ModelSpec) -> VerifyReport:
     else:
         files = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
         differences = [_unlike_its_name(path, path.relative_to(folder).as_posix()) for path in files]
-        differences.append(_incomplete(folder, source.variant))
+        if isinstance(spec, ModelSpec):
+            differences.append(_incomplete(folder, source.variant))
         count = len(files)
     return VerifyReport(folder, commit, count, tuple(filter(None, differences)), recorded=bool(recorded))
 

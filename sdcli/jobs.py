@@ -96,8 +96,8 @@ def _text_line(text: str) -> dict[str, Any]:
             value = value[1:-1]
         if not value:
             raise UsageError(f"--{name} has no value")
-        if name == "lora":
-            fields.setdefault("loras", []).append(value)
+        if name in ("lora", "control"):
+            fields.setdefault(f"{name}s", []).append(value)
         else:
             fields[KOHYA.get(name, name)] = value
     return fields
@@ -163,6 +163,8 @@ def expand(
             if "prompt" not in fields and "prompt" not in typed and spec.kind.conditioning != "none":
                 raise UsageError("has no prompt")
             spec.require_supported()
+            for control in asked.controls:
+                registry.find_controlnet(control.model)
             key = asked.key()
             seen[key] += 1
             if asked.seed is None:

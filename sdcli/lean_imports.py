@@ -18,7 +18,12 @@ from typing import Any
 
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
-_EAGER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets", "diffusers.models.autoencoders")
+_EAGER_PACKAGES = (
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+    "diffusers.models.autoencoders",
+    "diffusers.models.controlnets",
+)
 _ABSENT = ("transformers", "scipy", "peft")
 
 
@@ -96,6 +101,7 @@ import torch  # noqa: E402  (torch first: it must not be imported inside the blo
 with lean_imports():
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.controlnets.controlnet import ControlNetModel
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -108,6 +114,7 @@ __all__ = [
     "VAE",
     "AutoencoderKL",
     "AutoencoderTiny",
+    "ControlNetModel",
     "UNet",
     "UNet2DConditionModel",
     "UNet2DModel",

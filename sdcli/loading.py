@@ -231,6 +231,14 @@ def _finished(identity: str) -> Future[str]:
     return known
 
 
+def hashed(files: list[Path]) -> Future[str]:
+    """The identity of files, computed in a thread of its own."""
+    hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
+    identity = hashing.submit(_files_digest, files)
+    hashing.shutdown(wait=False)
+    return identity
+
+
 def _placed(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """On the device; convolutions channels-last in half precision, where it is quicker (float32 stays bit-exact)."""
     network = network.to(device)

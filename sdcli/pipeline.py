@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from sdcli.conditioning.condition import Condition
 from sdcli.conditioning.encode import Encode, encoding_of
+from sdcli.controlling import controls_for
+from sdcli.denoise.control import ActiveControl, residuals_of
 from sdcli.denoise.loop import Step, denoise
 from sdcli.denoise.predict import Predict, evenly, guided, only_within, scaled_input, unet_predict, with_scale
 from sdcli.denoise.sampler import advance_with, make_scheduler
@@ -53,11 +56,12 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[S
     generators = generators_for([known(request.seed) for request in requests])
     scheduler = scheduler_for(painter.model, requests[0])
     start = start_for(painter.model, painter.space, requests, scheduler=scheduler, generators=generators)
-    finished = yield from _denoised(painter, requests, start, scheduler, generators)
+    size = known(requests[0].width), known(requests[0].height)
+    finished = yield from _denoised(painter, requests, start, scheduler, generators, size=size)
     if requests[0].upscale is not None:
         scheduler = scheduler_for(painter.model, requests[0])
         start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, generators=generators)
-        yield from _denoised(painter, requests, start, scheduler, generators)
+        yield from _denoised(painter, requests, start, scheduler, generators, size=requests[0].final_size)
 
 
 def _denoised(
@@ -66,11 +70,13 @@ def _denoised(
     start: Start,
     scheduler: Any,
     generators: Sequence[torch.Generator],
+    *,
+    size: tuple[int, int],
 ) -> Generator[Step, None, Tensor]:
-    """The loop from one start to its end; returns the last latents."""
-    x = start.x
+    """The loop from one start to its end, over pictures of `size` (width, height); returns the last latents."""
+    x, controls = start.x, controls_for(painter.model, requests, size)
     for step in denoise(
-        scaled_input(predict_for(painter, requests, start), scheduler),
+        scaled_input(predict_for(painter, requests, start, controls), scheduler),
         start.around_advance(advance_with(scheduler, generators, eta=known(requests[0].eta))),
         x,
         start.timesteps,
@@ -87,19 +93,24 @@ def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
     return painter.space.decode(latents[None], tiled=tiled)[0]
 
 
-def predict_for(painter: Painter, requests: Sequence[GenerationRequest], start: Start) -> Predict:
+def predict_for(
+    painter: Painter, requests: Sequence[GenerationRequest], start: Start, controls: Sequence[ActiveControl] = ()
+) -> Predict:
     """The network under the requests' prompts: guided from outside, guided by an input of its own, or not at all."""
     shared, unet = requests[0], painter.model.unet
+    guess = bool(shared.guess_mode) or any(one.network.config["global_pool_conditions"] for one in controls[:1])
+    beside = partial(residuals_of, controls, timesteps=start.timesteps, guess=guess)
     condition = painter.encode(request.painted_prompt for request in requests)
     scale_size = unet.config.get("time_cond_proj_dim")
     if scale_size is not None:
         _refuse_guidance(painter.model, requests)
         condition = with_scale(condition, known(shared.guidance_scale), size=scale_size)
-    plain = start.around_network(unet_predict(unet, condition))
+    plain = start.around_network(unet_predict(unet, condition, beside(condition)))
     if scale_size is not None or not shared.guided:
         return plain
     unconditional = painter.encode(known(request.negative_prompt) for request in requests)
-    both = start.around_network(unet_predict(unet, Condition.rows([unconditional, condition])))
+    rows = Condition.rows([unconditional, condition])
+    both = start.around_network(unet_predict(unet, rows, beside(rows, halves=2)))
     first = known(shared.guidance_scale)
     last = first if shared.guidance_end is None else shared.guidance_end
     predict = guided(both, evenly(first, last, start.timesteps), rescale=shared.guidance_rescale or 0)

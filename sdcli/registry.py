@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import platformdirs
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdcli.canvas import Measure, start_filled
+from sdcli.controls import controls_filled
 from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request
@@ -132,11 +134,27 @@ class ModelSpec(ModelEntry):
             )
 
 
+class ControlNetSpec(_Strict):
+    """A ControlNet: an entry of models.yaml's `controlnets`, or what a path means."""
+
+    name: str
+    source: Annotated[FolderSource | FileSource | HubSource, Field(discriminator="kind")]
+    family: Family = "sd1"
+    license: str = "unknown"
+    description: str = ""
+    download_bytes: int = Field(0, ge=0)
+
+    def origin(self) -> str:
+        """Where the weights come from, in a few words."""
+        return self.source.repo if isinstance(self.source, HubSource) else str(self.source.path)
+
+
 class Registry(_Strict):
     """All known models. `files` are the files that were read, the later overlaying the earlier."""
 
     default: str
     models: dict[str, ModelSpec]
+    controlnets: dict[str, ControlNetSpec] = {}
     files: tuple[Path, ...] = ()
 
     def find(self, model: str | None) -> ModelSpec:
@@ -165,6 +183,31 @@ class Registry(_Strict):
         if HUB_ID.fullmatch(name):
             return self._hub_spec(name)
         raise NotFound(f"no model {name!r} in {self._where()}{did_you_mean(name, self.models)} (sdcli models list)")
+
+    def find_controlnet(self, name: str) -> ControlNetSpec:
+        """The ControlNet of a registry name, a folder as diffusers writes it (or one that holds it as `controlnet`), a
+        .safetensors file or owner/name[@revision]. Nothing is opened. Raises NotFound, and UsageError for a pickle.
+        """
+        if name in self.controlnets:
+            return self.controlnets[name]
+        path = Path(name).expanduser()
+        if path.is_dir():
+            folder = path if (path / "config.json").is_file() else path / "controlnet"
+            if not (folder / "config.json").is_file():
+                raise NotFound(f"{name} is no ControlNet: it has no config.json (expected beside it: its safetensors)")
+            return ControlNetSpec(name=name, source=FolderSource(kind="folder", path=folder.resolve()))
+        if path.suffix.lower() in PICKLE_SUFFIXES and path.exists():
+            raise UsageError(pickle_refused(path))
+        if path.is_file():
+            return ControlNetSpec(name=name, source=FileSource(kind="file", path=path.resolve()))
+        if HUB_ID.fullmatch(name) and path.suffix.lower() not in {".safetensors", *PICKLE_SUFFIXES}:
+            repo, _, revision = name.partition("@")
+            source = HubSource(kind="hub", repo=repo, revision=revision or "main")
+            return ControlNetSpec(name=name, source=source)
+        hint = did_you_mean(name, self.controlnets)
+        raise NotFound(
+            f"no ControlNet {name!r}: no such file or folder, and none of that name in {self._where()}{hint}"
+        )
 
     def _hub_spec(self, name: str) -> ModelSpec:
         repo, _, revision = name.partition("@")
@@ -205,7 +248,8 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
     if request.variation_strength is not None and request.variation_seed is None:
         chosen["variation_seed"] = secrets.randbelow(2**32)
     from_start = start_filled(request, step=spec.kind.size_step, measure=measure)
-    resolved = request.model_copy(update={**chosen, **typed, **from_start, "model": spec.name})
+    pinned = controls_filled(request, spec.kind, model=spec.name)
+    resolved = request.model_copy(update={**chosen, **typed, **from_start, **pinned, "model": spec.name})
     for side, pixels in zip(("width", "height"), resolved.final_size, strict=True):
         problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)
         if problem is not None:
@@ -262,37 +306,66 @@ def load_registry(models_file: Path | None = None) -> Registry:
     extra = models_file or (Path(os.environ["SDCLI_MODELS_FILE"]) if os.environ.get("SDCLI_MODELS_FILE") else None)
     if extra is not None:
         files.append(extra)
-    default, models = None, {}
+    default, models, controlnets = None, {}, {}
     for file in files:
-        file_default, file_models = read_registry_file(file)
-        models.update(file_models)
-        default = file_default or default
-        if file_default is not None and file_default not in models:
-            raise UsageError(f"{file}: default: there is no model {file_default!r}{did_you_mean(file_default, models)}")
+        read = read_registry_file(file)
+        models.update(read.models)
+        controlnets.update(read.controlnets)
+        default = read.default or default
+        if read.default is not None and read.default not in models:
+            raise UsageError(f"{file}: default: there is no model {read.default!r}{did_you_mean(read.default, models)}")
     if default is None:
         raise UsageError(f"{files[0]}: default: missing")
-    return Registry(default=default, models=models, files=tuple(files))
+    return Registry(default=default, models=models, controlnets=controlnets, files=tuple(files))
 
 
-def read_registry_file(file: Path) -> tuple[str | None, dict[str, ModelSpec]]:
-    """One registry file -> (its default or None, its models by name). Raises NotFound and UsageError."""
+class RegistryFile(NamedTuple):
+    """What one registry file says; entries by name."""
+
+    default: str | None
+    models: dict[str, ModelSpec]
+    controlnets: dict[str, ControlNetSpec]
+
+
+def read_registry_file(file: Path) -> RegistryFile:
+    """Read and check one registry file. Raises NotFound and UsageError."""
     data = read_yaml(file)
-    unknown = set(data) - {"schema", "default", "models"}
+    unknown = set(data) - {"schema", "default", "models", "controlnets"}
     if unknown:
-        raise UsageError(f"{file}: unknown key {min(unknown)!r}; a registry has schema, default and models")
+        raise UsageError(
+            f"{file}: unknown key {min(unknown)!r}; a registry has schema, default, models and controlnets"
+        )
     if data.get("schema", 1) != 1:
         raise UsageError(f"{file}: schema: {data['schema']!r} is not 1, the only one this sdcli knows")
-    default, entries = data.get("default"), data.get("models") or {}
+    default = data.get("default")
     if default is not None and not isinstance(default, str):
         raise UsageError(f"{file}: default: should be the name of a model")
+    return RegistryFile(
+        default,
+        {name: _spec(file, name, entry) for name, entry in _entries(file, data, "models")},
+        {name: _controlnet_spec(file, name, entry) for name, entry in _entries(file, data, "controlnets")},
+    )
+
+
+def _entries(file: Path, data: dict[str, Any], section: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    entries = data.get(section) or {}
     if not isinstance(entries, dict):
-        raise UsageError(f"{file}: models: should be a mapping of names to entries")
-    return default, {str(name): _spec(file, str(name), entry) for name, entry in entries.items()}
+        raise UsageError(f"{file}: {section}: should be a mapping of names to entries")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise UsageError(f"{file}: {section}.{name}: should be a mapping")
+        yield str(name), entry
 
 
-def _spec(file: Path, name: str, entry: Any) -> ModelSpec:
-    if not isinstance(entry, dict):
-        raise UsageError(f"{file}: models.{name}: should be a mapping")
+def _controlnet_spec(file: Path, name: str, entry: dict[str, Any]) -> ControlNetSpec:
+    try:
+        spec = ControlNetSpec.model_validate({"name": name, **entry})
+    except ValidationError as error:
+        raise UsageError(f"{file}: controlnets.{name}.{first_problem(error)}") from None
+    return spec.model_copy(update={"source": _beside(file, spec.source)})
+
+
+def _spec(file: Path, name: str, entry: dict[str, Any]) -> ModelSpec:
     try:
         spec = ModelSpec(**dict(ModelEntry.model_validate({"name": name, **entry})))
     except ValidationError as error:
@@ -300,10 +373,14 @@ def _spec(file: Path, name: str, entry: Any) -> ModelSpec:
     if spec.defaults.scheduler not in SCHEDULERS:
         hint = did_you_mean(spec.defaults.scheduler, SCHEDULERS)
         raise UsageError(f"{file}: models.{name}.defaults.scheduler: no scheduler {spec.defaults.scheduler!r}{hint}")
-    if isinstance(spec.source, FolderSource | FileSource):
-        path = (file.parent / spec.source.path.expanduser()).absolute()
-        spec = spec.model_copy(update={"source": spec.source.model_copy(update={"path": path})})
-    return spec
+    return spec.model_copy(update={"source": _beside(file, spec.source)})
+
+
+def _beside(file: Path, source: Source) -> Source:
+    """A source whose path, if it has one, counts from the file's folder."""
+    if not isinstance(source, FolderSource | FileSource):
+        return source
+    return source.model_copy(update={"path": (file.parent / source.path.expanduser()).absolute()})
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -26,6 +26,7 @@ ALIASES = {
     "negative": "negative_prompt",
     "text": "prompt",
     "lora": "loras",
+    "control": "controls",
 }
 """What other tools call our fields; accepted wherever a request is read as data."""
 
@@ -173,6 +174,55 @@ class LoraRef(Part):
         return f"{short}:{digits(self.text_weight)}"
 
 
+Preprocessor = Literal["none", "canny", "scribble", "softedge", "blur", "tile", "palette", "depth"]
+"""What makes the map of a picture; `none` takes it as it is. `control_maps.py` has them."""
+_PREPROCESSORS = "|".join(get_args(Preprocessor))
+_CONTROL = re.compile(
+    rf"(?:(?P<preprocessor>{_PREPROCESSORS}):)?(?P<model>[^=]+)=(?P<image>.+?)"
+    rf"(?::(?P<weight>{_NUMBER}))?(?:@(?P<start>[\d.]*)-(?P<end>[\d.]*))?",
+    re.DOTALL,
+)
+
+
+class Control(Part):
+    """One ControlNet of a request and what it sees, `[PREPROCESSOR:]MODEL=IMAGE[:WEIGHT][@START-END]`."""
+
+    model: str = Field(min_length=1, max_length=4096, pattern="^[^=]+$")
+    """A name from models.yaml, a folder or a .safetensors file; one with = in its name has no spelling."""
+    image: FileRef
+    preprocessor: Preprocessor = "none"
+    weight: float = Field(1.0, ge=0, le=10)
+    """How strongly it is listened to: 1 as it was trained."""
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+    """The part of the steps in which it is asked, as fractions of their number."""
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = _CONTROL.fullmatch(text)
+        if not match:
+            raise ValueError(f"is written as MODEL=IMAGE, canny:MODEL=IMAGE or MODEL=IMAGE:0.8@0-0.5, not {text!r}")
+        return {name: value for name, value in match.groupdict().items() if value}
+
+    @field_validator("model")
+    @classmethod
+    def _plain_unicode(cls, value: str) -> str:
+        return plain_unicode(value)
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.weight == 0:
+            raise ValueError(f"{self.model} has no effect at weight 0")
+        if self.start >= self.end:
+            raise ValueError(f"{self.model} should end after it starts, not {self.start:g}-{self.end:g}")
+        return self
+
+    def __str__(self) -> str:
+        named = self.preprocessor != "none" or re.match(rf"(?:{_PREPROCESSORS}):", self.model)
+        part = f"@{digits(self.start)}-{digits(self.end)}" if (self.start, self.end) != (0, 1) else ""
+        return f"{f'{self.preprocessor}:' if named else ''}{self.model}={self.image}:{digits(self.weight)}{part}"
+
+
 class GenerationRequest(BaseModel):
     """One picture, or as much of its description as was asked for.
 
@@ -231,6 +281,15 @@ class GenerationRequest(BaseModel):
         None, description="paint again, enlarged: 2x, 2x:0.5 (the strength) or 2x:0.5:latent"
     )
 
+    controls: tuple[Control, ...] = Field(
+        (),
+        description="a ControlNet and what it sees: canny:MODEL=photo.jpg draws the map, MODEL=edges.png is one; "
+        "may be given several times",
+    )
+    guess_mode: bool | None = Field(
+        None, description="let the ControlNets alone say what to paint: they guide the prompt's half, not the other"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _guidance_schedule(cls, fields: Any) -> Any:
@@ -258,9 +317,9 @@ class GenerationRequest(BaseModel):
     def _plain_unicode(cls, value: str | None) -> str | None:
         return None if value is None else plain_unicode(value)
 
-    @field_validator("loras", mode="before")
+    @field_validator("loras", "controls", mode="before")
     @classmethod
-    def _one_lora_is_a_list_too(cls, value: Any) -> Any:
+    def _one_is_a_list_too(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict) else value
 
     @field_validator("prompt_template")

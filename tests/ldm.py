@@ -41,6 +41,25 @@ def ldm_checkpoint(
     return {name: tensor.clone().contiguous() for name, tensor in checkpoint.items()}
 
 
+def ldm_controlnet(controlnet: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a ControlNet of two layers a block, by the original names."""
+    return {f"control_model.{_controlnet_name(name)}": tensor.clone() for name, tensor in controlnet.items()}
+
+
+def _controlnet_name(name: str) -> str:
+    if match := re.match(r"controlnet_down_blocks\.(\d+)\.(.*)", name):
+        return f"zero_convs.{match[1]}.0.{match[2]}"
+    if match := re.match(r"controlnet_cond_embedding\.blocks\.(\d)\.(.*)", name):
+        return f"input_hint_block.{2 * (int(match[1]) + 1)}.{match[2]}"
+    for ours, theirs in (
+        ("controlnet_mid_block", "middle_block_out.0"),
+        ("controlnet_cond_embedding.conv_in", "input_hint_block.0"),
+        ("controlnet_cond_embedding.conv_out", "input_hint_block.14"),
+    ):
+        name = name.replace(ours, theirs)
+    return _unet_name(name)
+
+
 def _unet_name(name: str) -> str:
     for ours, theirs in _ENDS.items():
         if name.startswith(f"{ours}."):

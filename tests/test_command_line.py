@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sdcli.cli.app import app
 from sdcli.cli.request_options import command_line, request_arguments
 from sdcli.registry import load_registry, resolve
-from sdcli.request import MAX_SEED, GenerationRequest
+from sdcli.request import MAX_SEED, GenerationRequest, parse_request
 
 COMMANDS = typer.main.get_command(app)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -50,13 +50,9 @@ def test_a_request_and_its_command_line_are_the_same_request(
 
 
 def test_fields_that_were_not_given_are_left_out_and_lists_and_switches_are_flags_too() -> None:
-    class Later(GenerationRequest):
-        fast_decode: bool | None = None
-        slow_decode: bool | None = None
-        lora: list[str] | None = None
-
-    asked = Later(prompt="a fox", seed=7, fast_decode=True, slow_decode=False, lora=["a.safetensors", "b c"])
-    flags = ["--seed", "7", "--fast-decode", "--lora", "a.safetensors", "--lora", "b c"]
+    fields = {"prompt": "a fox", "seed": 7, "controls": ["m=a.png", "canny:n=b c@0-0.5"], "guess_mode": True}
+    asked = parse_request({**fields, "invert_mask": False})
+    flags = ["--seed", "7", "--control", "m=a.png:1", "--control", "canny:n=b c:1@0-0.5", "--guess-mode"]
     assert request_arguments(asked) == [*flags, "--", "a fox"]
 
 

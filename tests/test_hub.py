@@ -103,6 +103,25 @@ def test_a_pulled_model_is_whole_verifies_and_is_found_by_other_tools(
     assert found.stdout.strip() == str(folder), found.stderr
 
 
+def test_a_controlnet_is_pulled_by_its_name_and_its_pickles_are_left(
+    server: HubServer, models: Run, tmp_path: Path
+) -> None:
+    weights = {f"diffusion_pytorch_model{kind}": b"\0" * 200_000 for kind in (".safetensors", ".bin", ".fp16.bin")}
+    server.repos["maker/edges"] = Repo()
+    server.repos["maker/edges"].commit({"config.json": b"{}", "README.md": b"", "sd15.png": b"", **weights})
+    (tmp_path / "own.yaml").write_text(
+        "controlnets:\n  edges: {source: {kind: hub, repo: maker/edges, variant: fp16}}\n"
+    )
+    own = ("--models-file", "own.yaml")
+    pulled = models("pull", "edges", *own)
+    assert pulled.returncode == 0, pulled.stderr
+    folder = Path(pulled.stdout.strip())
+    assert set(files_of(folder)) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    listed = models("list", "--controlnets", "--json", *own).stdout.splitlines()
+    here = {row["name"]: row["here"] for row in map(json.loads, listed)}
+    assert (here["edges"], here["canny"]) == ("downloaded", "not downloaded")
+
+
 @pytest.mark.slow
 def test_a_second_pull_downloads_nothing(server: HubServer, models: Run) -> None:
     assert models("pull", NAME).returncode == 0

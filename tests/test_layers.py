@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "",
         "canvas",
+        "controls",
         "errors",
         "files",
         "hub",
@@ -46,6 +47,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "conditioning.*",
         "comparison",
         "contact_sheet",
+        "control_maps",
+        "controlling",
+        "controlnets",
         "convert",
         "counted",
         "dataset.cache",

@@ -103,7 +103,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(tmp_path_factory: pytest.Temp
 
 
 def test_the_packaged_file_is_sound() -> None:
-    default, models = read_registry_file(packaged_registry_file())
+    default, models, _ = read_registry_file(packaged_registry_file())
     assert default == "starter"
     for spec in models.values():
         assert spec.description, spec.name

@@ -41,6 +41,7 @@ finally:
         ["encode", "--help"],
         ["decode", "--help"],
         ["info", "--help"],
+        ["control-map", "--help"],
         ["compare", "--help"],
         ["grid", "--help"],
         ["noise", "--help"],

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 PACKAGE = Path(__file__).parent.parent / "sdcli"
@@ -60,6 +66,20 @@ def tiny_parts(*, vae_layers: int = 1, hidden_act: str = "quick_gelu", **unet_ch
         "safety_checker": None,
         "feature_extractor": None,
     }
+
+
+def save_tiny_controlnet(folder: Path, model: Path, *, seed: int = 1, **changes: Any) -> Path:
+    """Write a ControlNet for the UNet of a micro model, with random weights where a new one has zeros."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    torch.manual_seed(seed)
+    controlnet = ControlNetModel.from_unet(unet)
+    if changes:
+        controlnet = ControlNetModel.from_config({**controlnet.config, **changes})
+    for name, parameter in controlnet.named_parameters():
+        if not parameter.any():  # the map counts for much, so that parity with another map would be seen
+            torch.nn.init.normal_(parameter, std=10 if name.endswith("conv_out.weight") else 0.1)
+    controlnet.save_pretrained(folder, safe_serialization=True)
+    return folder
 
 
 def save_tiny_pipeline(folder: Path, **changes: Any) -> Path:

@@ -26,6 +26,7 @@ COMMANDS = {
     "decode": "Latents",
     "noise": "Latents",
     "info": "Pictures",
+    "control-map": "Pictures",
     "compare": "Pictures",
     "grid": "Pictures",
     "gallery": "Pictures",

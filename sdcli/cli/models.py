@@ -13,10 +13,11 @@ import typer
 
 from sdcli.cli.console import Console, plain_terminal, printable
 from sdcli.cli.options import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
-from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
+from sdcli.errors import BadWeights, NotFound, Offline, SdcliError, SomeFailed, UsageError
 from sdcli.registry import (
     PACKAGE,
     SUPPORTED_FAMILIES,
+    ControlNetSpec,
     EmbeddedSource,
     FileSource,
     FolderSource,
@@ -45,10 +46,15 @@ NamesArg = Annotated[
 
 
 @app.command("list")
-def list_models(models_file: ModelsFileOpt = None, json: JsonOpt = False) -> None:
+def list_models(
+    controlnets: Annotated[bool, typer.Option("--controlnets", help="The ControlNets instead.")] = False,
+    models_file: ModelsFileOpt = None,
+    json: JsonOpt = False,
+) -> None:
     """List the models that sdcli knows by name; `*` marks the default."""
     console, registry = Console(json=json), load_registry(models_file)
-    rows = [_summary(spec, registry) for spec in registry.models.values()]
+    known = registry.controlnets if controlnets else registry.models
+    rows = [_summary(spec, registry) for spec in known.values()]
     if json:
         for row in rows:
             console.result("", **row)
@@ -99,7 +105,7 @@ def pull(
         from sdcli.hub import megabytes
         from sdcli.hub import pull as pull_from_hub
 
-        spec = registry.find(name)
+        spec = registry.controlnets.get(name) or registry.find(name)
         with _Meter(console, spec.name) as meter:
             report = pull_from_hub(spec, offline=offline, progress=meter.progress)
         for path in report.changed:
@@ -136,7 +142,7 @@ def verify(
     def one(name: str) -> None:
         from sdcli.hub import verify as verify_in_cache
 
-        spec = registry.find(name)
+        spec = registry.controlnets.get(name) or registry.find(name)
         report = verify_in_cache(spec)
         against = "recorded" if report.recorded else "the cache's own names say (nothing was recorded by `pull`)"
         text = "\n".join(f"{spec.name}: {line}" for line in report.differences) or (
@@ -281,10 +287,10 @@ def convert_checkpoint(
 # What stands where
 
 
-def _summary(spec: ModelSpec, registry: Registry) -> dict[str, Any]:
+def _summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, Any]:
     return {
         "name": spec.name,
-        "default": spec.name == registry.default,
+        "default": isinstance(spec, ModelSpec) and spec.name == registry.default,
         "family": spec.family,
         "supported": spec.family in SUPPORTED_FAMILIES,
         "here": _here(spec),
@@ -295,7 +301,7 @@ def _summary(spec: ModelSpec, registry: Registry) -> dict[str, Any]:
     }
 
 
-def _here(spec: ModelSpec) -> str:
+def _here(spec: ModelSpec | ControlNetSpec) -> str:
     match spec.source:
         case EmbeddedSource():
             return "embedded"
@@ -304,8 +310,14 @@ def _here(spec: ModelSpec) -> str:
         case FolderSource(path=path) | FileSource(path=path):
             return "on disk" if path.exists() else "missing"
         case HubSource() as source:
-            from sdcli.hub import cached_commit, first_missing, repo_folder
+            from sdcli.hub import cached_commit, first_missing, local_controlnet, repo_folder
 
+            if isinstance(spec, ControlNetSpec):
+                try:
+                    local_controlnet(source, name=spec.name)
+                except Offline:
+                    return "not downloaded"
+                return "downloaded"
             folder = repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
             if not folder.is_dir():
                 return "not downloaded"

@@ -20,6 +20,7 @@ SPELLED = {"guidance_scale"}
 PANELS = {
     **dict.fromkeys(("model", "negative_prompt", "prompt_template", "loras"), "Model and prompt"),
     **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
+    **dict.fromkeys(("controls", "guess_mode"), "Control"),
 }
 METAVARS = {
     "model": "MODEL",
@@ -33,6 +34,7 @@ METAVARS = {
     "extend": "SIDE=PIXELS,...",
     "upscale": "FACTORx[:STRENGTH[:latent]]",
     "loras": "FILE[:WEIGHT[:TEXT_WEIGHT]]",
+    "controls": "[HOW:]MODEL=IMAGE[:WEIGHT][@START-END]",
 }
 
 

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from sdcli.conditioning.condition import Condition
+from sdcli.denoise.control import Residuals
 from sdcli.lean_imports import UNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w] float32, timestep) -> model output of the same shape, float32 (noise, x0 or v, as trained)."""
 
 
-def unet_predict(unet: UNet, condition: Condition) -> Predict:
-    """The plain network under a condition with one row per row of x."""
+def unet_predict(unet: UNet, condition: Condition, residuals: Residuals = lambda x, t: {}) -> Predict:
+    """The network under a condition with one row per row of x, and with what ControlNets add to its features."""
     dtype = next(unet.parameters()).dtype
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x.to(dtype), t, **condition.inputs, return_dict=False)[0].float()
+        return unet(x.to(dtype), t, **condition.inputs, **residuals(x, t), return_dict=False)[0].float()
 
     return predict
 

@@ -1,0 +1,55 @@
+"""The `control-map` command: a picture as a ControlNet sees it, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.errors import UsageError
+from sdcli.files import check_new, write_whole
+from sdcli.request import parse_size
+
+
+def command(
+    how: Annotated[
+        Literal["canny", "scribble", "softedge", "blur", "tile", "palette", "depth"],
+        typer.Argument(
+            metavar="HOW",
+            help="canny: thin edges. scribble: thick strokes. softedge: soft slopes. blur, tile: without detail. "
+            "palette: blocks of colour. depth: a depth map at hand, stretched to black and white.",
+        ),
+    ],
+    image: Annotated[str, typer.Argument(metavar="IMAGE|-", help="The picture; - reads it from stdin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The map: a .png file.")],
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="WxH", help="Width and height (the picture's own).", show_default=False),
+    ] = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Save the map that `generate --control HOW:MODEL=IMAGE` shows to a ControlNet.
+
+    At the size of the picture to be painted it is that map to the bit: --control MODEL=FILE then paints the same.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"-o names no PNG picture: {output.name!r} should end in .png")
+    wanted = parse_size(size) if size is not None else None
+    if wanted is not None and not all(8 <= side <= 8192 for side in wanted):
+        raise UsageError(f"--size: each side should be from 8 to 8192, not {size}")
+    check_new(output, overwrite=overwrite)
+    from sdcli.control_maps import control_map
+    from sdcli.images import picture_from_bytes
+    from sdcli.inputs import read_input
+    from sdcli.metadata import picture_bytes
+
+    made = control_map(picture_from_bytes(read_input(image), name=image), how, wanted)
+    write_whole(output, picture_bytes(made, "png", None), overwrite=overwrite)
+    console.result(str(output), path=str(output), how=how, width=made.width, height=made.height)

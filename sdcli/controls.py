@@ -1,0 +1,25 @@
+"""What a request's ControlNets see, as far as it shapes the request: that they can have an effect, and which files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdcli.canvas import identified
+from sdcli.errors import UsageError
+from sdcli.model_folder import ModelKind
+from sdcli.request import GenerationRequest
+
+
+def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) -> dict[str, Any]:
+    """The controls with the digests of their pictures.
+
+    Raises UsageError for what would have no effect with this `kind` of model, and what reading the files raises.
+    """
+    if request.guess_mode and not request.controls:
+        raise UsageError("--guess-mode has no effect without --control")
+    if not request.controls:
+        return {}
+    if kind.conditioning != "text":
+        raise UsageError(f"{model} takes no captions, and ControlNets are made for models that do")
+    pinned = (one.model_copy(update={"image": identified(one.image)}) for one in request.controls)
+    return {"controls": tuple(pinned)}
