@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.run_log",
         "training.smoothing",
         "dataset",
+        "sweeping",
         "user_models",
     ),
     # 1: the parts
