@@ -30,11 +30,10 @@ def marked(image: Image.Image, text: str) -> Image.Image:
     """The picture (RGB) with a text in it. Raises BadOutput where it would not be read back."""
     bits = _bits(text)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    if _blocks(pixels).shape[0] < FEWEST_REPEATS * len(bits):
-        raise BadOutput(
-            f"{image.width}x{image.height} pixels are too few for a watermark of {len(text.encode())} bytes"
-        )
     blocks = _blocks(pixels)
+    if len(blocks) < FEWEST_REPEATS * len(bits):
+        size = f"{image.width}x{image.height}"
+        raise BadOutput(f"{size} pixels are too few for a watermark of {len(text.encode())} bytes")
     wanted = np.resize(bits, len(blocks))
     place = np.abs(blocks[:, 1:]).argmax(axis=1) + 1
     rows = np.arange(len(blocks))
