@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.run_log",
         "training.smoothing",
         "dataset",
+        "sweeping",
         "user_models",
     ),
     # 1: the parts
@@ -80,6 +81,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "spaces",
         "start_pictures",
         "starting",
+        "watermark",
         "training.checkpoint",
         "training.objective",
         "training.state_files",
