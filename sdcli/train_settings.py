@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sdcli.errors import NotFound, UsageError
 from sdcli.registry import read_yaml
-from sdcli.request import did_you_mean, first_problem, parse_size
+from sdcli.request import Preprocessor, did_you_mean, first_problem, parse_size
 from sdcli.settings import Device
 
 S = TypeVar("S", bound="TrainSettings")
@@ -161,7 +161,46 @@ class PictureSettings(TrainSettings):
         return self
 
 
-class UnetSettings(PictureSettings):
+class DenoiserSettings(PictureSettings):
+    """What the trainers share that teach to take noise away."""
+
+    caption_dropout: float = _field(
+        0.1,
+        "share of samples with an empty caption, so that guidance works",
+        DATA,
+        ge=0,
+        le=1,
+        also=("--caption-dropout-rate",),
+    )
+    shuffle_caption: bool = _field(False, "shuffle the comma-separated parts of captions", DATA)
+    keep_tokens: int = _field(0, "parts at the front that --shuffle-caption leaves there", DATA, ge=0)
+    caption_prefix: str = _field("", "put before every caption", DATA)
+    prompt_template: str | None = _field(None, "wraps captions, '{prompt}, glossy style' (the model's own)", DATA)
+    cache_latents: bool = _field(True, "encode each picture once, and keep its latents", DATA)
+
+    snr_gamma: float | None = _field(None, "min-SNR weighting; 5 is usual", OBJECTIVE, gt=0, also=("--min-snr-gamma",))
+    noise_offset: float = _field(0.0, "noise per channel, for very dark and bright pictures", OBJECTIVE, ge=0)
+    input_perturbation: float = _field(0.0, "more noise on the input than in the target", OBJECTIVE, ge=0)
+    stratified_timesteps: bool = _field(True, "spread the timesteps of a step evenly", OBJECTIVE)
+
+    sample_prompts: tuple[str, ...] = _field(
+        (),
+        "a prompt of the sample sheets; several times for several",
+        WATCH,
+        also=("--sample-prompt", "--validation-prompts"),
+    )
+    sample_steps: int | None = _field(None, "denoising steps of sample pictures (the model's own)", WATCH, ge=1)
+
+    @model_validator(mode="after")
+    def _every_caption_setting_has_an_effect(self) -> Self:
+        if self.keep_tokens and not self.shuffle_caption:
+            raise ValueError("--keep-tokens has no effect without --shuffle-caption")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError("--prompt-template has no {prompt} in it, where the captions go")
+        return self
+
+
+class UnetSettings(DenoiserSettings):
     """`sdcli train-unet`."""
 
     model: str | None = _field(
@@ -191,20 +230,6 @@ class UnetSettings(PictureSettings):
     )
     lora_dropout: float = _field(0.0, "share of LoRA's inputs that are zeroed", MODEL, ge=0, lt=1)
 
-    caption_dropout: float = _field(
-        0.1,
-        "share of samples with an empty caption, so that guidance works",
-        DATA,
-        ge=0,
-        le=1,
-        also=("--caption-dropout-rate",),
-    )
-    shuffle_caption: bool = _field(False, "shuffle the comma-separated parts of captions", DATA)
-    keep_tokens: int = _field(0, "parts at the front that --shuffle-caption leaves there", DATA, ge=0)
-    caption_prefix: str = _field("", "put before every caption", DATA)
-    prompt_template: str | None = _field(None, "wraps captions, '{prompt}, glossy style' (the model's own)", DATA)
-    cache_latents: bool = _field(True, "encode each picture once, and keep its latents", DATA)
-
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = _field(
         None, "what the UNet learns to predict (the model's own)", OBJECTIVE
     )
@@ -216,18 +241,6 @@ class UnetSettings(PictureSettings):
     rescale_betas_zero_snr: bool | None = _field(
         None, "let the last step be pure noise", OBJECTIVE, also=("--zero-terminal-snr",)
     )
-    snr_gamma: float | None = _field(None, "min-SNR weighting; 5 is usual", OBJECTIVE, gt=0, also=("--min-snr-gamma",))
-    noise_offset: float = _field(0.0, "noise per channel, for very dark and bright pictures", OBJECTIVE, ge=0)
-    input_perturbation: float = _field(0.0, "more noise on the input than in the target", OBJECTIVE, ge=0)
-    stratified_timesteps: bool = _field(True, "spread the timesteps of a step evenly", OBJECTIVE)
-
-    sample_prompts: tuple[str, ...] = _field(
-        (),
-        "a prompt of the sample sheets; several times for several",
-        WATCH,
-        also=("--sample-prompt", "--validation-prompts"),
-    )
-    sample_steps: int | None = _field(None, "denoising steps of sample pictures (the model's own)", WATCH, ge=1)
 
     @model_validator(mode="after")
     def _every_unet_setting_has_an_effect(self) -> Self:
@@ -244,13 +257,9 @@ class UnetSettings(PictureSettings):
             raise ValueError("--text-encoder-lr has no effect without --train-text-encoder")
         if self.train_text_encoder and (self.unconditional or self.class_conditional or self.space == "pixel"):
             raise ValueError("--train-text-encoder has no effect where there are no captions")
-        if self.keep_tokens and not self.shuffle_caption:
-            raise ValueError("--keep-tokens has no effect without --shuffle-caption")
         captions = {"shuffle_caption", "caption_prefix", "prompt_template", "caption_column"} & self.given()
         if captions and (self.unconditional or self.class_conditional):
             raise ValueError(f"--{min(captions).replace('_', '-')} has no effect without captions")
-        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
-            raise ValueError("--prompt-template has no {prompt} in it, where the captions go")
         if self.unconditional and "caption_dropout" in self.given():
             raise ValueError("--caption-dropout has no effect with --unconditional")
         if self.space == "pixel" and (self.vae or self.model):
@@ -259,6 +268,33 @@ class UnetSettings(PictureSettings):
             raise ValueError(
                 "--space pixel starts from random weights: add --from-scratch pixel, or a unet/config.json"
             )
+        return self
+
+
+class ControlNetSettings(DenoiserSettings):
+    """`sdcli train-controlnet`."""
+
+    model: str | None = _field(
+        None, "what it is to guide: a name, a folder, a file (default: the embedded one); stays as it is", MODEL
+    )
+    controlnet: str | None = _field(
+        None, "go on with this ControlNet: a name, a folder, a file (default: a new one, made of the UNet)", MODEL
+    )
+
+    conditioning_image_column: str | None = _field(
+        None, "column with the map that belongs to the picture (conditioning_image)", DATA
+    )
+    conditioning_data_dir: str | None = _field(None, "folder with the maps, under the names of the pictures", DATA)
+    preprocessor: Preprocessor | None = _field(None, "make the maps of the pictures themselves", DATA)
+
+    @model_validator(mode="after")
+    def _every_controlnet_setting_has_an_effect(self) -> Self:
+        names = ("conditioning_image_column", "conditioning_data_dir", "preprocessor")
+        typed = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        if len(typed) > 1:
+            raise ValueError(f"{' and '.join(typed)} both say where the maps come from; give one")
+        if self.preprocessor == "none":
+            raise ValueError("--preprocessor none makes no maps; without it they are taken as they are")
         return self
 
 

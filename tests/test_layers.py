@@ -60,6 +60,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "dataset.folders",
         "dataset.framing",
         "dataset.hub_files",
+        "dataset.pairs",
         "dataset.parquet",
         "dataset.records",
         "dataset.shards",

@@ -33,6 +33,7 @@ finally:
         ["generate", "--scheduler", "help"],
         ["generate", "--dry-run", "an apple"],
         ["train-unet", "--help"],
+        ["train-controlnet", "--help"],
         ["train-vae", "--help"],
         ["train-text-encoder", "--help"],
         ["dataset", "--help"],

@@ -128,7 +128,7 @@ def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = train_unet(pictures, tmp_path / "cached", max_train_steps=3)
-    monkeypatch.setattr("sdcli.training.unet_session.MOST_TEXT_BYTES", 1)
+    monkeypatch.setattr("sdcli.training.encoded.MOST_TEXT_BYTES", 1)
     looped = train_unet(pictures, tmp_path / "looped", max_train_steps=3)
     losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, looped)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -20,7 +20,14 @@ from sdcli.cli.stopping import GracefulStop
 from sdcli.cli.training import Asked, Trainer, _resolved
 from sdcli.errors import CannotWrite, Interrupted, UsageError
 from sdcli.registry import load_registry
-from sdcli.train_settings import TextSettings, TrainSettings, UnetSettings, VaeSettings, settings_from
+from sdcli.train_settings import (
+    ControlNetSettings,
+    TextSettings,
+    TrainSettings,
+    UnetSettings,
+    VaeSettings,
+    settings_from,
+)
 from sdcli.training.events import Noted, Sampled
 from sdcli.training.loop import make_accelerator
 from sdcli.training.run_folder import begin, check_free
@@ -130,7 +137,7 @@ def test_a_limit_in_a_config_file_replaces_the_one_the_run_began_with(tmp_path: 
     assert (data, settings.seed, settings.max_train_steps, settings.num_train_epochs) == ("pictures", 7, 3, None)
 
 
-@pytest.mark.parametrize("kind", [UnetSettings, VaeSettings, TextSettings])
+@pytest.mark.parametrize("kind", [UnetSettings, ControlNetSettings, VaeSettings, TextSettings])
 def test_every_name_of_every_setting_is_an_option(kind: type[TrainSettings]) -> None:
     @settings_options(kind)
     def command(*, typed: dict[str, Any]) -> None: ...

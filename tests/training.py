@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from sdcli.registry import load_registry
-from sdcli.train_settings import UnetSettings, settings_from
+from sdcli.train_settings import ControlNetSettings, UnetSettings, settings_from
+from sdcli.training.controlnet_session import ControlNetSession
 from sdcli.training.events import Event
 from sdcli.training.session import Session
 from sdcli.training.unet_session import UnetSession
@@ -64,6 +65,18 @@ def train_unet(data: Path, run: Path, *, resume: bool = False, **changes: Any) -
     values = {**quick, "cache_dir": run.parent / "cache", **changes}
     settings = settings_from(UnetSettings, {name: value for name, value in values.items() if value is not None})
     return run_session(UnetSession(str(data), run, settings, load_registry()), resume=resume)
+
+
+def controlnet_session(data: Path, run: Path, **changes: Any) -> ControlNetSession:
+    """The session of `sdcli train-controlnet` on miniature networks."""
+    fresh_accelerator()
+    values = {**QUICK, "cache_dir": run.parent / "cache", **changes}
+    return ControlNetSession(str(data), run, settings_from(ControlNetSettings, values), load_registry())
+
+
+def train_controlnet(data: Path, run: Path, *, resume: bool = False, **changes: Any) -> list[Event]:
+    """`sdcli train-controlnet` in this process."""
+    return run_session(controlnet_session(data, run, **changes), resume=resume)
 
 
 def fresh_accelerator() -> None:

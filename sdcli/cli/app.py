@@ -18,6 +18,7 @@ from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
 COMMANDS = {
     "generate": "Paint",
     "train-unet": "Train",
+    "train-controlnet": "Train",
     "train-vae": "Train",
     "train-text-encoder": "Train",
     "dataset": "Train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from collections import Counter
@@ -296,6 +297,32 @@ def _tables_of(
         name: read_table(tree.root / name, name=name, image_column=image_column, caption_column=caption_column)
         for name in names
     }
+
+
+def named_in_tables(pictures: LooseFiles, column: str, *, image_column: str | None, required: bool) -> dict[str, str]:
+    """Picture -> the picture that its row names in another column, as paths relative to the set's root.
+
+    Empty where no table has such a column and it is not `required`. Raises UsageError and BadPicture.
+    """
+    tree = scan(pictures.root)
+    known, found = set(tree.pictures), {}
+    for name in _tables_of(tree, [item.name for item in pictures], image_column=image_column, caption_column=None):
+        folder = PurePosixPath(name).parent
+        try:
+            others = read_table(tree.root / name, name=name, image_column=column, caption_column=None)
+        except UsageError:
+            if required:
+                raise
+            continue
+        own = read_table(tree.root / name, name=name, image_column=image_column, caption_column=None)
+        other_of = {row.place: row.file for row in others.rows}
+        for row in own.rows:
+            with contextlib.suppress(Unusable):  # listing the pictures, or looking at the maps, tells of it
+                target = other_of.get(row.place)
+                found.update(
+                    {} if target is None else {_target(folder, row.file, known): _target(folder, target, known)}
+                )
+    return found
 
 
 def _listed_in_tables(

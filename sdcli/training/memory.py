@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sdcli.latents import cell
 from sdcli.train_settings import TrainSettings
+from sdcli.training.controlnet import ControlNetTask
 from sdcli.training.unet import UnetTask
 from sdcli.training.vae import VaeTask, plain
 
@@ -23,24 +25,44 @@ MOMENTS = {"adamw": 2.0, "adamw-8bit": 0.5, "sgd": 1.0}
 
 def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
     """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
-    unet: Any = task.networks["unet"]
+    run = _denoising(task, settings, size)
+    frozen = [part for part in (task.frozen_text_encoder, task.vae) if part is not None]
+    return _total([*task.networks.values(), *frozen], settings, _activations(task.networks["unet"], run, settings))
+
+
+def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
+    """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
+    run = _denoising(task, settings, size)
+
+    def run_controlnet(network: Any) -> None:
+        run(partial(network, controlnet_cond=torch.empty(settings.train_batch_size, 3, size[1], size[0])))
+
+    activations = _activations(task.unet, run, settings)  # its first half keeps none, as it has no trained input
+    activations += _activations(task.networks["controlnet"], run_controlnet, settings)
+    frozen = [part for part in (task.unet, task.frozen_text_encoder, task.vae) if part is not None]
+    return _total([*task.networks.values(), *frozen], settings, activations)
+
+
+def _denoising(task: UnetTask, settings: TrainSettings, size: tuple[int, int]) -> Callable[[Any], None]:
+    """A pass through a denoiser with inputs as a batch of that size has them."""
     factor = 1 if task.vae is None else cell(task.vae)
     width, height = size[0] // factor, size[1] // factor
 
     def run(network: Any) -> None:
+        plain: Any = network.func if isinstance(network, partial) else network
+        config = plain.config
         batch = settings.train_batch_size
         inputs: dict[str, Any] = {
-            "sample": torch.empty(batch, unet.config.in_channels, height, width),
+            "sample": torch.empty(batch, config.in_channels, height, width),
             "timestep": torch.zeros(batch, dtype=torch.long),
         }
-        if "cross_attention_dim" in unet.config:
-            inputs["encoder_hidden_states"] = torch.empty(batch, 77, unet.config.cross_attention_dim)
-        if unet.config.get("num_class_embeds"):
+        if "cross_attention_dim" in config:
+            inputs["encoder_hidden_states"] = torch.empty(batch, 77, config.cross_attention_dim)
+        if config.get("num_class_embeds"):
             inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
         network(**inputs)
 
-    frozen = [part for part in (task.frozen_text_encoder, task.vae) if part is not None]
-    return _total([*task.networks.values(), *frozen], settings, _activations(unet, run, settings))
+    return run
 
 
 def vae_memory(task: VaeTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:

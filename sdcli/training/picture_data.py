@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +70,15 @@ class PictureData:
         return Order(
             {size: np.array(indices) for size, indices in buckets.items()}, batch, seed, blocks=blocks, buffer=buffer
         )
+
+    def contents(self) -> dict[str, Any]:
+        """What every usable picture is, by its name: a resumed run must find the same."""
+        named = ((self.pictures[int(index)], self.digests[int(index)]) for index in self.used)
+        return {item.name: (digest, item.captions) for item, digest in named}
+
+    def buckets(self) -> dict[str, int]:
+        """How many trained pictures each bucket has, by its size: `512x768`."""
+        return dict(Counter("{}x{}".format(*self.sizes[index]) for index in self.trained.tolist()))
 
     def texts(self) -> list[tuple[str, ...]]:
         """The captions of every usable picture."""

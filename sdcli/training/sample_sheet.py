@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.contact_sheet import contact_sheet, write_sheet
+from sdcli.controlnets import PART
 from sdcli.engine import paint_pictures
+from sdcli.files import write_whole
 from sdcli.images import from_pixels
 from sdcli.loading import model_in_memory
+from sdcli.metadata import picture_bytes
 from sdcli.pipeline import Painter
 from sdcli.registry import FolderSource, ModelDefaults, ModelSpec, resolve
-from sdcli.request import GenerationRequest
+from sdcli.request import Control, FileRef, GenerationRequest
 from sdcli.training.task import Networks
 
 MOST = 16
@@ -32,10 +37,12 @@ class SampleSheet:
     defaults: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
     frozen: Mapping[str, nn.Module]
-    """`vae` and `text_encoder`, as far as the model has them."""
+    """`vae` and `text_encoder`, as far as the model has them; also the `unet` where a ControlNet is trained."""
     tokenizer: ClipTokenizer | None = None
     classes: Sequence[str] | None = None
     steps: int | None = None
+    maps: Sequence[Image.Image] = ()
+    """With a ControlNet: what it sees, one for each prompt; they are written into RUN/samples, too."""
 
     def __call__(self, networks: Networks, step: int, folder: Path) -> list[Path]:
         """Paint with the networks as they are now; returns the sheet. Raises BadOutput for NaN."""
@@ -44,7 +51,10 @@ class SampleSheet:
             source=FolderSource(kind="folder", path=folder.parent),
             defaults=ModelDefaults.model_validate(self.defaults),
         )
-        parts = {**self.frozen, **networks}
+        parts = {
+            **self.frozen,
+            **{PART + self.name if name == "controlnet" else name: networks[name] for name in networks},
+        }
         model = model_in_memory(
             spec,
             scheduler_config=self.scheduler_config,
@@ -57,16 +67,30 @@ class SampleSheet:
             network.to(model.device)
         painter = Painter.of(model)
         requests = [
-            resolve(GenerationRequest(prompt=prompt, seed=seed, steps=self.steps), model.spec)
-            for seed, prompt in enumerate(self.prompts)
+            resolve(GenerationRequest(prompt=prompt, seed=seed, steps=self.steps, controls=controls), model.spec)
+            for seed, (prompt, controls) in enumerate(zip(self.prompts, self._controls(folder), strict=True))
         ]
         pictures = [from_pixels(painted.pixels) for painted in paint_pictures(painter, requests)]
+        labels, columns = [request.prompt for request in requests], None
+        if self.maps:  # each beside what it led to
+            columns = 2 * math.ceil(math.sqrt(len(pictures) / 2))
+            pictures = [one for pair in zip(self.maps, pictures, strict=True) for one in pair]
+            labels = [one for label in labels for one in ("", label)]
         path = folder / f"step-{step}.png"
         enlarge = max(1, 64 // pictures[0].width)
-        sheet = contact_sheet(pictures, labels=[request.prompt for request in requests], enlarge=enlarge)
+        sheet = contact_sheet(pictures, labels=labels, columns=columns, enlarge=enlarge)
         settings = {"step": step, "requests": [request.model_dump(by_alias=True) for request in requests]}
         write_sheet(path, sheet, settings, overwrite=True)
         return [path]
+
+    def _controls(self, folder: Path) -> list[tuple[Control, ...]]:
+        """What each picture's ControlNet sees."""
+        if not self.maps:
+            return [()] * len(self.prompts)
+        paths = [folder / f"map-{number}.png" for number in range(len(self.maps))]
+        for path, picture in zip(paths, self.maps, strict=True):
+            write_whole(path, picture_bytes(picture, "png", None), overwrite=True)
+        return [(Control(model=self.name, image=FileRef(path=str(path))),) for path in paths]
 
 
 def default_prompts(captions: Sequence[tuple[str, ...]], classes: Sequence[str], *, unconditional: bool) -> list[str]:

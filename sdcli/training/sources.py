@@ -10,10 +10,19 @@ from torch import Tensor
 from sdcli import counted
 from sdcli.dataset.cache import CachedLatents, EncodedLatents, sample_latents
 from sdcli.dataset.framing import Framing, frame
-from sdcli.dataset.records import PictureSet
-from sdcli.images import picture_from_bytes, to_pixels
+from sdcli.dataset.records import Item
+from sdcli.images import from_pixels, picture_from_bytes, to_pixels
+from sdcli.request import Preprocessor
 from sdcli.spaces import in_pixel_space
 from sdcli.training.task import Draw
+
+
+class Readable(Protocol):
+    """Pictures by index: what there is to a `PictureSet`, and to the maps that belong to one."""
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+    def read(self, index: int, /) -> bytes: ...
 
 
 class Source(Protocol):
@@ -30,7 +39,7 @@ class Source(Protocol):
 class Pixels:
     """Pictures read from their files; the crop and the flip of a sample are counted randomness."""
 
-    pictures: PictureSet
+    pictures: Readable
     framing: Framing
     seed: int
     flip: bool = False
@@ -82,6 +91,29 @@ class Latents:
     def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
         mean, _ = self.cached[index, False]
         return {"x0": mean.float() * self.scaling}
+
+
+@dataclass(frozen=True)
+class WithMaps:
+    """A source whose items have a `map` [3, H, W] in 0..1 too, framed and mirrored as the picture is."""
+
+    source: Source
+    maps: Pixels
+    """What the maps are, or are made of; a sample's crop and flip are those of the picture."""
+    preprocessor: Preprocessor = "none"
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        return {**self.source.item(draw), "map": self._map(self.maps.item(draw))}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {**self.source.fixed(index, size), "map": self._map(self.maps.fixed(index, size))}
+
+    def _map(self, framed: dict[str, Tensor]) -> Tensor:
+        if self.preprocessor == "none":
+            return framed["pixels"]
+        from sdcli.control_maps import PREPROCESSORS  # scipy takes 0.6 s
+
+        return to_pixels(PREPROCESSORS[self.preprocessor](from_pixels(framed["pixels"])))
 
 
 def flipped(seed: int, counter: int) -> bool:

@@ -83,7 +83,7 @@ class UnetTask:
             }
             for name, network in self.networks.items()
         ]
-        self.phases = (Phase("unet", groups, self.loss),)
+        self.phases = (Phase(next(iter(self.networks)), groups, self.loss),)
 
     # Samples
 
@@ -122,13 +122,19 @@ class UnetTask:
         noised = add_noise(
             objective.schedule, x0, batch["input_noise"] if "input_noise" in batch else batch["noise"], batch["t"]
         )
-        output = networks["unet"](noised, batch["t"], **self._condition(networks, batch), return_dict=False)[0]
+        output = self.predicted(networks, noised, batch)
         weights = None
         if weighted and objective.snr_gamma is not None:
             weights = snr_weights(objective.schedule, batch["t"], objective.snr_gamma)
         return diffusion_loss(output, target(objective.schedule, x0, batch["noise"], batch["t"]), weights)
 
-    def _condition(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+    def predicted(self, networks: Networks, noised: Tensor, batch: Batch) -> Tensor:
+        """What the denoiser makes of noised latents [B, C, h, w] at `t`, under the batch's condition."""
+        output: Tensor = networks["unet"](noised, batch["t"], **self.condition(networks, batch), return_dict=False)[0]
+        return output
+
+    def condition(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """The condition by the names that diffusers' networks take it under."""
         if "label" in batch:
             return {"class_labels": batch["label"]}
         if "hidden" in batch:
@@ -173,7 +179,7 @@ class UnetTask:
             return {}
         total = len(self.objective.schedule.alphas_cumprod)
         levels = [int((level + 0.5) * total / VALIDATION_TIMES) for level in range(VALIDATION_TIMES)]
-        device = next(networks["unet"].parameters()).device
+        device = next(next(iter(networks.values())).parameters()).device
         sums = torch.zeros(VALIDATION_TIMES)
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, size in self.held_out:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
-import torch
 from torch import nn
 
-from sdcli.conditioning.tokenizer import ClipTokenizer
-from sdcli.dataset.cache import (
-    LATENTS,
-    TEXTS,
-    CachedLatents,
-    CachedTexts,
-    EncodedLatents,
-    TextKeys,
-    check_same_vae,
-)
-from sdcli.dataset.cache_store import TensorStore
-from sdcli.dataset.encode_cache import CacheProgress, fill_latents, fill_texts
+from sdcli.dataset.cache import CachedLatents, EncodedLatents, check_same_vae
 from sdcli.dataset.folders import LatentFiles
 from sdcli.denoise.attention import use_plain_small_attention
-from sdcli.devices import free_memory
 from sdcli.errors import UsageError
 from sdcli.latents import cell, scaling_factor
 from sdcli.lean_imports import UNet2DConditionModel
 from sdcli.loading import LoadedModel, load_model
 from sdcli.registry import ModelDefaults, ModelSpec, Registry
-from sdcli.train_settings import UnetSettings, cache_folder
+from sdcli.train_settings import UnetSettings
 from sdcli.training import model_parts
-from sdcli.training.captions import CaptionRules
 from sdcli.training.conditions import Conditions, Labels, Nothing, Texts
-from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.encoded import computes_in_half, encoded_captions, encoded_pictures, in_half
+from sdcli.training.events import Event, Preparing
 from sdcli.training.lora import TARGETS, TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
@@ -46,10 +32,6 @@ from sdcli.training.sample_sheet import SampleSheet, default_prompts
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Latents, Pixels, PixelSpace, Source
 from sdcli.training.unet import Objective, UnetTask
-
-N = TypeVar("N", bound=nn.Module)
-MOST_TEXT_BYTES = 2 * 2**30
-"""Text states that are cached; beyond, reading them back costs more than encoding them."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +104,8 @@ class UnetSession(Session[UnetSettings]):
                 "pictures": len(data.trained),
                 "held_out": len(data.held_out),
                 "dropped": data.dropped,
-                "data_fingerprint": fingerprint(
-                    {
-                        data.pictures[int(i)].name: (data.digests[int(i)], data.pictures[int(i)].captions)
-                        for i in data.used
-                    }
-                ),
-                "buckets": {f"{w}x{h}": n for (w, h), n in _counted(data).items()},
+                "data_fingerprint": fingerprint(data.contents()),
+                "buckets": data.buckets(),
                 "trained_parameters": sum(
                     p.numel() for n in networks.values() for p in n.parameters() if p.requires_grad
                 ),
@@ -273,7 +250,6 @@ class UnetSession(Session[UnetSettings]):
 
     def _source(self, model: _Model, data: PictureData) -> Generator[Event, None, Source]:
         settings = self.settings
-        pixels = Pixels(data.pictures, data.framing, settings.seed, flip=settings.random_flip)
         if data.pictures.kind == "latents":
             if model.vae_of is None:
                 raise UsageError(f"--space pixel cannot train on {self.data}, which holds latents")
@@ -281,38 +257,13 @@ class UnetSession(Session[UnetSettings]):
             check_same_vae(files, model.vae_of)
             return Latents(EncodedLatents(files), scaling_factor(model.vae_of.vae), settings.seed)
         if model.vae_of is None:
+            pixels = Pixels(data.pictures, data.framing, settings.seed, flip=settings.random_flip)
             return PixelSpace(pixels, channels=int(model.unet.config.in_channels))  # type: ignore[union-attr,arg-type]
-        if not settings.cache_latents or settings.random_crop:
-            if settings.random_crop and settings.cache_latents:
-                yield Noted("latents are not cached: --random-crop cuts each sample anew, so it is encoded each time")
-            return pixels
-        store = TensorStore(cache_folder(settings.cache_dir), LATENTS)
-        filling = fill_latents(
-            data.pictures,
-            data.used,
-            [data.sizes[int(index)] for index in data.used],
-            model=self._encoding(model.vae_of),
-            store=store,
-            digests=data.digests,
-            flips=settings.random_flip,
-        )
-        last = yield from _shown(filling, "encoding pictures")
-        assert last.latents is not None
-        for dropped in last.latents.dropped:
-            yield Noted(f"dropped {dropped.name}: {dropped.reason}")
-        cached = CachedLatents(store, last.latents, budget=_budget())
-        return Latents(cached, scaling_factor(model.vae_of.vae), settings.seed, flip=settings.random_flip)
+        return (yield from encoded_pictures(data, settings, model.vae_of, half=self._half))
 
-    def _encoding(self, model: LoadedModel) -> LoadedModel:
-        """The model whose VAE fills the cache: where a CPU trains in bfloat16, `load_model` in that format gives it."""
-        vae = self._in_half(model.vae)
-        return model if vae is model.vae else replace(model, dtype=torch.bfloat16, parts={**model.parts, "vae": vae})
-
-    def _in_half(self, frozen: N) -> N:
-        """A frozen network as a CPU that trains in bfloat16 computes it: a copy, since float32 paints pictures."""
-        if self.accelerator.device.type != "cpu" or self.settings.mixed_precision != "bf16":
-            return frozen
-        return copy.deepcopy(frozen).to(torch.bfloat16)
+    @property
+    def _half(self) -> bool:
+        return computes_in_half(settings=self.settings, device=self.accelerator.device)
 
     def _conditions(self, model: _Model, data: PictureData) -> Generator[Event, None, Conditions]:
         settings = self.settings
@@ -324,32 +275,17 @@ class UnetSession(Session[UnetSettings]):
             )
         if model.text_of is None:
             return Nothing()
-        template = settings.prompt_template
-        if template is None:
-            template = model.defaults.prompt_template if model.defaults is not None else "{prompt}"
-        rules = CaptionRules(
-            dropout=settings.caption_dropout,
-            shuffle=settings.shuffle_caption,
-            keep=settings.keep_tokens,
-            prefix=settings.caption_prefix,
-            template=template,
+        base = model.defaults.prompt_template if model.defaults is not None else "{prompt}"
+        return (
+            yield from encoded_captions(
+                data,
+                settings,
+                model.text_of,
+                template=base,
+                ignored=settings.unconditional,
+                trained=settings.train_text_encoder,
+            )
         )
-        tokenizer: ClipTokenizer = model_parts.tokenizer_of(model.text_of)
-        texts = Texts(data.pictures, rules, settings.seed, tokenizer=tokenizer, ignored=settings.unconditional)
-        countable = [rules.all_texts(() if settings.unconditional else captions) for captions in data.texts()]
-        if settings.train_text_encoder or None in countable:
-            return texts
-        wanted = sorted({text for some in countable if some for text in some})
-        config = model.text_of.text_encoder.config
-        # not by the memory that is free: a run must not compute otherwise when it is resumed
-        if len(wanted) * config.max_position_embeddings * config.hidden_size * 4 > MOST_TEXT_BYTES:
-            size = f"{MOST_TEXT_BYTES / 2**30:.0f} GiB"
-            yield Noted(f"captions are encoded as they are needed: their text states would take more than {size}")
-            return texts
-        store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
-        yield from _shown(fill_texts(wanted, model=model.text_of, store=store), "encoding captions")
-        states = CachedTexts(store, TextKeys.of(model.text_of), wanted, budget=_budget())
-        return Texts(data.pictures, rules, settings.seed, states=states, ignored=settings.unconditional)
 
     # The task
 
@@ -390,7 +326,7 @@ class UnetSession(Session[UnetSettings]):
         frozen_text = None
         if isinstance(conditions, Texts) and conditions.states is None and not settings.train_text_encoder:
             assert model.text_of is not None
-            frozen_text = self._in_half(model.text_of.text_encoder)
+            frozen_text = in_half(model.text_of.text_encoder) if self._half else model.text_of.text_encoder
         return UnetTask(
             networks=networks,
             objective=Objective(
@@ -473,26 +409,3 @@ def _unchanging(model: _Model, networks: dict[str, nn.Module], loras: dict[str, 
         for part, loaded in of.items()
         if loaded is not None and (part not in networks or part in loras)
     }
-
-
-def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None, CacheProgress]:
-    """A cache's progress as events; returns the last one."""
-    progress = None
-    for progress in filling:
-        for note in progress.notes:
-            yield Noted(note)
-        yield Preparing(what, progress.done, progress.total)
-    assert progress is not None
-    return progress
-
-
-def _budget() -> int:
-    """Bytes of cached tensors that may be held in memory: a quarter of what is free."""
-    return free_memory(torch.device("cpu")) // 4
-
-
-def _counted(data: PictureData) -> dict[tuple[int, int], int]:
-    counts: dict[tuple[int, int], int] = {}
-    for index in data.trained.tolist():
-        counts[data.sizes[index]] = counts.get(data.sizes[index], 0) + 1
-    return counts
