@@ -76,6 +76,7 @@ def a1111_text(request: GenerationRequest, *, version: str, model_hash: str | No
         "CFG scale": _shortest(request.guidance_scale),
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
+        "Clip skip": request.clip_skip if request.clip_skip != 1 else None,
         "Model hash": model_hash,
         "Model": request.model and _a1111_model(request.model),
         "Eta": _shortest(request.eta) if row and row.uses_eta and request.eta else None,
@@ -118,7 +119,12 @@ def read_a1111(text: str) -> Foreign | None:
     if negative or pairs:
         found["negative_prompt"] = negative
     unmapped: dict[str, Any] = dict(pairs)
-    for key, field in {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed"}.items():
+    for key, field in {
+        "Steps": "steps",
+        "CFG scale": "guidance_scale",
+        "Seed": "seed",
+        "Clip skip": "clip_skip",
+    }.items():
         if key in unmapped:
             found[field] = unmapped.pop(key)
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.get("Size", "")):

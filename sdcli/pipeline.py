@@ -12,10 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
-from sdcli.conditioning.condition import Condition
+from sdcli.conditioning.condition import Conditions
 from sdcli.conditioning.encode import Encode, encoding_of
 from sdcli.denoise.loop import Step, denoise
-from sdcli.denoise.predict import Predict, guided, scaled_input, unet_predict, with_scale
+from sdcli.denoise.predict import (
+    Predict,
+    composed,
+    guided,
+    scaled_input,
+    steps_by_timestep,
+    stepwise,
+    unet_predict,
+    with_scale,
+)
 from sdcli.denoise.sampler import advance_with, make_scheduler
 from sdcli.errors import BadOutput, UsageError
 from sdcli.latents import generators_for, initial_noise
@@ -50,7 +59,7 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[S
     noise = initial_noise(generators, shape).to(model.device)
 
     for step in denoise(
-        scaled_input(predict_for(painter, requests), scheduler),
+        scaled_input(predict_for(painter, requests, scheduler), scheduler),
         advance_with(scheduler, generators, eta=known(shared.eta)),
         noise * scheduler.init_noise_sigma,
         scheduler.timesteps,
@@ -65,20 +74,41 @@ def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
     return painter.space.decode(latents[None], tiled=tiled)[0]
 
 
-def predict_for(painter: Painter, requests: Sequence[GenerationRequest]) -> Predict:
+def predict_for(painter: Painter, requests: Sequence[GenerationRequest], scheduler: Any) -> Predict:
     """The network under the requests' prompts: guided from outside, guided by an input of its own, or not at all."""
     shared, unet = requests[0], painter.model.unet
-    condition = painter.encode(request.painted_prompt for request in requests)
-    scale_size = unet.config.get("time_cond_proj_dim")
-    if scale_size is not None:
-        if any(request.negative_prompt for request in requests):
-            name = painter.model.spec.name
-            raise UsageError(f"{name} was distilled without negative prompts; one would have no effect")
-        return unet_predict(unet, with_scale(condition, known(shared.guidance_scale), size=scale_size))
-    if not shared.guided:
+    conditions, size = conditions_for(painter, requests), guidance_input(painter)
+
+    def predict_at(step: int) -> Predict:
+        condition = conditions.at(step)
+        if size is not None:
+            condition = with_scale(condition, known(shared.guidance_scale), size=size)
         return unet_predict(unet, condition)
-    unconditional = painter.encode(known(request.negative_prompt) for request in requests)
-    return guided(unet_predict(unet, Condition.rows([unconditional, condition])), known(shared.guidance_scale))
+
+    predict = predict_at(1)
+    if conditions.changes:
+        predict = stepwise(predict_at, steps_by_timestep(scheduler.timesteps, known(shared.steps)))
+    if conditions.weights:
+        predict = composed(predict, conditions.weights)
+    return guided(predict, known(shared.guidance_scale)) if shared.guided and size is None else predict
+
+
+def conditions_for(painter: Painter, requests: Sequence[GenerationRequest]) -> Conditions:
+    """What the requests tell the network, remembered by the encoder. Raises UsageError for what would have no effect.
+
+    They are alike: `painter.encode.shape` is the same for all.
+    """
+    distilled = guidance_input(painter) is not None
+    conditions = painter.encode(requests, guided=requests[0].guided and not distilled)
+    if distilled and (conditions.weights or any(request.negative_prompt for request in requests)):
+        what = "AND" if conditions.weights else "negative prompts"
+        raise UsageError(f"{painter.model.spec.name} was distilled without {what}; that would have no effect")
+    return conditions
+
+
+def guidance_input(painter: Painter) -> int | None:
+    """The size of the guidance scale as an input of the network, where it was distilled to take one (LCM)."""
+    return painter.model.unet.config.get("time_cond_proj_dim")
 
 
 def scheduler_for(model: LoadedModel, request: GenerationRequest) -> Any:

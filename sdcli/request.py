@@ -7,14 +7,16 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sdcli.conditioning.prompt import wrapped
 from sdcli.errors import UsageError
 from sdcli.schedulers import SCHEDULERS
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no prompt syntax: brackets were text."""
 MAX_SEED = 2**63 - 1
 T = TypeVar("T")
 
@@ -27,6 +29,30 @@ ALIASES = {
     "text": "prompt",
 }
 """What other tools call our fields; accepted wherever a request is read as data."""
+
+
+class EmbeddingRef(BaseModel):
+    """A textual inversion embedding; also read from its spelling as a flag, `FILE` or `FILE=WORD`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(min_length=1, max_length=4096)
+    token: str | None = None
+    """The word of the prompt that its vectors stand for."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_spelling(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        path, separator, token = value.rpartition("=")
+        if not separator or value.lower().endswith(".safetensors"):
+            return {"path": value}
+        return {"path": path, "token": token}
+
+    def __str__(self) -> str:
+        return self.path if self.token is None else f"{self.path}={self.token}"
 
 
 class GenerationRequest(BaseModel):
@@ -43,6 +69,23 @@ class GenerationRequest(BaseModel):
     negative_prompt: str | None = Field(None, description="what to keep out; needs a guidance scale above 1")
     prompt_template: str | None = Field(
         None, description="wraps the prompt before the text encoder sees it: '{prompt}, glossy style'"
+    )
+    prompt_syntax: Literal["a1111", "plain"] | None = Field(
+        None,
+        description="how prompts are read; a1111: (word:1.3), [a:b:0.5], [a|b], AND, BREAK, any length; "
+        "plain: text, cut to the text encoder's length",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
+        "as A1111 counts (diffusers calls that 1)",
+    )
+    embeddings: tuple[EmbeddingRef, ...] | None = Field(
+        None,
+        description="a textual inversion embedding: its word in a prompt, by default the file's name, stands for its "
+        "vectors; may be repeated",
     )
     model: str | None = Field(None, description="a name from models.yaml, a folder, a .safetensors file or owner/name")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="where the noise starts; drawn and told if not given")
@@ -95,8 +138,13 @@ class GenerationRequest(BaseModel):
 
     @property
     def painted_prompt(self) -> str:
-        """The text that the text encoder sees: the prompt inside its template."""
-        return (self.prompt_template or "{prompt}").replace("{prompt}", self.prompt)
+        """The text that the text encoder sees: the prompt inside its template, or each of those that AND joins."""
+        template = self.prompt_template or "{prompt}"
+        return (
+            template.replace("{prompt}", self.prompt)
+            if self.prompt_syntax == "plain"
+            else wrapped(self.prompt, template)
+        )
 
     @property
     def guided(self) -> bool:
@@ -145,7 +193,9 @@ def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
 
 
 def migrate(fields: dict[str, Any]) -> dict[str, Any]:
-    """A request of an older schema as one of this schema. There is only schema 1 so far."""
+    """A request of an older schema as one of this schema: what schema 1 painted must be painted the same."""
+    if fields.get("schema") in (1, "1"):
+        return {"prompt_syntax": "plain", **fields, "schema": SCHEMA}
     return fields
 
 

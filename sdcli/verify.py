@@ -15,7 +15,7 @@ from sdcli.errors import BadOutput, SdcliError, UsageError
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
 from sdcli.metadata import pixels_digest, read_picture
-from sdcli.registry import Registry
+from sdcli.registry import Registry, resolve
 from sdcli.settings import OutputSettings, RunSettings
 
 
@@ -73,7 +73,9 @@ def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
     if not 0 <= position < size <= 256:
         raise UsageError(f"{path}: its record has an impossible batch, {batch!r}")
     engine = Engine(registry, replace(run, batch_size=size), OutputSettings())
-    jobs = [Job(index, info.record.request) for index in range(size)]
+    spec = registry.find(info.record.request.model)
+    request = resolve(info.record.request, spec)  # an older record lacks the newer fields
+    jobs = [Job(index, request) for index in range(size)]
     painted = None
     for event in engine.paint_batch(jobs, {position}):
         error = getattr(event, "error", None)
@@ -82,7 +84,7 @@ def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
         painted = event if isinstance(event, Painted) else painted
     assert painted is not None
     now = from_pixels(painted.pixels)
-    model = engine.load(registry.find(info.record.request.model)).model
+    model = engine.load(spec).model
     return _compare(path, facts, now, provenance(model, fallbacks=painted.fallbacks))
 
 

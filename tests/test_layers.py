@@ -16,6 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: what is asked; starts in no time
     (
         "",
+        "conditioning.prompt",  # pure text
+        "embedding_files",
         "errors",
         "files",
         "hub",

@@ -104,7 +104,9 @@ def command(
     strict_prompt: Annotated[
         bool,
         typer.Option(
-            "--strict-prompt", rich_help_panel=RUN, help="Refuse a prompt that is too long, instead of cutting it."
+            "--strict-prompt",
+            rich_help_panel=RUN,
+            help="Refuse a plain prompt that is too long, instead of cutting it.",
         ),
     ] = False,
     dry_run: Annotated[

@@ -6,16 +6,26 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from sdcli.request import GenerationRequest
 
+SINGULAR = {"embeddings": "embedding"}
+"""Fields of several parts: the flag may be repeated, and names one."""
 NOT_FLAGS = {"schema_version", "prompt"}
 ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
-PANELS = {"model": "Model and prompt", "negative_prompt": "Model and prompt", "prompt_template": "Model and prompt"}
-METAVARS = {"model": "MODEL", "scheduler": "NAME", "negative_prompt": "TEXT", "prompt_template": "TEXT"}
+PANELS = dict.fromkeys(
+    ("model", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings"), "Model and prompt"
+)
+METAVARS = {
+    "model": "MODEL",
+    "scheduler": "NAME",
+    "negative_prompt": "TEXT",
+    "prompt_template": "TEXT",
+    "embeddings": "FILE[=WORD]",
+}
 
 
 def request_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -24,7 +34,7 @@ def request_options(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
         typed = {name: kwargs.pop(name) for name in _fields()}
-        function(*args, **kwargs, typed={name: value for name, value in typed.items() if value is not None})
+        function(*args, **kwargs, typed={name: value for name, value in typed.items() if value not in (None, [])})
 
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "typed"]
     flags = [
@@ -43,12 +53,14 @@ def _fields() -> list[str]:
 def _annotation(name: str) -> Any:
     info = GenerationRequest.model_fields[name]
     kind = next(part for part in get_args(info.annotation) if part is not NoneType)
+    if get_origin(kind) is tuple:  # read from its spelling
+        kind = list[str]
     bounds: dict[str, Any] = {}
     for constraint in info.metadata:
         bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}
         bounds |= {"max": constraint.le} if hasattr(constraint, "le") and name != "seed" else {}
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
+        f"--{SINGULAR.get(name, name).replace('_', '-')}",
         *ALSO_SPELLED.get(name, ()),
         help=f"{info.description}.".capitalize() if info.description else None,
         metavar=METAVARS.get(name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,27 @@ class ClipTokenizer:
     def __call__(self, text: str) -> Tokens:
         """Start and end are always there; a longer text is cut before the end token."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        room = self.max_length - 2
-        kept = encoding.ids[:room]
-        cut = text_from(text, encoding.offsets, room)
-        padding = [self.pad_id] * (room - len(kept))
-        return Tokens(ids=(self.start_id, *kept, self.end_id, *padding), cut=cut, count=len(encoding.ids))
+        kept = encoding.ids[: self.room]
+        cut = text_from(text, encoding.offsets, self.room)
+        return Tokens(ids=self.framed(kept), cut=cut, count=len(encoding.ids))
+
+    @property
+    def room(self) -> int:
+        """How many tokens fit between start and end."""
+        return self.max_length - 2
+
+    @property
+    def comma_id(self) -> int | None:
+        """The id of a comma, where the vocabulary has one."""
+        return self.tokenizer.token_to_id(f",{WORD_END}")
+
+    def words(self, text: str) -> list[int]:
+        """The ids of a text alone, without start and end, however many there are."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids that fit, between start and end and padded to `max_length`."""
+        return (self.start_id, *ids, self.end_id, *[self.pad_id] * (self.room - len(ids)))
 
 
 def text_from(text: str, offsets: list[tuple[int, int]], first: int) -> str:
