@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.registry import Registry, resolve
-from sdcli.request import MAX_SEED, GenerationRequest, parse_request
+from sdcli.request import MAX_SEED, GenerationRequest, known, parse_request
+from sdcli.wildcards import MAX_COMBINATIONS, Wildcards
 
 KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
 """kohya's one-letter options of a prompt line (`a cat --n dog --s 20`)."""
@@ -125,10 +128,39 @@ def _csv_lines(data: bytes) -> Iterator[Line]:
         yield Line(rows.line_num, {}, problem=f"is not CSV ({error})")
 
 
+DYNAMIC = ("prompt", "negative_prompt")
+"""The fields of a request in which choices are made."""
+
+
+def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wildcards) -> Iterator[Line]:
+    """A line for each combination of the choices in each line's prompts."""
+    for line in lines:
+        texts = {name: str({**typed, **line.fields}.get(name) or "") for name in DYNAMIC}
+        try:
+            several = [wildcards.all(text) for text in texts.values()]
+            count = math.prod(map(len, several))
+            if count > MAX_COMBINATIONS:
+                raise UsageError(f"the prompts have {count:,} combinations; it may be up to {MAX_COMBINATIONS:,}")
+        except UsageError as error:
+            yield replace(line, problem=line.problem or str(error))
+            continue
+        for some in itertools.product(*several):
+            drawn = {name: text for name, text in zip(DYNAMIC, some, strict=True) if texts[name]}
+            yield replace(line, fields={**line.fields, **drawn})
+
+
 def expand(
-    lines: Iterable[Line], typed: Mapping[str, Any], registry: Registry, *, num_images: int, base_seed: int
+    lines: Iterable[Line],
+    typed: Mapping[str, Any],
+    registry: Registry,
+    *,
+    num_images: int,
+    base_seed: int,
+    wildcards: Wildcards | None = None,
 ) -> Iterator[Job | BadJob]:
     """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
+
+    With `wildcards` the choices in its prompts are made by that seed.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -152,18 +184,30 @@ def expand(
             seen[key] += 1
             if asked.seed is None:
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
-            resolved = resolve(asked, spec)
-            if resolved.seed is None or resolved.seed + count - 1 > MAX_SEED:
-                raise UsageError(f"seed: {count} pictures from seed {resolved.seed} pass the largest seed, {MAX_SEED}")
+            seed = known(asked.seed)
+            if seed + count - 1 > MAX_SEED:
+                raise UsageError(f"seed: {count} pictures from seed {seed} pass the largest seed, {MAX_SEED}")
+            if wildcards is None:
+                resolved = resolve(asked, spec)
+                requests = [resolved.model_copy(update={"seed": seed + offset}) for offset in range(count)]
+            else:
+                requests = [resolve(_drawn(asked, seed + offset, wildcards), spec) for offset in range(count)]
         except SdcliError as error:
             index += 1
             prefix = f"line {line.number}: " if line.number else ""
             yield BadJob(index, type(error)(f"{prefix}{error}"), custom_id, line.number or None)
             continue
-        for offset in range(count):
+        for request in requests:
             index += 1
-            request = resolved.model_copy(update={"seed": resolved.seed + offset})
             yield Job(index, request, custom_id, line.number or None)
+
+
+def _drawn(asked: GenerationRequest, seed: int, wildcards: Wildcards) -> GenerationRequest:
+    """The request of one picture, its choices made."""
+    texts = {name: text for name in DYNAMIC if (text := getattr(asked, name))}
+    return asked.changed(
+        seed=seed, **{name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()}
+    )
 
 
 def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:

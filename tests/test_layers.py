@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.smoothing",
         "dataset",
         "user_models",
+        "wildcards",
     ),
     # 1: the parts
     (

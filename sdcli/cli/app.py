@@ -24,6 +24,7 @@ COMMANDS = {
     "plot": "Train",
     "encode": "Latents",
     "decode": "Latents",
+    "tokens": "Paint",
     "info": "Pictures",
     "models": "Models",
     "selftest": "Models",

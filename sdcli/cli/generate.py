@@ -23,13 +23,14 @@ from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
-from sdcli.jobs import BadJob, Job, Line, expand, read_lines
+from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.naming import SUFFIXES, check_output, check_template
 from sdcli.registry import Registry, load_registry
 from sdcli.request import parse_size
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
+from sdcli.wildcards import Wildcards
 
 if TYPE_CHECKING:
     from sdcli.engine import Result
@@ -58,6 +59,27 @@ def command(
     verify: Annotated[
         bool,
         typer.Option("--verify", rich_help_panel=INPUT, help="Paint --from again, and say whether it is identical."),
+    ] = False,
+    dynamic_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-prompts",
+            rich_help_panel=INPUT,
+            help="Make the choices in prompts, as {red|blue} or {2$$a|b|c}, by each picture's seed.",
+        ),
+    ] = False,
+    wildcards: Annotated[
+        Path | None,
+        typer.Option(
+            "--wildcards",
+            metavar="DIR",
+            rich_help_panel=INPUT,
+            help="The same, and __animals__ becomes a line of DIR/animals.txt.",
+        ),
+    ] = None,
+    all_combinations: Annotated[
+        bool,
+        typer.Option("--all-combinations", rich_help_panel=INPUT, help="The same, but every choice instead of one."),
     ] = False,
     num_images: Annotated[
         int,
@@ -133,9 +155,10 @@ def command(
         typed["width"], typed["height"] = parse_size(size)
     run = RunSettings(device=device, dtype=dtype, batch_size=batch_size, offline=offline, strict_prompt=strict_prompt)
     registry = load_registry(models_file)
+    dynamic = dynamic_prompts or all_combinations or wildcards is not None
 
     if verify:
-        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume:
+        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or dynamic:
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
 
@@ -147,6 +170,9 @@ def command(
     if from_image is not None:
         typed = {**_recorded(from_image, console), **typed}
     lines = _lines(prompts or [], prompts_file, typed, registry)
+    choices = Wildcards(wildcards) if dynamic else None
+    if choices is not None:
+        lines = _with_choices(lines, typed, choices, all_combinations=all_combinations)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
     settings = _output_settings(
@@ -161,7 +187,8 @@ def command(
             journal.begin_run(source, base_seed)
         else:
             base_seed = known
-    jobs = list(expand(lines, typed, registry, num_images=num_images, base_seed=base_seed))
+    drawn = None if all_combinations else choices
+    jobs = list(expand(lines, typed, registry, num_images=num_images, base_seed=base_seed, wildcards=drawn))
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
@@ -182,6 +209,16 @@ def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], 
         if kind.conditioning == "text":
             raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
     return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
+
+
+def _with_choices(
+    lines: list[Line], typed: dict[str, Any], choices: Wildcards, *, all_combinations: bool
+) -> list[Line]:
+    """The lines, or all their combinations. Raises UsageError where there is nothing to choose in any of them."""
+    texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
+    if not any(choices.has_choices(text) for text in texts if isinstance(text, str)):
+        raise UsageError("no prompt has a choice in it, as {red|blue} or __animals__, so that none would be made")
+    return list(combinations(lines, typed, choices)) if all_combinations else lines
 
 
 def _recorded(image: Path, console: Console) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdcli.conditioning.condition import Condition, Conditions
 from sdcli.conditioning.embeddings import Embeddings, read_embeddings
-from sdcli.conditioning.prompt import EMPTY, Chunk, Part, chunked, parts, plain
+from sdcli.conditioning.prompt import EMPTY, Chunk, Part, parts
 from sdcli.errors import UsageError
 from sdcli.loading import LoadedModel
 from sdcli.request import EmbeddingRef, GenerationRequest, known
@@ -92,11 +92,8 @@ class TextEncoding:
         if skip > layers:
             raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
         embeddings = known(request.embeddings)
-        negative, prompt = known(request.negative_prompt), request.painted_prompt
-        if syntax == "plain":
-            rows = (*(plain(negative, steps=steps) if guided else ()), *plain(prompt, steps=steps))
-        else:
-            rows = (*(parts(negative, steps=steps, compose=False) if guided else ()), *parts(prompt, steps=steps))
+        negative = parts(known(request.negative_prompt), steps=steps, syntax=syntax, compose=False) if guided else ()
+        rows = (*negative, *parts(request.painted_prompt, steps=steps, syntax=syntax))
         texts = {text for part in rows for _, text in part.texts}
         length = max(len(self._chunks(text, syntax, embeddings)) for text in texts)
         return _Script(rows, length, syntax, skip, embeddings)
@@ -107,17 +104,7 @@ class TextEncoding:
         return torch.cat([self._encode_once(chunk, script.clip_skip, script.embeddings) for chunk in padded], dim=1)
 
     def _split(self, text: str, syntax: str, embeddings: tuple[EmbeddingRef, ...]) -> tuple[Chunk, ...]:
-        tokenizer = self._tokenizer
-        if syntax == "plain":
-            ids = tokenizer.words(text)[: tokenizer.room]
-            return (Chunk(tuple(ids), (1.0,) * len(ids)),)
-        return chunked(
-            text,
-            tokenizer.words,
-            room=tokenizer.room,
-            comma=tokenizer.comma_id,
-            tokens=self._embeddings(embeddings).tokens,
-        )
+        return self._tokenizer.chunks(text, syntax=syntax, tokens=self._embeddings(embeddings).tokens)
 
     @torch.inference_mode()
     def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Tensor:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TypeAlias
 
 from sdcli.errors import UsageError
@@ -69,12 +70,14 @@ class Chunk:
 EMPTY = Chunk()
 
 
-def parts(prompt: str, *, steps: int, compose: bool = True) -> tuple[Part, ...]:
-    """What paints each of the steps; one part, or with `compose` as many as AND joins.
+def parts(prompt: str, *, steps: int, syntax: str = "a1111", compose: bool = True) -> tuple[Part, ...]:
+    """What paints each of the steps; one part, or with `compose` as many as AND joins. In plain syntax all is text.
 
     Raises UsageError for more than MAX_PARTS of them, for absurd weights, and where editing and alternation spell out
     more than MAX_SPELLED characters.
     """
+    if syntax == "plain":
+        return (Part(1.0, ((steps, prompt),)),)
     texts = _AND.split(prompt) if compose else [prompt]
     if len(texts) == 1:
         return (Part(1.0, schedule(prompt, steps=steps)),)
@@ -82,11 +85,6 @@ def parts(prompt: str, *, steps: int, compose: bool = True) -> tuple[Part, ...]:
         raise UsageError(f"AND joins {len(texts)} prompts; it may be up to {MAX_PARTS}")
     weighted = [_weighted(text) for text in texts]
     return tuple(Part(_checked(float(number or 1)), schedule(before, steps=steps)) for before, number in weighted)
-
-
-def plain(prompt: str, *, steps: int) -> tuple[Part, ...]:
-    """The same of a prompt without syntax."""
-    return (Part(1.0, ((steps, prompt),)),)
 
 
 def wrapped(prompt: str, template: str) -> str:
@@ -309,7 +307,7 @@ def _checked(weight: float) -> float:
 
 
 def chunked(
-    text: str, words: Words, *, room: int, comma: int | None = None, tokens: Mapping[str, range] | None = None
+    text: str, words: Words, *, room: int, comma: int | None = None, tokens: Mapping[str, range] = MappingProxyType({})
 ) -> tuple[Chunk, ...]:
     """A text with weights as chunks of at most `room` tokens, one at least.
 
@@ -318,7 +316,7 @@ def chunked(
     """
     done: list[Chunk] = []
     for spans in sections(text):
-        done += _cut(_units(spans, words, tokens or {}), room, comma)
+        done += _cut(_units(spans, words, tokens), room, comma)
     return tuple(done if len(done) == 1 or done[-1].ids else done[:-1])
 
 
