@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sdcli
+from sdcli.canvas import is_latents
 from sdcli.devices import out_of_memory
 from sdcli.errors import BadOutput, BadWeights, NotFound, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
 from sdcli.files import AlreadyExists, sweep, write_whole
@@ -26,10 +27,11 @@ from sdcli.journal import Journal
 from sdcli.loading import LoadedModel, load_model
 from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
-from sdcli.pipeline import Painter, conditions_for, decode, paint
+from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
+from sdcli.start_pictures import start_picture
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterat
     while pieces:
         piece = pieces.pop(0)
         yield Phase("encode")
-        conditions_for(painter, [job.request for job in piece]).at(1)  # remembered: `paint` finds it done
+        requests = [job.request for job in piece]
+        painter.encode(requests, guided=requests[0].guided, steps=requests[0].passes[0]).at(1)  # `paint` finds it done
         yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         step, crowded = None, False
         try:
@@ -248,6 +251,8 @@ def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterat
                 continue
             for note in notes:
                 yield Note(note)
+            if job.request.masked:
+                pixels = start_picture(job.request).pasted(pixels)
             yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
 
 
@@ -285,20 +290,28 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+PER_PICTURE = {
+    *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
+    *("init_image", "mask", "mask_blur", "invert_mask", "extend"),
+}
+"""The fields in which the requests of one batch may differ."""
+
+
 def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
-    """Batches of jobs that can be denoised together: same model, shape, steps, scheduler and guidance.
+    """Batches of jobs that can be denoised together: their requests differ in what `PER_PICTURE` names alone.
 
     The same jobs always give the same batches; models come in the order of their first job.
     """
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         r = job.request
-        groups.setdefault((r.model, r.width, r.height, r.steps, r.scheduler, r.eta, r.guidance_scale), []).append(job)
-    models = list(dict.fromkeys(key[0] for key in groups))
+        shared = tuple(value for name, value in r if name not in PER_PICTURE)
+        groups.setdefault((shared, r.masked, is_latents(r.init_image)), []).append(job)
+    models = list(dict.fromkeys(job.request.model for job in jobs))
     batches = []
-    for key in sorted(groups, key=lambda key: models.index(key[0])):
-        size = run.batch_size or automatic_batch_size(key[1] * key[2], device=run.device)
-        group = groups[key]
+    for group in sorted(groups.values(), key=lambda group: models.index(group[0].request.model)):
+        width, height = group[0].request.final_size
+        size = run.batch_size or automatic_batch_size(width * height, device=run.device)
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdcli.canvas import Measure
 from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.registry import Registry, resolve
 from sdcli.request import MAX_SEED, GenerationRequest, known, parse_request
@@ -156,11 +157,13 @@ def expand(
     *,
     num_images: int,
     base_seed: int,
+    measure: Measure | None = None,
     wildcards: Wildcards | None = None,
 ) -> Iterator[Job | BadJob]:
     """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
 
-    With `wildcards` the choices in its prompts are made by that seed.
+    Of pictures with a variation strength each gets its own variation seed instead. With `wildcards` the choices in
+    the prompts of each picture are made by its seed.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -184,14 +187,19 @@ def expand(
             seen[key] += 1
             if asked.seed is None:
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
-            seed = known(asked.seed)
-            if seed + count - 1 > MAX_SEED:
-                raise UsageError(f"seed: {count} pictures from seed {seed} pass the largest seed, {MAX_SEED}")
+            if asked.variation_strength is not None and asked.variation_seed is None:
+                asked = asked.changed(variation_seed=drawn_seed(base_seed, f"{key}:variation", seen[key]))
+            counted = "seed" if asked.variation_strength is None else "variation_seed"
+            first = known(getattr(asked, counted))
+            if first + count - 1 > MAX_SEED:
+                raise UsageError(f"{counted}: {count} pictures from seed {first} pass the largest seed, {MAX_SEED}")
+            own: list[dict[str, Any]] = [{counted: first + offset} for offset in range(count)]
             if wildcards is None:
-                resolved = resolve(asked, spec)
-                requests = [resolved.model_copy(update={"seed": seed + offset}) for offset in range(count)]
+                resolved = resolve(asked, spec, measure=measure)
+                requests = [resolved.model_copy(update=fields) for fields in own]
             else:
-                requests = [resolve(_drawn(asked, seed + offset, wildcards), spec) for offset in range(count)]
+                drawn = [_drawn(asked.changed(**fields), wildcards) for fields in own]
+                requests = [resolve(request, spec, measure=measure) for request in drawn]
         except SdcliError as error:
             index += 1
             prefix = f"line {line.number}: " if line.number else ""
@@ -202,12 +210,11 @@ def expand(
             yield Job(index, request, custom_id, line.number or None)
 
 
-def _drawn(asked: GenerationRequest, seed: int, wildcards: Wildcards) -> GenerationRequest:
-    """The request of one picture, its choices made."""
+def _drawn(asked: GenerationRequest, wildcards: Wildcards) -> GenerationRequest:
+    """The request of one picture, its choices made by its seed."""
     texts = {name: text for name in DYNAMIC if (text := getattr(asked, name))}
-    return asked.changed(
-        seed=seed, **{name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()}
-    )
+    seed = known(asked.seed)
+    return asked.changed(**{name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()})
 
 
 def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:

@@ -6,10 +6,11 @@ pixels. A model without a VAE denoises the pixels themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdcli.conditioning.condition import Conditions
@@ -18,7 +19,10 @@ from sdcli.denoise.loop import Step, denoise
 from sdcli.denoise.predict import (
     Predict,
     composed,
+    conditional_half,
+    evenly,
     guided,
+    only_within,
     scaled_input,
     steps_by_timestep,
     stepwise,
@@ -26,11 +30,13 @@ from sdcli.denoise.predict import (
     with_scale,
 )
 from sdcli.denoise.sampler import advance_with, make_scheduler
+from sdcli.denoise.start import Start
 from sdcli.errors import BadOutput, UsageError
-from sdcli.latents import generators_for, initial_noise
+from sdcli.latents import generators_for
 from sdcli.loading import LoadedModel
 from sdcli.request import GenerationRequest, known
 from sdcli.spaces import Space, space_of
+from sdcli.starting import start_enlarged, start_for
 
 
 @dataclass(frozen=True)
@@ -47,26 +53,45 @@ class Painter:
 
 
 def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[Step]:
-    """Denoise one batch. The requests are resolved and differ in prompt, negative prompt and seed only.
+    """Denoise one batch. The requests are resolved and equal in all that `engine.plan` groups by.
 
-    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`.
+    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`. What is to
+    be upscaled is denoised twice, and the steps of the second pass count from 0 again.
     Raises UsageError for what the model cannot do, and BadOutput as soon as no picture's latents are finite any more.
     """
-    shared, model = requests[0], painter.model
     generators = generators_for([known(request.seed) for request in requests])
-    shape = painter.space.shape(model.unet.config.in_channels, width=known(shared.width), height=known(shared.height))
-    scheduler = scheduler_for(model, shared)
-    noise = initial_noise(generators, shape).to(model.device)
+    scheduler = scheduler_for(painter.model, requests[0])
+    start = start_for(painter.model, painter.space, requests, scheduler=scheduler, generators=generators)
+    first, *second = requests[0].passes
+    finished = yield from _denoised(painter, requests, start, scheduler, generators, steps=first)
+    for steps in second:
+        scheduler = scheduler_for(painter.model, requests[0])
+        start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, generators=generators)
+        yield from _denoised(painter, requests, start, scheduler, generators, steps=steps)
 
+
+def _denoised(
+    painter: Painter,
+    requests: Sequence[GenerationRequest],
+    start: Start,
+    scheduler: Any,
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int,
+) -> Generator[Step, None, Tensor]:
+    """The loop from one start to its end; returns the last latents."""
+    x = start.x
     for step in denoise(
-        scaled_input(predict_for(painter, requests, scheduler), scheduler),
-        advance_with(scheduler, generators, eta=known(shared.eta)),
-        noise * scheduler.init_noise_sigma,
-        scheduler.timesteps,
+        scaled_input(predict_for(painter, requests, start, steps=steps), scheduler),
+        start.around_advance(advance_with(scheduler, generators, eta=known(requests[0].eta))),
+        x,
+        start.timesteps,
     ):
-        if not step.latents.isfinite().flatten(1).all(dim=1).any():
+        x = step.latents
+        if not x.isfinite().flatten(1).all(dim=1).any():
             raise BadOutput(f"the latents are no longer finite (NaN) after step {step.index + 1} of {step.count}")
         yield step
+    return x
 
 
 def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
@@ -74,41 +99,54 @@ def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
     return painter.space.decode(latents[None], tiled=tiled)[0]
 
 
-def predict_for(painter: Painter, requests: Sequence[GenerationRequest], scheduler: Any) -> Predict:
+def predict_for(painter: Painter, requests: Sequence[GenerationRequest], start: Start, *, steps: int) -> Predict:
     """The network under the requests' prompts: guided from outside, guided by an input of its own, or not at all."""
     shared, unet = requests[0], painter.model.unet
-    conditions, size = conditions_for(painter, requests), guidance_input(painter)
+    scale_size = unet.config.get("time_cond_proj_dim")
 
-    def predict_at(step: int) -> Predict:
-        condition = conditions.at(step)
-        if size is not None:
-            condition = with_scale(condition, known(shared.guidance_scale), size=size)
-        return unet_predict(unet, condition)
+    def network(conditions: Conditions) -> Predict:
+        def predict_at(step: int) -> Predict:
+            condition = conditions.at(step)
+            if scale_size is not None:
+                condition = with_scale(condition, known(shared.guidance_scale), size=scale_size)
+            return unet_predict(unet, condition)
 
-    predict = predict_at(1)
-    if conditions.changes:
-        predict = stepwise(predict_at, steps_by_timestep(scheduler.timesteps, known(shared.steps)))
+        predict = predict_at(1)
+        if conditions.changes:
+            predict = stepwise(predict_at, steps_by_timestep(start.timesteps, steps))
+        return start.around_network(predict)
+
+    if scale_size is not None or not shared.guided:
+        conditions = painter.encode(requests, guided=False, steps=steps)
+        if scale_size is not None:
+            _refuse_guidance(painter.model, requests, conditions)
+        return network(conditions)
+    conditions = painter.encode(requests, guided=True, steps=steps)
+    both = network(conditions)
     if conditions.weights:
-        predict = composed(predict, conditions.weights)
-    return guided(predict, known(shared.guidance_scale)) if shared.guided and size is None else predict
+        both = composed(both, conditions.weights)
+    first = known(shared.guidance_scale)
+    last = first if shared.guidance_end is None else shared.guidance_end
+    predict = guided(both, evenly(first, last, start.timesteps), rescale=shared.guidance_rescale or 0)
+    if shared.guidance_interval is None:
+        return predict
+    if conditions.weights:
+        plain = conditional_half(both)
+    else:
+        plain = network(painter.encode(requests, guided=False, steps=steps))
+    part = shared.guidance_interval
+    return only_within(predict, plain, timesteps=start.timesteps, start=part.start, stop=part.stop)
 
 
-def conditions_for(painter: Painter, requests: Sequence[GenerationRequest]) -> Conditions:
-    """What the requests tell the network, remembered by the encoder. Raises UsageError for what would have no effect.
-
-    They are alike: `painter.encode.shape` is the same for all.
-    """
-    distilled = guidance_input(painter) is not None
-    conditions = painter.encode(requests, guided=requests[0].guided and not distilled)
-    if distilled and (conditions.weights or any(request.negative_prompt for request in requests)):
-        what = "AND" if conditions.weights else "negative prompts"
-        raise UsageError(f"{painter.model.spec.name} was distilled without {what}; that would have no effect")
-    return conditions
-
-
-def guidance_input(painter: Painter) -> int | None:
-    """The size of the guidance scale as an input of the network, where it was distilled to take one (LCM)."""
-    return painter.model.unet.config.get("time_cond_proj_dim")
+def _refuse_guidance(model: LoadedModel, requests: Sequence[GenerationRequest], conditions: Conditions) -> None:
+    """A network that takes the scale as an input has no unconditional half."""
+    if conditions.weights:
+        raise UsageError(f"{model.spec.name} was distilled without guidance, so AND would have no effect")
+    without = ("negative_prompt", "guidance_end", "guidance_rescale", "guidance_interval")
+    for name in without:
+        if any(getattr(request, name) for request in requests):
+            what = name.replace("_", " ")
+            raise UsageError(f"{model.spec.name} was distilled without {what}; it would have no effect")
 
 
 def scheduler_for(model: LoadedModel, request: GenerationRequest) -> Any:

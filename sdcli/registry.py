@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdcli import embedding_files
+from sdcli.canvas import Measure, start_filled
 from sdcli.conditioning import prompt as syntax
 from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
@@ -182,9 +183,10 @@ class Registry(_Strict):
         return self.files[-1].name if self.files else "models.yaml"
 
 
-def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
+def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | None = None) -> GenerationRequest:
     """The request as it will be painted: every None filled from the model's defaults, the seed drawn.
 
+    A start picture gives its own size, where one can `measure` it. None stays where a field does not apply.
     Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
     """
     defaults = spec.defaults
@@ -193,8 +195,6 @@ def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
         "negative_prompt": "",
         "prompt_template": defaults.prompt_template,
         "prompt_syntax": "a1111" if spec.kind.conditioning == "text" else "plain",
-        "clip_skip": 1,
-        "embeddings": (),
         "width": defaults.width,
         "height": defaults.height,
         "steps": defaults.steps,
@@ -205,15 +205,28 @@ def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
     typed = {name: value for name, value in request if value is not None}
     if "seed" not in typed:
         chosen["seed"] = secrets.randbelow(2**32)
-    resolved = request.model_copy(update={**chosen, **typed, "model": spec.name})
-    for side in ("width", "height"):
-        problem = _size_problem(getattr(resolved, side), spec.kind)
+    if request.variation_strength is not None and request.variation_seed is None:
+        chosen["variation_seed"] = secrets.randbelow(2**32)
+    from_start = start_filled(request, step=spec.kind.size_step, measure=measure)
+    resolved = request.model_copy(update={**chosen, **typed, **from_start, "model": spec.name})
+    for side, pixels in zip(("width", "height"), resolved.final_size, strict=True):
+        problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
     _check_condition(resolved, spec)
-    resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(known(resolved.embeddings))})
+    if resolved.embeddings is not None:
+        resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(resolved.embeddings)})
     if resolved.prompt_syntax == "a1111":
         _check_syntax(resolved)
+    if resolved.strength is not None and int(known(resolved.steps) * resolved.strength) < 1:
+        raise UsageError(f"strength: {resolved.strength:g} of {resolved.steps} steps leaves no step to paint")
+    if resolved.upscale is not None and int(known(resolved.steps) * resolved.upscale.strength) < 1:
+        raise UsageError(f"upscale: {resolved.upscale.strength:g} of {resolved.steps} steps leaves no step to paint")
+    if spec.kind.inpaints and not resolved.masked:
+        raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
+    for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
+        if getattr(resolved, name) is not None and not resolved.guided:
+            raise UsageError(f"{name} has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1")
     if resolved.eta and not SCHEDULERS[known(resolved.scheduler)].uses_eta:
         raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
     return resolved
@@ -235,9 +248,9 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
         asked = request.painted_prompt or request.negative_prompt
         raise UsageError(f"{spec.name} paints without a prompt; {asked!r} would have no effect")
     if kind.conditioning != "text":
-        unread = {"prompt_syntax": "plain", "clip_skip": 1, "embeddings": ()}
-        for name, only in unread.items():
-            if getattr(request, name) != only:
+        unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": (None, ())}
+        for name, without_effect in unread.items():
+            if getattr(request, name) not in without_effect:
                 raise UsageError(f"{name} has no effect with {spec.name}, which has no text encoder")
     elif request.prompt_syntax == "plain" and request.embeddings:
         raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
@@ -255,11 +268,11 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
 def _check_syntax(request: GenerationRequest) -> None:
     """Raise UsageError for what a prompt asks for in vain: AND without guidance, an embedding that it does not name."""
     steps = known(request.steps)
-    prompts = syntax.parts(request.painted_prompt, steps=steps)
+    prompts = syntax.subprompts(request.painted_prompt, steps=steps)
     if len(prompts) > 1 and not request.guided:
         raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
-    negative = syntax.parts(known(request.negative_prompt), steps=steps, compose=False) if request.guided else ()
-    words = [known(embedding.token) for embedding in known(request.embeddings)]
+    negative = syntax.subprompts(known(request.negative_prompt), steps=steps, compose=False) if request.guided else ()
+    words = [known(embedding.token) for embedding in request.embeddings or ()]
     unused = sorted(set(words) - syntax.used((*prompts, *negative), words))
     if unused:
         raise UsageError(f"embeddings: no prompt has the word {unused[0]!r}, so its vectors would have no effect")

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "",
         "conditioning.prompt",  # pure text
         "embedding_files",
+        "canvas",
         "errors",
         "files",
         "hub",
@@ -30,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "request",
         "schedulers",
         "settings",
+        "sheet_labels",
         "train_settings",
         "training",
         "training.events",
@@ -44,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 1: the parts
     (
         "conditioning.*",
+        "comparison",
         "contact_sheet",
         "convert",
         "counted",
@@ -62,14 +65,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "denoise.*",
         "devices",
         "foreign",
+        "gallery",
         "images",
         "latent_files",
         "latents",
         "lean_imports",
         "loading",
         "metadata",
+        "metrics",
         "plotting",
         "spaces",
+        "start_pictures",
+        "starting",
         "training.checkpoint",
         "training.objective",
         "training.state_files",
@@ -79,7 +86,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 2: one batch, from requests to pictures
     ("pipeline",),
     # 3: many batches, kept warm; training
-    ("codec", "dataset.encode_cache", "engine", "selftest", "training.*", "verify"),
+    ("codec", "dataset.encode_cache", "engine", "forward_process", "selftest", "training.*", "verify"),
     # 4: the mouths
     ("__main__", "cli.*"),
 )

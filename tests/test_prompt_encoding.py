@@ -48,7 +48,7 @@ def asked(painter: Painter, prompt: str, **fields: Any) -> GenerationRequest:
 def told(painter: Painter, prompt: str, *, step: int = 1, **fields: Any) -> Tensor:
     """The hidden states [1, L, D] of a prompt."""
     request = asked(painter, prompt, **fields)
-    return painter.encode([request], guided=False).at(step).inputs["encoder_hidden_states"]
+    return painter.encode([request], guided=False, steps=4).at(step).inputs["encoder_hidden_states"]
 
 
 def latents(painter: Painter, prompt: str, **fields: Any) -> list[Tensor]:
@@ -84,10 +84,10 @@ def test_a_long_prompt_is_the_states_of_its_chunks_side_by_side(tiny: Painter) -
 
 def test_the_shorter_of_prompt_and_negative_prompt_is_padded_with_the_empty_one(tiny: Painter) -> None:
     request = asked(tiny, "a BREAK b BREAK c", negative_prompt="d", guidance_scale=3)
-    negative, positive = tiny.encode([request], guided=True).at(1).inputs["encoder_hidden_states"]
+    negative, positive = tiny.encode([request], guided=True, steps=4).at(1).inputs["encoder_hidden_states"]
     assert torch.equal(positive, told(tiny, request.prompt)[0])
     assert torch.equal(negative, torch.cat([told(tiny, text) for text in ("d", "", "")], dim=1)[0])
-    assert tiny.encode.shape(request) == (3, 2)
+    assert tiny.encode.shape(request) == ((3, 1),)
 
 
 def test_plain_prompts_are_text_and_cut(tiny: Painter) -> None:
@@ -128,11 +128,25 @@ def test_texts_that_do_not_change_are_as_if_written_once(tiny: Painter, edited: 
     assert equal == [True] * 4 if same else [True, False, False, False]
 
 
+def test_the_steps_are_those_of_the_pass(tiny: Painter, tmp_path: Path) -> None:
+    """Half of the noise means half of the steps, and a second pass has its own."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    started = {"init_image": str(tmp_path / "red.png"), "strength": 0.5, "steps": 8, "width": 32, "height": 32}
+    assert asked(tiny, "a", **started, upscale="2x:0.25").passes == (4, 2)
+    fox, edited = (latents(tiny, text, **started) for text in ("a fox", "[a fox:an owl:0.5]"))
+    assert [torch.equal(a, b) for a, b in zip(edited, fox, strict=True)] == [True, True, False, False]
+    twice = {"steps": 4, "width": 32, "height": 32, "upscale": "2x:0.5"}
+    fox, edited = (latents(tiny, text, **twice) for text in ("a fox", "[a fox:an owl:4]"))
+    assert [torch.equal(a, b) for a, b in zip(edited, fox, strict=True)] == [True] * 6
+    edited = latents(tiny, "[a fox:an owl:1]", **twice)
+    assert [torch.equal(a, b) for a, b in zip(edited, fox, strict=True)] == [True] + [False] * 5
+
+
 def test_alternation_tells_another_word_at_each_step_also_in_the_negative_prompt(tiny: Painter) -> None:
     for step, word in enumerate(["fox", "owl", "cat", "fox"], start=1):
         assert torch.equal(told(tiny, "a [fox|owl|cat]", step=step), told(tiny, f"a {word}"))
     request = asked(tiny, "a", negative_prompt="[fox|owl]", guidance_scale=2)
-    conditions = tiny.encode([request], guided=True)
+    conditions = tiny.encode([request], guided=True, steps=4)
     assert conditions.changes
     assert torch.equal(conditions.at(4).inputs["encoder_hidden_states"][:1], told(tiny, "owl"))
 
@@ -143,7 +157,7 @@ def test_alternation_tells_another_word_at_each_step_also_in_the_negative_prompt
 def test_composition_is_the_formula_of_liu_et_al() -> None:
     x, outputs = torch.randn(2, 1, 2, 2), torch.randn(3, 2, 1, 2, 2)
     weights = [(1.0, 0.5), (0.3, -2.0)]
-    result = guided(composed(lambda x, t: outputs.flatten(0, 1), weights), 4.0)(x, torch.tensor(1))
+    result = guided(composed(lambda x, t: outputs.flatten(0, 1), weights), lambda t: 4.0)(x, torch.tensor(1))
     for row in range(2):
         unconditional, first, second = outputs[:, row]
         expected = unconditional + 4 * (
@@ -159,6 +173,16 @@ def test_composition_is_the_formula_of_liu_et_al() -> None:
 def test_weights_of_and_add_up(tiny: Painter, composition: str, same: str, scale: float) -> None:
     ours = latents(tiny, composition, guidance_scale=3)[-1]
     assert torch.allclose(ours, latents(tiny, same, guidance_scale=scale)[-1], atol=1e-3)
+
+
+def test_outside_the_guidance_interval_and_composes_at_a_scale_of_one(tiny: Painter) -> None:
+    fields: dict[str, Any] = {"guidance_interval": "0.5-1", "guidance_scale": 3, "negative_prompt": "x BREAK y"}
+    for composition, same in (("a fox AND an owl:0", "a fox"), ("a fox:0.5 AND a fox:0.5", "a fox")):
+        ours, theirs = latents(tiny, composition, **fields), latents(tiny, same, **fields)
+        assert torch.allclose(ours[-1], theirs[-1], atol=1e-3)
+    mixed = [asked(tiny, prompt, **fields) for prompt in ("a", "a BREAK b")]
+    assert tiny.encode.shape(mixed[0]) == tiny.encode.shape(mixed[1])
+    assert len(paint_pictures(tiny, mixed, batch_size=2)) == 2
 
 
 def test_and_without_guidance_and_syntax_without_a_text_encoder_are_refused(tiny: Painter) -> None:
@@ -227,7 +251,7 @@ def test_an_embedding_is_what_transformers_computes_with_its_vectors_in_the_voca
     [
         ("{good}", "a dog", UsageError, "no prompt has the word 'good'"),
         ("{good}=a b", "a b", UsageError, "cannot be a word"),
-        ("{folder}/none.safetensors", "none", NotFound, "cannot read the embedding"),
+        ("{folder}/none.safetensors", "none", NotFound, "none.safetensors"),
         ("{folder}/none.pt", "none", UsageError, "no .safetensors file"),
         ("{wide}", "wide", UsageError, "its vectors have 33 numbers, .* have 32"),
         ("{many}", "many", UsageError, "has 76 vectors; .* reads 75"),
@@ -261,9 +285,9 @@ def test_an_embedding_is_remembered_by_its_digest(tiny: Painter, tmp_path: Path)
     assert (embedding.token, len(embedding.sha256 or "")) == ("good", 64)
     assert resolve(parse_request(json.loads(json.dumps(request.typed()))), tiny.model.spec) == request
     saved(tmp_path / "good.safetensors", x=VECTORS * 2)
-    with pytest.raises(UsageError, match="is another file now"):
+    with pytest.raises(UsageError, match="is not the file that was painted from"):
         resolve(request, tiny.model.spec)
-    with pytest.raises(UsageError, match="is not the embedding that was asked for"):
+    with pytest.raises(UsageError, match="is not the file that was painted from"):
         tiny.encode.shape(request)
     twice = tuple(f"{tmp_path}/good.safetensors={word}" for word in ("Cat", "cat"))
     with pytest.raises(UsageError, match="two of them stand for 'cat'"):
@@ -299,8 +323,7 @@ def test_a_picture_of_an_earlier_version_is_painted_the_same(tmp_path: Path) -> 
     with Image.open(path) as image:
         assert isinstance(image, PngImagePlugin.PngImageFile)
         record = json.loads(image.text["sdcli"])
-        for name in ("prompt_syntax", "clip_skip", "embeddings"):
-            del record["request"][name]
+        assert record["request"].pop("prompt_syntax") == "plain"
         record["request"]["schema"] = 1
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text("sdcli", json.dumps(record))
@@ -329,7 +352,7 @@ def test_a_distilled_model_refuses_and(tiny: Painter) -> None:
     config = dict(unet.config)
     try:
         unet.register_to_config(time_cond_proj_dim=8)
-        with pytest.raises(UsageError, match="was distilled without AND"):
+        with pytest.raises(UsageError, match="was distilled without guidance, so AND"):
             list(paint(distilled, [asked(tiny, "a AND b", guidance_scale=3)]))
     finally:
         unet.register_to_config(time_cond_proj_dim=config["time_cond_proj_dim"])

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdcli.conditioning.prompt import MAX_PARTS, Chunk, Part, Span, chunked, parts, schedule, sections, used, wrapped
+from sdcli.conditioning.prompt import (
+    MAX_PARTS,
+    Chunk,
+    Span,
+    SubPrompt,
+    chunked,
+    schedule,
+    sections,
+    subprompts,
+    used,
+    wrapped,
+)
 from sdcli.errors import UsageError
 
 MANY = 20_000
@@ -138,18 +149,18 @@ def test_twenty_thousand_brackets_are_read_in_linear_time(text: str) -> None:
 )
 def test_what_is_absurd_is_refused(text: str, steps: int, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        used(parts(text, steps=steps), ())
+        used(subprompts(text, steps=steps), ())
 
 
 def test_and_joins_prompts_with_weights_but_not_in_a_negative_prompt() -> None:
-    assert parts("a cat AND [a:b:2] dog :0.7", steps=4) == (
-        Part(1.0, ((4, "a cat "),)),
-        Part(0.7, ((2, " a dog "), (4, " b dog "))),
+    assert subprompts("a cat AND [a:b:2] dog :0.7", steps=4) == (
+        SubPrompt(1.0, ((4, "a cat "),)),
+        SubPrompt(0.7, ((2, " a dog "), (4, " b dog "))),
     )
-    assert parts("a AND b:-.5", steps=1)[1].weight == -0.5
-    assert parts("at 12:30", steps=1) == (Part(1.0, ((1, "at 12:30"),)),)
-    assert parts("a SANDY AND", steps=1)[1] == Part(1.0, ((1, ""),))
-    assert len(parts("a AND b", steps=1, compose=False)) == 1
+    assert subprompts("a AND b:-.5", steps=1)[1].weight == -0.5
+    assert subprompts("at 12:30", steps=1) == (SubPrompt(1.0, ((1, "at 12:30"),)),)
+    assert subprompts("a SANDY AND", steps=1)[1] == SubPrompt(1.0, ((1, ""),))
+    assert len(subprompts("a AND b", steps=1, compose=False)) == 1
 
 
 def test_a_template_wraps_each_prompt_that_and_joins() -> None:
@@ -199,4 +210,4 @@ def test_a_word_of_an_embedding_becomes_its_rows_in_any_case_and_within_weights(
     assert cut("a b c d e my-cat f", tokens=tokens) == ["a b c d e", "<0> <1> f"]
     (chunk,) = chunked("a (my-cat:1.5)", words, room=6, tokens=tokens)
     assert (chunk.ids[1:], chunk.weights) == ((-1, -2), (1.0, 1.5, 1.5))
-    assert used(parts("a [fox:my-cat:3]", steps=9), ["my-cat", "cat", "owl"]) == {"my-cat", "cat"}
+    assert used(subprompts("a [fox:my-cat:3]", steps=9), ["my-cat", "cat", "owl"]) == {"my-cat", "cat"}

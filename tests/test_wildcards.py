@@ -41,7 +41,7 @@ def test_all_combinations_come_once_and_in_order_and_each_can_be_drawn(text: str
 
 def test_a_seed_draws_the_same_for_ever() -> None:
     drawn = [Wildcards().drawn("{a|b|c} {2$$x|y|z}", seed=seed, purpose="prompt") for seed in range(4)]
-    assert drawn == ["c y,x", "c z,y", "b y,z", "b y,z"]
+    assert drawn == ["c y,x", "c z,y", "c y,z", "b y,z"]
     negative = [Wildcards().drawn("{a|b|c} {2$$x|y|z}", seed=seed, purpose="negative_prompt") for seed in range(4)]
     assert drawn != negative
 

@@ -17,6 +17,7 @@ from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
 
 COMMANDS = {
     "generate": "Paint",
+    "tokens": "Paint",
     "train-unet": "Train",
     "train-vae": "Train",
     "train-text-encoder": "Train",
@@ -24,8 +25,11 @@ COMMANDS = {
     "plot": "Train",
     "encode": "Latents",
     "decode": "Latents",
-    "tokens": "Paint",
+    "noise": "Latents",
     "info": "Pictures",
+    "compare": "Pictures",
+    "grid": "Pictures",
+    "gallery": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }

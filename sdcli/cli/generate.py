@@ -27,7 +27,7 @@ from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_li
 from sdcli.journal import Journal
 from sdcli.naming import SUFFIXES, check_output, check_template
 from sdcli.registry import Registry, load_registry
-from sdcli.request import parse_size
+from sdcli.request import FileRef, parse_size
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
 from sdcli.wildcards import Wildcards
@@ -168,7 +168,10 @@ def command(
         return
 
     if from_image is not None:
-        typed = {**_recorded(from_image, console), **typed}
+        recorded = _recorded(from_image, console)
+        if {"init_image", "extend"} & set(typed):  # the size was that of another start
+            recorded = {name: value for name, value in recorded.items() if name not in ("width", "height")}
+        typed = {**recorded, **typed}
     lines = _lines(prompts or [], prompts_file, typed, registry)
     choices = Wildcards(wildcards) if dynamic else None
     if choices is not None:
@@ -187,8 +190,17 @@ def command(
             journal.begin_run(source, base_seed)
         else:
             base_seed = known
-    drawn = None if all_combinations else choices
-    jobs = list(expand(lines, typed, registry, num_images=num_images, base_seed=base_seed, wildcards=drawn))
+    jobs = list(
+        expand(
+            lines,
+            typed,
+            registry,
+            num_images=num_images,
+            base_seed=base_seed,
+            measure=_measure,
+            wildcards=None if all_combinations else choices,
+        )
+    )
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
@@ -219,6 +231,13 @@ def _with_choices(
     if not any(choices.has_choices(text) for text in texts if isinstance(text, str)):
         raise UsageError("no prompt has a choice in it, as {red|blue} or __animals__, so that none would be made")
     return list(combinations(lines, typed, choices)) if all_combinations else lines
+
+
+def _measure(start: FileRef, cell: int) -> tuple[int, int]:
+    """`start_pictures.measure`, which is imported only where there is a start picture."""
+    from sdcli.start_pictures import measure
+
+    return measure(start, cell)
 
 
 def _recorded(image: Path, console: Console) -> dict[str, Any]:
@@ -326,5 +345,6 @@ def _fields(job: Job | BadJob, status: str) -> dict[str, Any]:
     fields |= {"line": job.line} if job.line is not None else {}
     if isinstance(job, Job):
         r = job.request
-        fields |= {"seed": r.seed, "width": r.width, "height": r.height, "steps": r.steps, "model": r.model}
+        width, height = r.final_size
+        fields |= {"seed": r.seed, "width": width, "height": height, "steps": r.steps, "model": r.model}
     return fields

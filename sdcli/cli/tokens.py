@@ -8,7 +8,7 @@ import typer
 
 from sdcli.cli.console import Console, printable
 from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt
-from sdcli.conditioning.prompt import Part, parts
+from sdcli.conditioning.prompt import SubPrompt, subprompts
 from sdcli.errors import UsageError
 from sdcli.registry import load_registry, resolve
 from sdcli.request import GenerationRequest, known
@@ -47,9 +47,9 @@ def command(
 
     tokenizer = load_tokenizer(tokenizer_folder(spec))
     read: dict[str, Any] = {"steps": known(request.steps), "syntax": known(request.prompt_syntax)}
-    rows = [("prompt", part) for part in parts(request.painted_prompt, **read)]
+    rows = [("prompt", part) for part in subprompts(request.painted_prompt, **read)]
     if negative_prompt is not None:
-        rows += [("negative prompt", part) for part in parts(negative_prompt, compose=False, **read)]
+        rows += [("negative prompt", part) for part in subprompts(negative_prompt, compose=False, **read)]
     texts = [text for role, part in rows for text in _texts(role, part, tokenizer, syntax=read["syntax"])]
     if as_json:
         for fields in texts:
@@ -58,7 +58,7 @@ def command(
         _show(texts, tokenizer.room)
 
 
-def _texts(role: str, part: Part, tokenizer: ClipTokenizer, *, syntax: str) -> list[dict[str, Any]]:
+def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer, *, syntax: str) -> list[dict[str, Any]]:
     """Each text of a prompt with the steps that it paints, [first, last] of each stretch; JSON-ready."""
     stretches: dict[str, list[list[int]]] = {}
     first = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdcli.embedding_files import digest_of
+from sdcli.canvas import read_identified
 from sdcli.errors import BadWeights, UsageError
 from sdcli.request import EmbeddingRef, known
 from sdcli.weights import read_tensors
@@ -46,8 +46,7 @@ def read_embeddings(embeddings: Sequence[EmbeddingRef], *, width: int, most: int
 
 def _vectors(embedding: EmbeddingRef, *, width: int, model: str) -> Tensor:
     path = Path(embedding.path).expanduser()
-    if digest_of(path) != embedding.sha256:
-        raise UsageError(f"{path} is not the embedding that was asked for: its SHA-256 is not {embedding.sha256}")
+    read_identified(embedding)
     tensors = read_tensors(path, torch.float32)
     if len(tensors) == 1:
         (vectors,) = tensors.values()

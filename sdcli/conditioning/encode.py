@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from sdcli.conditioning.condition import Condition, Conditions
 from sdcli.conditioning.embeddings import Embeddings, read_embeddings
-from sdcli.conditioning.prompt import EMPTY, Chunk, Part, parts
+from sdcli.conditioning.prompt import EMPTY, Chunk, SubPrompt, subprompts
+from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
 from sdcli.loading import LoadedModel
 from sdcli.request import EmbeddingRef, GenerationRequest, known
@@ -21,8 +23,8 @@ from sdcli.request import EmbeddingRef, GenerationRequest, known
 class Encode(Protocol):
     """Resolved requests -> what they tell the network, on the model's device and in its dtype."""
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool) -> Conditions:
-        """The conditions of a batch of requests of one `shape`; with the unconditional rows if `guided`."""
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+        """The conditions of one pass of a batch of one `shape`; with the unconditional rows if `guided`."""
         ...
 
     def shape(self, request: GenerationRequest) -> Hashable:
@@ -45,10 +47,11 @@ def encoding_of(model: LoadedModel) -> Encode:
 class _Script:
     """What the text encoder reads for one picture."""
 
-    rows: tuple[Part, ...]
-    """The negative prompt, where the picture is guided, and the prompts that AND joins."""
+    prompts: tuple[SubPrompt, ...]
+    """Those that AND joins."""
+    negative: SubPrompt
     length: int
-    """Chunks of the longest text; the others are padded to it."""
+    """Chunks of the longest text, the negative one's too where the picture is guided; the others are padded to it."""
     syntax: str
     clip_skip: int
     embeddings: tuple[EmbeddingRef, ...]
@@ -58,50 +61,57 @@ class TextEncoding:
     """Encodes prompts with one model, each chunk alone and once: a picture does not depend on its neighbours."""
 
     def __init__(self, model: LoadedModel) -> None:
-        assert model.tokenizer is not None
-        self._model, self._tokenizer = model, model.tokenizer
+        self._model = model
         self._chunks = lru_cache(maxsize=256)(self._split)
         self._encode_once = lru_cache(maxsize=256)(self._encode)
         self._embeddings = lru_cache(maxsize=8)(self._read_embeddings)
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool) -> Conditions:
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
         """`encoder_hidden_states` [rows, chunks x L, D]."""
-        scripts = [self._script(request, guided=guided) for request in requests]
-        rows = [(script, script.rows[number]) for number in range(len(scripts[0].rows)) for script in scripts]
+        scripts = [self._script(request, steps=steps) for request in requests]
+        prompts = [script.prompts for script in scripts]
+        by_row = [
+            *([script.negative for script in scripts] if guided else ()),
+            *itertools.chain(*zip(*prompts, strict=True)),
+        ]
+        rows = list(zip(itertools.cycle(scripts), by_row, strict=False))
 
         @lru_cache(maxsize=2)
         def condition(texts: tuple[str, ...]) -> Condition:
             hidden = [self._row(text, script) for text, (script, _) in zip(texts, rows, strict=True)]
             return Condition({"encoder_hidden_states": torch.cat(hidden)})
 
-        weights = list(zip(*([part.weight for part in script.rows[guided:]] for script in scripts), strict=True))
+        weights = tuple(tuple(prompt.weight for prompt in row) for row in zip(*prompts, strict=True))
         return Conditions(
-            lambda step: condition(tuple(part.at(step) for _, part in rows)),
-            changes=any(len(part.texts) > 1 for _, part in rows),
-            weights=tuple(weights) if len(weights) > 1 else (),
+            lambda step: condition(tuple(prompt.at(step) for _, prompt in rows)),
+            changes=any(len(prompt.texts) > 1 for _, prompt in rows),
+            weights=weights if len(weights) > 1 else (),
         )
 
     def shape(self, request: GenerationRequest) -> Hashable:
         """How many chunks and prompts there are: those of other pictures must not pad this one's."""
-        script = self._script(request, guided=request.guided)
-        return script.length, len(script.rows)
+        scripts = [self._script(request, steps=steps) for steps in request.passes]
+        return tuple((script.length, len(script.prompts)) for script in scripts)
 
-    def _script(self, request: GenerationRequest, *, guided: bool) -> _Script:
-        syntax, steps, skip = known(request.prompt_syntax), known(request.steps), known(request.clip_skip)
+    def _script(self, request: GenerationRequest, *, steps: int) -> _Script:
+        syntax, skip, embeddings = known(request.prompt_syntax), request.clip_skip or 1, request.embeddings or ()
         layers = self._model.text_encoder.config.num_hidden_layers
         if skip > layers:
             raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
-        embeddings = known(request.embeddings)
-        negative = parts(known(request.negative_prompt), steps=steps, syntax=syntax, compose=False) if guided else ()
-        rows = (*negative, *parts(request.painted_prompt, steps=steps, syntax=syntax))
-        texts = {text for part in rows for _, text in part.texts}
+        prompts = subprompts(request.painted_prompt, steps=steps, syntax=syntax)
+        (negative,) = subprompts(known(request.negative_prompt), steps=steps, syntax=syntax, compose=False)
+        texts = {text for prompt in (*prompts, *([negative] if request.guided else [])) for _, text in prompt.texts}
         length = max(len(self._chunks(text, syntax, embeddings)) for text in texts)
-        return _Script(rows, length, syntax, skip, embeddings)
+        return _Script(prompts, negative, length, syntax, skip, embeddings)
 
     def _row(self, text: str, script: _Script) -> Tensor:
         chunks = self._chunks(text, script.syntax, script.embeddings)
         padded = (*chunks, *[EMPTY] * (script.length - len(chunks)))
         return torch.cat([self._encode_once(chunk, script.clip_skip, script.embeddings) for chunk in padded], dim=1)
+
+    @property
+    def _tokenizer(self) -> ClipTokenizer:
+        return known(self._model.tokenizer)  # absent where the text encoder was not loaded, and nothing is encoded
 
     def _split(self, text: str, syntax: str, embeddings: tuple[EmbeddingRef, ...]) -> tuple[Chunk, ...]:
         return self._tokenizer.chunks(text, syntax=syntax, tokens=self._embeddings(embeddings).tokens)
@@ -138,7 +148,7 @@ class ClassEncoding:
     def __init__(self, model: LoadedModel) -> None:
         self._kind, self._device = model.spec.kind, model.device
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool) -> Conditions:
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
         """`class_labels` [rows], int64. Raises UsageError for an unknown class."""
         names = [known(request.negative_prompt) for request in requests] if guided else []
         names += [request.painted_prompt for request in requests]
@@ -153,7 +163,7 @@ class ClassEncoding:
 class NoEncoding:
     """The encoding of a model that paints without a prompt."""
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool) -> Conditions:
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
         """Nothing at any step."""
         return Conditions(lambda step: Condition())
 

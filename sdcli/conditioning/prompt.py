@@ -36,7 +36,7 @@ Words = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Part:
+class SubPrompt:
     """One of the prompts that AND joins: its weight, and its text up to each of the steps where it changes."""
 
     weight: float
@@ -70,21 +70,21 @@ class Chunk:
 EMPTY = Chunk()
 
 
-def parts(prompt: str, *, steps: int, syntax: str = "a1111", compose: bool = True) -> tuple[Part, ...]:
+def subprompts(prompt: str, *, steps: int, syntax: str = "a1111", compose: bool = True) -> tuple[SubPrompt, ...]:
     """What paints each of the steps; one part, or with `compose` as many as AND joins. In plain syntax all is text.
 
     Raises UsageError for more than MAX_PARTS of them, for absurd weights, and where editing and alternation spell out
     more than MAX_SPELLED characters.
     """
     if syntax == "plain":
-        return (Part(1.0, ((steps, prompt),)),)
+        return (SubPrompt(1.0, ((steps, prompt),)),)
     texts = _AND.split(prompt) if compose else [prompt]
     if len(texts) == 1:
-        return (Part(1.0, schedule(prompt, steps=steps)),)
+        return (SubPrompt(1.0, schedule(prompt, steps=steps)),)
     if len(texts) > MAX_PARTS:
         raise UsageError(f"AND joins {len(texts)} prompts; it may be up to {MAX_PARTS}")
     weighted = [_weighted(text) for text in texts]
-    return tuple(Part(_checked(float(number or 1)), schedule(before, steps=steps)) for before, number in weighted)
+    return tuple(SubPrompt(_checked(float(number or 1)), schedule(before, steps=steps)) for before, number in weighted)
 
 
 def wrapped(prompt: str, template: str) -> str:
@@ -320,7 +320,7 @@ def chunked(
     return tuple(done if len(done) == 1 or done[-1].ids else done[:-1])
 
 
-def used(prompts: Iterable[Part], names: Iterable[str]) -> set[str]:
+def used(prompts: Iterable[SubPrompt], names: Iterable[str]) -> set[str]:
     """Which of the names of embeddings stand in the prompts, at any step."""
     texts = {text for part in prompts for _, text in part.texts}
     spans = [span.text for text in texts for section in sections(text) for span in section]
