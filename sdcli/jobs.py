@@ -18,6 +18,7 @@ from typing import Any
 
 from sdcli.canvas import Measure
 from sdcli.errors import NotFound, SdcliError, UsageError
+from sdcli.loras import find_loras
 from sdcli.registry import Registry, resolve
 from sdcli.request import MAX_SEED, GenerationRequest, known, parse_request
 from sdcli.wildcards import MAX_COMBINATIONS, Wildcards
@@ -98,7 +99,10 @@ def _text_line(text: str) -> dict[str, Any]:
             value = value[1:-1]
         if not value:
             raise UsageError(f"--{name} has no value")
-        fields[KOHYA.get(name, name)] = value
+        if name == "lora":
+            fields.setdefault("loras", []).append(value)
+        else:
+            fields[KOHYA.get(name, name)] = value
     return fields
 
 
@@ -158,12 +162,14 @@ def expand(
     num_images: int,
     base_seed: int,
     measure: Measure | None = None,
+    lora_dir: Path | None = None,
     wildcards: Wildcards | None = None,
 ) -> Iterator[Job | BadJob]:
     """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
 
-    Of pictures with a variation strength each gets its own variation seed instead. With `wildcards` the choices in
-    the prompts of each picture are made by its seed.
+    Of pictures with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
+    files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
+    picture are made by its seed.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -195,11 +201,11 @@ def expand(
                 raise UsageError(f"{counted}: {count} pictures from seed {first} pass the largest seed, {MAX_SEED}")
             own: list[dict[str, Any]] = [{counted: first + offset} for offset in range(count)]
             if wildcards is None:
-                resolved = resolve(asked, spec, measure=measure)
+                resolved = find_loras(resolve(asked, spec, measure=measure), lora_dir)
                 requests = [resolved.model_copy(update=fields) for fields in own]
             else:
                 drawn = [_drawn(asked.changed(**fields), wildcards) for fields in own]
-                requests = [resolve(request, spec, measure=measure) for request in drawn]
+                requests = [find_loras(resolve(request, spec, measure=measure), lora_dir) for request in drawn]
         except SdcliError as error:
             index += 1
             prefix = f"line {line.number}: " if line.number else ""

@@ -42,6 +42,7 @@ from sdcli.registry import (
     RandomSource,
     described,
 )
+from sdcli.request import LoraRef
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 
 Part = Literal["text_encoder", "unet", "vae"]
@@ -57,6 +58,19 @@ NETWORKS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class AppliedLora:
+    """A LoRA that is merged into a model's weights."""
+
+    ref: LoraRef
+    layers: int
+    """How many layers of the model it changes."""
+    unmatched: tuple[str, ...]
+    """What it holds beside that, by the file's names: layers that the model does not have, and tensors of no LoRA."""
+    tensors_sha256: str
+    """64 hex digits of the file behind its header: what the web UI and Civitai know a LoRA by."""
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """The parts of a model, ready to compute with; a part that was not asked for is absent (AttributeError)."""
 
@@ -67,6 +81,8 @@ class LoadedModel:
     parts: Mapping[str, nn.Module]
     tokenizer: ClipTokenizer | None
     identities: Mapping[str, Future[str]] = field(repr=False)
+    """Of the parts as they were loaded, without the LoRAs."""
+    loras: tuple[AppliedLora, ...] = ()
 
     @cached_property
     def unet(self) -> UNet:
@@ -389,7 +405,7 @@ def _check_ldm_layout(path: Path, names: set[str]) -> None:
         return any(name.startswith(starts) for name in names)
 
     if some("lora_unet_", "lora_te_") or any(".lora_A." in name or ".lora.down." in name for name in names):
-        raise BadWeights(f"{path} is a LoRA, not a whole model")
+        raise BadWeights(f"{path} is a LoRA, not a whole model; paint with it by --lora {path}")
     if some("conditioner.embedders."):
         raise UsageError(f"{path} is of the sdxl family, which is not yet supported")
     if some("cond_stage_model.model."):

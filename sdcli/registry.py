@@ -214,7 +214,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
     _check_condition(resolved, spec)
-    if resolved.embeddings is not None:
+    if resolved.embeddings:
         resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(resolved.embeddings)})
     if resolved.prompt_syntax == "a1111":
         _check_syntax(resolved)
@@ -248,7 +248,7 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
         asked = request.painted_prompt or request.negative_prompt
         raise UsageError(f"{spec.name} paints without a prompt; {asked!r} would have no effect")
     if kind.conditioning != "text":
-        unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": (None, ())}
+        unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": ((),)}
         for name, without_effect in unread.items():
             if getattr(request, name) not in without_effect:
                 raise UsageError(f"{name} has no effect with {spec.name}, which has no text encoder")
@@ -272,7 +272,7 @@ def _check_syntax(request: GenerationRequest) -> None:
     if len(prompts) > 1 and not request.guided:
         raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
     negative = syntax.subprompts(known(request.negative_prompt), steps=steps, compose=False) if request.guided else ()
-    words = [known(embedding.token) for embedding in request.embeddings or ()]
+    words = [known(embedding.token) for embedding in request.embeddings]
     unused = sorted(set(words) - syntax.used((*prompts, *negative), words))
     if unused:
         raise UsageError(f"embeddings: no prompt has the word {unused[0]!r}, so its vectors would have no effect")

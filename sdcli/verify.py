@@ -82,7 +82,7 @@ def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
         painted = event if isinstance(event, Painted) else painted
     assert painted is not None
     now = from_pixels(painted.pixels)
-    model = engine.load(registry.find(info.record.request.model)).model
+    model = engine.load(registry.find(info.record.request.model), info.record.request.loras).model
     return _compare(path, facts, now, provenance(model, fallbacks=painted.fallbacks))
 
 

@@ -281,7 +281,7 @@ def test_an_embedding_that_cannot_be_used_is_refused_with_a_sentence(
 
 def test_an_embedding_is_remembered_by_its_digest(tiny: Painter, tmp_path: Path) -> None:
     request = asked(tiny, "good", embeddings=(saved(tmp_path / "good.safetensors", x=VECTORS),))
-    (embedding,) = request.embeddings or ()
+    (embedding,) = request.embeddings
     assert (embedding.token, len(embedding.sha256 or "")) == ("good", 64)
     assert resolve(parse_request(json.loads(json.dumps(request.typed()))), tiny.model.spec) == request
     saved(tmp_path / "good.safetensors", x=VECTORS * 2)

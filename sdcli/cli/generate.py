@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,13 +24,17 @@ from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
+from sdcli.files import AlreadyExists
 from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
-from sdcli.naming import SUFFIXES, check_output, check_template
+from sdcli.loras import is_here, user_lora_folder
+from sdcli.naming import SUFFIXES, check_output, check_template, numbered
 from sdcli.registry import Registry, load_registry
-from sdcli.request import FileRef, parse_size
+from sdcli.request import FileRef, known, parse_size
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
+from sdcli.sheet_labels import labels_of
+from sdcli.sweeping import Axis, parse_axis, swept
 from sdcli.wildcards import Wildcards
 
 if TYPE_CHECKING:
@@ -87,6 +92,15 @@ def command(
             "--num-images", "-n", min=1, rich_help_panel=PICTURE, help="Pictures per prompt: seed, seed+1, ..."
         ),
     ] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="FIELD=VALUES",
+            rich_help_panel=INPUT,
+            help="Paint all values (steps=10,20 or guidance-scale=1..9x3) and a sheet of them; repeat for more axes.",
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Width and height, as 512x768.")
     ] = None,
@@ -106,6 +120,15 @@ def command(
     image_format: Annotated[
         ImageFormat | None,
         typer.Option("--format", rich_help_panel=OUTPUT, help="File format (png).", show_default=False),
+    ] = None,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora-dir",
+            metavar="DIR",
+            rich_help_panel=RUN,
+            help="Where LoRAs are looked up by name, for --lora NAME and <lora:NAME:0.8> in a prompt.",
+        ),
     ] = None,
     overwrite: OverwriteOpt = False,
     no_metadata: Annotated[
@@ -153,12 +176,20 @@ def command(
         if {"width", "height"} & set(typed):
             raise UsageError("--size goes without --width and --height")
         typed["width"], typed["height"] = parse_size(size)
-    run = RunSettings(device=device, dtype=dtype, batch_size=batch_size, offline=offline, strict_prompt=strict_prompt)
-    registry = load_registry(models_file)
+    run = RunSettings(
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        offline=offline,
+        strict_prompt=strict_prompt,
+        lora_dir=lora_dir,
+    )
+    registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
     dynamic = dynamic_prompts or all_combinations or wildcards is not None
 
     if verify:
-        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or dynamic:
+        others = [prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic]
+        if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
 
@@ -168,14 +199,16 @@ def command(
         return
 
     if from_image is not None:
-        recorded = _recorded(from_image, console)
-        if {"init_image", "extend"} & set(typed):  # the size was that of another start
-            recorded = {name: value for name, value in recorded.items() if name not in ("width", "height")}
+        anew = {axis.field for axis in axes}
+        if {"init_image", "extend", "size"} & {*typed, *anew}:  # the recorded size was that of another start
+            anew |= {"width", "height"}
+        recorded = {name: v for name, v in _recorded(from_image, console, lora_dir).items() if name not in anew}
         typed = {**recorded, **typed}
-    lines = _lines(prompts or [], prompts_file, typed, registry)
+    asked = {**typed, **{axis.field: axis.values[0] for axis in axes}}
+    lines = _lines(prompts or [], prompts_file, asked, registry)
     choices = Wildcards(wildcards) if dynamic else None
     if choices is not None:
-        lines = _with_choices(lines, typed, choices, all_combinations=all_combinations)
+        lines = _with_choices(lines, asked, axes, choices, all_combinations=all_combinations)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
     settings = _output_settings(
@@ -185,28 +218,22 @@ def command(
     if prompts_file is not None and not dry_run:
         journal = Journal.open(settings.outdir)
         source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
-        known = journal.base_seed(source) if resume else None
-        if known is None:
+        earlier = journal.base_seed(source) if resume else None
+        if earlier is None:
             journal.begin_run(source, base_seed)
         else:
-            base_seed = known
-    jobs = list(
-        expand(
-            lines,
-            typed,
-            registry,
-            num_images=num_images,
-            base_seed=base_seed,
-            measure=_measure,
-            wildcards=None if all_combinations else choices,
-        )
-    )
+            base_seed = earlier
+    lines = swept(lines, axes, typed, base_seed=base_seed) if axes else lines
+    counted: dict[str, Any] = {"num_images": num_images, "base_seed": base_seed}
+    drawn = None if all_combinations else choices
+    jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir, wildcards=drawn))
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
         _print_requests(jobs, console)
     else:
-        _paint(jobs, registry, run, settings, journal, console)
+        columns = len(axes[-1].values) * num_images if axes else None
+        _paint(jobs, registry, run, settings, journal, console, columns=columns)
 
 
 def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], registry: Registry) -> list[Line]:
@@ -224,10 +251,13 @@ def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], 
 
 
 def _with_choices(
-    lines: list[Line], typed: dict[str, Any], choices: Wildcards, *, all_combinations: bool
+    lines: list[Line], typed: dict[str, Any], axes: list[Axis], choices: Wildcards, *, all_combinations: bool
 ) -> list[Line]:
     """The lines, or all their combinations. Raises UsageError where there is nothing to choose in any of them."""
+    if all_combinations and any(axis.field in DYNAMIC for axis in axes):
+        raise UsageError("--all-combinations goes without a --sweep of prompts: both say which are painted")
     texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
+    texts += [value for axis in axes if axis.field in DYNAMIC for value in axis.values]
     if not any(choices.has_choices(text) for text in texts if isinstance(text, str)):
         raise UsageError("no prompt has a choice in it, as {red|blue} or __animals__, so that none would be made")
     return list(combinations(lines, typed, choices)) if all_combinations else lines
@@ -240,8 +270,11 @@ def _measure(start: FileRef, cell: int) -> tuple[int, int]:
     return measure(start, cell)
 
 
-def _recorded(image: Path, console: Console) -> dict[str, Any]:
-    """The request that a picture holds, as typed fields. Raises UsageError where it holds none."""
+def _recorded(image: Path, console: Console, lora_dir: Path | None) -> dict[str, Any]:
+    """The request that a picture holds, as typed fields, without what another tool wrote and cannot be had here.
+
+    Raises UsageError where it holds none.
+    """
     from sdcli.metadata import read_picture
 
     info = read_picture(image)
@@ -249,7 +282,13 @@ def _recorded(image: Path, console: Console) -> dict[str, Any]:
         raise UsageError(f"{image} holds no settings (sdcli info {image} shows what there is)")
     for name, value in info.unmapped.items():
         console.say(f"not taken over from {image}: {name} = {value}")
-    return info.request.typed()
+    fields = info.request.typed()
+    if info.source != "sdcli":
+        missing = [ref for ref in info.request.loras if not is_here(ref, lora_dir)]
+        for ref in missing:
+            console.say(f"not taken over from {image}: no LoRA {ref.path!r} in {lora_dir or user_lora_folder()}")
+        fields["loras"] = [str(ref) for ref in info.request.loras if ref not in missing]
+    return fields
 
 
 def _output_settings(output: str | None, outdir: Path | None, image_format: str | None, **rest: bool) -> OutputSettings:
@@ -284,8 +323,13 @@ def _paint(
     settings: OutputSettings,
     journal: Journal | None,
     console: Console,
+    *,
+    columns: int | None = None,
 ) -> None:
-    """Paint what can be painted. What is wrong with a request or the folder is told before torch is imported."""
+    """Paint what can be painted, and with `columns` a sheet of all of it.
+
+    What is wrong with a request or the folder is told before torch is imported.
+    """
     alone = len(jobs) == 1
     errors: list[SdcliError] = []
     good: list[Job] = []
@@ -302,6 +346,7 @@ def _paint(
     from sdcli.engine import Engine, Note, Phase, Progress
 
     engine = Engine(registry, run, settings, stop=stop)
+    paths: dict[int, Path] = {}
     with ProgressDisplay(console) as display:
         for event in engine.paint_all(good, journal=journal):
             if isinstance(event, Phase):
@@ -315,7 +360,29 @@ def _paint(
                 _report_failure(event.job, event.error, console, alone=alone)
             else:
                 _report(event, console)
+                paths[event.job.index] = known(event.path)
+    if columns is not None and paths:
+        _lay_out(good, paths, columns, settings, console)
     raise_for(errors, of=len(jobs))
+
+
+def _lay_out(jobs: list[Job], paths: dict[int, Path], columns: int, settings: OutputSettings, console: Console) -> None:
+    """The pictures of a sweep on a sheet in their order, an empty place for each that failed."""
+    from sdcli.contact_sheet import contact_sheet, empty, write_sheet
+    from sdcli.images import open_picture
+
+    labels = labels_of([str(paths.get(job.index, "failed")) for job in jobs], [job.request for job in jobs])
+    pictures = [open_picture(paths[job.index]) if job.index in paths else empty(job.request.final_size) for job in jobs]
+    sheet = contact_sheet(pictures, columns=columns, labels=labels, label_lines=4)
+    on_it = {"pictures": [{"name": str(paths.get(job.index, "")), "request": job.request.typed()} for job in jobs]}
+    for number in itertools.count(1):
+        path = settings.outdir / numbered(PurePosixPath("sweep.png"), number)
+        try:
+            write_sheet(path, sheet, on_it, overwrite=settings.overwrite)
+        except AlreadyExists:
+            continue
+        console.result(str(path), status="sheet", path=str(path), width=sheet.width, height=sheet.height)
+        return
 
 
 def _report(result: Result, console: Console) -> None:

@@ -13,15 +13,14 @@ import typer
 
 from sdcli.request import GenerationRequest, Part
 
-SINGULAR = {"embeddings": "embedding"}
-"""Fields of several parts: the flag names one, and may be repeated."""
 NOT_FLAGS = {"schema_version", "prompt"}
 ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
 SPELLED = {"guidance_scale"}
 """Numbers that may also be written otherwise; `GenerationRequest` reads them."""
 PANELS = {
     **dict.fromkeys(
-        ("model", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings"), "Model and prompt"
+        ("model", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings", "loras"),
+        "Model and prompt",
     ),
     **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
 }
@@ -37,11 +36,15 @@ METAVARS = {
     "mask": "FILE|-",
     "extend": "SIDE=PIXELS,...",
     "upscale": "FACTORx[:STRENGTH[:latent]]",
+    "loras": "FILE[:WEIGHT[:TEXT_WEIGHT]]",
 }
 
 
 def request_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of the request; what was typed arrives as the keyword `typed`, a dict."""
+    """Give a command one option per field of the request; what was typed arrives as the keyword `typed`, a dict.
+
+    A field that holds several is an option in the singular that may be typed several times (`loras`: `--lora`).
+    """
 
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
@@ -108,7 +111,12 @@ def _octal(letter: str) -> str:
 
 
 def _flag(name: str) -> str:
-    return f"--{SINGULAR.get(name, name).replace('_', '-')}"
+    return f"--{(name.removesuffix('s') if _several(name) else name).replace('_', '-')}"
+
+
+def _several(name: str) -> bool:
+    """Whether a field is a list, whose flag stands for one entry and may be repeated."""
+    return get_origin(GenerationRequest.model_fields[name].annotation) is tuple
 
 
 def _fields() -> list[str]:
@@ -118,8 +126,6 @@ def _fields() -> list[str]:
 def _annotation(name: str) -> Any:
     info = GenerationRequest.model_fields[name]
     kind = next(part for part in get_args(info.annotation) if part is not NoneType)
-    if get_origin(kind) is tuple:  # of parts, each read from its spelling
-        kind = list[str]
     spelled = name in SPELLED or (isinstance(kind, type) and issubclass(kind, Part))
     bounds: dict[str, Any] = {}
     for constraint in () if spelled else info.metadata:
@@ -128,10 +134,12 @@ def _annotation(name: str) -> Any:
     option = typer.Option(
         _flag(name),
         *ALSO_SPELLED.get(name, ()),
-        help=f"{info.description}.".capitalize() if info.description else None,
+        help=f"{info.description[0].upper()}{info.description[1:]}." if info.description else None,
         metavar=METAVARS.get(name),
         rich_help_panel=PANELS.get(name, "The picture"),
         show_default=False,
         **bounds,
     )
+    if _several(name):
+        return Annotated[list[str] | None, option]
     return Annotated[(str if spelled else kind) | None, option]

@@ -94,7 +94,7 @@ class TextEncoding:
         return tuple((script.length, len(script.prompts)) for script in scripts)
 
     def _script(self, request: GenerationRequest, *, steps: int) -> _Script:
-        syntax, skip, embeddings = known(request.prompt_syntax), request.clip_skip or 1, request.embeddings or ()
+        syntax, skip, embeddings = known(request.prompt_syntax), request.clip_skip or 1, request.embeddings
         layers = self._model.text_encoder.config.num_hidden_layers
         if skip > layers:
             raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
