@@ -24,6 +24,8 @@ _EAGER_PACKAGES = (
     "diffusers.models.autoencoders",
     "diffusers.models.controlnets",
 )
+_PIPELINES_LORA = ("diffusers.loaders.lora_base", "diffusers.loaders.lora_pipeline")
+"""Part of pipelines, not of models; imported without peft, they could not fuse a LoRA afterwards."""
 _ABSENT = ("transformers", "scipy", "peft")
 
 
@@ -55,7 +57,7 @@ def lean_imports() -> Iterator[None]:
                 sys.modules[name] = module
         for name, available in availability.items():
             setattr(import_utils, f"_{name}_available", available)
-        for name in (*_EAGER_PACKAGES, "diffusers.loaders"):
+        for name in (*_EAGER_PACKAGES, "diffusers.loaders", *_PIPELINES_LORA):
             sys.modules.pop(name, None)
 
 

@@ -50,10 +50,11 @@ def test_a_request_and_its_command_line_are_the_same_request(
 
 
 def test_fields_that_were_not_given_are_left_out_and_lists_and_switches_are_flags_too() -> None:
-    fields = {"prompt": "a fox", "seed": 7, "controls": ["m=a.png", "canny:n=b c@0-0.5"], "guess_mode": True}
-    asked = parse_request({**fields, "invert_mask": False})
-    flags = ["--seed", "7", "--control", "m=a.png:1", "--control", "canny:n=b c:1@0-0.5", "--guess-mode"]
+    controls = ("m=a.png:1", "canny:n=b c:0.5@0-0.5")
+    asked = parse_request({"prompt": "a fox", "seed": 7, "invert_mask": True, "controls": controls})
+    flags = ["--seed", "7", "--invert-mask", "--control", controls[0], "--control", controls[1]]
     assert request_arguments(asked) == [*flags, "--", "a fox"]
+    assert "--invert-mask" not in request_arguments(asked.changed(invert_mask=False))
 
 
 def test_a_shell_reads_the_arguments_back_from_one_printable_line() -> None:

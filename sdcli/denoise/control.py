@@ -36,47 +36,53 @@ class ActiveControl:
         return index / count >= self.start and (index + 1) / count <= self.end
 
 
-def residuals_of(
-    controls: Sequence[ActiveControl], condition: Condition, *, timesteps: Tensor, guess: bool = False, halves: int = 1
-) -> Residuals:
-    """What the controls add, under a condition with `halves` times as many rows as the maps have: 2 when guided.
+def residuals_along(
+    controls: Sequence[ActiveControl], timesteps: Tensor, *, guess: bool = False
+) -> Callable[[Condition], Residuals]:
+    """What the controls add in one run over `timesteps`, under whatever condition the network has.
 
-    The returned function counts how often it is asked about a timestep (some schedulers ask twice), so it serves one
-    run over `timesteps`.
+    A condition has the maps' number of rows, or that many unconditional ones followed by one or more such groups.
+    However many conditions there are, at each timestep one of the returned functions is asked: how often it was, since
+    some schedulers ask twice, says which step it is.
     """
-    inputs = {name: rows for name, rows in condition.inputs.items() if name != "timestep_cond"}
-    alone = guess and halves == 2  # then the first half, the unconditional one, is left as it is
-    if alone:
-        inputs = {name: rows.chunk(2)[1] for name, rows in inputs.items()}
-    maps = [one.maps if alone else torch.cat([one.maps] * halves) for one in controls]
     places: dict[float, list[int]] = {}
     for index, t in enumerate(timesteps):
         places.setdefault(float(t), []).append(index)
+    guess = guess or any(one.network.config["global_pool_conditions"] for one in controls[:1])
 
-    def residuals(x: Tensor, t: Tensor) -> Mapping[str, Any]:
-        index = places[float(t)].pop(0)
-        x = x.chunk(2)[1] if alone else x
-        total: list[Tensor] = []
-        for control, seen in zip(controls, maps, strict=True):
-            if not control.is_active(index, len(timesteps)):
-                continue
-            # an inpainting UNet sees more channels than a ControlNet does; its own come first
-            sample = x[:, : control.network.config["in_channels"]].to(seen.dtype)
-            down, middle = control.network(
-                sample,
-                t,
-                **inputs,
-                controlnet_cond=seen,
-                conditioning_scale=control.weight,
-                guess_mode=guess,
-                return_dict=False,
-            )
-            added = [*down, middle]
-            total = [one + other for one, other in zip(total, added, strict=True)] if total else added
-        if not total:
-            return {}
-        if alone:
-            total = [torch.cat([torch.zeros_like(one), one]) for one in total]
-        return {"down_block_additional_residuals": total[:-1], "mid_block_additional_residual": total[-1]}
+    def under(condition: Condition) -> Residuals:
+        # what a distilled UNet is told of guidance is no input of a ControlNet
+        inputs = {name: rows for name, rows in condition.inputs.items() if name != "timestep_cond"}
 
-    return residuals
+        def residuals(x: Tensor, t: Tensor) -> Mapping[str, Any]:
+            if not controls:
+                return {}
+            index = places[float(t)].pop(0)
+            batch = len(controls[0].maps)
+            alone = batch if guess and len(x) > batch else 0  # the unconditional rows, left as they are
+            total: list[Tensor] = []
+            for control in controls:
+                if not control.is_active(index, len(timesteps)):
+                    continue
+                # an inpainting UNet sees more channels than a ControlNet does; its own come first
+                sample = x[alone:, : control.network.config["in_channels"]].to(control.maps.dtype)
+                down, middle = control.network(
+                    sample,
+                    t,
+                    **{name: rows[alone:] for name, rows in inputs.items()},
+                    controlnet_cond=torch.cat([control.maps] * (len(sample) // batch)),
+                    conditioning_scale=control.weight,
+                    guess_mode=guess,
+                    return_dict=False,
+                )
+                added = [*down, middle]
+                total = [one + other for one, other in zip(total, added, strict=True)] if total else added
+            if not total:
+                return {}
+            if alone:
+                total = [torch.cat([one.new_zeros((alone, *one.shape[1:])), one]) for one in total]
+            return {"down_block_additional_residuals": total[:-1], "mid_block_additional_residual": total[-1]}
+
+        return residuals
+
+    return under

@@ -67,7 +67,10 @@ class SampleSheet:
             network.to(model.device)
         painter = Painter.of(model)
         requests = [
-            resolve(GenerationRequest(prompt=prompt, seed=seed, steps=self.steps, controls=controls), model.spec)
+            resolve(
+                GenerationRequest(prompt=prompt, prompt_syntax="plain", seed=seed, steps=self.steps, controls=controls),
+                model.spec,
+            )
             for seed, (prompt, controls) in enumerate(zip(self.prompts, self._controls(folder), strict=True))
         ]
         pictures = [from_pixels(painted.pixels) for painted in paint_pictures(painter, requests)]
