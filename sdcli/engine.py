@@ -23,12 +23,12 @@ from sdcli.files import AlreadyExists, sweep, write_whole
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
-from sdcli.loading import LoadedModel, load_model
+from sdcli.loading import load_model
 from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, known
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 
 
@@ -122,25 +122,32 @@ class Engine:
             yield from self._paint_batch(batch, wanted, journal)
         stop_if_asked(self.stop)
 
-    def load(self, spec: ModelSpec) -> Painter:
-        """The painter of a model; the last one stays warm."""
-        if self._painter is None or self._painter.model.spec != spec:
+    def load(self, spec: ModelSpec, *, refiner: ModelSpec | None = None) -> Painter:
+        """The painter of a model, with a refiner; the last one stays warm."""
+        if self._painter is None or _specs(self._painter) != (spec, refiner):
             self._painter = None
             gc.collect()
-            self._painter = Painter.of(
-                load_model(spec, device=self.run.device, dtype=self.run.dtype, offline=self.run.offline)
-            )
+            how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
+            ending = load_model(refiner, leave_out={"vae"}, **how) if refiner is not None else None
+            self._painter = Painter.of(load_model(spec, **how), refiner=ending)
         return self._painter
+
+    def painter_for(self, request: GenerationRequest) -> Painter:
+        """The painter of a resolved request. Raises what finding and loading its models raises."""
+        refiner = self.registry.find(request.refiner) if request.refiner is not None else None
+        return self.load(self.registry.find(request.model), refiner=refiner)
 
     def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
-        return paint_batch(self.load(self.registry.find(batch[0].request.model)), batch, wanted)
+        return paint_batch(self.painter_for(batch[0].request), batch, wanted)
 
     def _paint_batch(self, batch: Sequence[Job], wanted: set[int], journal: Journal | None) -> Iterator[Event]:
         started = time.monotonic()
-        if self._painter is None or self._painter.model.spec.name != batch[0].request.model:
-            yield Phase("load", batch[0].request.model or "")
-        painter = self.load(self.registry.find(batch[0].request.model))
+        first = batch[0].request
+        names = [spec.name for spec in _specs(self._painter) if spec is not None] if self._painter is not None else []
+        if names != [name for name in (first.model, first.refiner) if name is not None]:
+            yield Phase("load", first.model or "")
+        painter = self.painter_for(batch[0].request)
         stop_if_asked(self.stop)
         fitting = []
         for job in batch:
@@ -159,7 +166,7 @@ class Engine:
                 if isinstance(event, Painted):
                     share = (time.monotonic() - started) / len(wanted)
                     yield Phase("save")
-                    path = self._save(event, painter.model, journal)
+                    path = self._save(event, painter, journal)
                     yield Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
                 else:
                     yield event
@@ -168,12 +175,12 @@ class Engine:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
 
-    def _save(self, painted: Painted, model: LoadedModel, journal: Journal | None) -> Path:
+    def _save(self, painted: Painted, painter: Painter, journal: Journal | None) -> Path:
         """Write one picture under a name that is free, or that may be overwritten."""
         image = from_pixels(painted.pixels)
         request, output = painted.job.request, self.output
         facts = provenance(
-            model,
+            painter,
             batch={"size": painted.batch_size, "index": painted.batch_index},
             fallbacks=painted.fallbacks,
             pixels=pixels_digest(image),
@@ -206,7 +213,7 @@ def paint_batch(painter: Painter, batch: Sequence[Job], wanted: set[int]) -> Ite
     while pieces:
         piece = pieces.pop(0)
         yield Phase("encode")
-        painter.encode(job.request.painted_prompt for job in piece)  # remembered: `paint` finds it done
+        painter.encode([job.request for job in piece])  # remembered: `paint` finds it done
         yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         step, crowded = None, False
         try:
@@ -275,19 +282,22 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
-    """Batches of jobs that can be denoised together: same model, shape, steps, scheduler and guidance.
+    """Batches of jobs that can be denoised together: same models, shape, steps, scheduler and guidance.
 
     The same jobs always give the same batches; models come in the order of their first job.
     """
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         r = job.request
-        groups.setdefault((r.model, r.width, r.height, r.steps, r.scheduler, r.eta, r.guidance_scale), []).append(job)
-    models = list(dict.fromkeys(key[0] for key in groups))
+        models = (r.model, r.refiner)
+        key = (models, r.width, r.height, r.steps, r.scheduler, r.eta, r.guidance_scale, r.refiner_start)
+        groups.setdefault(key, []).append(job)
+    order = list(dict.fromkeys(key[0] for key in groups))
     batches = []
-    for key in sorted(groups, key=lambda key: models.index(key[0])):
-        size = run.batch_size or automatic_batch_size(key[1] * key[2], device=run.device)
+    for key in sorted(groups, key=lambda key: order.index(key[0])):
         group = groups[key]
+        pixels = known(group[0].request.width) * known(group[0].request.height)
+        size = run.batch_size or automatic_batch_size(pixels, device=run.device)
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
 
@@ -351,6 +361,10 @@ def _try_decode(painter: Painter, latents: Tensor, *, tiled: bool) -> Tensor | N
     return None
 
 
+def _specs(painter: Painter) -> tuple[ModelSpec, ModelSpec | None]:
+    return painter.model.spec, painter.refiner.model.spec if painter.refiner is not None else None
+
+
 def free_caches() -> None:
     """Give cached memory back before the next attempt."""
     gc.collect()
@@ -360,7 +374,7 @@ def free_caches() -> None:
 
 def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
     """What the text encoder will not see of a job's prompts. With `strict`, raises UsageError instead."""
-    tokenizer = painter.model.tokenizer
+    tokenizer = painter.model.tokenizer or painter.model.tokenizer_2
     if tokenizer is None:
         return []
     notes = []
@@ -377,13 +391,14 @@ def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
     return notes
 
 
-def provenance(model: LoadedModel, **facts: Any) -> dict[str, Any]:
+def provenance(painter: Painter, **facts: Any) -> dict[str, Any]:
     """The facts of a run that belong into a picture's record. No times: the same request gives the same bytes."""
+    model = painter.model
     return {
         "sdcli": sdcli.__version__,
         "model": model.spec.name,
         "origin": model.spec.origin(),
-        "weights": model.weights(),
+        "weights": painter.weights(),
         "torch": torch.__version__,
         "diffusers": importlib.metadata.version("diffusers"),
         "device": model.device.type,

@@ -6,7 +6,7 @@ Which folders there are, and what stands where in them, is in `model_folder.py`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder
+from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
@@ -44,16 +44,22 @@ from sdcli.registry import (
 )
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 
-Part = Literal["text_encoder", "unet", "vae"]
-PARTS: tuple[Part, ...] = ("text_encoder", "unet", "vae")
-NAMES: dict[str, str] = {"text_encoder": "text encoder", "unet": "UNet", "vae": "VAE"}
+Part = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
+PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "unet", "vae")
+NAMES: dict[str, str] = {
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "unet": "UNet",
+    "vae": "VAE",
+}
+TEXT_ENCODERS = {"text_encoder", "text_encoder_2"}
 NETWORKS: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "UNet2DModel": UNet2DModel,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
 }
-"""diffusers' classes by the names in config.json; the text encoder is our own."""
+"""diffusers' classes by the names in config.json; the text encoders are our own."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,15 @@ class LoadedModel:
     parts: Mapping[str, nn.Module]
     tokenizer: ClipTokenizer | None
     identities: Mapping[str, Future[str]] = field(repr=False)
+    tokenizer_2: ClipTokenizer | None = None
+    """SDXL's second text encoder has its own; a refiner has only that."""
+    zeros_for_empty_prompt: bool = False
+    """Whether an empty negative prompt is all zeros; SDXL's base model was trained so."""
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether it has the text encoders of SDXL, and takes the conditions that they make."""
+        return "text_encoder_2" in self.parts
 
     @cached_property
     def unet(self) -> UNet:
@@ -79,6 +94,10 @@ class LoadedModel:
     @cached_property
     def text_encoder(self) -> ClipTextEncoder:
         return self._part("text_encoder")
+
+    @cached_property
+    def text_encoder_2(self) -> ProjectedClipTextEncoder:
+        return self._part("text_encoder_2")
 
     def _part(self, name: str) -> Any:
         if name not in self.parts:
@@ -160,10 +179,11 @@ def load_model(
     offline: bool = False,
     parts: Iterable[Part] | None = None,
     needs: Part = "unet",
+    leave_out: Container[Part] = (),
 ) -> LoadedModel:
     """Load a model from wherever its spec says, or some `parts` of it. The network is never used.
 
-    Without `parts` it is all that is there; `needs` is what it is of no use without.
+    Without `parts` it is all that is there but `leave_out`; `needs` is what it is of no use without.
     Raises NotFound, Offline (a hub model that is not in the cache; `sdcli models pull` gets it), BadWeights and
     UsageError, also for a part that this kind of model does not have.
     """
@@ -187,14 +207,16 @@ def load_model(
             build = _from_folder(
                 local_snapshot(hub, name=spec.name, size=spec.download_bytes), number, variant=hub.variant
             )
-    wanted = build.parts if parts is None else tuple(parts)
+    wanted = tuple(part for part in build.parts if part not in leave_out) if parts is None else tuple(parts)
     for part in (needs,) if parts is None else wanted:
         if part not in build.parts:
             raise UsageError(_lacks(spec.name, part, build.parts))
+    if "text_encoder" in wanted and "text_encoder_2" not in wanted and "text_encoder_2" in build.parts:
+        raise UsageError(f"{spec.name} has two text encoders (SDXL), and one alone is of no use here")
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
     identities: dict[str, Future[str]] = {part: hashing.submit(build.identity, part) for part in wanted}
     hashing.shutdown(wait=False)
-    networks: dict[str, nn.Module] = {part: _placed(build.network(part), target, number) for part in wanted}
+    networks: dict[str, nn.Module] = {part: _placed(build.network(part), target) for part in wanted}
     if "unet" in networks and target.type == "cpu" and number != torch.float32:
         use_sliced_self_attention(networks["unet"])
     return LoadedModel(
@@ -203,8 +225,10 @@ def load_model(
         dtype=number,
         scheduler_config=build.scheduler_config,
         parts=networks,
-        tokenizer=build.tokenizer() if "text_encoder" in wanted else None,
+        tokenizer=build.tokenizer("text_encoder") if "text_encoder" in wanted else None,
         identities=identities,
+        tokenizer_2=build.tokenizer("text_encoder_2") if "text_encoder_2" in wanted else None,
+        zeros_for_empty_prompt=build.zeros_for_empty_prompt,
     )
 
 
@@ -215,10 +239,11 @@ def _finished(identity: str) -> Future[str]:
     return known
 
 
-def _placed(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _placed(network: nn.Module, device: torch.device) -> nn.Module:
     """On the device; convolutions channels-last in half precision, where it is quicker (float32 stays bit-exact)."""
     network = network.to(device)
-    return network.to(memory_format=torch.channels_last) if dtype != torch.float32 else network  # type: ignore[call-overload]
+    half = next(network.parameters()).dtype != torch.float32
+    return network.to(memory_format=torch.channels_last) if half else network  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -227,35 +252,64 @@ class _Build:
 
     parts: tuple[Part, ...]
     network: Callable[[str], nn.Module]
-    tokenizer: Callable[[], ClipTokenizer]
+    tokenizer: Callable[[str], ClipTokenizer]
+    """The tokenizer of a text encoder."""
     identity: Callable[[str], str]
     scheduler_config: Mapping[str, Any]
+    zeros_for_empty_prompt: bool = False
 
 
 # Random weights
 
 
 def _from_recipe(source: RandomSource, dtype: torch.dtype) -> _Build:
-    configs = _sd15_configs() if source.architecture == "sd15" else _TINY_CONFIGS
+    configs = _recipe_configs(source.architecture)
 
     def network(part: str) -> nn.Module:
         empty = _empty(part, configs[part], source=f"random-{source.architecture}")
-        fill(empty, random_tensors(empty, dtype, seed=source.seed), source=source.architecture)
+        number = _dtype_for(part, configs[part], dtype, parts=configs)
+        fill(empty, random_tensors(empty, number, seed=source.seed), source=source.architecture)
         return empty
 
     return _Build(
-        PARTS,
+        tuple(part for part in PARTS if part in configs),
         network,
-        tokenizer=lambda: load_tokenizer(PACKAGE / "clip_tokenizer"),
+        tokenizer=_shipped_tokenizer,
         identity=lambda part: f"random:{source.architecture}:{source.seed}",
-        scheduler_config=_sd15_configs()["scheduler"],
+        scheduler_config=configs["scheduler"],
+        zeros_for_empty_prompt="text_encoder_2" in configs,
     )
 
 
+def _recipe_configs(architecture: str) -> dict[str, dict[str, Any]]:
+    match architecture:
+        case "sd15":
+            return _sd15_configs()
+        case "sdxl":
+            return _sdxl_configs()
+        case "tiny-sdxl":
+            return {**_sdxl_configs(), **_TINY_SDXL_CONFIGS}
+        case _:
+            return {**_sd15_configs(), **_TINY_CONFIGS}
+
+
 def _sd15_configs() -> dict[str, dict[str, Any]]:
-    folder = PACKAGE / "sd1_config"
-    names = {"scheduler": "scheduler_config.json"}
-    return {part: read_json_object(folder / part / names.get(part, "config.json")) for part in (*PARTS, "scheduler")}
+    return _shipped_configs("sd1_config")
+
+
+def _sdxl_configs() -> dict[str, dict[str, Any]]:
+    return _shipped_configs("sdxl_config")
+
+
+def _shipped_configs(name: str) -> dict[str, dict[str, Any]]:
+    """Component -> its configuration, of a family whose small files are in the package."""
+    return {file.parent.name: read_json_object(file) for file in (PACKAGE / name).glob("*/*config.json")}
+
+
+def _shipped_tokenizer(part: str) -> ClipTokenizer:
+    """CLIP's own; SDXL's second text encoder is OpenCLIP's, which pads with the token number 0."""
+    tokenizer = load_tokenizer(PACKAGE / "clip_tokenizer")
+    return replace(tokenizer, pad_id=0) if part == "text_encoder_2" else tokenizer
 
 
 _TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -285,6 +339,19 @@ _TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2,
     },
 }
+_TINY_SDXL_CONFIGS: dict[str, dict[str, Any]] = {
+    **_TINY_CONFIGS,
+    "unet": {
+        **_TINY_CONFIGS["unet"],
+        "transformer_layers_per_block": [2, 1],
+        "use_linear_projection": True,
+        "cross_attention_dim": 64,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+    "text_encoder_2": {**_TINY_CONFIGS["text_encoder"], "hidden_act": "gelu", "eos_token_id": 2, "projection_dim": 32},
+}
 
 
 # A diffusers folder
@@ -292,33 +359,38 @@ _TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None) -> _Build:
     layout = read_layout(folder)
-    stems = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    is_sdxl = "text_encoder_2" in layout.components
 
     def files(part: str) -> list[Path]:
-        return shards(folder / layout.folder_of(part), stems[part], variant=variant)
+        stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
+        return shards(folder / layout.folder_of(part), stem, variant=variant)
 
     def network(part: str) -> nn.Module:
-        empty = _empty(part, network_config(folder, layout, part), source=str(folder / layout.folder_of(part)))
+        config = network_config(folder, layout, part)
+        empty = _empty(part, config, source=str(folder / layout.folder_of(part)))
+        number = _dtype_for(part, config, dtype, parts=layout.components)
         wanted = set(empty.state_dict())
         tensors: dict[str, Tensor] = {}
         for file in files(part):
-            tensors |= read_tensors(file, dtype, rename=lambda stored: _modern_name(part, stored, wanted))
+            tensors |= read_tensors(file, number, rename=lambda stored: _modern_name(part, stored, wanted))
         fill(empty, tensors, source=str(files(part)[0]))
         return empty
 
+    index = read_json_object(folder / "model_index.json")
     scheduler = read_json_object(folder / "scheduler" / "scheduler_config.json")
     return _Build(
         tuple(part for part in PARTS if part in layout.components),
         network,
-        tokenizer=lambda: load_tokenizer(folder / "tokenizer"),
+        tokenizer=lambda part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")),
         identity=lambda part: _files_digest(files(part)),
-        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text else scheduler,
+        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not is_sdxl else scheduler,
+        zeros_for_empty_prompt=is_sdxl and index.get("force_zeros_for_empty_prompt", True) is True,
     )
 
 
 def _modern_name(part: str, stored: str, wanted: set[str]) -> str | None:
     """The present name of a parameter: older transformers and diffusers spelled some otherwise."""
-    if part == "text_encoder":
+    if part in TEXT_ENCODERS:
         name = stored.removeprefix("text_model.")
         return None if name.endswith("position_ids") else name
     if part == "vae" and stored not in wanted:
@@ -376,7 +448,7 @@ def _from_single_file(path: Path, dtype: torch.dtype) -> _Build:
     return _Build(
         PARTS,
         network,
-        tokenizer=lambda: load_tokenizer(PACKAGE / "clip_tokenizer"),
+        tokenizer=_shipped_tokenizer,
         identity=lambda part: _files_digest([path]),
         scheduler_config=configs["scheduler"],
     )
@@ -408,20 +480,32 @@ def _check_ldm_layout(path: Path, names: set[str]) -> None:
 # Shared
 
 
+def _dtype_for(part: str, config: Mapping[str, Any], dtype: torch.dtype, *, parts: Container[str]) -> torch.dtype:
+    """The number format of a part. SDXL's VAE overflows in float16, so it is float32 unless its configuration knows
+    better (`force_upcast`), as in diffusers; in bfloat16 it does not overflow."""
+    overflows = part == "vae" and "text_encoder_2" in parts and config.get("force_upcast", True)
+    return torch.float32 if overflows and dtype == torch.float16 else dtype
+
+
 def _empty(part: str, config: dict[str, Any], *, source: str) -> nn.Module:
     """A part's network without weights, from its config.json. Raises BadWeights."""
     try:
         match part:
-            case "text_encoder":
+            case "text_encoder" | "text_encoder_2":
                 if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
                     raise ValueError(f"unknown activation {config['hidden_act']!r}")
                 clip = ClipTextConfig.from_dict(config)
-                return build_empty(lambda: ClipTextEncoder(clip))
+                if part == "text_encoder":
+                    return build_empty(lambda: ClipTextEncoder(clip))
+                size = config.get("projection_dim", 512)  # transformers' own default
+                return build_empty(lambda: ProjectedClipTextEncoder(clip, projection_dim=size))
             case _:
                 usual = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}[part]
                 network_class = NETWORKS.get(config.get("_class_name", usual))
                 if network_class is None:
                     raise ValueError(f"unknown class {config['_class_name']!r}")
+                if part == "vae" and config.get("latents_mean") is not None:
+                    raise UsageError(f"{source}: its latents have a mean of their own, which sdcli does not know")
                 return build_empty(lambda: network_class.from_config(config))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise BadWeights(f"{source}: its configuration describes no network: {error}") from None

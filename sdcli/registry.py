@@ -38,7 +38,7 @@ class RandomSource(_Strict):
     """Random weights, made in memory from a seed: no files, no network."""
 
     kind: Literal["random"]
-    architecture: Literal["tiny", "sd15"]
+    architecture: Literal["tiny", "tiny-sdxl", "sd15", "sdxl"]
     seed: int = Field(0, ge=0)
 
 
@@ -81,7 +81,8 @@ class ModelDefaults(_Strict):
 
 
 Family = Literal["sd1", "sd2", "sdxl"]
-SUPPORTED_FAMILIES = {"sd1", "sd2"}
+SUPPORTED_FAMILIES = {"sd1", "sd2", "sdxl"}
+DEFAULT_REFINER_START = 0.8
 
 
 class ModelEntry(_Strict):
@@ -197,6 +198,8 @@ def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
         "scheduler": defaults.scheduler,
         "eta": 0.0,
     }
+    if request.refiner is not None:
+        chosen["refiner_start"] = DEFAULT_REFINER_START
     typed = {name: value for name, value in request if value is not None}
     if "seed" not in typed:
         chosen["seed"] = secrets.randbelow(2**32)
@@ -206,6 +209,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
     _check_condition(resolved, spec)
+    _check_refiner(resolved)
     if resolved.eta and not SCHEDULERS[known(resolved.scheduler)].uses_eta:
         raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
     return resolved
@@ -235,6 +239,16 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
         kind.label(request.painted_prompt)
         if request.negative_prompt:
             kind.label(request.negative_prompt)
+
+
+def _check_refiner(request: GenerationRequest) -> None:
+    """Raise UsageError for a refiner's start without a refiner, or a scheduler that cannot begin in the middle."""
+    if request.refiner is None and request.refiner_start is not None:
+        raise UsageError("refiner_start has no effect without a refiner")
+    if request.refiner is not None and not SCHEDULERS[known(request.scheduler)].begins_anywhere:
+        raise UsageError(
+            f"the {request.scheduler} scheduler cannot begin in the middle, as a refiner does; use another"
+        )
 
 
 def load_registry(models_file: Path | None = None) -> Registry:

@@ -33,7 +33,8 @@ class GenerationRequest(BaseModel):
     """One picture, or as much of its description as was asked for.
 
     A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
-    `registry.resolve` fills every None, and the result, as painted, is what a picture's metadata holds.
+    `registry.resolve` fills every None (but the refiner's two, where there is none), and the result, as painted, is
+    what a picture's metadata holds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -56,6 +57,12 @@ class GenerationRequest(BaseModel):
     eta: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="noise added by ddim: 0 none, 1 as much as ddpm"
     )
+    refiner: str | None = Field(
+        None, description="an SDXL model that takes over for the last steps; named like a model"
+    )
+    refiner_start: float | None = Field(
+        None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
+    )
 
     @field_validator("schema_version")
     @classmethod
@@ -64,7 +71,7 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"schema {value} is newer than this sdcli, which knows {SCHEMA}")
         return value
 
-    @field_validator("prompt", "negative_prompt", "prompt_template", "model")
+    @field_validator("prompt", "negative_prompt", "prompt_template", "model", "refiner")
     @classmethod
     def _plain_unicode(cls, value: str | None) -> str | None:
         if value is None:

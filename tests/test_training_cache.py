@@ -927,7 +927,7 @@ def test_a_cached_text_is_what_generate_computes_bit_for_bit(tmp_path: Path, mod
     texts = CachedTexts(TensorStore(tmp_path, "texts"), TextKeys.of(model), CAPTIONS, budget=budget)
     assert texts.held == (budget > 0)
     for text in CAPTIONS:
-        expected = encoding([text]).inputs["encoder_hidden_states"][0]
+        expected = encoding.texts([text]).inputs["encoder_hidden_states"][0]
         assert same_bits(texts[text], expected)
         assert same_bits(pickle.loads(pickle.dumps(texts))[text], expected)
     with pytest.raises(NotFound, match="'absent'"):

@@ -14,8 +14,19 @@ from sdcli.request import GenerationRequest
 
 NOT_FLAGS = {"schema_version", "prompt"}
 ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
-PANELS = {"model": "Model and prompt", "negative_prompt": "Model and prompt", "prompt_template": "Model and prompt"}
-METAVARS = {"model": "MODEL", "scheduler": "NAME", "negative_prompt": "TEXT", "prompt_template": "TEXT"}
+PANELS = {
+    "model": "Model and prompt",
+    "refiner": "Model and prompt",
+    "negative_prompt": "Model and prompt",
+    "prompt_template": "Model and prompt",
+}
+METAVARS = {
+    "model": "MODEL",
+    "refiner": "MODEL",
+    "scheduler": "NAME",
+    "negative_prompt": "TEXT",
+    "prompt_template": "TEXT",
+}
 
 
 def request_options(function: Callable[..., None]) -> Callable[..., None]:

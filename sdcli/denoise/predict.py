@@ -17,10 +17,10 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 def unet_predict(unet: UNet, condition: Condition) -> Predict:
     """The plain network under a condition with one row per row of x."""
-    dtype = next(unet.parameters()).dtype
+    dtype, arguments = next(unet.parameters()).dtype, condition.arguments()
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x.to(dtype), t, **condition.inputs, return_dict=False)[0].float()
+        return unet(x.to(dtype), t, **arguments, return_dict=False)[0].float()
 
     return predict
 
@@ -45,7 +45,7 @@ def scaled_input(predict: Predict, scheduler: Any) -> Predict:
 
 def with_scale(condition: Condition, scale: float, *, size: int) -> Condition:
     """The condition of a network that was distilled to take the guidance scale as an input of `size` numbers (LCM)."""
-    (hidden,) = condition.inputs.values()
+    hidden = condition.inputs["encoder_hidden_states"]
     embedding = guidance_embedding(scale - 1, size).to(hidden).expand(len(hidden), -1)
     return Condition({**condition.inputs, "timestep_cond": embedding})
 
