@@ -153,6 +153,8 @@ def expand(
             if asked.seed is None:
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
             resolved = resolve(asked, spec)
+            if resolved.refiner is not None:
+                registry.find(resolved.refiner).require_supported()
             if resolved.seed is None or resolved.seed + count - 1 > MAX_SEED:
                 raise UsageError(f"seed: {count} pictures from seed {resolved.seed} pass the largest seed, {MAX_SEED}")
         except SdcliError as error:

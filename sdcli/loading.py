@@ -42,6 +42,7 @@ from sdcli.registry import (
     RandomSource,
     described,
 )
+from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 
 Part = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
@@ -274,7 +275,7 @@ def _from_recipe(source: RandomSource, dtype: torch.dtype) -> _Build:
     return _Build(
         tuple(part for part in PARTS if part in configs),
         network,
-        tokenizer=_shipped_tokenizer,
+        tokenizer=lambda part: _shipped_tokenizer(open_clip=part == "text_encoder_2"),
         identity=lambda part: f"random:{source.architecture}:{source.seed}",
         scheduler_config=configs["scheduler"],
         zeros_for_empty_prompt="text_encoder_2" in configs,
@@ -284,21 +285,13 @@ def _from_recipe(source: RandomSource, dtype: torch.dtype) -> _Build:
 def _recipe_configs(architecture: str) -> dict[str, dict[str, Any]]:
     match architecture:
         case "sd15":
-            return _sd15_configs()
+            return _shipped_configs("sd1_config")
         case "sdxl":
-            return _sdxl_configs()
+            return _shipped_configs("sdxl_config")
         case "tiny-sdxl":
-            return {**_sdxl_configs(), **_TINY_SDXL_CONFIGS}
+            return {**_shipped_configs("sdxl_config"), **_TINY_SDXL_CONFIGS}
         case _:
-            return {**_sd15_configs(), **_TINY_CONFIGS}
-
-
-def _sd15_configs() -> dict[str, dict[str, Any]]:
-    return _shipped_configs("sd1_config")
-
-
-def _sdxl_configs() -> dict[str, dict[str, Any]]:
-    return _shipped_configs("sdxl_config")
+            return {**_shipped_configs("sd1_config"), **_TINY_CONFIGS}
 
 
 def _shipped_configs(name: str) -> dict[str, dict[str, Any]]:
@@ -306,10 +299,10 @@ def _shipped_configs(name: str) -> dict[str, dict[str, Any]]:
     return {file.parent.name: read_json_object(file) for file in (PACKAGE / name).glob("*/*config.json")}
 
 
-def _shipped_tokenizer(part: str) -> ClipTokenizer:
-    """CLIP's own; SDXL's second text encoder is OpenCLIP's, which pads with the token number 0."""
+def _shipped_tokenizer(*, open_clip: bool) -> ClipTokenizer:
+    """CLIP's own; the text encoders of OpenCLIP (SD 2.x, SDXL's second) have the same one, but pad with number 0."""
     tokenizer = load_tokenizer(PACKAGE / "clip_tokenizer")
-    return replace(tokenizer, pad_id=0) if part == "text_encoder_2" else tokenizer
+    return replace(tokenizer, pad_id=0) if open_clip else tokenizer
 
 
 _TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -415,66 +408,78 @@ def _mended_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _from_single_file(path: Path, dtype: torch.dtype) -> _Build:
     names = set(check_header(path)) - {"__metadata__"}
-    _check_ldm_layout(path, names)
-    configs = _sd15_configs()
-    prefixes = {
-        "unet": ("model.diffusion_model.",),
-        "vae": ("first_stage_model.",),
-        "text_encoder": ("cond_stage_model.",),
-    }
+    layout = layout_of(names)
+    _check_ldm_names(path, names, layout)
+    configs: dict[str, dict[str, Any]] = {}
+    for folder in layout.configs:
+        configs |= _shipped_configs(folder)
 
     def network(part: str) -> nn.Module:
         with lean_imports():
             from diffusers.loaders import single_file_utils as ldm
 
-        stored = read_tensors(path, dtype, rename=lambda name: name if name.startswith(prefixes[part]) else None)
+        prefix, number = layout.prefixes[part], _dtype_for(part, configs[part], dtype, parts=layout.prefixes)
+        stored = read_tensors(path, number, rename=lambda name: name if name.startswith(prefix) else None)
         empty = _empty(part, configs[part], source=str(path))
         try:
             if part == "unet":
                 tensors = ldm.convert_ldm_unet_checkpoint(stored, configs[part])
             elif part == "vae":
                 tensors = ldm.convert_ldm_vae_checkpoint(stored, configs[part])
+            elif layout.has_open_clip(part):
+                tensors = ldm.convert_open_clip_checkpoint(empty, stored, prefix=prefix)
             else:
-                tensors = {
-                    name.removeprefix("text_model."): tensor
-                    for name, tensor in ldm.convert_ldm_clip_checkpoint(stored).items()
-                    if not name.endswith("position_ids")
-                }
+                tensors = ldm.convert_ldm_clip_checkpoint(stored)
         except (KeyError, IndexError, RuntimeError) as error:
-            raise BadWeights(f"{path}: its {part} is not laid out as Stable Diffusion 1.x ({error})") from None
+            raise BadWeights(f"{path}: its {NAMES[part]} is not laid out as that of {layout.title} ({error})") from None
+        if part in TEXT_ENCODERS:
+            tensors = {
+                name.removeprefix("text_model."): tensor
+                for name, tensor in tensors.items()
+                if not name.endswith("position_ids")
+            }
         fill(empty, tensors, source=f"{path} ({part})")
         return empty
 
     return _Build(
-        PARTS,
+        tuple(part for part in PARTS if part in layout.prefixes),
         network,
-        tokenizer=_shipped_tokenizer,
+        tokenizer=lambda part: _shipped_tokenizer(open_clip=layout.has_open_clip(part)),
         identity=lambda part: _files_digest([path]),
-        scheduler_config=configs["scheduler"],
+        scheduler_config={**configs["scheduler"], **_prediction(path, names, layout)},
+        zeros_for_empty_prompt=layout is SDXL,
     )
 
 
-def _check_ldm_layout(path: Path, names: set[str]) -> None:
+def _prediction(path: Path, names: set[str], layout: SingleFileLayout) -> dict[str, Any]:
+    """What the UNet was trained to predict, where it is not the noise: SDXL files of v-prediction carry marks.
+
+    SD 2.x files have none. There ComfyUI's observation helps: in a v-prediction model one bias is spread wider.
+    """
+    bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    v = "v_pred" in names
+    if layout is SD2 and bias in names:
+        (values,) = read_tensors(path, torch.float32, rename=lambda name: name if name == bias else None).values()
+        v = bool(values.std(correction=0) > 0.09)
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names} if v else {}
+
+
+def _check_ldm_names(path: Path, names: set[str], layout: SingleFileLayout) -> None:
     """Tell the files that people confuse with a checkpoint apart, each with its own sentence."""
 
     def some(*starts: str) -> bool:
         return any(name.startswith(starts) for name in names)
 
-    if some("lora_unet_", "lora_te_") or any(".lora_A." in name or ".lora.down." in name for name in names):
+    if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
         raise BadWeights(f"{path} is a LoRA, not a whole model")
-    if some("conditioner.embedders."):
-        raise UsageError(f"{path} is of the sdxl family, which is not yet supported")
-    if some("cond_stage_model.model."):
-        raise UsageError(f"{path} is Stable Diffusion 2.x in a single file; use its diffusers folder instead")
+    if some("edm_mean", "edm_vpred."):
+        raise UsageError(f"{path} was trained on the noise levels of EDM, which sdcli does not know")
     if some("down_blocks.", "decoder.up_blocks.", "text_model.", "encoder.layers."):
         raise BadWeights(f"{path} is one part of a diffusers model; give the folder that holds model_index.json")
-    for prefix, part in (
-        ("model.diffusion_model.", "UNet"),
-        ("first_stage_model.", "VAE"),
-        ("cond_stage_model.transformer.", "text encoder"),
-    ):
+    for part, prefix in layout.prefixes.items():
         if not some(prefix):
-            raise BadWeights(f"{path} has no {part} (no weights named {prefix}*); it is no whole SD 1.x checkpoint")
+            missing = f"{NAMES[part]} (no weights named {prefix}*)"
+            raise BadWeights(f"{path} has no {missing}; it is no whole {layout.title} checkpoint")
 
 
 # Shared

@@ -16,6 +16,7 @@ from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request
 from sdcli.schedulers import SCHEDULERS
+from sdcli.single_file import layout_in
 
 MAX_REGISTRY_BYTES = 256 * 1024
 PICKLE_SUFFIXES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
@@ -80,7 +81,7 @@ class ModelDefaults(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-Family = Literal["sd1", "sd2", "sdxl"]
+Family = Literal["sd1", "sd2", "sdxl", "sd3", "flux"]
 SUPPORTED_FAMILIES = {"sd1", "sd2", "sdxl"}
 DEFAULT_REFINER_START = 0.8
 
@@ -159,7 +160,7 @@ class Registry(_Strict):
                 raise UsageError(pickle_refused(path))
             raise NotFound(f"no file {name}")
         if path.is_file():
-            return ModelSpec(name=path.name, source=FileSource(kind="file", path=path.resolve()))
+            return described(ModelSpec(name=path.name, source=FileSource(kind="file", path=path.resolve())))
         if looks_like_path:
             raise NotFound(f"no file or folder {name}")
         if HUB_ID.fullmatch(name):
@@ -370,17 +371,25 @@ def spec_of_folder(path: Path) -> ModelSpec:
 
 
 def described(spec: ModelSpec) -> ModelSpec:
-    """The spec with what its folder says: its kind, and the defaults that the entry leaves open.
+    """The spec with what its folder or file says: its kind, and the defaults that the entry leaves open.
 
-    A source that is no folder, or a folder that is not there (loading it says so), leaves the spec as it is.
+    Another source, or one that is not there or damaged (loading it says so), leaves the spec as it is.
     Raises NotFound, UsageError and BadWeights.
     """
+    if isinstance(spec.source, FileSource):
+        layout = layout_in(spec.source.path)
+        typed = spec.defaults.model_dump(exclude_unset=True)
+        defaults = ModelDefaults(**{**(layout.defaults if layout is not None else {}), **typed})
+        family = layout.family if layout is not None else spec.family
+        return spec.model_copy(update={"family": family, "defaults": defaults})
     if not isinstance(spec.source, FolderSource) or not (spec.source.path / "model_index.json").is_file():
         return spec
     folder = read_model_folder(spec.source.path)
     own = {**_usual_defaults(folder), **_own_defaults(folder)}
     typed = spec.defaults.model_dump(exclude_unset=True)
-    return spec.model_copy(update={"kind": folder.kind, "defaults": ModelDefaults(**{**own, **typed})})
+    family = "sdxl" if "text_encoder_2" in folder.layout.components else spec.family
+    defaults = ModelDefaults(**{**own, **typed})
+    return spec.model_copy(update={"kind": folder.kind, "family": family, "defaults": defaults})
 
 
 def _usual_defaults(folder: ModelFolder) -> dict[str, Any]:

@@ -223,10 +223,8 @@ def test_a_revision_is_pulled_beside_main(server: HubServer, models: Run, model_
     [
         ("nobody/nothing", 3, "no repository nobody/nothing"),
         (f"{NAME}@v9", 3, "maker/small has no revision 'v9'"),
-        ("sdxl", 2, "not yet supported"),
         ("tiny", 2, "needs no download"),
         ("maker/gated", 3, "accept its licence"),
-        ("maker/xl", 2, "sdxl family"),
         ("maker/other", 2, "made for FluxPipeline"),
         ("maker/pickles", 1, "only as a pickle"),
         ("maker/single", 1, "not in the diffusers layout"),
@@ -240,8 +238,6 @@ def test_each_refusal_has_its_sentence_and_comes_before_any_weights(
     pickles = {path.replace(".safetensors", ".bin"): data for path, data in model_files.items()}
     contents = {
         "maker/gated": model_files,
-        "maker/xl": model_files
-        | {"model_index.json": json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}).encode()},
         "maker/other": model_files | {"model_index.json": json.dumps(index | {"_class_name": "FluxPipeline"}).encode()},
         "maker/pickles": pickles,
         "maker/single": {"model.safetensors": b"x"},

@@ -11,14 +11,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sdcli import loading
 from sdcli.denoise.sampler import make_scheduler
+from sdcli.errors import SdcliError, UsageError
 from sdcli.loading import load_model
+from sdcli.metadata import read_picture
 from sdcli.pipeline import Painter, decode, paint
-from sdcli.registry import resolve, spec_of_folder
+from sdcli.registry import ModelSpec, RandomSource, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from sdcli.schedulers import SCHEDULERS
+from sdcli.training.model_parts import refuse_sdxl
+from sdcli.weights import random_tensors
+from tests.conftest import Run
 from tests.tiny import save_tiny_sdxl
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -73,7 +80,7 @@ def ours(painter: Painter, **fields: Any) -> Tensor:
 
 
 def theirs(pipeline: Any, scheduler: str, config: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
-    """Each prompt is encoded alone, and an empty negative prompt is none at all, which is when diffusers takes zeros."""
+    """Each prompt is encoded alone; an empty negative prompt is none at all, which is when diffusers takes zeros."""
     pipeline.scheduler = make_scheduler(scheduler, config)
     fields = {"generator": generators(), **fields}
     encoded = [
@@ -104,6 +111,10 @@ def test_latents_equal_diffusers_bit_for_bit_with_every_scheduler(
     assert torch.equal(ours(painter_alone(painter), scheduler=scheduler, **fields), expected)
 
 
+def of_folder(folder: Path) -> Painter:
+    return Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+
+
 def painter_alone(painter: Painter) -> Painter:
     return Painter.of(painter.model)
 
@@ -128,7 +139,7 @@ def test_an_empty_negative_prompt_is_zeros_only_where_the_folder_says_so(
     shutil.copytree(folders["base"], tmp_path / "model")
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     (tmp_path / "model/model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
-    alone = Painter.of(load_model(spec_of_folder(tmp_path / "model"), dtype="float32", device="cpu"))
+    alone = of_folder(tmp_path / "model")
     request = resolve(GenerationRequest(prompt="a cat", seed=1, **SMALL), alone.model.spec)
     inputs = alone.encode.unconditional([request]).inputs
     _, expected, _, pooled = base.encode_prompt("a cat", device="cpu", negative_prompt=None if zeros else "")
@@ -167,3 +178,109 @@ def test_a_refiner_takes_over_as_in_diffusers(
     expected = theirs(refiner, scheduler, config, image=begun, denoising_start=0.6, **shared)
     found = ours(painter, scheduler=scheduler, width=64, height=96, refiner="refiner", refiner_start=0.6, **fields)
     assert torch.equal(found, expected)
+
+
+def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(painter: Painter) -> None:
+    for start, idle in ((0.1, "base none"), (0.999, "the refiner none")):
+        with pytest.raises(UsageError, match=f"{idle} of the 4 steps"):
+            ours(painter, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
+
+
+def test_a_refiner_neither_begins_nor_serves_another_family(painter: Painter, tiny_folder: Path) -> None:
+    assert painter.refiner is not None
+    other = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
+    with pytest.raises(UsageError, match="is a refiner"):
+        Painter.of(painter.refiner.model)
+    with pytest.raises(UsageError, match="tiny-sd is not"):
+        Painter.of(other, refiner=painter.refiner.model)
+    with pytest.raises(UsageError, match="tiny-sd is not"):
+        Painter.of(painter.model, refiner=other)
+
+
+def test_decoded_pixels_equal_diffusers(painter: Painter, base: StableDiffusionXLPipeline) -> None:
+    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoded = base.vae.decode(latents / base.vae.config.scaling_factor).sample
+    assert torch.equal(decode(painter, latents[0]), base.image_processor.postprocess(decoded, output_type="pt")[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "force_upcast", "computes_in"),
+    [
+        (torch.float16, True, torch.float32),
+        (torch.float16, None, torch.float32),
+        (torch.float16, False, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),
+    ],
+)
+def test_the_vae_is_spared_float16_unless_its_configuration_knows_better(
+    folders: dict[str, Path], tmp_path: Path, number: torch.dtype, force_upcast: bool | None, computes_in: torch.dtype
+) -> None:
+    shutil.copytree(folders["base"], tmp_path / "model")
+    file = tmp_path / "model/vae/config.json"
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "force_upcast"}
+    file.write_text(json.dumps(config if force_upcast is None else {**config, "force_upcast": force_upcast}))
+    build = loading._from_folder(tmp_path / "model", number)
+    assert next(build.network("vae").parameters()).dtype == computes_in
+    assert next(build.network("unet").parameters()).dtype == number
+
+
+def test_the_vae_of_another_family_computes_in_the_dtype_that_was_asked_for(tiny_folder: Path) -> None:
+    assert next(loading._from_folder(tiny_folder, torch.float16).network("vae").parameters()).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "sentence"),
+    [
+        ("unet", {"projection_class_embeddings_input_dim": 25}, "does not fit its text encoders"),
+        ("unet", {"addition_embed_type": None}, "does not fit its text encoders"),
+        ("vae", {"latents_mean": [0.0] * 4}, "a mean of their own"),
+        ("text_encoder_2", {"projection_dim": "many"}, "describes no network"),
+        ("text_encoder_2", {"projection_dim": 7}, "has shape"),
+    ],
+)
+def test_what_does_not_fit_together_is_told_in_a_sentence(
+    folders: dict[str, Path], tmp_path: Path, part: str, change: dict[str, Any], sentence: str
+) -> None:
+    shutil.copytree(folders["base"], tmp_path / "model")
+    file = tmp_path / "model" / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    if part == "unet":  # its weights are made to fit, so that only the condition does not
+        network = loading._empty("unet", json.loads(file.read_text()), source="unet")
+        tensors = random_tensors(network, torch.float32, seed=0)
+        save_file(tensors, tmp_path / "model/unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(SdcliError, match=sentence):
+        ours(of_folder(tmp_path / "model"), **SMALL, guidance_scale=5.0)
+
+
+def test_training_refuses_sdxl_before_it_begins(folders: dict[str, Path]) -> None:
+    model = load_model(spec_of_folder(folders["base"]), dtype="float32", device="cpu")
+    with pytest.raises(UsageError, match="does not train yet"):
+        refuse_sdxl(model)
+    with pytest.raises(UsageError, match="two text encoders"):
+        load_model(model.spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
+
+
+def test_generate_paints_with_a_refiner_and_verifies(sdcli: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    small = ("--size", "64x64", "--steps", "3", "--seed", "1", "--dtype", "float32")
+    painted = sdcli(
+        "generate", "a cat", "-m", folders["base"], "--refiner", folders["refiner"], "-o", "cat.png", *small
+    )
+    assert painted.returncode == 0, painted.stderr
+    record = read_picture(tmp_path / painted.stdout.strip()).record
+    assert record is not None
+    assert record.request.refiner_start == 0.8
+    assert set(record.provenance["weights"]) == {
+        *("text_encoder", "text_encoder_2", "unet", "vae", "refiner_text_encoder_2", "refiner_unet")
+    }
+    verified = sdcli("generate", "--from", painted.stdout.strip(), "--verify")
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_a_tiny_sdxl_of_random_weights_needs_no_file() -> None:
+    spec = ModelSpec(name="tiny-sdxl", source=RandomSource(kind="random", architecture="tiny-sdxl"), family="sdxl")
+    painter = Painter.of(load_model(spec, device="cpu", dtype="bfloat16"))
+    request = resolve(GenerationRequest(prompt="x", seed=1, width=64, height=64, steps=2), spec)
+    *_, last = paint(painter, [request])
+    assert decode(painter, last.latents[0]).isfinite().all()
+    assert painter.weights()["text_encoder_2"] == "random:tiny-sdxl:0"

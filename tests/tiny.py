@@ -77,20 +77,20 @@ def save_tiny_pipeline(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def save_tiny_sdxl(folder: Path, *, refiner: bool = False, zeros_for_empty: bool = True, **unet_changes: Any) -> Path:
+def save_tiny_sdxl(folder: Path, *, refiner: bool = False, zeros_for_empty: bool = True, **changes: Any) -> Path:
     """Write a micro SDXL (or its refiner, which shares nothing but the latents) and return its folder."""
     torch.manual_seed(1 if refiner else 0)
     shape = {"vocab_size": 49408, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 4}
     second = CLIPTextConfig(**shape, hidden_size=40, hidden_act="gelu", projection_dim=24, eos_token_id=2)
-    parts = tiny_parts(
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        cross_attention_dim=40 if refiner else 72,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 8 * (5 if refiner else 6),
-        **unet_changes,
-    )
+    unet = {
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "cross_attention_dim": 40 if refiner else 72,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 8 * (5 if refiner else 6),
+    }
+    parts = tiny_parts(**{**unet, **changes})
     tokenizer_2 = CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer", pad_token="!")
     parts |= {
         "text_encoder": None if refiner else CLIPTextModel(CLIPTextConfig(**shape, hidden_size=32)),
@@ -98,7 +98,11 @@ def save_tiny_sdxl(folder: Path, *, refiner: bool = False, zeros_for_empty: bool
         "text_encoder_2": CLIPTextModelWithProjection(second),
         "tokenizer_2": tokenizer_2,
         "scheduler": EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
         ),
         "force_zeros_for_empty_prompt": zeros_for_empty,
     }
