@@ -79,6 +79,8 @@ def a1111_text(request: GenerationRequest, *, version: str, model_hash: str | No
         "Model hash": model_hash,
         "Model": request.model and _a1111_model(request.model),
         "Eta": _shortest(request.eta) if row and row.uses_eta and request.eta else None,
+        "Refiner": request.refiner and _a1111_model(request.refiner),
+        "Refiner switch at": _shortest(request.refiner_start),
         "RNG": "CPU",
         "Version": f"sdcli {version}",
     }

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "request",
         "schedulers",
         "settings",
+        "single_file",
         "train_settings",
         "training",
         "training.events",
