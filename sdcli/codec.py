@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,13 +29,14 @@ from sdcli.errors import (
     UsageError,
     stop_if_asked,
 )
-from sdcli.files import AlreadyExists, check_folder, sweep, write_whole
+from sdcli.files import AlreadyExists, check_folder, check_new, sweep, write_whole
 from sdcli.images import CELL, Fit, fit, from_pixels, open_picture, to_pixels
-from sdcli.inputs import InputFile, Names
+from sdcli.inputs import InputFile, Names, check_readable
 from sdcli.latent_files import LatentFile, LatentRecord, Source, latent_bytes, read_latents, read_record
 from sdcli.loading import load_model
 from sdcli.metadata import picture_bytes
-from sdcli.picture_files import MAX_PIXELS, check_readable
+from sdcli.metrics import distance
+from sdcli.picture_files import MAX_PIXELS
 from sdcli.pipeline import Painter
 from sdcli.registry import ModelSpec, Registry
 from sdcli.settings import SUFFIX_OF, ImageFormat, RunSettings
@@ -362,15 +361,11 @@ def seed_of(seed: int, sha256: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {sha256}".encode()).digest()[:7])
 
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of equal size in decibels; infinite for equal ones."""
-    squared = np.square(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).mean()
-    return 10 * math.log10(255**2 / squared) if squared else math.inf
-
-
 def _psnr_of(image: Image.Image, stored: Tensor, codec: Codec) -> float:
     decoded, _ = codec.decode(stored.float())
-    return psnr(image, decoded)
+    apart = distance(image, decoded)
+    assert apart is not None
+    return apart.psnr
 
 
 def _record(facts: list[Source], codec: Codec, settings: EncodeSettings) -> LatentRecord:
@@ -485,8 +480,7 @@ def _decoded(
 ) -> Decoded:
     path = settings.output or settings.outdir / _file_name(name, SUFFIX_OF[settings.format])
     try:
-        if os.path.lexists(path) and not settings.overwrite:
-            raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
+        check_new(path, overwrite=settings.overwrite)
         image, more = codec.decode(latents, tiled=settings.tiled)
         write_whole(path, picture_bytes(image, settings.format, None), overwrite=settings.overwrite)
     except _OF_ONE_ITEM as error:

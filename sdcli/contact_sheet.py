@@ -10,13 +10,16 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from sdcli.errors import UsageError
 from sdcli.files import whole_file
+from sdcli.picture_files import MAX_PIXELS
 
 KEY = "sdcli-sheet"
 """The text chunk of a sheet's PNG."""
 GAP = 8
 """Pixels around and between the cells."""
 FONT_SIZE = 12
+LINE_HEIGHT = 15
 LABEL_WIDTH = 96
 """Pixels that a cell with a label has at least, however small its picture is."""
 
@@ -34,8 +37,8 @@ def contact_sheet(
     """Pictures of any mode and size -> one RGB picture, row by row, each centred in a cell that fits the largest.
 
     Without `columns` the sheet is about as wide as high. Transparent parts are white. Labels are wrapped into
-    `label_lines` lines and cut. `enlarge` shows each pixel as so many a side. Raises ValueError for no pictures, or
-    other labels than pictures.
+    `label_lines` lines, also where they have line breaks, and cut. `enlarge` shows each pixel as so many a side.
+    Raises ValueError for no pictures, or other labels than pictures.
     """
     if not pictures:
         raise ValueError("a contact sheet needs a picture")
@@ -48,8 +51,7 @@ def contact_sheet(
     height = max(picture.height for picture in shown)
     font = ImageFont.load_default(FONT_SIZE)
     wrapped = [_wrapped(label, font, width, label_lines) for label in labels or ()]
-    line_height = math.ceil(FONT_SIZE * 1.25)
-    below = max((len(lines) for lines in wrapped), default=0) * line_height
+    below = max((len(lines) for lines in wrapped), default=0) * LINE_HEIGHT
     across, down = width + GAP, height + below + GAP
     sheet = Image.new("RGB", (GAP + columns * across, GAP + rows * down), "white")
     draw = ImageDraw.Draw(sheet)
@@ -58,8 +60,17 @@ def contact_sheet(
         sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
         for line, text in enumerate(wrapped[number] if wrapped else ()):
             middle = left + (width - font.getlength(text)) / 2
-            draw.text((middle, top + height + line * line_height), text, fill="black", font=font)
+            draw.text((middle, top + height + line * LINE_HEIGHT), text, fill="black", font=font)
     return sheet
+
+
+def check_size(count: int, largest: tuple[int, int], *, label_lines: int = 2, enlarge: int = 1) -> None:
+    """Raise UsageError where pictures, the largest of that width and height, make a sheet too large to be read."""
+    width, height = (side * enlarge for side in largest)
+    if count * (max(width, LABEL_WIDTH) + GAP) * (height + label_lines * LINE_HEIGHT + GAP) > MAX_PIXELS:
+        raise UsageError(
+            f"{count} pictures of up to {width}x{height} pixels are too many for one sheet of {MAX_PIXELS:,} pixels"
+        )
 
 
 def write_sheet(path: Path, sheet: Image.Image, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -84,10 +95,26 @@ def _on_white(picture: Image.Image, enlarge: int) -> Image.Image:
 
 
 def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
-    """A text in lines of at most `width` pixels, broken between words, and within a word that fits in no line.
+    """A text in lines of at most `width` pixels, broken where it has line breaks, between words, and within a word
+    that fits in no line.
 
     What does not fit into `most` lines ends with three dots.
     """
+    lines: list[str] = []
+    for part in text.split("\n"):
+        lines += _broken(part, font, width, most)
+        if len(lines) > most:
+            break
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(f"{last}...") > width:
+        last = last[:-1]
+    return [*lines[: most - 1], f"{last.rstrip(' ,;:.')}..."]
+
+
+def _broken(text: str, font: Font, width: int, most: int) -> list[str]:
+    """The lines of a text without line breaks; where there are more than `most`, at least one more."""
     lines: list[str] = []
     line = ""
     for word in "".join(letter if letter.isprintable() else " " for letter in text).split():
@@ -103,13 +130,7 @@ def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
         line = word
         if len(lines) > most:
             break
-    lines += [line] if line else []
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and font.getlength(f"{last}...") > width:
-        last = last[:-1]
-    return [*lines[: most - 1], f"{last.rstrip(' ,;:.')}..."]
+    return [*lines, line] if line else lines
 
 
 def _fitting(word: str, font: Font, width: int) -> int:

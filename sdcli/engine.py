@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sdcli
+from sdcli.canvas import is_latents
 from sdcli.devices import out_of_memory
 from sdcli.errors import BadOutput, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
 from sdcli.files import AlreadyExists, sweep, write_whole
@@ -28,8 +29,9 @@ from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
-from sdcli.request import GenerationRequest, known
+from sdcli.request import GenerationRequest
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
+from sdcli.start_pictures import start_picture
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,8 @@ def paint_batch(painter: Painter, batch: Sequence[Job], wanted: set[int]) -> Ite
                 continue
             for note in notes:
                 yield Note(note)
+            if job.request.masked:
+                pixels = start_picture(job.request).pasted(pixels)
             yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
 
 
@@ -281,23 +285,29 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+PER_PICTURE = {
+    *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
+    *("init_image", "mask", "mask_blur", "invert_mask", "extend"),
+}
+"""The fields in which the requests of one batch may differ."""
+
+
 def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
-    """Batches of jobs that can be denoised together: same models, shape, steps, scheduler and guidance.
+    """Batches of jobs that can be denoised together: their requests differ in what `PER_PICTURE` names alone.
 
     The same jobs always give the same batches; models come in the order of their first job.
     """
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         r = job.request
-        models = (r.model, r.refiner)
-        key = (models, r.width, r.height, r.steps, r.scheduler, r.eta, r.guidance_scale, r.refiner_start)
-        groups.setdefault(key, []).append(job)
-    order = list(dict.fromkeys(key[0] for key in groups))
+        shared = tuple(value for name, value in r if name not in PER_PICTURE)
+        groups.setdefault((shared, r.masked, is_latents(r.init_image)), []).append(job)
     batches = []
-    for key in sorted(groups, key=lambda key: order.index(key[0])):
-        group = groups[key]
-        pixels = known(group[0].request.width) * known(group[0].request.height)
-        size = run.batch_size or automatic_batch_size(pixels, device=run.device)
+    models = dict.fromkeys((job.request.model, job.request.refiner) for job in jobs)
+    places = {names: place for place, names in enumerate(models)}
+    for group in sorted(groups.values(), key=lambda group: places[group[0].request.model, group[0].request.refiner]):
+        width, height = group[0].request.final_size
+        size = run.batch_size or automatic_batch_size(width * height, device=run.device)
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
 

@@ -32,6 +32,12 @@ def check_folder(folder: Path) -> None:
         raise CannotWrite(f"no permission to write into {folder}")
 
 
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Raise AlreadyExists for a name that is taken, unless it may be overwritten."""
+    if not overwrite and os.path.lexists(path):
+        raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary path to write to; when the block ends well, it becomes `path` at once and durably.
@@ -39,8 +45,7 @@ def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Without `overwrite` an existing file is never replaced, not even one that another process makes meanwhile.
     Raises AlreadyExists and CannotWrite; whatever happens, no temporary file is left.
     """
-    if not overwrite and os.path.lexists(path):
-        raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
+    check_new(path, overwrite=overwrite)
     temporary = path.parent / f".sdcli-{os.getpid()}-{next(_counter)}-{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

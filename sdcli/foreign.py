@@ -78,6 +78,11 @@ def a1111_text(request: GenerationRequest, *, version: str, model_hash: str | No
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
         "Model hash": model_hash,
         "Model": request.model and _a1111_model(request.model),
+        "Variation seed": request.variation_seed,
+        "Variation seed strength": _shortest(request.variation_strength),
+        "Denoising strength": _shortest(request.upscale.strength if request.upscale else request.strength),
+        "Mask blur": _shortest(request.mask_blur),
+        "Hires upscale": _shortest(request.upscale.factor if request.upscale else None),
         "Eta": _shortest(request.eta) if row and row.uses_eta and request.eta else None,
         "Refiner": request.refiner and _a1111_model(request.refiner),
         "Refiner switch at": _shortest(request.refiner_start),
@@ -120,7 +125,7 @@ def read_a1111(text: str) -> Foreign | None:
     if negative or pairs:
         found["negative_prompt"] = negative
     unmapped: dict[str, Any] = dict(pairs)
-    for key, field in {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed"}.items():
+    for key, field in _A1111_NUMBERS.items():
         if key in unmapped:
             found[field] = unmapped.pop(key)
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.get("Size", "")):
@@ -135,6 +140,13 @@ def read_a1111(text: str) -> Foreign | None:
     return Foreign("a1111", _mapped(found, unmapped), unmapped)
 
 
+_A1111_NUMBERS = {
+    "Steps": "steps",
+    "CFG scale": "guidance_scale",
+    "Seed": "seed",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength",
+}
 _A1111_AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
 """What `Schedule type: Automatic` means for the samplers where it is not evenly spaced steps."""
 

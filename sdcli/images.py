@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sdcli.errors import BadPicture, SdcliError
-from sdcli.picture_files import MAX_FILE_BYTES, OWN_FORMATS, check_readable, opened
+from sdcli.inputs import MAX_FILE_BYTES, check_readable
+from sdcli.picture_files import OWN_FORMATS, opened
 
 Fit = Literal["crop", "pad", "stretch"]
 READABLE = (*OWN_FORMATS, "BMP", "GIF", "TIFF")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
-from sdcli.errors import NotFound
+from sdcli.errors import BadPicture, NotFound, UsageError
 from sdcli.naming import numbered
+
+MAX_FILE_BYTES = 512 * 1024 * 1024
+"""The largest picture file that is read."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,51 @@ class Names:
             free = PurePosixPath(str(numbered(name.with_name(f"{name.name}.x"), number))[: -len(".x")])
         self._taken.add(str(free).casefold())
         return free
+
+
+def read_input(path: str) -> bytes:
+    """The bytes of a picture or latent file, or of stdin for `-`, which is read once.
+
+    Raises NotFound, BadPicture for what is no ordinary file or too large, and UsageError where stdin is a terminal.
+    """
+    if path == "-":
+        return stdin_bytes()
+    file = Path(path).expanduser()
+    check_readable(file)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
+
+
+@cache
+def stdin_bytes() -> bytes:
+    """All of stdin, the same bytes at every call. Raises UsageError for a terminal, and BadPicture for too many."""
+    if sys.stdin.isatty():
+        raise UsageError("- reads a picture from stdin, and nothing is piped in")
+    data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise BadPicture(f"stdin holds more than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+    return data
+
+
+def check_readable(path: Path) -> None:
+    """Refuse what is no ordinary file before it is opened: reading a pipe would wait for ever.
+
+    Raises NotFound and BadPicture.
+    """
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise BadPicture(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if path.is_dir():
+        raise BadPicture(f"{path} is a folder, not a picture")
+    if not path.is_file():
+        raise BadPicture(f"{path} is no ordinary file")
+    if size > MAX_FILE_BYTES:
+        raise BadPicture(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
 
 
 def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, PurePosixPath]]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdcli.canvas import Measure
 from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.registry import Registry, resolve
-from sdcli.request import MAX_SEED, GenerationRequest, parse_request
+from sdcli.request import MAX_SEED, GenerationRequest, known, parse_request
 
 KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
 """kohya's one-letter options of a prompt line (`a cat --n dog --s 20`)."""
@@ -126,9 +127,17 @@ def _csv_lines(data: bytes) -> Iterator[Line]:
 
 
 def expand(
-    lines: Iterable[Line], typed: Mapping[str, Any], registry: Registry, *, num_images: int, base_seed: int
+    lines: Iterable[Line],
+    typed: Mapping[str, Any],
+    registry: Registry,
+    *,
+    num_images: int,
+    base_seed: int,
+    measure: Measure | None = None,
 ) -> Iterator[Job | BadJob]:
     """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
+
+    Of pictures with a variation strength each gets its own variation seed instead.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -152,11 +161,15 @@ def expand(
             seen[key] += 1
             if asked.seed is None:
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
-            resolved = resolve(asked, spec)
+            if asked.variation_strength is not None and asked.variation_seed is None:
+                asked = asked.changed(variation_seed=drawn_seed(base_seed, f"{key}:variation", seen[key]))
+            resolved = resolve(asked, spec, measure=measure)
             if resolved.refiner is not None:
                 registry.find(resolved.refiner).require_supported()
-            if resolved.seed is None or resolved.seed + count - 1 > MAX_SEED:
-                raise UsageError(f"seed: {count} pictures from seed {resolved.seed} pass the largest seed, {MAX_SEED}")
+            counted = "seed" if resolved.variation_strength is None else "variation_seed"
+            first = known(getattr(resolved, counted))
+            if first + count - 1 > MAX_SEED:
+                raise UsageError(f"{counted}: {count} pictures from seed {first} pass the largest seed, {MAX_SEED}")
         except SdcliError as error:
             index += 1
             prefix = f"line {line.number}: " if line.number else ""
@@ -164,7 +177,7 @@ def expand(
             continue
         for offset in range(count):
             index += 1
-            request = resolved.model_copy(update={"seed": resolved.seed + offset})
+            request = resolved.model_copy(update={counted: first + offset})
             yield Job(index, request, custom_id, line.number or None)
 
 

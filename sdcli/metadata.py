@@ -30,7 +30,8 @@ from PIL import ExifTags, Image, PngImagePlugin
 from sdcli import __version__
 from sdcli.errors import BadPicture, SdcliError, UsageError
 from sdcli.foreign import Tool, a1111_text, load_json, read_foreign
-from sdcli.picture_files import check_readable, opened
+from sdcli.inputs import check_readable
+from sdcli.picture_files import opened
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.settings import ImageFormat
 

@@ -95,6 +95,10 @@ LAYOUTS: dict[str, Layout] = {
 """The pipelines of model_index.json that sdcli paints with."""
 
 
+INPAINTING_CHANNELS = 5
+"""The mask and the masked picture's latents, behind those that are denoised."""
+
+
 @dataclass(frozen=True)
 class ModelKind:
     """What can be asked of a model. By default text to image on latents, as of Stable Diffusion."""
@@ -108,6 +112,8 @@ class ModelKind:
     """The names of the classes, in the order of their labels."""
     null_label: int | None = None
     """The label that was learned for "no class"; None where there is none."""
+    inpaints: bool = False
+    """The network sees a mask, and what the mask keeps, as further channels."""
 
     @property
     def can_be_guided(self) -> bool:
@@ -239,7 +245,13 @@ def kind_of(
     """
     cell = 1 if vae is None else cell_of(vae)
     if has_text:
-        return ModelKind(size_step=cell)
+        channels, own = unet.get("in_channels", 4), 4 if vae is None else vae.get("latent_channels", 4)
+        if channels not in (own, own + INPAINTING_CHANNELS):
+            raise UsageError(
+                f"{source}: its UNet takes {channels} channels; sdcli paints with those of the VAE ({own}), or with "
+                f"{INPAINTING_CHANNELS} more of an inpainting model"
+            )
+        return ModelKind(size_step=cell, inpaints=channels != own)
     depth = len(_channels(unet, "block_out_channels", source))
     # UNet2DModel halves its input between its blocks and doubles it again, and joins the two: no half may be odd
     step = cell * 2 ** (depth - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import string
 import unicodedata
@@ -11,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.files import AlreadyExists, check_folder
+from sdcli.files import check_folder, check_new
 from sdcli.request import did_you_mean
 from sdcli.settings import SUFFIX_OF, OutputSettings
 
@@ -25,10 +24,9 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt
 def check_output(output: OutputSettings) -> None:
     """Raise CannotWrite or AlreadyExists now for what would fail after minutes of painting."""
     check_folder(output.outdir)
-    if is_literal(output.template) and not output.overwrite:
+    if is_literal(output.template):
         name = picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
-        if os.path.lexists(output.outdir / name):
-            raise AlreadyExists(f"{output.outdir / name} exists already; --overwrite replaces it")
+        check_new(output.outdir / name, overwrite=output.overwrite)
 
 
 def check_template(template: str) -> None:

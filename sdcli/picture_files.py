@@ -10,33 +10,13 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from sdcli.errors import BadPicture, NotFound, SdcliError
+from sdcli.errors import BadPicture, SdcliError
 
 MAX_PIXELS = 8192 * 8192
 """The largest picture that a request can ask for; larger ones are not read."""
-MAX_FILE_BYTES = 512 * 1024 * 1024
 
 OWN_FORMATS = ("PNG", "JPEG", "WEBP")
 """Pillow's names of the formats that sdcli writes."""
-
-
-def check_readable(path: Path) -> None:
-    """Refuse what is no ordinary file before it is opened: reading a pipe would wait for ever.
-
-    Raises NotFound and BadPicture.
-    """
-    try:
-        size = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise BadPicture(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if path.is_dir():
-        raise BadPicture(f"{path} is a folder, not a picture")
-    if not path.is_file():
-        raise BadPicture(f"{path} is no ordinary file")
-    if size > MAX_FILE_BYTES:
-        raise BadPicture(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ pixels. A model without a VAE denoises the pixels themselves; a refiner (SDXL) t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,25 @@ from torch import Tensor
 
 from sdcli.conditioning.condition import Condition
 from sdcli.conditioning.encode import Encode, encoding_of
-from sdcli.denoise.loop import Stage, Step, denoise_in_stages
-from sdcli.denoise.predict import Predict, guided, scaled_input, unet_predict, with_scale
-from sdcli.denoise.sampler import advance_with, make_scheduler, steps_before
+from sdcli.denoise.loop import Step, denoise
+from sdcli.denoise.predict import (
+    Predict,
+    evenly,
+    guided,
+    only_within,
+    scaled_input,
+    taking_turns,
+    unet_predict,
+    with_scale,
+)
+from sdcli.denoise.sampler import Advance, advance_with, make_scheduler
+from sdcli.denoise.start import Start, from_step, steps_before
 from sdcli.errors import BadOutput, UsageError
-from sdcli.latents import generators_for, initial_noise
+from sdcli.latents import generators_for
 from sdcli.loading import LoadedModel
 from sdcli.request import GenerationRequest, known
 from sdcli.spaces import Space, space_of
+from sdcli.starting import start_enlarged, start_for
 
 
 @dataclass(frozen=True)
@@ -54,22 +65,70 @@ class Painter:
 
 
 def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[Step]:
-    """Denoise one batch. The requests are resolved and differ in prompt, negative prompt and seed only.
+    """Denoise one batch. The requests are resolved and equal in all that `engine.plan` groups by.
 
-    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`.
+    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`. What is to
+    be upscaled is denoised twice, and the steps of the second pass count from 0 again.
     Raises UsageError for what the model cannot do, and BadOutput as soon as no picture's latents are finite any more.
     """
-    shared, model = requests[0], painter.model
     generators = generators_for([known(request.seed) for request in requests])
-    shape = painter.space.shape(model.unet.config.in_channels, width=known(shared.width), height=known(shared.height))
-    scheduler = scheduler_for(model, shared)
-    noise = initial_noise(generators, shape).to(model.device)
+    scheduler = scheduler_for(painter.model, requests[0])
+    start = start_for(painter.model, painter.space, requests, scheduler=scheduler, generators=generators)
+    finished = yield from _denoised(painter, requests, start, scheduler, generators)
+    if requests[0].upscale is not None:
+        scheduler = scheduler_for(painter.model, requests[0])
+        start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, generators=generators)
+        size = dict(zip(("width", "height"), requests[0].final_size, strict=True))
+        enlarged = [request.model_copy(update=size) for request in requests]
+        yield from _denoised(painter, enlarged, start, scheduler, generators)
 
-    stages = stages_for(painter, requests, scheduler, generators)
-    for step in denoise_in_stages(stages, noise * scheduler.init_noise_sigma):
-        if not step.latents.isfinite().flatten(1).all(dim=1).any():
+
+def _denoised(
+    painter: Painter,
+    requests: Sequence[GenerationRequest],
+    start: Start,
+    scheduler: Any,
+    generators: Sequence[torch.Generator],
+) -> Generator[Step, None, Tensor]:
+    """The loop from one start to its end; returns the last latents."""
+    x = start.x
+    predict, advance, timesteps = _run_of(painter, requests, start, scheduler, generators)
+    for step in denoise(predict, start.around_advance(advance), x, timesteps):
+        x = step.latents
+        if not x.isfinite().flatten(1).all(dim=1).any():
             raise BadOutput(f"the latents are no longer finite (NaN) after step {step.index + 1} of {step.count}")
         yield step
+    return x
+
+
+def _run_of(
+    painter: Painter,
+    requests: Sequence[GenerationRequest],
+    start: Start,
+    scheduler: Any,
+    generators: Sequence[torch.Generator],
+) -> tuple[Predict, Advance, Tensor]:
+    """What the loop runs, and over which timesteps; with a refiner, the last of them are the refiner's.
+
+    Raises UsageError where one of the two would have no step to do.
+    """
+    shared, refiner = requests[0], painter.refiner
+    if refiner is None:
+        predict = scaled_input(predict_for(painter, requests, start), scheduler)
+        return predict, advance_with(scheduler, generators, eta=known(shared.eta)), start.timesteps
+    part, refining = known(shared.refiner_start), scheduler_for(refiner.model, shared)
+    before = steps_before(scheduler, start.timesteps, part)
+    rest = from_step(refining, steps_before(refining, refining.timesteps, part))
+    if not before or not len(rest):
+        idle = refiner.model.spec.name if before else painter.model.spec.name
+        raise UsageError(f"refiner_start {part:g} of {shared.steps} steps leaves {idle} no step to paint")
+    start = replace(start, timesteps=torch.cat([start.timesteps[:before], rest]))
+    turns = (
+        _run_of(replace(one, refiner=None), requests, start, sampler, generators)
+        for one, sampler in ((painter, scheduler), (refiner, refining))
+    )
+    (first, first_advance, timesteps), (last, last_advance, _) = turns
+    return taking_turns(first, last, after=before), taking_turns(first_advance, last_advance, after=before), timesteps
 
 
 def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
@@ -77,49 +136,35 @@ def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
     return painter.space.decode(latents[None], tiled=tiled)[0]
 
 
-def stages_for(
-    painter: Painter, requests: Sequence[GenerationRequest], scheduler: Any, generators: Sequence[torch.Generator]
-) -> list[Stage]:
-    """All steps for the model's UNet; or with a refiner the first ones for the model's, the rest for the refiner's.
-
-    Raises UsageError where one of the two would have no step to do.
-    """
-    shared = requests[0]
-
-    def stage(painter: Painter, scheduler: Any, *, first: int = 0, end: int | None = None) -> Stage:
-        return Stage(
-            scaled_input(predict_for(painter, requests), scheduler),
-            advance_with(scheduler, generators, eta=known(shared.eta), first=first),
-            scheduler.timesteps[first:end],
-        )
-
-    if painter.refiner is None:
-        return [stage(painter, scheduler)]
-    start, refining = known(shared.refiner_start), scheduler_for(painter.refiner.model, shared)
-    stages = [
-        stage(painter, scheduler, end=steps_before(scheduler, start)),
-        stage(painter.refiner, refining, first=steps_before(refining, start)),
-    ]
-    if not all(len(stage.timesteps) for stage in stages):
-        idle = "the refiner" if len(stages[0].timesteps) else painter.model.spec.name
-        raise UsageError(f"refiner_start {start:g} leaves {idle} none of the {shared.steps} steps")
-    return stages
-
-
-def predict_for(painter: Painter, requests: Sequence[GenerationRequest]) -> Predict:
+def predict_for(painter: Painter, requests: Sequence[GenerationRequest], start: Start) -> Predict:
     """The network under the requests' prompts: guided from outside, guided by an input of its own, or not at all."""
     shared, unet = requests[0], painter.model.unet
     condition = painter.encode(requests)
     scale_size = unet.config.get("time_cond_proj_dim")
     if scale_size is not None:
-        if any(request.negative_prompt for request in requests):
-            name = painter.model.spec.name
-            raise UsageError(f"{name} was distilled without negative prompts; one would have no effect")
-        return unet_predict(unet, with_scale(condition, known(shared.guidance_scale), size=scale_size))
-    if not shared.guided:
-        return unet_predict(unet, condition)
+        _refuse_guidance(painter.model, requests)
+        condition = with_scale(condition, known(shared.guidance_scale), size=scale_size)
+    plain = start.around_network(unet_predict(unet, condition))
+    if scale_size is not None or not shared.guided:
+        return plain
     unconditional = painter.encode.unconditional(requests)
-    return guided(unet_predict(unet, Condition.rows([unconditional, condition])), known(shared.guidance_scale))
+    both = start.around_network(unet_predict(unet, Condition.rows([unconditional, condition])))
+    first = known(shared.guidance_scale)
+    last = first if shared.guidance_end is None else shared.guidance_end
+    predict = guided(both, evenly(first, last, start.timesteps), rescale=shared.guidance_rescale or 0)
+    if shared.guidance_interval is None:
+        return predict
+    part = shared.guidance_interval
+    return only_within(predict, plain, timesteps=start.timesteps, start=part.start, stop=part.stop)
+
+
+def _refuse_guidance(model: LoadedModel, requests: Sequence[GenerationRequest]) -> None:
+    """A network that takes the scale as an input has no unconditional half."""
+    without = ("negative_prompt", "guidance_end", "guidance_rescale", "guidance_interval")
+    for name in without:
+        if any(getattr(request, name) for request in requests):
+            what = name.replace("_", " ")
+            raise UsageError(f"{model.spec.name} was distilled without {what}; it would have no effect")
 
 
 def scheduler_for(model: LoadedModel, request: GenerationRequest) -> Any:

@@ -1,4 +1,4 @@
-"""Curves of training runs -> one figure: the loss on top, learning rate, gradient norm and samples/s below."""
+"""Curves -> one figure: of training runs (the loss on top, learning rate and others below), or of a noise schedule."""
 
 from __future__ import annotations
 
@@ -87,6 +87,35 @@ def draw_curves(runs: Sequence[Run], *, metric: str = "loss", smooth: float = 0.
         for place, (name, title) in enumerate(panels):
             axes = figure.add_subplot(grid[1, place])
             _draw_panel(axes, runs, name, title, smooth, log_scale=log_scale and name == "grad_norm")
+    return figure
+
+
+def draw_schedule(
+    betas: np.ndarray, alphas_cumprod: np.ndarray, *, name: str = "", marked: Sequence[int] = ()
+) -> Figure:
+    """One figure of 1500x500 pixels with a noise schedule over its timesteps: beta, alpha-bar, log SNR in decibels.
+
+    `betas` and `alphas_cumprod` are float [T]; the timesteps in `marked` get a point on each curve.
+    """
+    signal = alphas_cumprod.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        snr = 10 * np.log10(signal / (1 - signal))
+    snr[~np.isfinite(snr)] = np.nan  # where no signal is left there is nothing to draw
+    panels = (
+        ("variance of each step, $\\beta_t$", betas),
+        ("signal left, $\\bar\\alpha_t$", signal),
+        ("log SNR, $10\\,\\log_{10}\\,\\bar\\alpha_t / (1 - \\bar\\alpha_t)$, in dB", snr),
+    )
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 10 / 3), dpi=150, layout="constrained")
+        for place, (title, values) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), place + 1)
+            axes.plot(np.arange(len(values)), values, **_BOLD, color=COLOURS[0])
+            axes.plot(marked, values[list(marked)], **{**_MARKED, "linewidth": 0}, color=COLOURS[1], clip_on=False)
+            _set_axes(axes, [values], log_scale=False, ticks=5)
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("timestep t")
+        figure.suptitle(name, x=0.01, ha="left", fontweight="bold", fontsize=10).set_parse_math(False)
     return figure
 
 

@@ -12,6 +12,7 @@ import platformdirs
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sdcli.canvas import Measure, start_filled
 from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request
@@ -182,9 +183,10 @@ class Registry(_Strict):
         return self.files[-1].name if self.files else "models.yaml"
 
 
-def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
+def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | None = None) -> GenerationRequest:
     """The request as it will be painted: every None filled from the model's defaults, the seed drawn.
 
+    A start picture gives its own size, where one can `measure` it. None stays where a field does not apply.
     Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
     """
     defaults = spec.defaults
@@ -204,13 +206,25 @@ def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
     typed = {name: value for name, value in request if value is not None}
     if "seed" not in typed:
         chosen["seed"] = secrets.randbelow(2**32)
-    resolved = request.model_copy(update={**chosen, **typed, "model": spec.name})
-    for side in ("width", "height"):
-        problem = _size_problem(getattr(resolved, side), spec.kind)
+    if request.variation_strength is not None and request.variation_seed is None:
+        chosen["variation_seed"] = secrets.randbelow(2**32)
+    from_start = start_filled(request, step=spec.kind.size_step, measure=measure)
+    resolved = request.model_copy(update={**chosen, **typed, **from_start, "model": spec.name})
+    for side, pixels in zip(("width", "height"), resolved.final_size, strict=True):
+        problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
     _check_condition(resolved, spec)
     _check_refiner(resolved)
+    if resolved.strength is not None and int(known(resolved.steps) * resolved.strength) < 1:
+        raise UsageError(f"strength: {resolved.strength:g} of {resolved.steps} steps leaves no step to paint")
+    if resolved.upscale is not None and int(known(resolved.steps) * resolved.upscale.strength) < 1:
+        raise UsageError(f"upscale: {resolved.upscale.strength:g} of {resolved.steps} steps leaves no step to paint")
+    if spec.kind.inpaints and not resolved.masked:
+        raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
+    for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
+        if getattr(resolved, name) is not None and not resolved.guided:
+            raise UsageError(f"{name} has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1")
     if resolved.eta and not SCHEDULERS[known(resolved.scheduler)].uses_eta:
         raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
     return resolved
@@ -243,13 +257,17 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
 
 
 def _check_refiner(request: GenerationRequest) -> None:
-    """Raise UsageError for a refiner's start without a refiner, or a scheduler that cannot begin in the middle."""
-    if request.refiner is None and request.refiner_start is not None:
-        raise UsageError("refiner_start has no effect without a refiner")
-    if request.refiner is not None and not SCHEDULERS[known(request.scheduler)].begins_anywhere:
+    """Raise UsageError for what has no effect without a refiner, or does not go with one."""
+    if request.refiner is None:
+        if request.refiner_start is not None:
+            raise UsageError("refiner_start has no effect without a refiner")
+        return
+    if not SCHEDULERS[known(request.scheduler)].begins_anywhere:
         raise UsageError(
             f"the {request.scheduler} scheduler cannot begin in the middle, as a refiner does; use another"
         )
+    if request.masked:
+        raise UsageError("a refiner paints the whole picture, so it goes without --mask and --extend")
 
 
 def load_registry(models_file: Path | None = None) -> Registry:

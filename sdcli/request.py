@@ -7,9 +7,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sdcli.errors import UsageError
 from sdcli.schedulers import SCHEDULERS
@@ -27,6 +27,104 @@ ALIASES = {
     "text": "prompt",
 }
 """What other tools call our fields; accepted wherever a request is read as data."""
+
+
+class Part(BaseModel):
+    """A value of several pieces with one spelling, which flags and data take and `str` gives back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_spelling(cls, value: Any) -> Any:
+        return cls.pieces(value) if isinstance(value, str) else value
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        """The fields that a spelling means. Raises ValueError with what it should be."""
+        raise NotImplementedError
+
+
+class FileRef(Part):
+    """A file to read, and which one it was: painting again refuses another file under the same name."""
+
+    path: str = Field(min_length=1)
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Of its bytes; filled by `registry.resolve`."""
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        return {"path": text}
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class Extend(Part):
+    """Pixels of new canvas on each side of a start picture."""
+
+    left: int = Field(0, ge=0, le=8192)
+    top: int = Field(0, ge=0, le=8192)
+    right: int = Field(0, ge=0, le=8192)
+    bottom: int = Field(0, ge=0, le=8192)
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        pairs = re.findall(r"(left|top|right|bottom)=(\d{1,4})(?:,|$)", text)
+        if not pairs or ",".join(f"{side}={pixels}" for side, pixels in pairs) != text or len(dict(pairs)) < len(pairs):
+            raise ValueError(f"is written as left=64,top=32, not {text!r}")
+        return dict(pairs)
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not any(pixels for _, pixels in self):
+            raise ValueError("adds nothing on any side")
+        return self
+
+    def __str__(self) -> str:
+        return ",".join(f"{side}={pixels}" for side, pixels in self if pixels)
+
+
+class Upscale(Part):
+    """A second pass over the finished picture, enlarged."""
+
+    factor: float = Field(gt=1, le=8)
+    strength: float = Field(0.5, gt=0, le=1)
+    how: Literal["pixel", "latent"] = "pixel"
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = re.fullmatch(r"([\d.]+)x?(?::([\d.]+))?(?::(pixel|latent))?", text)
+        if not match:
+            raise ValueError(f"is written as 2x, 2x:0.5 or 2x:0.5:latent, not {text!r}")
+        named = zip(("factor", "strength", "how"), match.groups(), strict=True)
+        return {name: value for name, value in named if value is not None}
+
+    def __str__(self) -> str:
+        return f"{self.factor:g}x:{self.strength:g}:{self.how}"
+
+
+class Interval(Part):
+    """A part of the denoising, as fractions of its steps: 0 is the beginning, 1 the end."""
+
+    start: float = Field(0, ge=0, le=1)
+    stop: float = Field(1, ge=0, le=1)
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = re.fullmatch(r"([\d.]*)-([\d.]*)", text)
+        if not match or not any(match.groups()):
+            raise ValueError(f"is written as 0.2-0.8, not {text!r}")
+        return {name: value for name, value in zip(("start", "stop"), match.groups(), strict=True) if value}
+
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.start >= self.stop:
+            raise ValueError("should end after it starts")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.start:g}-{self.stop:g}"
 
 
 class GenerationRequest(BaseModel):
@@ -57,6 +155,47 @@ class GenerationRequest(BaseModel):
     eta: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="noise added by ddim: 0 none, 1 as much as ddpm"
     )
+    guidance_end: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="the guidance scale of the last step, reached evenly"
+    )
+    guidance_rescale: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="how far to bring contrast back that guidance adds; 0 is off"
+    )
+    guidance_interval: Interval | None = Field(
+        None, description="guide only in this part of the steps, such as 0.2-0.8; the others take half the time"
+    )
+    variation_seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="the seed of other noise to mix in; drawn and told if not given"
+    )
+    variation_strength: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="how much of the other noise: 0 none, 1 nothing else"
+    )
+    init_image: FileRef | None = Field(
+        None, description="a picture or latent file to begin with; - reads a picture from stdin"
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="how much of the start picture is noise: 1 all of it"
+    )
+    mask: FileRef | None = Field(None, description="a picture: where it is white is painted anew, black is kept")
+    mask_blur: float | None = Field(
+        None, ge=0, le=256, allow_inf_nan=False, description="pixels over which the new fades into the kept"
+    )
+    invert_mask: bool | None = Field(None, description="paint anew where the mask is black")
+    extend: Extend | None = Field(None, description="new canvas around the start picture, as left=64,top=32")
+    upscale: Upscale | None = Field(
+        None, description="paint again, enlarged: 2x, 2x:0.5 (the strength) or 2x:0.5:latent"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guidance_schedule(cls, fields: Any) -> Any:
+        """`guidance_scale: "7..3"` is a scale that falls from 7 to 3."""
+        scale = fields.get("guidance_scale") if isinstance(fields, dict) else None
+        if isinstance(scale, str) and ".." in scale:
+            first, _, last = scale.partition("..")
+            return {**fields, "guidance_scale": first, "guidance_end": last}
+        return fields
+
     refiner: str | None = Field(
         None, description="an SDXL model that takes over for the last steps; named like a model"
     )
@@ -108,7 +247,24 @@ class GenerationRequest(BaseModel):
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance is on; at a scale of 1 or less there is no unconditional half."""
-        return self.guidance_scale is not None and self.guidance_scale > 1
+        return max(self.guidance_scale or 0, self.guidance_end or 0) > 1
+
+    @property
+    def masked(self) -> bool:
+        """Whether a part of the start picture is kept as it is."""
+        return self.mask is not None or self.extend is not None
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of the finished picture of a resolved request."""
+        width, height = known(self.width), known(self.height)
+        if self.upscale is None:
+            return width, height
+        return self.upscaled(width), self.upscaled(height)
+
+    def upscaled(self, side: int) -> int:
+        """A side of the second pass in pixels, a multiple of 8."""
+        return side if self.upscale is None else round(side * self.upscale.factor / 8) * 8
 
     def typed(self) -> dict[str, Any]:
         """The fields that were given, without those left to the model; JSON-ready."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,10 +28,23 @@ class LatentSpace:
         """What decoding computes in."""
         return next(self.vae.parameters()).dtype
 
-    def shape(self, channels: int, *, width: int, height: int) -> tuple[int, int, int]:
+    def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) of x for a picture of that many pixels."""
         cell = latent_space.cell(self.vae)
-        return channels, height // cell, width // cell
+        return self.channels, height // cell, width // cell
+
+    @property
+    def channels(self) -> int:
+        """C of x."""
+        return latent_space.latent_channels(self.vae)
+
+    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1 -> x [B, C, h, w], float32 on the CPU: a sample of what the VAE says."""
+        tiled = not latent_space.fits_in_memory(self.vae, *pixels.shape[-2:])
+        # one by one, so that none depends on its neighbours, and laid out as diffusers does, to round as it does
+        rows = pixels.contiguous(memory_format=torch.channels_last).split(1)
+        pairs = zip(rows, generators, strict=True)
+        return torch.cat([latent_space.encode(self.vae, row, generators=[g], tiled=tiled) for row, g in pairs])
 
     def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
         """x [B, C, h, w] -> pixels [B, 3, H, W] in 0..1, float32 on the CPU; NaN stays NaN."""
@@ -50,12 +64,19 @@ class LatentSpace:
 class PixelSpace:
     """Pixels in -1..1, of one channel (grey) or three (RGB); Ho et al. 2020, arXiv 2006.11239."""
 
+    channels: int
     black_is_wrong: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float32
 
-    def shape(self, channels: int, *, width: int, height: int) -> tuple[int, int, int]:
+    def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W): x is the picture."""
-        return channels, height, width
+        return self.channels, height, width
+
+    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1 -> x [B, 1 or 3, H, W]; grey by the weights of ITU-R 601-2, as Pillow's."""
+        if self.channels == 1:
+            pixels = (pixels * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
+        return pixels * 2 - 1
 
     def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
         """x [B, 1 or 3, H, W] -> pixels [B, 3, H, W] in 0..1, float32 on the CPU; NaN stays NaN."""
@@ -74,6 +95,14 @@ class PixelSpace:
 Space = LatentSpace | PixelSpace
 
 
+def in_pixel_space(pixels: Tensor, *, channels: int) -> Tensor:
+    """Pixels [3, H, W] in 0..1 -> x_0 [C, H, W] in -1..1; grey (C = 1) is the mean of the channels."""
+    chosen = pixels.mean(dim=0, keepdim=True) if channels == 1 else pixels
+    return chosen * 2 - 1
+
+
 def space_of(model: LoadedModel) -> Space:
     """The space that a model was trained in."""
-    return PixelSpace() if model.spec.kind.space == "pixel" else LatentSpace(model.vae)
+    if model.spec.kind.space == "pixel":
+        return PixelSpace(model.unet.config.in_channels)
+    return LatentSpace(model.vae)

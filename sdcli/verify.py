@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from sdcli.engine import Engine, Painted, provenance
@@ -15,6 +14,7 @@ from sdcli.errors import BadOutput, SdcliError, UsageError
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
 from sdcli.metadata import pixels_digest, read_picture
+from sdcli.metrics import distance
 from sdcli.registry import Registry
 from sdcli.settings import OutputSettings, RunSettings
 
@@ -89,25 +89,17 @@ def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
 def _compare(path: Path, then: dict[str, Any], image: Image.Image, now: dict[str, Any]) -> Verdict:
     with Image.open(path) as opened:
         lossless, stored = opened.format == "PNG", opened.convert("RGB")
-    difference, psnr = _distance(stored, image)
+    apart = distance(stored, image)
     digest = then.get("pixels")
-    identical = pixels_digest(image) == digest if digest else difference == 0
+    identical = pixels_digest(image) == digest if digest else apart is not None and apart.largest == 0
     return Verdict(
         path=str(path),
         identical=identical,
-        max_difference=difference,
-        psnr=psnr,
+        max_difference=apart.largest if apart is not None else None,
+        psnr=apart.psnr if apart is not None and math.isfinite(apart.psnr) else None,
         edited=bool(digest) and lossless and pixels_digest(stored) != digest,
         differences=tuple(_differences(then, now)),
     )
-
-
-def _distance(a: Image.Image, b: Image.Image) -> tuple[int | None, float | None]:
-    if a.size != b.size:
-        return None, None
-    error = np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)
-    squared = float(np.mean(np.square(error, dtype=np.float64)))
-    return int(np.abs(error).max()), 10 * math.log10(255**2 / squared) if squared else None
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

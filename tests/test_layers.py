@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: what is asked; starts in no time
     (
         "",
+        "canvas",
         "errors",
         "files",
         "hub",
@@ -29,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "schedulers",
         "settings",
         "single_file",
+        "sheet_labels",
         "train_settings",
         "training",
         "training.events",
@@ -42,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 1: the parts
     (
         "conditioning.*",
+        "comparison",
         "contact_sheet",
         "convert",
         "counted",
@@ -60,14 +63,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "denoise.*",
         "devices",
         "foreign",
+        "gallery",
         "images",
         "latent_files",
         "latents",
         "lean_imports",
         "loading",
         "metadata",
+        "metrics",
         "plotting",
         "spaces",
+        "start_pictures",
+        "starting",
         "training.checkpoint",
         "training.objective",
         "training.state_files",
@@ -77,7 +84,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 2: one batch, from requests to pictures
     ("pipeline",),
     # 3: many batches, kept warm; training
-    ("codec", "dataset.encode_cache", "engine", "selftest", "training.*", "verify"),
+    ("codec", "dataset.encode_cache", "engine", "forward_process", "selftest", "training.*", "verify"),
     # 4: the mouths
     ("__main__", "cli.*"),
 )

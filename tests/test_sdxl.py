@@ -181,8 +181,8 @@ def test_a_refiner_takes_over_as_in_diffusers(
 
 
 def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(painter: Painter) -> None:
-    for start, idle in ((0.1, "base none"), (0.999, "the refiner none")):
-        with pytest.raises(UsageError, match=f"{idle} of the 4 steps"):
+    for start, idle in ((0.1, "base"), (0.999, "refiner")):
+        with pytest.raises(UsageError, match=f"{idle} no step to paint"):
             ours(painter, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
 
 

@@ -16,13 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdcli import counted
-from sdcli.codec import psnr as psnr_of_pictures
+from sdcli import counted, metrics
 from sdcli.errors import BadOutput, BadWeights, NotFound, UsageError
 from sdcli.images import from_pixels
 from sdcli.latents import encode, generators_for, moments, scaling_factor
 from sdcli.train_settings import TrainSettings
-from sdcli.training import metrics, vae_losses
+from sdcli.training import vae_losses
 from sdcli.training.checkpoint import newest_checkpoint
 from sdcli.training.events import Checkpointed, Event, Sampled, Trained, Validated
 from sdcli.training.loop import Plan, Trainer, make_accelerator
@@ -324,8 +323,9 @@ def test_psnr_is_that_of_the_formula_and_of_encode_check() -> None:
     other = (levels + torch.randint(-20, 20, levels.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 255)
     got = metrics.psnr(levels / 255, other / 255)
     for row in range(2):
-        expected = psnr_of_pictures(from_pixels(levels[row] / 255), from_pixels(other[row] / 255))
-        assert got[row].item() == pytest.approx(expected, abs=1e-4)
+        expected = metrics.distance(from_pixels(levels[row] / 255), from_pixels(other[row] / 255))
+        assert expected is not None
+        assert got[row].item() == pytest.approx(expected.psnr, abs=1e-4)
     assert metrics.psnr(levels / 255, levels / 255).tolist() == [metrics.BEST_PSNR] * 2
 
 

@@ -35,8 +35,8 @@ from words import LISTS, UNSEEN, Concept, held_out, one, several
 from sdcli.contact_sheet import contact_sheet
 from sdcli.latents import decode, moments, scaling_factor
 from sdcli.loading import load_model
+from sdcli.metrics import psnr
 from sdcli.registry import load_registry
-from sdcli.training.metrics import psnr
 
 SEEDS = 4
 FIRST_TRIED = "an astronaut riding a horse"

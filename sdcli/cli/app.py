@@ -24,7 +24,11 @@ COMMANDS = {
     "plot": "Train",
     "encode": "Latents",
     "decode": "Latents",
+    "noise": "Latents",
     "info": "Pictures",
+    "compare": "Pictures",
+    "grid": "Pictures",
+    "gallery": "Pictures",
     "models": "Models",
     "selftest": "Models",
 }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console, plain_terminal
+from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
-from sdcli.cli.progress import HEARTBEAT, rich_bar
+from sdcli.cli.progress import shown_progress
 from sdcli.errors import BadPicture, SdcliError, UsageError
 from sdcli.registry import (
     PACKAGE,
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from sdcli.dataset.examine import Examination
     from sdcli.dataset.framing import BucketFill, Framing
     from sdcli.dataset.records import PictureSet
-
-T = TypeVar("T")
 
 app = typer.Typer(
     help="Look at training pictures before they are trained on, and pack them into shards.", no_args_is_help=True
@@ -278,7 +275,7 @@ def _examined(pictures: PictureSet, console: Console, workers: int | None) -> Ex
     from sdcli.dataset.examine import examination, look
 
     seen = look(pictures, memory=cache_folder() / "examined", workers=workers)
-    return examination(pictures, _shown(seen, len(pictures), console))
+    return examination(pictures, shown_progress(seen, len(pictures), console))
 
 
 def _every(found: Examination) -> list[int]:
@@ -367,22 +364,3 @@ def _spread(numbers: Sequence[int]) -> dict[str, Any]:
 
 def _spread_text(spread: dict[str, Any]) -> str:
     return f"{spread['least']} to {spread['most']}, median {spread['median']}"
-
-
-# Progress
-
-
-def _shown(seen: Iterable[T], total: int, console: Console) -> Iterator[T]:
-    """The same, with progress on stderr as it is gone through: a bar, or a plain line every ten seconds."""
-    if console.quiet or plain_terminal():
-        spoke = time.monotonic()
-        for done, one in enumerate(seen, start=1):
-            yield one
-            if time.monotonic() - spoke > HEARTBEAT:
-                spoke = time.monotonic()
-                console.say(f"looked at {done:,} of {total:,} pictures")
-        return
-    from rich.progress import TimeRemainingColumn
-
-    with rich_bar(TimeRemainingColumn()) as bar:
-        yield from bar.track(seen, total=total, description="looking at pictures")

@@ -27,7 +27,7 @@ from sdcli.jobs import BadJob, Job, Line, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.naming import SUFFIXES, check_output, check_template
 from sdcli.registry import Registry, load_registry
-from sdcli.request import parse_size
+from sdcli.request import FileRef, parse_size
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
 
@@ -143,7 +143,10 @@ def command(
         return
 
     if from_image is not None:
-        typed = {**_recorded(from_image, console), **typed}
+        recorded = _recorded(from_image, console)
+        if {"init_image", "extend"} & set(typed):  # the size was that of another start
+            recorded = {name: value for name, value in recorded.items() if name not in ("width", "height")}
+        typed = {**recorded, **typed}
     lines = _lines(prompts or [], prompts_file, typed, registry)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
@@ -159,7 +162,7 @@ def command(
             journal.begin_run(source, base_seed)
         else:
             base_seed = known
-    jobs = list(expand(lines, typed, registry, num_images=num_images, base_seed=base_seed))
+    jobs = list(expand(lines, typed, registry, num_images=num_images, base_seed=base_seed, measure=_measure))
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
@@ -180,6 +183,13 @@ def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], 
         if kind.conditioning == "text":
             raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
     return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
+
+
+def _measure(start: FileRef, cell: int) -> tuple[int, int]:
+    """`start_pictures.measure`, which is imported only where there is a start picture."""
+    from sdcli.start_pictures import measure
+
+    return measure(start, cell)
 
 
 def _recorded(image: Path, console: Console) -> dict[str, Any]:
@@ -287,5 +297,6 @@ def _fields(job: Job | BadJob, status: str) -> dict[str, Any]:
     fields |= {"line": job.line} if job.line is not None else {}
     if isinstance(job, Job):
         r = job.request
-        fields |= {"seed": r.seed, "width": r.width, "height": r.height, "steps": r.steps, "model": r.model}
+        width, height = r.final_size
+        fields |= {"seed": r.seed, "width": width, "height": height, "steps": r.steps, "model": r.model}
     return fields

@@ -10,7 +10,7 @@ import typer
 from sdcli.cli.console import Console, printable
 from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.errors import UsageError
-from sdcli.files import AlreadyExists, whole_file
+from sdcli.files import check_new, whole_file
 from sdcli.training.run_log import Log, read_log
 
 FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
@@ -43,8 +43,7 @@ def command(
     if format is None:
         raise UsageError(f"-o names no picture: {output.name!r} should end in {', '.join(FORMATS)}")
     logs = [_read(run, metric, console) for run in runs]
-    if output.exists() and not overwrite:
-        raise AlreadyExists(f"{output} exists already; --overwrite replaces it")
+    check_new(output, overwrite=overwrite)
 
     from sdcli.plotting import Run, draw_curves, save_figure
 

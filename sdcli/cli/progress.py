@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sdcli.cli.console import Console, plain_terminal, printable
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 PHASES = {"load": "loading", "encode": "encoding", "denoise": "denoising", "decode": "decoding", "save": "saving"}
 HEARTBEAT = 10.0
 """Seconds between two plain lines of one phase."""
+
+T = TypeVar("T")
 
 
 class ProgressDisplay:
@@ -80,3 +83,19 @@ def rich_bar(*columns: Any) -> Any:
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # rich would print results on stderr, too, when stdout is a file or a pipe
     )
+
+
+def shown_progress(seen: Iterable[T], total: int, console: Console) -> Iterator[T]:
+    """The same, with progress on stderr as it is gone through: a bar, or a plain line every ten seconds."""
+    if console.quiet or plain_terminal():
+        spoke = time.monotonic()
+        for done, one in enumerate(seen, start=1):
+            yield one
+            if time.monotonic() - spoke > HEARTBEAT:
+                spoke = time.monotonic()
+                console.say(f"looked at {done:,} of {total:,} pictures")
+        return
+    from rich.progress import TimeRemainingColumn
+
+    with rich_bar(TimeRemainingColumn()) as bar:
+        yield from bar.track(seen, total=total, description="looking at pictures")

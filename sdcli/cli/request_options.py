@@ -1,8 +1,9 @@
-"""The flags of a request, made from `GenerationRequest` itself, so that a field is written once."""
+"""The flags of a request, made from `GenerationRequest` itself, so that a field is written once; and read backwards."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import wraps
 from types import NoneType
@@ -10,15 +11,15 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, Part
 
 NOT_FLAGS = {"schema_version", "prompt"}
 ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
+SPELLED = {"guidance_scale"}
+"""Numbers that may also be written otherwise; `GenerationRequest` reads them."""
 PANELS = {
-    "model": "Model and prompt",
-    "refiner": "Model and prompt",
-    "negative_prompt": "Model and prompt",
-    "prompt_template": "Model and prompt",
+    **dict.fromkeys(("model", "refiner", "negative_prompt", "prompt_template"), "Model and prompt"),
+    **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
 }
 METAVARS = {
     "model": "MODEL",
@@ -26,6 +27,12 @@ METAVARS = {
     "scheduler": "NAME",
     "negative_prompt": "TEXT",
     "prompt_template": "TEXT",
+    "guidance_scale": "NUMBER|FIRST..LAST",
+    "guidance_interval": "START-STOP",
+    "init_image": "FILE|-",
+    "mask": "FILE|-",
+    "extend": "SIDE=PIXELS,...",
+    "upscale": "FACTORx[:STRENGTH[:latent]]",
 }
 
 
@@ -47,6 +54,59 @@ def request_options(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def request_arguments(request: GenerationRequest) -> list[str]:
+    """What to type after `sdcli generate` for exactly this request: a flag per field that was given, the prompt last.
+
+    A boolean is a flag where it is true, a list repeats its flag.
+    """
+    arguments: list[str] = []
+    for name, value in request:
+        if name in NOT_FLAGS or value is None:
+            continue
+        if isinstance(value, bool):
+            arguments += [_flag(name)] if value else []
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            arguments += [_flag(name), str(one)]
+    return [*arguments, "--", request.prompt]  # after `--` even "-rf" is a prompt
+
+
+def command_line(request: GenerationRequest) -> str | None:
+    """The line for a POSIX shell that paints a request; None where a text is longer than Linux lets an argument be.
+
+    One line that is safe to paste, whatever the texts hold: a raw control character could end a terminal's paste or
+    its line, and a direction mark could show another command than the one that runs.
+    """
+    arguments = request_arguments(request)
+    if max(len(argument.encode()) for argument in arguments) >= _MAX_ARGUMENT:
+        return None
+    return " ".join(["sdcli", "generate", *map(_quoted, arguments)])
+
+
+_MAX_ARGUMENT = 128 * 1024
+"""Bytes of one argument with its closing NUL: MAX_ARG_STRLEN in Linux's binfmts.h, with pages of 4 KiB."""
+
+
+def _quoted(word: str) -> str:
+    """A word for bash, zsh and other POSIX shells; what cannot be seen becomes octal bytes in `$'...'` (POSIX 2024).
+
+    Not shlex.quote: it leaves `=` bare, which zsh expands, and control characters raw.
+    """
+    if re.fullmatch(r"[\w%+,./:@-]+", word, re.ASCII):
+        return word
+    if word.isprintable():
+        return "'" + word.replace("'", "'\"'\"'") + "'"
+    return "$'" + "".join(one if one.isprintable() and one not in "'\\!" else _octal(one) for one in word) + "'"
+
+
+def _octal(letter: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in letter.encode())
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _fields() -> list[str]:
     return [name for name in GenerationRequest.model_fields if name not in NOT_FLAGS]
 
@@ -54,12 +114,13 @@ def _fields() -> list[str]:
 def _annotation(name: str) -> Any:
     info = GenerationRequest.model_fields[name]
     kind = next(part for part in get_args(info.annotation) if part is not NoneType)
+    spelled = name in SPELLED or issubclass(kind, Part)
     bounds: dict[str, Any] = {}
-    for constraint in info.metadata:
+    for constraint in () if spelled else info.metadata:
         bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}
         bounds |= {"max": constraint.le} if hasattr(constraint, "le") and name != "seed" else {}
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
+        _flag(name),
         *ALSO_SPELLED.get(name, ()),
         help=f"{info.description}.".capitalize() if info.description else None,
         metavar=METAVARS.get(name),
@@ -67,4 +128,4 @@ def _annotation(name: str) -> Any:
         show_default=False,
         **bounds,
     )
-    return Annotated[kind | None, option]
+    return Annotated[(str if spelled else kind) | None, option]

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from sdcli.errors import BadPicture, NotFound
-from sdcli.picture_files import MAX_FILE_BYTES, check_readable
+from sdcli.inputs import MAX_FILE_BYTES, check_readable
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,22 +28,3 @@ def denoise(predict: Predict, advance: Advance, x: Tensor, timesteps: Tensor) ->
     for index, t in enumerate(timesteps):
         x = advance(predict(x, t), t, x)
         yield Step(index, len(timesteps), t, x)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A network and its sampler, with the timesteps that are theirs."""
-
-    predict: Predict
-    advance: Advance
-    timesteps: Tensor
-
-
-def denoise_in_stages(stages: Sequence[Stage], x: Tensor) -> Iterator[Step]:
-    """The same with several networks, each from where the one before it stopped; the steps are counted through."""
-    count, done = sum(len(stage.timesteps) for stage in stages), 0
-    for stage in stages:
-        for step in denoise(stage.predict, stage.advance, x, stage.timesteps):
-            x = step.latents
-            yield Step(done, count, step.t, x)
-            done += 1

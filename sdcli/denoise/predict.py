@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,17 +26,50 @@ def unet_predict(unet: UNet, condition: Condition) -> Predict:
     return predict
 
 
-def guided(predict: Predict, scale: float) -> Predict:
+Scale = Callable[[Tensor], float]
+"""timestep -> the guidance scale there."""
+
+
+def guided(predict: Predict, scale: Scale, *, rescale: float = 0.0) -> Predict:
     """Classifier-free guidance, uncond + scale * (cond - uncond); Ho & Salimans 2022, arXiv 2207.12598.
 
-    `predict` must have been made for the unconditional rows followed by the conditional ones.
+    `predict` must have been made for the unconditional rows followed by the conditional ones. `rescale` is how far the
+    result gets the standard deviation of the conditional output back; Lin et al. 2023, arXiv 2305.08891, section 3.4.
     """
 
     def guide(x: Tensor, t: Tensor) -> Tensor:
         unconditional, conditional = predict(torch.cat([x, x]), t).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        output = unconditional + scale(t) * (conditional - unconditional)
+        if not rescale:
+            return output
+        wanted, got = (one.std(dim=list(range(1, one.ndim)), keepdim=True) for one in (conditional, output))
+        return rescale * (output * (wanted / got)) + (1 - rescale) * output
 
     return guide
+
+
+def evenly(first: float, last: float, timesteps: Tensor) -> Scale:
+    """The scale that goes from `first` at the first of the timesteps to `last` at the last, by equal steps."""
+    place = {float(t): index for index, t in enumerate(timesteps)}
+    return lambda t: first + (last - first) * place[float(t)] / max(len(timesteps) - 1, 1)
+
+
+def only_within(inside: Predict, outside: Predict, *, timesteps: Tensor, start: float, stop: float) -> Predict:
+    """`inside` at the timesteps of that part (fractions of their number), `outside` before and after.
+
+    For guidance: Kynkäänniemi et al. 2024, arXiv 2404.07724.
+    """
+    within = {float(t) for t in timesteps[int(start * len(timesteps)) : int(stop * len(timesteps))]}
+    return lambda x, t: (inside if float(t) in within else outside)(x, t)
+
+
+def taking_turns(first: Callable[..., Tensor], second: Callable[..., Tensor], *, after: int) -> Callable[..., Tensor]:
+    """A Predict or an Advance that is `first` for so many steps, and `second` from then on.
+
+    The returned function counts the steps, so it serves one run.
+    """
+    calls = itertools.count()
+    return lambda *inputs: (first if next(calls) < after else second)(*inputs)
 
 
 def scaled_input(predict: Predict, scheduler: Any) -> Predict:

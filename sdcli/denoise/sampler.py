@@ -46,24 +46,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     return scheduler_class(**{name: value for name, value in {**config, **entry.settings}.items() if name in known})
 
 
-def steps_before(scheduler: Any, start: float) -> int:
-    """How many of the timesteps come before the part `start` (0..1) of the noise schedule is done.
-
-    Where diffusers' pipelines split a schedule (`denoising_end`, `denoising_start`), but never within a step of Heun's
-    method, which has two timesteps.
-    """
-    levels = scheduler.config.num_train_timesteps
-    before = int((scheduler.timesteps >= round(levels - start * levels)).sum())
-    return before - before % int(scheduler.order)
-
-
-def advance_with(scheduler: Any, generators: Sequence[torch.Generator], *, eta: float, first: int = 0) -> Advance:
-    """The scheduler's step as a function; fresh noise comes from each picture's own CPU generator, in float32.
-
-    `first` is the number of the timestep that it begins with.
-    """
-    if first and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
+def advance_with(scheduler: Any, generators: Sequence[torch.Generator], *, eta: float) -> Advance:
+    """The scheduler's step as a function; fresh noise comes from each picture's own CPU generator, in float32."""
     accepted = inspect.signature(scheduler.step).parameters
     extras = {"generator": list(generators), "eta": eta}
     extras = {name: value for name, value in extras.items() if name in accepted}

@@ -12,6 +12,7 @@ from sdcli.dataset.cache import CachedLatents, EncodedLatents, sample_latents
 from sdcli.dataset.framing import Framing, frame
 from sdcli.dataset.records import PictureSet
 from sdcli.images import picture_from_bytes, to_pixels
+from sdcli.spaces import in_pixel_space
 from sdcli.training.task import Draw
 
 
@@ -58,14 +59,10 @@ class PixelSpace:
     channels: int
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
-        return {"x0": self._scaled(self.pixels.item(draw)["pixels"])}
+        return {"x0": in_pixel_space(self.pixels.item(draw)["pixels"], channels=self.channels)}
 
     def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        return {"x0": self._scaled(self.pixels.fixed(index, size)["pixels"])}
-
-    def _scaled(self, pixels: Tensor) -> Tensor:
-        chosen = pixels.mean(dim=0, keepdim=True) if self.channels == 1 else pixels
-        return chosen * 2 - 1
+        return {"x0": in_pixel_space(self.pixels.fixed(index, size)["pixels"], channels=self.channels)}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import default_collate
 
-from sdcli import counted
+from sdcli import counted, metrics
 from sdcli.contact_sheet import contact_sheet, write_sheet
 from sdcli.errors import BadOutput, UsageError
 from sdcli.images import from_pixels
 from sdcli.latents import cell, has_distribution, latent_channels, moments
 from sdcli.lean_imports import VAE
-from sdcli.training import metrics, vae_losses
+from sdcli.training import vae_losses
 from sdcli.training.order import Order
 from sdcli.training.sources import Source
 from sdcli.training.task import Batch, Draw, Losses, Networks, Phase

@@ -1,0 +1,108 @@
+"""The start picture of a request, as far as it shapes the request: which file it is, the size, how much is noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdcli.errors import UsageError
+from sdcli.inputs import read_input
+from sdcli.request import FileRef, GenerationRequest
+
+STRENGTH, STRENGTH_BEHIND_MASK = 0.8, 1.0
+"""The shares of noise that diffusers' pipelines have."""
+MASK_BLUR = 4.0
+LATENT_SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
+
+NEEDS = {
+    "strength": ("init_image",),
+    "mask": ("init_image",),
+    "extend": ("init_image",),
+    "mask_blur": ("mask", "extend"),
+    "invert_mask": ("mask",),
+    "variation_seed": ("variation_strength",),
+}
+"""A field has an effect only beside one of these."""
+
+Measure = Callable[[FileRef, int], tuple[int, int]]
+"""(a picture or latent file, pixels a side of a latent cell) -> its width and height in pixels."""
+
+
+def start_filled(request: GenerationRequest, *, step: int, measure: Measure | None) -> dict[str, Any]:
+    """The fields that a start picture decides, where the request leaves them open; sizes are multiples of `step`.
+
+    Raises UsageError for a field that would have no effect, and what reading the files raises.
+    """
+    for name, others in NEEDS.items():
+        if getattr(request, name) not in (None, False) and all(getattr(request, other) is None for other in others):
+            raise UsageError(f"{_flag(name)} has no effect without {' or '.join(map(_flag, others))}")
+    if request.init_image is None:
+        return {}
+    if request.masked and is_latents(request.init_image):
+        raise UsageError(f"{_flag('mask' if request.mask else 'extend')} needs a picture to start from, not latents")
+    if request.masked and request.upscale is not None:
+        raise UsageError("--upscale does not go with a mask or --extend: what is kept could not stay as it is")
+    filled: dict[str, Any] = {"init_image": identified(request.init_image)}
+    if request.mask is not None:
+        if request.mask.path == "-" == request.init_image.path:
+            raise UsageError("the start picture and the mask cannot both be read from stdin")
+        filled["mask"] = identified(request.mask)
+    if request.masked and request.mask_blur is None:
+        filled["mask_blur"] = MASK_BLUR
+    if request.strength is None:
+        filled["strength"] = STRENGTH_BEHIND_MASK if request.masked else STRENGTH
+    if measure is not None:
+        filled |= _size(request, measure(request.init_image, step), step)
+    return filled
+
+
+def _size(request: GenerationRequest, own: tuple[int, int], step: int) -> dict[str, int]:
+    """The picture's own size, cut to multiples of `step`; with one side typed, the other keeps its proportions."""
+    width, height = (side // step * step for side in own)
+    if not width or not height:
+        raise UsageError(f"{request.init_image}: is {own[0]}x{own[1]} pixels; at least {step}x{step} are needed")
+    if request.extend is not None:
+        extend = request.extend
+        for side, pixels in extend:
+            if pixels % step:
+                raise UsageError(f"extend: {side} should be a multiple of {step}, not {pixels}")
+        size = (width + extend.left + extend.right, height + extend.top + extend.bottom)
+        typed = (request.width or size[0], request.height or size[1])
+        if typed != size:
+            asked = f"{typed[0]}x{typed[1]}"
+            raise UsageError(f"--extend makes the picture {size[0]}x{size[1]}, and {asked} is asked for")
+        return {"width": size[0], "height": size[1]}
+    if is_latents(request.init_image) and (request.width or width, request.height or height) != (width, height):
+        raise UsageError(f"{request.init_image} holds latents of a picture of {width}x{height}; they keep their size")
+    if request.width is None and request.height is not None:
+        width = max(step, round(width * request.height / height / step) * step)
+    elif request.height is None and request.width is not None:
+        height = max(step, round(height * request.width / width / step) * step)
+    return {"width": request.width or width, "height": request.height or height}
+
+
+def is_latents(ref: FileRef | None) -> bool:
+    """Whether a start file holds latents, by its suffix."""
+    return ref is not None and Path(ref.path).suffix.lower() in LATENT_SUFFIXES
+
+
+def identified(ref: FileRef) -> FileRef:
+    """The reference with the digest of the file's bytes. Raises what `read_identified` raises."""
+    return ref.model_copy(update={"sha256": hashlib.sha256(read_identified(ref)).hexdigest()})
+
+
+def read_identified(ref: FileRef) -> bytes:
+    """The bytes of a file, or of stdin for `-`.
+
+    Raises NotFound, BadPicture for what is no ordinary file, and UsageError for another file than the reference says.
+    """
+    data = read_input(ref.path)
+    if ref.sha256 is not None and hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise UsageError(f"{ref.path} is not the file that was painted from: its digest is another one")
+    return data
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

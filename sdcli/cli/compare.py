@@ -1,0 +1,156 @@
+"""The `compare` command: how far apart two pictures are, and what their records say differently."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.info import TOOLS
+from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.errors import BadOutput, UsageError
+from sdcli.files import check_new, write_whole
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdcli.comparison import Differences
+    from sdcli.metadata import PictureInfo
+    from sdcli.metrics import Distance
+
+LONGEST_LINE = 100
+"""Letters of two values on one line; longer ones stand one below the other."""
+
+
+def command(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A PNG, JPEG or WebP picture.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
+    diff: Annotated[
+        Path | None,
+        typer.Option(
+            "--diff", metavar="FILE", help="Write a .png of the differences, amplified until the largest is 255."
+        ),
+    ] = None,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(
+            "--min-psnr", metavar="DB", min=0, help="Exit with 6 when the PSNR is lower; inf asks for equal pixels."
+        ),
+    ] = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Say how far apart two pictures are, and what their records say differently.
+
+    Of the pixels: the largest and the mean difference of their levels (0 to 255), PSNR and SSIM; both pictures as they
+    are shown, in RGB, transparent parts on white. Of the records: the fields of the requests, other tools' too, and the
+    facts of the runs.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    if overwrite and diff is None:
+        raise UsageError("--overwrite has no effect without --diff")
+    if diff is not None:
+        if diff.suffix.lower() != ".png":
+            raise UsageError(f"--diff names no PNG picture: {diff.name!r} should end in .png")
+        check_new(diff, overwrite=overwrite)
+
+    from sdcli.comparison import differing_facts, differing_request
+    from sdcli.images import open_picture
+    from sdcli.metadata import read_picture
+    from sdcli.metrics import distance, similarity
+
+    infos = read_picture(a), read_picture(b)
+    pictures = open_picture(a), open_picture(b)
+    apart, ssim = distance(*pictures), similarity(*pictures)
+    if diff is not None and apart is None and min_psnr is None:
+        raise UsageError(f"--diff needs pictures of equal size; {a} is {_size(pictures[0])}, {b} {_size(pictures[1])}")
+    factor = 1.0
+    if diff is not None and apart is not None:
+        factor = _write_difference(diff, pictures, apart, overwrite=overwrite)
+    request, facts = differing_request(*infos), differing_facts(*infos)
+    sides = [_facts(info, picture) for info, picture in zip(infos, pictures, strict=True)]
+    lines = [*map(_side, sides), _pixels(apart, ssim), *_table("request", request), *_table("provenance", facts)]
+    console.result(
+        "\n".join(lines),
+        status="ok",
+        a=sides[0],
+        b=sides[1],
+        identical=apart is not None and apart.largest == 0,
+        max_difference=apart.largest if apart is not None else None,
+        mean_difference=round(apart.mean, 6) if apart is not None else None,
+        psnr=round(apart.psnr, 4) if apart is not None and math.isfinite(apart.psnr) else None,
+        ssim=round(ssim, 6) if ssim is not None else None,
+        request=request,
+        provenance=facts,
+        diff=str(diff) if diff is not None and apart is not None else None,
+    )
+    if diff is not None and apart is not None:
+        console.say(f"{diff} shows the differences {factor:g} times as large")
+    if min_psnr is not None and apart is None:
+        raise BadOutput("the pictures differ in size, so there is no PSNR to be at least --min-psnr")
+    if min_psnr is not None and apart is not None and apart.psnr < min_psnr:
+        raise BadOutput(f"the PSNR is {apart.psnr:.2f} dB, less than --min-psnr {min_psnr:g}")
+
+
+def _write_difference(
+    path: Path, pictures: tuple[Image.Image, Image.Image], apart: Distance, *, overwrite: bool
+) -> float:
+    """Write |a - b|, amplified, and return how many times."""
+    from sdcli.comparison import difference_picture
+    from sdcli.metadata import picture_bytes
+
+    factor = 255 / apart.largest if apart.largest else 1.0
+    picture = difference_picture(*pictures, factor=factor)
+    write_whole(path, picture_bytes(picture, "png", None), overwrite=overwrite)
+    return factor
+
+
+def _facts(info: PictureInfo, picture: Image.Image) -> dict[str, Any]:
+    return {
+        "path": str(info.path),
+        "width": picture.width,
+        "height": picture.height,
+        "format": info.format,
+        "source": info.source,
+    }
+
+
+def _side(facts: dict[str, Any]) -> str:
+    known = f"record: {TOOLS[facts['source']]}" if facts["source"] is not None else "no record"
+    return f"{facts['path']}: {facts['width']}x{facts['height']} {facts['format']}, {known}"
+
+
+def _size(picture: Image.Image) -> str:
+    return f"{picture.width}x{picture.height}"
+
+
+def _pixels(apart: Distance | None, ssim: float | None) -> str:
+    if apart is None:
+        return "pixels: of other sizes"
+    if not apart.largest:
+        return "pixels: identical"
+    structure = f", SSIM {ssim:.4f}" if ssim is not None else ""
+    return (
+        f"pixels: differ by up to {apart.largest} of 255, by {apart.mean:.3g} in the mean; "
+        f"PSNR {apart.psnr:.2f} dB{structure}"
+    )
+
+
+def _table(title: str, differences: Differences | None) -> list[str]:
+    """A line for each field that differs, or one that says why there is none."""
+    if not differences:
+        return [f"{title}: {'the same' if differences is not None else 'not in both records'}"]
+    width = max(map(len, differences))
+    rows = [f"{title}:"]
+    for name, pair in differences.items():
+        label = f"  {name.replace('_', ' '):<{width}}  "
+        one, other = ("-" if value is None else json.dumps(value, ensure_ascii=False) for value in pair)
+        apart = "  ->  " if len(one) + len(other) <= LONGEST_LINE else "\n" + " " * len(label)
+        rows.append(f"{label}{one}{apart}{other}")
+    return rows

@@ -1,0 +1,84 @@
+"""`sdcli gallery`: a folder of pictures as a web page to look through, filter and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.progress import shown_progress
+from sdcli.cli.request_options import command_line
+from sdcli.errors import NotFound, SdcliError, UsageError, raise_for
+from sdcli.files import whole_file
+from sdcli.inputs import input_files
+
+if TYPE_CHECKING:
+    from sdcli.gallery import Entry
+
+
+def command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", readable=False, help="A folder of pictures, sub-folders included.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page (DIR/gallery.html).")
+    ] = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Write one HTML page that shows the pictures of a folder with their settings, and print its path.
+
+    It works offline: filters by prompt, model and seed, sorting, two pictures side by side, and the command that paints
+    a picture again. Thumbnails and settings, also those of A1111, ComfyUI and InvokeAI, are inside the page; the large
+    view loads the pictures from where they are. What cannot be read is left out.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    target = output if output is not None else folder / "gallery.html"
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"-o names no web page: {target.name!r} should end in .html")
+    if not folder.is_dir():
+        raise NotFound(f"no folder {folder}")
+    errors: list[SdcliError] = []
+    with whole_file(target, overwrite=overwrite) as temporary:
+        from sdcli.gallery import SUFFIXES, look, page
+
+        paths = [file.path for file in input_files([folder], suffixes=SUFFIXES, kind="pictures")]
+        entries = shown_progress(look(paths), len(paths), console)
+        pictures = _readable(entries, folder, target, console, errors, alone=len(paths) == 1)
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.writelines(page(folder.resolve().name, pictures))
+        if len(errors) == len(paths):
+            raise_for(errors, of=len(paths))  # there is nothing to show, and no page
+    shown = len(paths) - len(errors)
+    console.result(str(target), path=str(target), status="done", pictures=shown, failed=len(errors))
+    raise_for(errors, of=len(paths))
+
+
+def _readable(
+    entries: Iterable[Entry], folder: Path, target: Path, console: Console, errors: list[SdcliError], *, alone: bool
+) -> Iterator[dict[str, Any]]:
+    """What the page says of each picture; those that cannot be read are told at once, and added to `errors`."""
+    from sdcli.gallery import described
+
+    for entry in entries:
+        if entry.error is not None:
+            errors.append(entry.error)
+            if not alone:  # its error ends the process
+                console.warn(str(entry.error))
+            if console.json:
+                code = entry.error.exit_code
+                console.result("", path=str(entry.path), status="failed", error=str(entry.error), exit_code=code)
+            continue
+        request = entry.info.request if entry.info is not None else None
+        yield described(
+            entry,
+            name=entry.path.relative_to(folder).as_posix(),
+            page=target,
+            command=command_line(request) if request is not None else None,
+        )

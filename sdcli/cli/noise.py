@@ -1,0 +1,164 @@
+"""The `noise` command: what a model's forward process makes of a picture, timestep by timestep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdcli.cli.console import Console
+from sdcli.cli.options import (
+    DeviceOpt,
+    DTypeOpt,
+    JsonOpt,
+    ModelOpt,
+    ModelsFileOpt,
+    OfflineOpt,
+    OverwriteOpt,
+    QuietOpt,
+    VerboseOpt,
+)
+from sdcli.cli.plot import FORMATS
+from sdcli.errors import UsageError
+from sdcli.files import check_new, whole_file
+from sdcli.registry import load_registry
+from sdcli.request import MAX_SEED
+from sdcli.settings import RunSettings
+
+if TYPE_CHECKING:
+    from sdcli.forward_process import ForwardProcess, Level
+
+STEPS = 8
+"""Timesteps where none are chosen."""
+MOST_COLUMNS = 10
+SMALL = 64
+"""Pixels a side; smaller pictures are enlarged towards it."""
+
+
+def command(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture; its middle, at the model's own size.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The strip: a .png file.")],
+    model: ModelOpt = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="T,T,...", help="The timesteps, 0 to 999 for most models.", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help=f"So many timesteps at equal distances ({STEPS}).", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of the noise.")] = 0,
+    curves: Annotated[
+        Path | None,
+        typer.Option("--curves", metavar="FILE", help="Draw the schedule as well: a .png, .svg or .pdf file."),
+    ] = None,
+    overwrite: OverwriteOpt = False,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    models_file: ModelsFileOpt = None,
+    offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Show what noise does to a picture before a model learns to undo it: the forward process, step by step.
+
+    The picture is encoded with the model's VAE, mixed with noise as at each timestep t of training, and decoded. Below
+    each stand t, alpha-bar (the share of the signal's variance that is left) and the signal-to-noise ratio.
+    --curves draws both, and beta, over all timesteps. Models without a VAE noise the pixels themselves.
+    """
+    console = Console(quiet=quiet, verbose=verbose, json=as_json)
+    if at is not None and steps is not None:
+        raise UsageError("either --at or --steps, not both")
+    asked = _timesteps(at) if at is not None else None
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"-o names no PNG picture: {output.name!r} should end in .png")
+    check_new(output, overwrite=overwrite)
+    if curves is not None:
+        if curves.suffix.lower() not in FORMATS:
+            raise UsageError(f"--curves names no picture: {curves.name!r} should end in {', '.join(FORMATS)}")
+        if curves.resolve() == output.resolve():
+            raise UsageError("-o and --curves name the same file")
+        check_new(curves, overwrite=overwrite)
+    spec = load_registry(models_file).find(model)
+
+    from sdcli.contact_sheet import check_size, contact_sheet, write_sheet
+    from sdcli.forward_process import ForwardProcess
+    from sdcli.images import open_picture, to_pixels
+
+    picture = open_picture(image)
+    console.say(f"loading {spec.name}")
+    process = ForwardProcess.of(spec, RunSettings(device=device, dtype=dtype, offline=offline))
+    timesteps = asked if asked is not None else process.spread(steps or min(STEPS, len(process)))
+    process.check(timesteps)
+    fitted = process.fitted(picture)
+    enlarge = max(1, SMALL // fitted.width)
+    check_size(len(timesteps), fitted.size, label_lines=3, enlarge=enlarge)
+    x0, notes = process.encode(to_pixels(fitted))
+    shown = []
+    for x in process.noised(x0, timesteps, seed=seed):
+        decoded, more = process.decode(x)
+        shown.append(decoded)
+        notes += more
+    for note in dict.fromkeys(notes):
+        console.warn(note)
+    levels = [process.level(t) for t in timesteps]
+    strip = contact_sheet(
+        shown,
+        columns=min(len(shown), MOST_COLUMNS),
+        labels=[_label(level) for level in levels],
+        label_lines=3,
+        enlarge=enlarge,
+    )
+    numbers = [_numbers(level) for level in levels]
+    facts = {"picture": image.name, "model": process.spec.name, "seed": seed, "levels": numbers}
+    write_sheet(output, strip, facts, overwrite=overwrite)
+    if curves is not None:
+        _draw(process, timesteps, curves, overwrite=overwrite)
+    text = str(output) if curves is None else f"{output}\n{curves}"
+    console.result(
+        text,
+        status="ok",
+        path=str(output),
+        curves=str(curves) if curves is not None else None,
+        model=process.spec.name,
+        width=fitted.width,
+        height=fitted.height,
+        seed=seed,
+        timesteps=len(process),
+        levels=numbers,
+    )
+
+
+def _timesteps(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and len(part) < 10):
+            raise UsageError(f"--at takes timesteps with commas between, such as 0,100,999, not {text!r}")
+    return [int(part) for part in parts]
+
+
+def _label(level: Level) -> str:
+    snr = f"SNR {level.snr_db:.1f} dB" if math.isfinite(level.snr_db) else "no signal"
+    return f"t {level.t}\nalpha-bar {level.alpha_bar:.4g}\n{snr}"
+
+
+def _numbers(level: Level) -> dict[str, Any]:
+    """JSON-ready: without infinity, and with the seven digits that float32 has."""
+    return {
+        name: value if isinstance(value, int) else float(f"{value:.7g}") if math.isfinite(value) else None
+        for name, value in asdict(level).items()
+    }
+
+
+def _draw(process: ForwardProcess, timesteps: list[int], path: Path, *, overwrite: bool) -> None:
+    from sdcli.plotting import draw_schedule, save_figure
+
+    figure = draw_schedule(
+        process.betas.numpy(), process.schedule.alphas_cumprod.numpy(), name=process.spec.name, marked=timesteps
+    )
+    with whole_file(path, overwrite=overwrite) as temporary:
+        save_figure(figure, temporary, format=FORMATS[path.suffix.lower()])

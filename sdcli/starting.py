@@ -1,0 +1,123 @@
+"""What the loop starts from, as the requests ask: noise, a start picture with noise on it, or a first pass enlarged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from sdcli.canvas import is_latents
+from sdcli.denoise.start import Start, from_known, from_noise, keeping, mixed, with_channels
+from sdcli.errors import BadLatents, UsageError
+from sdcli.images import from_pixels, to_pixels
+from sdcli.latents import generators_for, initial_noise, scaling_factor
+from sdcli.loading import LoadedModel
+from sdcli.request import GenerationRequest, known
+from sdcli.spaces import LatentSpace, Space
+from sdcli.start_pictures import start_latents, start_picture
+
+Generators = Sequence[torch.Generator]
+"""One per picture."""
+
+
+def start_for(
+    model: LoadedModel,
+    space: Space,
+    requests: Sequence[GenerationRequest],
+    *,
+    scheduler: Any,
+    generators: Generators,
+) -> Start:
+    """Noise; or a start picture with noise on it, of which a mask may keep a part.
+
+    Each picture's generator draws in the order of diffusers' pipelines: the sample of the VAE's distribution, the
+    noise, the sample of the picture without what is masked.
+    Raises UsageError, and BadLatents for a start that does not fit the model.
+    """
+    shared, device = requests[0], model.device
+    shape = space.shape(width=known(shared.width), height=known(shared.height))
+    if shared.init_image is None:
+        return from_noise(_noise(requests, generators, shape).to(device), scheduler)
+    if is_latents(shared.init_image):
+        latents = torch.cat([_latents(space, request, shape) for request in requests]).to(device)
+        noise = _noise(requests, generators, shape).to(device)
+        return from_known(latents, noise, scheduler, strength=known(shared.strength))
+    pictures = [start_picture(request) for request in requests]
+    from_nothing = shared.masked and shared.strength == 1
+    x0: Tensor | None = None
+    if not (from_nothing and model.spec.kind.inpaints):
+        x0 = space.encode(torch.stack([picture.pixels for picture in pictures]), generators).to(device)
+        x0 = x0.contiguous() if shared.masked else x0  # the layouts that diffusers has, whose sums round as here
+    noise = _noise(requests, generators, shape).to(device)
+    if from_nothing or x0 is None:
+        start = from_noise(noise, scheduler)
+    else:
+        start = from_known(x0, noise, scheduler, strength=known(shared.strength))
+    if not shared.masked:
+        return start
+    cells = functional.interpolate(torch.stack([known(picture.mask) for picture in pictures]), size=shape[1:])
+    if model.spec.kind.inpaints:
+        kept = space.encode(torch.stack([picture.without_masked for picture in pictures]), generators)
+        seen = torch.cat([cells, kept], dim=1).to(device)
+        return replace(start, around_network=partial(with_channels, more=seen))
+    # diffusers encodes the masked picture here as well, for nothing; the generators go on where it leaves them
+    space.encode(torch.stack([picture.without_masked for picture in pictures]), generators)
+    keep = partial(
+        keeping,
+        known=known(x0),
+        noise=noise,
+        mask=cells.to(device),
+        scheduler=scheduler,
+        timesteps=start.timesteps,
+    )
+    return replace(start, around_advance=keep)
+
+
+def start_enlarged(
+    finished: Tensor, space: Space, request: GenerationRequest, *, scheduler: Any, generators: Generators
+) -> Start:
+    """The second pass: finished latents [B, C, h, w], enlarged as they are or as pixels, with fresh noise on them."""
+    upscale = known(request.upscale)
+    width, height = request.final_size
+    shape = space.shape(width=width, height=height)
+    if upscale.how == "latent":
+        x0 = functional.interpolate(finished, size=shape[1:], mode="bilinear")
+    else:
+        pixels = torch.stack([_enlarged(space, latents, (width, height)) for latents in finished])
+        x0 = space.encode(pixels, generators).to(finished.device)
+    noise = initial_noise(generators, shape).to(finished.device)
+    return from_known(x0, noise, scheduler, strength=upscale.strength)
+
+
+def _enlarged(space: Space, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Latents [C, h, w] -> pixels [3, H, W] of another size."""
+    pixels = space.decode(latents[None], tiled=not space.fits_in_memory(latents))[0]
+    return to_pixels(from_pixels(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def _noise(requests: Sequence[GenerationRequest], generators: Generators, shape: tuple[int, int, int]) -> Tensor:
+    """Each picture's noise [B, *shape], turned towards that of its variation seed as far as it asks for."""
+    noise = initial_noise(generators, shape)
+    strengths = [request.variation_strength or 0.0 for request in requests]
+    if not any(strengths):
+        return noise
+    others = initial_noise(generators_for([request.variation_seed or 0 for request in requests]), shape)
+    return mixed(noise, list(others), strengths)
+
+
+def _latents(space: Space, request: GenerationRequest, shape: tuple[int, int, int]) -> Tensor:
+    """The start file's latents [1, C, h, w], scaled as the model takes them."""
+    file = start_latents(known(request.init_image))
+    if not isinstance(space, LatentSpace):
+        raise UsageError(f"{request.init_image} holds latents, and {request.model} paints on pixels")
+    if file.latents.shape[1:] != shape:
+        held, wanted = ("x".join(map(str, sides)) for sides in (file.latents.shape[1:], shape))
+        raise BadLatents(f"{request.init_image} holds latents of {held}; {request.model} paints on {wanted}")
+    factor = scaling_factor(space.vae)
+    return file.unscaled(factor) * factor
