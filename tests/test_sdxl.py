@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sdcli import loading
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.errors import SdcliError, UsageError
+from sdcli.images import from_pixels
 from sdcli.loading import load_model
 from sdcli.metadata import read_picture
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, RandomSource, resolve, spec_of_folder
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, parse_request
 from sdcli.schedulers import SCHEDULERS
+from sdcli.start_pictures import measure
 from sdcli.training.model_parts import refuse_sdxl
 from sdcli.weights import random_tensors
 from tests.conftest import Run
@@ -71,10 +74,11 @@ def quiet(pipeline: Any) -> Any:
 
 def ours(painter: Painter, **fields: Any) -> Tensor:
     negatives = fields.pop("negatives", NEGATIVES)
-    requests = [
-        resolve(GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **fields), painter.model.spec)
+    asked = [
+        parse_request({"prompt": prompt, "negative_prompt": negative, "seed": seed, **fields})
         for prompt, negative, seed in zip(PROMPTS, negatives, SEEDS, strict=True)
     ]
+    requests = [resolve(request, painter.model.spec, measure=measure) for request in asked]
     *_, last = paint(painter, requests)
     return last.latents
 
@@ -178,6 +182,41 @@ def test_a_refiner_takes_over_as_in_diffusers(
     expected = theirs(refiner, scheduler, config, image=begun, denoising_start=0.6, **shared)
     found = ours(painter, scheduler=scheduler, width=64, height=96, refiner="refiner", refiner_start=0.6, **fields)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "dpmpp-2m-karras"])
+def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
+    painter: Painter, base: StableDiffusionXLPipeline, tmp_path: Path, scheduler: str
+) -> None:
+    colours = torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))
+    from_pixels(colours).save(tmp_path / "start.png")
+    pipeline = quiet(StableDiffusionXLImg2ImgPipeline(**base.components, requires_aesthetics_score=False))
+    fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
+    picture = Image.open(tmp_path / "start.png")
+    expected = theirs(pipeline, scheduler, painter.model.scheduler_config, image=[picture, picture], **fields)
+    given = {**fields, "init_image": str(tmp_path / "start.png"), "scheduler": scheduler}
+    assert torch.equal(ours(painter_alone(painter), **given), expected)
+
+
+def test_each_pass_is_told_its_own_size(painter: Painter) -> None:
+    told: list[list[float]] = []
+    hook = painter.model.unet.register_forward_pre_hook(
+        lambda _, args, given: told.append(given["added_cond_kwargs"]["time_ids"][0].tolist()), with_kwargs=True
+    )
+    ours(painter_alone(painter), **SMALL, guidance_scale=5.0, scheduler="euler", upscale="2x:0.5:latent")
+    hook.remove()
+    assert told[0] == [96, 64, 0, 0, 96, 64]
+    assert told[-1] == [192, 128, 0, 0, 192, 128]
+
+
+def test_guidance_that_changes_goes_on_where_the_refiner_takes_over(painter: Painter, tmp_path: Path) -> None:
+    fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
+    falling = ours(painter, guidance_scale="7..2", **fields)
+    assert falling.isfinite().all()
+    assert not torch.equal(falling, ours(painter, guidance_scale=7.0, **fields))
+    Image.new("RGB", (56, 96)).save(tmp_path / "start.png")
+    with pytest.raises(UsageError, match="goes without --mask"):
+        ours(painter, guidance_scale=7.0, init_image=str(tmp_path / "start.png"), extend="left=8", **fields)
 
 
 def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(painter: Painter) -> None:
