@@ -19,17 +19,19 @@ from torch import Tensor, nn
 import sdcli
 from sdcli.canvas import is_latents
 from sdcli.devices import out_of_memory
-from sdcli.errors import BadOutput, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
+from sdcli.errors import BadOutput, BadWeights, NotFound, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
 from sdcli.files import AlreadyExists, sweep, write_whole
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
-from sdcli.loading import load_model
+from sdcli.loading import AppliedLora, LoadedModel, load_model
+from sdcli.lora_weights import with_loras
+from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, LoraRef
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.start_pictures import start_picture
 
@@ -54,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should hear: a fall-back, a prompt that was cut."""
+    """Something the user should hear: a fall-back, a prompt that was cut, a LoRA that fits in part."""
 
     text: str
 
@@ -87,13 +89,18 @@ class Painted:
 
 @dataclass
 class Engine:
-    """Paints jobs with one warm model at a time. `stop` is asked between batches for a reason to end."""
+    """Paints jobs with one warm model at a time, and one set of LoRAs on it.
+
+    `stop` is asked between batches for a reason to end.
+    """
 
     registry: Registry
     run: RunSettings
     output: OutputSettings
     stop: Stop = lambda: None
     _painter: Painter | None = None
+    _with_loras: Painter | None = None
+    """Of the same model, which it shares the untouched weights with."""
     _names: set[str] = field(default_factory=set)
 
     def paint_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
@@ -124,20 +131,28 @@ class Engine:
             yield from self._paint_batch(batch, wanted, journal)
         stop_if_asked(self.stop)
 
-    def load(self, spec: ModelSpec, *, refiner: ModelSpec | None = None) -> Painter:
-        """The painter of a model, with a refiner; the last one stays warm."""
+    def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Painter:
+        """The painter of a model with some LoRAs merged into it, and a refiner; the last one of each stays warm."""
         if self._painter is None or _specs(self._painter) != (spec, refiner):
-            self._painter = None
+            self._painter = self._with_loras = None
             gc.collect()
             how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
             ending = load_model(refiner, leave_out={"vae"}, **how) if refiner is not None else None
             self._painter = Painter.of(load_model(spec, **how), refiner=ending)
-        return self._painter
+        if not loras:
+            return self._painter
+        if self._with_loras is None or tuple(one.ref for one in self._with_loras.model.loras) != loras:
+            self._with_loras = None
+            gc.collect()
+            self._with_loras = self._painter.with_model(
+                with_loras(self._painter.model, loras, folder=self.run.lora_dir)
+            )
+        return self._with_loras
 
     def painter_for(self, request: GenerationRequest) -> Painter:
-        """The painter of a resolved request. Raises what finding and loading its models raises."""
+        """The painter of a resolved request. Raises what finding and loading its models and LoRAs raises."""
         refiner = self.registry.find(request.refiner) if request.refiner is not None else None
-        return self.load(self.registry.find(request.model), refiner=refiner)
+        return self.load(self.registry.find(request.model), request.loras, refiner=refiner)
 
     def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
@@ -145,12 +160,22 @@ class Engine:
 
     def _paint_batch(self, batch: Sequence[Job], wanted: set[int], journal: Journal | None) -> Iterator[Event]:
         started = time.monotonic()
-        first = batch[0].request
-        names = [spec.name for spec in _specs(self._painter) if spec is not None] if self._painter is not None else []
-        if names != [name for name in (first.model, first.refiner) if name is not None]:
-            yield Phase("load", first.model or "")
-        painter = self.painter_for(batch[0].request)
+        request = batch[0].request
+        warm_names = [spec and spec.name for spec in _specs(self._painter)] if self._painter is not None else []
+        if warm_names != [request.model, request.refiner]:
+            yield Phase("load", request.model or "")
+        warm = self._with_loras
+        self.painter_for(request.model_copy(update={"loras": ()}))
         stop_if_asked(self.stop)
+        try:
+            painter = self.painter_for(request)
+        except (BadWeights, NotFound, UsageError) as error:  # concerns the jobs with these LoRAs alone
+            for job in batch:
+                if job.index in wanted:
+                    yield Result("failed", job, error=error)
+            return
+        for text in lora_notes(painter.model) if painter is not warm else ():
+            yield Note(text)
         fitting = []
         for job in batch:
             try:
@@ -295,21 +320,28 @@ PER_PICTURE = {
 def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
     """Batches of jobs that can be denoised together: their requests differ in what `PER_PICTURE` names alone.
 
-    The same jobs always give the same batches; models come in the order of their first job.
+    The same jobs always give the same batches; models come in the order of their first job, and so do their LoRAs.
     """
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         r = job.request
         shared = tuple(value for name, value in r if name not in PER_PICTURE)
         groups.setdefault((shared, r.masked, is_latents(r.init_image)), []).append(job)
+    models, weights = (list(dict.fromkeys(kind(job) for job in jobs)) for kind in (_models, _weights))
     batches = []
-    models = dict.fromkeys((job.request.model, job.request.refiner) for job in jobs)
-    places = {names: place for place, names in enumerate(models)}
-    for group in sorted(groups.values(), key=lambda group: places[group[0].request.model, group[0].request.refiner]):
+    for group in sorted(groups.values(), key=lambda g: (models.index(_models(g[0])), weights.index(_weights(g[0])))):
         width, height = group[0].request.final_size
         size = run.batch_size or automatic_batch_size(width * height, device=run.device)
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
+
+
+def _models(job: Job) -> tuple[str | None, ...]:
+    return job.request.model, job.request.refiner
+
+
+def _weights(job: Job) -> tuple[tuple[str | None, ...], tuple[LoraRef, ...]]:
+    return _models(job), job.request.loras
 
 
 def automatic_batch_size(pixels: int, *, device: str) -> int:
@@ -384,7 +416,7 @@ def free_caches() -> None:
 
 def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
     """What the text encoder will not see of a job's prompts. With `strict`, raises UsageError instead."""
-    tokenizer = painter.model.tokenizer or painter.model.tokenizer_2
+    tokenizer = painter.model.tokenizer
     if tokenizer is None:
         return []
     notes = []
@@ -401,6 +433,16 @@ def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
     return notes
 
 
+def lora_notes(model: LoadedModel) -> list[str]:
+    """What the LoRAs of a model hold that has no effect."""
+    return [
+        f"{one.ref.path}: {len(one.unmatched)} of its names have no place in {model.spec.name} and no effect, first "
+        f"{one.unmatched[0]} ({one.layers} layers do)"
+        for one in model.loras
+        if one.unmatched
+    ]
+
+
 def provenance(painter: Painter, **facts: Any) -> dict[str, Any]:
     """The facts of a run that belong into a picture's record. No times: the same request gives the same bytes."""
     model = painter.model
@@ -409,10 +451,21 @@ def provenance(painter: Painter, **facts: Any) -> dict[str, Any]:
         "model": model.spec.name,
         "origin": model.spec.origin(),
         "weights": painter.weights(),
+        **({"loras": [_lora_facts(one) for one in model.loras]} if model.loras else {}),
         "torch": torch.__version__,
         "diffusers": importlib.metadata.version("diffusers"),
         "device": model.device.type,
         "hardware": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "dtype": str(model.dtype).removeprefix("torch."),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()},
+    }
+
+
+def _lora_facts(lora: AppliedLora) -> dict[str, Any]:
+    return {
+        "name": lora_name(lora.ref),
+        "sha256": lora.ref.sha256,
+        "tensors_sha256": lora.tensors_sha256,
+        "layers": lora.layers,
+        "unmatched": len(lora.unmatched),
     }

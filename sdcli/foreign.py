@@ -11,7 +11,8 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from sdcli.errors import UsageError
-from sdcli.request import GenerationRequest, parse_request
+from sdcli.loras import tag, take_tags
+from sdcli.request import GenerationRequest, LoraRef, parse_request
 from sdcli.schedulers import SCHEDULERS
 
 Tool = Literal["a1111", "comfyui", "invokeai"]
@@ -62,10 +63,17 @@ def load_json(text: str) -> Any:
 # A1111
 
 
-def a1111_text(request: GenerationRequest, *, version: str, model_hash: str | None = None) -> str:
-    """The `parameters` text of a request as painted, as the webui writes it.
+def a1111_text(
+    request: GenerationRequest,
+    *,
+    version: str,
+    model_hash: str | None = None,
+    lora_hashes: Mapping[str, str] | None = None,
+) -> str:
+    """The `parameters` text of a request as painted, as the webui writes it; LoRAs are tags behind the prompt.
 
-    `model_hash` is the first 10 hex digits of the weights' SHA-256. Numbers are written as the webui's sliders give
+    `model_hash` is the first 10 hex digits of the weights' SHA-256, `lora_hashes` holds the first 12 of each LoRA's
+    tensors, by its name. Numbers are written as the webui's sliders give
     them (7, not 7.0). `Schedule type` is Automatic where the webui would choose the same by itself.
     """
     row = SCHEDULERS[request.scheduler] if request.scheduler is not None else None
@@ -87,11 +95,13 @@ def a1111_text(request: GenerationRequest, *, version: str, model_hash: str | No
         "Refiner": request.refiner and _a1111_model(request.refiner),
         "Refiner switch at": _shortest(request.refiner_start),
         "RNG": "CPU",
+        "Lora hashes": ", ".join(f"{name}: {digest}" for name, digest in (lora_hashes or {}).items()) or None,
         "Version": f"sdcli {version}",
     }
     line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in pairs.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    return f"{request.painted_prompt}{negative}\n{line}".strip()
+    prompt = " ".join([request.painted_prompt, *map(tag, request.loras)])
+    return f"{prompt}{negative}\n{line}".strip()
 
 
 def parse_a1111(text: str) -> tuple[str, str, dict[str, str]]:
@@ -121,10 +131,15 @@ def read_a1111(text: str) -> Foreign | None:
     if text.lstrip().startswith("{") and _json_object(text) is not None:
         return None
     prompt, negative, pairs = parse_a1111(text)
-    found: dict[str, Any] = {"prompt": prompt}
+    unmapped: dict[str, Any] = dict(pairs)
+    loras: tuple[LoraRef, ...] = ()
+    try:
+        prompt, loras = take_tags(prompt)
+    except UsageError as error:
+        unmapped["lora"] = str(error)
+    found: dict[str, Any] = {"prompt": prompt, **({"loras": [ref.model_dump() for ref in loras]} if loras else {})}
     if negative or pairs:
         found["negative_prompt"] = negative
-    unmapped: dict[str, Any] = dict(pairs)
     for key, field in _A1111_NUMBERS.items():
         if key in unmapped:
             found[field] = unmapped.pop(key)

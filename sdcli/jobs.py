@@ -16,6 +16,7 @@ from typing import Any
 
 from sdcli.canvas import Measure
 from sdcli.errors import NotFound, SdcliError, UsageError
+from sdcli.loras import find_loras
 from sdcli.registry import Registry, resolve
 from sdcli.request import MAX_SEED, GenerationRequest, known, parse_request
 
@@ -95,7 +96,10 @@ def _text_line(text: str) -> dict[str, Any]:
             value = value[1:-1]
         if not value:
             raise UsageError(f"--{name} has no value")
-        fields[KOHYA.get(name, name)] = value
+        if name == "lora":
+            fields.setdefault("loras", []).append(value)
+        else:
+            fields[KOHYA.get(name, name)] = value
     return fields
 
 
@@ -134,10 +138,12 @@ def expand(
     num_images: int,
     base_seed: int,
     measure: Measure | None = None,
+    lora_dir: Path | None = None,
 ) -> Iterator[Job | BadJob]:
     """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
 
-    Of pictures with a variation strength each gets its own variation seed instead.
+    Of pictures with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
+    files, are those of `lora_dir`, or of the user's own folder.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -163,7 +169,7 @@ def expand(
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
             if asked.variation_strength is not None and asked.variation_seed is None:
                 asked = asked.changed(variation_seed=drawn_seed(base_seed, f"{key}:variation", seen[key]))
-            resolved = resolve(asked, spec, measure=measure)
+            resolved = find_loras(resolve(asked, spec, measure=measure), lora_dir)
             if resolved.refiner is not None:
                 registry.find(resolved.refiner).require_supported()
             counted = "seed" if resolved.variation_strength is None else "variation_seed"

@@ -42,6 +42,7 @@ from sdcli.registry import (
     RandomSource,
     described,
 )
+from sdcli.request import LoraRef
 from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 
@@ -64,6 +65,19 @@ NETWORKS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class AppliedLora:
+    """A LoRA that is merged into a model's weights."""
+
+    ref: LoraRef
+    layers: int
+    """How many layers of the model it changes."""
+    unmatched: tuple[str, ...]
+    """What it holds beside that, by the file's names: layers that the model does not have, and tensors of no LoRA."""
+    tensors_sha256: str
+    """64 hex digits of the file behind its header: what the web UI and Civitai know a LoRA by."""
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """The parts of a model, ready to compute with; a part that was not asked for is absent (AttributeError)."""
 
@@ -74,6 +88,8 @@ class LoadedModel:
     parts: Mapping[str, nn.Module]
     tokenizer: ClipTokenizer | None
     identities: Mapping[str, Future[str]] = field(repr=False)
+    """Of the parts as they were loaded, without the LoRAs."""
+    loras: tuple[AppliedLora, ...] = ()
     tokenizer_2: ClipTokenizer | None = None
     """SDXL's second text encoder has its own; a refiner has only that."""
     zeros_for_empty_prompt: bool = False
@@ -471,7 +487,7 @@ def _check_ldm_names(path: Path, names: set[str], layout: SingleFileLayout) -> N
         return any(name.startswith(starts) for name in names)
 
     if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
-        raise BadWeights(f"{path} is a LoRA, not a whole model")
+        raise BadWeights(f"{path} is a LoRA, not a whole model; paint with it by --lora {path}")
     if some("edm_mean", "edm_vpred."):
         raise UsageError(f"{path} was trained on the noise levels of EDM, which sdcli does not know")
     if some("down_blocks.", "decoder.up_blocks.", "text_model.", "encoder.layers."):

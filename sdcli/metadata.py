@@ -100,7 +100,19 @@ def parameters_text(record: Record) -> str:
     weights = record.provenance.get("weights") or {}
     digest = weights.get("checkpoint", weights.get("unet", "")) if isinstance(weights, dict) else ""
     match = re.fullmatch(r"sha256:([0-9a-f]{10})[0-9a-f]{54}", str(digest))
-    return a1111_text(record.request, version=__version__, model_hash=match[1] if match else None)
+    return a1111_text(
+        record.request, version=__version__, model_hash=match[1] if match else None, lora_hashes=_lora_hashes(record)
+    )
+
+
+def _lora_hashes(record: Record) -> dict[str, str]:
+    """Name -> the first 12 digits that the web UI writes; nothing where the provenance is not one of ours."""
+    loras = record.provenance.get("loras")
+    return {
+        str(one.get("name")): str(one.get("tensors_sha256"))[:12]
+        for one in (loras if isinstance(loras, list) else [])
+        if isinstance(one, dict)
+    }
 
 
 def record_json(record: Record) -> str:

@@ -58,6 +58,10 @@ class Painter:
         ending = cls(refiner, encoding_of(refiner), space) if refiner is not None else None
         return cls(model, encoding_of(model), space, ending)
 
+    def with_model(self, model: LoadedModel) -> Painter:
+        """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
+        return replace(Painter.of(model), refiner=self.refiner)
+
     def weights(self) -> dict[str, str]:
         """The identity of every loaded part, the refiner's too."""
         ends = self.refiner.weights() if self.refiner is not None else {}
@@ -68,9 +72,12 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[S
     """Denoise one batch. The requests are resolved and equal in all that `engine.plan` groups by.
 
     Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`. What is to
-    be upscaled is denoised twice, and the steps of the second pass count from 0 again.
+    be upscaled is denoised twice, and the steps of the second pass count from 0 again. The requests' LoRAs are merged
+    into the painter's model already.
     Raises UsageError for what the model cannot do, and BadOutput as soon as no picture's latents are finite any more.
     """
+    if requests[0].loras != tuple(applied.ref for applied in painter.model.loras):
+        raise UsageError(f"{painter.model.spec.name} was loaded with other LoRAs than the request asks for")
     generators = generators_for([known(request.seed) for request in requests])
     scheduler = scheduler_for(painter.model, requests[0])
     start = start_for(painter.model, painter.space, requests, scheduler=scheduler, generators=generators)

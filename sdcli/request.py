@@ -25,8 +25,14 @@ ALIASES = {
     "sampler": "scheduler",
     "negative": "negative_prompt",
     "text": "prompt",
+    "lora": "loras",
 }
 """What other tools call our fields; accepted wherever a request is read as data."""
+
+
+MAX_LORA_WEIGHT = 100.0
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+_LORA = re.compile(rf"(?P<path>.+?)(?::(?P<unet_weight>{_NUMBER}))?(?::(?P<text_weight>{_NUMBER}))?", re.DOTALL)
 
 
 class Part(BaseModel):
@@ -127,6 +133,46 @@ class Interval(Part):
         return f"{self.start:g}-{self.stop:g}"
 
 
+class LoraRef(Part):
+    """One LoRA of a request, `FILE[:unet_weight[:text_weight]]`, and which file it was.
+
+    Weights are multiples of the strength it was trained with: 1 is that, 0 changes nothing, negative ones take away.
+    """
+
+    path: str = Field(min_length=1, max_length=4096)
+    """A .safetensors file, a PEFT folder, or a name that is looked up in the LoRA folder."""
+    unet_weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
+    text_weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
+    """For the text encoders; where it is not given, the UNet's."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Filled by `loras.find_loras`; painting again refuses another file under the same name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_weight_for_both(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = {name: piece for name, piece in value.items() if piece is not None}
+        return {"text_weight": given["unet_weight"], **given} if "unet_weight" in given else given
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = _LORA.fullmatch(text)
+        path, weight, text_weight = match.groups() if match else ("", None, None)
+        return {"path": path, "unet_weight": weight or 1.0, "text_weight": text_weight or weight or 1.0}
+
+    @field_validator("path")
+    @classmethod
+    def _plain_unicode(cls, value: str) -> str:
+        return plain_unicode(value)
+
+    def __str__(self) -> str:
+        short = f"{self.path}:{digits(self.unet_weight)}"
+        if self.unet_weight == self.text_weight and _LORA.fullmatch(short)["path"] == self.path:  # type: ignore[index]
+            return short
+        return f"{short}:{digits(self.text_weight)}"
+
+
 class GenerationRequest(BaseModel):
     """One picture, or as much of its description as was asked for.
 
@@ -186,6 +232,13 @@ class GenerationRequest(BaseModel):
         None, description="paint again, enlarged: 2x, 2x:0.5 (the strength) or 2x:0.5:latent"
     )
 
+    refiner: str | None = Field(
+        None, description="an SDXL model that takes over for the last steps; named like a model"
+    )
+    refiner_start: float | None = Field(
+        None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _guidance_schedule(cls, fields: Any) -> Any:
@@ -196,11 +249,9 @@ class GenerationRequest(BaseModel):
             return {**fields, "guidance_scale": first, "guidance_end": last}
         return fields
 
-    refiner: str | None = Field(
-        None, description="an SDXL model that takes over for the last steps; named like a model"
-    )
-    refiner_start: float | None = Field(
-        None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
+    loras: tuple[LoraRef, ...] = Field(
+        (),
+        description="a LoRA, its weight, and one for the text encoder where that differs; may be given several times",
     )
 
     @field_validator("schema_version")
@@ -213,17 +264,12 @@ class GenerationRequest(BaseModel):
     @field_validator("prompt", "negative_prompt", "prompt_template", "model", "refiner")
     @classmethod
     def _plain_unicode(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        if "\0" in value:
-            raise ValueError("has a NUL character")
-        if len(value) > 1_000_000:
-            raise ValueError(f"has {len(value):,} characters, more than a million")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"character {error.start + 1} is half a character (not valid UTF-8 text)") from None
-        return value
+        return None if value is None else plain_unicode(value)
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _one_lora_is_a_list_too(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
 
     @field_validator("prompt_template")
     @classmethod
@@ -268,7 +314,8 @@ class GenerationRequest(BaseModel):
 
     def typed(self) -> dict[str, Any]:
         """The fields that were given, without those left to the model; JSON-ready."""
-        return self.model_dump(by_alias=True, exclude_none=True)
+        fields = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return {name: value for name, value in fields.items() if value != []}
 
     def key(self) -> str:
         """64 hex digits that are equal for equal requests, whatever they were read from."""
@@ -278,6 +325,24 @@ class GenerationRequest(BaseModel):
     def changed(self, **fields: Any) -> GenerationRequest:
         """The same request with some fields changed, checked again. Raises UsageError."""
         return parse_request({**self.typed(), **fields})
+
+
+def plain_unicode(value: str) -> str:
+    """A text that can be written as UTF-8, without NUL, of at most a million characters. Raises ValueError."""
+    if "\0" in value:
+        raise ValueError("has a NUL character")
+    if len(value) > 1_000_000:
+        raise ValueError(f"has {len(value):,} characters, more than a million")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} is half a character (not valid UTF-8 text)") from None
+    return value
+
+
+def digits(number: float) -> str:
+    """The shortest text that is read as this number: 1, not 1.0."""
+    return repr(number).removesuffix(".0")
 
 
 def known(value: T | None) -> T:

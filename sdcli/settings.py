@@ -24,6 +24,8 @@ class RunSettings:
     offline: bool = False
     strict_prompt: bool = False
     """Refuse a prompt that does not fit the text encoder, instead of saying what was cut."""
+    lora_dir: Path | None = None
+    """Where LoRAs are looked up by name; None is the user's own folder."""
 
 
 @dataclass(frozen=True)

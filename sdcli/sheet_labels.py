@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sdcli.errors import UsageError
 from sdcli.request import ALIASES, GenerationRequest, did_you_mean
 
-SHORT = {
+_SHORTENED = {
     "name": "",
     "seed": "seed",
     "steps": "steps",
@@ -21,6 +21,11 @@ SHORT = {
     "prompt": "",
     "negative_prompt": "not",
     "prompt_template": "in",
+}
+SHORT = _SHORTENED | {
+    name: name.replace("_", " ")
+    for name in GenerationRequest.model_fields
+    if name not in _SHORTENED and name != "schema_version"
 }
 """What can stand in a label -> what it is called there. Short things come first: long labels are cut at their end."""
 _TOLD_APART_BY = tuple(field for field in SHORT if field not in ("name", "width", "height"))

@@ -73,10 +73,8 @@ class PixelSpace:
         return self.channels, height, width
 
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Pixels [B, 3, H, W] in 0..1 -> x [B, 1 or 3, H, W]; grey by the weights of ITU-R 601-2, as Pillow's."""
-        if self.channels == 1:
-            pixels = (pixels * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
-        return pixels * 2 - 1
+        """Pixels [B, 3, H, W] in 0..1 -> x [B, 1 or 3, H, W]."""
+        return torch.stack([in_pixel_space(picture, channels=self.channels) for picture in pixels])
 
     def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
         """x [B, 1 or 3, H, W] -> pixels [B, 3, H, W] in 0..1, float32 on the CPU; NaN stays NaN."""

@@ -7,7 +7,7 @@ two layers in each block.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def _unet_and_vae(unet: Mapping[str, Tensor], vae: Mapping[str, Tensor]) -> dict
     return checkpoint
 
 
-def _unet_name(name: str, attended: set[str]) -> str:
+def _unet_name(name: str, attended: Collection[str] = ("1", "2", "3")) -> str:
     for ours, theirs in _ENDS.items():
         if name.startswith(f"{ours}."):
             return name.replace(ours, theirs, 1)

@@ -16,7 +16,7 @@ from sdcli.files import AlreadyExists
 from sdcli.metadata import Record, picture_bytes
 from sdcli.picture_files import MAX_PIXELS
 from sdcli.request import GenerationRequest
-from sdcli.sheet_labels import SHORT, labels_of, parse_fields
+from sdcli.sheet_labels import labels_of, parse_fields
 from tests.test_encode_decode import good, run
 
 REQUEST = GenerationRequest(
@@ -67,10 +67,6 @@ def test_asked_fields_stand_in_their_order() -> None:
     for text in ("sead", "", "seed,", "none,seed", "__class__"):
         with pytest.raises(UsageError, match="a label has no field"):
             parse_fields(text)
-
-
-def test_every_field_of_a_request_can_stand_in_a_label() -> None:
-    assert set(GenerationRequest.model_fields) - {"schema_version"} == set(SHORT) - {"name", "size"}
 
 
 def test_pictures_and_folders_become_one_sheet() -> None:

@@ -20,15 +20,17 @@ from sdcli.denoise.sampler import make_scheduler
 from sdcli.errors import SdcliError, UsageError
 from sdcli.images import from_pixels
 from sdcli.loading import load_model
+from sdcli.lora_weights import with_loras
 from sdcli.metadata import read_picture
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, RandomSource, resolve, spec_of_folder
-from sdcli.request import GenerationRequest, parse_request
+from sdcli.request import GenerationRequest, LoraRef, parse_request
 from sdcli.schedulers import SCHEDULERS
 from sdcli.start_pictures import measure
 from sdcli.training.model_parts import refuse_sdxl
 from sdcli.weights import random_tensors
 from tests.conftest import Run
+from tests.loras import random_pairs, save_diffusers, save_kohya
 from tests.tiny import save_tiny_sdxl
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -298,6 +300,22 @@ def test_training_refuses_sdxl_before_it_begins(folders: dict[str, Path]) -> Non
         refuse_sdxl(model)
     with pytest.raises(UsageError, match="two text encoders"):
         load_model(model.spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
+
+
+def test_a_lora_reaches_the_unet_and_both_text_encoders(painter: Painter, tmp_path: Path) -> None:
+    model = painter.model
+    networks = {part: model.parts[part] for part in ("unet", "text_encoder", "text_encoder_2")}
+    pairs = random_pairs(networks, only="attn")
+    files = save_kohya(tmp_path / "k.safetensors", pairs), save_diffusers(tmp_path / "d.safetensors", pairs)
+    merged = [with_loras(model, (LoraRef(path=str(file)),), folder=None) for file in files]
+    for one in merged:
+        assert not one.loras[0].unmatched
+        assert one.loras[0].layers == sum(map(len, pairs.values()))
+    for part, layers in pairs.items():
+        for layer in layers:
+            before, kohya, diffusers = (m.parts[part].get_parameter(f"{layer}.weight") for m in (model, *merged))
+            assert torch.equal(kohya, diffusers)
+            assert not torch.equal(kohya, before)
 
 
 def test_generate_paints_with_a_refiner_and_verifies(sdcli: Run, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.jobs import BadJob, Job, Line, expand, read_lines
 from sdcli.journal import Journal
+from sdcli.loras import is_here, user_lora_folder
 from sdcli.naming import SUFFIXES, check_output, check_template
 from sdcli.registry import Registry, load_registry
 from sdcli.request import FileRef, parse_size
@@ -85,6 +86,15 @@ def command(
         ImageFormat | None,
         typer.Option("--format", rich_help_panel=OUTPUT, help="File format (png).", show_default=False),
     ] = None,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora-dir",
+            metavar="DIR",
+            rich_help_panel=RUN,
+            help="Where LoRAs are looked up by name, for --lora NAME and <lora:NAME:0.8> in a prompt.",
+        ),
+    ] = None,
     overwrite: OverwriteOpt = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", rich_help_panel=OUTPUT, help="Write no settings into the pictures.")
@@ -129,7 +139,14 @@ def command(
         if {"width", "height"} & set(typed):
             raise UsageError("--size goes without --width and --height")
         typed["width"], typed["height"] = parse_size(size)
-    run = RunSettings(device=device, dtype=dtype, batch_size=batch_size, offline=offline, strict_prompt=strict_prompt)
+    run = RunSettings(
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        offline=offline,
+        strict_prompt=strict_prompt,
+        lora_dir=lora_dir,
+    )
     registry = load_registry(models_file)
 
     if verify:
@@ -143,7 +160,7 @@ def command(
         return
 
     if from_image is not None:
-        recorded = _recorded(from_image, console)
+        recorded = _recorded(from_image, console, lora_dir)
         if {"init_image", "extend"} & set(typed):  # the size was that of another start
             recorded = {name: value for name, value in recorded.items() if name not in ("width", "height")}
         typed = {**recorded, **typed}
@@ -162,7 +179,8 @@ def command(
             journal.begin_run(source, base_seed)
         else:
             base_seed = known
-    jobs = list(expand(lines, typed, registry, num_images=num_images, base_seed=base_seed, measure=_measure))
+    counted: dict[str, Any] = {"num_images": num_images, "base_seed": base_seed}
+    jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir))
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
@@ -192,8 +210,11 @@ def _measure(start: FileRef, cell: int) -> tuple[int, int]:
     return measure(start, cell)
 
 
-def _recorded(image: Path, console: Console) -> dict[str, Any]:
-    """The request that a picture holds, as typed fields. Raises UsageError where it holds none."""
+def _recorded(image: Path, console: Console, lora_dir: Path | None) -> dict[str, Any]:
+    """The request that a picture holds, as typed fields, without what another tool wrote and cannot be had here.
+
+    Raises UsageError where it holds none.
+    """
     from sdcli.metadata import read_picture
 
     info = read_picture(image)
@@ -201,7 +222,13 @@ def _recorded(image: Path, console: Console) -> dict[str, Any]:
         raise UsageError(f"{image} holds no settings (sdcli info {image} shows what there is)")
     for name, value in info.unmapped.items():
         console.say(f"not taken over from {image}: {name} = {value}")
-    return info.request.typed()
+    fields = info.request.typed()
+    if info.source != "sdcli":
+        missing = [ref for ref in info.request.loras if not is_here(ref, lora_dir)]
+        for ref in missing:
+            console.say(f"not taken over from {image}: no LoRA {ref.path!r} in {lora_dir or user_lora_folder()}")
+        fields["loras"] = [str(ref) for ref in info.request.loras if ref not in missing]
+    return fields
 
 
 def _output_settings(output: str | None, outdir: Path | None, image_format: str | None, **rest: bool) -> OutputSettings:

@@ -70,6 +70,7 @@ def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False
         **_summary(spec, registry),
         "source": spec.source.model_dump(mode="json"),
         "defaults": spec.defaults.model_dump(mode="json"),
+        **_lora(spec),
         "files": [{"file": path, "bytes": size} for path, size in _files(spec)],
     }
     console = Console(json=json)
@@ -345,6 +346,16 @@ def _files(spec: ModelSpec) -> Iterator[tuple[str, int]]:
     for file in sorted(root.rglob("*")) if root.is_dir() else ():
         if file.is_file():
             yield file.relative_to(root).as_posix(), file.stat().st_size
+
+
+def _lora(spec: ModelSpec) -> dict[str, Any]:
+    """What a file holds that is no model but a LoRA, which people hold in the same folders."""
+    if not isinstance(spec.source, FileSource) or not spec.source.path.is_file():
+        return {}
+    from sdcli.lora_weights import lora_facts
+
+    facts = lora_facts(spec.source.path)
+    return {"lora": facts} if facts is not None else {}
 
 
 def _is_packaged(name: str) -> bool:

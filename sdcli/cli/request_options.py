@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -18,7 +18,7 @@ ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",),
 SPELLED = {"guidance_scale"}
 """Numbers that may also be written otherwise; `GenerationRequest` reads them."""
 PANELS = {
-    **dict.fromkeys(("model", "refiner", "negative_prompt", "prompt_template"), "Model and prompt"),
+    **dict.fromkeys(("model", "refiner", "negative_prompt", "prompt_template", "loras"), "Model and prompt"),
     **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
 }
 METAVARS = {
@@ -33,16 +33,20 @@ METAVARS = {
     "mask": "FILE|-",
     "extend": "SIDE=PIXELS,...",
     "upscale": "FACTORx[:STRENGTH[:latent]]",
+    "loras": "FILE[:WEIGHT[:TEXT_WEIGHT]]",
 }
 
 
 def request_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of the request; what was typed arrives as the keyword `typed`, a dict."""
+    """Give a command one option per field of the request; what was typed arrives as the keyword `typed`, a dict.
+
+    A field that holds several is an option in the singular that may be typed several times (`loras`: `--lora`).
+    """
 
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
         typed = {name: kwargs.pop(name) for name in _fields()}
-        function(*args, **kwargs, typed={name: value for name, value in typed.items() if value is not None})
+        function(*args, **kwargs, typed={name: value for name, value in typed.items() if value not in (None, [])})
 
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "typed"]
     flags = [
@@ -104,7 +108,12 @@ def _octal(letter: str) -> str:
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{(name.removesuffix('s') if _several(name) else name).replace('_', '-')}"
+
+
+def _several(name: str) -> bool:
+    """Whether a field is a list, whose flag stands for one entry and may be repeated."""
+    return get_origin(GenerationRequest.model_fields[name].annotation) is tuple
 
 
 def _fields() -> list[str]:
@@ -122,10 +131,12 @@ def _annotation(name: str) -> Any:
     option = typer.Option(
         _flag(name),
         *ALSO_SPELLED.get(name, ()),
-        help=f"{info.description}.".capitalize() if info.description else None,
+        help=f"{info.description[0].upper()}{info.description[1:]}." if info.description else None,
         metavar=METAVARS.get(name),
         rich_help_panel=PANELS.get(name, "The picture"),
         show_default=False,
         **bounds,
     )
+    if _several(name):
+        return Annotated[list[str] | None, option]
     return Annotated[(str if spelled else kind) | None, option]
