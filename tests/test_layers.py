@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.run_log",
         "training.smoothing",
         "dataset",
+        "sweeping",
         "user_models",
     ),
     # 1: the parts

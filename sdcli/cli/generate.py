@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,14 +24,17 @@ from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
+from sdcli.files import AlreadyExists
 from sdcli.jobs import BadJob, Job, Line, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.loras import is_here, user_lora_folder
-from sdcli.naming import SUFFIXES, check_output, check_template
+from sdcli.naming import SUFFIXES, check_output, check_template, numbered
 from sdcli.registry import Registry, load_registry
-from sdcli.request import FileRef, parse_size
+from sdcli.request import FileRef, known, parse_size
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
+from sdcli.sheet_labels import labels_of
+from sdcli.sweeping import parse_axis, swept
 
 if TYPE_CHECKING:
     from sdcli.engine import Result
@@ -66,6 +70,15 @@ def command(
             "--num-images", "-n", min=1, rich_help_panel=PICTURE, help="Pictures per prompt: seed, seed+1, ..."
         ),
     ] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="FIELD=VALUES",
+            rich_help_panel=INPUT,
+            help="Paint all values (steps=10,20 or guidance-scale=1..9x3) and a sheet of them; repeat for more axes.",
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Width and height, as 512x768.")
     ] = None,
@@ -147,10 +160,10 @@ def command(
         strict_prompt=strict_prompt,
         lora_dir=lora_dir,
     )
-    registry = load_registry(models_file)
+    registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
 
     if verify:
-        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume:
+        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or sweep:
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
 
@@ -160,11 +173,13 @@ def command(
         return
 
     if from_image is not None:
-        recorded = _recorded(from_image, console, lora_dir)
-        if {"init_image", "extend"} & set(typed):  # the size was that of another start
-            recorded = {name: value for name, value in recorded.items() if name not in ("width", "height")}
+        anew = {axis.field for axis in axes}
+        if {"init_image", "extend", "size"} & {*typed, *anew}:  # the recorded size was that of another start
+            anew |= {"width", "height"}
+        recorded = {name: v for name, v in _recorded(from_image, console, lora_dir).items() if name not in anew}
         typed = {**recorded, **typed}
-    lines = _lines(prompts or [], prompts_file, typed, registry)
+    asked = {**typed, **{axis.field: axis.values[0] for axis in axes}}
+    lines = _lines(prompts or [], prompts_file, asked, registry)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
     settings = _output_settings(
@@ -174,11 +189,12 @@ def command(
     if prompts_file is not None and not dry_run:
         journal = Journal.open(settings.outdir)
         source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
-        known = journal.base_seed(source) if resume else None
-        if known is None:
+        earlier = journal.base_seed(source) if resume else None
+        if earlier is None:
             journal.begin_run(source, base_seed)
         else:
-            base_seed = known
+            base_seed = earlier
+    lines = swept(lines, axes, typed, base_seed=base_seed) if axes else lines
     counted: dict[str, Any] = {"num_images": num_images, "base_seed": base_seed}
     jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir))
     if not jobs:
@@ -186,7 +202,8 @@ def command(
     if dry_run:
         _print_requests(jobs, console)
     else:
-        _paint(jobs, registry, run, settings, journal, console)
+        columns = len(axes[-1].values) * num_images if axes else None
+        _paint(jobs, registry, run, settings, journal, console, columns=columns)
 
 
 def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], registry: Registry) -> list[Line]:
@@ -263,8 +280,13 @@ def _paint(
     settings: OutputSettings,
     journal: Journal | None,
     console: Console,
+    *,
+    columns: int | None = None,
 ) -> None:
-    """Paint what can be painted. What is wrong with a request or the folder is told before torch is imported."""
+    """Paint what can be painted, and with `columns` a sheet of all of it.
+
+    What is wrong with a request or the folder is told before torch is imported.
+    """
     alone = len(jobs) == 1
     errors: list[SdcliError] = []
     good: list[Job] = []
@@ -281,6 +303,7 @@ def _paint(
     from sdcli.engine import Engine, Note, Phase, Progress
 
     engine = Engine(registry, run, settings, stop=stop)
+    paths: dict[int, Path] = {}
     with ProgressDisplay(console) as display:
         for event in engine.paint_all(good, journal=journal):
             if isinstance(event, Phase):
@@ -294,7 +317,29 @@ def _paint(
                 _report_failure(event.job, event.error, console, alone=alone)
             else:
                 _report(event, console)
+                paths[event.job.index] = known(event.path)
+    if columns is not None and paths:
+        _lay_out(good, paths, columns, settings, console)
     raise_for(errors, of=len(jobs))
+
+
+def _lay_out(jobs: list[Job], paths: dict[int, Path], columns: int, settings: OutputSettings, console: Console) -> None:
+    """The pictures of a sweep on a sheet in their order, an empty place for each that failed."""
+    from sdcli.contact_sheet import contact_sheet, empty, write_sheet
+    from sdcli.images import open_picture
+
+    labels = labels_of([str(paths.get(job.index, "failed")) for job in jobs], [job.request for job in jobs])
+    pictures = [open_picture(paths[job.index]) if job.index in paths else empty(job.request.final_size) for job in jobs]
+    sheet = contact_sheet(pictures, columns=columns, labels=labels, label_lines=4)
+    on_it = {"pictures": [{"name": str(paths.get(job.index, "")), "request": job.request.typed()} for job in jobs]}
+    for number in itertools.count(1):
+        path = settings.outdir / numbered(PurePosixPath("sweep.png"), number)
+        try:
+            write_sheet(path, sheet, on_it, overwrite=settings.overwrite)
+        except AlreadyExists:
+            continue
+        console.result(str(path), status="sheet", path=str(path), width=sheet.width, height=sheet.height)
+        return
 
 
 def _report(result: Result, console: Console) -> None:
