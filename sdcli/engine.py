@@ -8,7 +8,7 @@ import importlib.metadata
 import itertools
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -183,7 +183,7 @@ class Engine:
                     if job.index in wanted:
                         yield Note(text)
                 fitting.append(job)
-            except UsageError as error:
+            except (UsageError, BadWeights, NotFound) as error:
                 yield Result("failed", job, error=error)
         wanted = wanted & {job.index for job in fitting}
         if not wanted:
@@ -233,14 +233,26 @@ class Engine:
 
 
 def paint_batch(painter: Painter, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
-    """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
-    batch = list(batch)
+    """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out.
+
+    Pictures whose prompts come to other lengths are denoised apart, each with its like.
+    """
+    alike: dict[Hashable, list[Job]] = {}
+    for job in batch:
+        alike.setdefault(painter.encode.shape(job.request), []).append(job)
+    for jobs in alike.values():
+        if any(job.index in wanted for job in jobs):
+            yield from _paint_alike(painter, jobs, wanted)
+
+
+def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterator[Event | Painted]:
     pieces = [batch]
     fallbacks: tuple[str, ...] = ()
     while pieces:
         piece = pieces.pop(0)
         yield Phase("encode")
-        painter.encode([job.request for job in piece])  # remembered: `paint` finds it done
+        requests = [job.request for job in piece]
+        painter.encode(requests, guided=requests[0].guided, steps=requests[0].passes[0]).at(1)  # `paint` finds it done
         yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         step, crowded = None, False
         try:
@@ -415,16 +427,20 @@ def free_caches() -> None:
 
 
 def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
-    """What the text encoder will not see of a job's prompts. With `strict`, raises UsageError instead."""
+    """What the text encoder will not see of a job's prompts, which is nothing unless they are plain.
+
+    Raises UsageError instead with `strict`, and for what the model's text encoder cannot do.
+    """
+    painter.encode.shape(job.request)
     tokenizer = painter.model.tokenizer
     if tokenizer is None:
         return []
     notes = []
     for kind, text in (("prompt", job.request.painted_prompt), ("negative prompt", job.request.negative_prompt or "")):
         tokens = tokenizer(text)
-        if tokens.cut:
+        if tokens.cut and job.request.prompt_syntax == "plain":
             cut = tokens.cut if len(tokens.cut) <= 100 else f"{tokens.cut[:60]} ... {tokens.cut[-30:]}"
-            problem = f"the {kind} has {tokens.count} tokens, {tokenizer.max_length - 2} fit; cut: {cut!r}"
+            problem = f"the {kind} has {tokens.count} tokens, {tokenizer.room} fit; cut: {cut!r}"
             if strict:
                 raise UsageError(problem)
             notes.append(problem)

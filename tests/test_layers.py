@@ -16,6 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: what is asked; starts in no time
     (
         "",
+        "conditioning.prompt",  # pure text
+        "embedding_files",
         "canvas",
         "errors",
         "files",
@@ -42,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "dataset",
         "sweeping",
         "user_models",
+        "wildcards",
     ),
     # 1: the parts
     (

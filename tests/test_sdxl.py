@@ -147,11 +147,11 @@ def test_an_empty_negative_prompt_is_zeros_only_where_the_folder_says_so(
     (tmp_path / "model/model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
     alone = of_folder(tmp_path / "model")
     request = resolve(GenerationRequest(prompt="a cat", seed=1, **SMALL), alone.model.spec)
-    inputs = alone.encode.unconditional([request]).inputs
-    _, expected, _, pooled = base.encode_prompt("a cat", device="cpu", negative_prompt=None if zeros else "")
-    assert torch.equal(inputs["encoder_hidden_states"], expected)
-    assert torch.equal(inputs["text_embeds"], pooled)
-    assert zeros == (not inputs["text_embeds"].any())
+    inputs = alone.encode([request], guided=True, steps=4).at(1).inputs
+    asked, no, pooled, no_pooled = base.encode_prompt("a cat", device="cpu", negative_prompt=None if zeros else "")
+    assert torch.equal(inputs["encoder_hidden_states"], torch.cat([no, asked]))
+    assert torch.equal(inputs["text_embeds"], torch.cat([no_pooled, pooled]))
+    assert zeros == (not inputs["text_embeds"][0].any())
 
 
 @pytest.mark.parametrize("scheduler", [name for name, row in SCHEDULERS.items() if row.begins_anywhere])
@@ -300,6 +300,40 @@ def test_training_refuses_sdxl_before_it_begins(folders: dict[str, Path]) -> Non
         refuse_sdxl(model)
     with pytest.raises(UsageError, match="two text encoders"):
         load_model(model.spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2, 3])
+def test_clip_skip_counts_the_layers_of_both_encoders_from_the_end(
+    painter: Painter, base: StableDiffusionXLPipeline, clip_skip: int
+) -> None:
+    inputs = told(painter, "a cat", clip_skip=clip_skip)
+    # diffusers counts from the layer before the last, and so has no name for the last
+    expected, _, pooled, _ = base.encode_prompt("a cat", device="cpu", clip_skip=clip_skip - 2)
+    assert torch.equal(inputs["encoder_hidden_states"], expected)
+    assert torch.equal(inputs["text_embeds"], pooled)
+    with pytest.raises(UsageError, match="has 3 layers, so not 4"):
+        told(painter, "a cat", clip_skip=4)
+
+
+def test_a_long_prompt_is_chunks_side_by_side_with_the_embedding_of_the_first(painter: Painter) -> None:
+    words = " ".join(["cat"] * 75)
+    short, long = told(painter, words), told(painter, f"{words} dog")
+    assert long["encoder_hidden_states"].shape[1] == 2 * 77
+    assert torch.equal(long["encoder_hidden_states"][:, :77], short["encoder_hidden_states"])
+    assert torch.equal(long["encoder_hidden_states"][:, 77:], told(painter, "dog")["encoder_hidden_states"])
+    assert torch.equal(long["text_embeds"], short["text_embeds"])
+
+
+def test_a_weight_leaves_the_mean_of_each_encoders_states(painter: Painter) -> None:
+    plain, weighted = (told(painter, prompt)["encoder_hidden_states"] for prompt in ("a cat", "a (cat:1.5)"))
+    assert not torch.equal(plain, weighted)
+    for states, others in zip(plain.split([32, 40], dim=-1), weighted.split([32, 40], dim=-1), strict=True):
+        assert torch.allclose(states.mean(), others.mean(), atol=1e-6)
+
+
+def told(painter: Painter, prompt: str, **fields: Any) -> dict[str, Tensor]:
+    request = resolve(parse_request({"prompt": prompt, "seed": 1, **SMALL, **fields}), painter.model.spec)
+    return dict(painter.encode([request], guided=False, steps=4).at(1).inputs)
 
 
 def test_a_lora_reaches_the_unet_and_both_text_encoders(painter: Painter, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_a_sweep_paints_all_and_a_sheet_of_them(sdcli: Run, tmp_path: Path) -> N
     done = sdcli(*paint, "--sweep", "steps=1,2", "--sweep", "guidance-scale=1..5x3")
     assert done.returncode == 0, done.stderr
     *pictures, sheet = map(json.loads, done.stdout.splitlines())
-    assert len(pictures) == 6 and len({picture["seed"] for picture in pictures}) == 1
+    assert len(pictures) == 6
+    assert len({picture["seed"] for picture in pictures}) == 1
     assert sheet["status"] == "sheet"
     with Image.open(tmp_path / sheet["path"]) as image:
         on_it = [entry["request"] for entry in json.loads(image.text[KEY])["pictures"]]  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.files import AlreadyExists
-from sdcli.jobs import BadJob, Job, Line, expand, read_lines
+from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.loras import is_here, user_lora_folder
 from sdcli.naming import SUFFIXES, check_output, check_template, numbered
@@ -34,7 +34,8 @@ from sdcli.request import FileRef, known, parse_size
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
 from sdcli.sheet_labels import labels_of
-from sdcli.sweeping import parse_axis, swept
+from sdcli.sweeping import Axis, parse_axis, swept
+from sdcli.wildcards import Wildcards
 
 if TYPE_CHECKING:
     from sdcli.engine import Result
@@ -63,6 +64,27 @@ def command(
     verify: Annotated[
         bool,
         typer.Option("--verify", rich_help_panel=INPUT, help="Paint --from again, and say whether it is identical."),
+    ] = False,
+    dynamic_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-prompts",
+            rich_help_panel=INPUT,
+            help="Make the choices in prompts, as {red|blue} or {2$$a|b|c}, by each picture's seed.",
+        ),
+    ] = False,
+    wildcards: Annotated[
+        Path | None,
+        typer.Option(
+            "--wildcards",
+            metavar="DIR",
+            rich_help_panel=INPUT,
+            help="The same, and __animals__ becomes a line of DIR/animals.txt.",
+        ),
+    ] = None,
+    all_combinations: Annotated[
+        bool,
+        typer.Option("--all-combinations", rich_help_panel=INPUT, help="The same, but every choice instead of one."),
     ] = False,
     num_images: Annotated[
         int,
@@ -127,7 +149,9 @@ def command(
     strict_prompt: Annotated[
         bool,
         typer.Option(
-            "--strict-prompt", rich_help_panel=RUN, help="Refuse a prompt that is too long, instead of cutting it."
+            "--strict-prompt",
+            rich_help_panel=RUN,
+            help="Refuse a plain prompt that is too long, instead of cutting it.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -161,9 +185,11 @@ def command(
         lora_dir=lora_dir,
     )
     registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
+    dynamic = dynamic_prompts or all_combinations or wildcards is not None
 
     if verify:
-        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or sweep:
+        others = [prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic]
+        if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
 
@@ -180,6 +206,9 @@ def command(
         typed = {**recorded, **typed}
     asked = {**typed, **{axis.field: axis.values[0] for axis in axes}}
     lines = _lines(prompts or [], prompts_file, asked, registry)
+    choices = Wildcards(wildcards) if dynamic else None
+    if choices is not None:
+        lines = _with_choices(lines, asked, axes, choices, all_combinations=all_combinations)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
     settings = _output_settings(
@@ -196,7 +225,8 @@ def command(
             base_seed = earlier
     lines = swept(lines, axes, typed, base_seed=base_seed) if axes else lines
     counted: dict[str, Any] = {"num_images": num_images, "base_seed": base_seed}
-    jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir))
+    drawn = None if all_combinations else choices
+    jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir, wildcards=drawn))
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
@@ -218,6 +248,19 @@ def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], 
         if kind.conditioning == "text":
             raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
     return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
+
+
+def _with_choices(
+    lines: list[Line], typed: dict[str, Any], axes: list[Axis], choices: Wildcards, *, all_combinations: bool
+) -> list[Line]:
+    """The lines, or all their combinations. Raises UsageError where there is nothing to choose in any of them."""
+    if all_combinations and any(axis.field in DYNAMIC for axis in axes):
+        raise UsageError("--all-combinations goes without a --sweep of prompts: both say which are painted")
+    texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
+    texts += [value for axis in axes if axis.field in DYNAMIC for value in axis.values]
+    if not any(choices.has_choices(text) for text in texts if isinstance(text, str)):
+        raise UsageError("no prompt has a choice in it, as {red|blue} or __animals__, so that none would be made")
+    return list(combinations(lines, typed, choices)) if all_combinations else lines
 
 
 def _measure(start: FileRef, cell: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""The condition: what the denoiser is told beside x and the timestep, one row a picture."""
+"""The condition: what the denoiser is told beside x and the timestep, one row a picture; and how it changes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,3 +33,19 @@ class Condition:
         added = {name: rows for name, rows in self.inputs.items() if name in ADDED}
         own = {name: rows for name, rows in self.inputs.items() if name not in ADDED}
         return {**own, "added_cond_kwargs": added} if added else own
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a batch is told over its steps.
+
+    A condition has the unconditional rows first, where the batch is guided, then those of the prompts; where they are
+    several that AND joins, first the first one of each picture, then the second one, ...
+    """
+
+    at: Callable[[int], Condition]
+    """The condition of a step; steps count from 1."""
+    changes: bool = False
+    """Whether the steps differ."""
+    weights: tuple[tuple[float, ...], ...] = ()
+    """Of each prompt that AND joins, a weight a picture; empty where there is nothing to compose."""
