@@ -21,7 +21,7 @@ from sdcli.canvas import is_latents
 from sdcli.devices import out_of_memory
 from sdcli.errors import BadOutput, BadWeights, NotFound, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
 from sdcli.files import AlreadyExists, sweep, write_whole
-from sdcli.images import from_pixels
+from sdcli.images import from_pixels, to_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
 from sdcli.loading import AppliedLora, LoadedModel, load_model
@@ -34,6 +34,7 @@ from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, LoraRef
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.start_pictures import start_picture
+from sdcli.watermark import marked
 
 
 @dataclass(frozen=True)
@@ -278,14 +279,25 @@ def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterat
                 continue
             try:
                 pixels, notes = decode_with_fallbacks(painter, latents[position])
+                pixels = finished(job.request, pixels)
             except SdcliError as error:
                 yield Result("failed", job, error=error)
                 continue
             for note in notes:
                 yield Note(note)
-            if job.request.masked:
-                pixels = start_picture(job.request).pasted(pixels)
             yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
+
+
+def finished(request: GenerationRequest, pixels: Tensor) -> Tensor:
+    """What is done to decoded pixels [3, H, W]: what a mask keeps is laid over them, and a watermark is put in.
+
+    Raises BadOutput for a watermark that the picture cannot carry.
+    """
+    if request.masked:
+        pixels = start_picture(request).pasted(pixels)
+    if request.watermark is not None:
+        pixels = to_pixels(marked(from_pixels(pixels), request.watermark))
+    return pixels
 
 
 def paint_pictures(
@@ -324,7 +336,7 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 PER_PICTURE = {
     *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
-    *("init_image", "mask", "mask_blur", "invert_mask", "extend"),
+    *("init_image", "mask", "mask_blur", "invert_mask", "extend", "watermark"),
 }
 """The fields in which the requests of one batch may differ."""
 

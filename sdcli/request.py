@@ -33,6 +33,7 @@ ALIASES = {
 """What other tools call our fields; accepted wherever a request is read as data."""
 
 
+MAX_WATERMARK_BYTES = 32
 MAX_LORA_WEIGHT = 100.0
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _LORA = re.compile(rf"(?P<path>.+?)(?::(?P<unet_weight>{_NUMBER}))?(?::(?P<text_weight>{_NUMBER}))?", re.DOTALL)
@@ -284,6 +285,7 @@ class GenerationRequest(BaseModel):
             return {**fields, "guidance_scale": first, "guidance_end": last}
         return fields
 
+    watermark: str | None = Field(None, min_length=1, description="a short text to hide in the picture's colours")
     loras: tuple[LoraRef, ...] = Field(
         (),
         description="a LoRA, its weight, and one for the text encoder where that differs; may be given several times",
@@ -305,6 +307,13 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _one_is_a_list_too(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("watermark")
+    @classmethod
+    def _short(cls, value: str | None) -> str | None:
+        if value is not None and (len(value.encode()) > MAX_WATERMARK_BYTES or not value.isprintable()):
+            raise ValueError(f"should be a line of at most {MAX_WATERMARK_BYTES} bytes")
+        return value
 
     @field_validator("prompt_template")
     @classmethod

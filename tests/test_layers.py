@@ -81,6 +81,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "spaces",
         "start_pictures",
         "starting",
+        "watermark",
         "training.checkpoint",
         "training.objective",
         "training.state_files",
