@@ -17,19 +17,22 @@ from torch import Tensor
 
 from sdcli import loading
 from sdcli.denoise.sampler import make_scheduler
+from sdcli.engine import Engine, Result
 from sdcli.errors import SdcliError, UsageError
 from sdcli.images import from_pixels
+from sdcli.jobs import Job, Line, expand
 from sdcli.loading import load_model
 from sdcli.lora_weights import with_loras
-from sdcli.metadata import read_picture
+from sdcli.metadata import parameters_text, read_picture
 from sdcli.pipeline import Painter, decode, paint
-from sdcli.registry import ModelSpec, RandomSource, resolve, spec_of_folder
+from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, LoraRef, parse_request
 from sdcli.schedulers import SCHEDULERS
+from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from sdcli.training.model_parts import refuse_sdxl
+from sdcli.verify import verify_picture
 from sdcli.weights import random_tensors
-from tests.conftest import Run
 from tests.loras import random_pairs, save_diffusers, save_kohya
 from tests.tiny import save_tiny_sdxl
 
@@ -352,20 +355,22 @@ def test_a_lora_reaches_the_unet_and_both_text_encoders(painter: Painter, tmp_pa
             assert not torch.equal(kohya, before)
 
 
-def test_generate_paints_with_a_refiner_and_verifies(sdcli: Run, folders: dict[str, Path], tmp_path: Path) -> None:
-    small = ("--size", "64x64", "--steps", "3", "--seed", "1", "--dtype", "float32")
-    painted = sdcli(
-        "generate", "a cat", "-m", folders["base"], "--refiner", folders["refiner"], "-o", "cat.png", *small
-    )
-    assert painted.returncode == 0, painted.stderr
-    record = read_picture(tmp_path / painted.stdout.strip()).record
+def test_a_picture_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Path], tmp_path: Path) -> None:
+    registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
+    fields = {**SMALL, "prompt": "a cat", "model": str(folders["base"]), "refiner": str(folders["refiner"])}
+    (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
+    assert isinstance(job, Job)
+    assert job.request.refiner_start == 0.8
+    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).paint_all([job])
+    assert isinstance(done, Result)
+    assert done.path is not None
+    record = read_picture(done.path).record
     assert record is not None
-    assert record.request.refiner_start == 0.8
     assert set(record.provenance["weights"]) == {
         *("text_encoder", "text_encoder_2", "unet", "vae", "refiner_text_encoder_2", "refiner_unet")
     }
-    verified = sdcli("generate", "--from", painted.stdout.strip(), "--verify")
-    assert verified.returncode == 0, verified.stderr
+    assert verify_picture(done.path, registry, run).identical
+    assert "Refiner switch at: 0.8" in parameters_text(record)
 
 
 def test_a_tiny_sdxl_of_random_weights_needs_no_file() -> None:
