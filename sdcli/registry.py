@@ -163,7 +163,7 @@ class Registry(_Strict):
                 raise UsageError(pickle_refused(path))
             raise NotFound(f"no file {name}")
         if path.is_file():
-            return described(ModelSpec(name=path.name, source=FileSource(kind="file", path=path.resolve())))
+            return described(ModelSpec(name=str(path), source=FileSource(kind="file", path=path.resolve())))
         if looks_like_path:
             raise NotFound(f"no file or folder {name}")
         if HUB_ID.fullmatch(name):
