@@ -144,7 +144,7 @@ def test_any_prompt_is_painted_and_stays_in_its_folder(sdcli: Run, tmp_path: Pat
     ]  # fmt: skip
     result = sdcli("generate", *TINY, "--seed", "1", "--", *prompts)
     assert result.returncode == 0, result.stderr
-    names = result.stdout.splitlines()
+    names = sorted(result.stdout.splitlines())
     assert len(names) == len(prompts)
     for name in names:
         assert (tmp_path / name).resolve().parent == (tmp_path / "outputs").resolve()
