@@ -13,16 +13,15 @@ from sdcli.controlnets import controlnet_of
 from sdcli.denoise.control import ActiveControl
 from sdcli.images import picture_from_bytes, to_pixels
 from sdcli.loading import LoadedModel
-from sdcli.request import FileRef, GenerationRequest, Preprocessor
+from sdcli.request import FileRef, GenerationRequest, Preprocessor, known
 
 
-def controls_for(
-    model: LoadedModel, requests: Sequence[GenerationRequest], size: tuple[int, int]
-) -> list[ActiveControl]:
-    """The controls of a pass over pictures of `size` (width, height); the requests differ in their pictures alone.
+def controls_for(model: LoadedModel, requests: Sequence[GenerationRequest]) -> list[ActiveControl]:
+    """The controls of a pass, at the size that the requests have in it; they differ in their pictures alone.
 
     Raises NotFound, BadPicture and UsageError for the files that the requests name.
     """
+    size = known(requests[0].width), known(requests[0].height)
     return [
         ActiveControl(
             controlnet_of(model, shared.model),

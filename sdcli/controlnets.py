@@ -31,9 +31,9 @@ PART = "controlnet:"
 _SHAPE = {
     "cross_attention_dim": "text states of {} numbers",
     "block_out_channels": "blocks of {} channels",
-    "down_block_types": "blocks {}",
     "layers_per_block": "{} layers a block",
     "addition_embed_type": "a further condition {!r}",
+    "projection_class_embeddings_input_dim": "a further condition of {} numbers",
 }
 """What has to be equal in both configurations, and how it is told."""
 

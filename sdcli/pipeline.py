@@ -1,13 +1,13 @@
 """START HERE: a batch of requests in, denoising steps and pictures out.
 
 prompt -> condition (CLIP hidden states; or the label of a class, or nothing) -> denoising loop over latents -> VAE ->
-pixels. A model without a VAE denoises the pixels themselves.
+pixels. A model without a VAE denoises the pixels themselves; a refiner (SDXL) takes the end of the loop over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from sdcli.denoise.predict import (
     scaled_input,
     steps_by_timestep,
     stepwise,
+    taking_turns,
     unet_predict,
     with_scale,
 )
-from sdcli.denoise.sampler import advance_with, make_scheduler
-from sdcli.denoise.start import Start
+from sdcli.denoise.sampler import Advance, advance_with, make_scheduler
+from sdcli.denoise.start import Start, from_step, steps_before
 from sdcli.errors import BadOutput, UsageError
 from sdcli.latents import generators_for
 from sdcli.loading import LoadedModel
@@ -48,10 +49,29 @@ class Painter:
     model: LoadedModel
     encode: Encode
     space: Space
+    refiner: Painter | None = None
+    """Ends what this one begins; without a VAE of its own."""
 
     @classmethod
-    def of(cls, model: LoadedModel) -> Painter:
-        return cls(model, encoding_of(model), space_of(model))
+    def of(cls, model: LoadedModel, *, refiner: LoadedModel | None = None) -> Painter:
+        """Raises UsageError for a refiner that does not go with the model, and for one that is to begin."""
+        if model.is_sdxl and "text_encoder" not in model.parts:
+            raise UsageError(f"{model.spec.name} is a refiner, which ends what another model began: --refiner")
+        if refiner is not None and not (model.is_sdxl and refiner.is_sdxl):
+            other = refiner if model.is_sdxl else model
+            raise UsageError(f"a refiner and its model are both of the sdxl family, and {other.spec.name} is not")
+        space = space_of(model)
+        ending = cls(refiner, encoding_of(refiner), space) if refiner is not None else None
+        return cls(model, encoding_of(model), space, ending)
+
+    def with_model(self, model: LoadedModel) -> Painter:
+        """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
+        return replace(Painter.of(model), refiner=self.refiner)
+
+    def weights(self) -> dict[str, str]:
+        """The identity of every loaded part, the refiner's too."""
+        ends = self.refiner.weights() if self.refiner is not None else {}
+        return {**self.model.weights(), **{f"refiner_{part}": identity for part, identity in ends.items()}}
 
 
 def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[Step]:
@@ -67,13 +87,14 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[S
     generators = generators_for([known(request.seed) for request in requests])
     scheduler = scheduler_for(painter.model, requests[0])
     start = start_for(painter.model, painter.space, requests, scheduler=scheduler, generators=generators)
-    size = known(requests[0].width), known(requests[0].height)
     first, *second = requests[0].passes
-    finished = yield from _denoised(painter, requests, start, scheduler, generators, steps=first, size=size)
+    finished = yield from _denoised(painter, requests, start, scheduler, generators, steps=first)
     for steps in second:
         scheduler = scheduler_for(painter.model, requests[0])
         start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, generators=generators)
-        yield from _denoised(painter, requests, start, scheduler, generators, steps=steps, size=requests[0].final_size)
+        size = dict(zip(("width", "height"), requests[0].final_size, strict=True))
+        enlarged = [request.model_copy(update=size) for request in requests]
+        yield from _denoised(painter, enlarged, start, scheduler, generators, steps=steps)
 
 
 def _denoised(
@@ -84,21 +105,52 @@ def _denoised(
     generators: Sequence[torch.Generator],
     *,
     steps: int,
-    size: tuple[int, int],
 ) -> Generator[Step, None, Tensor]:
-    """The loop from one start to its end, over pictures of `size` (width, height); returns the last latents."""
-    x, controls = start.x, controls_for(painter.model, requests, size)
-    for step in denoise(
-        scaled_input(predict_for(painter, requests, start, steps=steps, controls=controls), scheduler),
-        start.around_advance(advance_with(scheduler, generators, eta=known(requests[0].eta))),
-        x,
-        start.timesteps,
-    ):
+    """The loop from one start to its end; returns the last latents."""
+    x, controls = start.x, controls_for(painter.model, requests)
+    predict, advance, timesteps = _run_of(
+        painter, requests, start, scheduler, generators, steps=steps, controls=controls
+    )
+    for step in denoise(predict, start.around_advance(advance), x, timesteps):
         x = step.latents
         if not x.isfinite().flatten(1).all(dim=1).any():
             raise BadOutput(f"the latents are no longer finite (NaN) after step {step.index + 1} of {step.count}")
         yield step
     return x
+
+
+def _run_of(
+    painter: Painter,
+    requests: Sequence[GenerationRequest],
+    start: Start,
+    scheduler: Any,
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int,
+    controls: Sequence[ActiveControl],
+) -> tuple[Predict, Advance, Tensor]:
+    """What the loop runs, and over which timesteps; with a refiner, the last of them are the refiner's.
+
+    Controls are made for the model, so the refiner does without them.
+    Raises UsageError where one of the two would have no step to do.
+    """
+    shared, refiner = requests[0], painter.refiner
+    if refiner is None:
+        predict = scaled_input(predict_for(painter, requests, start, steps=steps, controls=controls), scheduler)
+        return predict, advance_with(scheduler, generators, eta=known(shared.eta)), start.timesteps
+    part, refining = known(shared.refiner_start), scheduler_for(refiner.model, shared)
+    before = steps_before(scheduler, start.timesteps, part)
+    rest = from_step(refining, steps_before(refining, refining.timesteps, part))
+    if not before or not len(rest):
+        idle = refiner.model.spec.name if before else painter.model.spec.name
+        raise UsageError(f"refiner_start {part:g} of {shared.steps} steps leaves {idle} no step to paint")
+    start = replace(start, timesteps=torch.cat([start.timesteps[:before], rest]))
+    turns = (
+        _run_of(replace(one, refiner=None), requests, start, sampler, generators, steps=steps, controls=theirs)
+        for one, sampler, theirs in ((painter, scheduler, controls), (refiner, refining, ()))
+    )
+    (first, first_advance, timesteps), (last, last_advance, _) = turns
+    return taking_turns(first, last, after=before), taking_turns(first_advance, last_advance, after=before), timesteps
 
 
 def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:

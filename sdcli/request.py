@@ -246,7 +246,8 @@ class GenerationRequest(BaseModel):
     """One picture, or as much of its description as was asked for.
 
     A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
-    `registry.resolve` fills every None, and the result, as painted, is what a picture's metadata holds.
+    `registry.resolve` fills every None (but the refiner's two, where there is none), and the result, as painted, is
+    what a picture's metadata holds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -267,7 +268,7 @@ class GenerationRequest(BaseModel):
         ge=1,
         le=100,
         description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
-        "as A1111 counts (diffusers calls that 1)",
+        "as A1111 counts (diffusers calls that 1); SDXL was trained with 2",
     )
     embeddings: tuple[EmbeddingRef, ...] = Field(
         (),
@@ -325,6 +326,12 @@ class GenerationRequest(BaseModel):
     guess_mode: bool | None = Field(
         None, description="let the ControlNets alone say what to paint: they guide the prompt's half, not the other"
     )
+    refiner: str | None = Field(
+        None, description="an SDXL model that takes over for the last steps; named like a model"
+    )
+    refiner_start: float | None = Field(
+        None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -349,7 +356,7 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"schema {value} is newer than this sdcli, which knows {SCHEMA}")
         return value
 
-    @field_validator("prompt", "negative_prompt", "prompt_template", "model")
+    @field_validator("prompt", "negative_prompt", "prompt_template", "model", "refiner")
     @classmethod
     def _plain_unicode(cls, value: str | None) -> str | None:
         return None if value is None else plain_unicode(value)

@@ -18,6 +18,8 @@ from diffusers import (
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -39,7 +41,7 @@ from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from sdcli.verify import verify_picture
 from tests.ldm import ldm_controlnet
-from tests.tiny import save_tiny_controlnet, save_tiny_pipeline
+from tests.tiny import save_tiny_controlnet, save_tiny_pipeline, save_tiny_sdxl
 
 SEEDS = [11, 42]
 STEPS = 5
@@ -187,6 +189,48 @@ def test_a_control_behind_a_mask_gives_diffusers_latents_bit_for_bit(
     given = {"init_image": f"{files}/start.png", "mask": f"{files}/mask.png", "controls": f"{files}/one={files}/a.png"}
     got = ours(own, seeds=[7], scheduler="ddim", guidance_scale=5.0, **given)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_control_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_path: Path) -> None:
+    folder = save_tiny_sdxl(tmp_path / "sdxl")
+    model = load_model(spec_of_folder(folder), dtype="float32", device="cpu")
+    net = str(save_tiny_controlnet(tmp_path / "net", folder))
+    registry = load_registry()
+    own = Painter.of(with_controlnets(model, {net: load_controlnet(registry.find_controlnet(net), model)}))
+    plain = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
+    projection = plain.text_encoder_2.text_projection.weight  # see tests/test_sdxl.py
+    projection.data = projection.data.clone()
+    pipeline = StableDiffusionXLControlNetPipeline(**plain.components, controlnet=ControlNetModel.from_pretrained(net))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler("euler", model.scheduler_config)
+    expected = pipeline(
+        "a cat",
+        negative_prompt="a dog",
+        image=Image.open(files / "a.png"),
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        controlnet_conditioning_scale=0.7,
+        control_guidance_end=0.6,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images
+    given = {"scheduler": "euler", "guidance_scale": 5.0, "negative_prompt": "a dog"}
+    got = ours(own, seeds=[7], controls=f"{net}={files}/a.png:0.7@0-0.6", **given)
+    assert torch.equal(got, expected)
+    with pytest.raises(UsageError, match="does not fit"):
+        load_controlnet(registry.find_controlnet(str(files / "one")), model)
+
+
+@pytest.mark.parametrize("scheduler", ["heun", "pndm", "euler"])
+@pytest.mark.parametrize("guess", [None, True])
+def test_a_control_keeps_its_steps_when_the_prompt_changes_or_is_composed(
+    tiny_folder: Path, files: Path, scheduler: str, guess: bool | None
+) -> None:
+    own, control = painter(tiny_folder, files), f"{files}/one={files}/a.png@0.2-0.7"
+    given = {"seeds": [7], "scheduler": scheduler, "controls": control, "guess_mode": guess, "guidance_scale": 5.0}
+    plain = ours(own, prompt="a cat", **given)
+    assert torch.equal(ours(own, prompt="[a cat:a cat:0.5]", **given), plain)
+    assert torch.allclose(ours(own, prompt="a cat AND a dog:0", **given), plain, rtol=1e-3, atol=1e-3)
 
 
 def test_a_network_with_zero_convolutions_changes_nothing(tiny_folder: Path, files: Path, tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def residuals_along(
         # what a distilled UNet is told of guidance is no input of a ControlNet
         inputs = {name: rows for name, rows in condition.inputs.items() if name != "timestep_cond"}
 
+        def arguments(first: int) -> dict[str, Any]:
+            return Condition({name: rows[first:] for name, rows in inputs.items()}).arguments()
+
         def residuals(x: Tensor, t: Tensor) -> Mapping[str, Any]:
             if not controls:
                 return {}
@@ -69,7 +72,7 @@ def residuals_along(
                 down, middle = control.network(
                     sample,
                     t,
-                    **{name: rows[alone:] for name, rows in inputs.items()},
+                    **arguments(alone),
                     controlnet_cond=torch.cat([control.maps] * (len(sample) // batch)),
                     conditioning_scale=control.weight,
                     guess_mode=guess,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,10 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 def unet_predict(unet: UNet, condition: Condition, residuals: Residuals = lambda x, t: {}) -> Predict:
     """The network under a condition with one row per row of x, and with what ControlNets add to its features."""
-    dtype = next(unet.parameters()).dtype
+    dtype, arguments = next(unet.parameters()).dtype, condition.arguments()
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x.to(dtype), t, **condition.inputs, **residuals(x, t), return_dict=False)[0].float()
+        return unet(x.to(dtype), t, **arguments, **residuals(x, t), return_dict=False)[0].float()
 
     return predict
 
@@ -101,6 +102,15 @@ def only_within(inside: Predict, outside: Predict, *, timesteps: Tensor, start: 
     return lambda x, t: (inside if float(t) in within else outside)(x, t)
 
 
+def taking_turns(first: Callable[..., Tensor], second: Callable[..., Tensor], *, after: int) -> Callable[..., Tensor]:
+    """A Predict or an Advance that is `first` for so many steps, and `second` from then on.
+
+    The returned function counts the steps, so it serves one run.
+    """
+    calls = itertools.count()
+    return lambda *inputs: (first if next(calls) < after else second)(*inputs)
+
+
 def scaled_input(predict: Predict, scheduler: Any) -> Predict:
     """Scale x as the scheduler wants its network input (by 1/sqrt(sigma^2 + 1) for the sigma family)."""
     return lambda x, t: predict(scheduler.scale_model_input(x, t), t)
@@ -108,7 +118,7 @@ def scaled_input(predict: Predict, scheduler: Any) -> Predict:
 
 def with_scale(condition: Condition, scale: float, *, size: int) -> Condition:
     """The condition of a network that was distilled to take the guidance scale as an input of `size` numbers (LCM)."""
-    (hidden,) = condition.inputs.values()
+    hidden = condition.inputs["encoder_hidden_states"]
     embedding = guidance_embedding(scale - 1, size).to(hidden).expand(len(hidden), -1)
     return Condition({**condition.inputs, "timestep_cond": embedding})
 

@@ -58,8 +58,6 @@ def new_controlnet(model: LoadedModel, *, seed: int) -> ControlNetModel:
     depth = size.bit_length()
     if not isinstance(unet, UNet2DConditionModel) or unet.config.get("time_cond_proj_dim") is not None:
         raise UsageError(f"{model.spec.name} was distilled; a ControlNet is made of the model it came from")
-    if unet.config.get("addition_embed_type") is not None:
-        raise UsageError(f"{model.spec.name} takes more than captions (SDXL); ControlNets for such are not trained yet")
     if 2 ** (depth - 1) != size or depth > len(EMBEDDING_WIDTHS):
         raise UsageError(f"{model.spec.name} has latent cells of {size} pixels, which no ControlNet is made for")
     with torch.random.fork_rng(devices=[]):

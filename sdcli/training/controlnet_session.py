@@ -182,6 +182,7 @@ class ControlNetSession(Session[ControlNetSettings]):
         kind = model.spec.kind
         if kind.conditioning != "text" or kind.space != "latent":
             raise UsageError(f"{model.spec.name} takes no captions, and ControlNets are made for models that do")
+        model_parts.refuse_sdxl(model)
         if kind.inpaints:
             raise UsageError(f"{model.spec.name} is an inpainting model; a ControlNet is trained with its plain sister")
         return model
