@@ -120,6 +120,8 @@ def test_a_controlnet_is_pulled_by_its_name_and_its_pickles_are_left(
     listed = models("list", "--controlnets", "--json", *own).stdout.splitlines()
     here = {row["name"]: row["here"] for row in map(json.loads, listed)}
     assert (here["edges"], here["canny"]) == ("downloaded", "not downloaded")
+    verified = models("verify", "edges", *own)
+    assert "2 files are as recorded" in verified.stdout, verified.stderr
 
 
 @pytest.mark.slow

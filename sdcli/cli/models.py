@@ -217,7 +217,7 @@ def remove(
     from sdcli.user_models import remove_model
 
     registry = load_registry()
-    spec = registry.find(name)
+    spec = registry.controlnets.get(name) or registry.find(name)
     removable = name in registry.models and not _is_packaged(name)
     if not files or removable:
         _tell_written(remove_model(name), f"removed {name}")
@@ -378,7 +378,7 @@ def _is_packaged(name: str) -> bool:
     return name in read_registry_file(packaged_registry_file())[1] and not in_user_file
 
 
-def _delete_download(spec: ModelSpec, registry: Registry, *, removed: bool) -> None:
+def _delete_download(spec: ModelSpec | ControlNetSpec, registry: Registry, *, removed: bool) -> None:
     from sdcli.hub import delete_from_cache, megabytes
 
     console = Console()
