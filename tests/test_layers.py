@@ -78,6 +78,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metadata",
         "metrics",
         "plotting",
+        "safety",
         "spaces",
         "start_pictures",
         "starting",
