@@ -35,7 +35,7 @@ from sdcli.files import AlreadyExists, sweep, write_whole
 from sdcli.images import from_pixels, to_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
-from sdcli.loading import AppliedLora, LoadedModel, load_model
+from sdcli.loading import AppliedLora, LoadedModel, folder_of, load_model
 from sdcli.lora_weights import with_loras
 from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest
@@ -43,6 +43,7 @@ from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, LoraRef
+from sdcli.safety import SafetyChecker, load_safety_checker
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.start_pictures import start_picture
 from sdcli.watermark import marked
@@ -77,7 +78,7 @@ class Note:
 class Result:
     """What became of one job; `path` is whole on the disk when this is yielded."""
 
-    status: Literal["done", "skipped", "failed"]
+    status: Literal["done", "skipped", "failed", "flagged"]
     job: Job
     path: Path | None = None
     seconds: float = 0.0
@@ -111,6 +112,7 @@ class Engine:
     output: OutputSettings
     stop: Stop = lambda: None
     _painter: Painter | None = None
+    _checkers: dict[str, SafetyChecker | None] = field(default_factory=dict)
     _with_loras: Painter | None = None
     """Of the same model, which it shares the untouched weights with."""
     _controlnets: dict[str, ControlNet] = field(default_factory=dict)
@@ -217,6 +219,9 @@ class Engine:
             for event in self.paint_batch(fitting, wanted):
                 if isinstance(event, Painted):
                     share = (time.monotonic() - started) / len(wanted)
+                    if self._flagged(event):
+                        yield Result("flagged", event.job, error=_flagged_by(painter))
+                        continue
                     yield Phase("save")
                     path = self._save(event, painter, journal)
                     yield Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
@@ -226,6 +231,17 @@ class Engine:
             for job in fitting:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
+
+    def _flagged(self, painted: Painted) -> bool:
+        """Whether the safety checker of the picture's model finds something in it."""
+        if self.run.safety == "off":
+            return False
+        spec = self.registry.find(painted.job.request.model)
+        if spec.name not in self._checkers:
+            folder = folder_of(spec)
+            self._checkers = {spec.name: load_safety_checker(folder) if folder is not None else None}
+        checker = self._checkers[spec.name]
+        return checker is not None and checker.flags(from_pixels(painted.pixels))
 
     def _save(self, painted: Painted, painter: Painter, journal: Journal | None) -> Path:
         """Write one picture under a name that is free, or that may be overwritten."""
@@ -310,6 +326,11 @@ def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterat
             for note in notes:
                 yield Note(note)
             yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
+
+
+def _flagged_by(painter: Painter) -> BadOutput:
+    name = painter.model.spec.name
+    return BadOutput(f"the safety checker of {name} flagged the picture, so it was not saved (--safety off saves it)")
 
 
 def finished(request: GenerationRequest, pixels: Tensor) -> Tensor:

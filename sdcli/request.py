@@ -296,6 +296,13 @@ class GenerationRequest(BaseModel):
     guidance_interval: Interval | None = Field(
         None, description="guide only in this part of the steps, such as 0.2-0.8; the others take half the time"
     )
+    pag_scale: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="how strongly to avoid what the network paints when it attends to nothing around; 0 is off",
+    )
     variation_seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="the seed of other noise to mix in; drawn and told if not given"
     )

@@ -229,6 +229,7 @@ def test_a_control_keeps_its_steps_when_the_prompt_changes_or_is_composed(
     own, control = painter(tiny_folder, files), f"{files}/one={files}/a.png@0.2-0.7"
     given = {"seeds": [7], "scheduler": scheduler, "controls": control, "guess_mode": guess, "guidance_scale": 5.0}
     plain = ours(own, prompt="a cat", **given)
+    assert not torch.equal(ours(own, prompt="a cat", pag_scale=2.0, **given), plain)
     assert torch.equal(ours(own, prompt="[a cat:a cat:0.5]", **given), plain)
     assert torch.allclose(ours(own, prompt="a cat AND a dog:0", **given), plain, rtol=1e-3, atol=1e-3)
 

@@ -83,6 +83,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metadata",
         "metrics",
         "plotting",
+        "safety",
         "spaces",
         "start_pictures",
         "starting",

@@ -6,7 +6,7 @@ import itertools
 import json
 import secrets
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -147,6 +147,10 @@ def command(
     ] = None,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
+    safety: Annotated[
+        Literal["auto", "off"],
+        typer.Option("--safety", rich_help_panel=RUN, help="auto asks a model's own safety checker, if it ships one."),
+    ] = "auto",
     strict_prompt: Annotated[
         bool,
         typer.Option(
@@ -183,6 +187,7 @@ def command(
         batch_size=batch_size,
         offline=offline,
         strict_prompt=strict_prompt,
+        safety=safety,
         lora_dir=lora_dir,
     )
     registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
@@ -359,7 +364,7 @@ def _paint(
                 console.warn(event.text)
             elif event.error is not None:
                 errors.append(event.error)
-                _report_failure(event.job, event.error, console, alone=alone)
+                _report_failure(event.job, event.error, console, alone=alone, status=event.status)
             else:
                 _report(event, console)
                 paths[event.job.index] = known(event.path)
@@ -399,10 +404,12 @@ def _report(result: Result, console: Console) -> None:
         console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
 
 
-def _report_failure(job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool) -> None:
+def _report_failure(
+    job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool, status: str = "failed"
+) -> None:
     """A sentence on stderr, and with --json an object; where the job is the only one, its error ends the process."""
     if console.json:
-        console.result("", **_fields(job, "failed"), error=str(error), exit_code=error.exit_code)
+        console.result("", **_fields(job, status), error=str(error), exit_code=error.exit_code)
     if not alone:
         console.warn(f"picture {job.index}: {error}")
 

@@ -39,11 +39,11 @@ class ActiveControl:
 def residuals_along(
     controls: Sequence[ActiveControl], timesteps: Tensor, *, guess: bool = False
 ) -> Callable[[Condition], Residuals]:
-    """What the controls add in one run over `timesteps`, under whatever condition the network has.
+    """What the controls add in one run of one predict over `timesteps`, under whatever condition the step has.
 
     A condition has the maps' number of rows, or that many unconditional ones followed by one or more such groups.
-    However many conditions there are, at each timestep one of the returned functions is asked: how often it was, since
-    some schedulers ask twice, says which step it is.
+    Of the functions for its conditions one is asked at each timestep: how often, since some schedulers do so twice,
+    says which step it is.
     """
     places: dict[float, list[int]] = {}
     for index, t in enumerate(timesteps):

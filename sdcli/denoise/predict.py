@@ -31,20 +31,35 @@ Scale = Callable[[Tensor], float]
 """timestep -> the guidance scale there."""
 
 
-def guided(predict: Predict, scale: Scale, *, rescale: float = 0.0) -> Predict:
+def guided(
+    predict: Predict, scale: Scale, *, rescale: float = 0.0, away: tuple[Predict, float] | None = None
+) -> Predict:
     """Classifier-free guidance, uncond + scale * (cond - uncond); Ho & Salimans 2022, arXiv 2207.12598.
 
     `predict` must have been made for the unconditional rows followed by the conditional ones. `rescale` is how far the
     result gets the standard deviation of the conditional output back; Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    `away` is a worse predict for the conditional rows alone, and a scale: see `guided_away`.
     """
 
     def guide(x: Tensor, t: Tensor) -> Tensor:
         unconditional, conditional = predict(torch.cat([x, x]), t).chunk(2)
         output = unconditional + scale(t) * (conditional - unconditional)
+        if away is not None:
+            output = output + away[1] * (conditional - away[0](x, t))
         if not rescale:
             return output
         wanted, got = (one.std(dim=list(range(1, one.ndim)), keepdim=True) for one in (conditional, output))
         return rescale * (output * (wanted / got)) + (1 - rescale) * output
+
+    return guide
+
+
+def guided_away(predict: Predict, worse: Predict, scale: float) -> Predict:
+    """cond + scale * (cond - worse), without an unconditional half; Ahn et al. 2024, arXiv 2403.17377, equation 11."""
+
+    def guide(x: Tensor, t: Tensor) -> Tensor:
+        conditional = predict(x, t)
+        return conditional + scale * (conditional - worse(x, t))
 
     return guide
 
