@@ -29,8 +29,7 @@ def controls_for(model: LoadedModel, requests: Sequence[GenerationRequest]) -> l
                 model.device, model.dtype
             ),
             weight=shared.weight,
-            start=shared.start,
-            end=shared.end,
+            is_active=shared.is_active,
         )
         for n, shared in enumerate(requests[0].controls)
     ]

@@ -23,3 +23,12 @@ def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) 
         raise UsageError(f"{model} takes no captions, and ControlNets are made for models that do")
     pinned = (one.model_copy(update={"image": identified(one.image)}) for one in request.controls)
     return {"controls": tuple(pinned)}
+
+
+def check_parts(request: GenerationRequest) -> None:
+    """Raise UsageError for a control of a resolved request whose part holds no whole step of any pass."""
+    for one in request.controls:
+        # a second-order scheduler asks the network nearly twice as often as it steps
+        counts = [count for steps in request.passes for count in (steps, 2 * steps - 1)]
+        if not any(one.is_active(index, count) for count in counts for index in range(count)):
+            raise UsageError(f"controls: {one.start:g}-{one.end:g} of {request.steps} steps leaves {one.model} no step")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sdcli import embedding_files
 from sdcli.canvas import Measure, start_filled
 from sdcli.conditioning import prompt as syntax
-from sdcli.controls import controls_filled
+from sdcli.controls import check_parts, controls_filled
 from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request, watermark_room
@@ -271,6 +271,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         raise UsageError(f"strength: {resolved.strength:g} of {resolved.steps} steps leaves no step to paint")
     if resolved.upscale is not None and int(known(resolved.steps) * resolved.upscale.strength) < 1:
         raise UsageError(f"upscale: {resolved.upscale.strength:g} of {resolved.steps} steps leaves no step to paint")
+    check_parts(resolved)
     if spec.kind.inpaints and not resolved.masked:
         raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
     if resolved.watermark is not None:

@@ -236,6 +236,10 @@ class Control(Part):
             raise ValueError(f"{self.model} should end after it starts, not {self.start:g}-{self.end:g}")
         return self
 
+    def is_active(self, index: int, count: int) -> bool:
+        """Whether it has a say in step `index` of `count`, from 0; diffusers' rule."""
+        return index / count >= self.start and (index + 1) / count <= self.end
+
     def __str__(self) -> str:
         named = self.preprocessor != "none" or re.match(rf"(?:{_PREPROCESSORS}):", self.model)
         part = f"@{digits(self.start)}-{digits(self.end)}" if (self.start, self.end) != (0, 1) else ""

@@ -221,6 +221,22 @@ def test_a_control_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_
         load_controlnet(registry.find_controlnet(str(files / "one")), model)
 
 
+def test_a_control_of_a_distilled_model_gives_diffusers_latents_bit_for_bit(files: Path, tmp_path: Path) -> None:
+    model = save_tiny_pipeline(tmp_path / "lcm", time_cond_proj_dim=32)
+    own, pipeline = painter(model, files), oracle(model, files, StableDiffusionControlNetPipeline, ("one",))
+    pipeline.scheduler = make_scheduler("lcm", own.model.scheduler_config)
+    expected = pipeline(
+        "a cat",
+        image=Image.open(files / "a.png"),
+        num_inference_steps=STEPS,
+        guidance_scale=8.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images
+    got = ours(own, seeds=[7], scheduler="lcm", guidance_scale=8.0, controls=f"{files}/one={files}/a.png")
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("scheduler", ["heun", "pndm", "euler"])
 @pytest.mark.parametrize("guess", [None, True])
 def test_a_control_keeps_its_steps_when_the_prompt_changes_or_is_composed(
@@ -398,6 +414,7 @@ REFUSED = [
     ({"controls": "one=a.png:-1"}, UsageError, "weight: should be greater than or equal to 0"),
     ({"controls": "one=a.png@0.8-0.2"}, UsageError, "one should end after it starts, not 0.8-0.2"),
     ({"controls": "one=a.png@0-2"}, UsageError, "end: should be less than or equal to 1"),
+    ({"controls": "one=a.png@0.45-0.55"}, UsageError, "0.45-0.55 of 5 steps leaves one no step"),
     ({"guess_mode": True}, UsageError, "--guess-mode has no effect without --control"),
     ({"controls": "one=none.png"}, NotFound, "no file none.png"),
 ]

@@ -22,18 +22,13 @@ Residuals = Callable[[Tensor, Tensor], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ActiveControl:
-    """A ControlNet, the maps [B, 3, H, W] in 0..1 that it sees, and how and when it is listened to."""
+    """A ControlNet, the maps [B, 3, H, W] in 0..1 that it sees, and how strongly and when it is listened to."""
 
     network: ControlNetModel
     maps: Tensor
-    weight: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    """The part of the steps, as fractions of their number."""
-
-    def is_active(self, index: int, count: int) -> bool:
-        """Whether it has a say in step `index` of `count`."""
-        return index / count >= self.start and (index + 1) / count <= self.end
+    weight: float
+    is_active: Callable[[int, int], bool]
+    """(index, count) -> whether it has a say in that step, from 0."""
 
 
 def residuals_along(
