@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "spaces",
         "start_pictures",
         "starting",
+        "trace",
         "training.checkpoint",
         "training.objective",
         "training.state_files",
@@ -85,7 +86,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 2: one batch, from requests to pictures
     ("pipeline",),
     # 3: many batches, kept warm; training
-    ("codec", "dataset.encode_cache", "engine", "forward_process", "selftest", "training.*", "verify"),
+    ("codec", "dataset.encode_cache", "engine", "explaining", "forward_process", "selftest", "training.*", "verify"),
     # 4: the mouths
     ("__main__", "cli.*"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,12 +31,12 @@ from sdcli.naming import SUFFIXES, check_output, check_template
 from sdcli.registry import Registry, load_registry
 from sdcli.request import FileRef, parse_size
 from sdcli.schedulers import SCHEDULERS
-from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
+from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings, TraceFormat, TraceSettings
 
 if TYPE_CHECKING:
     from sdcli.engine import Result
 
-INPUT, PICTURE, OUTPUT, RUN = "Prompts", "The picture", "Output", "The run"
+INPUT, PICTURE, OUTPUT, EXPLAIN, RUN = "Prompts", "The picture", "Output", "How it came about", "The run"
 
 
 @request_options
@@ -103,6 +104,21 @@ def command(
         bool,
         typer.Option("--resume", rich_help_panel=OUTPUT, help="Skip what an earlier run of the prompts file finished."),
     ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            metavar="N|STEP,STEP,...|all",
+            rich_help_panel=EXPLAIN,
+            help="Write the denoising beside each picture: a strip of N steps, or of these, and an animation.",
+        ),
+    ] = None,
+    trace_format: Annotated[
+        TraceFormat | None,
+        typer.Option(
+            "--trace-format", rich_help_panel=EXPLAIN, help="Form of the animation (webp).", show_default=False
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -148,9 +164,12 @@ def command(
         lora_dir=lora_dir,
     )
     registry = load_registry(models_file)
+    if trace_format is not None and trace is None:
+        raise UsageError("--trace-format has no effect without --trace")
+    traced = None if trace is None else TraceSettings.of(trace, trace_format or "webp")
 
     if verify:
-        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume:
+        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or traced:
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
 
@@ -167,8 +186,12 @@ def command(
     lines = _lines(prompts or [], prompts_file, typed, registry)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
-    settings = _output_settings(
-        output, outdir, image_format, overwrite=overwrite, metadata=not no_metadata, resume=resume
+    settings = replace(
+        _output_settings(output, outdir, image_format),
+        overwrite=overwrite,
+        metadata=not no_metadata,
+        resume=resume,
+        trace=traced,
     )
     journal, base_seed = None, secrets.randbelow(2**32)
     if prompts_file is not None and not dry_run:
@@ -231,8 +254,8 @@ def _recorded(image: Path, console: Console, lora_dir: Path | None) -> dict[str,
     return fields
 
 
-def _output_settings(output: str | None, outdir: Path | None, image_format: str | None, **rest: bool) -> OutputSettings:
-    """-o's own folder part counts from here, as for any tool; with --outdir it must stay inside that."""
+def _output_settings(output: str | None, outdir: Path | None, image_format: str | None) -> OutputSettings:
+    """Folder, name and form. -o's own folder part counts from here, as for any tool; with --outdir it stays in that."""
     template = output or DEFAULT_TEMPLATE
     if output is not None and outdir is None:
         fixed = output.partition("{")[0]
@@ -244,7 +267,7 @@ def _output_settings(output: str | None, outdir: Path | None, image_format: str 
         raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
     folder = outdir if outdir is not None else OutputSettings.outdir
     chosen: Any = image_format or named or "png"
-    return OutputSettings(outdir=folder, template=template, format=chosen, **rest)
+    return OutputSettings(outdir=folder, template=template, format=chosen)
 
 
 def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
@@ -301,12 +324,15 @@ def _report(result: Result, console: Console) -> None:
     """One result as one line: a path on stdout, or the object of --json."""
     seconds = result.seconds
     rest = {"path": str(result.path), "seconds": round(seconds, 3), "fallbacks": list(result.fallbacks)}
+    rest |= {"beside": [str(path) for path in result.beside]} if result.beside else {}
     if result.status == "skipped":
         console.detail(f"{result.path} is finished already")
     if result.status == "done" or console.json:
         console.result(str(result.path), **_fields(result.job, result.status), **rest)
     if result.status == "done":
         console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
+        if result.beside and not console.json:
+            console.say(f"beside it: {', '.join(str(path) for path in result.beside)}")
 
 
 def _report_failure(job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool) -> None:

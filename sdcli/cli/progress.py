@@ -13,7 +13,14 @@ from sdcli.cli.console import Console, plain_terminal, printable
 if TYPE_CHECKING:
     from sdcli.engine import Phase, Progress
 
-PHASES = {"load": "loading", "encode": "encoding", "denoise": "denoising", "decode": "decoding", "save": "saving"}
+PHASES = {
+    "load": "loading",
+    "encode": "encoding",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "save": "saving",
+    "explain": "explaining",
+}
 HEARTBEAT = 10.0
 """Seconds between two plain lines of one phase."""
 
