@@ -21,7 +21,7 @@ import sdcli
 from sdcli.canvas import is_latents
 from sdcli.devices import out_of_memory
 from sdcli.errors import BadOutput, BadWeights, NotFound, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
-from sdcli.explaining import File, Watch, Watcher, watches
+from sdcli.explaining import File, Watch, Watcher, check, watches
 from sdcli.files import AlreadyExists, check_new, sweep, write_whole
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
@@ -187,6 +187,7 @@ class Engine:
                 for text in prompt_notes(painter, job, strict=self.run.strict_prompt):
                     if job.index in wanted:
                         yield Note(text)
+                check(painter, job.request, self.output)
                 fitting.append(job)
             except UsageError as error:
                 yield Result("failed", job, error=error)

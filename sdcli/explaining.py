@@ -10,8 +10,14 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sdcli.conditioning.tokenizer import ClipTokenizer
+from sdcli.conditioning.words import Word, find, words_of
+from sdcli.denoise.attention_maps import AttentionMaps
 from sdcli.denoise.guess import seen_and_guessed
 from sdcli.denoise.loop import Step
+from sdcli.errors import UsageError
+from sdcli.heatmap import Heatmap, Map
+from sdcli.heatmap import files as heatmap_files
 from sdcli.images import from_pixels
 from sdcli.pipeline import Painter, scheduler_for
 from sdcli.request import GenerationRequest
@@ -40,7 +46,14 @@ Watch = Callable[[Painter, Sequence[GenerationRequest], Decode], AbstractContext
 
 def watches(output: OutputSettings) -> list[Watch]:
     """Those that are asked for."""
-    return [_tracing(output.trace)] if output.trace is not None else []
+    found = [_tracing(output.trace)] if output.trace is not None else []
+    return [*found, _mapping(output.heatmap)] if output.heatmap is not None else found
+
+
+def check(painter: Painter, request: GenerationRequest, output: OutputSettings) -> None:
+    """Raise UsageError for a picture that cannot be explained as is asked."""
+    if output.heatmap is not None:
+        asked_words(painter, request, output.heatmap)
 
 
 def _tracing(asked: TraceSettings) -> Watch:
@@ -97,3 +110,69 @@ class Tracing:
         ]
         yield ".trace.png", strip(moments)
         yield f".trace.{self.asked.format}", animation(moments, format=self.asked.format)
+
+
+def _mapping(words: Sequence[str]) -> Watch:
+    @contextlib.contextmanager
+    def watch(painter: Painter, requests: Sequence[GenerationRequest], decode: Decode) -> Iterator[Watcher]:
+        with AttentionMaps(len(requests)).watching(painter.model.unet) as maps:
+            yield HeatMapping(painter, requests, words, maps)
+
+    return watch
+
+
+@dataclass(frozen=True)
+class HeatMapping:
+    """Sums up where the network attends to each token, and tells it apart by words."""
+
+    painter: Painter
+    requests: Sequence[GenerationRequest]
+    words: Sequence[str]
+    maps: AttentionMaps
+
+    def see(self, step: Step) -> None:
+        """Note at what size the maps of a step are."""
+        height, width = step.x.shape[-2:]
+        self.maps.step((height, width))
+
+    def files(self, position: int, pixels: Tensor) -> Iterator[File]:
+        """The folder of maps."""
+        tokens = self.maps.mean()[position]
+        words, apart, absent = asked_words(self.painter, self.requests[position], self.words)
+
+        def of(word: Word) -> Map:
+            return tokens[list(word.places)].sum(dim=0).numpy()
+
+        heatmap = Heatmap(
+            words={word.text: of(word) for word in words},
+            apart={word.text: of(word) for word in apart},
+            tokens=tokens.numpy(),
+            absent=absent,
+            cut=_tokenizer(self.painter)(self.requests[position].painted_prompt).cut,
+        )
+        for name, data in heatmap_files(heatmap, from_pixels(pixels)):
+            yield f".heatmap/{name}", data
+
+
+def asked_words(
+    painter: Painter, request: GenerationRequest, asked: Sequence[str]
+) -> tuple[list[Word], list[Word], list[str]]:
+    """The words of a prompt that are asked for (none: all), what is no word, and what was asked for and is not there.
+
+    Raises UsageError where no word is there.
+    """
+    tokenizer = _tokenizer(painter)
+    ids = tokenizer(request.painted_prompt).ids
+    words, apart = words_of(tokenizer, ids)
+    found = {phrase: find(tokenizer, ids, phrase) for phrase in asked}
+    chosen = [word for word in found.values() if word is not None] if asked else words
+    if not chosen:
+        what = f"none of {', '.join(map(repr, asked))} is" if asked else "there is no word"
+        raise UsageError(f"--heatmap: {what} in the prompt {request.painted_prompt!r} as the text encoder reads it")
+    return chosen, apart, [phrase for phrase, word in found.items() if word is None]
+
+
+def _tokenizer(painter: Painter) -> ClipTokenizer:
+    if painter.model.tokenizer is None:
+        raise UsageError(f"--heatmap: {painter.model.spec.name} paints without words")
+    return painter.model.tokenizer

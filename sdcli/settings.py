@@ -69,10 +69,13 @@ class OutputSettings:
     metadata: bool = True
     resume: bool = False
     trace: TraceSettings | None = None
+    heatmap: tuple[str, ...] | None = None
+    """The words and phrases whose attention maps are written; empty for every word, None for no maps."""
 
     def beside(self, picture: Path) -> list[Path]:
         """The files that stand beside a picture that is finished; where there are more, these are the last ones."""
         suffixes = [".trace.png", f".trace.{self.trace.format}"] if self.trace is not None else []
+        suffixes += [".heatmap/index.html"] if self.heatmap is not None else []
         return [picture.parent / f"{picture.stem}{suffix}" for suffix in suffixes]
 
 

@@ -119,6 +119,15 @@ def command(
             "--trace-format", rich_help_panel=EXPLAIN, help="Form of the animation (webp).", show_default=False
         ),
     ] = None,
+    heatmap: Annotated[
+        str | None,
+        typer.Option(
+            "--heatmap",
+            metavar="WORD,WORD,...|all",
+            rich_help_panel=EXPLAIN,
+            help="Write beside each picture where these words, or phrases, of its prompt were attended to.",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -167,9 +176,11 @@ def command(
     if trace_format is not None and trace is None:
         raise UsageError("--trace-format has no effect without --trace")
     traced = None if trace is None else TraceSettings.of(trace, trace_format or "webp")
+    words = None if heatmap is None else _words(heatmap)
+    explained = traced is not None or words is not None
 
     if verify:
-        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or traced:
+        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or explained:
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
 
@@ -192,6 +203,7 @@ def command(
         metadata=not no_metadata,
         resume=resume,
         trace=traced,
+        heatmap=words,
     )
     journal, base_seed = None, secrets.randbelow(2**32)
     if prompts_file is not None and not dry_run:
@@ -210,6 +222,14 @@ def command(
         _print_requests(jobs, console)
     else:
         _paint(jobs, registry, run, settings, journal, console)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """`all` is every word, as an empty tuple. Raises UsageError for no word."""
+    words = tuple(dict.fromkeys(filter(None, (word.strip() for word in text.split(",")))))
+    if not words:
+        raise UsageError("--heatmap takes words of the prompt, such as fox,snow, or all")
+    return () if text == "all" else words
 
 
 def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], registry: Registry) -> list[Line]:
