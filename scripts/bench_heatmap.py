@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What attention maps cost: denoising steps of one UNet with and without them, in turns, in one process.
 
-The ratio counts, the seconds belong to the machine. Small networks on small pictures pay the most: there a layer's
-maps are a large part of its work.
+The ratio counts, the seconds belong to the machine; on a CPU they are the process's own, so that a busy machine changes
+them little. Small networks on small pictures pay the most: there the maps are a large part of a layer's work.
 
     python scripts/bench_heatmap.py                                    # random-sd15, 512x512, guided
     python scripts/bench_heatmap.py --model starter --size 128 --steps 20
@@ -44,9 +44,11 @@ def main() -> None:
     text = torch.randn(rows, 77, unet.config.cross_attention_dim).to(model.device, model.dtype)
     t = torch.tensor(500, device=model.device)
 
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+
     @torch.inference_mode()
     def turn(maps: AttentionMaps | None) -> float:
-        began = time.perf_counter()
+        began = clock()
         with maps.watching(unet) if maps is not None else contextlib.nullcontext():
             for _ in range(arguments.steps):
                 unet(x, t, encoder_hidden_states=text)
@@ -56,7 +58,7 @@ def main() -> None:
             maps.mean()
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     turn(AttentionMaps(arguments.batch))
     pairs = [(turn(None), turn(AttentionMaps(arguments.batch))) for _ in range(arguments.rounds)]

@@ -8,20 +8,22 @@ import importlib.metadata
 import itertools
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import sdcli
 from sdcli.canvas import is_latents
+from sdcli.denoise.loop import Step
 from sdcli.devices import out_of_memory
 from sdcli.errors import BadOutput, BadWeights, NotFound, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
-from sdcli.explaining import File, Watch, Watcher, check, watches
+from sdcli.explaining import File, Watch, Watcher, check, glimpse, watches
 from sdcli.files import AlreadyExists, check_new, sweep, write_whole
 from sdcli.images import from_pixels
 from sdcli.jobs import Job
@@ -54,6 +56,8 @@ class Progress:
     index: int
     count: int
     pictures: int
+    look: Callable[[], Image.Image | None]
+    """What the pictures look like now, by the network's guess; takes time, and gives None where memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +285,7 @@ def paint_batch(
                 for step in paint(painter, requests):
                     for watcher in watchers:
                         watcher.see(step)
-                    yield Progress(step.index, step.count, len(piece))
+                    yield Progress(step.index, step.count, len(piece), partial(_glimpse, painter, requests, step))
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -318,6 +322,16 @@ def paint_batch(
 def _explanation(watchers: Sequence[Watcher], position: int, pixels: Tensor) -> Iterator[File]:
     for watcher in watchers:
         yield from watcher.files(position, pixels)
+
+
+def _glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step) -> Image.Image | None:
+    try:
+        return glimpse(painter, requests, step)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_caches()
+    return None
 
 
 def _decoded_anyhow(painter: Painter, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What watches a batch while it is denoised, and afterwards explains each of its pictures with files beside it."""
+"""What watches a batch while it is denoised: to show it, and to explain each picture with files beside it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from PIL import Image
 from torch import Tensor
 
 from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.conditioning.words import Word, find, words_of
+from sdcli.contact_sheet import contact_sheet
 from sdcli.denoise.attention_maps import AttentionMaps
 from sdcli.denoise.guess import seen_and_guessed
 from sdcli.denoise.loop import Step
 from sdcli.errors import UsageError
+from sdcli.glance import glance
 from sdcli.heatmap import Heatmap, Map
 from sdcli.heatmap import files as heatmap_files
 from sdcli.images import from_pixels
@@ -54,6 +57,13 @@ def check(painter: Painter, request: GenerationRequest, output: OutputSettings) 
     """Raise UsageError for a picture that cannot be explained as is asked."""
     if output.heatmap is not None:
         asked_words(painter, request, output.heatmap)
+
+
+def glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step) -> Image.Image:
+    """The pictures as the network guesses them at a step, quickly decoded; several of them on one sheet."""
+    _, guess = seen_and_guessed(scheduler_for(painter.model, requests[0]), step)
+    pictures = [from_pixels(glance(painter.space, x)) for x in guess]
+    return pictures[0] if len(pictures) == 1 else contact_sheet(pictures)
 
 
 def _tracing(asked: TraceSettings) -> Watch:

@@ -64,6 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "devices",
         "foreign",
         "gallery",
+        "glance",
         "heatmap",
         "images",
         "latent_files",

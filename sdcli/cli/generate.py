@@ -20,18 +20,28 @@ from sdcli.cli.options import (
     QuietOpt,
     VerboseOpt,
 )
+from sdcli.cli.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
 from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
+from sdcli.cli.terminal_pictures import best_renderable
 from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.jobs import BadJob, Job, Line, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.loras import is_here, user_lora_folder
-from sdcli.naming import SUFFIXES, check_output, check_template
+from sdcli.naming import SUFFIXES, check_output, check_template, is_literal, picture_name
 from sdcli.registry import Registry, load_registry
-from sdcli.request import FileRef, parse_size
+from sdcli.request import FileRef, known, parse_size
 from sdcli.schedulers import SCHEDULERS
-from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings, TraceFormat, TraceSettings
+from sdcli.settings import (
+    DEFAULT_TEMPLATE,
+    SUFFIX_OF,
+    ImageFormat,
+    OutputSettings,
+    RunSettings,
+    TraceFormat,
+    TraceSettings,
+)
 
 if TYPE_CHECKING:
     from sdcli.engine import Result
@@ -128,6 +138,18 @@ def command(
             help="Write beside each picture where these words, or phrases, of its prompt were attended to.",
         ),
     ] = None,
+    preview: Annotated[
+        str | None,
+        typer.Option(
+            "--preview",
+            metavar="FILE.png|terminal",
+            rich_help_panel=EXPLAIN,
+            help="Show how the pictures come along, in a file that is replaced or on the terminal.",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", rich_help_panel=EXPLAIN, help="Show finished pictures on the terminal, too.")
+    ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -177,7 +199,13 @@ def command(
         raise UsageError("--trace-format has no effect without --trace")
     traced = None if trace is None else TraceSettings.of(trace, trace_format or "webp")
     words = None if heatmap is None else _words(heatmap)
-    explained = traced is not None or words is not None
+    explained = traced is not None or words is not None or preview is not None or show
+    if explained and dry_run:
+        raise UsageError("--trace, --heatmap, --preview and --show have no effect with --dry-run")
+    if show:
+        check_terminal("--show")
+    if preview is not None:
+        check_preview(preview, overwrite=overwrite, quiet=quiet)
 
     if verify:
         if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or explained:
@@ -221,7 +249,7 @@ def command(
     if dry_run:
         _print_requests(jobs, console)
     else:
-        _paint(jobs, registry, run, settings, journal, console)
+        _paint(jobs, registry, run, settings, journal, console, preview=preview, show=show)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -306,6 +334,9 @@ def _paint(
     settings: OutputSettings,
     journal: Journal | None,
     console: Console,
+    *,
+    preview: str | None,
+    show: bool,
 ) -> None:
     """Paint what can be painted. What is wrong with a request or the folder is told before torch is imported."""
     alone = len(jobs) == 1
@@ -320,16 +351,24 @@ def _paint(
     if not good:
         raise_for(errors, of=len(jobs))
     check_output(settings)
+    if preview is not None and Path(preview).resolve() in _literal_paths(settings):
+        raise UsageError(f"--preview and -o name the same file, {preview}")
     stop = GracefulStop(console).install()
     from sdcli.engine import Engine, Note, Phase, Progress
 
     engine = Engine(registry, run, settings, stop=stop)
-    with ProgressDisplay(console) as display:
+    renderable = best_renderable() if show else None
+    with ProgressDisplay(console, pictures=preview == TERMINAL) as display:
+        watched = None
+        if preview is not None:
+            watched = Preview(display.picture if preview == TERMINAL else to_file(Path(preview)))
         for event in engine.paint_all(good, journal=journal):
             if isinstance(event, Phase):
                 display.phase(event)
             elif isinstance(event, Progress):
                 display.step(event)
+                if watched is not None:
+                    watched.step(event)
             elif isinstance(event, Note):
                 console.warn(event.text)
             elif event.error is not None:
@@ -337,7 +376,19 @@ def _paint(
                 _report_failure(event.job, event.error, console, alone=alone)
             else:
                 _report(event, console)
+                if renderable is not None and event.status == "done":
+                    from sdcli.images import open_picture
+
+                    display.show(renderable(open_picture(known(event.path))))
     raise_for(errors, of=len(jobs))
+
+
+def _literal_paths(settings: OutputSettings) -> list[Path]:
+    """The files that will be written, as far as their names are known."""
+    if not is_literal(settings.template):
+        return []
+    picture = settings.outdir / picture_name(settings.template, {}, suffix=SUFFIX_OF[settings.format])
+    return [path.resolve() for path in (picture, *settings.beside(picture))]
 
 
 def _report(result: Result, console: Console) -> None:

@@ -1,7 +1,8 @@
 """Where each token of the prompt is attended to: the UNet's cross-attention, summed up while it paints.
 
 The maps of DAAM (Tang et al. 2022, "What the DAAM", arXiv 2210.04885): means over heads, layers and steps, at the size
-of the largest layer. They are computed beside the layers' own attention, whose result stays the same to the bit.
+of the largest layer. They are computed beside the layers' own attention, whose result stays the same to the bit. That
+costs 1 to 3 % of a step of SD 1.5 at 512x512, and 13 % of one of the smallest model (scripts/bench_heatmap.py).
 """
 
 from __future__ import annotations
