@@ -65,6 +65,11 @@ def contact_sheet(
     return sheet
 
 
+def empty(size: tuple[int, int]) -> Image.Image:
+    """A white picture, for a place where there is none."""
+    return Image.new("RGB", size, "white")
+
+
 def check_size(count: int, largest: tuple[int, int], *, label_lines: int = 2, enlarge: int = 1) -> None:
     """Raise UsageError where pictures, the largest of that width and height, make a sheet too large to be read."""
     width, height = (side * enlarge for side in largest)

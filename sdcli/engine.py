@@ -8,7 +8,7 @@ import importlib.metadata
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from sdcli.devices import out_of_memory
 from sdcli.errors import BadOutput, BadWeights, NotFound, OutOfMemory, SdcliError, Stop, UsageError, stop_if_asked
 from sdcli.explaining import File, Watch, Watcher, check, glimpse, watches
 from sdcli.files import AlreadyExists, check_new, sweep, write_whole
-from sdcli.images import from_pixels
+from sdcli.images import from_pixels, to_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
 from sdcli.loading import AppliedLora, LoadedModel, load_model
@@ -38,6 +38,7 @@ from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, LoraRef, known
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.start_pictures import start_picture
+from sdcli.watermark import marked
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Engine:
                         yield Note(text)
                 check(painter, job.request, self.output)
                 fitting.append(job)
-            except UsageError as error:
+            except (UsageError, BadWeights, NotFound) as error:
                 yield Result("failed", job, error=error)
         wanted = wanted & {job.index for job in fitting}
         if not wanted:
@@ -266,17 +267,30 @@ class Engine:
 def paint_batch(
     painter: Painter, batch: Sequence[Job], wanted: set[int], watched_by: Sequence[Watch] = ()
 ) -> Iterator[Event | Painted]:
-    """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
+    """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out.
+
+    Pictures whose prompts come to other lengths are denoised apart, each with its like.
+    """
+    alike: dict[Hashable, list[Job]] = {}
+    for job in batch:
+        alike.setdefault(painter.encode.shape(job.request), []).append(job)
+    for jobs in alike.values():
+        if any(job.index in wanted for job in jobs):
+            yield from _paint_alike(painter, jobs, wanted, watched_by)
+
+
+def _paint_alike(
+    painter: Painter, batch: list[Job], wanted: set[int], watched_by: Sequence[Watch]
+) -> Iterator[Event | Painted]:
     decode = partial(_decoded_anyhow, painter)
-    batch = list(batch)
     pieces = [batch]
     fallbacks: tuple[str, ...] = ()
     while pieces:
         piece = pieces.pop(0)
         yield Phase("encode")
-        painter.encode(job.request.painted_prompt for job in piece)  # remembered: `paint` finds it done
-        yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         requests = [job.request for job in piece]
+        painter.encode(requests, guided=requests[0].guided, steps=requests[0].passes[0]).at(1)  # `paint` finds it done
+        yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         step, crowded = None, False
         watchers: list[Watcher] = []
         try:
@@ -307,13 +321,12 @@ def paint_batch(
                 continue
             try:
                 pixels, notes = decode_with_fallbacks(painter, latents[position])
+                pixels = finished(job.request, pixels)
             except SdcliError as error:
                 yield Result("failed", job, error=error)
                 continue
             for note in notes:
                 yield Note(note)
-            if job.request.masked:
-                pixels = start_picture(job.request).pasted(pixels)
             yield Painted(
                 job, pixels, len(piece), position, (*fallbacks, *notes), _explanation(watchers, position, pixels)
             )
@@ -337,6 +350,18 @@ def _glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step
 def _decoded_anyhow(painter: Painter, latents: Tensor) -> Tensor:
     """The pixels of latents that need not be a picture yet, whatever had to be done for them."""
     return decode_with_fallbacks(painter, latents, may_be_black=True)[0]
+
+
+def finished(request: GenerationRequest, pixels: Tensor) -> Tensor:
+    """What is done to decoded pixels [3, H, W]: what a mask keeps is laid over them, and a watermark is put in.
+
+    Raises BadOutput for a watermark that the picture cannot carry.
+    """
+    if request.masked:
+        pixels = start_picture(request).pasted(pixels)
+    if request.watermark is not None:
+        pixels = to_pixels(marked(from_pixels(pixels), request.watermark))
+    return pixels
 
 
 def paint_pictures(
@@ -375,7 +400,7 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 PER_PICTURE = {
     *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
-    *("init_image", "mask", "mask_blur", "invert_mask", "extend"),
+    *("init_image", "mask", "mask_blur", "invert_mask", "extend", "watermark"),
 }
 """The fields in which the requests of one batch may differ."""
 
@@ -474,16 +499,20 @@ def free_caches() -> None:
 
 
 def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
-    """What the text encoder will not see of a job's prompts. With `strict`, raises UsageError instead."""
+    """What the text encoder will not see of a job's prompts, which is nothing unless they are plain.
+
+    Raises UsageError instead with `strict`, and for what the model's text encoder cannot do.
+    """
+    painter.encode.shape(job.request)
     tokenizer = painter.model.tokenizer
     if tokenizer is None:
         return []
     notes = []
     for kind, text in (("prompt", job.request.painted_prompt), ("negative prompt", job.request.negative_prompt or "")):
         tokens = tokenizer(text)
-        if tokens.cut:
+        if tokens.cut and job.request.prompt_syntax == "plain":
             cut = tokens.cut if len(tokens.cut) <= 100 else f"{tokens.cut[:60]} ... {tokens.cut[-30:]}"
-            problem = f"the {kind} has {tokens.count} tokens, {tokenizer.max_length - 2} fit; cut: {cut!r}"
+            problem = f"the {kind} has {tokens.count} tokens, {tokenizer.room} fit; cut: {cut!r}"
             if strict:
                 raise UsageError(problem)
             notes.append(problem)

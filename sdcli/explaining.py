@@ -11,7 +11,6 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.conditioning.words import Word, find, words_of
 from sdcli.contact_sheet import contact_sheet
 from sdcli.denoise.attention_maps import AttentionMaps
@@ -23,7 +22,7 @@ from sdcli.heatmap import Heatmap, Map
 from sdcli.heatmap import files as heatmap_files
 from sdcli.images import from_pixels
 from sdcli.pipeline import Painter, scheduler_for
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, known
 from sdcli.settings import OutputSettings, TraceSettings
 from sdcli.trace import Moment, animation, check_chosen, chosen, strip
 
@@ -125,7 +124,8 @@ class Tracing:
 def _mapping(words: Sequence[str]) -> Watch:
     @contextlib.contextmanager
     def watch(painter: Painter, requests: Sequence[GenerationRequest], decode: Decode) -> Iterator[Watcher]:
-        with AttentionMaps(len(requests)).watching(painter.model.unet) as maps:
+        prompts = painter.encode.read(requests[0]).prompts
+        with AttentionMaps(len(requests), prompts).watching(painter.model.unet) as maps:
             yield HeatMapping(painter, requests, words, maps)
 
     return watch
@@ -148,41 +148,34 @@ class HeatMapping:
     def files(self, position: int, pixels: Tensor) -> Iterator[File]:
         """The folder of maps."""
         tokens = self.maps.mean()[position]
-        words, apart, absent = asked_words(self.painter, self.requests[position], self.words)
+        asked = asked_words(self.painter, self.requests[position], self.words)
 
-        def of(word: Word) -> Map:
-            return tokens[list(word.places)].sum(dim=0).numpy()
+        def of(words: Sequence[Word]) -> dict[str, Map]:
+            return {word.text: tokens[list(word.places)].sum(dim=0).numpy() for word in words}
 
-        heatmap = Heatmap(
-            words={word.text: of(word) for word in words},
-            apart={word.text: of(word) for word in apart},
-            tokens=tokens.numpy(),
-            absent=absent,
-            cut=_tokenizer(self.painter)(self.requests[position].painted_prompt).cut,
-        )
+        heatmap = Heatmap(of(asked.words), of(asked.apart), tokens.numpy(), asked.absent, asked.cut)
         for name, data in heatmap_files(heatmap, from_pixels(pixels)):
             yield f".heatmap/{name}", data
 
 
-def asked_words(
-    painter: Painter, request: GenerationRequest, asked: Sequence[str]
-) -> tuple[list[Word], list[Word], list[str]]:
-    """The words of a prompt that are asked for (none: all), what is no word, and what was asked for and is not there.
+@dataclass(frozen=True)
+class Asked:
+    """Words of a prompt that are asked for, what is no word, what was asked for and is not there, what did not fit."""
 
-    Raises UsageError where no word is there.
-    """
-    tokenizer = _tokenizer(painter)
-    ids = tokenizer(request.painted_prompt).ids
-    words, apart = words_of(tokenizer, ids)
-    found = {phrase: find(tokenizer, ids, phrase) for phrase in asked}
+    words: list[Word]
+    apart: list[Word]
+    absent: list[str]
+    cut: str
+
+
+def asked_words(painter: Painter, request: GenerationRequest, asked: Sequence[str]) -> Asked:
+    """Those of a prompt, or all of its words where none are named. Raises UsageError where there are none."""
+    context = painter.encode.read(request)
+    tokenizer = known(painter.model.tokenizer)
+    words, apart = words_of(tokenizer, context)
+    found = {phrase: find(tokenizer, context, phrase) for phrase in asked}
     chosen = [word for word in found.values() if word is not None] if asked else words
     if not chosen:
         what = f"none of {', '.join(map(repr, asked))} is" if asked else "there is no word"
         raise UsageError(f"--heatmap: {what} in the prompt {request.painted_prompt!r} as the text encoder reads it")
-    return chosen, apart, [phrase for phrase, word in found.items() if word is None]
-
-
-def _tokenizer(painter: Painter) -> ClipTokenizer:
-    if painter.model.tokenizer is None:
-        raise UsageError(f"--heatmap: {painter.model.spec.name} paints without words")
-    return painter.model.tokenizer
+    return Asked(chosen, apart, [phrase for phrase, word in found.items() if word is None], context.cut)

@@ -84,6 +84,7 @@ def a1111_text(
         "CFG scale": _shortest(request.guidance_scale),
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
+        "Clip skip": request.clip_skip if request.clip_skip != 1 else None,
         "Model hash": model_hash,
         "Model": request.model and _a1111_model(request.model),
         "Variation seed": request.variation_seed,
@@ -157,6 +158,7 @@ _A1111_NUMBERS = {
     "Steps": "steps",
     "CFG scale": "guidance_scale",
     "Seed": "seed",
+    "Clip skip": "clip_skip",
     "Variation seed": "variation_seed",
     "Variation seed strength": "variation_strength",
 }

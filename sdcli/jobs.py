@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.loras import find_loras
 from sdcli.registry import Registry, resolve
 from sdcli.request import MAX_SEED, GenerationRequest, known, parse_request
+from sdcli.wildcards import MAX_COMBINATIONS, Wildcards
 
 KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
 """kohya's one-letter options of a prompt line (`a cat --n dog --s 20`)."""
@@ -130,6 +133,27 @@ def _csv_lines(data: bytes) -> Iterator[Line]:
         yield Line(rows.line_num, {}, problem=f"is not CSV ({error})")
 
 
+DYNAMIC = ("prompt", "negative_prompt")
+"""The fields of a request in which choices are made."""
+
+
+def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wildcards) -> Iterator[Line]:
+    """A line for each combination of the choices in each line's prompts."""
+    for line in lines:
+        texts = {name: str({**typed, **line.fields}.get(name) or "") for name in DYNAMIC}
+        try:
+            several = [wildcards.all(text) for text in texts.values()]
+            count = math.prod(map(len, several))
+            if count > MAX_COMBINATIONS:
+                raise UsageError(f"the prompts have {count:,} combinations; it may be up to {MAX_COMBINATIONS:,}")
+        except UsageError as error:
+            yield replace(line, problem=line.problem or str(error))
+            continue
+        for some in itertools.product(*several):
+            drawn = {name: text for name, text in zip(DYNAMIC, some, strict=True) if texts[name]}
+            yield replace(line, fields={**line.fields, **drawn})
+
+
 def expand(
     lines: Iterable[Line],
     typed: Mapping[str, Any],
@@ -139,11 +163,13 @@ def expand(
     base_seed: int,
     measure: Measure | None = None,
     lora_dir: Path | None = None,
+    wildcards: Wildcards | None = None,
 ) -> Iterator[Job | BadJob]:
     """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
 
     Of pictures with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
-    files, are those of `lora_dir`, or of the user's own folder.
+    files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
+    picture are made by its seed.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -169,20 +195,32 @@ def expand(
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
             if asked.variation_strength is not None and asked.variation_seed is None:
                 asked = asked.changed(variation_seed=drawn_seed(base_seed, f"{key}:variation", seen[key]))
-            resolved = find_loras(resolve(asked, spec, measure=measure), lora_dir)
-            counted = "seed" if resolved.variation_strength is None else "variation_seed"
-            first = known(getattr(resolved, counted))
+            counted = "seed" if asked.variation_strength is None else "variation_seed"
+            first = known(getattr(asked, counted))
             if first + count - 1 > MAX_SEED:
                 raise UsageError(f"{counted}: {count} pictures from seed {first} pass the largest seed, {MAX_SEED}")
+            own: list[dict[str, Any]] = [{counted: first + offset} for offset in range(count)]
+            if wildcards is None:
+                resolved = find_loras(resolve(asked, spec, measure=measure), lora_dir)
+                requests = [resolved.model_copy(update=fields) for fields in own]
+            else:
+                drawn = [_drawn(asked.changed(**fields), wildcards) for fields in own]
+                requests = [find_loras(resolve(request, spec, measure=measure), lora_dir) for request in drawn]
         except SdcliError as error:
             index += 1
             prefix = f"line {line.number}: " if line.number else ""
             yield BadJob(index, type(error)(f"{prefix}{error}"), custom_id, line.number or None)
             continue
-        for offset in range(count):
+        for request in requests:
             index += 1
-            request = resolved.model_copy(update={counted: first + offset})
             yield Job(index, request, custom_id, line.number or None)
+
+
+def _drawn(asked: GenerationRequest, wildcards: Wildcards) -> GenerationRequest:
+    """The request of one picture, its choices made by its seed."""
+    texts = {name: text for name in DYNAMIC if (text := getattr(asked, name))}
+    seed = known(asked.seed)
+    return asked.changed(**{name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()})
 
 
 def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:

@@ -13,10 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.conditioning.condition import Condition
+from sdcli.conditioning.condition import Conditions
 from sdcli.conditioning.encode import Encode, encoding_of
 from sdcli.denoise.loop import Step, denoise
-from sdcli.denoise.predict import Predict, evenly, guided, only_within, scaled_input, unet_predict, with_scale
+from sdcli.denoise.predict import (
+    Predict,
+    composed,
+    conditional_half,
+    evenly,
+    guided,
+    only_within,
+    scaled_input,
+    steps_by_timestep,
+    stepwise,
+    unet_predict,
+    with_scale,
+)
 from sdcli.denoise.sampler import advance_with, make_scheduler
 from sdcli.denoise.start import Start
 from sdcli.errors import BadOutput, UsageError
@@ -53,11 +65,12 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[S
     generators = generators_for([known(request.seed) for request in requests])
     scheduler = scheduler_for(painter.model, requests[0])
     start = start_for(painter.model, painter.space, requests, scheduler=scheduler, generators=generators)
-    finished = yield from _denoised(painter, requests, start, scheduler, generators)
-    if requests[0].upscale is not None:
+    first, *second = requests[0].passes
+    finished = yield from _denoised(painter, requests, start, scheduler, generators, steps=first)
+    for steps in second:
         scheduler = scheduler_for(painter.model, requests[0])
         start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, generators=generators)
-        yield from _denoised(painter, requests, start, scheduler, generators)
+        yield from _denoised(painter, requests, start, scheduler, generators, steps=steps)
 
 
 def _denoised(
@@ -66,11 +79,13 @@ def _denoised(
     start: Start,
     scheduler: Any,
     generators: Sequence[torch.Generator],
+    *,
+    steps: int,
 ) -> Generator[Step, None, Tensor]:
     """The loop from one start to its end; returns the last latents."""
     x = start.x
     for step in denoise(
-        scaled_input(predict_for(painter, requests, start), scheduler),
+        scaled_input(predict_for(painter, requests, start, steps=steps), scheduler),
         start.around_advance(advance_with(scheduler, generators, eta=known(requests[0].eta))),
         x,
         start.timesteps,
@@ -87,30 +102,49 @@ def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
     return painter.space.decode(latents[None], tiled=tiled)[0]
 
 
-def predict_for(painter: Painter, requests: Sequence[GenerationRequest], start: Start) -> Predict:
+def predict_for(painter: Painter, requests: Sequence[GenerationRequest], start: Start, *, steps: int) -> Predict:
     """The network under the requests' prompts: guided from outside, guided by an input of its own, or not at all."""
     shared, unet = requests[0], painter.model.unet
-    condition = painter.encode(request.painted_prompt for request in requests)
     scale_size = unet.config.get("time_cond_proj_dim")
-    if scale_size is not None:
-        _refuse_guidance(painter.model, requests)
-        condition = with_scale(condition, known(shared.guidance_scale), size=scale_size)
-    plain = start.around_network(unet_predict(unet, condition))
+
+    def network(conditions: Conditions) -> Predict:
+        def predict_at(step: int) -> Predict:
+            condition = conditions.at(step)
+            if scale_size is not None:
+                condition = with_scale(condition, known(shared.guidance_scale), size=scale_size)
+            return unet_predict(unet, condition)
+
+        predict = predict_at(1)
+        if conditions.changes:
+            predict = stepwise(predict_at, steps_by_timestep(start.timesteps, steps))
+        return start.around_network(predict)
+
     if scale_size is not None or not shared.guided:
-        return plain
-    unconditional = painter.encode(known(request.negative_prompt) for request in requests)
-    both = start.around_network(unet_predict(unet, Condition.rows([unconditional, condition])))
+        conditions = painter.encode(requests, guided=False, steps=steps)
+        if scale_size is not None:
+            _refuse_guidance(painter.model, requests, conditions)
+        return network(conditions)
+    conditions = painter.encode(requests, guided=True, steps=steps)
+    both = network(conditions)
+    if conditions.weights:
+        both = composed(both, conditions.weights)
     first = known(shared.guidance_scale)
     last = first if shared.guidance_end is None else shared.guidance_end
     predict = guided(both, evenly(first, last, start.timesteps), rescale=shared.guidance_rescale or 0)
     if shared.guidance_interval is None:
         return predict
+    if conditions.weights:
+        plain = conditional_half(both)
+    else:
+        plain = network(painter.encode(requests, guided=False, steps=steps))
     part = shared.guidance_interval
     return only_within(predict, plain, timesteps=start.timesteps, start=part.start, stop=part.stop)
 
 
-def _refuse_guidance(model: LoadedModel, requests: Sequence[GenerationRequest]) -> None:
+def _refuse_guidance(model: LoadedModel, requests: Sequence[GenerationRequest], conditions: Conditions) -> None:
     """A network that takes the scale as an input has no unconditional half."""
+    if conditions.weights:
+        raise UsageError(f"{model.spec.name} was distilled without guidance, so AND would have no effect")
     without = ("negative_prompt", "guidance_end", "guidance_rescale", "guidance_interval")
     for name in without:
         if any(getattr(request, name) for request in requests):

@@ -12,7 +12,9 @@ import platformdirs
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sdcli import embedding_files
 from sdcli.canvas import Measure, start_filled
+from sdcli.conditioning import prompt as syntax
 from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request
@@ -192,6 +194,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         "model": spec.name,
         "negative_prompt": "",
         "prompt_template": defaults.prompt_template,
+        "prompt_syntax": "a1111" if spec.kind.conditioning == "text" else "plain",
         "width": defaults.width,
         "height": defaults.height,
         "steps": defaults.steps,
@@ -211,6 +214,10 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
     _check_condition(resolved, spec)
+    if resolved.embeddings:
+        resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(resolved.embeddings)})
+    if resolved.prompt_syntax == "a1111":
+        _check_syntax(resolved)
     if resolved.strength is not None and int(known(resolved.steps) * resolved.strength) < 1:
         raise UsageError(f"strength: {resolved.strength:g} of {resolved.steps} steps leaves no step to paint")
     if resolved.upscale is not None and int(known(resolved.steps) * resolved.upscale.strength) < 1:
@@ -240,6 +247,13 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
     if kind.conditioning == "none" and (request.painted_prompt or request.negative_prompt):
         asked = request.painted_prompt or request.negative_prompt
         raise UsageError(f"{spec.name} paints without a prompt; {asked!r} would have no effect")
+    if kind.conditioning != "text":
+        unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": ((),)}
+        for name, without_effect in unread.items():
+            if getattr(request, name) not in without_effect:
+                raise UsageError(f"{name} has no effect with {spec.name}, which has no text encoder")
+    elif request.prompt_syntax == "plain" and request.embeddings:
+        raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
     if not kind.can_be_guided and (scale != 1 or request.negative_prompt):
         reason = "paints without a prompt" if kind.conditioning == "none" else "always paints a class, never none"
         raise UsageError(f"{spec.name} {reason}, so it cannot be guided: no negative prompt, and a guidance scale of 1")
@@ -249,6 +263,19 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
         kind.label(request.painted_prompt)
         if request.negative_prompt:
             kind.label(request.negative_prompt)
+
+
+def _check_syntax(request: GenerationRequest) -> None:
+    """Raise UsageError for what a prompt asks for in vain: AND without guidance, an embedding that it does not name."""
+    steps = known(request.steps)
+    prompts = syntax.subprompts(request.painted_prompt, steps=steps)
+    if len(prompts) > 1 and not request.guided:
+        raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
+    negative = syntax.subprompts(known(request.negative_prompt), steps=steps, compose=False) if request.guided else ()
+    words = [known(embedding.token) for embedding in request.embeddings]
+    unused = sorted(set(words) - syntax.used((*prompts, *negative), words))
+    if unused:
+        raise UsageError(f"embeddings: no prompt has the word {unused[0]!r}, so its vectors would have no effect")
 
 
 def load_registry(models_file: Path | None = None) -> Registry:

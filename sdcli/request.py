@@ -11,10 +11,12 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sdcli.conditioning.prompt import wrapped
 from sdcli.errors import UsageError
 from sdcli.schedulers import SCHEDULERS
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no prompt syntax: brackets were text."""
 MAX_SEED = 2**63 - 1
 T = TypeVar("T")
 
@@ -26,10 +28,12 @@ ALIASES = {
     "negative": "negative_prompt",
     "text": "prompt",
     "lora": "loras",
+    "embedding": "embeddings",
 }
 """What other tools call our fields; accepted wherever a request is read as data."""
 
 
+MAX_WATERMARK_BYTES = 32
 MAX_LORA_WEIGHT = 100.0
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _LORA = re.compile(rf"(?P<path>.+?)(?::(?P<unet_weight>{_NUMBER}))?(?::(?P<text_weight>{_NUMBER}))?", re.DOTALL)
@@ -64,6 +68,21 @@ class FileRef(Part):
 
     def __str__(self) -> str:
         return self.path
+
+
+class EmbeddingRef(FileRef):
+    """A textual inversion embedding, and the word of a prompt that its vectors stand for."""
+
+    token: str | None = None
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        path, separator, token = text.rpartition("=")
+        named = bool(separator) and not text.lower().endswith(".safetensors")
+        return {"path": path, "token": token} if named else {"path": text}
+
+    def __str__(self) -> str:
+        return self.path if self.token is None else f"{self.path}={self.token}"
 
 
 class Extend(Part):
@@ -188,6 +207,23 @@ class GenerationRequest(BaseModel):
     prompt_template: str | None = Field(
         None, description="wraps the prompt before the text encoder sees it: '{prompt}, glossy style'"
     )
+    prompt_syntax: Literal["a1111", "plain"] | None = Field(
+        None,
+        description="how prompts are read; a1111: (word:1.3), [a:b:0.5], [a|b], AND, BREAK, any length; "
+        "plain: text, cut to the text encoder's length",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
+        "as A1111 counts (diffusers calls that 1)",
+    )
+    embeddings: tuple[EmbeddingRef, ...] = Field(
+        (),
+        description="a textual inversion embedding, whose vectors stand for its word in a prompt (by default the "
+        "file's name); may be repeated",
+    )
     model: str | None = Field(None, description="a name from models.yaml, a folder, a .safetensors file or owner/name")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="where the noise starts; drawn and told if not given")
     width: int | None = Field(None, ge=8, le=8192, description="pixels; for most models a multiple of 8")
@@ -241,6 +277,7 @@ class GenerationRequest(BaseModel):
             return {**fields, "guidance_scale": first, "guidance_end": last}
         return fields
 
+    watermark: str | None = Field(None, min_length=1, description="a short text to hide in the picture's colours")
     loras: tuple[LoraRef, ...] = Field(
         (),
         description="a LoRA, its weight, and one for the text encoder where that differs; may be given several times",
@@ -258,10 +295,17 @@ class GenerationRequest(BaseModel):
     def _plain_unicode(cls, value: str | None) -> str | None:
         return None if value is None else plain_unicode(value)
 
-    @field_validator("loras", mode="before")
+    @field_validator("loras", "embeddings", mode="before")
     @classmethod
-    def _one_lora_is_a_list_too(cls, value: Any) -> Any:
+    def _one_is_a_list_too(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("watermark")
+    @classmethod
+    def _short(cls, value: str | None) -> str | None:
+        if value is not None and (len(value.encode()) > MAX_WATERMARK_BYTES or not value.isprintable()):
+            raise ValueError(f"should be a line of at most {MAX_WATERMARK_BYTES} bytes")
+        return value
 
     @field_validator("prompt_template")
     @classmethod
@@ -279,8 +323,11 @@ class GenerationRequest(BaseModel):
 
     @property
     def painted_prompt(self) -> str:
-        """The text that the text encoder sees: the prompt inside its template."""
-        return (self.prompt_template or "{prompt}").replace("{prompt}", self.prompt)
+        """The text that the text encoder sees: the prompt inside its template, or each of those that AND joins."""
+        template = self.prompt_template or "{prompt}"
+        if self.prompt_syntax == "plain":
+            return template.replace("{prompt}", self.prompt)
+        return wrapped(self.prompt, template)
 
     @property
     def guided(self) -> bool:
@@ -291,6 +338,12 @@ class GenerationRequest(BaseModel):
     def masked(self) -> bool:
         """Whether a part of the start picture is kept as it is."""
         return self.mask is not None or self.extend is not None
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The denoising steps of a resolved request: of its one pass, or of two where it is upscaled."""
+        strengths = (self.strength or 1, *([self.upscale.strength] if self.upscale is not None else []))
+        return tuple(int(known(self.steps) * strength) for strength in strengths)
 
     @property
     def final_size(self) -> tuple[int, int]:
@@ -365,7 +418,9 @@ def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
 
 
 def migrate(fields: dict[str, Any]) -> dict[str, Any]:
-    """A request of an older schema as one of this schema. There is only schema 1 so far."""
+    """A request of an older schema as one of this schema: what schema 1 painted must be painted the same."""
+    if fields.get("schema") in (1, "1"):
+        return {"prompt_syntax": "plain", **fields, "schema": SCHEMA}
     return fields
 
 

@@ -245,8 +245,8 @@ def test_nan_in_one_picture_of_a_batch_does_not_take_its_neighbours(registry: Re
     assert list(pictures(tmp_path)) == ["2.png"]
 
 
-def test_a_prompt_that_is_too_long_is_cut_aloud_or_refused(registry: Registry, tmp_path: Path) -> None:
-    jobs = jobs_of(registry, "cat " * 100 + "unicorn", "a cat", model="tiny")
+def test_a_plain_prompt_that_is_too_long_is_cut_aloud_or_refused(registry: Registry, tmp_path: Path) -> None:
+    jobs = jobs_of(registry, "cat " * 100 + "unicorn", "a cat", model="tiny", prompt_syntax="plain")
     notes = [event.text for event in paint(registry, tmp_path, jobs) if isinstance(event, Note)]
     assert len(notes) == 1
     assert "101 tokens, 75 fit" in notes[0]

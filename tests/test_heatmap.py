@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
-from sdcli.conditioning.words import find, words_of
+from sdcli.conditioning.words import Context, find, words_of
 from sdcli.denoise.attention_maps import AttentionMaps, probabilities
 from sdcli.errors import UsageError
 from sdcli.heatmap import overlay
@@ -110,14 +110,14 @@ def test_the_unet_has_its_own_processors_again_whatever_happened(tiny: LoadedMod
     | st.lists(st.sampled_from(["fox", "red", "2024", "don't", ",", "日本", "🦊", "x" * 90])).map(" ".join)
 )
 def test_every_token_is_of_one_word_or_of_none(tokenizer: ClipTokenizer, text: str) -> None:
-    ids = tokenizer(text).ids
-    words, apart = words_of(tokenizer, ids)
+    ids = tokenizer(text).ids * 2
+    words, apart = words_of(tokenizer, Context(ids))
     places = [place for word in (*words, *apart) for place in word.places]
     assert sorted(places) == list(range(len(ids)))
 
 
 def test_words_and_phrases_are_found_wherever_they_stand(tokenizer: ClipTokenizer) -> None:
-    ids = tokenizer("a Red fox, hippopotamuses in 2024 and the red  FOX; don't").ids
+    ids = Context(tokenizer("a Red fox, hippopotamuses in 2024 and the red  FOX; don't").ids)
     words, apart = words_of(tokenizer, ids)
     assert [word.text for word in words] == [
         *("a", "red", "fox", "hippopotamuses", "in", "2024", "and", "the", "don't"),
@@ -209,9 +209,29 @@ def test_a_prompt_without_words_has_no_maps() -> None:
     assert isinstance(outcome.error, UsageError)
 
 
+def test_weights_chunks_and_prompts_that_are_joined_have_maps_of_all_their_tokens() -> None:
+    job = ["a (cat:1.3) BREAK a [hippopotamuses] AND a dog:0.5", "--prompt-syntax", "a1111"]
+    (plain,) = results(*job, "-o", "plain.png")
+    (mapped,) = results(*job, "-o", "mapped.png", "--heatmap", "all")
+    assert Path(plain["path"]).read_bytes() == Path(mapped["path"]).read_bytes()
+    with np.load("mapped.heatmap/maps.npz") as file:
+        assert file["words"].tolist() == ["a", "cat", "hippopotamuses", "dog"]
+        assert file["tokens"].shape == (2 * 2 * 77, 5, 9)
+        np.testing.assert_allclose(file["tokens"].sum(axis=0), 1, rtol=1e-5)
+        np.testing.assert_allclose(file["tokens"][: 2 * 77].sum(axis=0), 0.5, rtol=1e-5)
+        np.testing.assert_allclose(file["maps"].sum(axis=0) + file["apart_maps"].sum(axis=0), 1, rtol=1e-5)
+
+
+def test_a_prompt_that_changes_over_the_steps_has_no_maps() -> None:
+    for prompt in ("a [cat:dog:0.5]", "a [cat|dog]"):
+        outcome = run("generate", prompt, "-m", "tiny", "--prompt-syntax", "a1111", "--heatmap", "all")
+        assert isinstance(outcome.error, UsageError)
+        assert "change" in str(outcome.error)
+
+
 def test_what_was_cut_is_said() -> None:
     long = "a cat " + "very " * 80 + "end"
-    results(long, "-o", "long.png", "--heatmap", "cat,end")
+    results(long, "-o", "long.png", "--heatmap", "cat,end", "--prompt-syntax", "plain")
     page = Path("long.heatmap/index.html").read_text()
     assert "Not in the prompt as the text encoder read it: end" in page
     assert "<s>very" in page

@@ -16,6 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 0: what is asked; starts in no time
     (
         "",
+        "conditioning.prompt",  # pure text
+        "embedding_files",
         "canvas",
         "errors",
         "files",
@@ -39,7 +41,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.run_log",
         "training.smoothing",
         "dataset",
+        "sweeping",
         "user_models",
+        "wildcards",
     ),
     # 1: the parts
     (
@@ -79,6 +83,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "start_pictures",
         "starting",
         "trace",
+        "watermark",
         "training.checkpoint",
         "training.objective",
         "training.state_files",

@@ -60,7 +60,8 @@ from sdcli.images import open_picture, to_pixels
 from sdcli.inputs import input_files
 from sdcli.lean_imports import AutoencoderTiny
 from sdcli.loading import LoadedModel, load_model
-from sdcli.registry import load_registry
+from sdcli.registry import load_registry, resolve
+from sdcli.request import GenerationRequest
 from sdcli.settings import RunSettings
 from sdcli.train_settings import cache_folder
 from tests.conftest import REPOSITORY
@@ -927,7 +928,8 @@ def test_a_cached_text_is_what_generate_computes_bit_for_bit(tmp_path: Path, mod
     texts = CachedTexts(TensorStore(tmp_path, "texts"), TextKeys.of(model), CAPTIONS, budget=budget)
     assert texts.held == (budget > 0)
     for text in CAPTIONS:
-        expected = encoding([text]).inputs["encoder_hidden_states"][0]
+        request = resolve(GenerationRequest(prompt=text, prompt_syntax="plain"), model.spec)
+        expected = encoding([request], guided=False, steps=1).at(1).inputs["encoder_hidden_states"][0]
         assert same_bits(texts[text], expected)
         assert same_bits(pickle.loads(pickle.dumps(texts))[text], expected)
     with pytest.raises(NotFound, match="'absent'"):

@@ -17,6 +17,7 @@ from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
 
 COMMANDS = {
     "generate": "Paint",
+    "tokens": "Paint",
     "train-unet": "Train",
     "train-vae": "Train",
     "train-text-encoder": "Train",

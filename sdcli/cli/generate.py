@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,10 +27,11 @@ from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.cli.terminal_pictures import best_renderable
 from sdcli.errors import SdcliError, UsageError, raise_for
-from sdcli.jobs import BadJob, Job, Line, expand, read_lines
+from sdcli.files import AlreadyExists
+from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.loras import is_here, user_lora_folder
-from sdcli.naming import SUFFIXES, check_output, check_template, is_literal, picture_name
+from sdcli.naming import SUFFIXES, check_output, check_template, is_literal, numbered, picture_name
 from sdcli.registry import Registry, load_registry
 from sdcli.request import FileRef, known, parse_size
 from sdcli.schedulers import SCHEDULERS
@@ -42,6 +44,9 @@ from sdcli.settings import (
     TraceFormat,
     TraceSettings,
 )
+from sdcli.sheet_labels import labels_of
+from sdcli.sweeping import Axis, parse_axis, swept
+from sdcli.wildcards import Wildcards
 
 if TYPE_CHECKING:
     from sdcli.engine import Result
@@ -71,12 +76,42 @@ def command(
         bool,
         typer.Option("--verify", rich_help_panel=INPUT, help="Paint --from again, and say whether it is identical."),
     ] = False,
+    dynamic_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-prompts",
+            rich_help_panel=INPUT,
+            help="Make the choices in prompts, as {red|blue} or {2$$a|b|c}, by each picture's seed.",
+        ),
+    ] = False,
+    wildcards: Annotated[
+        Path | None,
+        typer.Option(
+            "--wildcards",
+            metavar="DIR",
+            rich_help_panel=INPUT,
+            help="The same, and __animals__ becomes a line of DIR/animals.txt.",
+        ),
+    ] = None,
+    all_combinations: Annotated[
+        bool,
+        typer.Option("--all-combinations", rich_help_panel=INPUT, help="The same, but every choice instead of one."),
+    ] = False,
     num_images: Annotated[
         int,
         typer.Option(
             "--num-images", "-n", min=1, rich_help_panel=PICTURE, help="Pictures per prompt: seed, seed+1, ..."
         ),
     ] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="FIELD=VALUES",
+            rich_help_panel=INPUT,
+            help="Paint all values (steps=10,20 or guidance-scale=1..9x3) and a sheet of them; repeat for more axes.",
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Width and height, as 512x768.")
     ] = None,
@@ -161,7 +196,9 @@ def command(
     strict_prompt: Annotated[
         bool,
         typer.Option(
-            "--strict-prompt", rich_help_panel=RUN, help="Refuse a prompt that is too long, instead of cutting it."
+            "--strict-prompt",
+            rich_help_panel=RUN,
+            help="Refuse a plain prompt that is too long, instead of cutting it.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -194,7 +231,8 @@ def command(
         strict_prompt=strict_prompt,
         lora_dir=lora_dir,
     )
-    registry = load_registry(models_file)
+    registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
+    dynamic = dynamic_prompts or all_combinations or wildcards is not None
     if trace_format is not None and trace is None:
         raise UsageError("--trace-format has no effect without --trace")
     traced = None if trace is None else TraceSettings.of(trace, trace_format or "webp")
@@ -208,7 +246,8 @@ def command(
         check_preview(preview, overwrite=overwrite, quiet=quiet)
 
     if verify:
-        if from_image is None or prompts or prompts_file or typed or num_images != 1 or output or resume or explained:
+        others = [prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic, explained]
+        if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
 
@@ -218,11 +257,16 @@ def command(
         return
 
     if from_image is not None:
-        recorded = _recorded(from_image, console, lora_dir)
-        if {"init_image", "extend"} & set(typed):  # the size was that of another start
-            recorded = {name: value for name, value in recorded.items() if name not in ("width", "height")}
+        anew = {axis.field for axis in axes}
+        if {"init_image", "extend", "size"} & {*typed, *anew}:  # the recorded size was that of another start
+            anew |= {"width", "height"}
+        recorded = {name: v for name, v in _recorded(from_image, console, lora_dir).items() if name not in anew}
         typed = {**recorded, **typed}
-    lines = _lines(prompts or [], prompts_file, typed, registry)
+    asked = {**typed, **{axis.field: axis.values[0] for axis in axes}}
+    lines = _lines(prompts or [], prompts_file, asked, registry)
+    choices = Wildcards(wildcards) if dynamic else None
+    if choices is not None:
+        lines = _with_choices(lines, asked, axes, choices, all_combinations=all_combinations)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
     settings = replace(
@@ -237,19 +281,22 @@ def command(
     if prompts_file is not None and not dry_run:
         journal = Journal.open(settings.outdir)
         source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
-        known = journal.base_seed(source) if resume else None
-        if known is None:
+        earlier = journal.base_seed(source) if resume else None
+        if earlier is None:
             journal.begin_run(source, base_seed)
         else:
-            base_seed = known
+            base_seed = earlier
+    lines = swept(lines, axes, typed, base_seed=base_seed) if axes else lines
     counted: dict[str, Any] = {"num_images": num_images, "base_seed": base_seed}
-    jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir))
+    drawn = None if all_combinations else choices
+    jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir, wildcards=drawn))
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
         _print_requests(jobs, console)
     else:
-        _paint(jobs, registry, run, settings, journal, console, preview=preview, show=show)
+        columns = len(axes[-1].values) * num_images if axes else None
+        _paint(jobs, registry, run, settings, journal, console, columns=columns, preview=preview, show=show)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -272,6 +319,19 @@ def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], 
         if kind.conditioning == "text":
             raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
     return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
+
+
+def _with_choices(
+    lines: list[Line], typed: dict[str, Any], axes: list[Axis], choices: Wildcards, *, all_combinations: bool
+) -> list[Line]:
+    """The lines, or all their combinations. Raises UsageError where there is nothing to choose in any of them."""
+    if all_combinations and any(axis.field in DYNAMIC for axis in axes):
+        raise UsageError("--all-combinations goes without a --sweep of prompts: both say which are painted")
+    texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
+    texts += [value for axis in axes if axis.field in DYNAMIC for value in axis.values]
+    if not any(choices.has_choices(text) for text in texts if isinstance(text, str)):
+        raise UsageError("no prompt has a choice in it, as {red|blue} or __animals__, so that none would be made")
+    return list(combinations(lines, typed, choices)) if all_combinations else lines
 
 
 def _measure(start: FileRef, cell: int) -> tuple[int, int]:
@@ -335,10 +395,14 @@ def _paint(
     journal: Journal | None,
     console: Console,
     *,
+    columns: int | None,
     preview: str | None,
     show: bool,
 ) -> None:
-    """Paint what can be painted. What is wrong with a request or the folder is told before torch is imported."""
+    """Paint what can be painted, and with `columns` a sheet of all of it.
+
+    What is wrong with a request or the folder is told before torch is imported.
+    """
     alone = len(jobs) == 1
     errors: list[SdcliError] = []
     good: list[Job] = []
@@ -358,6 +422,7 @@ def _paint(
 
     engine = Engine(registry, run, settings, stop=stop)
     renderable = best_renderable() if show else None
+    paths: dict[int, Path] = {}
     with ProgressDisplay(console, pictures=preview == TERMINAL) as display:
         watched = None
         if preview is not None:
@@ -376,10 +441,13 @@ def _paint(
                 _report_failure(event.job, event.error, console, alone=alone)
             else:
                 _report(event, console)
+                paths[event.job.index] = known(event.path)
                 if renderable is not None and event.status == "done":
                     from sdcli.images import open_picture
 
                     display.show(renderable(open_picture(known(event.path))))
+    if columns is not None and paths:
+        _lay_out(good, paths, columns, settings, console)
     raise_for(errors, of=len(jobs))
 
 
@@ -389,6 +457,25 @@ def _literal_paths(settings: OutputSettings) -> list[Path]:
         return []
     picture = settings.outdir / picture_name(settings.template, {}, suffix=SUFFIX_OF[settings.format])
     return [path.resolve() for path in (picture, *settings.beside(picture))]
+
+
+def _lay_out(jobs: list[Job], paths: dict[int, Path], columns: int, settings: OutputSettings, console: Console) -> None:
+    """The pictures of a sweep on a sheet in their order, an empty place for each that failed."""
+    from sdcli.contact_sheet import contact_sheet, empty, write_sheet
+    from sdcli.images import open_picture
+
+    labels = labels_of([str(paths.get(job.index, "failed")) for job in jobs], [job.request for job in jobs])
+    pictures = [open_picture(paths[job.index]) if job.index in paths else empty(job.request.final_size) for job in jobs]
+    sheet = contact_sheet(pictures, columns=columns, labels=labels, label_lines=4)
+    on_it = {"pictures": [{"name": str(paths.get(job.index, "")), "request": job.request.typed()} for job in jobs]}
+    for number in itertools.count(1):
+        path = settings.outdir / numbered(PurePosixPath("sweep.png"), number)
+        try:
+            write_sheet(path, sheet, on_it, overwrite=settings.overwrite)
+        except AlreadyExists:
+            continue
+        console.result(str(path), status="sheet", path=str(path), width=sheet.width, height=sheet.height)
+        return
 
 
 def _report(result: Result, console: Console) -> None:

@@ -25,6 +25,9 @@ def command(
     strip: Annotated[
         bool, typer.Option("--strip", help="Write a copy without any metadata (NAME-stripped) and print its path.")
     ] = False,
+    watermark: Annotated[
+        bool, typer.Option("--watermark", help="Look for a text that generate --watermark hid in the colours.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --strip: where the copy goes.")
     ] = None,
@@ -41,6 +44,8 @@ def command(
         raise UsageError(f"{'--output' if output is not None else '--overwrite'} has no effect without --strip")
     if output is not None and len(images) > 1:
         raise UsageError(f"--output names one copy, and there are {len(images)} pictures")
+    if watermark and strip:
+        raise UsageError("--watermark has no effect with --strip")
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     failed = 0
     for path in images:
@@ -48,7 +53,7 @@ def command(
             if strip:
                 _strip(path, output, console, overwrite=overwrite)
             else:
-                _show(path, console)
+                _show(path, console, watermark=watermark)
         except Interrupted:
             raise
         except SdcliError as error:
@@ -62,13 +67,19 @@ def command(
         raise SomeFailed(f"{failed} of {len(images)} pictures could not be {'stripped' if strip else 'read'}")
 
 
-def _show(path: Path, console: Console) -> None:
+def _show(path: Path, console: Console, *, watermark: bool) -> None:
     from sdcli.metadata import read_picture
 
     info = read_picture(path)
+    found: dict[str, str | None] = {}
+    if watermark:
+        from sdcli.images import open_picture
+        from sdcli.watermark import watermark_of
+
+        found["watermark"] = watermark_of(open_picture(path))
     provenance = info.record.provenance if info.record is not None else None
     console.result(
-        _described(info),
+        "\n".join([_described(info), *(f"  {name}: {text or 'none'}" for name, text in found.items())]),
         path=str(path),
         status="ok",
         format=info.format,
@@ -79,6 +90,7 @@ def _show(path: Path, console: Console) -> None:
         provenance=provenance,
         parameters=info.parameters,
         unmapped=info.unmapped,
+        **found,
     )
 
 

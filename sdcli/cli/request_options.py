@@ -18,7 +18,10 @@ ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",),
 SPELLED = {"guidance_scale"}
 """Numbers that may also be written otherwise; `GenerationRequest` reads them."""
 PANELS = {
-    **dict.fromkeys(("model", "negative_prompt", "prompt_template", "loras"), "Model and prompt"),
+    **dict.fromkeys(
+        ("model", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings", "loras"),
+        "Model and prompt",
+    ),
     **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
 }
 METAVARS = {
@@ -26,6 +29,7 @@ METAVARS = {
     "scheduler": "NAME",
     "negative_prompt": "TEXT",
     "prompt_template": "TEXT",
+    "embeddings": "FILE[=WORD]",
     "guidance_scale": "NUMBER|FIRST..LAST",
     "guidance_interval": "START-STOP",
     "init_image": "FILE|-",
@@ -122,7 +126,7 @@ def _fields() -> list[str]:
 def _annotation(name: str) -> Any:
     info = GenerationRequest.model_fields[name]
     kind = next(part for part in get_args(info.annotation) if part is not NoneType)
-    spelled = name in SPELLED or issubclass(kind, Part)
+    spelled = name in SPELLED or (isinstance(kind, type) and issubclass(kind, Part))
     bounds: dict[str, Any] = {}
     for constraint in () if spelled else info.metadata:
         bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}

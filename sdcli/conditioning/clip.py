@@ -57,9 +57,14 @@ class ClipTextEncoder(nn.Module):
         self.encoder = _Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Token ids [B, L] -> hidden states [B, L, hidden_size], normalised; L is at most max_position_embeddings."""
-        return self.final_layer_norm(self.encoder(self.embeddings(token_ids)))
+    def forward(self, token_ids: Tensor, *, clip_skip: int = 1, vectors: Tensor | None = None) -> Tensor:
+        """Token ids [B, L] -> hidden states [B, L, hidden_size], normalised; L is at most max_position_embeddings.
+
+        They are those of the last layer, or with `clip_skip` of the n-th from the end (1..num_hidden_layers).
+        Negative ids stand for rows of `vectors` [M, hidden_size]: -1 for row 0, -2 for row 1, ...
+        """
+        hidden = self.encoder(self.embeddings(token_ids, vectors), len(self.encoder.layers) - (clip_skip - 1))
+        return self.final_layer_norm(hidden)
 
 
 class _Embeddings(nn.Module):
@@ -71,9 +76,13 @@ class _Embeddings(nn.Module):
             torch.empty(config.max_position_embeddings, config.hidden_size)
         )
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, vectors: Tensor | None) -> Tensor:
         positions = torch.arange(token_ids.shape[1], device=token_ids.device)
-        return self.token_embedding(token_ids) + self.position_embedding(positions)
+        embedded = self.token_embedding(token_ids.clamp(min=0))
+        if vectors is not None:
+            own = vectors[(-1 - token_ids).clamp(min=0)]
+            embedded = torch.where((token_ids < 0)[..., None], own, embedded)
+        return embedded + self.position_embedding(positions)
 
 
 class _Encoder(nn.Module):
@@ -81,8 +90,8 @@ class _Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.layers:
+    def forward(self, hidden: Tensor, count: int) -> Tensor:
+        for layer in self.layers[:count]:
             hidden = layer(hidden)
         return hidden
 

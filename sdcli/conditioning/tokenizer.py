@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from sdcli.conditioning.prompt import Chunk, chunked
 from sdcli.errors import BadWeights, NotFound
+from sdcli.hub import local_snapshot
+from sdcli.registry import PACKAGE, EmbeddedSource, FolderSource, HubSource, ModelSpec
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -42,16 +47,58 @@ class ClipTokenizer:
     def __call__(self, text: str) -> Tokens:
         """Start and end are always there; a longer text is cut before the end token."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        room = self.max_length - 2
-        kept = encoding.ids[:room]
-        cut = text_from(text, encoding.offsets, room)
-        padding = [self.pad_id] * (room - len(kept))
-        return Tokens(ids=(self.start_id, *kept, self.end_id, *padding), cut=cut, count=len(encoding.ids))
+        kept = encoding.ids[: self.room]
+        cut = text_from(text, encoding.offsets, self.room)
+        return Tokens(ids=self.framed(kept), cut=cut, count=len(encoding.ids))
+
+    @property
+    def room(self) -> int:
+        """How many tokens fit between start and end."""
+        return self.max_length - 2
+
+    @property
+    def comma_id(self) -> int | None:
+        """The id of a comma, where the vocabulary has one."""
+        return self.tokenizer.token_to_id(f",{WORD_END}")
+
+    def chunks(
+        self, text: str, *, syntax: str, tokens: Mapping[str, range] = MappingProxyType({})
+    ) -> tuple[Chunk, ...]:
+        """A text in A1111's syntax as chunks with weights (see `prompt.chunked`); a plain one as one, cut to fit."""
+        if syntax == "plain":
+            ids = self.words(text)[: self.room]
+            return (Chunk(tuple(ids), (1.0,) * len(ids)),)
+        return chunked(text, self.words, room=self.room, comma=self.comma_id, tokens=tokens)
+
+    def words(self, text: str) -> list[int]:
+        """The ids of a text alone, without start and end, however many there are."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def spelled(self, id: int) -> str:
+        """The letters that a token stands for; a letter cut in two shows as �."""
+        token = self.tokenizer.id_to_token(id) or ""
+        return str(decoders.ByteLevel().decode([token.removesuffix(WORD_END)]))
+
+    def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids that fit, between start and end and padded to `max_length`."""
+        return (self.start_id, *ids, self.end_id, *[self.pad_id] * (self.room - len(ids)))
 
 
 def text_from(text: str, offsets: list[tuple[int, int]], first: int) -> str:
     """The part of the text that token number `first` and all later ones stand for."""
     return text[offsets[first][0] :].strip() if len(offsets) > first else ""
+
+
+def tokenizer_folder(spec: ModelSpec) -> Path:
+    """Where a text model's tokenizer is. Raises Offline for a hub model that is not in the cache."""
+    match spec.source:
+        case EmbeddedSource(folder=name):
+            return PACKAGE / name / "tokenizer"
+        case FolderSource(path=path):
+            return path / "tokenizer"
+        case HubSource() as hub:
+            return local_snapshot(hub, name=spec.name, size=spec.download_bytes) / "tokenizer"
+    return PACKAGE / "clip_tokenizer"
 
 
 def load_tokenizer(folder: Path) -> ClipTokenizer:

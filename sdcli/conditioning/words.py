@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenizers import decoders
 
 from sdcli.conditioning.tokenizer import WORD_END, ClipTokenizer
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the network attends to for one picture, token by token."""
+
+    ids: tuple[int, ...]
+    """Of every chunk, start, end and padding included; those of all prompts that AND joins, one after another."""
+    prompts: int = 1
+    """How many prompts AND joins; all have as many ids."""
+    embeddings: Mapping[str, range] = field(default_factory=dict)
+    """Words that stand for rows of vectors, which have the ids -1 - row."""
+    cut: str = ""
+    """The end of the prompt, where it did not fit."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +32,8 @@ class Word:
     places: tuple[int, ...]
 
 
-def words_of(tokenizer: ClipTokenizer, ids: Sequence[int]) -> tuple[list[Word], list[Word]]:
-    """The words among the ids of a context, each once, and what is no word: start, end, padding, punctuation.
+def words_of(tokenizer: ClipTokenizer, context: Context) -> tuple[list[Word], list[Word]]:
+    """The words of a context, each once, and what is no word: start, end, padding, punctuation.
 
     Every place is in exactly one of them.
     """
@@ -27,7 +41,7 @@ def words_of(tokenizer: ClipTokenizer, ids: Sequence[int]) -> tuple[list[Word], 
     apart: dict[str, list[int]] = {"start": [], "end": [], "padding": [], "punctuation": []}
     inside: list[int] = []
     ended = False
-    for place, token in enumerate(ids):
+    for place, token in enumerate(context.ids):
         if token == tokenizer.start_id:
             apart["start"].append(place)
             ended = False
@@ -38,7 +52,7 @@ def words_of(tokenizer: ClipTokenizer, ids: Sequence[int]) -> tuple[list[Word], 
             ended = True
         else:
             inside.append(place)
-    for text, places in _spelled(tokenizer, ids, inside):
+    for text, places in _spelled(tokenizer, context, inside):
         if any(letter.isalnum() for letter in text):
             words.setdefault(text, []).extend(places)
         else:
@@ -46,10 +60,11 @@ def words_of(tokenizer: ClipTokenizer, ids: Sequence[int]) -> tuple[list[Word], 
     return _words(words), _words(apart)
 
 
-def find(tokenizer: ClipTokenizer, ids: Sequence[int], phrase: str) -> Word | None:
-    """Where a word, or several that follow each other, stand among the ids of a context; None where they do not."""
-    wanted = list(tokenizer.tokenizer.encode(phrase, add_special_tokens=False).ids)
-    starts = [place for place in range(len(ids)) if list(ids[place : place + len(wanted)]) == wanted]
+def find(tokenizer: ClipTokenizer, context: Context, phrase: str) -> Word | None:
+    """Where a word, or several that follow each other, stand in a context; None where they do not."""
+    rows = context.embeddings.get(phrase)
+    wanted = tuple(-1 - row for row in rows) if rows is not None else tuple(tokenizer.words(phrase))
+    starts = [place for place in range(len(context.ids)) if context.ids[place : place + len(wanted)] == wanted]
     places = dict.fromkeys(start + offset for start in starts for offset in range(len(wanted)))
     return Word(phrase, tuple(places)) if places else None
 
@@ -58,13 +73,17 @@ def _words(places: Mapping[str, Sequence[int]]) -> list[Word]:
     return [Word(text, tuple(found)) for text, found in places.items() if found]
 
 
-def _spelled(tokenizer: ClipTokenizer, ids: Sequence[int], places: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+def _spelled(tokenizer: ClipTokenizer, context: Context, places: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
     """Words and their places: up to a token that says that it ends one, and what `_goes_on`."""
     words: list[tuple[str, list[int]]] = []
     pieces: list[str] = []
     here: list[int] = []
     for place in places:
-        piece = tokenizer.tokenizer.id_to_token(ids[place]) or ""
+        token = context.ids[place]
+        if token < 0:
+            words.append((_embedded(context, token), [place]))
+            continue
+        piece = tokenizer.tokenizer.id_to_token(token) or ""
         pieces.append(piece.removesuffix(WORD_END))
         here.append(place)
         if piece.endswith(WORD_END):
@@ -76,6 +95,10 @@ def _spelled(tokenizer: ClipTokenizer, ids: Sequence[int], places: Sequence[int]
     if here:
         words.append((str(decoders.ByteLevel().decode(pieces)), here))
     yield from words
+
+
+def _embedded(context: Context, token: int) -> str:
+    return next(word for word, rows in context.embeddings.items() if -1 - token in rows)
 
 
 def _goes_on(word: str, text: str) -> bool:

@@ -37,9 +37,13 @@ def probabilities(attention: Any, hidden_states: Tensor, encoder_hidden_states: 
 
 @dataclass
 class AttentionMaps:
-    """The maps of a batch of `pictures`, filled step by step while `watching`."""
+    """The maps of a batch of `pictures`, filled step by step while `watching`.
+
+    Where each has several `prompts`, composed by guidance, L counts the tokens of all of them.
+    """
 
     pictures: int
+    prompts: int = 1
     _pending: list[Tensor] = field(default_factory=list)
     _sums: dict[Size, Tensor] = field(default_factory=dict)
     _count: int = 0
@@ -58,9 +62,11 @@ class AttentionMaps:
                 layer.set_processor(processor)
 
     def _note(self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
-        # guidance puts the conditional rows last, and without it there are no others
-        rows = slice(-self.pictures, None)
-        self._pending.append(probabilities(attention, hidden_states[rows], encoder_hidden_states[rows]))
+        # the unconditional rows come first, if there are any, then those of all pictures' first prompts, ...
+        rows = slice(-self.pictures * self.prompts, None)
+        weights = probabilities(attention, hidden_states[rows], encoder_hidden_states[rows])
+        by_prompt = weights.unflatten(0, (self.prompts, self.pictures)).movedim(0, 2).flatten(2)
+        self._pending.append(by_prompt / self.prompts)
 
     def step(self, size: Size) -> None:
         """The network was called once, on latents of that size."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,44 @@ def guided(predict: Predict, scale: Scale, *, rescale: float = 0.0) -> Predict:
         return rescale * (output * (wanted / got)) + (1 - rescale) * output
 
     return guide
+
+
+def composed(predict: Predict, weights: Sequence[Sequence[float]]) -> Predict:
+    """Several prompts as one, uncond + sum_i w_i (cond_i - uncond); Liu et al. 2022, arXiv 2206.01714, equation 11.
+
+    `weights` has for each prompt a weight a picture. `predict` must have been made for the unconditional rows and then
+    those of each prompt; the result is what `guided` takes: x twice in, the unconditional and one conditional half out.
+    """
+
+    def compose(x: Tensor, t: Tensor) -> Tensor:
+        half = x.chunk(2)[0]
+        unconditional, *conditional = predict(torch.cat([half] * (1 + len(weights))), t).chunk(1 + len(weights))
+        total = unconditional
+        for output, weight in zip(conditional, weights, strict=True):
+            total = total + x.new_tensor(weight)[:, None, None, None] * (output - unconditional)
+        return torch.cat([unconditional, total])
+
+    return compose
+
+
+def stepwise(predict_at: Callable[[int], Predict], steps: Mapping[float, int]) -> Predict:
+    """Another predict at each step; `steps` says which one a timestep belongs to (see `steps_by_timestep`)."""
+    return lambda x, t: predict_at(steps[float(t)])(x, t)
+
+
+def steps_by_timestep(timesteps: Tensor, steps: int) -> dict[float, int]:
+    """Timestep -> the number of its step, 1..steps.
+
+    A scheduler that asks the network twice at a timestep (Heun, PNDM) ends one step there and begins the next, which
+    is the one that counts. Of steps that Karras' noise levels round to one timestep (from some 50 on, near the end)
+    the last counts.
+    """
+    return {float(t): index * steps // len(timesteps) + 1 for index, t in enumerate(timesteps)}
+
+
+def conditional_half(predict: Predict) -> Predict:
+    """What `guided` takes at a scale of 1."""
+    return lambda x, t: predict(torch.cat([x, x]), t).chunk(2)[1]
 
 
 def evenly(first: float, last: float, timesteps: Tensor) -> Scale:

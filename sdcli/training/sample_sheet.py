@@ -57,7 +57,7 @@ class SampleSheet:
             network.to(model.device)
         painter = Painter.of(model)
         requests = [
-            resolve(GenerationRequest(prompt=prompt, seed=seed, steps=self.steps), model.spec)
+            resolve(GenerationRequest(prompt=prompt, prompt_syntax="plain", seed=seed, steps=self.steps), model.spec)
             for seed, prompt in enumerate(self.prompts)
         ]
         pictures = [from_pixels(painted.pixels) for painted in paint_pictures(painter, requests)]

@@ -1,0 +1,113 @@
+"""The `tokens` command: how a model reads a prompt, token by token and step by step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sdcli.cli.console import Console, printable
+from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt
+from sdcli.conditioning.prompt import SubPrompt, subprompts
+from sdcli.errors import UsageError
+from sdcli.registry import load_registry, resolve
+from sdcli.request import GenerationRequest, known
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from sdcli.conditioning.tokenizer import ClipTokenizer
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt to read.", show_default=False)],
+    model: ModelOpt = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="A negative prompt to read, too.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps, of which editing speaks.", show_default=False)
+    ] = None,
+    prompt_syntax: Annotated[
+        Literal["a1111", "plain"] | None, typer.Option(help="How prompts are read.", show_default=False)
+    ] = None,
+    models_file: ModelsFileOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show how a model reads a prompt: its tokens and their weights, the chunks, and what is told at which step.
+
+    Nothing is painted, and only the model's tokenizer is loaded. The model's prompt template is applied.
+    """
+    spec = load_registry(models_file).find(model)
+    if spec.kind.conditioning != "text":
+        raise UsageError(f"{spec.name} has no text encoder, so it reads no tokens")
+    asked = GenerationRequest(prompt=prompt, negative_prompt=negative_prompt, steps=steps, prompt_syntax=prompt_syntax)
+    request = resolve(asked, spec)
+    from sdcli.conditioning.tokenizer import load_tokenizer, tokenizer_folder
+
+    tokenizer = load_tokenizer(tokenizer_folder(spec))
+    read: dict[str, Any] = {"steps": known(request.steps), "syntax": known(request.prompt_syntax)}
+    rows = [("prompt", part) for part in subprompts(request.painted_prompt, **read)]
+    if negative_prompt is not None:
+        rows += [("negative prompt", part) for part in subprompts(negative_prompt, compose=False, **read)]
+    texts = [text for role, part in rows for text in _texts(role, part, tokenizer, syntax=read["syntax"])]
+    if as_json:
+        for fields in texts:
+            Console(json=True).result("", **fields)
+    else:
+        _show(texts, tokenizer.room)
+
+
+def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer, *, syntax: str) -> list[dict[str, Any]]:
+    """Each text of a prompt with the steps that it paints, [first, last] of each stretch; JSON-ready."""
+    stretches: dict[str, list[list[int]]] = {}
+    first = 1
+    for last, text in part.texts:
+        stretches.setdefault(text, []).append([first, last])
+        first = last + 1
+    return [
+        {
+            "role": role,
+            "weight": part.weight,
+            "steps": steps,
+            "prompt": text,
+            "chunks": [
+                [
+                    {"id": id, "token": tokenizer.spelled(id), "weight": weight}
+                    for id, weight in zip(chunk.ids, chunk.weights, strict=True)
+                ]
+                for chunk in tokenizer.chunks(text, syntax=syntax)
+            ],
+            "cut": tokenizer(text).cut if syntax == "plain" else "",
+        }
+        for text, steps in stretches.items()
+    ]
+
+
+def _show(texts: list[dict[str, Any]], room: int) -> None:
+    """For people; in colour where stdout is a terminal that shows it, and NO_COLOR is not set."""
+    from rich.console import Console as Terminal
+    from rich.text import Text
+
+    terminal = Terminal(highlight=False, soft_wrap=True)
+    for fields in texts:
+        count = sum(map(len, fields["chunks"]))
+        head = [f"{fields['role']}: {count} token{'s' * (count != 1)}"]
+        head += [f"weight {fields['weight']:g}"] if fields["weight"] != 1 else []
+        stretches = [str(first) if first == last else f"{first}-{last}" for first, last in fields["steps"]]
+        head += [f"steps {', '.join(stretches)}"]
+        terminal.print(Text("; ".join(head), style="bold"))
+        for number, chunk in enumerate(fields["chunks"], start=1):
+            label = f"  chunk {number}, {len(chunk)} of {room}: "
+            terminal.print(Text.assemble((label, "dim"), Text(" ").join(_word(token) for token in chunk)))
+        if fields["cut"]:
+            terminal.print(Text.assemble(("  cut: ", "dim"), (printable(fields["cut"]), "red")))
+
+
+def _word(token: dict[str, Any]) -> Text:
+    from rich.text import Text
+
+    weight = token["weight"]
+    style = "green" if weight > 1 else "yellow" if weight < 1 else ""
+    more = f"*{weight:.3g}" if weight != 1 else ""
+    return Text.assemble((printable(token["token"]) + more, style), (f"·{token['id']}", "dim"))

@@ -1,0 +1,78 @@
+"""Sweeps: `steps=10,20` and `guidance-scale=1..9x3` -> every combination of the values, as lines to paint."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from sdcli.errors import UsageError
+from sdcli.jobs import Line, drawn_seed
+from sdcli.request import ALIASES, GenerationRequest, did_you_mean, digits
+
+MOST_COMBINATIONS = 10_000
+_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)x(\d{1,4})")
+_FIELDS = {info.alias or name for name, info in GenerationRequest.model_fields.items()} - {"schema"} | {"size"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A field of the request and the values it takes one after the other, as they would be typed."""
+
+    field: str
+    values: tuple[str, ...]
+
+
+def parse_axis(text: str) -> Axis:
+    """`steps=10,20`, `guidance-scale=1..9x3` (1, 5 and 9) or `prompt="a cat, sitting",a dog`. Raises UsageError."""
+    name, equals, listed = text.partition("=")
+    field = name.strip().replace("-", "_")
+    field = ALIASES.get(field, field)
+    if field not in _FIELDS:
+        raise UsageError(f"--sweep: a request has no field {name!r}{did_you_mean(field, _FIELDS)}")
+    entries = next(csv.reader([listed], skipinitialspace=True), []) if equals else []
+    values = [value for entry in entries for value in _values(entry.strip())]
+    if not values or not all(values):
+        raise UsageError(f"--sweep is written as steps=10,20 or guidance-scale=1..9x3, not {text!r}")
+    if len(set(values)) < len(values):
+        raise UsageError(f"--sweep: {name} takes a value twice")
+    return Axis(field, tuple(values))
+
+
+def swept(lines: Iterable[Line], axes: Sequence[Axis], typed: Mapping[str, Any], *, base_seed: int) -> list[Line]:
+    """Each line once for every combination, the last axis varying first; all of a line share a seed.
+
+    Raises UsageError for a field that has a value already, and for too many combinations.
+    """
+    named = [axis.field for axis in axes]
+    if len(set(named)) < len(named):
+        raise UsageError("--sweep: a field is swept twice")
+    found = list(lines)
+    for axis in axes:
+        if axis.field in typed or any(axis.field in line.fields for line in found):
+            raise UsageError(f"--sweep: {axis.field} has a value already")
+    count = len(found) * math.prod(len(axis.values) for axis in axes)
+    if count > MOST_COMBINATIONS:
+        raise UsageError(f"--sweep: {count:,} combinations are more than {MOST_COMBINATIONS:,}")
+    more = []
+    for line in found:
+        fields = dict(line.fields)
+        if "seed" not in {*fields, *typed, *named}:
+            fields["seed"] = drawn_seed(base_seed, str(sorted(fields.items())), 1)
+        for values in product(*(axis.values for axis in axes)):
+            more.append(Line(line.number, {**fields, **dict(zip(named, values, strict=True))}, line.problem))
+    return more
+
+
+def _values(entry: str) -> list[str]:
+    match = _RANGE.fullmatch(entry)
+    if match is None:
+        return [entry]
+    first, last, count = float(match[1]), float(match[2]), int(match[3])
+    if count < 2:
+        raise UsageError(f"--sweep: a range has two values or more, not {entry!r}")
+    return [digits(round(first + (last - first) * k / (count - 1), 10)) for k in range(count)]
