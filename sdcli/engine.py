@@ -121,7 +121,7 @@ class Engine:
         the same company, and with that to the same bytes, as an uninterrupted one.
         Raises what `stop` answers, and what concerns every job (no such model, cannot write).
         """
-        finished: dict[int, Path] = {}
+        there: dict[int, Path] = {}
         if journal is not None and self.output.resume:
             sweep(self.output.outdir)
             taken: set[str] = set()
@@ -129,19 +129,19 @@ class Engine:
                 path = journal.finished(job.request.key(), taken=taken)
                 if path is not None:
                     taken.add(path)
-                    finished[job.index] = self.output.outdir / path
+                    there[job.index] = self.output.outdir / path
             self._names |= taken
-        beside = {index: tuple(self.output.beside(path)) for index, path in finished.items()}
+        beside = {index: tuple(self.output.beside(path)) for index, path in there.items()}
         done = {index for index, files in beside.items() if all(file.exists() for file in files)}
         for batch in plan(jobs, self.run):
             for job in batch:
                 if job.index in done:
-                    yield Result("skipped", job, path=finished[job.index], beside=beside[job.index])
+                    yield Result("skipped", job, path=there[job.index], beside=beside[job.index])
             wanted = {job.index for job in batch} - done
             if not wanted:
                 continue
             stop_if_asked(self.stop)
-            yield from self._paint_batch(batch, wanted, finished, journal)
+            yield from self._paint_batch(batch, wanted, there, journal)
         stop_if_asked(self.stop)
 
     def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = ()) -> Painter:
@@ -167,9 +167,9 @@ class Engine:
         return paint_batch(painter, batch, wanted, watches(self.output))
 
     def _paint_batch(
-        self, batch: Sequence[Job], wanted: set[int], finished: Mapping[int, Path], journal: Journal | None
+        self, batch: Sequence[Job], wanted: set[int], there: Mapping[int, Path], journal: Journal | None
     ) -> Iterator[Event]:
-        """Paint the `wanted` of a batch. Those that are `finished` lack only what explains them."""
+        """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
         started = time.monotonic()
         request = batch[0].request
         if self._painter is None or self._painter.model.spec.name != request.model:
@@ -203,7 +203,7 @@ class Engine:
             for event in self.paint_batch(fitting, wanted):
                 if isinstance(event, Painted):
                     share = (time.monotonic() - started) / len(wanted)
-                    path = finished.get(event.job.index)
+                    path = there.get(event.job.index)
                     again = path is not None
                     if path is None:
                         yield Phase("save")

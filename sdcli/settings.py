@@ -79,4 +79,9 @@ class OutputSettings:
         return [picture.parent / f"{picture.stem}{suffix}" for suffix in suffixes]
 
 
+def explains(stem: str) -> bool:
+    """Whether a file or folder of that name, without its last suffix, is what explains a picture beside it."""
+    return stem.endswith((".trace", ".heatmap"))
+
+
 SUFFIX_OF: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}

@@ -20,6 +20,7 @@ from sdcli.conditioning.words import Context, find, words_of
 from sdcli.denoise.attention_maps import AttentionMaps, probabilities
 from sdcli.errors import UsageError
 from sdcli.heatmap import overlay
+from sdcli.inputs import input_files
 from sdcli.loading import LoadedModel, load_model
 from sdcli.registry import PACKAGE, load_registry
 from sdcli.request import known
@@ -186,6 +187,15 @@ def test_maps_are_those_of_the_prompt_and_of_one_picture_alone() -> None:
     one = maps("one", "a cat", "a cat and a dog", "--negative-prompt", "ugly")
     np.testing.assert_allclose(one, maps("two", "a cat", "--negative-prompt", "pretty"), rtol=1e-4, atol=1e-6)
     assert not np.allclose(one, maps("three", "the cat"), rtol=1e-2)
+
+
+def test_what_explains_pictures_is_no_picture_of_their_folder() -> None:
+    results("a cat", "-o", "out/{index}.png", "--heatmap", "cat", "--trace", "1", "--trace-format", "webp")
+    assert len(list(Path("out").rglob("*.*"))) > 4
+    found = input_files([Path("out")], suffixes=frozenset({".png", ".webp"}), kind="pictures")
+    assert [file.path for file in found] == [Path("out/1.png")]
+    named = input_files([Path("out/1.trace.png")], suffixes=frozenset({".png"}), kind="pictures")
+    assert [file.path for file in named] == [Path("out/1.trace.png")]
 
 
 def test_a_resumed_run_maps_what_is_painted_already() -> None:
