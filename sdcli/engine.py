@@ -144,27 +144,32 @@ class Engine:
             yield from self._paint_batch(batch, wanted, there, journal)
         stop_if_asked(self.stop)
 
-    def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = ()) -> Painter:
-        """The painter of a model with some LoRAs merged into it; the last one of each stays warm."""
-        if self._painter is None or self._painter.model.spec != spec:
+    def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Painter:
+        """The painter of a model with some LoRAs merged into it, and a refiner; the last one of each stays warm."""
+        if self._painter is None or _specs(self._painter) != (spec, refiner):
             self._painter = self._with_loras = None
             gc.collect()
-            self._painter = Painter.of(
-                load_model(spec, device=self.run.device, dtype=self.run.dtype, offline=self.run.offline)
-            )
+            how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
+            ending = load_model(refiner, leave_out={"vae"}, **how) if refiner is not None else None
+            self._painter = Painter.of(load_model(spec, **how), refiner=ending)
         if not loras:
             return self._painter
         if self._with_loras is None or tuple(one.ref for one in self._with_loras.model.loras) != loras:
             self._with_loras = None
             gc.collect()
-            self._with_loras = Painter.of(with_loras(self._painter.model, loras, folder=self.run.lora_dir))
+            self._with_loras = self._painter.with_model(
+                with_loras(self._painter.model, loras, folder=self.run.lora_dir)
+            )
         return self._with_loras
+
+    def painter_for(self, request: GenerationRequest) -> Painter:
+        """The painter of a resolved request. Raises what finding and loading its models and LoRAs raises."""
+        refiner = self.registry.find(request.refiner) if request.refiner is not None else None
+        return self.load(self.registry.find(request.model), request.loras, refiner=refiner)
 
     def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
-        request = batch[0].request
-        painter = self.load(self.registry.find(request.model), request.loras)
-        return paint_batch(painter, batch, wanted, watches(self.output))
+        return paint_batch(self.painter_for(batch[0].request), batch, wanted, watches(self.output))
 
     def _paint_batch(
         self, batch: Sequence[Job], wanted: set[int], there: Mapping[int, Path], journal: Journal | None
@@ -172,13 +177,14 @@ class Engine:
         """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
         started = time.monotonic()
         request = batch[0].request
-        if self._painter is None or self._painter.model.spec.name != request.model:
+        warm_names = [spec and spec.name for spec in _specs(self._painter)] if self._painter is not None else []
+        if warm_names != [request.model, request.refiner]:
             yield Phase("load", request.model or "")
-        spec, warm = self.registry.find(request.model), self._with_loras
-        self.load(spec)
+        warm = self._with_loras
+        self.painter_for(request.model_copy(update={"loras": ()}))
         stop_if_asked(self.stop)
         try:
-            painter = self.load(spec, request.loras)
+            painter = self.painter_for(request)
         except (BadWeights, NotFound, UsageError) as error:  # concerns the jobs with these LoRAs alone
             for job in batch:
                 if job.index in wanted:
@@ -207,7 +213,7 @@ class Engine:
                     again = path is not None
                     if path is None:
                         yield Phase("save")
-                        path = self._save(event, painter.model, journal)
+                        path = self._save(event, painter, journal)
                     result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
                     if self.output.beside(path):
                         yield Phase("explain")
@@ -220,12 +226,12 @@ class Engine:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
 
-    def _save(self, painted: Painted, model: LoadedModel, journal: Journal | None) -> Path:
+    def _save(self, painted: Painted, painter: Painter, journal: Journal | None) -> Path:
         """Write one picture under a name that is free, or that may be overwritten."""
         image = from_pixels(painted.pixels)
         request, output = painted.job.request, self.output
         facts = provenance(
-            model,
+            painter,
             batch={"size": painted.batch_size, "index": painted.batch_index},
             fallbacks=painted.fallbacks,
             pixels=pixels_digest(image),
@@ -415,21 +421,21 @@ def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
         r = job.request
         shared = tuple(value for name, value in r if name not in PER_PICTURE)
         groups.setdefault((shared, r.masked, is_latents(r.init_image)), []).append(job)
-    models, weights = (list(dict.fromkeys(kind(job) for job in jobs)) for kind in (_model, _weights))
+    models, weights = (list(dict.fromkeys(kind(job) for job in jobs)) for kind in (_models, _weights))
     batches = []
-    for group in sorted(groups.values(), key=lambda g: (models.index(_model(g[0])), weights.index(_weights(g[0])))):
+    for group in sorted(groups.values(), key=lambda g: (models.index(_models(g[0])), weights.index(_weights(g[0])))):
         width, height = group[0].request.final_size
         size = run.batch_size or automatic_batch_size(width * height, device=run.device)
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
 
 
-def _model(job: Job) -> str | None:
-    return job.request.model
+def _models(job: Job) -> tuple[str | None, ...]:
+    return job.request.model, job.request.refiner
 
 
-def _weights(job: Job) -> tuple[str | None, tuple[LoraRef, ...]]:
-    return job.request.model, job.request.loras
+def _weights(job: Job) -> tuple[tuple[str | None, ...], tuple[LoraRef, ...]]:
+    return _models(job), job.request.loras
 
 
 def automatic_batch_size(pixels: int, *, device: str) -> int:
@@ -491,6 +497,10 @@ def _try_decode(painter: Painter, latents: Tensor, *, tiled: bool) -> Tensor | N
     return None
 
 
+def _specs(painter: Painter) -> tuple[ModelSpec, ModelSpec | None]:
+    return painter.model.spec, painter.refiner.model.spec if painter.refiner is not None else None
+
+
 def free_caches() -> None:
     """Give cached memory back before the next attempt."""
     gc.collect()
@@ -531,13 +541,14 @@ def lora_notes(model: LoadedModel) -> list[str]:
     ]
 
 
-def provenance(model: LoadedModel, **facts: Any) -> dict[str, Any]:
+def provenance(painter: Painter, **facts: Any) -> dict[str, Any]:
     """The facts of a run that belong into a picture's record. No times: the same request gives the same bytes."""
+    model = painter.model
     return {
         "sdcli": sdcli.__version__,
         "model": model.spec.name,
         "origin": model.spec.origin(),
-        "weights": model.weights(),
+        "weights": painter.weights(),
         **({"loras": [_lora_facts(one) for one in model.loras]} if model.loras else {}),
         "torch": torch.__version__,
         "diffusers": importlib.metadata.version("diffusers"),

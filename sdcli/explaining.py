@@ -60,9 +60,24 @@ def check(painter: Painter, request: GenerationRequest, output: OutputSettings) 
 
 def glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step) -> Image.Image:
     """The pictures as the network guesses them at a step, quickly decoded; several of them on one sheet."""
-    _, guess = seen_and_guessed(scheduler_for(painter.model, requests[0]), step)
+    _, guess = guesses_of(painter, requests[0])(step)
     pictures = [from_pixels(glance(painter.space, x)) for x in guess]
     return pictures[0] if len(pictures) == 1 else contact_sheet(pictures)
+
+
+def guesses_of(painter: Painter, request: GenerationRequest) -> Callable[[Step], tuple[Tensor, Tensor]]:
+    """`seen_and_guessed` for the steps of a request, whose last ones may be a refiner's with a scheduler of its own."""
+    base = scheduler_for(painter.model, request)
+    if painter.refiner is None:
+        return lambda step: seen_and_guessed(base, step)
+    refining = scheduler_for(painter.refiner.model, request)
+    begins = float(base.config.num_train_timesteps) * (1 - known(request.refiner_start))
+
+    def guess(step: Step) -> tuple[Tensor, Tensor]:
+        either = (base, refining) if float(step.t) >= begins else (refining, base)
+        return seen_and_guessed(next(one for one in either if (one.timesteps == step.t).any()), step)
+
+    return guess
 
 
 def _tracing(asked: TraceSettings) -> Watch:
@@ -91,7 +106,7 @@ class Tracing:
     _passes: int = 0
 
     def __post_init__(self) -> None:
-        self._scheduler = scheduler_for(self.painter.model, self.requests[0])
+        self._guesses = guesses_of(self.painter, self.requests[0])
 
     def see(self, step: Step) -> None:
         """Keep a step that is asked for."""
@@ -100,7 +115,7 @@ class Tracing:
             if self._passes == 1:
                 check_chosen(self.asked.steps, step.count, self.requests[0].final_size)
         if step.index + 1 in chosen(self.asked.steps, step.count):
-            x, guess = seen_and_guessed(self._scheduler, step)
+            x, guess = self._guesses(step)
             second = self._passes == 2
             self._seen.append(_Seen(step.index + 1, step.count, float(step.t), x.cpu(), guess.cpu(), second))
 
@@ -171,7 +186,7 @@ class Asked:
 def asked_words(painter: Painter, request: GenerationRequest, asked: Sequence[str]) -> Asked:
     """Those of a prompt, or all of its words where none are named. Raises UsageError where there are none."""
     context = painter.encode.read(request)
-    tokenizer = known(painter.model.tokenizer)
+    tokenizer = known(painter.model.tokenizer or painter.model.tokenizer_2)
     words, apart = words_of(tokenizer, context)
     found = {phrase: find(tokenizer, context, phrase) for phrase in asked}
     chosen = [word for word in found.values() if word is not None] if asked else words

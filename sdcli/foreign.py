@@ -93,6 +93,8 @@ def a1111_text(
         "Mask blur": _shortest(request.mask_blur),
         "Hires upscale": _shortest(request.upscale.factor if request.upscale else None),
         "Eta": _shortest(request.eta) if row and row.uses_eta and request.eta else None,
+        "Refiner": request.refiner and _a1111_model(request.refiner),
+        "Refiner switch at": _shortest(request.refiner_start),
         "RNG": "CPU",
         "Lora hashes": ", ".join(f"{name}: {digest}" for name, digest in (lora_hashes or {}).items()) or None,
         "Version": f"sdcli {version}",

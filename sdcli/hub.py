@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,24 +29,34 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (file, bytes of the whole pull that are here, bytes of the whole pull)."""
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 """Component -> the stem of its weight files."""
+_TOKENIZER = {
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
 SIDE_FILES = {
-    "unet": {"config.json"},
-    "vae": {"config.json"},
-    "text_encoder": {"config.json"},
-    "tokenizer": {
-        "vocab.json",
-        "merges.txt",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    },
+    **{part: {"config.json"} for part in WEIGHTS},
+    "tokenizer": _TOKENIZER,
+    "tokenizer_2": _TOKENIZER,
     "scheduler": {"scheduler_config.json"},
 }
 """Component -> the small files it may have; no other name is ever downloaded."""
-PIPELINES = {"StableDiffusionPipeline", "LatentConsistencyModelPipeline"}
+PIPELINES = {
+    "StableDiffusionPipeline",
+    "LatentConsistencyModelPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+}
 """The classes of model_index.json that are downloaded; `model_folder.LAYOUTS` knows more, for folders on disk."""
 MAX_SIDE_FILE_BYTES = 32 * 1024**2
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -159,21 +169,37 @@ def first_missing(folder: Path, *, variant: str | None) -> str | None:
     present = {path.relative_to(folder).as_posix() for path in folder.glob("*") if path.is_file()} | {
         path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()
     }
-    required = ["model_index.json", *(f"{part}/config.json" for part in WEIGHTS), "scheduler/scheduler_config.json"]
-    if "tokenizer/tokenizer.json" not in present:
-        required += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
+    if "model_index.json" not in present:
+        return "model_index.json"
+    index: dict[str, Any] = {}
+    with contextlib.suppress(BadWeights):  # loading it will say so
+        index = _read_index(folder / "model_index.json")
+    parts = weighty_parts(index)
+    required = [*(f"{part}/config.json" for part in parts), "scheduler/scheduler_config.json"]
+    for tokenizer in (part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")):
+        if f"{tokenizer}/tokenizer.json" not in present:
+            required += [f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"]
     for file in required:
         if file not in present:
             return file
-    for part, stem in WEIGHTS.items():
+    for part in parts:
         names = weight_files(present, part, variant=variant)
         if not names:
-            return f"{part}/{stem}.safetensors"
-        for index in (name for name in names if name.endswith(".index.json")):
-            for shard in _shards_named_in(folder / index):
+            return f"{part}/{WEIGHTS[part]}.safetensors"
+        for listing in (name for name in names if name.endswith(".index.json")):
+            for shard in _shards_named_in(folder / listing):
                 if f"{part}/{shard}" not in present:
                     return f"{part}/{shard}"
     return None
+
+
+def weighty_parts(model_index: Mapping[str, Any]) -> list[str]:
+    """The components with weights: UNet, VAE, and the text encoders that model_index.json names, one at least.
+
+    An SDXL refiner's `text_encoder` is [null, null].
+    """
+    named = [part for part in WEIGHTS if part.startswith("text") and model_index.get(part) not in (None, [None, None])]
+    return ["unet", "vae", *(named or ["text_encoder"])]
 
 
 def _shards_named_in(index: Path) -> list[str]:
@@ -204,8 +230,17 @@ def weight_files(present: Iterator[str] | set[str] | list[str], part: str, *, va
     return []
 
 
-def wanted_files(present: Mapping[str, int], *, variant: str | None, repo: str) -> list[str]:
-    """Which of a repository's files (path -> bytes) to download, the small ones first. Raises BadWeights."""
+def wanted_files(
+    present: Mapping[str, int],
+    *,
+    variant: str | None,
+    repo: str,
+    parts: Iterable[str] = ("unet", "vae", "text_encoder"),
+) -> list[str]:
+    """Which of a repository's files (path -> bytes) to download for some `weighty_parts`, the small ones first.
+
+    Raises BadWeights.
+    """
     small = [
         path
         for path in sorted(present)
@@ -216,7 +251,7 @@ def wanted_files(present: Mapping[str, int], *, variant: str | None, repo: str) 
         hint = f"; download {single[0]} yourself and give its path as the model" if single else ""
         raise BadWeights(f"{repo} is not in the diffusers layout: it has no model_index.json{hint}")
     weights: list[str] = []
-    for part, stem in WEIGHTS.items():
+    for part in parts:
         names = weight_files(set(present), part, variant=variant)
         if not names:
             if any(path.startswith(f"{part}/") and path.endswith((".bin", ".ckpt", ".pt")) for path in present):
@@ -224,7 +259,7 @@ def wanted_files(present: Mapping[str, int], *, variant: str | None, repo: str) 
                     f"{repo} has its {part} only as a pickle, which can run any code when opened; sdcli downloads "
                     "safetensors only (look for a revision or another repository that has them)"
                 )
-            raise BadWeights(f"{repo} has no {part}/{stem}.safetensors")
+            raise BadWeights(f"{repo} has no {part}/{WEIGHTS[part]}.safetensors")
         weights += names
     for path in small:
         if present[path] > MAX_SIDE_FILE_BYTES:
@@ -235,8 +270,6 @@ def wanted_files(present: Mapping[str, int], *, variant: str | None, repo: str) 
 def require_paintable(model_index: Mapping[str, Any], *, name: str) -> None:
     """Raise UsageError where model_index.json is of a pipeline that sdcli does not know."""
     pipeline = model_index.get("_class_name")
-    if isinstance(pipeline, str) and pipeline.startswith("StableDiffusionXL"):
-        raise UsageError(f"model {name!r} is of the sdxl family ({pipeline}), which is not yet supported")
     if pipeline not in PIPELINES:
         raise UsageError(
             f"model {name!r} is made for {pipeline or 'an unnamed pipeline'}, which is not supported "
@@ -293,10 +326,13 @@ def _pull(spec: ModelSpec, source: HubSource, progress: Progress) -> PullReport:
     commit, remote = _announced(api, source)
     folder = repo_folder(source.repo) / "snapshots" / commit
     sizes = {path: file.size for path, file in remote.items()}
+    index: dict[str, Any] = {}
     if "model_index.json" in remote and sizes["model_index.json"] <= MAX_SIDE_FILE_BYTES:
         _fetch(api, source, commit, remote["model_index.json"], folder, lambda _: None)
-        require_paintable(_read_index(folder / "model_index.json"), name=spec.name)
-    files = [remote[path] for path in wanted_files(sizes, variant=source.variant, repo=source.repo)]
+        index = _read_index(folder / "model_index.json")
+        require_paintable(index, name=spec.name)
+    wanted = wanted_files(sizes, variant=source.variant, repo=source.repo, parts=weighty_parts(index))
+    files = [remote[path] for path in wanted]
     total = sum(file.size for file in files)
     absent = [file for file in files if not _is_whole(folder / file.path, file)]
     _require_disk(spec.name, source.repo, absent)

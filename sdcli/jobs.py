@@ -195,6 +195,8 @@ def expand(
                 asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
             if asked.variation_strength is not None and asked.variation_seed is None:
                 asked = asked.changed(variation_seed=drawn_seed(base_seed, f"{key}:variation", seen[key]))
+            if asked.refiner is not None:
+                registry.find(asked.refiner).require_supported()
             counted = "seed" if asked.variation_strength is None else "variation_seed"
             first = known(getattr(asked, counted))
             if first + count - 1 > MAX_SEED:

@@ -19,6 +19,8 @@ from typing import Any
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 _EAGER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets", "diffusers.models.autoencoders")
+_PIPELINES_LORA = ("diffusers.loaders.lora_base", "diffusers.loaders.lora_pipeline")
+"""Part of pipelines, not of models; imported without peft, they could not fuse a LoRA afterwards."""
 _ABSENT = ("transformers", "scipy", "peft")
 
 
@@ -50,7 +52,7 @@ def lean_imports() -> Iterator[None]:
                 sys.modules[name] = module
         for name, available in availability.items():
             setattr(import_utils, f"_{name}_available", available)
-        for name in (*_EAGER_PACKAGES, "diffusers.loaders"):
+        for name in (*_EAGER_PACKAGES, "diffusers.loaders", *_PIPELINES_LORA):
             sys.modules.pop(name, None)
 
 

@@ -6,7 +6,7 @@ Which folders there are, and what stands where in them, is in `model_folder.py`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder
+from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
@@ -43,18 +43,25 @@ from sdcli.registry import (
     described,
 )
 from sdcli.request import LoraRef
+from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 
-Part = Literal["text_encoder", "unet", "vae"]
-PARTS: tuple[Part, ...] = ("text_encoder", "unet", "vae")
-NAMES: dict[str, str] = {"text_encoder": "text encoder", "unet": "UNet", "vae": "VAE"}
+Part = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
+PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "unet", "vae")
+NAMES: dict[str, str] = {
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "unet": "UNet",
+    "vae": "VAE",
+}
+TEXT_ENCODERS = {"text_encoder", "text_encoder_2"}
 NETWORKS: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "UNet2DModel": UNet2DModel,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
 }
-"""diffusers' classes by the names in config.json; the text encoder is our own."""
+"""diffusers' classes by the names in config.json; the text encoders are our own."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,15 @@ class LoadedModel:
     identities: Mapping[str, Future[str]] = field(repr=False)
     """Of the parts as they were loaded, without the LoRAs."""
     loras: tuple[AppliedLora, ...] = ()
+    tokenizer_2: ClipTokenizer | None = None
+    """SDXL's second text encoder has its own; a refiner has only that."""
+    zeros_for_empty_prompt: bool = False
+    """Whether an empty negative prompt is all zeros; SDXL's base model was trained so."""
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether it has the text encoders of SDXL, and takes the conditions that they make."""
+        return "text_encoder_2" in self.parts
 
     @cached_property
     def unet(self) -> UNet:
@@ -95,6 +111,10 @@ class LoadedModel:
     @cached_property
     def text_encoder(self) -> ClipTextEncoder:
         return self._part("text_encoder")
+
+    @cached_property
+    def text_encoder_2(self) -> ProjectedClipTextEncoder:
+        return self._part("text_encoder_2")
 
     def _part(self, name: str) -> Any:
         if name not in self.parts:
@@ -176,10 +196,11 @@ def load_model(
     offline: bool = False,
     parts: Iterable[Part] | None = None,
     needs: Part = "unet",
+    leave_out: Container[Part] = (),
 ) -> LoadedModel:
     """Load a model from wherever its spec says, or some `parts` of it. The network is never used.
 
-    Without `parts` it is all that is there; `needs` is what it is of no use without.
+    Without `parts` it is all that is there but `leave_out`; `needs` is what it is of no use without.
     Raises NotFound, Offline (a hub model that is not in the cache; `sdcli models pull` gets it), BadWeights and
     UsageError, also for a part that this kind of model does not have.
     """
@@ -203,14 +224,16 @@ def load_model(
             build = _from_folder(
                 local_snapshot(hub, name=spec.name, size=spec.download_bytes), number, variant=hub.variant
             )
-    wanted = build.parts if parts is None else tuple(parts)
+    wanted = tuple(part for part in build.parts if part not in leave_out) if parts is None else tuple(parts)
     for part in (needs,) if parts is None else wanted:
         if part not in build.parts:
             raise UsageError(_lacks(spec.name, part, build.parts))
+    if "text_encoder" in wanted and "text_encoder_2" not in wanted and "text_encoder_2" in build.parts:
+        raise UsageError(f"{spec.name} has two text encoders (SDXL), and one alone is of no use here")
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
     identities: dict[str, Future[str]] = {part: hashing.submit(build.identity, part) for part in wanted}
     hashing.shutdown(wait=False)
-    networks: dict[str, nn.Module] = {part: _placed(build.network(part), target, number) for part in wanted}
+    networks: dict[str, nn.Module] = {part: _placed(build.network(part), target) for part in wanted}
     if "unet" in networks and target.type == "cpu" and number != torch.float32:
         use_sliced_self_attention(networks["unet"])
     return LoadedModel(
@@ -219,8 +242,10 @@ def load_model(
         dtype=number,
         scheduler_config=build.scheduler_config,
         parts=networks,
-        tokenizer=build.tokenizer() if "text_encoder" in wanted else None,
+        tokenizer=build.tokenizer("text_encoder") if "text_encoder" in wanted else None,
         identities=identities,
+        tokenizer_2=build.tokenizer("text_encoder_2") if "text_encoder_2" in wanted else None,
+        zeros_for_empty_prompt=build.zeros_for_empty_prompt,
     )
 
 
@@ -231,10 +256,11 @@ def _finished(identity: str) -> Future[str]:
     return known
 
 
-def _placed(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _placed(network: nn.Module, device: torch.device) -> nn.Module:
     """On the device; convolutions channels-last in half precision, where it is quicker (float32 stays bit-exact)."""
     network = network.to(device)
-    return network.to(memory_format=torch.channels_last) if dtype != torch.float32 else network  # type: ignore[call-overload]
+    half = next(network.parameters()).dtype != torch.float32
+    return network.to(memory_format=torch.channels_last) if half else network  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -243,35 +269,56 @@ class _Build:
 
     parts: tuple[Part, ...]
     network: Callable[[str], nn.Module]
-    tokenizer: Callable[[], ClipTokenizer]
+    tokenizer: Callable[[str], ClipTokenizer]
+    """The tokenizer of a text encoder."""
     identity: Callable[[str], str]
     scheduler_config: Mapping[str, Any]
+    zeros_for_empty_prompt: bool = False
 
 
 # Random weights
 
 
 def _from_recipe(source: RandomSource, dtype: torch.dtype) -> _Build:
-    configs = _sd15_configs() if source.architecture == "sd15" else _TINY_CONFIGS
+    configs = _recipe_configs(source.architecture)
 
     def network(part: str) -> nn.Module:
         empty = _empty(part, configs[part], source=f"random-{source.architecture}")
-        fill(empty, random_tensors(empty, dtype, seed=source.seed), source=source.architecture)
+        number = _dtype_for(part, configs[part], dtype, parts=configs)
+        fill(empty, random_tensors(empty, number, seed=source.seed), source=source.architecture)
         return empty
 
     return _Build(
-        PARTS,
+        tuple(part for part in PARTS if part in configs),
         network,
-        tokenizer=lambda: load_tokenizer(PACKAGE / "clip_tokenizer"),
+        tokenizer=lambda part: _shipped_tokenizer(open_clip=part == "text_encoder_2"),
         identity=lambda part: f"random:{source.architecture}:{source.seed}",
-        scheduler_config=_sd15_configs()["scheduler"],
+        scheduler_config=configs["scheduler"],
+        zeros_for_empty_prompt="text_encoder_2" in configs,
     )
 
 
-def _sd15_configs() -> dict[str, dict[str, Any]]:
-    folder = PACKAGE / "sd1_config"
-    names = {"scheduler": "scheduler_config.json"}
-    return {part: read_json_object(folder / part / names.get(part, "config.json")) for part in (*PARTS, "scheduler")}
+def _recipe_configs(architecture: str) -> dict[str, dict[str, Any]]:
+    match architecture:
+        case "sd15":
+            return _shipped_configs("sd1_config")
+        case "sdxl":
+            return _shipped_configs("sdxl_config")
+        case "tiny-sdxl":
+            return {**_shipped_configs("sdxl_config"), **_TINY_SDXL_CONFIGS}
+        case _:
+            return {**_shipped_configs("sd1_config"), **_TINY_CONFIGS}
+
+
+def _shipped_configs(name: str) -> dict[str, dict[str, Any]]:
+    """Component -> its configuration, of a family whose small files are in the package."""
+    return {file.parent.name: read_json_object(file) for file in (PACKAGE / name).glob("*/*config.json")}
+
+
+def _shipped_tokenizer(*, open_clip: bool) -> ClipTokenizer:
+    """CLIP's own; the text encoders of OpenCLIP (SD 2.x, SDXL's second) have the same one, but pad with number 0."""
+    tokenizer = load_tokenizer(PACKAGE / "clip_tokenizer")
+    return replace(tokenizer, pad_id=0) if open_clip else tokenizer
 
 
 _TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -301,6 +348,19 @@ _TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2,
     },
 }
+_TINY_SDXL_CONFIGS: dict[str, dict[str, Any]] = {
+    **_TINY_CONFIGS,
+    "unet": {
+        **_TINY_CONFIGS["unet"],
+        "transformer_layers_per_block": [2, 1],
+        "use_linear_projection": True,
+        "cross_attention_dim": 64,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+    "text_encoder_2": {**_TINY_CONFIGS["text_encoder"], "hidden_act": "gelu", "eos_token_id": 2, "projection_dim": 32},
+}
 
 
 # A diffusers folder
@@ -308,33 +368,38 @@ _TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None) -> _Build:
     layout = read_layout(folder)
-    stems = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    is_sdxl = "text_encoder_2" in layout.components
 
     def files(part: str) -> list[Path]:
-        return shards(folder / layout.folder_of(part), stems[part], variant=variant)
+        stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
+        return shards(folder / layout.folder_of(part), stem, variant=variant)
 
     def network(part: str) -> nn.Module:
-        empty = _empty(part, network_config(folder, layout, part), source=str(folder / layout.folder_of(part)))
+        config = network_config(folder, layout, part)
+        empty = _empty(part, config, source=str(folder / layout.folder_of(part)))
+        number = _dtype_for(part, config, dtype, parts=layout.components)
         wanted = set(empty.state_dict())
         tensors: dict[str, Tensor] = {}
         for file in files(part):
-            tensors |= read_tensors(file, dtype, rename=lambda stored: _modern_name(part, stored, wanted))
+            tensors |= read_tensors(file, number, rename=lambda stored: _modern_name(part, stored, wanted))
         fill(empty, tensors, source=str(files(part)[0]))
         return empty
 
+    index = read_json_object(folder / "model_index.json")
     scheduler = read_json_object(folder / "scheduler" / "scheduler_config.json")
     return _Build(
         tuple(part for part in PARTS if part in layout.components),
         network,
-        tokenizer=lambda: load_tokenizer(folder / "tokenizer"),
+        tokenizer=lambda part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")),
         identity=lambda part: _files_digest(files(part)),
-        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text else scheduler,
+        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not is_sdxl else scheduler,
+        zeros_for_empty_prompt=is_sdxl and index.get("force_zeros_for_empty_prompt", True) is True,
     )
 
 
 def _modern_name(part: str, stored: str, wanted: set[str]) -> str | None:
     """The present name of a parameter: older transformers and diffusers spelled some otherwise."""
-    if part == "text_encoder":
+    if part in TEXT_ENCODERS:
         name = stored.removeprefix("text_model.")
         return None if name.endswith("position_ids") else name
     if part == "vae" and stored not in wanted:
@@ -359,85 +424,109 @@ def _mended_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _from_single_file(path: Path, dtype: torch.dtype) -> _Build:
     names = set(check_header(path)) - {"__metadata__"}
-    _check_ldm_layout(path, names)
-    configs = _sd15_configs()
-    prefixes = {
-        "unet": ("model.diffusion_model.",),
-        "vae": ("first_stage_model.",),
-        "text_encoder": ("cond_stage_model.",),
-    }
+    layout = layout_of(names)
+    _check_ldm_names(path, names, layout)
+    configs: dict[str, dict[str, Any]] = {}
+    for folder in layout.configs:
+        configs |= _shipped_configs(folder)
 
     def network(part: str) -> nn.Module:
         with lean_imports():
             from diffusers.loaders import single_file_utils as ldm
 
-        stored = read_tensors(path, dtype, rename=lambda name: name if name.startswith(prefixes[part]) else None)
+        prefix, number = layout.prefixes[part], _dtype_for(part, configs[part], dtype, parts=layout.prefixes)
+        stored = read_tensors(path, number, rename=lambda name: name if name.startswith(prefix) else None)
         empty = _empty(part, configs[part], source=str(path))
         try:
             if part == "unet":
                 tensors = ldm.convert_ldm_unet_checkpoint(stored, configs[part])
             elif part == "vae":
                 tensors = ldm.convert_ldm_vae_checkpoint(stored, configs[part])
+            elif layout.has_open_clip(part):
+                tensors = ldm.convert_open_clip_checkpoint(empty, stored, prefix=prefix)
             else:
-                tensors = {
-                    name.removeprefix("text_model."): tensor
-                    for name, tensor in ldm.convert_ldm_clip_checkpoint(stored).items()
-                    if not name.endswith("position_ids")
-                }
+                tensors = ldm.convert_ldm_clip_checkpoint(stored)
         except (KeyError, IndexError, RuntimeError) as error:
-            raise BadWeights(f"{path}: its {part} is not laid out as Stable Diffusion 1.x ({error})") from None
+            raise BadWeights(f"{path}: its {NAMES[part]} is not laid out as that of {layout.title} ({error})") from None
+        if part in TEXT_ENCODERS:
+            tensors = {
+                name.removeprefix("text_model."): tensor
+                for name, tensor in tensors.items()
+                if not name.endswith("position_ids")
+            }
         fill(empty, tensors, source=f"{path} ({part})")
         return empty
 
     return _Build(
-        PARTS,
+        tuple(part for part in PARTS if part in layout.prefixes),
         network,
-        tokenizer=lambda: load_tokenizer(PACKAGE / "clip_tokenizer"),
+        tokenizer=lambda part: _shipped_tokenizer(open_clip=layout.has_open_clip(part)),
         identity=lambda part: _files_digest([path]),
-        scheduler_config=configs["scheduler"],
+        scheduler_config={**configs["scheduler"], **_prediction(path, names, layout)},
+        zeros_for_empty_prompt=layout is SDXL,
     )
 
 
-def _check_ldm_layout(path: Path, names: set[str]) -> None:
+def _prediction(path: Path, names: set[str], layout: SingleFileLayout) -> dict[str, Any]:
+    """What the UNet was trained to predict, where it is not the noise: SDXL files of v-prediction carry marks.
+
+    SD 2.x files have none. There ComfyUI's observation helps: in a v-prediction model one bias is spread wider.
+    """
+    bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    v = "v_pred" in names
+    if layout is SD2 and bias in names:
+        (values,) = read_tensors(path, torch.float32, rename=lambda name: name if name == bias else None).values()
+        v = bool(values.std(correction=0) > 0.09)
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names} if v else {}
+
+
+def _check_ldm_names(path: Path, names: set[str], layout: SingleFileLayout) -> None:
     """Tell the files that people confuse with a checkpoint apart, each with its own sentence."""
 
     def some(*starts: str) -> bool:
         return any(name.startswith(starts) for name in names)
 
-    if some("lora_unet_", "lora_te_") or any(".lora_A." in name or ".lora.down." in name for name in names):
+    if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
         raise BadWeights(f"{path} is a LoRA, not a whole model; paint with it by --lora {path}")
-    if some("conditioner.embedders."):
-        raise UsageError(f"{path} is of the sdxl family, which is not yet supported")
-    if some("cond_stage_model.model."):
-        raise UsageError(f"{path} is Stable Diffusion 2.x in a single file; use its diffusers folder instead")
+    if some("edm_mean", "edm_vpred."):
+        raise UsageError(f"{path} was trained on the noise levels of EDM, which sdcli does not know")
     if some("down_blocks.", "decoder.up_blocks.", "text_model.", "encoder.layers."):
         raise BadWeights(f"{path} is one part of a diffusers model; give the folder that holds model_index.json")
-    for prefix, part in (
-        ("model.diffusion_model.", "UNet"),
-        ("first_stage_model.", "VAE"),
-        ("cond_stage_model.transformer.", "text encoder"),
-    ):
+    for part, prefix in layout.prefixes.items():
         if not some(prefix):
-            raise BadWeights(f"{path} has no {part} (no weights named {prefix}*); it is no whole SD 1.x checkpoint")
+            missing = f"{NAMES[part]} (no weights named {prefix}*)"
+            raise BadWeights(f"{path} has no {missing}; it is no whole {layout.title} checkpoint")
 
 
 # Shared
+
+
+def _dtype_for(part: str, config: Mapping[str, Any], dtype: torch.dtype, *, parts: Container[str]) -> torch.dtype:
+    """The number format of a part. SDXL's VAE overflows in float16, so it is float32 unless its configuration knows
+    better (`force_upcast`), as in diffusers; in bfloat16 it does not overflow."""
+    overflows = part == "vae" and "text_encoder_2" in parts and config.get("force_upcast", True)
+    return torch.float32 if overflows and dtype == torch.float16 else dtype
 
 
 def _empty(part: str, config: dict[str, Any], *, source: str) -> nn.Module:
     """A part's network without weights, from its config.json. Raises BadWeights."""
     try:
         match part:
-            case "text_encoder":
+            case "text_encoder" | "text_encoder_2":
                 if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
                     raise ValueError(f"unknown activation {config['hidden_act']!r}")
                 clip = ClipTextConfig.from_dict(config)
-                return build_empty(lambda: ClipTextEncoder(clip))
+                if part == "text_encoder":
+                    return build_empty(lambda: ClipTextEncoder(clip))
+                size = config.get("projection_dim", 512)  # transformers' own default
+                return build_empty(lambda: ProjectedClipTextEncoder(clip, projection_dim=size))
             case _:
                 usual = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}[part]
                 network_class = NETWORKS.get(config.get("_class_name", usual))
                 if network_class is None:
                     raise ValueError(f"unknown class {config['_class_name']!r}")
+                if part == "vae" and config.get("latents_mean") is not None:
+                    raise UsageError(f"{source}: its latents have a mean of their own, which sdcli does not know")
                 return build_empty(lambda: network_class.from_config(config))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise BadWeights(f"{source}: its configuration describes no network: {error}") from None

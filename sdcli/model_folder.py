@@ -5,6 +5,8 @@
     LatentConsistencyModelPipeline  latents          the same
     LDMPipeline                     latents          unet (UNet2DModel), vae in the folder `vqvae`
     DDPMPipeline, DDIMPipeline      pixels           unet (UNet2DModel)
+    StableDiffusionXLPipeline       latents          as StableDiffusionPipeline, text_encoder_2 and tokenizer_2
+    StableDiffusionXLImg2ImgPipeline  latents        the same; a refiner has no text_encoder and no tokenizer
 
 Each has a scheduler as well. A UNet2DModel paints without a prompt, or, with `num_class_embeds`, from the name of a
 class. diffusers' own LDMPipeline was made for a VQModel, hence its folder's name; it loads an AutoencoderKL there as
@@ -41,6 +43,8 @@ class Layout:
     """
 
     components: Mapping[str, tuple[str, tuple[str, ...]]]
+    optional: frozenset[str] = frozenset()
+    """Components that may be absent, all of them together."""
 
     def folder_of(self, component: str) -> str:
         """The sub-folder, which is also the component's name in model_index.json."""
@@ -53,7 +57,7 @@ class Layout:
 
     @property
     def has_text(self) -> bool:
-        return "text_encoder" in self.components
+        return bool({"text_encoder", "text_encoder_2"} & set(self.components))
 
     @property
     def has_vae(self) -> bool:
@@ -71,12 +75,22 @@ _TEXT_TO_IMAGE = Layout(
         "tokenizer": ("tokenizer", ("CLIPTokenizer", "CLIPTokenizerFast")),
     }
 )
+_SDXL = Layout(
+    {
+        **_TEXT_TO_IMAGE.components,
+        "text_encoder_2": ("text_encoder_2", ("CLIPTextModelWithProjection",)),
+        "tokenizer_2": ("tokenizer_2", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    },
+    optional=frozenset({"text_encoder", "tokenizer"}),
+)
 LAYOUTS: dict[str, Layout] = {
     "StableDiffusionPipeline": _TEXT_TO_IMAGE,
     "LatentConsistencyModelPipeline": _TEXT_TO_IMAGE,
     "LDMPipeline": _LATENTS,
     "DDPMPipeline": _PIXELS,
     "DDIMPipeline": _PIXELS,
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusionXLImg2ImgPipeline": _SDXL,
 }
 """The pipelines of model_index.json that sdcli paints with."""
 
@@ -172,6 +186,8 @@ def read_layout(path: Path) -> Layout:
         _named(index, "unet") is None and others
     ):  # what `train-vae` and `train-text-encoder` make: parts to build a model with
         components = {name: entry for name, entry in components.items() if entry[0] in others}
+    if all(_named(index, layout.folder_of(name)) is None for name in layout.optional):
+        components = {name: entry for name, entry in components.items() if name not in layout.optional}
     for folder, allowed in components.values():
         named = _named(index, folder)
         if named not in allowed:
@@ -180,7 +196,7 @@ def read_layout(path: Path) -> Layout:
             )
         if not (path / folder).is_dir():
             raise BadWeights(f"{path} has no {folder} folder; the model is incomplete")
-    return Layout(components)
+    return Layout(components, layout.optional)
 
 
 def _named(index: Mapping[str, Any], component: str) -> Any:

@@ -19,6 +19,7 @@ from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request
 from sdcli.schedulers import SCHEDULERS
+from sdcli.single_file import layout_in
 
 MAX_REGISTRY_BYTES = 256 * 1024
 PICKLE_SUFFIXES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
@@ -41,7 +42,7 @@ class RandomSource(_Strict):
     """Random weights, made in memory from a seed: no files, no network."""
 
     kind: Literal["random"]
-    architecture: Literal["tiny", "sd15"]
+    architecture: Literal["tiny", "tiny-sdxl", "sd15", "sdxl"]
     seed: int = Field(0, ge=0)
 
 
@@ -83,8 +84,9 @@ class ModelDefaults(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-Family = Literal["sd1", "sd2", "sdxl"]
-SUPPORTED_FAMILIES = {"sd1", "sd2"}
+Family = Literal["sd1", "sd2", "sdxl", "sd3", "flux"]
+SUPPORTED_FAMILIES = {"sd1", "sd2", "sdxl"}
+DEFAULT_REFINER_START = 0.8
 
 
 class ModelEntry(_Strict):
@@ -161,7 +163,7 @@ class Registry(_Strict):
                 raise UsageError(pickle_refused(path))
             raise NotFound(f"no file {name}")
         if path.is_file():
-            return ModelSpec(name=path.name, source=FileSource(kind="file", path=path.resolve()))
+            return described(ModelSpec(name=str(path), source=FileSource(kind="file", path=path.resolve())))
         if looks_like_path:
             raise NotFound(f"no file or folder {name}")
         if HUB_ID.fullmatch(name):
@@ -202,6 +204,8 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         "scheduler": defaults.scheduler,
         "eta": 0.0,
     }
+    if request.refiner is not None:
+        chosen["refiner_start"] = DEFAULT_REFINER_START
     typed = {name: value for name, value in request if value is not None}
     if "seed" not in typed:
         chosen["seed"] = secrets.randbelow(2**32)
@@ -214,6 +218,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
     _check_condition(resolved, spec)
+    _check_refiner(resolved)
     if resolved.embeddings:
         resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(resolved.embeddings)})
     if resolved.prompt_syntax == "a1111":
@@ -263,6 +268,20 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
         kind.label(request.painted_prompt)
         if request.negative_prompt:
             kind.label(request.negative_prompt)
+
+
+def _check_refiner(request: GenerationRequest) -> None:
+    """Raise UsageError for what has no effect without a refiner, or does not go with one."""
+    if request.refiner is None:
+        if request.refiner_start is not None:
+            raise UsageError("refiner_start has no effect without a refiner")
+        return
+    if not SCHEDULERS[known(request.scheduler)].begins_anywhere:
+        raise UsageError(
+            f"the {request.scheduler} scheduler cannot begin in the middle, as a refiner does; use another"
+        )
+    if request.masked:
+        raise UsageError("a refiner paints the whole picture, so it goes without --mask and --extend")
 
 
 def _check_syntax(request: GenerationRequest) -> None:
@@ -397,17 +416,25 @@ def spec_of_folder(path: Path) -> ModelSpec:
 
 
 def described(spec: ModelSpec) -> ModelSpec:
-    """The spec with what its folder says: its kind, and the defaults that the entry leaves open.
+    """The spec with what its folder or file says: its kind, and the defaults that the entry leaves open.
 
-    A source that is no folder, or a folder that is not there (loading it says so), leaves the spec as it is.
+    Another source, or one that is not there or damaged (loading it says so), leaves the spec as it is.
     Raises NotFound, UsageError and BadWeights.
     """
+    if isinstance(spec.source, FileSource):
+        layout = layout_in(spec.source.path)
+        typed = spec.defaults.model_dump(exclude_unset=True)
+        defaults = ModelDefaults(**{**(layout.defaults if layout is not None else {}), **typed})
+        family = layout.family if layout is not None else spec.family
+        return spec.model_copy(update={"family": family, "defaults": defaults})
     if not isinstance(spec.source, FolderSource) or not (spec.source.path / "model_index.json").is_file():
         return spec
     folder = read_model_folder(spec.source.path)
     own = {**_usual_defaults(folder), **_own_defaults(folder)}
     typed = spec.defaults.model_dump(exclude_unset=True)
-    return spec.model_copy(update={"kind": folder.kind, "defaults": ModelDefaults(**{**own, **typed})})
+    family = "sdxl" if "text_encoder_2" in folder.layout.components else spec.family
+    defaults = ModelDefaults(**{**own, **typed})
+    return spec.model_copy(update={"kind": folder.kind, "family": family, "defaults": defaults})
 
 
 def _usual_defaults(folder: ModelFolder) -> dict[str, Any]:

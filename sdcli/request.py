@@ -196,7 +196,8 @@ class GenerationRequest(BaseModel):
     """One picture, or as much of its description as was asked for.
 
     A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
-    `registry.resolve` fills every None, and the result, as painted, is what a picture's metadata holds.
+    `registry.resolve` fills every None (but the refiner's two, where there is none), and the result, as painted, is
+    what a picture's metadata holds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -217,7 +218,7 @@ class GenerationRequest(BaseModel):
         ge=1,
         le=100,
         description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
-        "as A1111 counts (diffusers calls that 1)",
+        "as A1111 counts (diffusers calls that 1); SDXL was trained with 2",
     )
     embeddings: tuple[EmbeddingRef, ...] = Field(
         (),
@@ -245,6 +246,13 @@ class GenerationRequest(BaseModel):
     guidance_interval: Interval | None = Field(
         None, description="guide only in this part of the steps, such as 0.2-0.8; the others take half the time"
     )
+    pag_scale: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="how strongly to avoid what the network paints when it attends to nothing around; 0 is off",
+    )
     variation_seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="the seed of other noise to mix in; drawn and told if not given"
     )
@@ -265,6 +273,13 @@ class GenerationRequest(BaseModel):
     extend: Extend | None = Field(None, description="new canvas around the start picture, as left=64,top=32")
     upscale: Upscale | None = Field(
         None, description="paint again, enlarged: 2x, 2x:0.5 (the strength) or 2x:0.5:latent"
+    )
+
+    refiner: str | None = Field(
+        None, description="an SDXL model that takes over for the last steps; named like a model"
+    )
+    refiner_start: float | None = Field(
+        None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
     )
 
     @model_validator(mode="before")
@@ -290,7 +305,7 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"schema {value} is newer than this sdcli, which knows {SCHEMA}")
         return value
 
-    @field_validator("prompt", "negative_prompt", "prompt_template", "model")
+    @field_validator("prompt", "negative_prompt", "prompt_template", "model", "refiner")
     @classmethod
     def _plain_unicode(cls, value: str | None) -> str | None:
         return None if value is None else plain_unicode(value)

@@ -21,6 +21,8 @@ class Scheduler:
     uses_scipy: bool = False
     stochastic: bool = False
     """Draws fresh noise at every step (from the picture's own generator)."""
+    begins_anywhere: bool = True
+    """Whether diffusers' class is right from a step in the middle on; a refiner begins there."""
 
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -31,7 +33,11 @@ SCHEDULERS: dict[str, Scheduler] = {
         "DDIMScheduler", "deterministic at eta 0, DDPM-like at eta 1; the reference", "DDIM", uses_eta=True
     ),
     "pndm": Scheduler(
-        "PNDMScheduler", "pseudo linear multistep, the first SD default", "PLMS", settings={"skip_prk_steps": True}
+        "PNDMScheduler",
+        "pseudo linear multistep, the first SD default",
+        "PLMS",
+        settings={"skip_prk_steps": True},
+        begins_anywhere=False,
     ),
     "euler": Scheduler("EulerDiscreteScheduler", "simple and quick; what turbo models expect", "Euler"),
     "euler-a": Scheduler(
@@ -54,6 +60,8 @@ SCHEDULERS: dict[str, Scheduler] = {
         stochastic=True,
     ),
     "unipc": Scheduler("UniPCMultistepScheduler", "predictor and corrector; good in 10 to 20 steps", "UniPC"),
-    "lms": Scheduler("LMSDiscreteScheduler", "linear multistep on sigmas", "LMS", uses_scipy=True),
+    "lms": Scheduler(
+        "LMSDiscreteScheduler", "linear multistep on sigmas", "LMS", uses_scipy=True, begins_anywhere=False
+    ),
     "lcm": Scheduler("LCMScheduler", "for latent consistency models, 1 to 8 steps", "LCM", stochastic=True),
 }

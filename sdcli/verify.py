@@ -82,8 +82,8 @@ def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
         painted = event if isinstance(event, Painted) else painted
     assert painted is not None
     now = from_pixels(painted.pixels)
-    model = engine.load(registry.find(info.record.request.model), info.record.request.loras).model
-    return _compare(path, facts, now, provenance(model, fallbacks=painted.fallbacks))
+    painter = engine.painter_for(info.record.request)
+    return _compare(path, facts, now, provenance(painter, fallbacks=painted.fallbacks))
 
 
 def _compare(path: Path, then: dict[str, Any], image: Image.Image, now: dict[str, Any]) -> Verdict:

@@ -1,13 +1,15 @@
 """The inverse of single-file loading, for tests: diffusers parameter names -> the original LDM names.
 
-The names are those of CompVis' latent-diffusion code, for networks of SD 1.x structure (four blocks, two layers each).
+The names are those of CompVis' latent-diffusion code, Stability's generative-models and OpenCLIP, for networks with
+two layers in each block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 
 _RESNET = {
@@ -24,6 +26,18 @@ _ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
+    "self_attn": "attn",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
 }
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -32,16 +46,65 @@ def ldm_checkpoint(
     unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state dicts of the three networks as one original checkpoint."""
-    checkpoint = {f"model.diffusion_model.{_unet_name(name)}": tensor for name, tensor in unet.items()}
-    for name, tensor in vae.items():
-        attention = "attentions" in name and name.endswith("weight") and tensor.ndim == 2
-        checkpoint[f"first_stage_model.{_vae_name(name)}"] = tensor[:, :, None, None] if attention else tensor
-    for name, tensor in text.items():
-        checkpoint[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    return _whole({**_unet_and_vae(unet, vae), **_named(text, "cond_stage_model.transformer.text_model.")})
+
+
+def sd2_checkpoint(
+    unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The same with OpenCLIP's text encoder."""
+    return _whole({**_unet_and_vae(unet, vae), **_open_clip(text, "cond_stage_model.model.")})
+
+
+def sdxl_checkpoint(
+    unet: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    first: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """SDXL as one original checkpoint; its refiner has no first text encoder, and the second stands in its place."""
+    parts = _unet_and_vae(unet, vae)
+    if first is None:
+        return _whole({**parts, **_open_clip(second, "conditioner.embedders.0.model.")})
+    parts |= _named(first, "conditioner.embedders.0.transformer.text_model.")
+    return _whole({**parts, **_open_clip(second, "conditioner.embedders.1.model.")})
+
+
+def _whole(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone().contiguous() for name, tensor in checkpoint.items()}
 
 
-def _unet_name(name: str) -> str:
+def _named(text: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name.removeprefix('text_model.')}": tensor for name, tensor in text.items()}
+
+
+def _open_clip(text: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """OpenCLIP keeps queries, keys and values in one matrix, and the projection on its other side."""
+    checkpoint = {}
+    for name, tensor in text.items():
+        stored = name.removeprefix("text_model.")
+        for ours, theirs in _OPEN_CLIP.items():
+            stored = stored.replace(ours, theirs)
+        if ".q_proj." in name:
+            joined = torch.cat([text[name.replace("q_proj", which)] for which in ("q_proj", "k_proj", "v_proj")])
+            checkpoint[stored.replace("q_proj.", "in_proj_")] = joined
+        elif name == "text_projection.weight":
+            checkpoint["text_projection"] = tensor.T
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            checkpoint[stored] = tensor
+    return {f"{prefix}{name}": tensor for name, tensor in checkpoint.items()}
+
+
+def _unet_and_vae(unet: Mapping[str, Tensor], vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    attended = {name.split(".")[1] for name in unet if name.startswith("up_blocks.") and ".attentions." in name}
+    checkpoint = {f"model.diffusion_model.{_unet_name(name, attended)}": tensor for name, tensor in unet.items()}
+    for name, tensor in vae.items():
+        attention = "attentions" in name and name.endswith("weight") and tensor.ndim == 2
+        checkpoint[f"first_stage_model.{_vae_name(name)}"] = tensor[:, :, None, None] if attention else tensor
+    return checkpoint
+
+
+def _unet_name(name: str, attended: Collection[str] = ("1", "2", "3")) -> str:
     for ours, theirs in _ENDS.items():
         if name.startswith(f"{ours}."):
             return name.replace(ours, theirs, 1)
@@ -52,7 +115,7 @@ def _unet_name(name: str) -> str:
     if match := re.match(r"down_blocks\.(\d)\.downsamplers\.0\.conv\.(.*)", name):
         return f"input_blocks.{3 * (int(match[1]) + 1)}.0.op.{match[2]}"
     if match := re.match(r"up_blocks\.(\d)\.upsamplers\.0\.(.*)", name):
-        return f"output_blocks.{3 * int(match[1]) + 2}.{1 if match[1] == '0' else 2}.{match[2]}"
+        return f"output_blocks.{3 * int(match[1]) + 2}.{2 if match[1] in attended else 1}.{match[2]}"
     if match := re.match(r"mid_block\.resnets\.(\d)\.(.*)", name):
         return f"middle_block.{2 * int(match[1])}.{_resnet(match[2])}"
     return name.replace("mid_block.attentions.0.", "middle_block.1.")

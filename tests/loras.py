@@ -38,8 +38,9 @@ def save_kohya(path: Path, pairs: Pairs, *, alpha: float | None = None) -> Path:
     tensors = {}
     for part, layers in pairs.items():
         for name, (down, up) in layers.items():
-            full = f"text_model.{name}" if part == "text_encoder" else name
-            prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[part]
+            full = name if part == "unet" else f"text_model.{name}"
+            first = "lora_te1" if "text_encoder_2" in pairs else "lora_te"
+            prefix = {"unet": "lora_unet", "text_encoder": first, "text_encoder_2": "lora_te2"}[part]
             layer = f"{prefix}_{full.replace('.', '_')}"
             tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
             tensors |= {f"{layer}.alpha": torch.tensor(alpha)} if alpha is not None else {}

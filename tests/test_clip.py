@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdcli.conditioning.clip import ClipTextConfig, ClipTextEncoder
+from sdcli.conditioning.clip import ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.registry import PACKAGE
 
@@ -35,7 +35,29 @@ def test_hidden_states_equal_transformers_bit_for_bit(hidden_act: str, dtype: to
     network.load_state_dict(oracle.state_dict())
     ids = torch.randint(0, 1000, (3, 77))
     with torch.inference_mode():
-        assert torch.equal(network(ids), oracle(ids).last_hidden_state)
+        expected = oracle(ids, output_hidden_states=True)
+        assert torch.equal(network(ids), expected.last_hidden_state)
+        for found, hidden in zip(network.hidden_states(ids), expected.hidden_states, strict=True):
+            assert torch.equal(found, hidden)
+
+
+@pytest.mark.parametrize("end", [2, 999], ids=["old configuration", "end token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pooled_projection_equals_transformers_bit_for_bit(dtype: torch.dtype, end: int) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    config = CLIPTextConfig(**shape, num_attention_heads=4, hidden_act="gelu", projection_dim=48, eos_token_id=end)
+    oracle = CLIPTextModelWithProjection(config).eval().to(dtype)
+    network = ProjectedClipTextEncoder(ClipTextConfig.from_dict(config.to_dict()), projection_dim=48).to(dtype)
+    network.load_state_dict({name.removeprefix("text_model."): t for name, t in oracle.state_dict().items()})
+    ids = torch.randint(0, 999, (3, 77))
+    for row, place in enumerate((5, 40, 76)):
+        ids[row, place:] = 999
+    with torch.inference_mode():
+        expected = oracle(ids, output_hidden_states=True)
+        states = network.hidden_states(ids)
+        assert torch.equal(network.pooled(states[-1], ids), expected.text_embeds)
+        assert torch.equal(states[-2], expected.hidden_states[-2])
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

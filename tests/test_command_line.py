@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sdcli.cli.app import app
 from sdcli.cli.request_options import command_line, request_arguments
 from sdcli.registry import load_registry, resolve
-from sdcli.request import MAX_SEED, GenerationRequest
+from sdcli.request import MAX_SEED, GenerationRequest, parse_request
 
 COMMANDS = typer.main.get_command(app)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -50,14 +50,11 @@ def test_a_request_and_its_command_line_are_the_same_request(
 
 
 def test_fields_that_were_not_given_are_left_out_and_lists_and_switches_are_flags_too() -> None:
-    class Later(GenerationRequest):
-        fast_decode: bool | None = None
-        slow_decode: bool | None = None
-        lora: list[str] | None = None
-
-    asked = Later(prompt="a fox", seed=7, fast_decode=True, slow_decode=False, lora=["a.safetensors", "b c"])
-    flags = ["--seed", "7", "--fast-decode", "--lora", "a.safetensors", "--lora", "b c"]
+    loras = ("a.safetensors:1", "b c:0.5")
+    asked = parse_request({"prompt": "a fox", "seed": 7, "invert_mask": True, "loras": loras})
+    flags = ["--seed", "7", "--invert-mask", "--lora", loras[0], "--lora", loras[1]]
     assert request_arguments(asked) == [*flags, "--", "a fox"]
+    assert "--invert-mask" not in request_arguments(asked.changed(invert_mask=False))
 
 
 def test_a_shell_reads_the_arguments_back_from_one_printable_line() -> None:

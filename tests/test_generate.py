@@ -102,7 +102,11 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         (["x", "--prompt-template", "y"], 2, "{prompt}"),
         (["x\udcff"], 2, "half a character"),
         (["x", "-m", "sd51"], 3, "did you mean"),
-        (["x", "-m", "sdxl"], 2, "not yet supported"),
+        (["x", "-m", "sdxl"], 4, "sdcli models pull sdxl` (6.9 GB)"),
+        (["x", "-m", "tiny", "--refiner", "tiny"], 2, "both of the sdxl family"),
+        (["x", "--refiner-start", "0.5"], 2, "no effect without a refiner"),
+        (["x", "--refiner", "tiny", "--refiner-start", "1"], 2, "refiner_start"),
+        (["x", "--refiner", "tiny", "--scheduler", "pndm"], 2, "cannot begin in the middle"),
         (["x", "-m", "sd15"], 4, "sdcli models pull sd15"),
         (["x", "-m", "some/thing"], 4, "sdcli models pull some/thing"),
         (["x", "-m", "./nowhere"], 3, "no file or folder"),
@@ -140,7 +144,7 @@ def test_any_prompt_is_painted_and_stays_in_its_folder(sdcli: Run, tmp_path: Pat
     ]  # fmt: skip
     result = sdcli("generate", *TINY, "--seed", "1", "--", *prompts)
     assert result.returncode == 0, result.stderr
-    names = result.stdout.splitlines()
+    names = sorted(result.stdout.splitlines())
     assert len(names) == len(prompts)
     for name in names:
         assert (tmp_path / name).resolve().parent == (tmp_path / "outputs").resolve()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.conditioning.words import Context, find, words_of
+from sdcli.contact_sheet import KEY
 from sdcli.denoise.attention_maps import AttentionMaps, probabilities
 from sdcli.errors import UsageError
 from sdcli.heatmap import overlay
@@ -29,6 +30,7 @@ from tests.test_encode_decode import (
     good,
     run,
 )
+from tests.tiny import save_tiny_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_the_maps_are_what_the_layer_itself_weighs_with() -> None:
 def test_every_map_of_a_layer_and_a_step_is_a_probability(tiny: LoadedModel) -> None:
     maps = watched(tiny, states(2), pictures=2)
     assert maps._pending
-    for weights in maps._pending:
+    for weights in maps._pending.values():
         assert float(weights.min()) >= 0
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:2]))
     maps.step((9, 5))
@@ -91,7 +93,7 @@ def test_equal_tokens_have_equal_maps_and_a_constant_condition_prefers_none(tiny
 def test_only_the_conditional_half_counts(tiny: LoadedModel) -> None:
     one, other = (watched(tiny, torch.cat([states(2, seed=seed), states(2)]), pictures=2) for seed in (5, 6))
     alone = watched(tiny, states(2), pictures=2)
-    for mine, theirs, own in zip(one._pending, other._pending, alone._pending, strict=True):
+    for mine, theirs, own in zip(*(maps._pending.values() for maps in (one, other, alone)), strict=True):
         assert len(mine) == 2
         torch.testing.assert_close(mine, theirs)
         torch.testing.assert_close(mine, own)
@@ -147,6 +149,43 @@ def test_an_overlay_goes_from_the_coldest_to_the_hottest_place() -> None:
 def results(*arguments: str | Path) -> list[dict[str, Any]]:
     job = ["--batch-size", "2", "-m", "tiny", "--seed", "3", "--steps", "3", "--size", "72x40"]
     return [json.loads(line) for line in good("generate", *job, *arguments, "--json")]
+
+
+def test_guidance_by_perturbed_attention_leaves_the_maps_of_a_step_alone() -> None:
+    def tokens(name: str, *more: str) -> np.ndarray:
+        results("a cat", "--steps", "1", "-o", f"{name}.png", "--heatmap", "cat", *more)
+        with np.load(f"{name}.heatmap/maps.npz") as file:
+            return file["tokens"]
+
+    np.testing.assert_array_equal(tokens("plain"), tokens("perturbed", "--pag-scale", "3"))
+
+
+def test_sdxl_with_a_refiner_has_maps_and_traces() -> None:
+    base, refiner = save_tiny_sdxl(Path("base")), save_tiny_sdxl(Path("refiner"), refiner=True)
+    job = [
+        "generate",
+        "a cat",
+        "-m",
+        base,
+        "--refiner",
+        refiner,
+        "--refiner-start",
+        "0.5",
+        "--steps",
+        "4",
+        "--seed",
+        "1",
+    ]
+    job += ["--size", "64x64"]
+    (plain,) = good(*job, "-o", "plain.png")
+    (line,) = good(*job, "-o", "mapped.png", "--heatmap", "all", "--trace", "all", "--preview", "live.png", "--json")
+    mapped = json.loads(line)
+    assert Path(plain).read_bytes() == Path(mapped["path"]).read_bytes()
+    with np.load("mapped.heatmap/maps.npz") as file:
+        assert file["words"].tolist()[:2] == ["a", "cat"]
+        np.testing.assert_allclose(file["tokens"].sum(axis=0), 1, rtol=1e-5)
+    with Image.open(mapped["beside"][0]) as sheet:
+        assert [step["of"] for step in json.loads(sheet.info[KEY])["steps"]] == [4] * 4  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

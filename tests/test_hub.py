@@ -223,10 +223,8 @@ def test_a_revision_is_pulled_beside_main(server: HubServer, models: Run, model_
     [
         ("nobody/nothing", 3, "no repository nobody/nothing"),
         (f"{NAME}@v9", 3, "maker/small has no revision 'v9'"),
-        ("sdxl", 2, "not yet supported"),
         ("tiny", 2, "needs no download"),
         ("maker/gated", 3, "accept its licence"),
-        ("maker/xl", 2, "sdxl family"),
         ("maker/other", 2, "made for FluxPipeline"),
         ("maker/pickles", 1, "only as a pickle"),
         ("maker/single", 1, "not in the diffusers layout"),
@@ -240,8 +238,6 @@ def test_each_refusal_has_its_sentence_and_comes_before_any_weights(
     pickles = {path.replace(".safetensors", ".bin"): data for path, data in model_files.items()}
     contents = {
         "maker/gated": model_files,
-        "maker/xl": model_files
-        | {"model_index.json": json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}).encode()},
         "maker/other": model_files | {"model_index.json": json.dumps(index | {"_class_name": "FluxPipeline"}).encode()},
         "maker/pickles": pickles,
         "maker/single": {"model.safetensors": b"x"},
@@ -384,6 +380,20 @@ def test_weights_of_the_variant_come_first_and_plain_ones_fill_in() -> None:
     assert hub.weight_files(present, "text_encoder", variant=None) == []
 
 
+def test_a_partial_sdxl_names_the_first_missing_file(tmp_path: Path) -> None:
+    from tests.tiny import save_tiny_sdxl
+
+    for refiner in (False, True):
+        folder = save_tiny_sdxl(tmp_path / str(refiner), refiner=refiner)
+        assert hub.first_missing(folder, variant="fp16") is None
+        for path in ("text_encoder_2/model.safetensors", "text_encoder_2/config.json", "tokenizer_2/tokenizer.json"):
+            (folder / path).rename(folder / "away")
+            missing = hub.first_missing(folder, variant=None)
+            assert missing is not None
+            assert missing.partition("/")[0] == path.partition("/")[0]
+            (folder / "away").rename(folder / path)
+
+
 def test_a_partial_snapshot_names_the_first_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     source = HubSource(kind="hub", repo=NAME)
@@ -418,6 +428,34 @@ def test_the_cache_is_where_huggingface_hub_has_it(tmp_path: Path) -> None:
         found = subprocess.run([sys.executable, "-c", code], env=base | variables, capture_output=True, text=True)
         theirs, ours = found.stdout.split()
         assert ours == theirs, variables
+
+
+def test_the_parts_of_a_repository_are_those_that_its_index_names() -> None:
+    base = {part: ["library", "Class"] for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    assert hub.weighty_parts(base) == ["unet", "vae", "text_encoder", "text_encoder_2"]
+    assert hub.weighty_parts(base | {"text_encoder": [None, None]}) == ["unet", "vae", "text_encoder_2"]
+    assert hub.weighty_parts({}) == ["unet", "vae", "text_encoder"]
+    sizes = dict.fromkeys(
+        (
+            *("model_index.json", "tokenizer_2/vocab.json", "text_encoder_2/config.json", "text_encoder_2/model.onnx"),
+            *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+            *("text_encoder_2/model.fp16.safetensors", "text_encoder_2/model.safetensors", "sd_xl.safetensors"),
+        ),
+        100,
+    )
+    parts = hub.weighty_parts(base | {"text_encoder": [None, None]})
+    wanted = hub.wanted_files(sizes, variant="fp16", repo=NAME, parts=parts)
+    assert set(sizes) - set(wanted) == {
+        *("text_encoder_2/model.onnx", "text_encoder_2/model.safetensors", "sd_xl.safetensors")
+    }
+    with pytest.raises(BadWeights, match="has no text_encoder/model"):
+        hub.wanted_files(sizes, variant="fp16", repo=NAME, parts=hub.weighty_parts(base))
+
+
+def test_a_family_that_is_not_supported_is_refused_before_the_network_is_asked() -> None:
+    source = HubSource(kind="hub", repo="maker/flux")
+    with pytest.raises(UsageError, match="of the flux family, which is not yet supported"):
+        hub.pull(ModelSpec(name="flux", source=source, family="flux"), offline=False)
 
 
 def test_a_model_of_another_source_is_not_pulled_or_verified() -> None:

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "request",
         "schedulers",
         "settings",
+        "single_file",
         "sheet_labels",
         "train_settings",
         "training",

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, 
 from PIL import Image
 from torch import Tensor
 
-from sdcli import pipeline
+from sdcli import starting
 from sdcli.codec import Codec
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.engine import Engine, Result, paint_pictures
@@ -308,7 +308,7 @@ def test_a_black_picture_of_pixels_is_a_picture_and_nan_is_none(
     painter = painter_of(folders["grey"])
     (request, _) = requests_for(painter, steps=1)
     for value, ends in ((-1.0, "painted"), (float("nan"), "refused")):
-        monkeypatch.setattr(pipeline, "initial_noise", lambda _, shape, value=value: torch.full((1, *shape), value))
+        monkeypatch.setattr(starting, "initial_noise", lambda _, shape, value=value: torch.full((1, *shape), value))
         monkeypatch.setattr(type(painter.model.unet), "forward", lambda *_, **__: (torch.zeros(1, 1, 28, 28),))
         if ends == "painted":
             (picture,) = paint_pictures(painter, [request])
@@ -569,7 +569,7 @@ def test_an_unconditional_model_paints_without_a_prompt(
     for line in lines:
         assert verify_picture(tmp_path / json.loads(line)["path"], registry, RunSettings(device="cpu")).identical
     asked = command("--from", path, "--dry-run").stdout
-    assert json.loads(asked) == info.record.request.model_dump(by_alias=True)
+    assert json.loads(asked) == info.record.request.model_dump(mode="json", by_alias=True)
     assert "paints without a prompt" in command("a cat", "-m", folders["grey"], code=2).stderr
 
 

@@ -68,13 +68,13 @@ def test_a_hostile_file_is_one_sentence_that_names_file_and_place(
     text, sentence = HOSTILE[case]
     file = tmp_path / "models.yaml"
     file.write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UsageError) as refused:
         read_registry_file(file)
     assert str(refused.value).startswith(str(file))
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     assert not (tmp_path / "canary").exists()
 
 
@@ -177,3 +177,14 @@ def test_a_name_that_means_nothing_is_told(
     (tmp_path / "there.ckpt").write_bytes(b"")
     with pytest.raises(error, match=sentence):
         load_registry().find(name)
+
+
+def test_what_was_found_by_its_path_is_found_again_by_its_name(tiny_folder: Path, tmp_path: Path) -> None:
+    """The engine looks a request's model up once more, by the name in the resolved request."""
+    file = tmp_path / "elsewhere" / "model.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    registry = load_registry()
+    for path in (tiny_folder, file):
+        spec = registry.find(str(path))
+        assert registry.find(spec.name) == spec

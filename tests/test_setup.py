@@ -265,6 +265,7 @@ def test_the_wheel_carries_everything_that_is_needed_offline(wheel: Path) -> Non
         "sdcli/py.typed",
         "sdcli/clip_tokenizer/tokenizer.json",
         "sdcli/sd1_config/unet/config.json",
+        "sdcli/sdxl_config/unet/config.json",
         "sdcli/starter/unet/diffusion_pytorch_model.safetensors",
     } <= names
     licenses = {name.split("/", 1)[1] for name in names if ".dist-info/licenses/" in name}

@@ -19,10 +19,14 @@ from sdcli.denoise.loop import denoise
 from sdcli.denoise.predict import scaled_input
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.denoise.start import remaining
+from sdcli.engine import Engine
 from sdcli.errors import UsageError
+from sdcli.explaining import guesses_of
 from sdcli.files import AlreadyExists
+from sdcli.pipeline import paint as paint_steps
+from sdcli.registry import load_registry
 from sdcli.schedulers import SCHEDULERS
-from sdcli.settings import TraceSettings
+from sdcli.settings import OutputSettings, RunSettings, TraceSettings
 from sdcli.trace import chosen
 from sdcli.training.objective import NoiseSchedule, x0_from
 from tests.test_encode_decode import (
@@ -31,6 +35,8 @@ from tests.test_encode_decode import (
     paint,
     run,
 )
+from tests.test_engine import jobs_of
+from tests.tiny import save_tiny_sdxl
 
 SD = {
     "beta_start": 0.00085,
@@ -81,6 +87,19 @@ def test_the_guess_is_that_of_the_scheduler_itself(name: str, prediction: str, s
         torch.testing.assert_close(guess, theirs[-1], rtol=1e-4, atol=1e-4 * float(theirs[-1].abs().max()))
         torch.testing.assert_close(network(seen, step.t), step.output, rtol=1e-4, atol=1e-4)
     assert len(theirs) == len(timesteps)
+
+
+def test_the_last_guess_of_a_refiner_is_what_euler_ends_with() -> None:
+    base, refiner = save_tiny_sdxl(Path("base")), save_tiny_sdxl(Path("refiner"), refiner=True)
+    registry = load_registry()
+    fields = {"model": str(base), "refiner": str(refiner), "refiner_start": 0.5, "steps": 4, "scheduler": "euler"}
+    (job,) = jobs_of(registry, "a cat", seed=1, width=64, height=64, **fields)
+    painter = Engine(registry, RunSettings(device="cpu"), OutputSettings()).painter_for(job.request)
+    guesses = guesses_of(painter, job.request)
+    for step in paint_steps(painter, [job.request]):
+        seen, guess = guesses(step)
+        assert seen.isfinite().all()
+    torch.testing.assert_close(guess, step.latents, rtol=1e-4, atol=1e-4)
 
 
 def test_an_epsilon_without_any_signal_says_nothing() -> None:

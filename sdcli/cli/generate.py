@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import secrets
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -383,7 +384,8 @@ def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
         if isinstance(job, BadJob):
             console.warn(str(job.error))
         else:
-            console.result(job.request.model_dump_json(by_alias=True), **job.request.model_dump(by_alias=True))
+            fields = job.request.typed()
+            console.result(json.dumps(fields, ensure_ascii=False), **fields)
     raise_for([job.error for job in jobs if isinstance(job, BadJob)], of=len(jobs))
 
 

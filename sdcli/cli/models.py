@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from sdcli.registry import (
     PACKAGE,
     SUPPORTED_FAMILIES,
     EmbeddedSource,
+    Family,
     FileSource,
     FolderSource,
     HubSource,
@@ -165,7 +166,7 @@ def add(
     ],
     description: Annotated[str, typer.Option(help="One line about it.")] = "",
     license: Annotated[str | None, typer.Option(help="Its licence.")] = None,
-    family: Annotated[Literal["sd1", "sd2", "sdxl"], typer.Option(help="What it descends from.")] = "sd1",
+    family: Annotated[Family, typer.Option(help="What it descends from.")] = "sd1",
     steps: Annotated[int | None, typer.Option(help="Default steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default guidance scale.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Default scheduler.")] = None,

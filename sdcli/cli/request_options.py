@@ -19,13 +19,14 @@ SPELLED = {"guidance_scale"}
 """Numbers that may also be written otherwise; `GenerationRequest` reads them."""
 PANELS = {
     **dict.fromkeys(
-        ("model", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings", "loras"),
+        ("model", "refiner", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings", "loras"),
         "Model and prompt",
     ),
     **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
 }
 METAVARS = {
     "model": "MODEL",
+    "refiner": "MODEL",
     "scheduler": "NAME",
     "negative_prompt": "TEXT",
     "prompt_template": "TEXT",

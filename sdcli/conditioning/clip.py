@@ -1,8 +1,9 @@
 """The CLIP text encoder: token ids in, hidden states out.
 
-The same network as transformers' `CLIPTextModel`, bit for bit (tests/test_clip.py), written out because importing
-that class takes 1.7 s on a 2-core AMD EPYC, which is longer than painting a small picture. Radford et al. 2021,
-"Learning Transferable Visual Models From Natural Language Supervision": a causal, pre-norm transformer.
+The same networks as transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`, bit for bit (tests/test_clip.py),
+written out because importing those classes takes 1.7 s on a 2-core AMD EPYC, which is longer than painting a small
+picture. Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision": a causal,
+pre-norm transformer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class ClipTextConfig:
     bos_token_id: int = 49406
     eos_token_id: int = 49407
     pad_token_id: int = 49407
-    """The last three shape nothing here; other tools want them in a config.json, so they are kept."""
+    """Of the last three only the end matters here, where a text is pooled; other tools want them in a config.json."""
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> ClipTextConfig:
@@ -65,6 +66,37 @@ class ClipTextEncoder(nn.Module):
         """
         hidden = self.encoder(self.embeddings(token_ids, vectors), len(self.encoder.layers) - (clip_skip - 1))
         return self.final_layer_norm(hidden)
+
+    def hidden_states(self, token_ids: Tensor) -> list[Tensor]:
+        """Token ids [B, L] -> what goes into the first layer and what comes out of each; [B, L, hidden_size] all.
+
+        They are not normalised; the one before the last is the penultimate layer's.
+        """
+        states = [self.embeddings(token_ids, None)]
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1]))
+        return states
+
+
+class ProjectedClipTextEncoder(ClipTextEncoder):
+    """The encoder with CLIP's projection, which makes one embedding of a whole text."""
+
+    OLD_END = 2
+    """Configurations before transformers 4.31 give this as `eos_token_id`; the end token is the highest id then."""
+
+    def __init__(self, config: ClipTextConfig, *, projection_dim: int) -> None:
+        super().__init__(config)
+        self.text_projection = nn.Linear(config.hidden_size, projection_dim, bias=False)
+
+    def pooled(self, last: Tensor, token_ids: Tensor) -> Tensor:
+        """The last of `hidden_states` [B, L, hidden_size] and its token ids [B, L] -> embeddings [B, projection_dim].
+
+        That is the normalised state of the first end token, projected.
+        """
+        end = self.config.eos_token_id
+        ends = token_ids if end == self.OLD_END else (token_ids == end).int()
+        rows = torch.arange(len(token_ids), device=token_ids.device)
+        return self.text_projection(self.final_layer_norm(last)[rows, ends.argmax(dim=-1)])
 
 
 class _Embeddings(nn.Module):

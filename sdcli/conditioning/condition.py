@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+ADDED = ("text_embeds", "time_ids")
+"""What diffusers' UNet takes inside `added_cond_kwargs`."""
 
 
 @dataclass(frozen=True)
 class Condition:
     """Rows of what the network takes, by the name it takes it under.
 
-    `encoder_hidden_states` [B, L, D] of a text encoder, or `class_labels` [B] int64, or nothing at all.
+    `encoder_hidden_states` [B, L, D] of a text encoder, or `class_labels` [B] int64, or nothing at all; SDXL adds
+    `text_embeds` [B, P], of the whole text, and `time_ids` [B, 6] float32, sizes in pixels (the refiner [B, 5]).
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -22,6 +27,12 @@ class Condition:
     def rows(cls, conditions: Sequence[Condition]) -> Condition:
         """The rows of several conditions of one kind, one after the other."""
         return cls({name: torch.cat([one.inputs[name] for one in conditions]) for name in conditions[0].inputs})
+
+    def arguments(self) -> dict[str, Any]:
+        """The inputs as the network's keyword arguments."""
+        added = {name: rows for name, rows in self.inputs.items() if name in ADDED}
+        own = {name: rows for name, rows in self.inputs.items() if name not in ADDED}
+        return {**own, "added_cond_kwargs": added} if added else own
 
 
 @dataclass(frozen=True)

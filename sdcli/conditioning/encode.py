@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from sdcli.conditioning.clip import ClipTextEncoder
 from sdcli.conditioning.condition import Condition, Conditions
 from sdcli.conditioning.embeddings import Embeddings, read_embeddings
 from sdcli.conditioning.prompt import EMPTY, Chunk, SubPrompt, subprompts
 from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.conditioning.words import Context
-from sdcli.errors import UsageError
+from sdcli.errors import BadWeights, UsageError
 from sdcli.loading import LoadedModel
 from sdcli.request import EmbeddingRef, GenerationRequest, known
 
@@ -41,7 +42,7 @@ def encoding_of(model: LoadedModel) -> Encode:
     """The encoding that a model was trained with."""
     match model.spec.kind.conditioning:
         case "text":
-            return TextEncoding(model)
+            return SdxlEncoding(model) if model.is_sdxl else TextEncoding(model)
         case "class":
             return ClassEncoding(model)
         case "none":
@@ -59,11 +60,15 @@ class _Script:
     """Chunks of the longest text, the negative one's too where the picture is guided; the others are padded to it."""
     syntax: str
     clip_skip: int
+    size: tuple[int, int]
+    """Height and width of the picture."""
     embeddings: tuple[EmbeddingRef, ...]
 
 
 class TextEncoding:
     """Encodes prompts with one model, each chunk alone and once: a picture does not depend on its neighbours."""
+
+    usual_clip_skip: ClassVar[int] = 1
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
@@ -83,8 +88,13 @@ class TextEncoding:
 
         @lru_cache(maxsize=2)
         def condition(texts: tuple[str, ...]) -> Condition:
-            hidden = [self._row(text, script) for text, (script, _) in zip(texts, rows, strict=True)]
-            return Condition({"encoder_hidden_states": torch.cat(hidden)})
+            negatives = len(scripts) if guided else 0
+            return Condition.rows(
+                [
+                    self._row(text, script, negative=place < negatives)
+                    for place, (text, (script, _)) in enumerate(zip(texts, rows, strict=True))
+                ]
+            )
 
         weights = tuple(tuple(prompt.weight for prompt in row) for row in zip(*prompts, strict=True))
         return Conditions(
@@ -115,20 +125,29 @@ class TextEncoding:
         )
 
     def _script(self, request: GenerationRequest, *, steps: int) -> _Script:
-        syntax, skip, embeddings = known(request.prompt_syntax), request.clip_skip or 1, request.embeddings
-        layers = self._model.text_encoder.config.num_hidden_layers
+        syntax, embeddings = known(request.prompt_syntax), request.embeddings
+        skip, layers = request.clip_skip or self.usual_clip_skip, self._layers
         if skip > layers:
             raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
         prompts = subprompts(request.painted_prompt, steps=steps, syntax=syntax)
         (negative,) = subprompts(known(request.negative_prompt), steps=steps, syntax=syntax, compose=False)
         texts = {text for prompt in (*prompts, *([negative] if request.guided else [])) for _, text in prompt.texts}
         length = max(len(self._chunks(text, syntax, embeddings)) for text in texts)
-        return _Script(prompts, negative, length, syntax, skip, embeddings)
+        size = known(request.height), known(request.width)
+        return _Script(prompts, negative, length, syntax, skip, size, embeddings)
 
-    def _row(self, text: str, script: _Script) -> Tensor:
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+        """One row of the condition: the chunks' hidden states side by side, all else as of the first chunk."""
         chunks = self._chunks(text, script.syntax, script.embeddings)
         padded = (*chunks, *[EMPTY] * (script.length - len(chunks)))
-        return torch.cat([self._encode_once(chunk, script.clip_skip, script.embeddings) for chunk in padded], dim=1)
+        encoded = [self._encode_once(chunk, script.clip_skip, script.embeddings) for chunk in padded]
+        hidden = torch.cat([one.inputs["encoder_hidden_states"] for one in encoded], dim=1)
+        return Condition({**encoded[0].inputs, "encoder_hidden_states": hidden})
+
+    @property
+    def _layers(self) -> int:
+        layers: int = self._model.text_encoder.config.num_hidden_layers
+        return layers
 
     @property
     def _tokenizer(self) -> ClipTokenizer:
@@ -138,11 +157,11 @@ class TextEncoding:
         return self._tokenizer.chunks(text, syntax=syntax, tokens=self._embeddings(embeddings).tokens)
 
     @torch.inference_mode()
-    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Tensor:
+    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
         ids = torch.tensor([self._tokenizer.framed(chunk.ids)], device=self._model.device)
         vectors = self._embeddings(embeddings).vectors
         hidden: Tensor = self._model.text_encoder(ids, clip_skip=clip_skip, vectors=vectors)
-        return emphasised(hidden, (1.0, *chunk.weights)) if set(chunk.weights) - {1.0} else hidden
+        return Condition({"encoder_hidden_states": emphasised(hidden, chunk)})
 
     def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
         model = self._model
@@ -151,16 +170,88 @@ class TextEncoding:
         return Embeddings(read.tokens, None if read.vectors is None else read.vectors.to(model.device, model.dtype))
 
 
-def emphasised(hidden: Tensor, weights: Sequence[float]) -> Tensor:
-    """Hidden states [1, L, D] times the weights of their first tokens, scaled back to the mean they had.
+def emphasised(hidden: Tensor, chunk: Chunk) -> Tensor:
+    """Hidden states [1, L, D] times the weights of their tokens, scaled back to the mean they had.
 
     A1111's emphasis "Original" (sd_emphasis.py); computed in float32.
     """
+    if not set(chunk.weights) - {1.0}:
+        return hidden
+    weights = (1.0, *chunk.weights)
     factors = torch.ones(hidden.shape[1], device=hidden.device)
     factors[: len(weights)] = torch.tensor(weights, device=hidden.device)
     states = hidden.float()
     weighted = states * factors[:, None]
     return (weighted * (states.mean() / weighted.mean())).to(hidden.dtype)
+
+
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+"""What SDXL's refiner is told of the picture, and of what guidance leads away from; diffusers' defaults."""
+TOP_LEFT = (0, 0)
+"""Where the picture was cut from its original: nowhere, so its subject stays whole."""
+
+
+class SdxlEncoding(TextEncoding):
+    """SDXL's: the states of two text encoders (the refiner has the second alone), an embedding of the text, and sizes.
+
+    Podell et al. 2023 (arXiv 2307.01952), sections 2.1, 2.2 and 2.5; every number as in diffusers'
+    StableDiffusionXLPipeline (tests/test_sdxl.py). A long prompt's embedding is that of its first chunk, as in A1111.
+    """
+
+    usual_clip_skip: ClassVar[int] = 2
+
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+        """A row of the texts' condition, with `time_ids`; an empty negative prompt may be all zeros."""
+        inputs = super()._row(text, script, negative=negative).inputs
+        if negative and not text and self._model.zeros_for_empty_prompt:
+            inputs = {name: torch.zeros_like(rows) for name, rows in inputs.items()}
+        score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
+        last = (score,) if self._room_for_numbers(inputs) == 5 else script.size
+        time_ids = torch.tensor([[*script.size, *TOP_LEFT, *last]], dtype=torch.float32, device=self._model.device)
+        return Condition({**inputs, "time_ids": time_ids})
+
+    def _room_for_numbers(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many numbers the UNet takes beside the texts: 6 for sizes, 5 where a score stands for the last two."""
+        config = self._model.unet.config
+        rest = (config.get("projection_class_embeddings_input_dim") or 0) - inputs["text_embeds"].shape[-1]
+        room, odd = divmod(rest, config.get("addition_time_embed_dim") or 1)
+        if (
+            config.get("addition_embed_type") != "text_time"
+            or config.cross_attention_dim != inputs["encoder_hidden_states"].shape[-1]
+            or odd
+            or room not in (5, 6)
+        ):
+            raise BadWeights(f"{self._model.spec.name}: its UNet does not fit its text encoders")
+        return room
+
+    @property
+    def _encoders(self) -> list[tuple[ClipTokenizer, ClipTextEncoder]]:
+        model = self._model
+        first = [(model.tokenizer, model.text_encoder)] if model.tokenizer is not None else []
+        return [*first, (known(model.tokenizer_2), model.text_encoder_2)]
+
+    @property
+    def _layers(self) -> int:
+        return min(encoder.config.num_hidden_layers for _, encoder in self._encoders)
+
+    @property
+    def _tokenizer(self) -> ClipTokenizer:
+        return known(self._model.tokenizer_2)  # the first one differs in the padding alone
+
+    @torch.inference_mode()
+    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
+        states = []
+        for tokenizer, encoder in self._encoders:
+            ids = torch.tensor([tokenizer.framed(chunk.ids)], device=self._model.device)
+            layers = encoder.hidden_states(ids)
+            states.append(emphasised(layers[-clip_skip], chunk))
+        pooled = self._model.text_encoder_2.pooled(layers[-1], ids)  # the second encoder's, which comes last
+        return Condition({"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled})
+
+    def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
+        if embeddings:
+            raise UsageError(f"embeddings: {self._model.spec.name} has the text encoders of SDXL, which take none here")
+        return Embeddings()
 
 
 class ClassEncoding:

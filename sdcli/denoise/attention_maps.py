@@ -44,7 +44,7 @@ class AttentionMaps:
 
     pictures: int
     prompts: int = 1
-    _pending: list[Tensor] = field(default_factory=list)
+    _pending: dict[Any, Tensor] = field(default_factory=dict)
     _sums: dict[Size, Tensor] = field(default_factory=dict)
     _count: int = 0
 
@@ -62,15 +62,17 @@ class AttentionMaps:
                 layer.set_processor(processor)
 
     def _note(self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
+        if attention in self._pending:  # perturbed attention calls the network once more, and that does not count
+            return
         # the unconditional rows come first, if there are any, then those of all pictures' first prompts, ...
         rows = slice(-self.pictures * self.prompts, None)
         weights = probabilities(attention, hidden_states[rows], encoder_hidden_states[rows])
         by_prompt = weights.unflatten(0, (self.prompts, self.pictures)).movedim(0, 2).flatten(2)
-        self._pending.append(by_prompt / self.prompts)
+        self._pending[attention] = by_prompt / self.prompts
 
     def step(self, size: Size) -> None:
-        """The network was called once, on latents of that size."""
-        for weights in self._pending:
+        """A step is done, on latents of that size."""
+        for weights in self._pending.values():
             shape = _layer_size(size, weights.shape[1])
             self._sums[shape] = self._sums[shape] + weights if shape in self._sums else weights
             self._count += 1

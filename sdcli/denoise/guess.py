@@ -39,8 +39,11 @@ def _level(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:
     if not hasattr(scheduler, "sigmas"):
         alpha_bar = scheduler.alphas_cumprod.to(step.x.device)[step.t.long()]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    # steps that were left out, as for a start picture, are the first ones
-    sigma = scheduler.sigmas[len(scheduler.timesteps) - step.count + step.index].to(step.x)
+    # steps that were left out, as for a start picture, are the first ones; not so where a refiner does some of them
+    place, times = len(scheduler.timesteps) - step.count + step.index, scheduler.timesteps
+    if not 0 <= place < len(times) or times[place] != step.t:
+        place = int((times == step.t).nonzero()[0])
+    sigma = scheduler.sigmas[place].to(step.x)
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # DPM-Solver and UniPC keep x_t at the network's own scale
         signal, noise = scheduler._sigma_to_alpha_sigma_t(sigma)
         return signal, noise

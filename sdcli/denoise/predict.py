@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,10 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 def unet_predict(unet: UNet, condition: Condition) -> Predict:
     """The plain network under a condition with one row per row of x."""
-    dtype = next(unet.parameters()).dtype
+    dtype, arguments = next(unet.parameters()).dtype, condition.arguments()
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x.to(dtype), t, **condition.inputs, return_dict=False)[0].float()
+        return unet(x.to(dtype), t, **arguments, return_dict=False)[0].float()
 
     return predict
 
@@ -29,20 +30,35 @@ Scale = Callable[[Tensor], float]
 """timestep -> the guidance scale there."""
 
 
-def guided(predict: Predict, scale: Scale, *, rescale: float = 0.0) -> Predict:
+def guided(
+    predict: Predict, scale: Scale, *, rescale: float = 0.0, away: tuple[Predict, float] | None = None
+) -> Predict:
     """Classifier-free guidance, uncond + scale * (cond - uncond); Ho & Salimans 2022, arXiv 2207.12598.
 
     `predict` must have been made for the unconditional rows followed by the conditional ones. `rescale` is how far the
     result gets the standard deviation of the conditional output back; Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    `away` is a worse predict for the conditional rows alone, and a scale: see `guided_away`.
     """
 
     def guide(x: Tensor, t: Tensor) -> Tensor:
         unconditional, conditional = predict(torch.cat([x, x]), t).chunk(2)
         output = unconditional + scale(t) * (conditional - unconditional)
+        if away is not None:
+            output = output + away[1] * (conditional - away[0](x, t))
         if not rescale:
             return output
         wanted, got = (one.std(dim=list(range(1, one.ndim)), keepdim=True) for one in (conditional, output))
         return rescale * (output * (wanted / got)) + (1 - rescale) * output
+
+    return guide
+
+
+def guided_away(predict: Predict, worse: Predict, scale: float) -> Predict:
+    """cond + scale * (cond - worse), without an unconditional half; Ahn et al. 2024, arXiv 2403.17377, equation 11."""
+
+    def guide(x: Tensor, t: Tensor) -> Tensor:
+        conditional = predict(x, t)
+        return conditional + scale * (conditional - worse(x, t))
 
     return guide
 
@@ -100,6 +116,15 @@ def only_within(inside: Predict, outside: Predict, *, timesteps: Tensor, start: 
     return lambda x, t: (inside if float(t) in within else outside)(x, t)
 
 
+def taking_turns(first: Callable[..., Tensor], second: Callable[..., Tensor], *, after: int) -> Callable[..., Tensor]:
+    """A Predict or an Advance that is `first` for so many steps, and `second` from then on.
+
+    The returned function counts the steps, so it serves one run.
+    """
+    calls = itertools.count()
+    return lambda *inputs: (first if next(calls) < after else second)(*inputs)
+
+
 def scaled_input(predict: Predict, scheduler: Any) -> Predict:
     """Scale x as the scheduler wants its network input (by 1/sqrt(sigma^2 + 1) for the sigma family)."""
     return lambda x, t: predict(scheduler.scale_model_input(x, t), t)
@@ -107,7 +132,7 @@ def scaled_input(predict: Predict, scheduler: Any) -> Predict:
 
 def with_scale(condition: Condition, scale: float, *, size: int) -> Condition:
     """The condition of a network that was distilled to take the guidance scale as an input of `size` numbers (LCM)."""
-    (hidden,) = condition.inputs.values()
+    hidden = condition.inputs["encoder_hidden_states"]
     embedding = guidance_embedding(scale - 1, size).to(hidden).expand(len(hidden), -1)
     return Condition({**condition.inputs, "timestep_cond": embedding})
 

@@ -40,10 +40,25 @@ def from_known(known: Tensor, noise: Tensor, scheduler: Any, *, strength: float)
 def remaining(scheduler: Any, strength: float) -> Tensor:
     """The last share `strength` of the scheduler's timesteps; the scheduler begins there."""
     steps = scheduler.num_inference_steps
-    skipped = max(steps - min(int(steps * strength), steps), 0) * scheduler.order
+    return from_step(scheduler, max(steps - min(int(steps * strength), steps), 0) * scheduler.order)
+
+
+def from_step(scheduler: Any, first: int) -> Tensor:
+    """The timesteps from number `first` on; the scheduler begins there."""
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(skipped)
-    return scheduler.timesteps[skipped:]
+        scheduler.set_begin_index(first)
+    return scheduler.timesteps[first:]
+
+
+def steps_before(scheduler: Any, timesteps: Tensor, part: float) -> int:
+    """How many of its timesteps come before `part` (0..1) of the noise schedule is done.
+
+    Where diffusers' pipelines split a schedule (`denoising_end`, `denoising_start`), but never within a step of Heun's
+    method, which has two timesteps.
+    """
+    levels = scheduler.config.num_train_timesteps
+    before = int((timesteps >= round(levels - part * levels)).sum())
+    return before - before % int(scheduler.order)
 
 
 def keeping(

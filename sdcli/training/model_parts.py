@@ -135,6 +135,12 @@ def fitted_config(
     return fitted
 
 
+def refuse_sdxl(model: LoadedModel) -> None:
+    """Raise UsageError for a model of the sdxl family, whose conditions no session knows."""
+    if model.is_sdxl:
+        raise UsageError(f"{model.spec.name} is of the sdxl family, which sdcli paints with but does not train yet")
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """How RUN becomes a model folder: which pipeline it says it is, and the parts that training leaves alone."""

@@ -38,7 +38,7 @@ from sdcli.training.conditions import Conditions, Labels, Nothing, Texts
 from sdcli.training.events import Event, Noted, Preparing
 from sdcli.training.lora import TARGETS, TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
-from sdcli.training.model_parts import ModelFiles
+from sdcli.training.model_parts import ModelFiles, refuse_sdxl
 from sdcli.training.objective import NoiseSchedule, schedule_config
 from sdcli.training.order import Order
 from sdcli.training.picture_data import PictureData, examine_data, list_data
@@ -149,6 +149,7 @@ class UnetSession(Session[UnetSettings]):
         settings = self.settings
         spec = self._registry.find(settings.model)
         loaded = load_model(spec, device=self._device(), dtype="float32")
+        refuse_sdxl(loaded)
         kind = loaded.spec.kind
         if settings.unconditional and kind.conditioning == "class":
             raise UsageError(f"{spec.name} paints classes; --unconditional goes with --from-scratch")

@@ -15,7 +15,7 @@ from sdcli.registry import PACKAGE, Registry
 from sdcli.train_settings import VaeSettings
 from sdcli.training.events import Event, Preparing
 from sdcli.training.memory import vae_memory
-from sdcli.training.model_parts import ModelFiles, config_file, new_network
+from sdcli.training.model_parts import ModelFiles, config_file, new_network, refuse_sdxl
 from sdcli.training.picture_data import examine_data, list_data
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Pixels
@@ -116,6 +116,7 @@ class VaeSession(Session[VaeSettings]):
             return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), USUAL
         spec = self._registry.find(settings.model)
         model = load_model(spec, device="cpu", dtype="float32", needs="vae")
+        refuse_sdxl(model)
         model.vae.requires_grad_(True)
         defaults = model.spec.defaults
         return model, model.vae, (defaults.width, defaults.height) if "unet" in model.parts else USUAL

@@ -1,0 +1,67 @@
+"""Run every command of docs/cookbook.md, in a folder of its own, so that the page shows what they really paint.
+
+    python scripts/make_cookbook.py [FOLDER]
+
+Without FOLDER it is docs/cookbook, which is made anew; FOLDER must not be there yet. What the page does not show is
+removed in the end. Ends with the exit code of the first command that fails, and with 1 where the page shows a picture
+that no command made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "cookbook.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    folder = parser.parse_args().folder
+    if folder is None:
+        folder = DOCS / "cookbook"
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    draw_mask(folder / "mask.png")
+    for command in commands():
+        print("$", shlex.join(command), flush=True)
+        code = subprocess.run([sys.executable, "-m", *command], cwd=folder, check=False).returncode
+        if code:
+            sys.exit(code)
+    missing = [name for name in pictures() if not (folder / name).is_file()]
+    if missing:
+        sys.exit(f"the page shows what no command made: {', '.join(missing)}")
+    shown = {folder / name for name in pictures()}
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in shown:
+            path.unlink()
+
+
+def commands() -> list[list[str]]:
+    """The commands of the page, in its order."""
+    return [shlex.split(line[2:]) for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("$ ")]
+
+
+def pictures() -> list[str]:
+    """The pictures that the page shows, relative to the folder."""
+    return re.findall(r"!\[\]\(cookbook/([^)]+)\)", PAGE.read_text(encoding="utf-8"))
+
+
+def draw_mask(path: Path) -> None:
+    """White but for a disc in the middle."""
+    mask = Image.new("L", (128, 128), 255)
+    ImageDraw.Draw(mask).ellipse((14, 14, 114, 114), fill=0)
+    mask.save(path)
+
+
+if __name__ == "__main__":
+    main()
