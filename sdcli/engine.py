@@ -28,7 +28,7 @@ from sdcli.files import AlreadyExists, check_new, sweep, write_whole
 from sdcli.images import from_pixels, to_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
-from sdcli.loading import AppliedLora, LoadedModel, load_model
+from sdcli.loading import AppliedLora, LoadedModel, folder_of, load_model
 from sdcli.lora_weights import with_loras
 from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest
@@ -36,6 +36,7 @@ from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, LoraRef, known
+from sdcli.safety import SafetyChecker, load_safety_checker
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.start_pictures import start_picture
 from sdcli.watermark import marked
@@ -72,7 +73,7 @@ class Note:
 class Result:
     """What became of one job; `path`, and all that stands beside it, is whole on the disk when this is yielded."""
 
-    status: Literal["done", "skipped", "failed"]
+    status: Literal["done", "skipped", "failed", "flagged"]
     job: Job
     path: Path | None = None
     seconds: float = 0.0
@@ -110,6 +111,7 @@ class Engine:
     output: OutputSettings
     stop: Stop = lambda: None
     _painter: Painter | None = None
+    _checkers: dict[str, SafetyChecker | None] = field(default_factory=dict)
     _with_loras: Painter | None = None
     """Of the same model, which it shares the untouched weights with."""
     _names: set[str] = field(default_factory=set)
@@ -198,9 +200,11 @@ class Engine:
                 for text in prompt_notes(painter, job, strict=self.run.strict_prompt):
                     if job.index in wanted:
                         yield Note(text)
-                check(painter, job.request, self.output)
                 fitting.append(job)
+                if job.index in wanted:
+                    check(painter, job.request, self.output)
             except (UsageError, BadWeights, NotFound) as error:
+                wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
                 yield Result("failed", job, error=error)
         wanted = wanted & {job.index for job in fitting}
         if not wanted:
@@ -209,6 +213,9 @@ class Engine:
             for event in self.paint_batch(fitting, wanted):
                 if isinstance(event, Painted):
                     share = (time.monotonic() - started) / len(wanted)
+                    if self._flagged(event):
+                        yield Result("flagged", event.job, error=_flagged_by(painter))
+                        continue
                     path = there.get(event.job.index)
                     again = path is not None
                     if path is None:
@@ -225,6 +232,17 @@ class Engine:
             for job in fitting:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
+
+    def _flagged(self, painted: Painted) -> bool:
+        """Whether the safety checker of the picture's model finds something in it."""
+        if self.run.safety == "off":
+            return False
+        spec = self.registry.find(painted.job.request.model)
+        if spec.name not in self._checkers:
+            folder = folder_of(spec)
+            self._checkers = {spec.name: load_safety_checker(folder) if folder is not None else None}
+        checker = self._checkers[spec.name]
+        return checker is not None and checker.flags(from_pixels(painted.pixels))
 
     def _save(self, painted: Painted, painter: Painter, journal: Journal | None) -> Path:
         """Write one picture under a name that is free, or that may be overwritten."""
@@ -356,6 +374,11 @@ def _glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step
 def _decoded_anyhow(painter: Painter, latents: Tensor) -> Tensor:
     """The pixels of latents that need not be a picture yet, whatever had to be done for them."""
     return decode_with_fallbacks(painter, latents, may_be_black=True)[0]
+
+
+def _flagged_by(painter: Painter) -> BadOutput:
+    name = painter.model.spec.name
+    return BadOutput(f"the safety checker of {name} flagged the picture, so it was not saved (--safety off saves it)")
 
 
 def finished(request: GenerationRequest, pixels: Tensor) -> Tensor:

@@ -139,8 +139,8 @@ class Tracing:
 def _mapping(words: Sequence[str]) -> Watch:
     @contextlib.contextmanager
     def watch(painter: Painter, requests: Sequence[GenerationRequest], decode: Decode) -> Iterator[Watcher]:
-        prompts = painter.encode.read(requests[0]).prompts
-        with AttentionMaps(len(requests), prompts).watching(painter.model.unet) as maps:
+        joined = painter.encode(requests, guided=False, steps=requests[0].passes[0]).weights
+        with AttentionMaps(len(requests), prompts=max(1, len(joined))).watching(painter.model.unet) as maps:
             yield HeatMapping(painter, requests, words, maps)
 
     return watch

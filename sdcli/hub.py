@@ -53,6 +53,7 @@ SIDE_FILES = {
 """Component -> the small files it may have; no other name is ever downloaded."""
 PIPELINES = {
     "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline",
     "LatentConsistencyModelPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",

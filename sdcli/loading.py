@@ -249,6 +249,18 @@ def load_model(
     )
 
 
+def folder_of(spec: ModelSpec) -> Path | None:
+    """The diffusers folder that a model is loaded from; None for a single file and random weights. Raises Offline."""
+    match spec.source:
+        case EmbeddedSource(folder=name):
+            return PACKAGE / name
+        case FolderSource(path=path):
+            return path
+        case HubSource() as hub:
+            return local_snapshot(hub, name=spec.name, size=spec.download_bytes)
+    return None
+
+
 def _finished(identity: str) -> Future[str]:
     """An identity that needs no hashing."""
     known: Future[str] = Future()

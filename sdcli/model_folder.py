@@ -85,6 +85,8 @@ _SDXL = Layout(
 )
 LAYOUTS: dict[str, Layout] = {
     "StableDiffusionPipeline": _TEXT_TO_IMAGE,
+    "StableDiffusionImg2ImgPipeline": _TEXT_TO_IMAGE,
+    "StableDiffusionInpaintPipeline": _TEXT_TO_IMAGE,
     "LatentConsistencyModelPipeline": _TEXT_TO_IMAGE,
     "LDMPipeline": _LATENTS,
     "DDPMPipeline": _PIXELS,

@@ -27,6 +27,8 @@ class RunSettings:
     batch_size: int | None = None
     """Pictures per batch; None lets the engine decide from size and device, the same way every time."""
     offline: bool = False
+    safety: Literal["auto", "off"] = "auto"
+    """Whether a model's own safety checker looks at the pictures, where it ships one."""
     strict_prompt: bool = False
     """Refuse a prompt that does not fit the text encoder, instead of saying what was cut."""
     lora_dir: Path | None = None

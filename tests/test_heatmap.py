@@ -19,7 +19,7 @@ from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.conditioning.words import Context, find, words_of
 from sdcli.contact_sheet import KEY
 from sdcli.denoise.attention_maps import AttentionMaps, probabilities
-from sdcli.errors import UsageError
+from sdcli.errors import SomeFailed, UsageError
 from sdcli.heatmap import overlay
 from sdcli.inputs import input_files
 from sdcli.loading import LoadedModel, load_model
@@ -146,9 +146,11 @@ def test_an_overlay_goes_from_the_coldest_to_the_hottest_place() -> None:
     assert len(np.unique(flat.reshape(-1, 3), axis=0)) == 1
 
 
+TINY = ["-m", "tiny", "--seed", "3", "--steps", "3", "--size", "72x40"]
+
+
 def results(*arguments: str | Path) -> list[dict[str, Any]]:
-    job = ["--batch-size", "2", "-m", "tiny", "--seed", "3", "--steps", "3", "--size", "72x40"]
-    return [json.loads(line) for line in good("generate", *job, *arguments, "--json")]
+    return [json.loads(line) for line in good("generate", *TINY, "--batch-size", "2", *arguments, "--json")]
 
 
 def test_guidance_by_perturbed_attention_leaves_the_maps_of_a_step_alone() -> None:
@@ -269,6 +271,15 @@ def test_weights_chunks_and_prompts_that_are_joined_have_maps_of_all_their_token
         np.testing.assert_allclose(file["tokens"].sum(axis=0), 1, rtol=1e-5)
         np.testing.assert_allclose(file["tokens"][: 2 * 77].sum(axis=0), 0.5, rtol=1e-5)
         np.testing.assert_allclose(file["maps"].sum(axis=0) + file["apart_maps"].sum(axis=0), 1, rtol=1e-5)
+
+
+def test_a_picture_without_the_words_fails_alone_and_the_others_stay_the_same() -> None:
+    prompts = ["a [cat:dog:0.5]", "a cat", "a horse"]
+    plain = results(*prompts, "--batch-size", "3", "-o", "plain/{index}.png")
+    outcome = run(*(["generate", *prompts, "--batch-size", "3", "-o", "mapped/{index}.png", "--heatmap", "cat", *TINY]))
+    assert isinstance(outcome.error, SomeFailed)
+    assert outcome.out == ["mapped/2.png"]
+    assert Path("mapped/2.png").read_bytes() == Path(plain[1]["path"]).read_bytes()
 
 
 def test_a_prompt_that_changes_over_the_steps_has_no_maps() -> None:

@@ -80,6 +80,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metadata",
         "metrics",
         "plotting",
+        "safety",
         "spaces",
         "start_pictures",
         "starting",

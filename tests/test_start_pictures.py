@@ -47,7 +47,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nine_channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "inpainting", in_channels=9)
+    folder = save_tiny_pipeline(tmp_path_factory.mktemp("models") / "inpainting", in_channels=9)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
+    return folder
 
 
 @cache

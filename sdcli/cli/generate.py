@@ -7,7 +7,7 @@ import json
 import secrets
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -194,6 +194,10 @@ def command(
     ] = None,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
+    safety: Annotated[
+        Literal["auto", "off"],
+        typer.Option("--safety", rich_help_panel=RUN, help="auto asks a model's own safety checker, if it ships one."),
+    ] = "auto",
     strict_prompt: Annotated[
         bool,
         typer.Option(
@@ -230,6 +234,7 @@ def command(
         batch_size=batch_size,
         offline=offline,
         strict_prompt=strict_prompt,
+        safety=safety,
         lora_dir=lora_dir,
     )
     registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
@@ -440,7 +445,7 @@ def _paint(
                 console.warn(event.text)
             elif event.error is not None:
                 errors.append(event.error)
-                _report_failure(event.job, event.error, console, alone=alone)
+                _report_failure(event.job, event.error, console, alone=alone, status=event.status)
             else:
                 _report(event, console)
                 paths[event.job.index] = known(event.path)
@@ -495,10 +500,12 @@ def _report(result: Result, console: Console) -> None:
             console.say(f"beside it: {', '.join(str(path) for path in result.beside)}")
 
 
-def _report_failure(job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool) -> None:
+def _report_failure(
+    job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool, status: str = "failed"
+) -> None:
     """A sentence on stderr, and with --json an object; where the job is the only one, its error ends the process."""
     if console.json:
-        console.result("", **_fields(job, "failed"), error=str(error), exit_code=error.exit_code)
+        console.result("", **_fields(job, status), error=str(error), exit_code=error.exit_code)
     if not alone:
         console.warn(f"picture {job.index}: {error}")
 

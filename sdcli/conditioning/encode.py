@@ -119,7 +119,6 @@ class TextEncoding:
         padded = [(*chunks, *[EMPTY] * (script.length - len(chunks))) for chunks in chunked]
         return Context(
             ids=tuple(token for chunks in padded for chunk in chunks for token in self._tokenizer.framed(chunk.ids)),
-            prompts=len(script.prompts),
             embeddings=self._embeddings(script.embeddings).tokens,
             cut=self._tokenizer(request.painted_prompt).cut if script.syntax == "plain" else "",
         )

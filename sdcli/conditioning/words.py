@@ -15,9 +15,7 @@ class Context:
     """What the network attends to for one picture, token by token."""
 
     ids: tuple[int, ...]
-    """Of every chunk, start, end and padding included; those of all prompts that AND joins, one after another."""
-    prompts: int = 1
-    """How many prompts AND joins; all have as many ids."""
+    """Of every chunk, start, end and padding included; where AND joins prompts, as many of each, one after another."""
     embeddings: Mapping[str, range] = field(default_factory=dict)
     """Words that stand for rows of vectors, which have the ids -1 - row."""
     cut: str = ""
