@@ -17,7 +17,7 @@ from sdcli.canvas import Measure, start_filled
 from sdcli.conditioning import prompt as syntax
 from sdcli.errors import NotFound, UsageError
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
-from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request
+from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request, watermark_room
 from sdcli.schedulers import SCHEDULERS
 from sdcli.single_file import layout_in
 
@@ -229,6 +229,11 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         raise UsageError(f"upscale: {resolved.upscale.strength:g} of {resolved.steps} steps leaves no step to paint")
     if spec.kind.inpaints and not resolved.masked:
         raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
+    if resolved.watermark is not None:
+        width, height = resolved.final_size
+        room = watermark_room(width, height)
+        if len(resolved.watermark.encode()) > room:
+            raise UsageError(f"watermark: a picture of {width}x{height} pixels has room for {room} bytes")
     for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
         if getattr(resolved, name) is not None and not resolved.guided:
             raise UsageError(f"{name} has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1")

@@ -461,6 +461,11 @@ def first_problem(error: ValidationError) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
+def watermark_room(width: int, height: int) -> int:
+    """How many bytes of text a picture of that many pixels can carry: a bit in 8x8 pixels, each three times over."""
+    return max(0, width // 8 * (height // 8) // (3 * 8) - 2)
+
+
 def did_you_mean(word: str, known: Any) -> str:
     """`"; did you mean 'sd15'?"`, or nothing where no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sdcli.errors import BadOutput
-from sdcli.request import MAX_WATERMARK_BYTES
+from sdcli.request import MAX_WATERMARK_BYTES, watermark_room
 
 SCALE = 36
 BLOCK = 4
@@ -31,7 +31,7 @@ def marked(image: Image.Image, text: str) -> Image.Image:
     bits = _bits(text)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     blocks = _blocks(pixels)
-    if len(blocks) < FEWEST_REPEATS * len(bits):
+    if len(text.encode()) > watermark_room(*image.size):
         size = f"{image.width}x{image.height}"
         raise BadOutput(f"{size} pixels are too few for a watermark of {len(text.encode())} bytes")
     wanted = np.resize(bits, len(blocks))

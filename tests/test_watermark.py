@@ -78,5 +78,6 @@ def test_generate_marks_info_reads_and_verify_agrees(sdcli: Run, tmp_path: Path)
     assert json.loads(told.stdout)["watermark"] == "AI"
     assert sdcli("generate", "--from", "cat.png", "--verify").returncode == 0
     small = sdcli("generate", "a cat", "-m", "tiny", "--watermark", "too long for 64 pixels", "-o", "no.png", "-q")
-    assert small.returncode == 6
+    assert small.returncode == 2
+    assert "64x64 pixels has room for 0 bytes" in small.stderr
     assert not (tmp_path / "no.png").exists()

@@ -169,6 +169,10 @@ class TextEncoding:
         return Embeddings(read.tokens, None if read.vectors is None else read.vectors.to(model.device, model.dtype))
 
 
+MEAN_IS_ZERO = 1e-6
+"""Of the mean size of the numbers; the states of a network that was not trained have such a mean."""
+
+
 def emphasised(hidden: Tensor, chunk: Chunk) -> Tensor:
     """Hidden states [1, L, D] times the weights of their tokens, scaled back to the mean they had.
 
@@ -181,7 +185,10 @@ def emphasised(hidden: Tensor, chunk: Chunk) -> Tensor:
     factors[: len(weights)] = torch.tensor(weights, device=hidden.device)
     states = hidden.float()
     weighted = states * factors[:, None]
-    return (weighted * (states.mean() / weighted.mean())).to(hidden.dtype)
+    mean = weighted.mean()
+    if mean.abs() > MEAN_IS_ZERO * weighted.abs().mean():  # else the quotient would be that of two rounding errors
+        weighted = weighted * (states.mean() / mean)
+    return weighted.to(hidden.dtype)
 
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
