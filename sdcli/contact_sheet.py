@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from sdcli.errors import UsageError
-from sdcli.files import whole_file
+from sdcli.files import write_whole
 from sdcli.picture_files import MAX_PIXELS
 
 KEY = "sdcli-sheet"
@@ -79,14 +80,20 @@ def check_size(count: int, largest: tuple[int, int], *, label_lines: int = 2, en
 
 
 def write_sheet(path: Path, sheet: Image.Image, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Write a sheet as a whole PNG file, with `settings` (JSON-ready: what is on it) in the text chunk `sdcli-sheet`.
+    """Write `sheet_bytes` as a whole file. Raises AlreadyExists and CannotWrite."""
+    write_whole(path, sheet_bytes(sheet, settings), overwrite=overwrite)
 
-    Equal arguments give equal bytes. Raises AlreadyExists and CannotWrite.
+
+def sheet_bytes(sheet: Image.Image, settings: Mapping[str, Any]) -> bytes:
+    """A sheet as a PNG file, with `settings` (JSON-ready: what is on it) in the text chunk `sdcli-sheet`.
+
+    Equal arguments give equal bytes.
     """
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(KEY, json.dumps(dict(settings)))  # in ASCII: tEXt, which every reader takes
-    with whole_file(path, overwrite=overwrite) as temporary:
-        sheet.save(temporary, format="PNG", pnginfo=chunks)
+    data = io.BytesIO()
+    sheet.save(data, format="PNG", pnginfo=chunks)
+    return data.getvalue()
 
 
 def _on_white(picture: Image.Image, enlarge: int) -> Image.Image:

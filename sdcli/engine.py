@@ -8,17 +8,20 @@ import importlib.metadata
 import itertools
 import platform
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import sdcli
 from sdcli.canvas import is_latents
 from sdcli.controlnets import ControlNet, load_controlnet, with_controlnets
+from sdcli.denoise.loop import Step
 from sdcli.devices import out_of_memory
 from sdcli.errors import (
     BadOutput,
@@ -31,7 +34,8 @@ from sdcli.errors import (
     UsageError,
     stop_if_asked,
 )
-from sdcli.files import AlreadyExists, sweep, write_whole
+from sdcli.explaining import File, Watch, Watcher, check, glimpse, watches
+from sdcli.files import AlreadyExists, check_new, sweep, write_whole
 from sdcli.images import from_pixels, to_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
@@ -42,7 +46,7 @@ from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.pipeline import Painter, decode, paint
 from sdcli.registry import ModelSpec, Registry
-from sdcli.request import GenerationRequest, LoraRef
+from sdcli.request import GenerationRequest, LoraRef, known
 from sdcli.safety import SafetyChecker, load_safety_checker
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.start_pictures import start_picture
@@ -53,7 +57,7 @@ from sdcli.watermark import marked
 class Phase:
     """The engine begins something that takes time; `steps` is 0 where the length is not known."""
 
-    name: Literal["load", "encode", "denoise", "decode", "save"]
+    name: Literal["load", "encode", "denoise", "decode", "save", "explain"]
     detail: str = ""
     steps: int = 0
 
@@ -65,6 +69,8 @@ class Progress:
     index: int
     count: int
     pictures: int
+    look: Callable[[], Image.Image | None]
+    """What the pictures look like now, by the network's guess; takes time, and gives None where memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one job; `path` is whole on the disk when this is yielded."""
+    """What became of one job; `path`, and all that stands beside it, is whole on the disk when this is yielded."""
 
     status: Literal["done", "skipped", "failed", "flagged"]
     job: Job
@@ -84,6 +90,8 @@ class Result:
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
     error: SdcliError | None = None
+    beside: tuple[Path, ...] = ()
+    """The files that explain the picture."""
 
 
 Event = Phase | Progress | Note | Result
@@ -98,6 +106,8 @@ class Painted:
     batch_size: int
     batch_index: int
     fallbacks: tuple[str, ...]
+    beside: Iterable[File] = ()
+    """What explains it, made file by file as this is gone through."""
 
 
 @dataclass
@@ -126,7 +136,7 @@ class Engine:
         the same company, and with that to the same bytes, as an uninterrupted one.
         Raises what `stop` answers, and what concerns every job (no such model, cannot write).
         """
-        done: dict[int, str] = {}
+        there: dict[int, Path] = {}
         if journal is not None and self.output.resume:
             sweep(self.output.outdir)
             taken: set[str] = set()
@@ -134,17 +144,19 @@ class Engine:
                 path = journal.finished(job.request.key(), taken=taken)
                 if path is not None:
                     taken.add(path)
-                    done[job.index] = path
+                    there[job.index] = self.output.outdir / path
             self._names |= taken
+        beside = {index: tuple(self.output.beside(path)) for index, path in there.items()}
+        done = {index for index, files in beside.items() if all(file.exists() for file in files)}
         for batch in plan(jobs, self.run):
             for job in batch:
                 if job.index in done:
-                    yield Result("skipped", job, path=self.output.outdir / done[job.index])
-            wanted = {job.index for job in batch} - set(done)
+                    yield Result("skipped", job, path=there[job.index], beside=beside[job.index])
+            wanted = {job.index for job in batch} - done
             if not wanted:
                 continue
             stop_if_asked(self.stop)
-            yield from self._paint_batch(batch, wanted, journal)
+            yield from self._paint_batch(batch, wanted, there, journal)
         stop_if_asked(self.stop)
 
     def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Painter:
@@ -183,9 +195,12 @@ class Engine:
 
     def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
-        return paint_batch(self.painter_for(batch[0].request), batch, wanted)
+        return paint_batch(self.painter_for(batch[0].request), batch, wanted, watches(self.output))
 
-    def _paint_batch(self, batch: Sequence[Job], wanted: set[int], journal: Journal | None) -> Iterator[Event]:
+    def _paint_batch(
+        self, batch: Sequence[Job], wanted: set[int], there: Mapping[int, Path], journal: Journal | None
+    ) -> Iterator[Event]:
+        """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
         started = time.monotonic()
         request = batch[0].request
         warm_names = [spec and spec.name for spec in _specs(self._painter)] if self._painter is not None else []
@@ -210,7 +225,10 @@ class Engine:
                     if job.index in wanted:
                         yield Note(text)
                 fitting.append(job)
+                if job.index in wanted:
+                    check(painter, job.request, self.output)
             except (UsageError, BadWeights, NotFound) as error:
+                wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
                 yield Result("failed", job, error=error)
         wanted = wanted & {job.index for job in fitting}
         if not wanted:
@@ -222,9 +240,16 @@ class Engine:
                     if self._flagged(event):
                         yield Result("flagged", event.job, error=_flagged_by(painter))
                         continue
-                    yield Phase("save")
-                    path = self._save(event, painter, journal)
-                    yield Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
+                    path = there.get(event.job.index)
+                    again = path is not None
+                    if path is None:
+                        yield Phase("save")
+                        path = self._save(event, painter, journal)
+                    result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
+                    if self.output.beside(path):
+                        yield Phase("explain")
+                        result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
+                    yield result
                 else:
                     yield event
         except (BadOutput, OutOfMemory, UsageError) as error:
@@ -260,9 +285,11 @@ class Engine:
             candidate = numbered(name, number)
             if str(candidate).lower() in self._names:
                 continue
-            if journal is not None:
-                journal.note(request.key(), str(candidate), data)
             try:
+                for file in output.beside(output.outdir / candidate):
+                    check_new(file, overwrite=output.overwrite)
+                if journal is not None:
+                    journal.note(request.key(), str(candidate), data)
                 write_whole(output.outdir / candidate, data, overwrite=output.overwrite)
             except AlreadyExists:
                 if is_literal(output.template) and number == 1:
@@ -272,8 +299,22 @@ class Engine:
             return output.outdir / candidate
         raise AssertionError("unreachable")
 
+    def _explained(self, result: Result, files: Iterable[File], *, overwrite: bool) -> Result:
+        """The result with what explains its picture written beside it; who has the picture's name has theirs, too."""
+        path, written = known(result.path), []
+        try:
+            for suffix, data in files:
+                written.append(path.parent / f"{path.stem}{suffix}")
+                write_whole(written[-1], data, overwrite=overwrite)
+        except (BadOutput, OutOfMemory, UsageError) as error:
+            text = f"{path} is painted, but not all that explains it: {error}"
+            return replace(result, status="failed", error=type(error)(text))
+        return replace(result, beside=tuple(written))
 
-def paint_batch(painter: Painter, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
+
+def paint_batch(
+    painter: Painter, batch: Sequence[Job], wanted: set[int], watched_by: Sequence[Watch] = ()
+) -> Iterator[Event | Painted]:
     """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out.
 
     Pictures whose prompts come to other lengths are denoised apart, each with its like.
@@ -283,10 +324,13 @@ def paint_batch(painter: Painter, batch: Sequence[Job], wanted: set[int]) -> Ite
         alike.setdefault(painter.encode.shape(job.request), []).append(job)
     for jobs in alike.values():
         if any(job.index in wanted for job in jobs):
-            yield from _paint_alike(painter, jobs, wanted)
+            yield from _paint_alike(painter, jobs, wanted, watched_by)
 
 
-def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterator[Event | Painted]:
+def _paint_alike(
+    painter: Painter, batch: list[Job], wanted: set[int], watched_by: Sequence[Watch]
+) -> Iterator[Event | Painted]:
+    decode = partial(_decoded_anyhow, painter)
     pieces = [batch]
     fallbacks: tuple[str, ...] = ()
     while pieces:
@@ -296,14 +340,20 @@ def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterat
         painter.encode(requests, guided=requests[0].guided, steps=requests[0].passes[0]).at(1)  # `paint` finds it done
         yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         step, crowded = None, False
+        watchers: list[Watcher] = []
         try:
-            for step in paint(painter, [job.request for job in piece]):
-                yield Progress(step.index, step.count, len(piece))
+            with contextlib.ExitStack() as stack:
+                watchers += [stack.enter_context(watch(painter, requests, decode)) for watch in watched_by]
+                for step in paint(painter, requests):
+                    for watcher in watchers:
+                        watcher.see(step)
+                    yield Progress(step.index, step.count, len(piece), partial(_glimpse, painter, requests, step))
         except Exception as error:
             if not out_of_memory(error):
                 raise
             crowded = True
         if crowded or step is None:  # outside `except`: the exception would keep the memory alive
+            watchers.clear()
             free_caches()
             if len(piece) == 1:
                 raise OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
@@ -325,7 +375,29 @@ def _paint_alike(painter: Painter, batch: list[Job], wanted: set[int]) -> Iterat
                 continue
             for note in notes:
                 yield Note(note)
-            yield Painted(job, pixels, len(piece), position, (*fallbacks, *notes))
+            yield Painted(
+                job, pixels, len(piece), position, (*fallbacks, *notes), _explanation(watchers, position, pixels)
+            )
+
+
+def _explanation(watchers: Sequence[Watcher], position: int, pixels: Tensor) -> Iterator[File]:
+    for watcher in watchers:
+        yield from watcher.files(position, pixels)
+
+
+def _glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step) -> Image.Image | None:
+    try:
+        return glimpse(painter, requests, step)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_caches()
+    return None
+
+
+def _decoded_anyhow(painter: Painter, latents: Tensor) -> Tensor:
+    """The pixels of latents that need not be a picture yet, whatever had to be done for them."""
+    return decode_with_fallbacks(painter, latents, may_be_black=True)[0]
 
 
 def _flagged_by(painter: Painter) -> BadOutput:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from sdcli.errors import BadPicture, NotFound, UsageError
 from sdcli.naming import numbered
+from sdcli.settings import explains
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """The largest picture file that is read."""
@@ -109,8 +110,9 @@ def check_readable(path: Path) -> None:
 
 def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, PurePosixPath]]:
     for root, folders, files in os.walk(folder, onerror=_unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        known = sorted(name for name in files if not name.startswith(".") and Path(name).suffix.lower() in suffixes)
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or explains(name)))
+        files = [name for name in files if not (name.startswith(".") or explains(Path(name).stem))]
+        known = sorted(name for name in files if Path(name).suffix.lower() in suffixes)
         stems = Counter(_stem(name) for name in known)
         below = PurePosixPath(Path(root).relative_to(folder).as_posix())
         for name in known:

@@ -26,7 +26,8 @@ def check_output(output: OutputSettings) -> None:
     check_folder(output.outdir)
     if is_literal(output.template):
         name = picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
-        check_new(output.outdir / name, overwrite=output.overwrite)
+        for path in (output.outdir / name, *output.beside(output.outdir / name)):
+            check_new(path, overwrite=output.overwrite)
 
 
 def check_template(template: str) -> None:

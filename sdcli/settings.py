@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+
+from sdcli.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+
+TraceFormat = Literal["webp", "apng", "gif"]
 
 DEFAULT_TEMPLATE = "{index:05}-{seed}-{prompt}"
 
@@ -31,6 +36,30 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class TraceSettings:
+    """Which steps of the denoising are kept beside a picture, and in what form they move."""
+
+    steps: int | tuple[int, ...] | None = 8
+    """So many, evenly spread; or these, counted from 1; None is all of them."""
+    format: TraceFormat = "webp"
+
+    @classmethod
+    def of(cls, text: str, format: TraceFormat) -> Self:
+        """From `8`, `1,5,20` or `all`. Raises UsageError."""
+        numbers = [int(number) for number in re.findall(r"\d+", text)] if _STEPS.fullmatch(text) else []
+        if text != "all" and (not numbers or 0 in numbers):
+            raise UsageError(
+                f"--trace takes how many steps to show, such as 8, or which ones, such as 1,5,20, or all; not {text!r}"
+            )
+        if text == "all":
+            return cls(None, format)
+        return cls(tuple(numbers) if "," in text else numbers[0], format)
+
+
+_STEPS = re.compile(r"[0-9]{1,4}(?:,[0-9]{1,4})*,?")
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """Where and in what form pictures are written."""
 
@@ -41,6 +70,20 @@ class OutputSettings:
     overwrite: bool = False
     metadata: bool = True
     resume: bool = False
+    trace: TraceSettings | None = None
+    heatmap: tuple[str, ...] | None = None
+    """The words and phrases whose attention maps are written; empty for every word, None for no maps."""
+
+    def beside(self, picture: Path) -> list[Path]:
+        """The files that stand beside a picture that is finished; where there are more, these are the last ones."""
+        suffixes = [".trace.png", f".trace.{self.trace.format}"] if self.trace is not None else []
+        suffixes += [".heatmap/index.html"] if self.heatmap is not None else []
+        return [picture.parent / f"{picture.stem}{suffix}" for suffix in suffixes]
+
+
+def explains(stem: str) -> bool:
+    """Whether a file or folder of that name, without its last suffix, is what explains a picture beside it."""
+    return stem.endswith((".trace", ".heatmap"))
 
 
 SUFFIX_OF: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}

@@ -74,6 +74,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "devices",
         "foreign",
         "gallery",
+        "glance",
+        "heatmap",
         "images",
         "latent_files",
         "latents",
@@ -87,6 +89,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "spaces",
         "start_pictures",
         "starting",
+        "trace",
         "watermark",
         "training.checkpoint",
         "training.objective",
@@ -97,7 +100,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # 2: one batch, from requests to pictures
     ("pipeline",),
     # 3: many batches, kept warm; training
-    ("codec", "dataset.encode_cache", "engine", "forward_process", "selftest", "training.*", "verify"),
+    ("codec", "dataset.encode_cache", "engine", "explaining", "forward_process", "selftest", "training.*", "verify"),
     # 4: the mouths
     ("__main__", "cli.*"),
 )

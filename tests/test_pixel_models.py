@@ -569,7 +569,7 @@ def test_an_unconditional_model_paints_without_a_prompt(
     for line in lines:
         assert verify_picture(tmp_path / json.loads(line)["path"], registry, RunSettings(device="cpu")).identical
     asked = command("--from", path, "--dry-run").stdout
-    assert json.loads(asked) == info.record.request.model_dump(mode="json", by_alias=True)
+    assert json.loads(asked) == info.record.request.typed()
     assert "paints without a prompt" in command("a cat", "-m", folders["grey"], code=2).stderr
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdcli.conditioning.encode import emphasised
+from sdcli.conditioning.prompt import Chunk
 from sdcli.denoise.predict import composed, guided, steps_by_timestep
 from sdcli.engine import Engine, Result, paint_pictures
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
@@ -72,7 +73,7 @@ def test_weights_scale_the_states_of_their_tokens_and_keep_the_mean(tiny: Painte
     factors[2] = 1.5
     states = torch.randn((1, 77, 8), generator=torch.Generator().manual_seed(0)) + 0.1
     expected = states * factors
-    weighted = emphasised(states, [1.0, 1.0, 1.5])
+    weighted = emphasised(states, Chunk((5, 6), (1.0, 1.5)))
     assert torch.allclose(weighted, expected * (states.mean() / expected.mean()), atol=1e-6)
     assert float(weighted.mean()) == pytest.approx(float(states.mean()), abs=1e-6)
     # an untrained network's states have no mean that could be restored

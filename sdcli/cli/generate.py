@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,19 +22,29 @@ from sdcli.cli.options import (
     QuietOpt,
     VerboseOpt,
 )
+from sdcli.cli.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
 from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
 from sdcli.cli.stopping import GracefulStop
+from sdcli.cli.terminal_pictures import best_renderable
 from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.files import AlreadyExists
 from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.loras import is_here, user_lora_folder
-from sdcli.naming import SUFFIXES, check_output, check_template, numbered
+from sdcli.naming import SUFFIXES, check_output, check_template, is_literal, numbered, picture_name
 from sdcli.registry import Registry, load_registry
 from sdcli.request import FileRef, known, parse_size
 from sdcli.schedulers import SCHEDULERS
-from sdcli.settings import DEFAULT_TEMPLATE, ImageFormat, OutputSettings, RunSettings
+from sdcli.settings import (
+    DEFAULT_TEMPLATE,
+    SUFFIX_OF,
+    ImageFormat,
+    OutputSettings,
+    RunSettings,
+    TraceFormat,
+    TraceSettings,
+)
 from sdcli.sheet_labels import labels_of
 from sdcli.sweeping import Axis, parse_axis, swept
 from sdcli.wildcards import Wildcards
@@ -41,7 +52,7 @@ from sdcli.wildcards import Wildcards
 if TYPE_CHECKING:
     from sdcli.engine import Result
 
-INPUT, PICTURE, OUTPUT, RUN = "Prompts", "The picture", "Output", "The run"
+INPUT, PICTURE, OUTPUT, EXPLAIN, RUN = "Prompts", "The picture", "Output", "How it came about", "The run"
 
 
 @request_options
@@ -139,6 +150,42 @@ def command(
         bool,
         typer.Option("--resume", rich_help_panel=OUTPUT, help="Skip what an earlier run of the prompts file finished."),
     ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            metavar="N|STEP,STEP,...|all",
+            rich_help_panel=EXPLAIN,
+            help="Write the denoising beside each picture: a strip of N steps, or of these, and an animation.",
+        ),
+    ] = None,
+    trace_format: Annotated[
+        TraceFormat | None,
+        typer.Option(
+            "--trace-format", rich_help_panel=EXPLAIN, help="Form of the animation (webp).", show_default=False
+        ),
+    ] = None,
+    heatmap: Annotated[
+        str | None,
+        typer.Option(
+            "--heatmap",
+            metavar="WORD,WORD,...|all",
+            rich_help_panel=EXPLAIN,
+            help="Write beside each picture where these words, or phrases, of its prompt were attended to.",
+        ),
+    ] = None,
+    preview: Annotated[
+        str | None,
+        typer.Option(
+            "--preview",
+            metavar="FILE.png|terminal",
+            rich_help_panel=EXPLAIN,
+            help="Show how the pictures come along, in a file that is replaced or on the terminal.",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", rich_help_panel=EXPLAIN, help="Show finished pictures on the terminal, too.")
+    ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -192,9 +239,20 @@ def command(
     )
     registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
     dynamic = dynamic_prompts or all_combinations or wildcards is not None
+    if trace_format is not None and trace is None:
+        raise UsageError("--trace-format has no effect without --trace")
+    traced = None if trace is None else TraceSettings.of(trace, trace_format or "webp")
+    words = None if heatmap is None else _words(heatmap)
+    explained = traced is not None or words is not None or preview is not None or show
+    if explained and dry_run:
+        raise UsageError("--trace, --heatmap, --preview and --show have no effect with --dry-run")
+    if show:
+        check_terminal("--show")
+    if preview is not None:
+        check_preview(preview, overwrite=overwrite, quiet=quiet)
 
     if verify:
-        others = [prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic]
+        others = [prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic, explained]
         if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
@@ -217,8 +275,13 @@ def command(
         lines = _with_choices(lines, asked, axes, choices, all_combinations=all_combinations)
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
-    settings = _output_settings(
-        output, outdir, image_format, overwrite=overwrite, metadata=not no_metadata, resume=resume
+    settings = replace(
+        _output_settings(output, outdir, image_format),
+        overwrite=overwrite,
+        metadata=not no_metadata,
+        resume=resume,
+        trace=traced,
+        heatmap=words,
     )
     journal, base_seed = None, secrets.randbelow(2**32)
     if prompts_file is not None and not dry_run:
@@ -239,7 +302,15 @@ def command(
         _print_requests(jobs, console)
     else:
         columns = len(axes[-1].values) * num_images if axes else None
-        _paint(jobs, registry, run, settings, journal, console, columns=columns)
+        _paint(jobs, registry, run, settings, journal, console, columns=columns, preview=preview, show=show)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """`all` is every word, as an empty tuple. Raises UsageError for no word."""
+    words = tuple(dict.fromkeys(filter(None, (word.strip() for word in text.split(",")))))
+    if not words:
+        raise UsageError("--heatmap takes words of the prompt, such as fox,snow, or all")
+    return () if text == "all" else words
 
 
 def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], registry: Registry) -> list[Line]:
@@ -297,8 +368,8 @@ def _recorded(image: Path, console: Console, lora_dir: Path | None) -> dict[str,
     return fields
 
 
-def _output_settings(output: str | None, outdir: Path | None, image_format: str | None, **rest: bool) -> OutputSettings:
-    """-o's own folder part counts from here, as for any tool; with --outdir it must stay inside that."""
+def _output_settings(output: str | None, outdir: Path | None, image_format: str | None) -> OutputSettings:
+    """Folder, name and form. -o's own folder part counts from here, as for any tool; with --outdir it stays in that."""
     template = output or DEFAULT_TEMPLATE
     if output is not None and outdir is None:
         fixed = output.partition("{")[0]
@@ -310,7 +381,7 @@ def _output_settings(output: str | None, outdir: Path | None, image_format: str 
         raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
     folder = outdir if outdir is not None else OutputSettings.outdir
     chosen: Any = image_format or named or "png"
-    return OutputSettings(outdir=folder, template=template, format=chosen, **rest)
+    return OutputSettings(outdir=folder, template=template, format=chosen)
 
 
 def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
@@ -331,7 +402,9 @@ def _paint(
     journal: Journal | None,
     console: Console,
     *,
-    columns: int | None = None,
+    columns: int | None,
+    preview: str | None,
+    show: bool,
 ) -> None:
     """Paint what can be painted, and with `columns` a sheet of all of it.
 
@@ -349,17 +422,25 @@ def _paint(
     if not good:
         raise_for(errors, of=len(jobs))
     check_output(settings)
+    if preview is not None and Path(preview).resolve() in _literal_paths(settings):
+        raise UsageError(f"--preview and -o name the same file, {preview}")
     stop = GracefulStop(console).install()
     from sdcli.engine import Engine, Note, Phase, Progress
 
     engine = Engine(registry, run, settings, stop=stop)
+    renderable = best_renderable() if show else None
     paths: dict[int, Path] = {}
-    with ProgressDisplay(console) as display:
+    with ProgressDisplay(console, pictures=preview == TERMINAL) as display:
+        watched = None
+        if preview is not None:
+            watched = Preview(display.picture if preview == TERMINAL else to_file(Path(preview)))
         for event in engine.paint_all(good, journal=journal):
             if isinstance(event, Phase):
                 display.phase(event)
             elif isinstance(event, Progress):
                 display.step(event)
+                if watched is not None:
+                    watched.step(event)
             elif isinstance(event, Note):
                 console.warn(event.text)
             elif event.error is not None:
@@ -368,9 +449,21 @@ def _paint(
             else:
                 _report(event, console)
                 paths[event.job.index] = known(event.path)
+                if renderable is not None and event.status == "done":
+                    from sdcli.images import open_picture
+
+                    display.show(renderable(open_picture(known(event.path))))
     if columns is not None and paths:
         _lay_out(good, paths, columns, settings, console)
     raise_for(errors, of=len(jobs))
+
+
+def _literal_paths(settings: OutputSettings) -> list[Path]:
+    """The files that will be written, as far as their names are known."""
+    if not is_literal(settings.template):
+        return []
+    picture = settings.outdir / picture_name(settings.template, {}, suffix=SUFFIX_OF[settings.format])
+    return [path.resolve() for path in (picture, *settings.beside(picture))]
 
 
 def _lay_out(jobs: list[Job], paths: dict[int, Path], columns: int, settings: OutputSettings, console: Console) -> None:
@@ -396,12 +489,15 @@ def _report(result: Result, console: Console) -> None:
     """One result as one line: a path on stdout, or the object of --json."""
     seconds = result.seconds
     rest = {"path": str(result.path), "seconds": round(seconds, 3), "fallbacks": list(result.fallbacks)}
+    rest |= {"beside": [str(path) for path in result.beside]} if result.beside else {}
     if result.status == "skipped":
         console.detail(f"{result.path} is finished already")
     if result.status == "done" or console.json:
         console.result(str(result.path), **_fields(result.job, result.status), **rest)
     if result.status == "done":
         console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
+        if result.beside and not console.json:
+            console.say(f"beside it: {', '.join(str(path) for path in result.beside)}")
 
 
 def _report_failure(

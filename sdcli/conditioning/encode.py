@@ -16,6 +16,7 @@ from sdcli.conditioning.condition import Condition, Conditions
 from sdcli.conditioning.embeddings import Embeddings, read_embeddings
 from sdcli.conditioning.prompt import EMPTY, Chunk, SubPrompt, subprompts
 from sdcli.conditioning.tokenizer import ClipTokenizer
+from sdcli.conditioning.words import Context
 from sdcli.errors import BadWeights, UsageError
 from sdcli.loading import LoadedModel
 from sdcli.request import EmbeddingRef, GenerationRequest, known
@@ -30,6 +31,10 @@ class Encode(Protocol):
 
     def shape(self, request: GenerationRequest) -> Hashable:
         """What requests must have in common to be in one batch. Raises UsageError for what the model cannot do."""
+        ...
+
+    def read(self, request: GenerationRequest) -> Context:
+        """The tokens that its prompt comes to. Raises UsageError where there are none, or others at other steps."""
         ...
 
 
@@ -102,6 +107,21 @@ class TextEncoding:
         """How many chunks and prompts there are: those of other pictures must not pad this one's."""
         scripts = [self._script(request, steps=steps) for steps in request.passes]
         return tuple((script.length, len(script.prompts)) for script in scripts)
+
+    def read(self, request: GenerationRequest) -> Context:
+        """The chunks of its prompts, padded as they are encoded."""
+        scripts = [self._script(request, steps=steps) for steps in request.passes]
+        script = scripts[0]
+        texts = {tuple(text for prompt in one.prompts for _, text in prompt.texts) for one in scripts}
+        if len(texts) > 1 or len({one.length for one in scripts}) > 1 or len(*texts) > len(script.prompts):
+            raise UsageError(f"the words of {request.painted_prompt!r} change over the steps, so none has a place")
+        chunked = [self._chunks(text, script.syntax, script.embeddings) for text in texts.pop()]
+        padded = [(*chunks, *[EMPTY] * (script.length - len(chunks))) for chunks in chunked]
+        return Context(
+            ids=tuple(token for chunks in padded for chunk in chunks for token in self._tokenizer.framed(chunk.ids)),
+            embeddings=self._embeddings(script.embeddings).tokens,
+            cut=self._tokenizer(request.painted_prompt).cut if script.syntax == "plain" else "",
+        )
 
     def _script(self, request: GenerationRequest, *, steps: int) -> _Script:
         syntax, embeddings = known(request.prompt_syntax), request.embeddings
@@ -257,6 +277,10 @@ class ClassEncoding:
         """All labels fit together."""
         return None
 
+    def read(self, request: GenerationRequest) -> Context:
+        """Raises UsageError: a class is no word."""
+        raise UsageError(f"{request.model} paints a class, so there are no words")
+
 
 class NoEncoding:
     """The encoding of a model that paints without a prompt."""
@@ -268,3 +292,7 @@ class NoEncoding:
     def shape(self, request: GenerationRequest) -> Hashable:
         """Nothing fits with nothing."""
         return None
+
+    def read(self, request: GenerationRequest) -> Context:
+        """Raises UsageError: there is no prompt."""
+        raise UsageError(f"{request.model} paints without words")

@@ -14,17 +14,23 @@ from sdcli.denoise.sampler import Advance
 
 @dataclass(frozen=True)
 class Step:
-    """One finished step: its number from 0, how many there are, its timestep, and the latents after it."""
+    """One finished step: its number from 0, how many there are, its timestep, and the latents after it.
+
+    `x` are the latents before it, and `output` is what `predict` said of them.
+    """
 
     index: int
     count: int
     t: Tensor
     latents: Tensor
+    x: Tensor
+    output: Tensor
 
 
 @torch.inference_mode()
 def denoise(predict: Predict, advance: Advance, x: Tensor, timesteps: Tensor) -> Iterator[Step]:
     """Latents [B, C, h, w] of pure noise -> the same, step by step less noisy; the last step holds the result."""
     for index, t in enumerate(timesteps):
-        x = advance(predict(x, t), t, x)
-        yield Step(index, len(timesteps), t, x)
+        before, output = x, predict(x, t)
+        x = advance(output, t, before)
+        yield Step(index, len(timesteps), t, x, before, output)

@@ -1,0 +1,61 @@
+"""Pictures on a terminal: half blocks anywhere; kitty's graphics and sixels where textual-image is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
+
+BELOW = 6
+"""Lines of a terminal's height that are left for other things."""
+
+
+class HalfBlocks:
+    """A picture for rich, as large as the terminal allows: two pixels a cell, the upper one ink, the lower paper."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        self._picture = picture.convert("RGB")
+        self._size = (0, 0)
+        self._segments: list[Segment] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """The cells, which are computed again only where the terminal has another size."""
+        from PIL import ImageOps
+
+        size = (options.max_width, 2 * max(2, console.height - BELOW))
+        if size != self._size:
+            self._size, self._segments = size, list(_cells(ImageOps.contain(self._picture, size)))
+        yield from self._segments
+
+
+def _cells(picture: Image.Image) -> Iterator[Segment]:
+    from rich.color import Color
+    from rich.segment import Segment
+    from rich.style import Style
+
+    data, width = picture.tobytes(), picture.width
+    colours = [Color.from_rgb(*data[place : place + 3]) for place in range(0, len(data), 3)]
+    for top in range(0, len(colours), 2 * width):
+        upper, lower = colours[top : top + width], colours[top + width : top + 2 * width]
+        for column, ink in enumerate(upper):
+            yield Segment("▀", Style(color=ink, bgcolor=lower[column] if lower else None))
+        yield Segment.line()
+
+
+def best_renderable() -> Any:
+    """The class for rich that shows a picture best on this terminal, which is asked for what it can.
+
+    textual-image asks by way of stdout and writes there too, so it is left alone where stdout is no terminal.
+    """
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        return HalfBlocks
+    try:
+        from textual_image.renderable import Image, SixelImage, TGPImage
+    except ImportError:
+        return HalfBlocks
+    return Image if Image in (SixelImage, TGPImage) else HalfBlocks
