@@ -101,7 +101,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], float]:
     """The timed steps and the decode of our own pipeline."""
-    from sdcli.pipeline import Painter, decode, paint
+    from sdcli.painter import Painter
+    from sdcli.pipeline import decode, paint
     from sdcli.registry import resolve
     from sdcli.request import GenerationRequest
 

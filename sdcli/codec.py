@@ -36,8 +36,8 @@ from sdcli.latent_files import LatentFile, LatentRecord, Source, latent_bytes, r
 from sdcli.loading import load_model
 from sdcli.metadata import picture_bytes
 from sdcli.metrics import distance
+from sdcli.painter import Painter
 from sdcli.picture_files import MAX_PIXELS
-from sdcli.pipeline import Painter
 from sdcli.registry import ModelSpec, Registry
 from sdcli.settings import SUFFIX_OF, ImageFormat, RunSettings
 

@@ -44,7 +44,8 @@ from sdcli.lora_weights import with_loras
 from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
-from sdcli.pipeline import Painter, decode, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import decode, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, LoraRef, known
 from sdcli.safety import SafetyChecker, load_safety_checker

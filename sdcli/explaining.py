@@ -21,7 +21,8 @@ from sdcli.glance import glance
 from sdcli.heatmap import Heatmap, Map
 from sdcli.heatmap import files as heatmap_files
 from sdcli.images import from_pixels
-from sdcli.pipeline import Painter, scheduler_for
+from sdcli.painter import Painter
+from sdcli.pipeline import scheduler_for
 from sdcli.request import GenerationRequest, known
 from sdcli.settings import OutputSettings, TraceSettings
 from sdcli.trace import Moment, animation, check_chosen, chosen, strip

@@ -13,7 +13,8 @@ from sdcli.denoise.attention import (
     use_plain_small_attention,
 )
 from sdcli.loading import load_model
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve
 from sdcli.request import GenerationRequest
 

@@ -580,6 +580,7 @@ def test_a_disk_that_is_full_from_any_call_on_loses_nothing(tmp_path: Path, name
 
 
 @by_situation
+@pytest.mark.slow
 def test_a_process_that_dies_at_any_call_loses_nothing(tmp_path: Path, name: str) -> None:
     stage = Stage(tmp_path, SITUATIONS[name])
     for index, call in enumerate(stage.calls()):

@@ -34,7 +34,8 @@ from sdcli.errors import BadPicture, BadWeights, NotFound, Offline, SdcliError, 
 from sdcli.files import AlreadyExists
 from sdcli.jobs import BadJob, Job, expand, read_lines
 from sdcli.loading import LoadedModel, load_model
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve, spec_of_folder
 from sdcli.request import Control, GenerationRequest, Preprocessor, parse_request
 from sdcli.settings import OutputSettings, RunSettings
@@ -483,6 +484,7 @@ def test_the_engine_keeps_what_goes_on_and_lets_the_rest_go(tiny_folder: Path, f
     ]
 
 
+@pytest.mark.slow
 def test_a_painted_control_is_recorded_and_verified(tiny_folder: Path, files: Path, tmp_path: Path, sdcli: Any) -> None:
     control = f"canny:{files}/one={files}/a.png:0.8@0-0.5"
     line = ["generate", "a cat", "-m", tiny_folder, "--steps", "3", "--seed", "5", "--size", "64x48", "--guess-mode"]

@@ -21,7 +21,8 @@ from sdcli.dataset.sources import open_pictures
 from sdcli.errors import NotFound, UsageError
 from sdcli.images import from_pixels, to_pixels
 from sdcli.loading import load_model
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve
 from sdcli.request import parse_request
 from sdcli.train_settings import ControlNetSettings, settings_from
@@ -90,6 +91,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=[pytest.mark.slow] * ("half" in name)) for name in VARIANTS]
 )
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, pictures: Path, maps: Path, variant: str) -> None:
     changes = {**VARIANTS[variant], "validation_split": 0.0}
     changes |= {"conditioning_data_dir": str(maps)} if "conditioning_data_dir" in changes else {}

@@ -690,6 +690,7 @@ def test_pictures_come_in_every_format(image_format: str, suffix: str) -> None:
         assert (image.format, image.size) == (image_format.upper(), (48, 40))
 
 
+@pytest.mark.slow
 def test_as_a_process_the_two_commands_speak_on_the_right_streams(sdcli: Run, tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")

@@ -104,6 +104,7 @@ def test_a_picture_holds_the_request_that_paints_it_again(registry: Registry, tm
     assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_every_picture_of_a_batch_verifies_alone(registry: Registry, tmp_path: Path) -> None:
     paint(
         registry, tmp_path, jobs_of(registry, "a cat", "a dog", "a fox", model="starter", seed=3, steps=3), batch_size=3

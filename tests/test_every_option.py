@@ -137,6 +137,7 @@ def test_every_field_is_walked() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_each_field_changes_the_picture_or_is_refused(
     engine: Engine, models: dict[str, Path], files: Path, kind: str
 ) -> None:

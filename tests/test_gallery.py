@@ -105,7 +105,7 @@ def test_the_page_holds_every_record_exactly_and_a_thumbnail(tmp_path: Path) -> 
     record = Record(request(prompt=EVIL, seed=MAX_SEED), {"weights": {"unet": "sha256:0"}, "odd": EVIL})
     paint(tmp_path / "sub" / "a#b c%.png", record=record)
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("parameters", "a hare\nNegative prompt: fog\nSteps: 20, Seed: 5, Clip skip: 2")
+    chunks.add_text("parameters", "a hare\nNegative prompt: fog\nSteps: 20, Seed: 5, ENSD: 31337")
     Image.new("RGB", (600, 300)).save(tmp_path / "theirs.png", pnginfo=chunks)
     Image.new("L", (8, 8)).save(tmp_path / "bare.webp")
 
@@ -122,7 +122,7 @@ def test_the_page_holds_every_record_exactly_and_a_thumbnail(tmp_path: Path) -> 
     assert own["command"] == command_line(record.request)
     assert (theirs["source"], theirs["request"]["negative_prompt"], theirs["request"]["seed"]) == ("a1111", "fog", "5")
     assert theirs["parameters"].startswith("a hare\n")
-    assert theirs["unmapped"]["Clip skip"] == "2"
+    assert theirs["unmapped"]["ENSD"] == "31337"
     assert theirs["size"] == "600 × 300 png"
     assert (bare["request"], bare["command"], bare["source"]) == ({}, None, None)
     assert all(one["thumbnail"].startswith("data:image/webp;base64,") for one in (bare, own, theirs))

@@ -184,6 +184,7 @@ def test_prompts_come_from_stdin_as_text_or_jsonl(sdcli: Run) -> None:
 @pytest.mark.parametrize(
     "image_format", ["png", *(pytest.param(name, marks=pytest.mark.slow) for name in ("webp", "jpeg"))]
 )
+@pytest.mark.slow
 def test_from_paints_a_picture_again_and_verify_proves_it(sdcli: Run, tmp_path: Path, image_format: str) -> None:
     first = sdcli("generate", "a cat", *TINY, "--format", image_format, "--scheduler", "ddpm")
     path = first.stdout.strip()
@@ -240,6 +241,7 @@ def test_a_signal_leaves_whole_pictures_and_its_exit_code(tmp_path: Path, signal
     assert not list((tmp_path / "outputs").glob(".sdcli-*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_batch_killed_and_resumed_is_the_same_set_as_one_that_ran_through(sdcli: Run, tmp_path: Path) -> None:
     kill_and_resume(sdcli, tmp_path, jobs=24, kills=3)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.errors import UsageError
 from sdcli.loading import load_model
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import resolve, spec_of_folder
 from sdcli.request import parse_request
 from tests.tiny import save_tiny_pipeline

@@ -162,6 +162,7 @@ def test_guidance_by_perturbed_attention_leaves_the_maps_of_a_step_alone() -> No
     np.testing.assert_array_equal(tokens("plain"), tokens("perturbed", "--pag-scale", "3"))
 
 
+@pytest.mark.slow
 def test_sdxl_with_a_refiner_has_maps_and_traces() -> None:
     base, refiner = save_tiny_sdxl(Path("base")), save_tiny_sdxl(Path("refiner"), refiner=True)
     job = [

@@ -98,7 +98,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "weights",
     ),
     # 2: one batch, from requests to pictures
-    ("pipeline",),
+    ("painter", "pipeline", "prediction"),
     # 3: many batches, kept warm; training
     ("codec", "dataset.encode_cache", "engine", "explaining", "forward_process", "selftest", "training.*", "verify"),
     # 4: the mouths

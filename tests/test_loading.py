@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from sdcli import loading
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.loading import LoadedModel, load_model
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import FileSource, FolderSource, ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from tests.conftest import REPOSITORY
@@ -279,7 +280,8 @@ def test_random_weights_are_the_same_every_time_and_differ_by_seed() -> None:
 LEAN = """
 import sys, torch
 from sdcli.loading import load_model
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve
 from sdcli.request import GenerationRequest
 heavy = {name for name in ("transformers", "torch._dynamo", "scipy") if sys.modules.get(name) is not None}
@@ -297,6 +299,7 @@ assert "FromSingleFileMixin" in {base.__name__ for base in StableDiffusionPipeli
 """
 
 
+@pytest.mark.slow
 def test_lean_imports_leave_out_what_is_slow_and_change_no_bit(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", LEAN, str(tmp_path / "latents.pt")], env=environment, check=True)

@@ -24,7 +24,8 @@ from sdcli.loading import LoadedModel, load_model
 from sdcli.lora_weights import ldm_name, lora_facts, read_lora, with_loras
 from sdcli.loras import find_lora, find_loras, take_tags
 from sdcli.metadata import read_picture
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import PACKAGE, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, LoraRef, parse_request
 from sdcli.settings import OutputSettings, RunSettings
@@ -333,6 +334,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_jobs_with_other_loras_in_one_run_are_each_as_if_alone(tmp_path: Path, loras: Path) -> None:
     one, two = loras / "one.safetensors", loras / "two.safetensors"
     asked: list[dict[str, Any]] = [
@@ -609,6 +611,7 @@ def test_the_text_of_the_web_ui_has_tags_and_hashes_and_is_read_back() -> None:
     assert unreadable.unmapped["lora"].startswith("<lora:one:x>")
 
 
+@pytest.mark.slow
 def test_a_picture_remembers_its_loras_and_verifies_until_the_file_is_another(tmp_path: Path, loras: Path) -> None:
     folder = tmp_path / "loras"
     shutil.copytree(loras, folder)

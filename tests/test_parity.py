@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.loading import load_model
-from sdcli.pipeline import Painter, decode, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import decode, paint
 from sdcli.registry import PACKAGE, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from sdcli.schedulers import SCHEDULERS

@@ -28,7 +28,8 @@ from sdcli.journal import Journal
 from sdcli.loading import LoadedModel, load_model, model_in_memory
 from sdcli.metadata import read_picture
 from sdcli.model_folder import LAYOUTS
-from sdcli.pipeline import Painter, decode, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import decode, paint
 from sdcli.registry import FolderSource, ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from sdcli.schedulers import SCHEDULERS

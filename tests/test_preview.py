@@ -121,6 +121,7 @@ def test_half_blocks_are_the_picture() -> None:
 JOB = ["generate", "a cat", "-m", "tiny", "--seed", "3", "--steps", "2"]
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_same_with_a_preview_that_is_replaced() -> None:
     good(*JOB, "-n", "2", "-o", "plain/{index}.png")
     for folder in ("first", "second"):
@@ -166,6 +167,7 @@ def test_a_preview_that_cannot_be_is_refused(arguments: list[str], error: type[S
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.slow
 def test_a_terminal_shows_the_picture_and_stdout_only_its_path(tmp_path: Path) -> None:
     import pty
 

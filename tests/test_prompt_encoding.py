@@ -24,7 +24,8 @@ from sdcli.jobs import Job, Line, expand
 from sdcli.loading import load_model
 from sdcli.metadata import parse_record, read_picture
 from sdcli.model_folder import ModelKind
-from sdcli.pipeline import Painter, paint, scheduler_for
+from sdcli.painter import Painter
+from sdcli.pipeline import paint, scheduler_for
 from sdcli.registry import Registry, load_registry, resolve, spec_of_folder
 from sdcli.request import EmbeddingRef, GenerationRequest, parse_request
 from sdcli.schedulers import SCHEDULERS

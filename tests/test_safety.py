@@ -45,6 +45,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checked(tmp_path_factory.mktemp("models") / "strict", threshold=-2.0)
 
 
+@pytest.mark.slow
 def test_what_is_flagged_is_told_and_not_saved(strict: Path, tmp_path: Path, sdcli: Run) -> None:
     paint = ("generate", "a cat", "-m", strict, "--size", "64x64", "--steps", "2", "--seed", "1")
     done = sdcli(*paint, "-o", "cat.png", "--json", "-q")

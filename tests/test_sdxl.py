@@ -24,7 +24,8 @@ from sdcli.jobs import Job, Line, expand
 from sdcli.loading import load_model
 from sdcli.lora_weights import with_loras
 from sdcli.metadata import parameters_text, read_picture
-from sdcli.pipeline import Painter, decode, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import decode, paint
 from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, LoraRef, parse_request
 from sdcli.schedulers import SCHEDULERS

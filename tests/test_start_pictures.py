@@ -20,7 +20,8 @@ from sdcli.errors import BadPicture, NotFound, UsageError
 from sdcli.images import from_pixels
 from sdcli.jobs import Job, Line, expand
 from sdcli.loading import load_model
-from sdcli.pipeline import Painter, paint
+from sdcli.painter import Painter
+from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.schedulers import SCHEDULERS
@@ -308,6 +309,7 @@ def test_another_picture_under_the_same_name_is_not_painted_from(tiny: Painter, 
         start_picture(request)
 
 
+@pytest.mark.slow
 def test_a_start_from_stdin_is_painted_recorded_and_verified(files: Path, tmp_path: Path, sdcli: Any) -> None:
     begin = ["generate", "a cat", "-m", "tiny", "--steps", "3", "--seed", "5", "-q"]
     with open(files / "picture.png", "rb") as piped:

@@ -89,6 +89,7 @@ def test_the_guess_is_that_of_the_scheduler_itself(name: str, prediction: str, s
     assert len(theirs) == len(timesteps)
 
 
+@pytest.mark.slow
 def test_the_last_guess_of_a_refiner_is_what_euler_ends_with() -> None:
     base, refiner = save_tiny_sdxl(Path("base")), save_tiny_sdxl(Path("refiner"), refiner=True)
     registry = load_registry()
@@ -131,6 +132,7 @@ def results(*arguments: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in good("generate", *arguments, "--json", "--batch-size", "2", "-m", "tiny")]
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_same_with_a_trace(tmp_path: Path) -> None:
     job = ["a cat", "-n", "2", "--seed", "3", "--steps", "3", "--scheduler", "euler-a", "--upscale", "1.5x"]
     results(*job, "-o", "plain/{index}")
@@ -190,6 +192,7 @@ def test_the_last_guess_of_a_pixel_model_is_its_picture() -> None:
     assert np.abs(shown[::2, ::2] - picture).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_adds_what_is_missing_beside_finished_pictures(tmp_path: Path) -> None:
     Path("jobs.txt").write_text("a cat\na dog\n")
     plain = results("--prompts-file", "jobs.txt", "-o", "{index}.png")

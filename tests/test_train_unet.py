@@ -70,6 +70,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, variant: str) ->
     assert not same_checkpoint(tmp_path / "straight" / "checkpoint-4", tmp_path / "straight" / "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_run_is_a_model_folder_for_sdcli_and_for_diffusers(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -137,6 +138,7 @@ def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "no"), ("bfloat16", "bf16")])
+@pytest.mark.slow
 def test_training_finds_what_dataset_cache_encoded(
     tmp_path: Path, pictures: Path, sdcli: Run, dtype: str, precision: str
 ) -> None:
@@ -198,6 +200,7 @@ def test_unknown_lora_targets_are_refused_with_the_names_there_are(tmp_path: Pat
         train_unet(pictures, tmp_path / "run", rank=2, lora_targets=("nonsense",))
 
 
+@pytest.mark.slow
 def test_a_class_conditional_pixel_model_is_trained_and_painted(tmp_path: Path, sdcli: Run) -> None:
     from diffusers import DDPMPipeline
 
@@ -346,6 +349,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_give_the_same_bytes_as_no_kill(tmp_path: Path, pictures: Path) -> None:
     limits = ["--max-train-steps", "12", "--checkpointing-steps", "3"]
     straight = subprocess.run(command(pictures, tmp_path / "straight", *limits), env=environment(), capture_output=True)

@@ -604,6 +604,7 @@ def test_a_picture_that_is_there_twice_is_encoded_once(
     assert len(done.latents.items) == 7
 
 
+@pytest.mark.slow
 def test_everything_that_changes_the_numbers_changes_the_key(tmp_path: Path, tiny_folder: Path) -> None:
     base = loaded(tiny_folder)
     changed = tmp_path / "changed"

@@ -190,6 +190,7 @@ def test_a_run_of_one_part_is_gone_on_with(tmp_path: Path, pictures: Path, sdcli
         assert sentence in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_vae_is_not_trained_from_a_model_without_one(tmp_path: Path, sdcli: Run) -> None:
     data = class_pictures(tmp_path / "classes")
     train_unet(data, tmp_path / "run", max_train_steps=1, space="pixel", from_scratch="pixel-grey", resolution="16")

@@ -71,6 +71,7 @@ def test_a_text_that_is_no_short_line_is_refused(text: str) -> None:
         parse_request({"watermark": text})
 
 
+@pytest.mark.slow
 def test_generate_marks_info_reads_and_verify_agrees(sdcli: Run, tmp_path: Path) -> None:
     done = sdcli("generate", "a cat", "--steps", "2", "--watermark", "AI", "-o", "cat.png", "-q", "--seed", "1")
     assert done.returncode == 0, done.stderr

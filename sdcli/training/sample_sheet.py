@@ -19,7 +19,7 @@ from sdcli.files import write_whole
 from sdcli.images import from_pixels
 from sdcli.loading import model_in_memory
 from sdcli.metadata import picture_bytes
-from sdcli.pipeline import Painter
+from sdcli.painter import Painter
 from sdcli.registry import FolderSource, ModelDefaults, ModelSpec, resolve
 from sdcli.request import Control, FileRef, GenerationRequest
 from sdcli.training.task import Networks

@@ -1,0 +1,42 @@
+"""What paints: a loaded model with its encoding of prompts, its space, and a refiner where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sdcli.conditioning.encode import Encode, encoding_of
+from sdcli.errors import UsageError
+from sdcli.loading import LoadedModel
+from sdcli.spaces import Space, space_of
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A loaded model with its encoding of prompts and its space, ready for any number of batches."""
+
+    model: LoadedModel
+    encode: Encode
+    space: Space
+    refiner: Painter | None = None
+    """Ends what this one begins; without a VAE of its own."""
+
+    @classmethod
+    def of(cls, model: LoadedModel, *, refiner: LoadedModel | None = None) -> Painter:
+        """Raises UsageError for a refiner that does not go with the model, and for one that is to begin."""
+        if model.is_sdxl and "text_encoder" not in model.parts:
+            raise UsageError(f"{model.spec.name} is a refiner, which ends what another model began: --refiner")
+        if refiner is not None and not (model.is_sdxl and refiner.is_sdxl):
+            other = refiner if model.is_sdxl else model
+            raise UsageError(f"a refiner and its model are both of the sdxl family, and {other.spec.name} is not")
+        space = space_of(model)
+        ending = cls(refiner, encoding_of(refiner), space) if refiner is not None else None
+        return cls(model, encoding_of(model), space, ending)
+
+    def with_model(self, model: LoadedModel) -> Painter:
+        """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
+        return replace(Painter.of(model), refiner=self.refiner)
+
+    def weights(self) -> dict[str, str]:
+        """The identity of every loaded part, the refiner's too."""
+        ends = self.refiner.weights() if self.refiner is not None else {}
+        return {**self.model.weights(), **{f"refiner_{part}": identity for part, identity in ends.items()}}
