@@ -25,7 +25,7 @@ from sdcli.errors import BadPicture, CannotWrite, NotFound, SomeFailed, UsageErr
 from sdcli.files import AlreadyExists
 from sdcli.metadata import Record, picture_bytes
 from sdcli.registry import load_registry, resolve
-from sdcli.request import MAX_SEED, GenerationRequest
+from sdcli.request import MAX_SEED, SCHEMA, GenerationRequest
 from tests.browser import Browser, browser
 from tests.conftest import Run
 
@@ -229,7 +229,7 @@ def test_hostile_metadata_is_shown_as_text_and_nothing_is_fetched(chromium: Brow
     chromium.open(tmp_path / "gallery.html")
     before = chromium.run("document.scripts.length")
     chromium.run("document.querySelector('.open').click()")
-    assert chromium.run("document.querySelector('#facts td').textContent") == "1"
+    assert chromium.run("document.querySelector('#facts td').textContent") == str(SCHEMA)
     shown = chromium.run("[...document.querySelectorAll('#facts tr')].map(one => one.innerText)")
     assert sum("owned" in row for row in shown) == 3
     assert sum("x" * 300_000 in row for row in shown) == 1
