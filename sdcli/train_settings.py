@@ -101,12 +101,12 @@ class TrainSettings(BaseModel):
         """Samples of one optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
-    def steps(self, samples_per_epoch: int, processes: int) -> int | None:
-        """Optimizer steps to do; None where only --max-hours ends the run."""
+    def steps(self, samples_per_epoch: int, batch: int) -> int | None:
+        """Optimizer steps of `batch` samples to do; None where only --max-hours ends the run."""
         if self.max_train_steps is not None:
             return self.max_train_steps
         if self.num_train_epochs is not None:
-            return max(1, math.ceil(self.num_train_epochs * samples_per_epoch / self.total_batch_size(processes)))
+            return max(1, math.ceil(self.num_train_epochs * samples_per_epoch / batch))
         return None if self.max_hours is not None else DEFAULT_STEPS
 
     @model_validator(mode="after")

@@ -400,10 +400,13 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(tmp_path: Path) 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     weights = [unet_of(tmp_path / name) for name in ("one", "two")]
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
-    more = [*two[:-6], "--train-batch-size", "2", "--num-processes", "2", "--max-train-steps", "6", "--resume"]
-    done = subprocess.run(more, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert newest_checkpoint(tmp_path / "two").step == 6
+    for size, processes, steps in (("2", "2", 6), ("4", "1", 7), ("2", "2", 8)):
+        traded = ["--train-batch-size", size, "--num-processes", processes, "--max-train-steps", str(steps)]
+        done = subprocess.run(
+            [*two[:-6], *traded, "--resume"], env=environment(), capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        assert newest_checkpoint(tmp_path / "two").step == steps
 
 
 @pytest.mark.slow

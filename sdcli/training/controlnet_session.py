@@ -76,7 +76,6 @@ class ControlNetSession(Session[ControlNetSettings]):
             data = data.only(source.cached.items)
             model.vae.to("cpu")  # wanted for sample pictures alone from here on
         text_encoder = in_half(model.text_encoder) if half else model.text_encoder
-        total = settings.total_batch_size(self.accelerator.num_processes)
         shown = Pixels(maps or data.pictures, data.framing, settings.seed, flip=settings.random_flip)
         task = ControlNetTask(
             networks={"controlnet": controlnet},
@@ -89,7 +88,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 input_perturbation=settings.input_perturbation,
                 stratified=settings.stratified_timesteps,
             ),
-            order=data.order(batch=total, seed=settings.seed, buffer=settings.shuffle_buffer),
+            order=data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer),
             source=WithMaps(source, shown, settings.preprocessor or "none"),
             conditions=conditions,
             seed=settings.seed,

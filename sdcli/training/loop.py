@@ -288,7 +288,7 @@ class Trainer:
                 self.run,
                 done,
                 write,
-                facts={**self.facts, "processes": self.accelerator.num_processes},
+                facts={**self.facts, "batch": self.settings.total_batch_size(self.accelerator.num_processes)},
                 keep=self.plan.keep,
                 report=lambda path, reason: notes.append(f"{path} {reason}; it is left where it is"),
             )

@@ -94,17 +94,16 @@ def recorded(run: Path, *, command: str, kind: type[TrainSettings]) -> tuple[str
     return data, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def check_unchanged(before: TrainSettings, now: TrainSettings, *, processes: tuple[int, int]) -> None:
-    """Refuse a resume that would not go on with the same run. `processes`: how many there were, and are."""
+def check_unchanged(before: TrainSettings, now: TrainSettings, *, batch: tuple[int, int]) -> None:
+    """Refuse a resume that would not go on with the same run. `batch`: the samples of a step until here, and now."""
     for name in type(now).model_fields:
         old, new = getattr(before, name), getattr(now, name)
         if old != new and name not in MAY_CHANGE | TRADED:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} was {old} when this run began; a resumed run cannot change it (now {new})")
-    old_total, new_total = before.total_batch_size(processes[0]), now.total_batch_size(processes[1])
-    if old_total != new_total:
+    if batch[0] != batch[1]:
         raise UsageError(
-            f"a step of this run has {old_total} samples, now it would have {new_total}: --train-batch-size x "
+            f"a step of this run has {batch[0]} samples, now it would have {batch[1]}: --train-batch-size x "
             "--gradient-accumulation-steps x processes must stay the same"
         )
 

@@ -112,19 +112,23 @@ class Session(ABC, Generic[S]):
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the whole run; None where only --max-hours ends it."""
-        return self.settings.steps(self.built.samples, self.accelerator.num_processes)
+        return self.settings.steps(self.built.samples, self.batch)
+
+    @property
+    def batch(self) -> int:
+        """Samples of one optimizer step, over all processes."""
+        return self.settings.total_batch_size(self.accelerator.num_processes)
 
     def plan(self) -> dict[str, Any]:
         """What is going to happen, in figures."""
-        total = self.settings.total_batch_size(self.accelerator.num_processes)
         return {
             "command": self.command,
             "run": str(self.run),
             "steps": self.steps,
             "done": self._found.step if self._found else 0,
-            "batch": total,
+            "batch": self.batch,
             "samples": self.built.samples,
-            "steps_per_epoch": round(self.built.samples / total, 2),
+            "steps_per_epoch": round(self.built.samples / self.batch, 2),
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "memory_bytes": self.built.memory_bytes,
@@ -187,11 +191,10 @@ class Session(ABC, Generic[S]):
 
     def _check_unchanged(self) -> None:
         """What may not change between the parts of one run."""
+        assert self._found is not None
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
         before = self.kind.model_validate(values)
-        assert self._found is not None
-        processes = int(self._found.facts.get("processes", 1))
-        run_folder.check_unchanged(before, self.settings, processes=(processes, self.accelerator.num_processes))
+        run_folder.check_unchanged(before, self.settings, batch=(self._found.facts["batch"], self.batch))
 
     def _check_same_data(self, found: Found) -> None:
         """Other pictures or captions would be another run, whatever the seed."""
@@ -212,7 +215,7 @@ class Session(ABC, Generic[S]):
     def _told_of_another_schedule(self, found: Found) -> Iterator[Event]:
         """Another number of steps is another learning rate at every step to come, where it is not constant."""
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
-        before = self.kind.model_validate(values).steps(self.built.samples, int(found.facts.get("processes", 1)))
+        before = self.kind.model_validate(values).steps(self.built.samples, found.facts["batch"])
         if before != self.steps and not self.settings.lr_scheduler.startswith("constant"):
             yield Noted(
                 f"the learning rate fell over {before:,} steps until here and falls over {self.steps:,} from now on: "

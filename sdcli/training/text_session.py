@@ -57,7 +57,7 @@ class TextSession(Session[TextSettings]):
             tokenizer=tokenizer,
             encoder=encoder,
             objectives=objectives,
-            batch=settings.total_batch_size(self.accelerator.num_processes),
+            batch=self.batch,
             seed=settings.seed,
             learning_rate=settings.learning_rate,
             vectors=(yield from self._vectors(captions)),

@@ -88,8 +88,7 @@ class UnetSession(Session[UnetSettings]):
         source, conditions = yield from self._inputs(model, data)
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
-        total = settings.total_batch_size(self.accelerator.num_processes)
-        order = data.order(batch=total, seed=settings.seed, buffer=settings.shuffle_buffer)
+        order = data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer)
         files = self._files(model, networks)
         task = self._task(model, schedule, data, source, conditions, networks, loras, order)
         task.painter = self._painter(model, data, files)

@@ -65,11 +65,10 @@ class VaeSession(Session[VaeSettings]):
         )
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        total = settings.total_batch_size(self.accelerator.num_processes)
         task = VaeTask(
             vae=vae,
             source=Pixels(data.pictures, data.framing, settings.seed, flip=settings.random_flip),
-            order=data.order(batch=total, seed=settings.seed, buffer=settings.shuffle_buffer),
+            order=data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer),
             seed=settings.seed,
             learning_rate=settings.learning_rate,
             objective=VaeObjective(
