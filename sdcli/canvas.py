@@ -9,7 +9,8 @@ from typing import Any
 
 from sdcli.errors import UsageError
 from sdcli.inputs import read_input
-from sdcli.request import FileRef, GenerationRequest
+from sdcli.request import GenerationRequest
+from sdcli.request_parts import FileRef
 
 STRENGTH, STRENGTH_BEHIND_MASK = 0.8, 1.0
 """The shares of noise that diffusers' pipelines have."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from sdcli.images import fit
-from sdcli.request import Preprocessor
+from sdcli.request_parts import Preprocessor
 
 Levels = np.ndarray
 """Grey levels [H, W], float64 in 0..1."""

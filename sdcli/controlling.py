@@ -13,7 +13,8 @@ from sdcli.controlnets import controlnet_of
 from sdcli.denoise.control import ActiveControl
 from sdcli.images import picture_from_bytes, to_pixels
 from sdcli.loading import LoadedModel
-from sdcli.request import FileRef, GenerationRequest, Preprocessor, known
+from sdcli.request import GenerationRequest, known
+from sdcli.request_parts import FileRef, Preprocessor
 
 
 def controls_for(model: LoadedModel, requests: Sequence[GenerationRequest]) -> list[ActiveControl]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdcli.canvas import identified
 from sdcli.errors import UsageError
-from sdcli.request import EmbeddingRef
+from sdcli.request_parts import EmbeddingRef
 
 _WORD = re.compile(r"[^\s()\[\]:|\\]{1,100}")
 

@@ -47,7 +47,8 @@ from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.painter import Painter
 from sdcli.pipeline import decode, paint
 from sdcli.registry import ModelSpec, Registry
-from sdcli.request import GenerationRequest, LoraRef, known
+from sdcli.request import GenerationRequest, known
+from sdcli.request_parts import LoraRef
 from sdcli.safety import SafetyChecker, load_safety_checker
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.start_pictures import start_picture

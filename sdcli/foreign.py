@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from sdcli.errors import UsageError
 from sdcli.loras import tag, take_tags
-from sdcli.request import GenerationRequest, LoraRef, parse_request
+from sdcli.request import GenerationRequest, parse_request
+from sdcli.request_parts import LoraRef
 from sdcli.schedulers import SCHEDULERS
 
 Tool = Literal["a1111", "comfyui", "invokeai"]

@@ -42,7 +42,7 @@ from sdcli.registry import (
     RandomSource,
     described,
 )
-from sdcli.request import LoraRef
+from sdcli.request_parts import LoraRef
 from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 

@@ -29,7 +29,7 @@ from sdcli.errors import BadWeights, UsageError
 from sdcli.loading import AppliedLora, LoadedModel
 from sdcli.loras import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_lora, pinned
 from sdcli.model_folder import read_json_object
-from sdcli.request import LoraRef, digits
+from sdcli.request_parts import LoraRef, digits
 from sdcli.weights import check_header, read_tensors
 
 PREFIXES: dict[str, tuple[str, ...]] = {

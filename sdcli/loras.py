@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.registry import PICKLE_SUFFIXES, pickle_refused
-from sdcli.request import GenerationRequest, LoraRef, did_you_mean, digits, first_problem
+from sdcli.request import GenerationRequest, did_you_mean, first_problem
+from sdcli.request_parts import LoraRef, digits
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of a PEFT folder."""

@@ -15,7 +15,8 @@ from sdcli.canvas import is_latents, read_identified
 from sdcli.errors import UsageError
 from sdcli.images import fit, picture_from_bytes, to_pixels
 from sdcli.latent_files import LatentFile, read_latents
-from sdcli.request import Extend, FileRef, GenerationRequest, known
+from sdcli.request import GenerationRequest, known
+from sdcli.request_parts import Extend, FileRef
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 from sdcli.errors import UsageError
 from sdcli.jobs import Line, drawn_seed
-from sdcli.request import ALIASES, GenerationRequest, did_you_mean, digits
+from sdcli.request import ALIASES, GenerationRequest, did_you_mean
+from sdcli.request_parts import digits
 
 MOST_COMBINATIONS = 10_000
 _RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)x(\d{1,4})")

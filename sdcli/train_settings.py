@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sdcli.errors import NotFound, UsageError
 from sdcli.registry import read_yaml
-from sdcli.request import Preprocessor, did_you_mean, first_problem, parse_size
+from sdcli.request import did_you_mean, first_problem, parse_size
+from sdcli.request_parts import Preprocessor
 from sdcli.settings import Device
 
 S = TypeVar("S", bound="TrainSettings")

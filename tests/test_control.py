@@ -37,7 +37,8 @@ from sdcli.loading import LoadedModel, load_model
 from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve, spec_of_folder
-from sdcli.request import Control, GenerationRequest, Preprocessor, parse_request
+from sdcli.request import GenerationRequest, parse_request
+from sdcli.request_parts import Control, Preprocessor
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from sdcli.verify import verify_picture

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "naming",
         "registry",
         "request",
+        "request_parts",
         "schedulers",
         "settings",
         "single_file",

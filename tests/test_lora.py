@@ -27,7 +27,8 @@ from sdcli.metadata import read_picture
 from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import PACKAGE, load_registry, resolve, spec_of_folder
-from sdcli.request import GenerationRequest, LoraRef, parse_request
+from sdcli.request import GenerationRequest, parse_request
+from sdcli.request_parts import LoraRef
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.verify import verify_picture
 from tests.conftest import Run

@@ -27,7 +27,8 @@ from sdcli.model_folder import ModelKind
 from sdcli.painter import Painter
 from sdcli.pipeline import paint, scheduler_for
 from sdcli.registry import Registry, load_registry, resolve, spec_of_folder
-from sdcli.request import EmbeddingRef, GenerationRequest, parse_request
+from sdcli.request import GenerationRequest, parse_request
+from sdcli.request_parts import EmbeddingRef
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.verify import verify_picture

@@ -27,7 +27,8 @@ from sdcli.metadata import parameters_text, read_picture
 from sdcli.painter import Painter
 from sdcli.pipeline import decode, paint
 from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
-from sdcli.request import GenerationRequest, LoraRef, parse_request
+from sdcli.request import GenerationRequest, parse_request
+from sdcli.request_parts import LoraRef
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure

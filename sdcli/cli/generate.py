@@ -34,7 +34,8 @@ from sdcli.journal import Journal
 from sdcli.loras import is_here, user_lora_folder
 from sdcli.naming import SUFFIXES, check_output, check_template, is_literal, numbered, picture_name
 from sdcli.registry import Registry, load_registry
-from sdcli.request import FileRef, known, parse_size
+from sdcli.request import known, parse_size
+from sdcli.request_parts import FileRef
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import (
     DEFAULT_TEMPLATE,

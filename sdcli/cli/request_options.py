@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from sdcli.request import GenerationRequest, Part
+from sdcli.request import GenerationRequest
+from sdcli.request_parts import Part
 
 NOT_FLAGS = {"schema_version", "prompt"}
 ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}

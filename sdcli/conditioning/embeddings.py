@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sdcli.canvas import read_identified
 from sdcli.errors import BadWeights, UsageError
-from sdcli.request import EmbeddingRef, known
+from sdcli.request import known
+from sdcli.request_parts import EmbeddingRef
 from sdcli.weights import read_tensors
 
 

@@ -19,7 +19,8 @@ from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.conditioning.words import Context
 from sdcli.errors import BadWeights, UsageError
 from sdcli.loading import LoadedModel
-from sdcli.request import EmbeddingRef, GenerationRequest, known
+from sdcli.request import GenerationRequest, known
+from sdcli.request_parts import EmbeddingRef
 
 
 class Encode(Protocol):

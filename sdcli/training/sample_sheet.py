@@ -21,7 +21,8 @@ from sdcli.loading import model_in_memory
 from sdcli.metadata import picture_bytes
 from sdcli.painter import Painter
 from sdcli.registry import FolderSource, ModelDefaults, ModelSpec, resolve
-from sdcli.request import Control, FileRef, GenerationRequest
+from sdcli.request import GenerationRequest
+from sdcli.request_parts import Control, FileRef
 from sdcli.training.task import Networks
 
 MOST = 16

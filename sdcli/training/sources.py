@@ -12,7 +12,7 @@ from sdcli.dataset.cache import CachedLatents, EncodedLatents, sample_latents
 from sdcli.dataset.framing import Framing, frame
 from sdcli.dataset.records import Item
 from sdcli.images import from_pixels, picture_from_bytes, to_pixels
-from sdcli.request import Preprocessor
+from sdcli.request_parts import Preprocessor
 from sdcli.spaces import in_pixel_space
 from sdcli.training.task import Draw
 

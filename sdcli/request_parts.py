@@ -1,0 +1,236 @@
+"""The parts of a request that have several pieces and one spelling: files, LoRAs, controls, stretches of the steps."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_LORA_WEIGHT = 100.0
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+_LORA = re.compile(rf"(?P<path>.+?)(?::(?P<unet_weight>{_NUMBER}))?(?::(?P<text_weight>{_NUMBER}))?", re.DOTALL)
+
+
+class Part(BaseModel):
+    """A value of several pieces with one spelling, which flags and data take and `str` gives back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_spelling(cls, value: Any) -> Any:
+        return cls.pieces(value) if isinstance(value, str) else value
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        """The fields that a spelling means. Raises ValueError with what it should be."""
+        raise NotImplementedError
+
+
+class FileRef(Part):
+    """A file to read, and which one it was: painting again refuses another file under the same name."""
+
+    path: str = Field(min_length=1)
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Of its bytes; filled by `registry.resolve`."""
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        return {"path": text}
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class EmbeddingRef(FileRef):
+    """A textual inversion embedding, and the word of a prompt that its vectors stand for."""
+
+    token: str | None = None
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        path, separator, token = text.rpartition("=")
+        named = bool(separator) and not text.lower().endswith(".safetensors")
+        return {"path": path, "token": token} if named else {"path": text}
+
+    def __str__(self) -> str:
+        return self.path if self.token is None else f"{self.path}={self.token}"
+
+
+class Extend(Part):
+    """Pixels of new canvas on each side of a start picture."""
+
+    left: int = Field(0, ge=0, le=8192)
+    top: int = Field(0, ge=0, le=8192)
+    right: int = Field(0, ge=0, le=8192)
+    bottom: int = Field(0, ge=0, le=8192)
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        pairs = re.findall(r"(left|top|right|bottom)=(\d{1,4})(?:,|$)", text)
+        if not pairs or ",".join(f"{side}={pixels}" for side, pixels in pairs) != text or len(dict(pairs)) < len(pairs):
+            raise ValueError(f"is written as left=64,top=32, not {text!r}")
+        return dict(pairs)
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not any(pixels for _, pixels in self):
+            raise ValueError("adds nothing on any side")
+        return self
+
+    def __str__(self) -> str:
+        return ",".join(f"{side}={pixels}" for side, pixels in self if pixels)
+
+
+class Upscale(Part):
+    """A second pass over the finished picture, enlarged."""
+
+    factor: float = Field(gt=1, le=8)
+    strength: float = Field(0.5, gt=0, le=1)
+    how: Literal["pixel", "latent"] = "pixel"
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = re.fullmatch(r"([\d.]+)x?(?::([\d.]+))?(?::(pixel|latent))?", text)
+        if not match:
+            raise ValueError(f"is written as 2x, 2x:0.5 or 2x:0.5:latent, not {text!r}")
+        named = zip(("factor", "strength", "how"), match.groups(), strict=True)
+        return {name: value for name, value in named if value is not None}
+
+    def __str__(self) -> str:
+        return f"{self.factor:g}x:{self.strength:g}:{self.how}"
+
+
+class Interval(Part):
+    """A part of the denoising, as fractions of its steps: 0 is the beginning, 1 the end."""
+
+    start: float = Field(0, ge=0, le=1)
+    stop: float = Field(1, ge=0, le=1)
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = re.fullmatch(r"([\d.]*)-([\d.]*)", text)
+        if not match or not any(match.groups()):
+            raise ValueError(f"is written as 0.2-0.8, not {text!r}")
+        return {name: value for name, value in zip(("start", "stop"), match.groups(), strict=True) if value}
+
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.start >= self.stop:
+            raise ValueError("should end after it starts")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.start:g}-{self.stop:g}"
+
+
+class LoraRef(Part):
+    """One LoRA of a request, `FILE[:unet_weight[:text_weight]]`, and which file it was.
+
+    Weights are multiples of the strength it was trained with: 1 is that, 0 changes nothing, negative ones take away.
+    """
+
+    path: str = Field(min_length=1, max_length=4096)
+    """A .safetensors file, a PEFT folder, or a name that is looked up in the LoRA folder."""
+    unet_weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
+    text_weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
+    """For the text encoders; where it is not given, the UNet's."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Filled by `loras.find_loras`; painting again refuses another file under the same name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_weight_for_both(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = {name: piece for name, piece in value.items() if piece is not None}
+        return {"text_weight": given["unet_weight"], **given} if "unet_weight" in given else given
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = _LORA.fullmatch(text)
+        path, weight, text_weight = match.groups() if match else ("", None, None)
+        return {"path": path, "unet_weight": weight or 1.0, "text_weight": text_weight or weight or 1.0}
+
+    @field_validator("path")
+    @classmethod
+    def _plain_unicode(cls, value: str) -> str:
+        return plain_unicode(value)
+
+    def __str__(self) -> str:
+        short = f"{self.path}:{digits(self.unet_weight)}"
+        if self.unet_weight == self.text_weight and _LORA.fullmatch(short)["path"] == self.path:  # type: ignore[index]
+            return short
+        return f"{short}:{digits(self.text_weight)}"
+
+
+Preprocessor = Literal["none", "canny", "scribble", "softedge", "blur", "tile", "palette", "depth"]
+"""What makes the map of a picture; `none` takes it as it is. `control_maps.py` has them."""
+_PREPROCESSORS = "|".join(get_args(Preprocessor))
+_CONTROL = re.compile(
+    rf"(?:(?P<preprocessor>{_PREPROCESSORS}):)?(?P<model>[^=]+)=(?P<image>.+?)"
+    rf"(?::(?P<weight>{_NUMBER}))?(?:@(?P<start>[\d.]*)-(?P<end>[\d.]*))?",
+    re.DOTALL,
+)
+
+
+class Control(Part):
+    """One ControlNet of a request and what it sees, `[PREPROCESSOR:]MODEL=IMAGE[:WEIGHT][@START-END]`."""
+
+    model: str = Field(min_length=1, max_length=4096, pattern="^[^=]+$")
+    """A name from models.yaml, a folder or a .safetensors file; one with = in its name has no spelling."""
+    image: FileRef
+    preprocessor: Preprocessor = "none"
+    weight: float = Field(1.0, ge=0, le=10)
+    """How strongly it is listened to: 1 as it was trained."""
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+    """The part of the steps in which it is asked, as fractions of their number."""
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = _CONTROL.fullmatch(text)
+        if not match:
+            raise ValueError(f"is written as MODEL=IMAGE, canny:MODEL=IMAGE or MODEL=IMAGE:0.8@0-0.5, not {text!r}")
+        return {name: value for name, value in match.groupdict().items() if value}
+
+    @field_validator("model")
+    @classmethod
+    def _plain_unicode(cls, value: str) -> str:
+        return plain_unicode(value)
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.weight == 0:
+            raise ValueError(f"{self.model} has no effect at weight 0")
+        if self.start >= self.end:
+            raise ValueError(f"{self.model} should end after it starts, not {self.start:g}-{self.end:g}")
+        return self
+
+    def is_active(self, index: int, count: int) -> bool:
+        """Whether it has a say in step `index` of `count`, from 0; diffusers' rule."""
+        return index / count >= self.start and (index + 1) / count <= self.end
+
+    def __str__(self) -> str:
+        named = self.preprocessor != "none" or re.match(rf"(?:{_PREPROCESSORS}):", self.model)
+        part = f"@{digits(self.start)}-{digits(self.end)}" if (self.start, self.end) != (0, 1) else ""
+        return f"{f'{self.preprocessor}:' if named else ''}{self.model}={self.image}:{digits(self.weight)}{part}"
+
+
+def plain_unicode(value: str) -> str:
+    """A text that can be written as UTF-8, without NUL, of at most a million characters. Raises ValueError."""
+    if "\0" in value:
+        raise ValueError("has a NUL character")
+    if len(value) > 1_000_000:
+        raise ValueError(f"has {len(value):,} characters, more than a million")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} is half a character (not valid UTF-8 text)") from None
+    return value
+
+
+def digits(number: float) -> str:
+    """The shortest text that is read as this number: 1, not 1.0."""
+    return repr(number).removesuffix(".0")
