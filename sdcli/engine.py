@@ -45,7 +45,7 @@ from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.painter import Painter
-from sdcli.pipeline import decode, paint
+from sdcli.pipeline import check_picture, decode, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, known
 from sdcli.request_parts import LoraRef
@@ -147,7 +147,7 @@ class Engine:
                 if path is not None:
                     taken.add(path)
                     there[job.index] = self.output.outdir / path
-            self._names |= taken
+            self._names |= {path.lower() for path in taken}
         beside = {index: tuple(self.output.beside(path)) for index, path in there.items()}
         done = {index for index, files in beside.items() if all(file.exists() for file in files)}
         for batch in plan(jobs, self.run):
@@ -223,41 +223,34 @@ class Engine:
         fitting = []
         for job in batch:
             try:
-                for text in prompt_notes(painter, job, strict=self.run.strict_prompt):
-                    if job.index in wanted:
-                        yield Note(text)
+                notes = prompt_notes(painter, job, strict=self.run.strict_prompt)
+                check_picture(painter, job.request)
                 fitting.append(job)
                 if job.index in wanted:
+                    yield from map(Note, notes)
                     check(painter, job.request, self.output)
-            except (UsageError, BadWeights, NotFound) as error:
-                wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
-                yield Result("failed", job, error=error)
-        wanted = wanted & {job.index for job in fitting}
-        if not wanted:
-            return
-        try:
-            for event in self.paint_batch(fitting, wanted):
-                if isinstance(event, Painted):
-                    share = (time.monotonic() - started) / len(wanted)
-                    if self._flagged(event):
-                        yield Result("flagged", event.job, error=_flagged_by(painter))
-                        continue
-                    path = there.get(event.job.index)
-                    again = path is not None
-                    if path is None:
-                        yield Phase("save")
-                        path = self._save(event, painter, journal)
-                    result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
-                    if self.output.beside(path):
-                        yield Phase("explain")
-                        result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
-                    yield result
-                else:
-                    yield event
-        except (BadOutput, OutOfMemory, UsageError) as error:
-            for job in fitting:
+            except SdcliError as error:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
+                wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
+        for event in paint_batch(painter, fitting, wanted, watches(self.output)):
+            if not isinstance(event, Painted):
+                yield event
+                continue
+            share = (time.monotonic() - started) / len(wanted)
+            if self._flagged(event):
+                yield Result("flagged", event.job, error=_flagged_by(painter))
+                continue
+            path = there.get(event.job.index)
+            again = path is not None
+            if path is None:
+                yield Phase("save")
+                path = self._save(event, painter, journal)
+            result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
+            if self.output.beside(path):
+                yield Phase("explain")
+                result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
+            yield result
 
     def _flagged(self, painted: Painted) -> bool:
         """Whether the safety checker of the picture's model finds something in it."""
@@ -319,14 +312,14 @@ def paint_batch(
 ) -> Iterator[Event | Painted]:
     """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out.
 
-    Pictures whose prompts come to other lengths are denoised apart, each with its like.
+    Pictures whose prompts come to other lengths are denoised apart, each with its like. What fails is the pictures that
+    are denoised together: a Result says so of each, and the others go on.
     """
     alike: dict[Hashable, list[Job]] = {}
     for job in batch:
         alike.setdefault(painter.encode.shape(job.request), []).append(job)
     for jobs in alike.values():
-        if any(job.index in wanted for job in jobs):
-            yield from _paint_alike(painter, jobs, wanted, watched_by)
+        yield from _paint_alike(painter, jobs, wanted, watched_by)
 
 
 def _paint_alike(
@@ -337,19 +330,26 @@ def _paint_alike(
     fallbacks: tuple[str, ...] = ()
     while pieces:
         piece = pieces.pop(0)
-        yield Phase("encode")
+        asked_for = [job for job in piece if job.index in wanted]
+        if not asked_for:
+            continue
         requests = [job.request for job in piece]
-        painter.encode(requests, guided=requests[0].guided, steps=requests[0].passes[0]).at(1)  # `paint` finds it done
-        yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         step, crowded = None, False
         watchers: list[Watcher] = []
         try:
+            yield Phase("encode")
+            shared = requests[0]
+            painter.encode(requests, guided=shared.guided, steps=shared.passes[0]).at(1)  # `paint` finds it done
+            yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", shared.steps or 0)
             with contextlib.ExitStack() as stack:
                 watchers += [stack.enter_context(watch(painter, requests, decode)) for watch in watched_by]
                 for step in paint(painter, requests):
                     for watcher in watchers:
                         watcher.see(step)
                     yield Progress(step.index, step.count, len(piece), partial(_glimpse, painter, requests, step))
+        except SdcliError as error:
+            yield from (Result("failed", job, error=error) for job in asked_for)
+            continue
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -358,7 +358,9 @@ def _paint_alike(
             watchers.clear()
             free_caches()
             if len(piece) == 1:
-                raise OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
+                alone = OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
+                yield Result("failed", piece[0], error=alone)
+                continue
             half = (len(piece) + 1) // 2
             pieces = [piece[:half], piece[half:], *pieces]
             fallbacks = (*fallbacks, f"batch of {len(piece)} halved: out of memory while denoising")

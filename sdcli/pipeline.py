@@ -23,9 +23,9 @@ from sdcli.errors import BadOutput, UsageError
 from sdcli.latents import generators_for
 from sdcli.loading import LoadedModel
 from sdcli.painter import Painter
-from sdcli.prediction import predict_for
+from sdcli.prediction import check_guidance, predict_for
 from sdcli.request import GenerationRequest, known
-from sdcli.starting import start_enlarged, start_for
+from sdcli.starting import check_start, start_enlarged, start_for
 
 
 def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[Step]:
@@ -49,6 +49,16 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[S
         size = dict(zip(("width", "height"), requests[0].final_size, strict=True))
         enlarged = [request.model_copy(update=size) for request in requests]
         yield from _denoised(painter, enlarged, start, scheduler, generators, steps=steps)
+
+
+def check_picture(painter: Painter, request: GenerationRequest) -> None:
+    """Raise now what `paint` would raise for this picture alone, and for all that are painted with it.
+
+    That are UsageError, NotFound, BadPicture and BadLatents, for the files that it names and for its guidance.
+    """
+    check_start(painter.space, request)
+    controls_for(painter.model, [request])
+    check_guidance(painter, request)
 
 
 def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:

@@ -22,7 +22,6 @@ from sdcli.denoise.predict import (
 )
 from sdcli.denoise.start import Start
 from sdcli.errors import UsageError
-from sdcli.loading import LoadedModel
 from sdcli.painter import Painter
 from sdcli.request import GenerationRequest, known
 
@@ -56,16 +55,14 @@ def predict_for(
     def plain() -> Predict:
         return network(painter.encode(requests, guided=False, steps=steps))
 
-    if scale_size is not None:
-        _refuse_guidance(painter.model, requests, painter.encode(requests, guided=False, steps=steps))
+    for request in requests:
+        check_guidance(painter, request)
     away = (perturbed(plain(), unet, name=painter.model.spec.name), shared.pag_scale) if shared.pag_scale else None
     if scale_size is not None or not shared.guided:
         return plain() if away is None else guided_away(plain(), *away)
     conditions = painter.encode(requests, guided=True, steps=steps)
     both = network(conditions)
     if conditions.weights:
-        if away is not None:
-            raise UsageError("pag_scale does not go with AND: there is no one prompt to perturb")
         both = composed(both, conditions.weights)
     first = known(shared.guidance_scale)
     last = first if shared.guidance_end is None else shared.guidance_end
@@ -77,12 +74,25 @@ def predict_for(
     return only_within(predict, outside, timesteps=start.timesteps, start=part.start, stop=part.stop)
 
 
-def _refuse_guidance(model: LoadedModel, requests: Sequence[GenerationRequest], conditions: Conditions) -> None:
-    """A network that takes the scale as an input has no unconditional half."""
-    if conditions.weights:
-        raise UsageError(f"{model.spec.name} was distilled without guidance, so AND would have no effect")
-    without = ("negative_prompt", "guidance_end", "guidance_rescale", "guidance_interval", "pag_scale")
-    for name in without:
-        if any(getattr(request, name) for request in requests):
-            what = name.replace("_", " ")
-            raise UsageError(f"{model.spec.name} was distilled without {what}; it would have no effect")
+def check_guidance(painter: Painter, request: GenerationRequest) -> None:
+    """Raise UsageError for guidance that does not go with a resolved request's prompt, or with the network.
+
+    One that takes the scale as an input has no unconditional half.
+    """
+    joined = painter.encode([request], guided=request.guided, steps=request.passes[0]).weights
+    if joined and request.pag_scale:
+        raise UsageError("pag_scale does not go with AND: there is no one prompt to perturb")
+    if painter.model.unet.config.get("time_cond_proj_dim") is None:
+        return
+    name = painter.model.spec.name
+    if joined:
+        raise UsageError(f"{name} was distilled without guidance, so AND would have no effect")
+    asked = {
+        "negative prompt": request.negative_prompt,
+        "guidance end": request.guidance_end is not None,
+        "guidance rescale": request.guidance_rescale,
+        "guidance interval": request.guidance_interval,
+        "pag scale": request.pag_scale,
+    }
+    for what in (what for what, value in asked.items() if value):
+        raise UsageError(f"{name} was distilled without {what}; it would have no effect")

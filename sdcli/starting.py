@@ -26,6 +26,14 @@ Generators = Sequence[torch.Generator]
 """One per picture."""
 
 
+def check_start(space: Space, request: GenerationRequest) -> None:
+    """Raise what `start_for` would raise for the files that a resolved request begins with."""
+    if is_latents(request.init_image):
+        _latents(space, request, space.shape(width=known(request.width), height=known(request.height)))
+    elif request.init_image is not None:
+        start_picture(request)
+
+
 def start_for(
     model: LoadedModel,
     space: Space,

@@ -142,10 +142,10 @@ def test_an_edited_picture_is_told_from_one_that_cannot_be_repeated(registry: Re
 
 
 def oom_above(limit: int, original: Any) -> Any:
-    def paint(painter: Any, requests: Any) -> Iterator[Any]:
+    def paint(painter: Any, requests: Any, **options: Any) -> Iterator[Any]:
         if len(requests) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield from original(painter, requests)
+        yield from original(painter, requests, **options)
 
     return paint
 
@@ -177,6 +177,41 @@ def test_out_of_memory_with_one_picture_fails_that_picture_with_exit_code_5(
     assert isinstance(result, Result)
     assert isinstance(result.error, OutOfMemory)
     assert result.error.exit_code == 5
+
+
+def statuses(events: list[Event]) -> list[tuple[int, str]]:
+    return sorted((event.job.index, event.status) for event in events if isinstance(event, Result))
+
+
+def test_a_piece_of_a_batch_that_fails_leaves_the_others(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(painter: Any, requests: Any, **options: Any) -> Iterator[Any]:
+        prompts = [request.prompt for request in requests]
+        if "b" in prompts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if "c AND d" in prompts:
+            raise BadOutput("the latents are no longer finite")
+        yield from pipeline.paint(painter, requests, **options)
+
+    monkeypatch.setattr(engine_module, "paint", failing)
+    jobs = jobs_of(registry, "a", "b", "c AND d", "e", model="tiny", seed=1, steps=2)
+    events = paint(registry, tmp_path, jobs, batch_size=4)
+    assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
+    assert list(pictures(tmp_path)) == ["1.png", "4.png"]
+
+
+def test_a_picture_with_a_bad_file_fails_alone(registry: Registry, tmp_path: Path) -> None:
+    names = ("picture", "white", "black", "broken")
+    files = {name: str(tmp_path / f"{name}.png") for name in names}
+    for name, colour in (("picture", "red"), ("white", "white"), ("black", "black")):
+        Image.new("RGB", (64, 64), colour).save(files[name])
+    Path(files["broken"]).write_bytes(b"nothing")
+    started = [{"prompt": "x", "init_image": files["picture"], "mask": files[name]} for name in names[1:]]
+    lines = [Line(number, fields) for number, fields in enumerate([*started, {"prompt": "x"}])]
+    jobs = list(expand(lines, {"model": "tiny", "steps": 2}, registry, num_images=1, base_seed=5))
+    events = paint(registry, tmp_path / "out", [job for job in jobs if isinstance(job, Job)], batch_size=3)
+    assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
 
 
 def test_out_of_memory_while_decoding_keeps_the_latents_and_tries_tiles(
