@@ -24,7 +24,9 @@ from sdcli.controlnets import ControlNet, load_controlnet, with_controlnets
 from sdcli.denoise.loop import Step
 from sdcli.devices import out_of_memory
 from sdcli.errors import (
+    BadLatents,
     BadOutput,
+    BadPicture,
     BadWeights,
     NotFound,
     Offline,
@@ -98,6 +100,9 @@ class Result:
 
 Event = Phase | Progress | Note | Result
 
+_OF_ONE_PICTURE = (UsageError, NotFound, BadWeights, BadPicture, BadLatents, BadOutput, OutOfMemory)
+"""Failures that concern one picture, or those denoised with it; the rest of the batch goes on."""
+
 
 @dataclass(frozen=True)
 class Painted:
@@ -124,7 +129,7 @@ class Engine:
     output: OutputSettings
     stop: Stop = lambda: None
     _painter: Painter | None = None
-    _checkers: dict[str, SafetyChecker | None] = field(default_factory=dict)
+    _checker: tuple[ModelSpec, SafetyChecker | None] | None = None
     _with_loras: Painter | None = None
     """Of the same model, which it shares the untouched weights with."""
     _controlnets: dict[str, ControlNet] = field(default_factory=dict)
@@ -163,13 +168,17 @@ class Engine:
 
     def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Painter:
         """The painter of a model with some LoRAs merged into it, and a refiner; the last one of each stays warm."""
-        if self._painter is None or _specs(self._painter) != (spec, refiner):
+        how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
+        if self._painter is None or self._painter.model.spec != spec:
             self._painter = self._with_loras = None
             self._controlnets = {}
             gc.collect()
-            how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
-            ending = load_model(refiner, leave_out={"vae"}, **how) if refiner is not None else None
-            self._painter = Painter.of(load_model(spec, **how), refiner=ending)
+            self._painter = Painter.of(load_model(spec, **how))
+        if _specs(self._painter) != (spec, refiner):
+            self._refine(None)
+            gc.collect()
+            if refiner is not None:
+                self._refine(load_model(refiner, leave_out={"vae"}, **how))
         if not loras:
             return self._painter
         if self._with_loras is None or tuple(one.ref for one in self._with_loras.model.loras) != loras:
@@ -180,13 +189,23 @@ class Engine:
             )
         return self._with_loras
 
+    def _refine(self, model: LoadedModel | None) -> None:
+        self._painter = known(self._painter).with_refiner(model)
+        if self._with_loras is not None:
+            self._with_loras = self._with_loras.with_refiner(model)
+
+    def _specs_for(self, request: GenerationRequest) -> tuple[ModelSpec, ModelSpec | None]:
+        """The model of a resolved request, and its refiner."""
+        refiner = self.registry.find(request.refiner) if request.refiner is not None else None
+        return self.registry.find(request.model), refiner
+
     def painter_for(self, request: GenerationRequest) -> Painter:
         """The painter of a resolved request, its ControlNets among the model's parts; the last ones stay warm.
 
         Raises what finding and loading its models, LoRAs and ControlNets raises.
         """
-        refiner = self.registry.find(request.refiner) if request.refiner is not None else None
-        painter = self.load(self.registry.find(request.model), request.loras, refiner=refiner)
+        spec, refiner = self._specs_for(request)
+        painter = self.load(spec, request.loras, refiner=refiner)
         wanted = {one.model for one in request.controls}
         if not wanted:
             return painter
@@ -205,11 +224,12 @@ class Engine:
         """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
         started = time.monotonic()
         request = batch[0].request
-        warm_names = [spec and spec.name for spec in _specs(self._painter)] if self._painter is not None else []
-        if warm_names != [request.model, request.refiner]:
+        spec, refiner = self._specs_for(request)
+        if self._painter is None or _specs(self._painter) != (spec, refiner):
             yield Phase("load", request.model or "")
         warm = self._with_loras
-        self.painter_for(request.model_copy(update={"loras": (), "controls": ()}))
+        self.load(spec, refiner=refiner)
+        checker = self._checker_of(spec)
         stop_if_asked(self.stop)
         try:
             painter = self.painter_for(request)
@@ -229,16 +249,16 @@ class Engine:
                 if job.index in wanted:
                     yield from map(Note, notes)
                     check(painter, job.request, self.output)
-            except SdcliError as error:
+            except _OF_ONE_PICTURE as error:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
                 wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
-        for event in paint_batch(painter, fitting, wanted, watches(self.output)):
+        for event in paint_batch(painter, fitting, wanted, watches(self.output), checker):
             if not isinstance(event, Painted):
                 yield event
                 continue
             share = (time.monotonic() - started) / len(wanted)
-            if self._flagged(event):
+            if checker is not None and checker.flags(from_pixels(event.pixels)):
                 yield Result("flagged", event.job, error=_flagged_by(painter))
                 continue
             path = there.get(event.job.index)
@@ -252,16 +272,14 @@ class Engine:
                 result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
             yield result
 
-    def _flagged(self, painted: Painted) -> bool:
-        """Whether the safety checker of the picture's model finds something in it."""
+    def _checker_of(self, spec: ModelSpec) -> SafetyChecker | None:
+        """The safety checker that the model ships, if it is to be asked; the last one stays warm. Raises BadWeights."""
         if self.run.safety == "off":
-            return False
-        spec = self.registry.find(painted.job.request.model)
-        if spec.name not in self._checkers:
+            return None
+        if self._checker is None or self._checker[0] != spec:
             folder = folder_of(spec)
-            self._checkers = {spec.name: load_safety_checker(folder) if folder is not None else None}
-        checker = self._checkers[spec.name]
-        return checker is not None and checker.flags(from_pixels(painted.pixels))
+            self._checker = spec, load_safety_checker(folder) if folder is not None else None
+        return self._checker[1]
 
     def _save(self, painted: Painted, painter: Painter, journal: Journal | None) -> Path:
         """Write one picture under a name that is free, or that may be overwritten."""
@@ -308,22 +326,27 @@ class Engine:
 
 
 def paint_batch(
-    painter: Painter, batch: Sequence[Job], wanted: set[int], watched_by: Sequence[Watch] = ()
+    painter: Painter,
+    batch: Sequence[Job],
+    wanted: set[int],
+    watched_by: Sequence[Watch] = (),
+    checker: SafetyChecker | None = None,
 ) -> Iterator[Event | Painted]:
     """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out.
 
     Pictures whose prompts come to other lengths are denoised apart, each with its like. What fails is the pictures that
-    are denoised together: a Result says so of each, and the others go on.
+    are denoised together: a Result says so of each, and the others go on. The `checker` hides what it flags from those
+    who look on; what it says of the pictures is the caller's to ask.
     """
     alike: dict[Hashable, list[Job]] = {}
     for job in batch:
         alike.setdefault(painter.encode.shape(job.request), []).append(job)
     for jobs in alike.values():
-        yield from _paint_alike(painter, jobs, wanted, watched_by)
+        yield from _paint_alike(painter, jobs, wanted, watched_by, checker)
 
 
 def _paint_alike(
-    painter: Painter, batch: list[Job], wanted: set[int], watched_by: Sequence[Watch]
+    painter: Painter, batch: list[Job], wanted: set[int], watched_by: Sequence[Watch], checker: SafetyChecker | None
 ) -> Iterator[Event | Painted]:
     decode = partial(_decoded_anyhow, painter)
     pieces = [batch]
@@ -338,16 +361,20 @@ def _paint_alike(
         watchers: list[Watcher] = []
         try:
             yield Phase("encode")
-            shared = requests[0]
-            painter.encode(requests, guided=shared.guided, steps=shared.passes[0]).at(1)  # `paint` finds it done
-            yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", shared.steps or 0)
+            guided, passes = requests[0].guided, list(requests[0].passes)
+            painter.encode(requests, guided=guided, steps=passes[0]).at(1)  # `paint` finds it done
+            denoising = partial(Phase, "denoise", f"{len(piece)} pictures" if len(piece) > 1 else "")
+            yield denoising(passes.pop(0))
             with contextlib.ExitStack() as stack:
                 watchers += [stack.enter_context(watch(painter, requests, decode)) for watch in watched_by]
                 for step in paint(painter, requests):
                     for watcher in watchers:
                         watcher.see(step)
-                    yield Progress(step.index, step.count, len(piece), partial(_glimpse, painter, requests, step))
-        except SdcliError as error:
+                    look = partial(_glimpse, painter, requests, step, checker)
+                    yield Progress(step.index, step.count, len(piece), look)
+                    if passes and step.index + 1 == step.count:
+                        yield denoising(passes.pop(0))
+        except _OF_ONE_PICTURE as error:
             yield from (Result("failed", job, error=error) for job in asked_for)
             continue
         except Exception as error:
@@ -374,7 +401,7 @@ def _paint_alike(
             try:
                 pixels, notes = decode_with_fallbacks(painter, latents[position])
                 pixels = finished(job.request, pixels)
-            except SdcliError as error:
+            except _OF_ONE_PICTURE as error:
                 yield Result("failed", job, error=error)
                 continue
             for note in notes:
@@ -389,9 +416,11 @@ def _explanation(watchers: Sequence[Watcher], position: int, pixels: Tensor) -> 
         yield from watcher.files(position, pixels)
 
 
-def _glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step) -> Image.Image | None:
+def _glimpse(
+    painter: Painter, requests: Sequence[GenerationRequest], step: Step, checker: SafetyChecker | None
+) -> Image.Image | None:
     try:
-        return glimpse(painter, requests, step)
+        return glimpse(painter, requests, step, checker)
     except Exception as error:
         if not out_of_memory(error):
             raise

@@ -13,10 +13,11 @@ from PIL import Image
 
 from sdcli import engine as engine_module
 from sdcli import pipeline
-from sdcli.engine import Engine, Event, Note, Result, automatic_batch_size, plan
+from sdcli.engine import Engine, Event, Note, Phase, Progress, Result, automatic_batch_size, plan
 from sdcli.errors import BadOutput, CannotWrite, OutOfMemory, UsageError
 from sdcli.files import AlreadyExists
 from sdcli.jobs import Job, Line, expand
+from sdcli.journal import Journal
 from sdcli.metadata import read_picture
 from sdcli.naming import check_output
 from sdcli.registry import Registry, load_registry
@@ -305,6 +306,22 @@ def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp
     assert (tmp_path / "1-2.png").exists()
     paint(registry, tmp_path, jobs, overwrite=True)
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "1-2.png").read_bytes()
+
+
+def test_a_resumed_run_overwrites_no_picture_that_it_keeps(registry: Registry, tmp_path: Path) -> None:
+    first, second = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
+    settings = OutputSettings(outdir=tmp_path, template="Picture{steps}", overwrite=True, resume=True)
+    for jobs in ([first], [first, second]):
+        run = RunSettings(device="cpu", batch_size=1)
+        list(Engine(registry, run, settings).paint_all(jobs, journal=Journal.open(tmp_path)))
+    assert list(pictures(tmp_path)) == ["Picture2-2.png", "Picture2.png"]
+
+
+def test_each_pass_is_announced_with_its_own_steps(registry: Registry, tmp_path: Path) -> None:
+    events = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny", steps=4, upscale="1.5x:0.5:latent"))
+    shown = [event for event in events if isinstance(event, Progress) or getattr(event, "name", "") == "denoise"]
+    announced = [(place, event.steps) for place, event in enumerate(shown) if isinstance(event, Phase)]
+    assert announced == [(0, 4), (5, 2)]
 
 
 def test_a_taken_name_and_a_folder_without_permission_are_found_before_painting(tmp_path: Path) -> None:

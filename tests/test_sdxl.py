@@ -375,6 +375,15 @@ def test_a_picture_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Pa
     assert "Refiner switch at: 0.8" in parameters_text(record)
 
 
+def test_another_refiner_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None:
+    engine = Engine(load_registry(), RunSettings(device="cpu", dtype="float32"), OutputSettings())
+    base, refiner = (spec_of_folder(folders[name]) for name in ("base", "refiner"))
+    alone, refined, again = (engine.load(base, refiner=one) for one in (None, refiner, None))
+    assert alone.model is refined.model is again.model
+    assert (alone.refiner, again.refiner) == (None, None)
+    assert refined.refiner is not None
+
+
 def test_a_tiny_sdxl_of_random_weights_needs_no_file() -> None:
     spec = ModelSpec(name="tiny-sdxl", source=RandomSource(kind="random", architecture="tiny-sdxl"), family="sdxl")
     painter = Painter.of(load_model(spec, device="cpu", dtype="bfloat16"))
