@@ -22,7 +22,7 @@ import sdcli
 from sdcli.canvas import is_latents
 from sdcli.controlnets import ControlNet, load_controlnet, with_controlnets
 from sdcli.denoise.loop import Step
-from sdcli.devices import out_of_memory
+from sdcli.devices import free_caches, out_of_memory
 from sdcli.errors import (
     BadLatents,
     BadOutput,
@@ -47,12 +47,13 @@ from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.painter import Painter
-from sdcli.pipeline import check_picture, decode, paint
+from sdcli.pipeline import check_picture, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, known
 from sdcli.request_parts import LoraRef
 from sdcli.safety import SafetyChecker, load_safety_checker
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
+from sdcli.spaces import decode_with_fallbacks
 from sdcli.start_pictures import start_picture
 from sdcli.watermark import marked
 
@@ -358,6 +359,7 @@ def _paint_alike(
             continue
         requests = [job.request for job in piece]
         step, crowded = None, False
+        told: list[str] = []
         watchers: list[Watcher] = []
         try:
             yield Phase("encode")
@@ -367,7 +369,7 @@ def _paint_alike(
             yield denoising(passes.pop(0))
             with contextlib.ExitStack() as stack:
                 watchers += [stack.enter_context(watch(painter, requests, decode)) for watch in watched_by]
-                for step in paint(painter, requests):
+                for step in paint(painter, requests, tell=told.append):
                     for watcher in watchers:
                         watcher.see(step)
                     look = partial(_glimpse, painter, requests, step, checker)
@@ -394,21 +396,22 @@ def _paint_alike(
             yield Note(f"out of memory with {len(piece)} pictures at once; going on with {half}")
             continue
         latents = step.latents
+        told = list(dict.fromkeys(told))
+        yield from map(Note, told)
         yield Phase("decode")
         for position, job in enumerate(piece):
             if job.index not in wanted:
                 continue
             try:
-                pixels, notes = decode_with_fallbacks(painter, latents[position])
+                pixels, notes = decode_with_fallbacks(painter.space, latents[position])
                 pixels = finished(job.request, pixels)
             except _OF_ONE_PICTURE as error:
                 yield Result("failed", job, error=error)
                 continue
             for note in notes:
                 yield Note(note)
-            yield Painted(
-                job, pixels, len(piece), position, (*fallbacks, *notes), _explanation(watchers, position, pixels)
-            )
+            beside = _explanation(watchers, position, pixels)
+            yield Painted(job, pixels, len(piece), position, (*fallbacks, *told, *notes), beside)
 
 
 def _explanation(watchers: Sequence[Watcher], position: int, pixels: Tensor) -> Iterator[File]:
@@ -430,7 +433,7 @@ def _glimpse(
 
 def _decoded_anyhow(painter: Painter, latents: Tensor) -> Tensor:
     """The pixels of latents that need not be a picture yet, whatever had to be done for them."""
-    return decode_with_fallbacks(painter, latents, may_be_black=True)[0]
+    return decode_with_fallbacks(painter.space, latents, may_be_black=True)[0]
 
 
 def _flagged_by(painter: Painter) -> BadOutput:
@@ -530,64 +533,8 @@ def automatic_batch_size(pixels: int, *, device: str) -> int:
     return max(1, min(16 if on_gpu else 8, room // pixels))
 
 
-def decode_with_fallbacks(
-    painter: Painter, latents: Tensor, *, tiled: bool = False, may_be_black: bool = False
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
-
-    `tiled` asks for tiles from the start. A black picture of a VAE counts as a failure, unless it `may_be_black`: then
-    only NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
-    """
-    if not latents.isfinite().all():
-        raise BadOutput("the latents are not finite (NaN); try --dtype float32")
-    space = painter.space
-    may_be_black = may_be_black or not space.black_is_wrong
-    notes: tuple[str, ...] = ()
-    if not tiled and not space.fits_in_memory(latents):
-        tiled = True
-        notes = ("decoded in tiles: the whole picture would not fit into memory",)
-    pixels = _try_decode(painter, latents, tiled=tiled)
-    if pixels is None and not tiled:
-        notes = ("decoded in tiles: out of memory",)
-        pixels = _try_decode(painter, latents, tiled=True)
-    if pixels is None and painter.model.device.type != "cpu":
-        notes = (*notes, "decoded on the CPU: out of memory")
-        pixels = _try_decode(replace(painter, space=space.moved(device="cpu")), latents.cpu(), tiled=True)
-    if pixels is None:
-        raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
-    if wrong(pixels, may_be_black=may_be_black) and space.dtype != torch.float32:
-        notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
-        pixels = _try_decode(replace(painter, space=space.moved(dtype=torch.float32)), latents, tiled=tiled)
-    if pixels is None or wrong(pixels, may_be_black=may_be_black):
-        kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
-        raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
-    return pixels, notes
-
-
-def wrong(pixels: Tensor, *, may_be_black: bool = False) -> bool:
-    """Whether a decoded picture is no picture: NaN somewhere, or black everywhere."""
-    return not bool(pixels.isfinite().all()) or (float(pixels.max()) == 0.0 and not may_be_black)
-
-
-def _try_decode(painter: Painter, latents: Tensor, *, tiled: bool) -> Tensor | None:
-    try:
-        return decode(painter, latents, tiled=tiled)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-    free_caches()
-    return None
-
-
 def _specs(painter: Painter) -> tuple[ModelSpec, ModelSpec | None]:
     return painter.model.spec, painter.refiner.model.spec if painter.refiner is not None else None
-
-
-def free_caches() -> None:
-    """Give cached memory back before the next attempt."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:

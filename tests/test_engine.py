@@ -22,6 +22,7 @@ from sdcli.metadata import read_picture
 from sdcli.naming import check_output
 from sdcli.registry import Registry, load_registry
 from sdcli.settings import OutputSettings, RunSettings
+from sdcli.spaces import LatentSpace
 from sdcli.verify import verify_picture
 
 
@@ -220,15 +221,17 @@ def test_out_of_memory_while_decoding_keeps_the_latents_and_tries_tiles(
 ) -> None:
     attempts: list[bool] = []
 
-    def decode(painter: Any, latents: Any, *, tiled: bool = False) -> Any:
+    original = LatentSpace.decode
+
+    def decode(space: Any, x: Any, *, tiled: bool = False) -> Any:
         attempts.append(tiled)
         if not tiled:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
             )
-        return pipeline.decode(painter, latents, tiled=tiled)
+        return original(space, x, tiled=tiled)
 
-    monkeypatch.setattr(engine_module, "decode", decode)
+    monkeypatch.setattr(LatentSpace, "decode", decode)
     *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert result.status == "done"
@@ -241,12 +244,13 @@ def test_out_of_memory_while_decoding_keeps_the_latents_and_tries_tiles(
 def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def decode(painter: Any, latents: Any, *, tiled: bool = False) -> Any:
-        picture = pipeline.decode(painter, latents, tiled=tiled)
-        half = painter.space.dtype == torch.bfloat16
-        return picture * float("nan") if half else picture
+    original = LatentSpace.decode
 
-    monkeypatch.setattr(engine_module, "decode", decode)
+    def decode(space: Any, x: Any, *, tiled: bool = False) -> Any:
+        picture = original(space, x, tiled=tiled)
+        return picture * float("nan") if space.dtype == torch.bfloat16 else picture
+
+    monkeypatch.setattr(LatentSpace, "decode", decode)
     settings = OutputSettings(outdir=tmp_path, template="x")
     engine = Engine(registry, RunSettings(device="cpu", dtype="bfloat16"), settings)
     *_, result = engine.paint_all(jobs_of(registry, "a", model="tiny"))
@@ -259,7 +263,7 @@ def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
 def test_a_black_or_nan_picture_is_never_saved(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    monkeypatch.setattr(engine_module, "decode", lambda *_, **__: torch.full((3, 64, 64), value))
+    monkeypatch.setattr(LatentSpace, "decode", lambda *_, **__: torch.full((1, 3, 64, 64), value))
     *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert isinstance(result.error, BadOutput)

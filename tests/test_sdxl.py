@@ -25,7 +25,7 @@ from sdcli.loading import load_model
 from sdcli.lora_weights import with_loras
 from sdcli.metadata import parameters_text, read_picture
 from sdcli.painter import Painter
-from sdcli.pipeline import decode, paint
+from sdcli.pipeline import paint
 from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import LoraRef
@@ -247,7 +247,7 @@ def test_decoded_pixels_equal_diffusers(painter: Painter, base: StableDiffusionX
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         decoded = base.vae.decode(latents / base.vae.config.scaling_factor).sample
-    assert torch.equal(decode(painter, latents[0]), base.image_processor.postprocess(decoded, output_type="pt")[0])
+    assert torch.equal(painter.space.decode(latents), base.image_processor.postprocess(decoded, output_type="pt"))
 
 
 @pytest.mark.parametrize(
@@ -389,5 +389,5 @@ def test_a_tiny_sdxl_of_random_weights_needs_no_file() -> None:
     painter = Painter.of(load_model(spec, device="cpu", dtype="bfloat16"))
     request = resolve(GenerationRequest(prompt="x", seed=1, width=64, height=64, steps=2), spec)
     *_, last = paint(painter, [request])
-    assert decode(painter, last.latents[0]).isfinite().all()
+    assert painter.space.decode(last.latents).isfinite().all()
     assert painter.weights()["text_encoder_2"] == "random:tiny-sdxl:0"
