@@ -171,7 +171,7 @@ class HeatMapping:
 
     def files(self, position: int, pixels: Tensor) -> Iterator[File]:
         """The folder of maps."""
-        tokens = self.maps.mean()[position]
+        tokens = self.maps.mean(position)
         asked = asked_words(self.painter, self.requests[position], self.words)
 
         def of(words: Sequence[Word]) -> dict[str, Map]:
