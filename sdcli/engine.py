@@ -259,19 +259,22 @@ class Engine:
                 yield event
                 continue
             share = (time.monotonic() - started) / len(wanted)
-            if checker is not None and checker.flags(from_pixels(event.pixels)):
-                yield Result("flagged", event.job, error=_flagged_by(painter))
-                continue
             path = there.get(event.job.index)
             again = path is not None
-            if path is None:
-                yield Phase("save")
-                path = self._save(event, painter, journal)
-            result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
-            if self.output.beside(path):
-                yield Phase("explain")
-                result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
-            yield result
+            try:
+                if checker is not None and checker.flags(from_pixels(event.pixels)):
+                    yield Result("flagged", event.job, error=_flagged_by(painter))
+                    continue
+                if path is None:
+                    yield Phase("save")
+                    path = self._save(event, painter, journal)
+                result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
+                if self.output.beside(path):
+                    yield Phase("explain")
+                    result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
+                yield result
+            except _OF_ONE_PICTURE as error:
+                yield Result("failed", event.job, error=error)
 
     def _checker_of(self, spec: ModelSpec) -> SafetyChecker | None:
         """The safety checker that the model ships, if it is to be asked; the last one stays warm. Raises BadWeights."""

@@ -328,6 +328,13 @@ def test_each_pass_is_announced_with_its_own_steps(registry: Registry, tmp_path:
     assert announced == [(0, 4), (5, 2)]
 
 
+def test_a_name_that_cannot_be_made_fails_one_picture_once(registry: Registry, tmp_path: Path) -> None:
+    jobs = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
+    settings = OutputSettings(outdir=tmp_path, template="{custom_id:d}")
+    events = Engine(registry, RunSettings(device="cpu", batch_size=2), settings).paint_all(jobs)
+    assert statuses(list(events)) == [(1, "failed"), (2, "failed")]
+
+
 def test_a_taken_name_and_a_folder_without_permission_are_found_before_painting(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"mine")
     with pytest.raises(AlreadyExists):
