@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ class StartPicture:
     fade: Tensor | None = None
     """[1, H, W] in 0..1, how much of the new there is in the finished picture: 0 wherever the mask is."""
 
-    @property
+    @cached_property
     def without_masked(self) -> Tensor:
         """The pixels, grey where they are painted anew."""
         return self.pixels if self.mask is None else torch.where(self.mask > 0, 0.5, self.pixels)
@@ -77,7 +77,7 @@ def start_latents(ref: FileRef) -> LatentFile:
     return file
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # as many as an automatic batch has
 def _start_picture(
     image: FileRef, mask: FileRef | None, *, extend: Extend | None, inverted: bool, blur: float, size: tuple[int, int]
 ) -> StartPicture:
@@ -100,8 +100,9 @@ def _start_picture(
         white = Image.fromarray(np.pad(np.asarray(white), border, constant_values=255))
     hard = _levels(white)
     if not hard.any():
+        colour, remedy = ("white", "without") if inverted else ("black", "with")
         raise UsageError(
-            "the mask is black all over, so nothing would be painted; --invert-mask paints where it is black"
+            f"the mask is {colour} all over, so nothing would be painted; {remedy} --invert-mask all of it would be"
         )
     # half of the blurred edge lies in what is kept: the fade begins where the other half does
     soft = (2 * _levels(white.filter(ImageFilter.GaussianBlur(blur))) - 1).clamp(0, 1) * hard if blur else hard

@@ -25,7 +25,7 @@ from sdcli.loading import load_model
 from sdcli.lora_weights import with_loras
 from sdcli.metadata import parameters_text, read_picture
 from sdcli.painter import Painter
-from sdcli.pipeline import decode, paint
+from sdcli.pipeline import paint
 from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import LoraRef
@@ -247,7 +247,7 @@ def test_decoded_pixels_equal_diffusers(painter: Painter, base: StableDiffusionX
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         decoded = base.vae.decode(latents / base.vae.config.scaling_factor).sample
-    assert torch.equal(decode(painter, latents[0]), base.image_processor.postprocess(decoded, output_type="pt")[0])
+    assert torch.equal(painter.space.decode(latents), base.image_processor.postprocess(decoded, output_type="pt"))
 
 
 @pytest.mark.parametrize(
@@ -375,10 +375,19 @@ def test_a_picture_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Pa
     assert "Refiner switch at: 0.8" in parameters_text(record)
 
 
+def test_another_refiner_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None:
+    engine = Engine(load_registry(), RunSettings(device="cpu", dtype="float32"), OutputSettings())
+    base, refiner = (spec_of_folder(folders[name]) for name in ("base", "refiner"))
+    alone, refined, again = (engine.load(base, refiner=one) for one in (None, refiner, None))
+    assert alone.model is refined.model is again.model
+    assert (alone.refiner, again.refiner) == (None, None)
+    assert refined.refiner is not None
+
+
 def test_a_tiny_sdxl_of_random_weights_needs_no_file() -> None:
     spec = ModelSpec(name="tiny-sdxl", source=RandomSource(kind="random", architecture="tiny-sdxl"), family="sdxl")
     painter = Painter.of(load_model(spec, device="cpu", dtype="bfloat16"))
     request = resolve(GenerationRequest(prompt="x", seed=1, width=64, height=64, steps=2), spec)
     *_, last = paint(painter, [request])
-    assert decode(painter, last.latents[0]).isfinite().all()
+    assert painter.space.decode(last.latents).isfinite().all()
     assert painter.weights()["text_encoder_2"] == "random:tiny-sdxl:0"

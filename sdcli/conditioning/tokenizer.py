@@ -74,10 +74,14 @@ class ClipTokenizer:
         """The ids of a text alone, without start and end, however many there are."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def spelled(self, id: int) -> str:
-        """The letters that a token stands for; a letter cut in two shows as �."""
-        token = self.tokenizer.id_to_token(id) or ""
-        return str(decoders.ByteLevel().decode([token.removesuffix(WORD_END)]))
+    def spelled(self, *ids: int) -> str:
+        """The letters that tokens stand for, one after another; a letter cut in two shows as �."""
+        tokens = [self.tokenizer.id_to_token(id) or "" for id in ids]
+        return str(decoders.ByteLevel().decode([token.removesuffix(WORD_END) for token in tokens]))
+
+    def ends_word(self, id: int) -> bool:
+        """Whether a token says that a word ends with it."""
+        return (self.tokenizer.id_to_token(id) or "").endswith(WORD_END)
 
     def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Ids that fit, between start and end and padded to `max_length`."""

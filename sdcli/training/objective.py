@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdcli import counted
+from sdcli.denoise.guess import x0_of
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.errors import UsageError
 
@@ -139,14 +140,7 @@ def target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Ten
 
 def x0_from(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The x_0 that a network's output means; for epsilon undefined (infinite) where no signal is left."""
-    signal, amount = schedule.signal_and_noise(t, x_t)
-    match schedule.prediction_type:
-        case "epsilon":
-            return (x_t - amount * output) / signal
-        case "sample":
-            return output.float()
-        case _:
-            return signal * x_t - amount * output
+    return x0_of(schedule.prediction_type, output, x_t, *schedule.signal_and_noise(t, x_t))
 
 
 def noise_from(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
