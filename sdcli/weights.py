@@ -130,18 +130,21 @@ def check_header(path: Path) -> dict[str, Any]:
         raise BadWeights(
             f"{path} has {len(tensors):,} tensors; no model that sdcli knows has more than {MAX_TENSORS:,}"
         )
-    ends = [entry["data_offsets"][1] for entry in tensors.values() if _has_offsets(entry)]
+    ends = [
+        entry["data_offsets"][1]
+        for entry in tensors.values()
+        if _are_numbers(entry.get("shape")) and _are_numbers(entry.get("data_offsets"), count=2)
+    ]
     if len(ends) != len(tensors):
-        raise BadWeights(f"{path} is no safetensors file: a tensor in its header has no place")
+        raise BadWeights(f"{path} is no safetensors file: a tensor in its header has no place or no shape")
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise BadWeights(f"{path} is cut short: {size:,} bytes of {expected:,}; download or copy it again")
     return header
 
 
-def _has_offsets(entry: Mapping[str, Any]) -> bool:
-    offsets = entry.get("data_offsets")
-    return isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(offset, int) for offset in offsets)
+def _are_numbers(value: Any, *, count: int | None = None) -> bool:
+    return isinstance(value, list) and len(value) == (count or len(value)) and all(isinstance(n, int) for n in value)
 
 
 def random_tensors(network: nn.Module, dtype: torch.dtype, *, seed: int) -> dict[str, Tensor]:
