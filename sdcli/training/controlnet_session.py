@@ -76,7 +76,9 @@ class ControlNetSession(Session[ControlNetSettings]):
             data = data.only(source.cached.items)
             model.vae.to("cpu")  # wanted for sample pictures alone from here on
         text_encoder = in_half(model.text_encoder) if half else model.text_encoder
-        shown = Pixels(maps or data.pictures, data.framing, settings.seed, flip=settings.random_flip)
+        shown = None  # the pixels of the pictures themselves, which a preprocessor makes maps of
+        if maps is not None or not isinstance(source, Pixels):
+            shown = Pixels(maps or data.pictures, data.framing, settings.seed, flip=settings.random_flip)
         task = ControlNetTask(
             networks={"controlnet": controlnet},
             unet=self._frozen_unet(model, controlnet),
