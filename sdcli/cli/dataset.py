@@ -14,20 +14,12 @@ from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, Verbos
 from sdcli.cli.progress import shown_progress
 from sdcli.errors import BadPicture, SdcliError, UsageError
 from sdcli.registry import (
-    PACKAGE,
-    EmbeddedSource,
-    FileSource,
-    FolderSource,
-    HubSource,
-    ModelSpec,
-    RandomSource,
     load_registry,
 )
 from sdcli.request import parse_size
 from sdcli.train_settings import cache_folder
 
 if TYPE_CHECKING:
-    from sdcli.conditioning.tokenizer import ClipTokenizer
     from sdcli.dataset.examine import Examination
     from sdcli.dataset.framing import BucketFill, Framing
     from sdcli.dataset.records import PictureSet
@@ -161,7 +153,11 @@ def stats(
     """
     console = Console(quiet=quiet, verbose=verbose, json=json)
     framing = _framing(resolution, bucket_reso_steps, train_batch_size)
-    tokenizer = _tokenizer(load_registry(models_file).find(model)) if model is not None else None
+    tokenizer = None
+    if model is not None:
+        from sdcli.conditioning.tokenizer import load_tokenizer, tokenizer_folder
+
+        tokenizer = load_tokenizer(tokenizer_folder(load_registry(models_file).find(model)))
     pictures = _open(data, split, image_column, caption_column, caption_extension)
     found = _examined(pictures, console, workers)
     captions = [caption for index in _every(found) for caption in pictures[index].captions]
@@ -286,22 +282,6 @@ def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
     problems = [f"{dropped:,} dropped"] if dropped else []
     problems += [f"{uncaptioned:,} without a caption (--unconditional allows that)"] if uncaptioned else []
     return problems or ([] if used else ["no pictures"])
-
-
-def _tokenizer(spec: ModelSpec) -> ClipTokenizer:
-    """A model's tokenizer, without its weights. Raises NotFound, BadWeights and Offline."""
-    from sdcli.conditioning.tokenizer import load_tokenizer
-    from sdcli.hub import local_snapshot
-
-    match spec.source:
-        case EmbeddedSource(folder=name):
-            return load_tokenizer(PACKAGE / name / "tokenizer")
-        case FolderSource(path=path):
-            return load_tokenizer(path / "tokenizer")
-        case HubSource() as hub:
-            return load_tokenizer(local_snapshot(hub, name=spec.name, size=spec.download_bytes) / "tokenizer")
-        case RandomSource() | FileSource():
-            return load_tokenizer(PACKAGE / "clip_tokenizer")
 
 
 # Buckets
