@@ -261,7 +261,7 @@ def placed(network: N, device: torch.device) -> N:
     """On the device; convolutions channels-last in half precision, where it is quicker (float32 stays bit-exact)."""
     network = network.to(device)
     half = next(network.parameters()).dtype != torch.float32
-    return network.to(memory_format=torch.channels_last) if half else network  # type: ignore[call-overload,no-any-return]
+    return network.to(memory_format=torch.channels_last) if half else network  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from sdcli.files import write_whole
 from sdcli.hub import folder_of
 from sdcli.latents import cell, latent_channels
 from sdcli.lean_imports import UNet2DConditionModel, UNet2DModel
-from sdcli.loading import LoadedModel
+from sdcli.loading import LoadedModel, Part, load_model
 from sdcli.model_folder import LAYOUTS, read_json_object
-from sdcli.registry import PACKAGE, ModelDefaults
+from sdcli.registry import PACKAGE, ModelDefaults, ModelSpec
 from sdcli.request import did_you_mean
 from sdcli.training.run_folder import write_json
 from sdcli.weights import network_described
@@ -134,10 +134,15 @@ def fitted_config(
     return fitted
 
 
-def refuse_sdxl(model: LoadedModel) -> None:
-    """Raise UsageError for a model of the sdxl family, whose conditions no session knows."""
-    if model.is_sdxl:
-        raise UsageError(f"{model.spec.name} is of the sdxl family, which sdcli paints with but does not train yet")
+def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> LoadedModel:
+    """Load a model in float32. Raises what `load_model` raises, and UsageError for one of the sdxl family.
+
+    No session knows its conditions. It is refused before its weights are read, where the spec says so already.
+    """
+    model = load_model(spec, device=device, dtype="float32", needs=needs) if spec.family != "sdxl" else None
+    if model is None or model.is_sdxl:
+        raise UsageError(f"{spec.name} is of the sdxl family, which sdcli paints with but does not train yet")
+    return model
 
 
 @dataclass(frozen=True)
