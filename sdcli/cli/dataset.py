@@ -296,7 +296,7 @@ def _framing(resolution: str | None, step: int, batch_size: int | None) -> Frami
     from sdcli.dataset.framing import Framing, bucket_sizes
 
     size = parse_size(f"{resolution}x{resolution}" if resolution.strip().isdigit() else resolution)
-    return Framing(size, bucket_sizes(size, step=step))
+    return Framing(bucket_sizes(size, step=step))
 
 
 def _fills(found: Examination, framing: Framing | None, batch_size: int | None) -> list[BucketFill]:

@@ -155,12 +155,12 @@ def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_ste
         if side % size_step or side < size_step:
             raise UsageError(f"--resolution: should be a multiple of {size_step}, not {side}")
     if not settings.enable_bucket:
-        return Framing(resolution, (resolution,), settings.random_crop)
+        return Framing((resolution,), settings.random_crop)
     step = settings.bucket_reso_steps or max(size_step, min(resolution) // 8 // size_step * size_step)
     if step % size_step:
         raise UsageError(f"--bucket-reso-steps: should be a multiple of {size_step}, not {step}")
     buckets = bucket_sizes(resolution, step=step, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso)
-    return Framing(resolution, buckets, settings.random_crop)
+    return Framing(buckets, settings.random_crop)
 
 
 def _refuse_framing(settings: PictureSettings, data: str) -> None:
