@@ -13,9 +13,7 @@ from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.progress import shown_progress
 from sdcli.errors import BadPicture, SdcliError, UsageError
-from sdcli.registry import (
-    load_registry,
-)
+from sdcli.registry import load_registry
 from sdcli.request import parse_size
 from sdcli.train_settings import cache_folder
 
