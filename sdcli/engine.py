@@ -38,10 +38,11 @@ from sdcli.errors import (
 )
 from sdcli.explaining import File, Watch, Watcher, check, glimpse, watches
 from sdcli.files import AlreadyExists, check_new, sweep, write_whole
+from sdcli.hub import folder_of
 from sdcli.images import from_pixels, to_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
-from sdcli.loading import AppliedLora, LoadedModel, folder_of, load_model
+from sdcli.loading import AppliedLora, LoadedModel, load_model
 from sdcli.lora_weights import with_loras
 from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest

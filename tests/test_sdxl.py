@@ -32,7 +32,7 @@ from sdcli.request_parts import LoraRef
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
-from sdcli.training.model_parts import refuse_sdxl
+from sdcli.training.model_parts import load_to_train
 from sdcli.verify import verify_picture
 from sdcli.weights import random_tensors
 from tests.loras import random_pairs, save_diffusers, save_kohya
@@ -299,12 +299,15 @@ def test_what_does_not_fit_together_is_told_in_a_sentence(
         ours(of_folder(tmp_path / "model"), **SMALL, guidance_scale=5.0)
 
 
-def test_training_refuses_sdxl_before_it_begins(folders: dict[str, Path]) -> None:
-    model = load_model(spec_of_folder(folders["base"]), dtype="float32", device="cpu")
+def test_training_refuses_sdxl_before_it_reads_its_weights(tmp_path: Path, folders: dict[str, Path]) -> None:
+    spec = spec_of_folder(shutil.copytree(folders["base"], tmp_path / "model"))
+    (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UsageError, match="does not train yet"):
-        refuse_sdxl(model)
+        load_to_train(spec, device="cpu")
+    with pytest.raises(UsageError, match="does not train yet"):  # where nothing said so beforehand
+        load_to_train(spec_of_folder(folders["base"]).model_copy(update={"family": "sd1"}), device="cpu", needs="vae")
     with pytest.raises(UsageError, match="two text encoders"):
-        load_model(model.spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
+        load_model(spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])

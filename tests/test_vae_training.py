@@ -660,7 +660,7 @@ def test_pictures_of_files_are_trained_on_with_workers_as_without(tmp_path: Path
         size = (40, 32) if index % 2 else (32, 48)
         from_pixels(Shapes().fixed(index, size)["pixels"]).save(tmp_path / "data" / f"{index}.png")
     pictures = open_pictures(tmp_path / "data")
-    framing = Framing(resolution=(32, 32), buckets=((32, 32), (32, 48)), random_crop=True)
+    framing = Framing(buckets=((32, 32), (32, 48)), random_crop=True)
 
     def task() -> VaeTask:
         return task_of(

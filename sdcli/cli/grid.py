@@ -65,13 +65,14 @@ def command(
         raise NotFound(f"there is no picture but {output}, which is to be written")
 
     from sdcli.contact_sheet import check_size, contact_sheet, write_sheet
-    from sdcli.images import open_picture
-    from sdcli.metadata import read_picture
+    from sdcli.images import as_shown
+    from sdcli.metadata import picture_and_info
 
     shown, pictures, errors, largest = [], [], list[SdcliError](), (0, 0)
     for file in files:
         try:
-            info, picture = read_picture(file.path), open_picture(file.path)
+            with picture_and_info(file.path) as (image, info):
+                picture = as_shown(image)
         except (BadPicture, NotFound) as error:
             if len(files) > 1:
                 console.warn(str(error))

@@ -13,9 +13,8 @@ import typer
 
 from sdcli.cli.console import Console, plain_terminal, printable
 from sdcli.cli.options import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
-from sdcli.errors import BadWeights, NotFound, Offline, SdcliError, SomeFailed, UsageError
+from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.registry import (
-    PACKAGE,
     SUPPORTED_FAMILIES,
     ControlNetSpec,
     EmbeddedSource,
@@ -311,44 +310,30 @@ def _here(spec: ModelSpec | ControlNetSpec) -> str:
         case FolderSource(path=path) | FileSource(path=path):
             return "on disk" if path.exists() else "missing"
         case HubSource() as source:
-            from sdcli.hub import cached_commit, first_missing, local_controlnet, repo_folder
+            from sdcli.hub import first_missing, snapshot_folder
 
-            if isinstance(spec, ControlNetSpec):
-                try:
-                    local_controlnet(source, name=spec.name)
-                except Offline:
-                    return "not downloaded"
-                return "downloaded"
-            folder = repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
+            folder = snapshot_folder(source)
             if not folder.is_dir():
                 return "not downloaded"
             try:
-                return "downloaded" if first_missing(folder, variant=source.variant) is None else "partly downloaded"
+                return "downloaded" if first_missing(folder, spec) is None else "partly downloaded"
             except BadWeights:
                 return "damaged"
 
 
 def _local_path(spec: ModelSpec) -> Path | None:
     """Where a model's files are, or None for one without files. Raises Offline for one that is not downloaded."""
-    match spec.source:
-        case EmbeddedSource(folder=folder):
-            return PACKAGE / folder
-        case RandomSource():
-            return None
-        case FolderSource(path=path) | FileSource(path=path):
-            return path
-        case HubSource() as source:
-            from sdcli.hub import local_snapshot
+    from sdcli.hub import folder_of
 
-            return local_snapshot(source, name=spec.name, size=spec.download_bytes)
+    return spec.source.path if isinstance(spec.source, FileSource) else folder_of(spec)
 
 
 def _files(spec: ModelSpec) -> Iterator[tuple[str, int]]:
     """The model's files that are here, relative to its folder, with their bytes."""
     if isinstance(spec.source, HubSource):
-        from sdcli.hub import cached_commit, repo_folder
+        from sdcli.hub import snapshot_folder
 
-        root: Path | None = repo_folder(spec.source.repo) / "snapshots" / (cached_commit(spec.source) or "none")
+        root: Path | None = snapshot_folder(spec.source)
     else:
         root = _local_path(spec)
     if root is None:

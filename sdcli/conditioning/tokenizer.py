@@ -14,8 +14,8 @@ from tokenizers.models import BPE
 
 from sdcli.conditioning.prompt import Chunk, chunked
 from sdcli.errors import BadWeights, NotFound
-from sdcli.hub import local_snapshot
-from sdcli.registry import PACKAGE, EmbeddedSource, FolderSource, HubSource, ModelSpec
+from sdcli.hub import folder_of
+from sdcli.registry import PACKAGE, ModelSpec
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -95,14 +95,8 @@ def text_from(text: str, offsets: list[tuple[int, int]], first: int) -> str:
 
 def tokenizer_folder(spec: ModelSpec) -> Path:
     """Where a text model's tokenizer is. Raises Offline for a hub model that is not in the cache."""
-    match spec.source:
-        case EmbeddedSource(folder=name):
-            return PACKAGE / name / "tokenizer"
-        case FolderSource(path=path):
-            return path / "tokenizer"
-        case HubSource() as hub:
-            return local_snapshot(hub, name=spec.name, size=spec.download_bytes) / "tokenizer"
-    return PACKAGE / "clip_tokenizer"
+    folder = folder_of(spec)
+    return folder / "tokenizer" if folder is not None else PACKAGE / "clip_tokenizer"
 
 
 def load_tokenizer(folder: Path) -> ClipTokenizer:

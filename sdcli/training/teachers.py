@@ -59,14 +59,6 @@ def open_teacher(path: Path, *, device: torch.device | str = "cpu") -> Teacher:
     return StoredVectors.load(path)
 
 
-def teacher_vectors(teacher: Teacher, texts: Sequence[str], *, cache: Path | None = None) -> Tensor:
-    """Unit vectors [n, D] of the texts, float32; what is not in the cache folder is computed and put there."""
-    kept = KeptVectors.of(teacher, cache)
-    for _ in kept.learn(teacher, texts):
-        pass
-    return kept.vectors(texts)
-
-
 # A sentence encoder in transformers' layout
 
 
@@ -226,12 +218,6 @@ class StoredVectors:
                 f"{self.path} has no vector for {len(missing)} of {len(texts)} texts, first {missing[0]!r}"
             )
         return self.table[[self.rows[text] for text in texts]]
-
-
-def vector_bytes(texts: Sequence[str], vectors: Tensor) -> bytes:
-    """Texts and their vectors [n, D] as a .safetensors file that `StoredVectors` reads."""
-    letters = np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8)
-    return save({_VECTORS: vectors.float().contiguous(), _TEXTS: torch.from_numpy(letters.copy())})
 
 
 def _read_safetensors(path: Path) -> tuple[list[str], Tensor]:
