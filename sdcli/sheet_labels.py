@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdcli.errors import UsageError
-from sdcli.request import ALIASES, GenerationRequest, did_you_mean
+from sdcli.request import GenerationRequest, did_you_mean, field_name
 
 _SHORTENED = {
     "name": "",
@@ -33,8 +33,7 @@ _TOLD_APART_BY = tuple(field for field in SHORT if field not in ("name", "width"
 
 def parse_fields(text: str) -> tuple[str, ...]:
     """`"seed,cfg-scale"` -> names in SHORT, in that order. Raises UsageError."""
-    names = [part.strip().replace("-", "_") for part in text.split(",")]
-    fields = tuple(ALIASES.get(name, name) for name in names)
+    fields = tuple(field_name(part.strip()) for part in text.split(","))
     for name in fields:
         if name not in SHORT:
             hint = did_you_mean(name, SHORT) or f"; there are {', '.join(SHORT)}"

@@ -43,6 +43,7 @@ def test_an_axis_is_read_as_it_is_written(text: str, axis: Axis) -> None:
         ("steps=1,1", "takes a value twice"),
         ("steps=1..9x1", "two values or more"),
         ("schema=1", "no field"),
+        ('prompt="a', "is no list of values"),
     ],
 )
 def test_an_axis_that_is_not_understood_is_told(text: str, problem: str) -> None:
@@ -92,3 +93,25 @@ def test_a_sweep_paints_all_and_a_sheet_of_them(sdcli: Run, tmp_path: Path) -> N
     again = sdcli("generate", "--from", pictures[0]["path"], "--sweep", "seed=1,2", "--outdir", "out", "-q")
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == "out/sweep-2.png"
+
+
+def test_a_size_is_swept_as_its_width_and_height_and_conflicts_are_told() -> None:
+    (line,) = swept([Line(0, {"prompt": "a"})], [parse_axis("size=64x32")], {"seed": 1}, base_seed=0)
+    assert line.fields == {"prompt": "a", "width": 64, "height": 32}
+    for axes, typed in ((["size=64x64"], {"width": 8}), (["width=8", "size=64x64"], {})):
+        with pytest.raises(UsageError, match=r"width has a value already|swept twice"):
+            swept([Line(0, {"prompt": "a"})], list(map(parse_axis, axes)), typed, base_seed=0)
+
+
+def test_equal_lines_are_swept_with_seeds_of_their_own_whatever_they_are_called() -> None:
+    def seeds(lines: list[dict[str, Any]], axis: str, typed: dict[str, Any]) -> list[tuple[int, int]]:
+        found = swept([Line(n, fields) for n, fields in enumerate(lines)], [parse_axis(axis)], typed, base_seed=5)
+        return [(line.fields["seed"], line.fields.get("variation_seed", 0)) for line in found]
+
+    equal = [{"prompt": "a", "custom_id": "x"}, {"prompt": "a", "custom_id": "y"}]
+    a, b, c, d = seeds(equal, "steps=1,2", {})
+    assert a == b != c == d
+    assert seeds([{"prompt": "a"}], "steps=1,2", {}) == [a, b], "an id is no part of what is painted"
+    assert seeds([{"prompt": "a"}], "steps=1,2", {"eta": 1.0}) != [a, b]
+    one, other = seeds([{"prompt": "a"}], "variation-strength=0.1,0.2", {})
+    assert one == other, "the noise that is mixed in is the same, too"
