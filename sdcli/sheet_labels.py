@@ -74,6 +74,8 @@ def _value(field: str, name: str, request: GenerationRequest | None) -> str | No
     if field == "size":
         return f"{request.width}x{request.height}" if request.width and request.height else None
     value = getattr(request, field)
-    if value is None:
+    if value is None or value == ():
         return None
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())

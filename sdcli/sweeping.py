@@ -63,6 +63,8 @@ def swept(lines: Iterable[Line], axes: Sequence[Axis], typed: Mapping[str, Any],
     for name in named:
         if name in typed or any(name in line.fields for line in found):
             raise UsageError(f"--sweep: {name} has a value already")
+    if any({"n", "num_images"} & set(line.fields) for line in found):
+        raise UsageError("--sweep: every combination gets equally many pictures (-n), so no line says its own number")
     count = len(found) * math.prod(len(axis.values) for axis in axes)
     if count > MOST_COMBINATIONS:
         raise UsageError(f"--sweep: {count:,} combinations are more than {MOST_COMBINATIONS:,}")

@@ -11,9 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sdcli.cli.console import Console
+from sdcli.cli.sweep_sheet import SweepSheet
 from sdcli.contact_sheet import KEY
 from sdcli.errors import UsageError
-from sdcli.jobs import Line
+from sdcli.jobs import Job, Line, expand
+from sdcli.registry import load_registry
+from sdcli.settings import OutputSettings
 from sdcli.sweeping import Axis, parse_axis, swept
 from tests.conftest import Run
 
@@ -76,6 +80,29 @@ def test_every_combination_comes_once_and_a_line_keeps_its_seed(sizes: list[int]
 def test_a_sweep_without_sense_is_refused(axes: list[str], typed: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         swept([Line(0, {"prompt": "a"})], list(map(parse_axis, axes)), typed, base_seed=0)
+
+
+def test_what_failed_leaves_its_places_on_the_sheet_empty(tmp_path: Path) -> None:
+    lines = swept([Line(0, {"prompt": "a"})], [parse_axis("steps=1,2,0"), parse_axis("eta=0,1")], {}, base_seed=0)
+    typed = {"model": "tiny", "scheduler": "ddim"}
+    jobs = list(expand(lines, typed, load_registry(), num_images=2, base_seed=0))
+    assert len(jobs) == 10, "a refused combination is one job"
+    sheet = SweepSheet.of(jobs, [Axis("eta", ("0", "1"))], num_images=2)
+    assert (sheet.columns, len(sheet.places)) == (4, 12)
+    sheet.check()
+    paths = {job.index: tmp_path / f"{job.index}.png" for job in jobs[1:] if isinstance(job, Job)}
+    for path in paths.values():
+        Image.new("RGB", (96, 64), "red").save(path)
+    sheet.write(paths, OutputSettings(outdir=tmp_path), Console(quiet=True))
+    with Image.open(tmp_path / "sweep.png") as image:
+        columns = [(image.crop((n * 104 + 8, 8, n * 104 + 104, 72)).getpixel((50, 50))) for n in range(4)]
+        on_it = json.loads(image.text[KEY])["pictures"]  # type: ignore[attr-defined]
+    assert columns == [(255, 255, 255), *[(255, 0, 0)] * 3]
+    assert [entry["request"] and entry["request"]["steps"] for entry in on_it] == [1] * 4 + [2] * 4 + [None] * 4
+    with pytest.raises(UsageError, match="too many for one sheet"):
+        SweepSheet(sheet.places[:1] * 99_999, columns=9).check()
+    with pytest.raises(UsageError, match="no line says its own number"):
+        swept([Line(1, {"prompt": "a", "n": 2})], [parse_axis("steps=1,2")], {}, base_seed=0)
 
 
 def test_a_sweep_paints_all_and_a_sheet_of_them(sdcli: Run, tmp_path: Path) -> None:
