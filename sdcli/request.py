@@ -42,7 +42,8 @@ class GenerationRequest(BaseModel):
     """One picture, or as much of its description as was asked for.
 
     A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
-    `registry.resolve` fills every None (but the refiner's two, where there is none), and the result, as painted, is
+    `registry.resolve` fills what every picture has (prompt, model, seed, size, steps, guidance scale, scheduler, eta)
+    and what goes with a field that was given; a feature that nobody asked for stays None. The result, as painted, is
     what a picture's metadata holds.
     """
 
@@ -142,6 +143,8 @@ class GenerationRequest(BaseModel):
         """`guidance_scale: "7..3"` is a scale that falls from 7 to 3."""
         scale = fields.get("guidance_scale") if isinstance(fields, dict) else None
         if isinstance(scale, str) and ".." in scale:
+            if fields.get("guidance_end") is not None:
+                raise ValueError("guidance_scale: says the scale of the last step, and so does guidance_end")
             first, _, last = scale.partition("..")
             return {**fields, "guidance_scale": first, "guidance_end": last}
         return fields
@@ -216,15 +219,12 @@ class GenerationRequest(BaseModel):
 
     @property
     def final_size(self) -> tuple[int, int]:
-        """Width and height of the finished picture of a resolved request."""
+        """Width and height of the finished picture of a resolved request; an enlarged one has multiples of 8."""
         width, height = known(self.width), known(self.height)
         if self.upscale is None:
             return width, height
-        return self.upscaled(width), self.upscaled(height)
-
-    def upscaled(self, side: int) -> int:
-        """A side of the second pass in pixels, a multiple of 8."""
-        return side if self.upscale is None else round(side * self.upscale.factor / 8) * 8
+        factor = self.upscale.factor
+        return round(width * factor / 8) * 8, round(height * factor / 8) * 8
 
     def typed(self) -> dict[str, Any]:
         """The fields that were given, without those left to the model; JSON-ready."""
