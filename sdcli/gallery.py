@@ -29,7 +29,6 @@ from sdcli.errors import BadPicture, SdcliError
 from sdcli.metadata import PictureInfo, read_picture
 from sdcli.picture_files import opened
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 THUMBNAIL = 192
 """Pixels of a thumbnail's longer side."""
 MOST_EMBEDDED = 20_000

@@ -71,8 +71,11 @@ def _value(field: str, name: str, request: GenerationRequest | None) -> str | No
         return name
     if request is None:
         return None
+    if field in ("size", "width", "height") and request.width and request.height:
+        width, height = map(str, request.final_size)
+        return {"size": f"{width}x{height}", "width": width, "height": height}[field]
     if field == "size":
-        return f"{request.width}x{request.height}" if request.width and request.height else None
+        return None
     value = getattr(request, field)
     if value is None or value == ():
         return None
