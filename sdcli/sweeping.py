@@ -61,7 +61,7 @@ def swept(lines: Iterable[Line], axes: Sequence[Axis], typed: Mapping[str, Any],
         raise UsageError("--sweep: a field is swept twice")
     found = list(lines)
     for name in named:
-        if name in typed or any(name in line.fields for line in found):
+        if name in typed or any(line.fields.get(name) is not None for line in found):
             raise UsageError(f"--sweep: {name} has a value already")
     if any({"n", "num_images"} & set(line.fields) for line in found):
         raise UsageError("--sweep: every combination gets equally many pictures (-n), so no line says its own number")
@@ -71,7 +71,8 @@ def swept(lines: Iterable[Line], axes: Sequence[Axis], typed: Mapping[str, Any],
     more = []
     seen: Counter[str] = Counter()
     for line in found:
-        given = {name: value for name, value in {**typed, **line.fields}.items() if name not in OWN}
+        both = {**typed, **line.fields}
+        given = {name: value for name, value in both.items() if name not in OWN and value is not None}
         key = str(sorted(given.items()))
         seen[key] += 1
         has = {*given, *named}

@@ -138,6 +138,7 @@ def test_equal_lines_are_swept_with_seeds_of_their_own_whatever_they_are_called(
     equal = [{"prompt": "a", "custom_id": "x"}, {"prompt": "a", "custom_id": "y"}]
     a, b, c, d = seeds(equal, "steps=1,2", {})
     assert a == b != c == d
+    assert seeds([{"prompt": "a", "seed": None}], "steps=1,2", {}) == [a, b]
     assert seeds([{"prompt": "a"}], "steps=1,2", {}) == [a, b], "an id is no part of what is painted"
     assert seeds([{"prompt": "a"}], "steps=1,2", {"eta": 1.0}) != [a, b]
     one, other = seeds([{"prompt": "a"}], "variation-strength=0.1,0.2", {})

@@ -67,6 +67,6 @@ def test_a_prompt_is_read_whatever_else_a_picture_would_need_and_without_its_tag
     (folder / "sdcli.json").write_text('{"schema": 1, "defaults": {"guidance_scale": 1}}')
     assert load_registry().find(str(folder)).kind.inpaints
     said = lines("a cat <lora:x:0.8> AND b", "--negative-prompt", "c", "-m", str(folder), "--json")
-    assert [json.loads(line)["prompt"] for line in said] == ["a cat", "b", "c"]
+    assert [json.loads(line)["prompt"].strip() for line in said] == ["a cat", "b", "c"]
     with pytest.raises(UsageError, match="half a character"):
         RUNNER.invoke(APP, ["a\udcff"], catch_exceptions=False)
