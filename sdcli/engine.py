@@ -297,7 +297,9 @@ class Engine:
             pixels=pixels_digest(image),
         )
         data = picture_bytes(image, output.format, Record(request, facts) if output.metadata else None)
-        fields = {**request.model_dump(), "index": painted.job.index, "custom_id": painted.job.custom_id or "none"}
+        size = dict(zip(("width", "height"), request.final_size, strict=True))
+        own = {"index": painted.job.index, "custom_id": painted.job.custom_id or "none"}
+        fields = {**request.model_dump(), **size, **own}
         name = picture_name(output.template, fields, suffix=SUFFIX_OF[output.format])
         for number in itertools.count(1):
             candidate = numbered(name, number)

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdcli.errors import CannotWrite
+from sdcli.errors import CannotWrite, UsageError
 
 _TEMPORARY = re.compile(r"\.sdcli-(\d+)-\d+(?:-[0-9a-f]+)?\.tmp")
 _counter = itertools.count()
@@ -36,6 +36,13 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     """Raise AlreadyExists for a name that is taken, unless it may be overwritten."""
     if not overwrite and os.path.lexists(path):
         raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
+
+
+def check_new_png(path: Path, *, flag: str, overwrite: bool) -> None:
+    """`check_new` for a picture that `flag` names. Raises UsageError for another suffix than .png."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{flag} names no PNG picture: {path.name!r} should end in .png")
+    check_new(path, overwrite=overwrite)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ from PIL import Image, ImageOps
 from sdcli.errors import SdcliError
 from sdcli.metadata import PictureInfo, picture_and_info
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 THUMBNAIL = 192
 """Pixels of a thumbnail's longer side."""
 MOST_EMBEDDED = 20_000

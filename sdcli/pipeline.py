@@ -111,6 +111,9 @@ def _run_of(
         idle = refiner.model.spec.name if before else painter.model.spec.name
         raise UsageError(f"refiner_start {part:g} of {shared.steps} steps leaves {idle} no step to paint")
     start = replace(start, timesteps=torch.cat([start.timesteps[:before], rest]))
+    for control in shared.controls if shared.upscale is None else ():  # another pass may have the steps it asks for
+        if not any(control.is_active(index, len(start.timesteps)) for index in range(before)):
+            raise UsageError(f"controls: {control.model} has a say in the refiner's steps alone, where nothing asks it")
     turns = (
         _run_of(replace(one, refiner=None), requests, start, sampler, generators, steps=steps, controls=theirs)
         for one, sampler, theirs in ((painter, scheduler, controls), (refiner, refining, ()))

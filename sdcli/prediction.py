@@ -72,8 +72,8 @@ def predict_for(
     if shared.guidance_interval is None:
         return predict
     outside = conditional_half(both) if conditions.weights else plain(controlling())
-    part = shared.guidance_interval
-    return only_within(predict, outside, timesteps=start.timesteps, start=part.start, stop=part.stop)
+    part = shared.guidance_interval.indices(len(start.timesteps))
+    return only_within(predict, outside, timesteps=start.timesteps[part.start : part.stop])
 
 
 def check_guidance(painter: Painter, request: GenerationRequest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ class Scheduler:
     """Draws fresh noise at every step (from the picture's own generator)."""
     begins_anywhere: bool = True
     """Whether diffusers' class is right from a step in the middle on; a refiner begins there."""
+    calls: Callable[[int], int] = lambda steps: steps
+    """Steps -> how often it asks the network."""
 
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -37,13 +40,19 @@ SCHEDULERS: dict[str, Scheduler] = {
         "pseudo linear multistep, the first SD default",
         "PLMS",
         settings={"skip_prk_steps": True},
+        calls=lambda steps: steps + 1,
         begins_anywhere=False,
     ),
     "euler": Scheduler("EulerDiscreteScheduler", "simple and quick; what turbo models expect", "Euler"),
     "euler-a": Scheduler(
         "EulerAncestralDiscreteScheduler", "Euler with fresh noise at every step", "Euler a", stochastic=True
     ),
-    "heun": Scheduler("HeunDiscreteScheduler", "second order: better per step, two model calls each", "Heun"),
+    "heun": Scheduler(
+        "HeunDiscreteScheduler",
+        "second order: better per step, two model calls each",
+        "Heun",
+        calls=lambda steps: 2 * steps - 1,
+    ),
     "dpmpp-2m": Scheduler("DPMSolverMultistepScheduler", "second-order multistep; good in 20 to 25 steps", "DPM++ 2M"),
     "dpmpp-2m-karras": Scheduler(
         "DPMSolverMultistepScheduler",

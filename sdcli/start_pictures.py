@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
-from sdcli.canvas import is_latents, read_identified
+from sdcli.canvas import identified, is_latents, read_identified
 from sdcli.errors import UsageError
 from sdcli.images import fit, picture_from_bytes, to_pixels
 from sdcli.latent_files import LatentFile, read_latents
@@ -39,6 +39,7 @@ class StartPicture:
         return painted if self.fade is None else torch.lerp(self.pixels, painted, self.fade)
 
 
+@lru_cache(maxsize=256)
 def measure(ref: FileRef, cell: int) -> tuple[int, int]:
     """Width and height in pixels of a picture, or of what latents [C, h, w] of cells of `cell` pixels will be.
 
@@ -63,9 +64,10 @@ def start_picture(request: GenerationRequest) -> StartPicture:
     )
 
 
+@lru_cache(maxsize=4)
 def start_latents(ref: FileRef) -> LatentFile:
     """The one latent in a start file. Raises NotFound, BadLatents and UsageError."""
-    read_identified(ref)
+    identified(ref)
     try:
         file = read_latents(Path(ref.path).expanduser())
     except UsageError:

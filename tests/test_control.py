@@ -428,6 +428,7 @@ REFUSED = [
     ({"controls": "one=a.png@0.8-0.2"}, UsageError, "one should end after it starts, not 0.8-0.2"),
     ({"controls": "one=a.png@0-2"}, UsageError, "end: should be less than or equal to 1"),
     ({"controls": "one=a.png@0.45-0.55"}, UsageError, "0.45-0.55 of 5 steps leaves one no step"),
+    ({"controls": "one=a.png@0.28-0.45"}, UsageError, "0.28-0.45 of 5 steps leaves one no step"),
     ({"guess_mode": True}, UsageError, "--guess-mode has no effect without --control"),
     ({"controls": "one=none.png"}, NotFound, "no file none.png"),
 ]

@@ -232,6 +232,16 @@ def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(pain
             ours(painter, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
 
 
+def test_a_control_of_the_refiner_s_steps_alone_is_refused(
+    painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcli.pipeline.controls_for", lambda model, requests: [])
+    Image.new("RGB", (56, 96)).save(tmp_path / "map.png")
+    fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
+    with pytest.raises(UsageError, match="in the refiner's steps alone"):
+        ours(painter, controls=f"net={tmp_path}/map.png@0.7-1", **fields)
+
+
 def test_a_refiner_neither_begins_nor_serves_another_family(painter: Painter, tiny_folder: Path) -> None:
     assert painter.refiner is not None
     other = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdcli import latents
+from sdcli.canvas import identified
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.denoise.start import slerp
 from sdcli.engine import paint_pictures, plan
@@ -25,6 +26,7 @@ from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
+from sdcli.request_parts import FileRef
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import RunSettings
 from sdcli.spaces import LatentSpace
@@ -157,6 +159,18 @@ def test_a_latent_file_starts_as_the_picture_that_it_was_encoded_from(
     assert last.latents.shape == (1, 4, 6, 8)
     with pytest.raises(UsageError, match="keep their size"):
         resolve(parse_request({**fields, "width": 128}), tiny.model.spec, measure=measure)
+
+
+def test_a_start_is_read_again_only_where_it_has_changed(files: Path, tmp_path: Path) -> None:
+    ref = identified(FileRef(path=str(files / "picture.png")))
+    before = measure.cache_info().hits
+    assert measure(ref, 8) == measure(identified(ref), 8)
+    assert measure.cache_info().hits > before
+    (tmp_path / "a").write_bytes(b"one")
+    first = identified(FileRef(path=str(tmp_path / "a")))
+    (tmp_path / "a").write_bytes(b"other")
+    with pytest.raises(UsageError, match="is not the file that was painted from"):
+        identified(first)
 
 
 def test_a_picture_does_not_depend_on_the_other_starts_of_its_batch(tiny: Painter, files: Path) -> None:

@@ -9,8 +9,8 @@ import typer
 
 from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
-from sdcli.errors import BadPicture, NotFound, SdcliError, UsageError, raise_for
-from sdcli.files import check_new
+from sdcli.errors import BadPicture, NotFound, SdcliError, raise_for
+from sdcli.files import check_new_png
 from sdcli.inputs import input_files
 from sdcli.naming import SUFFIXES
 from sdcli.sheet_labels import SHORT, labels_of, parse_fields
@@ -52,10 +52,8 @@ def command(
     `sdcli-sheet`. A picture that cannot be read is reported, and the others are laid out.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"-o names no PNG picture: {output.name!r} should end in .png")
+    check_new_png(output, flag="-o", overwrite=overwrite)
     fields = parse_fields(label) if label not in (None, "none") else None
-    check_new(output, overwrite=overwrite)
     files = [
         file
         for file in input_files(images, suffixes=frozenset(SUFFIXES), kind="pictures")
