@@ -29,7 +29,7 @@ from sdcli.errors import (
 )
 from sdcli.files import AlreadyExists, check_folder, check_new, sweep, write_whole
 from sdcli.images import CELL, Fit, fit, from_pixels, open_picture, to_pixels
-from sdcli.inputs import InputFile, Names, check_readable
+from sdcli.inputs import InputFile, Names, input_digest
 from sdcli.latent_files import LatentFile, LatentRecord, Source, latent_bytes, read_latents, read_record
 from sdcli.loading import load_model
 from sdcli.metadata import picture_bytes
@@ -205,8 +205,7 @@ def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitte
     """One picture, fitted; or what became of it already: skipped or failed."""
     path = None if settings.pack else settings.output or settings.outdir / _file_name(file.name, ".safetensors")
     try:
-        check_readable(file.path)
-        digest = _sha256(file.path)
+        digest = input_digest(str(file.path))
         if path is not None and os.path.lexists(path):
             record = _matching(path, [digest], codec, settings)
             if record is not None:
@@ -379,14 +378,6 @@ def _check_finite(latents: Tensor) -> None:
     if not latents.isfinite().all():
         other = "without --half" if latents.dtype == torch.float16 else "with --dtype float32"
         raise BadOutput(f"the latents are not finite (NaN or too large); try {other}")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
 
 
 def _shown(size: tuple[int, int]) -> str:

@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all: a temporary file in the same folder, fsync, then link or rename."""
+"""Files that appear whole or not at all: a temporary file in the same folder, fsync, then link or rename; digests."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import itertools
 import os
 import re
@@ -20,6 +21,12 @@ _counter = itertools.count()
 
 class AlreadyExists(CannotWrite):
     """The file is there, and nobody asked to overwrite it."""
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_folder(folder: Path) -> None:

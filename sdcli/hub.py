@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError, first_line
-from sdcli.files import write_whole
+from sdcli.files import sha256, write_whole
 from sdcli.registry import PACKAGE, ControlNetSpec, EmbeddedSource, FolderSource, HubSource, ModelSpec
 
 if TYPE_CHECKING:
@@ -604,12 +604,6 @@ def _unlike_its_name(file: Path, path: str) -> str | None:
 def _incomplete(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
     missing = first_missing(folder, spec)
     return f"{missing} is missing" if missing else None
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def git_sha1(file: Path) -> str:

@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 
 from sdcli.errors import BadPicture, NotFound, UsageError
+from sdcli.files import sha256
 from sdcli.naming import numbered
 from sdcli.settings import explains
 
@@ -99,8 +100,7 @@ def digest_of(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _digest(path: Path, size: int, changed_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 @cache

@@ -21,6 +21,7 @@ from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
 from sdcli.errors import BadWeights, UsageError
+from sdcli.files import sha256
 from sdcli.hub import folder_of, use_offline
 from sdcli.lean_imports import (
     VAE,
@@ -545,5 +546,4 @@ def _sha256(file: Path) -> str:
     blob = file.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == 64:
         return blob.name
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file)

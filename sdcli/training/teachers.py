@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.files import write_whole
+from sdcli.files import sha256, write_whole
 from sdcli.training.vocabulary import in_this_thread
 from sdcli.weights import check_header, fill, read_tensors, shards
 
@@ -338,8 +338,7 @@ def _digest(paths: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
         if path.is_file():
-            with open(path, "rb") as stream:
-                total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{path.name} {sha256(path)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
