@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import sdcli
 from sdcli.canvas import is_latents
+from sdcli.conditioning.image_prompting import ImageEncoder
 from sdcli.controlnets import ControlNet, load_controlnet, with_controlnets
 from sdcli.denoise.loop import Step
 from sdcli.devices import free_caches, out_of_memory
@@ -40,6 +41,7 @@ from sdcli.explaining import File, Watch, Watcher, check, glimpse, watches
 from sdcli.files import AlreadyExists, check_new, sweep, write_whole
 from sdcli.hub import folder_of
 from sdcli.images import from_pixels, to_pixels
+from sdcli.ip_adapters import load_ip_adapters
 from sdcli.jobs import Job
 from sdcli.journal import Journal
 from sdcli.loading import AppliedLora, LoadedModel, load_model
@@ -51,7 +53,7 @@ from sdcli.painter import Painter
 from sdcli.pipeline import check_picture, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, known
-from sdcli.request_parts import LoraRef
+from sdcli.request_parts import FileRef, LoraRef
 from sdcli.safety import SafetyChecker, load_safety_checker
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
 from sdcli.spaces import decode_with_fallbacks
@@ -136,6 +138,10 @@ class Engine:
     """Of the same model, which it shares the untouched weights with."""
     _controlnets: dict[str, ControlNet] = field(default_factory=dict)
     """Of the same model, by the names that requests have for them."""
+    _with_ip_adapters: tuple[Painter, Painter] | None = None
+    """A painter of the same model without any, and with some."""
+    _image_encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
+    """Theirs, by their folders."""
     _names: set[str] = field(default_factory=set)
 
     def paint_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
@@ -173,7 +179,7 @@ class Engine:
         how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
         if self._painter is None or self._painter.model.spec != spec:
             self._painter = self._with_loras = None
-            self._controlnets = {}
+            self._controlnets, self._with_ip_adapters, self._image_encoders = {}, None, {}
             gc.collect()
             self._painter = Painter.of(load_model(spec, **how))
         if _specs(self._painter) != (spec, refiner):
@@ -184,7 +190,7 @@ class Engine:
         if not loras:
             return self._painter
         if self._with_loras is None or tuple(one.ref for one in self._with_loras.model.loras) != loras:
-            self._with_loras = None
+            self._with_loras = self._with_ip_adapters = None
             gc.collect()
             self._with_loras = self._painter.with_model(
                 with_loras(self._painter.model, loras, folder=self.run.lora_dir)
@@ -204,10 +210,11 @@ class Engine:
     def painter_for(self, request: GenerationRequest) -> Painter:
         """The painter of a resolved request, its ControlNets among the model's parts; the last ones stay warm.
 
-        Raises what finding and loading its models, LoRAs and ControlNets raises.
+        Raises what finding and loading its models, LoRAs, IP-Adapters and ControlNets raises.
         """
         spec, refiner = self._specs_for(request)
         painter = self.load(spec, request.loras, refiner=refiner)
+        painter = self._listening(painter, tuple(one.adapting for one in request.ip_adapters))
         wanted = {one.model for one in request.controls}
         if not wanted:
             return painter
@@ -215,6 +222,19 @@ class Engine:
         for name in sorted(wanted - set(self._controlnets)):
             self._controlnets[name] = load_controlnet(self.registry.find_controlnet(name), painter.model)
         return replace(painter, model=with_controlnets(painter.model, self._controlnets))
+
+    def _listening(self, painter: Painter, asked: tuple[tuple[FileRef, float], ...]) -> Painter:
+        """The painter with IP-Adapters; the last ones and their image encoders stay warm. Raises what they raise."""
+        if not asked:
+            return painter
+        held = self._with_ip_adapters
+        if held is None or held[0] is not painter or held[1].model.ip_adapters != asked:
+            self._with_ip_adapters = held = None
+            gc.collect()
+            adapters = load_ip_adapters(asked, painter.model, encoders=self._image_encoders)
+            self._image_encoders = {one.look.encoder.folder: one.look.encoder for one in adapters}
+            self._with_ip_adapters = held = painter, painter.with_ip_adapters(adapters)
+        return held[1]
 
     def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
@@ -495,9 +515,10 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 PER_PICTURE = {
     *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
-    *("init_image", "mask", "mask_blur", "invert_mask", "extend", "watermark", "controls"),
+    *("init_image", "mask", "mask_blur", "invert_mask", "extend", "watermark"),
+    *("controls", "ip_adapters"),
 }
-"""The fields in which the requests of one batch may differ; `controls` in their pictures alone."""
+"""The fields in which the requests of one batch may differ; controls and IP-Adapters in their pictures alone."""
 
 
 def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
@@ -511,7 +532,8 @@ def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
         r = job.request
         shared = tuple(value for name, value in r if name not in PER_PICTURE)
         controls = tuple(one.model_copy(update={"image": None}) for one in r.controls)
-        groups.setdefault((shared, r.masked, is_latents(r.init_image), controls), []).append(job)
+        adapting = tuple(one.adapting for one in r.ip_adapters)
+        groups.setdefault((shared, r.masked, is_latents(r.init_image), controls, adapting), []).append(job)
     models, weights = (list(dict.fromkeys(kind(job) for job in jobs)) for kind in (_models, _weights))
     batches = []
     for group in sorted(groups.values(), key=lambda g: (models.index(_models(g[0])), weights.index(_weights(g[0])))):
@@ -526,7 +548,9 @@ def _models(job: Job) -> tuple[str | None, ...]:
 
 
 def _weights(job: Job) -> tuple[Any, ...]:
-    return _models(job), job.request.loras, tuple(control.model for control in job.request.controls)
+    request = job.request
+    adapting = tuple(one.adapting for one in request.ip_adapters)
+    return _models(job), request.loras, adapting, tuple(control.model for control in request.controls)
 
 
 def automatic_batch_size(pixels: int, *, device: str) -> int:

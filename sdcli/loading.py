@@ -41,7 +41,7 @@ from sdcli.registry import (
     RandomSource,
     described,
 )
-from sdcli.request_parts import LoraRef
+from sdcli.request_parts import FileRef, LoraRef
 from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import N, check_header, empty_network, fill, random_tensors, read_tensors, shards
 
@@ -89,6 +89,8 @@ class LoadedModel:
     identities: Mapping[str, Future[str]] = field(repr=False)
     """Of the parts as they were loaded, without the LoRAs."""
     loras: tuple[AppliedLora, ...] = ()
+    ip_adapters: tuple[tuple[FileRef, float], ...] = ()
+    """What the UNet listens to beside the text, and how strongly."""
     tokenizer_2: ClipTokenizer | None = None
     """SDXL's second text encoder has its own; a refiner has only that."""
     zeros_for_empty_prompt: bool = False

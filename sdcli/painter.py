@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sdcli.conditioning.encode import Encode, encoding_of
+from sdcli.conditioning.image_prompting import ImagePrompting
 from sdcli.errors import UsageError
+from sdcli.ip_adapters import IpAdapter, with_ip_adapters
 from sdcli.loading import LoadedModel
 from sdcli.spaces import Space, space_of
 
@@ -39,6 +42,11 @@ class Painter:
     def with_model(self, model: LoadedModel) -> Painter:
         """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
         return replace(Painter.of(model), refiner=self.refiner)
+
+    def with_ip_adapters(self, adapters: Sequence[IpAdapter]) -> Painter:
+        """The same with IP-Adapters on the model, which are shown the requests' pictures; the refiner does without."""
+        encode = ImagePrompting(self.encode, tuple(adapter.look for adapter in adapters))
+        return replace(self, model=with_ip_adapters(self.model, adapters), encode=encode)
 
     def weights(self) -> dict[str, str]:
         """The identity of every loaded part, the refiner's too."""

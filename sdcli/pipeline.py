@@ -39,6 +39,8 @@ def paint(painter: Painter, requests: Sequence[GenerationRequest], *, tell: Tell
     """
     if requests[0].loras != tuple(applied.ref for applied in painter.model.loras):
         raise UsageError(f"{painter.model.spec.name} was loaded with other LoRAs than the request asks for")
+    if tuple(one.adapting for one in requests[0].ip_adapters) != painter.model.ip_adapters:
+        raise UsageError(f"{painter.model.spec.name} was loaded with other IP-Adapters than the request asks for")
     generators = generators_for([known(request.seed) for request in requests])
     scheduler = scheduler_for(painter.model, requests[0])
     run: dict[str, Any] = {"generators": generators, "tell": tell}

@@ -18,6 +18,7 @@ from sdcli.canvas import Measure, start_filled
 from sdcli.conditioning import prompt as syntax
 from sdcli.controls import check_parts, controls_filled
 from sdcli.errors import NotFound, UsageError
+from sdcli.image_prompts import image_prompts_filled
 from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request, watermark_room
 from sdcli.schedulers import SCHEDULERS
@@ -266,6 +267,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         chosen["variation_seed"] = secrets.randbelow(2**32)
     from_start = start_filled(request, step=spec.kind.size_step, measure=measure)
     pinned = controls_filled(request, spec.kind, model=spec.name)
+    pinned |= image_prompts_filled(request, spec.kind, model=spec.name)
     resolved = request.model_copy(update={**chosen, **typed, **from_start, **pinned, "model": spec.name})
     for side, pixels in zip(("width", "height"), resolved.final_size, strict=True):
         problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)

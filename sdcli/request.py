@@ -13,7 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sdcli.conditioning.prompt import wrapped
 from sdcli.errors import UsageError
-from sdcli.request_parts import Control, EmbeddingRef, Extend, FileRef, Interval, LoraRef, Upscale, plain_unicode
+from sdcli.request_parts import (
+    Control,
+    EmbeddingRef,
+    Extend,
+    FileRef,
+    ImagePrompt,
+    Interval,
+    LoraRef,
+    Upscale,
+    plain_unicode,
+)
 from sdcli.schedulers import SCHEDULERS
 
 SCHEMA = 2
@@ -31,6 +41,7 @@ ALIASES = {
     "lora": "loras",
     "control": "controls",
     "embedding": "embeddings",
+    "ip_adapter": "ip_adapters",
 }
 """What other tools call our fields; accepted wherever a request is read as data."""
 
@@ -130,6 +141,11 @@ class GenerationRequest(BaseModel):
     guess_mode: bool | None = Field(
         None, description="let the ControlNets alone say what to paint: they guide the prompt's half, not the other"
     )
+    ip_adapters: tuple[ImagePrompt, ...] = Field(
+        (),
+        description="an IP-Adapter and the picture that prompts through it, beside the text: "
+        "adapter.safetensors=photo.jpg:0.6 (the weight); may be given several times",
+    )
     refiner: str | None = Field(
         None, description="an SDXL model that takes over for the last steps; named like a model"
     )
@@ -167,7 +183,7 @@ class GenerationRequest(BaseModel):
     def _plain_unicode(cls, value: str | None) -> str | None:
         return None if value is None else plain_unicode(value)
 
-    @field_validator("loras", "embeddings", "controls", mode="before")
+    @field_validator("loras", "embeddings", "controls", "ip_adapters", mode="before")
     @classmethod
     def _one_is_a_list_too(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict) else value

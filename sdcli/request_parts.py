@@ -224,6 +224,42 @@ class Control(Part):
         return f"{f'{self.preprocessor}:' if named else ''}{self.model}={self.image}:{digits(self.weight)}{part}"
 
 
+_IMAGE_PROMPT = re.compile(rf"(?P<adapter>[^=]+)=(?P<image>.+?)(?::(?P<weight>{_NUMBER}))?", re.DOTALL)
+
+
+class ImagePrompt(Part):
+    """One IP-Adapter of a request and the picture that it prompts with, `ADAPTER=IMAGE[:WEIGHT]`."""
+
+    adapter: FileRef
+    """A .safetensors file; one with = in its name has no spelling."""
+    image: FileRef
+    weight: float = Field(1.0, ge=0, le=10)
+    """How strongly it is listened to: 1 as it was trained."""
+
+    @classmethod
+    def pieces(cls, text: str) -> dict[str, Any]:
+        match = _IMAGE_PROMPT.fullmatch(text)
+        if not match:
+            raise ValueError(f"is written as ADAPTER=IMAGE or ADAPTER=IMAGE:0.6, not {text!r}")
+        return {name: value for name, value in match.groupdict().items() if value}
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if "=" in self.adapter.path:
+            raise ValueError(f"{self.adapter} has a = in its name; give it another")
+        if self.weight == 0:
+            raise ValueError(f"{self.adapter} has no effect at weight 0")
+        return self
+
+    @property
+    def adapting(self) -> tuple[FileRef, float]:
+        """What it asks of the model, whatever the picture is."""
+        return self.adapter, self.weight
+
+    def __str__(self) -> str:
+        return f"{self.adapter}={self.image}:{digits(self.weight)}"
+
+
 def plain_unicode(value: str) -> str:
     """A text that can be written as UTF-8, without NUL, of at most a million characters. Raises ValueError."""
     if "\0" in value:

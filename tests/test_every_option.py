@@ -20,7 +20,7 @@ from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from tests.loras import random_pairs, save_diffusers
 from tests.test_pixel_models import ANIMALS, save_pixel_model
-from tests.tiny import save_tiny_pipeline, save_tiny_sdxl
+from tests.tiny import save_tiny_ip_adapter, save_tiny_pipeline, save_tiny_sdxl
 
 TEXT = {"prompt": "a (cat:1.4) and pomme", "size": "64x64", "steps": 4, "seed": 1, "scheduler": "ddim"}
 PIXELS = {"steps": 4, "seed": 1, "scheduler": "ddim"}
@@ -66,6 +66,7 @@ VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "refiner_start": ({}, 0.5),
     "watermark": ({}, "A"),
     "loras": ({}, ["lora.safetensors"]),
+    "ip_adapters": ({}, ["plain.safetensors=picture.png"]),
 }
 UNUSUAL = {
     ("classes", "prompt_syntax"): "a1111",
@@ -117,6 +118,10 @@ def painted(engine: Engine, model: Path, files: Path, fields: dict[str, Any]) ->
         given |= {name: str(files / given[name])} if name in given else {}
     for name in ("embeddings", "loras"):
         given |= {name: [str(files / one) for one in given[name]]} if name in given else {}
+    if "ip_adapters" in given:
+        given |= {
+            "ip_adapters": ["=".join(str(files / one) for one in each.split("=")) for each in given["ip_adapters"]]
+        }
     line = Line(0, given)
     (job,) = expand([line], {"model": str(model)}, engine.registry, num_images=1, base_seed=0, measure=measure)
     if isinstance(job, BadJob):
@@ -143,6 +148,7 @@ def test_each_field_changes_the_picture_or_is_refused(
 ) -> None:
     if not (files / "lora.safetensors").exists():
         save_lora(engine, models["sd1"], files / "lora.safetensors")
+        save_tiny_ip_adapter(files, models["sd1"])
     ignored = []
     for name, (context, value) in VALUES.items():
         around, value = KINDS[kind] | context, UNUSUAL.get((kind, name), value)

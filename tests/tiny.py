@@ -16,7 +16,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 PACKAGE = Path(__file__).parent.parent / "sdcli"
 
@@ -83,6 +91,54 @@ def save_tiny_controlnet(folder: Path, model: Path, *, seed: int = 1, **changes:
             torch.nn.init.normal_(parameter, std=10 if name.endswith("conv_out.weight") else 0.1)
     controlnet.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def save_tiny_ip_adapter(
+    folder: Path, model: Path, *, kind: str = "plain", seed: int = 1, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write an IP-Adapter for the UNet of a micro model, and `image_encoder` beside it; return the adapter's file.
+
+    Its kinds have the layouts of h94/IP-Adapter: ip-adapter_sd15, ip-adapter-plus_sd15, ip-adapter-full-face_sd15.
+    """
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    width, seen, whole = unet.config.cross_attention_dim, 32, 24
+    shapes = {
+        "plain": {"proj.weight": (4 * width, whole), "proj.bias": (4 * width,), "norm.weight": (width,)},
+        "full": {
+            **{"proj.0.weight": (seen, seen), "proj.0.bias": (seen,), "proj.2.weight": (width, seen)},
+            **{"proj.2.bias": (width,), "proj.3.weight": (width,), "proj.3.bias": (width,)},
+        },
+        "plus": {
+            **{"latents": (1, 5, 16), "proj_in.weight": (16, seen), "proj_in.bias": (16,)},
+            **{"proj_out.weight": (width, 16), "proj_out.bias": (width,)},
+            **{"norm_out.weight": (width,), "norm_out.bias": (width,)},
+            **{
+                f"layers.{n}.{name}.weight": shape
+                for n in range(4)
+                for name, shape in {
+                    **{"0.norm1": (16,), "0.norm2": (16,), "0.to_q": (64, 16), "0.to_kv": (128, 16)},
+                    **{"0.to_out": (16, 64), "1.0": (16,), "1.1": (64, 16), "1.3": (16, 64)},
+                }.items()
+            },
+            **{f"layers.{n}.{name}.bias": (16,) for n in range(4) for name in ("0.norm1", "0.norm2", "1.0")},
+        },
+    }[kind]
+    shapes |= {"norm.bias": (width,)} if kind == "plain" else {}
+    tensors = {f"image_proj.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    for n, layer in enumerate(layers):
+        for role in ("to_k", "to_v"):
+            tensors[f"ip_adapter.{2 * n + 1}.{role}_ip.weight"] = torch.randn(getattr(layer, role).weight.shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / f"{kind}.safetensors")
+    vision = CLIPVisionConfig(
+        **{"hidden_size": seen, "intermediate_size": 37, "projection_dim": whole, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "image_size": 32, "patch_size": 8},
+    )
+    torch.manual_seed(0)  # one encoder for all that stand beside each other
+    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
+    return folder / f"{kind}.safetensors"
 
 
 def save_tiny_pipeline(folder: Path, **changes: Any) -> Path:

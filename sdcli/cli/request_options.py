@@ -23,6 +23,7 @@ PANELS = {
         ("model", "refiner", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings", "loras"),
         "Model and prompt",
     ),
+    "ip_adapters": "Model and prompt",
     **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
     **dict.fromkeys(("controls", "guess_mode"), "Control"),
 }
@@ -40,6 +41,7 @@ METAVARS = {
     "extend": "SIDE=PIXELS,...",
     "upscale": "FACTORx[:STRENGTH[:latent]]",
     "loras": "FILE[:WEIGHT[:TEXT_WEIGHT]]",
+    "ip_adapters": "FILE=IMAGE[:WEIGHT]",
     "controls": "[HOW:]MODEL=IMAGE[:WEIGHT][@START-END]",
 }
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 ADDED = ("text_embeds", "time_ids")
 """What diffusers' UNet takes inside `added_cond_kwargs`."""
+IMAGES = "image_embeds"
+"""What the names of image prompts begin with; the UNet takes them there too, as one list with an entry an adapter."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Condition:
 
     `encoder_hidden_states` [B, L, D] of a text encoder, or `class_labels` [B] int64, or nothing at all; SDXL adds
     `text_embeds` [B, P], of the whole text, and `time_ids` [B, 6] float32, sizes in pixels (the refiner [B, 5]).
+    Each IP-Adapter adds `image_embeds:N`, [B, 1, P] of a whole picture or [B, 1, T, D] of its patches.
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -30,8 +33,10 @@ class Condition:
 
     def arguments(self) -> dict[str, Any]:
         """The inputs as the network's keyword arguments."""
-        added = {name: rows for name, rows in self.inputs.items() if name in ADDED}
-        own = {name: rows for name, rows in self.inputs.items() if name not in ADDED}
+        images = {name: rows for name, rows in self.inputs.items() if name.startswith(IMAGES)}
+        added: dict[str, Any] = {name: rows for name, rows in self.inputs.items() if name in ADDED}
+        own = {name: rows for name, rows in self.inputs.items() if name not in added and name not in images}
+        added |= {IMAGES: list(images.values())} if images else {}
         return {**own, "added_cond_kwargs": added} if added else own
 
 

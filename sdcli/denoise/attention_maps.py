@@ -92,13 +92,15 @@ class _Watched:
         self,
         attention: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]] | None = None,
         *more: Any,
         **rest: Any,
     ) -> Tensor:
         """Hidden states [B, T, C] -> the same shape."""
         if encoder_hidden_states is not None:
-            self._note(attention, hidden_states, encoder_hidden_states)
+            # image prompts come beside the text: the layer attends to them apart, so they take nothing from its maps
+            text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+            self._note(attention, hidden_states, text)
         mixed: Tensor = self._processor(attention, hidden_states, encoder_hidden_states, *more, **rest)
         return mixed
 
