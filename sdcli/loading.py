@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder
+from sdcli.conditioning.t5 import T5Tokenizer, empty_t5, load_t5_tokenizer, spare_float16
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
@@ -26,6 +27,7 @@ from sdcli.lean_imports import (
     VAE,
     AutoencoderKL,
     AutoencoderTiny,
+    SD3Transformer2DModel,
     UNet,
     UNet2DConditionModel,
     UNet2DModel,
@@ -43,21 +45,24 @@ from sdcli.registry import (
     described,
 )
 from sdcli.request_parts import LoraRef
+from sdcli.schedulers import Process
 from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
 
-Part = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
-PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "unet", "vae")
+Part = Literal["text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae"]
+PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae")
 NAMES: dict[str, str] = {
     "text_encoder": "text encoder",
     "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
     "unet": "UNet",
     "vae": "VAE",
 }
-TEXT_ENCODERS = {"text_encoder", "text_encoder_2"}
+TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 NETWORKS: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "UNet2DModel": UNet2DModel,
+    "SD3Transformer2DModel": SD3Transformer2DModel,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
 }
@@ -92,13 +97,15 @@ class LoadedModel:
     loras: tuple[AppliedLora, ...] = ()
     tokenizer_2: ClipTokenizer | None = None
     """SDXL's second text encoder has its own; a refiner has only that."""
+    tokenizer_3: T5Tokenizer | None = None
+    """Of Stable Diffusion 3's third text encoder, which may be absent."""
     zeros_for_empty_prompt: bool = False
     """Whether an empty negative prompt is all zeros; SDXL's base model was trained so."""
 
     @property
     def is_sdxl(self) -> bool:
         """Whether it has the text encoders of SDXL, and takes the conditions that they make."""
-        return "text_encoder_2" in self.parts
+        return "text_encoder_2" in self.parts and self.spec.kind.process == "diffusion"
 
     @cached_property
     def unet(self) -> UNet:
@@ -115,6 +122,10 @@ class LoadedModel:
     @cached_property
     def text_encoder_2(self) -> ProjectedClipTextEncoder:
         return self._part("text_encoder_2")
+
+    @cached_property
+    def text_encoder_3(self) -> nn.Module:
+        return self._part("text_encoder_3")
 
     def _part(self, name: str) -> Any:
         if name not in self.parts:
@@ -229,7 +240,12 @@ def load_model(
         if part not in build.parts:
             raise UsageError(_lacks(spec.name, part, build.parts))
     if "text_encoder" in wanted and "text_encoder_2" not in wanted and "text_encoder_2" in build.parts:
-        raise UsageError(f"{spec.name} has two text encoders (SDXL), and one alone is of no use here")
+        raise UsageError(f"{spec.name} has two text encoders (SDXL) or more, and one alone is of no use here")
+    if build.process != spec.kind.process:
+        raise UsageError(
+            f"{spec.name} is a Stable Diffusion 3, which its entry does not say; make one that does with "
+            f"`sdcli models add NAME {spec.origin()} --family sd3`"
+        )
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
     identities: dict[str, Future[str]] = {part: hashing.submit(build.identity, part) for part in wanted}
     hashing.shutdown(wait=False)
@@ -245,6 +261,7 @@ def load_model(
         tokenizer=build.tokenizer("text_encoder") if "text_encoder" in wanted else None,
         identities=identities,
         tokenizer_2=build.tokenizer("text_encoder_2") if "text_encoder_2" in wanted else None,
+        tokenizer_3=build.tokenizer_3() if "text_encoder_3" in wanted else None,
         zeros_for_empty_prompt=build.zeros_for_empty_prompt,
     )
 
@@ -294,6 +311,8 @@ class _Build:
     identity: Callable[[str], str]
     scheduler_config: Mapping[str, Any]
     zeros_for_empty_prompt: bool = False
+    process: Process = "diffusion"
+    tokenizer_3: Callable[[], T5Tokenizer | None] = lambda: None
 
 
 # Random weights
@@ -388,22 +407,24 @@ _TINY_SDXL_CONFIGS: dict[str, dict[str, Any]] = {
 
 def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None) -> _Build:
     layout = read_layout(folder)
-    is_sdxl = "text_encoder_2" in layout.components
+    several = "text_encoder_2" in layout.components
 
     def files(part: str) -> list[Path]:
         stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
         return shards(folder / layout.folder_of(part), stem, variant=variant)
 
     def network(part: str) -> nn.Module:
-        config = network_config(folder, layout, part)
+        config = {"_class_name": layout.components[part][1][0], **network_config(folder, layout, part)}
         empty = _empty(part, config, source=str(folder / layout.folder_of(part)))
         number = _dtype_for(part, config, dtype, parts=layout.components)
         wanted = set(empty.state_dict())
         tensors: dict[str, Tensor] = {}
         for file in files(part):
             tensors |= read_tensors(file, number, rename=lambda stored: _modern_name(part, stored, wanted))
+        if part == "text_encoder_3" and "shared.weight" in tensors:  # one matrix by two names, stored once
+            tensors.setdefault("encoder.embed_tokens.weight", tensors["shared.weight"])
         fill(empty, tensors, source=str(files(part)[0]))
-        return empty
+        return spare_float16(empty) if part == "text_encoder_3" else empty
 
     index = read_json_object(folder / "model_index.json")
     scheduler = read_json_object(folder / "scheduler" / "scheduler_config.json")
@@ -412,8 +433,10 @@ def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None
         network,
         tokenizer=lambda part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")),
         identity=lambda part: _files_digest(files(part)),
-        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not is_sdxl else scheduler,
-        zeros_for_empty_prompt=is_sdxl and index.get("force_zeros_for_empty_prompt", True) is True,
+        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not several else scheduler,
+        process=layout.process,
+        tokenizer_3=lambda: load_t5_tokenizer(folder / "tokenizer_3"),
+        zeros_for_empty_prompt=several and index.get("force_zeros_for_empty_prompt", True) is True,
     )
 
 
@@ -508,6 +531,10 @@ def _check_ldm_names(path: Path, names: set[str], layout: SingleFileLayout) -> N
 
     if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
         raise BadWeights(f"{path} is a LoRA, not a whole model; paint with it by --lora {path}")
+    if some("model.diffusion_model.joint_blocks.", "joint_blocks."):
+        raise UsageError(
+            f"{path} is a Stable Diffusion 3, which sdcli reads as a diffusers folder, not as a single file"
+        )
     if some("edm_mean", "edm_vpred."):
         raise UsageError(f"{path} was trained on the noise levels of EDM, which sdcli does not know")
     if some("down_blocks.", "decoder.up_blocks.", "text_model.", "encoder.layers."):
@@ -532,11 +559,13 @@ def _empty(part: str, config: dict[str, Any], *, source: str) -> nn.Module:
     """A part's network without weights, from its config.json. Raises BadWeights."""
     try:
         match part:
+            case "text_encoder_3":
+                return build_empty(lambda: empty_t5(config))
             case "text_encoder" | "text_encoder_2":
                 if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
                     raise ValueError(f"unknown activation {config['hidden_act']!r}")
                 clip = ClipTextConfig.from_dict(config)
-                if part == "text_encoder":
+                if part == "text_encoder" and config.get("_class_name") != "CLIPTextModelWithProjection":
                     return build_empty(lambda: ClipTextEncoder(clip))
                 size = config.get("projection_dim", 512)  # transformers' own default
                 return build_empty(lambda: ProjectedClipTextEncoder(clip, projection_dim=size))
@@ -547,6 +576,8 @@ def _empty(part: str, config: dict[str, Any], *, source: str) -> nn.Module:
                     raise ValueError(f"unknown class {config['_class_name']!r}")
                 if part == "vae" and config.get("latents_mean") is not None:
                     raise UsageError(f"{source}: its latents have a mean of their own, which sdcli does not know")
+                if network_class is SD3Transformer2DModel and not config.get("pos_embed_max_size"):
+                    raise ValueError("no pos_embed_max_size")
                 return build_empty(lambda: network_class.from_config(config))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise BadWeights(f"{source}: its configuration describes no network: {error}") from None

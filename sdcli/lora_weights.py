@@ -93,6 +93,8 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
     `folder`. Raises NotFound, BadWeights for a file that is damaged or made for other models, and UsageError for a
     weight that has no effect, a kind that is not a LoRA, and another file than the entry's digest says.
     """
+    if model.spec.kind.process == "flow":
+        raise UsageError(f"loras do not go with {model.spec.name}: sdcli has none for Stable Diffusion 3 yet")
     places = _places(model)
     changes: dict[str, dict[str, list[tuple[float, LoraLayer]]]] = {}
     applied = []

@@ -16,13 +16,16 @@ def seen_and_guessed(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:
     """x_t at the scale of a network's input, and the guess of x_0, each [B, C, h, w] float32.
 
     A scheduler's x_t is signal x_0 + noise epsilon; networks are trained where the squares of the two add up to 1, and
-    say epsilon, x_0 or v (the formulas of `training.objective.x0_from`). The scheduler is one whose timesteps are set
-    as they were for the step; thresholds and clipping are not applied. Where an epsilon is all that is left, as at
-    zero terminal SNR, it says nothing of x_0, and the guess is 0. Raises UsageError for another kind of prediction.
+    say epsilon, x_0 or v (the formulas of `training.objective.x0_from`). In flow matching the two themselves add up to
+    1, and a network says the velocity epsilon - x_0. The scheduler is one whose timesteps are set as they were for the
+    step; thresholds and clipping are not applied. Where an epsilon is all that is left, as at zero terminal SNR, it
+    says nothing of x_0, and the guess is 0. Raises UsageError for another kind of prediction.
     """
     signal, noise = _level(scheduler, step)
     scale = (signal**2 + noise**2) ** 0.5
-    match scheduler.config.prediction_type:
+    match scheduler.config.get("prediction_type", "flow_prediction"):
+        case "flow_prediction":
+            return step.x, step.x - noise * step.output
         case "epsilon":
             guess = (step.x - noise * step.output) / signal
         case "sample":

@@ -17,7 +17,7 @@ from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.errors import BadWeights, UsageError
 from sdcli.files import write_whole
 from sdcli.hub import local_snapshot
-from sdcli.latents import cell, latent_channels
+from sdcli.latents import cell, latent_channels, shift_factor
 from sdcli.lean_imports import UNet2DConditionModel, UNet2DModel
 from sdcli.loading import LoadedModel
 from sdcli.model_folder import LAYOUTS, read_json_object
@@ -136,9 +136,14 @@ def fitted_config(
 
 
 def refuse_sdxl(model: LoadedModel) -> None:
-    """Raise UsageError for a model of the sdxl family, whose conditions no session knows."""
-    if model.is_sdxl:
-        raise UsageError(f"{model.spec.name} is of the sdxl family, which sdcli paints with but does not train yet")
+    """Raise UsageError for what no session knows: the conditions of SDXL and SD 3, and latents that are shifted."""
+    if model.is_sdxl or model.spec.kind.process == "flow":
+        family = "sdxl" if model.is_sdxl else "sd3"
+        raise UsageError(f"{model.spec.name} is of the {family} family, which sdcli paints with but does not train yet")
+    if "vae" in model.parts and shift_factor(model.vae):
+        raise UsageError(
+            f"the VAE of {model.spec.name} shifts its latents (shift_factor), which sdcli does not train on"
+        )
 
 
 @dataclass(frozen=True)
