@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], float]:
     """The timed steps and the decode of our own pipeline."""
     from sdcli.painter import Painter
-    from sdcli.pipeline import decode, paint
+    from sdcli.pipeline import paint
     from sdcli.registry import resolve
     from sdcli.request import GenerationRequest
 
@@ -121,10 +121,10 @@ def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], f
         wait(model.device)
         ticks.append(time.perf_counter())
         latents = step.latents
-    decode(painter, latents[0])
+    painter.space.decode(latents[:1])
     started = time.perf_counter()
     for picture in latents:
-        decode(painter, picture)
+        painter.space.decode(picture[None])
     return differences(ticks), time.perf_counter() - started
 
 

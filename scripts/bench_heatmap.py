@@ -55,7 +55,7 @@ def main() -> None:
                 if maps is not None:
                     maps.step((side, side))
         if maps is not None:
-            maps.mean()
+            maps.mean(0)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         return clock() - began

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.inputs import read_input
+from sdcli.inputs import input_digest, read_input
 from sdcli.request import GenerationRequest
 from sdcli.request_parts import FileRef
 
@@ -57,7 +57,7 @@ def start_filled(request: GenerationRequest, *, step: int, cell: int, measure: M
     if request.strength is None:
         filled["strength"] = STRENGTH_BEHIND_MASK if request.masked else STRENGTH
     if measure is not None:
-        filled |= _size(request, measure(request.init_image, cell), step)
+        filled |= _size(request, measure(filled["init_image"], cell), step)
     return filled
 
 
@@ -93,7 +93,7 @@ def is_latents(ref: FileRef | None) -> bool:
 
 def identified(ref: FileRef) -> FileRef:
     """The reference with the digest of the file's bytes. Raises what `read_identified` raises."""
-    return ref.model_copy(update={"sha256": hashlib.sha256(read_identified(ref)).hexdigest()})
+    return ref.model_copy(update={"sha256": _checked(ref, input_digest(ref.path))})
 
 
 def read_identified(ref: FileRef) -> bytes:
@@ -102,9 +102,14 @@ def read_identified(ref: FileRef) -> bytes:
     Raises NotFound, BadPicture for what is no ordinary file, and UsageError for another file than the reference says.
     """
     data = read_input(ref.path)
-    if ref.sha256 is not None and hashlib.sha256(data).hexdigest() != ref.sha256:
-        raise UsageError(f"{ref.path} is not the file that was painted from: its digest is another one")
+    _checked(ref, hashlib.sha256(data).hexdigest())
     return data
+
+
+def _checked(ref: FileRef, digest: str) -> str:
+    if ref.sha256 not in (None, digest):
+        raise UsageError(f"{ref.path} is not the file that was painted from: its digest is another one")
+    return digest
 
 
 def _flag(name: str) -> str:

@@ -16,8 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from sdcli import latents as latent_space
-from sdcli.devices import out_of_memory
-from sdcli.engine import decode_with_fallbacks, free_caches
 from sdcli.errors import (
     BadLatents,
     BadOutput,
@@ -31,7 +29,7 @@ from sdcli.errors import (
 )
 from sdcli.files import AlreadyExists, check_folder, check_new, sweep, write_whole
 from sdcli.images import CELL, Fit, fit, from_pixels, open_picture, to_pixels
-from sdcli.inputs import InputFile, Names, check_readable
+from sdcli.inputs import InputFile, Names, input_digest
 from sdcli.latent_files import LatentFile, LatentRecord, Source, latent_bytes, read_latents, read_record
 from sdcli.loading import load_model
 from sdcli.metadata import picture_bytes
@@ -40,6 +38,7 @@ from sdcli.painter import Painter
 from sdcli.picture_files import MAX_PIXELS
 from sdcli.registry import ModelSpec, Registry
 from sdcli.settings import SUFFIX_OF, ImageFormat, RunSettings
+from sdcli.spaces import decode_with_fallbacks
 
 PACK = 16
 """Pictures in a packed file, where no batch size says otherwise."""
@@ -155,41 +154,13 @@ class Codec:
         The mean, or a sample with one seed per picture. Raises OutOfMemory.
         """
         vae = self.painter.model.vae
-        generators = None if seeds is None else latent_space.generators_for(seeds)
-        height, width = pixels[0].shape[1:]
-        tiled = not latent_space.fits_in_memory(vae, height, width)
-        notes: tuple[str, ...] = ("encoded in tiles: the whole picture would not fit into memory",) if tiled else ()
-        latents = self._try_encode(pixels, generators, tiled=tiled)
-        if latents is None and len(pixels) > 1:
-            free_caches()
-            singles = [self.encode([one], seeds=None if seeds is None else [seeds[k]]) for k, one in enumerate(pixels)]
-            halved = f"batch of {len(pixels)} encoded one by one: out of memory"
-            return torch.cat([one for one, _ in singles]), (halved, *dict.fromkeys(n for _, ns in singles for n in ns))
-        if latents is None and not tiled:
-            free_caches()
-            notes = ("encoded in tiles: out of memory",)
-            generators = None if seeds is None else latent_space.generators_for(seeds)
-            latents = self._try_encode(pixels, generators, tiled=True)
-        if latents is None:
-            raise OutOfMemory("out of memory while encoding a single picture, even in tiles; try a smaller --size")
-        return latents, notes
-
-    def _try_encode(
-        self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None, *, tiled: bool
-    ) -> Tensor | None:
-        try:
-            # in the layout that diffusers' image processor gives, to which convolutions round bit for bit alike
-            batch = torch.stack(list(pixels)).contiguous(memory_format=torch.channels_last)
-            return latent_space.encode(self.painter.model.vae, batch, generators=generators, tiled=tiled)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        return None
+        moments, notes = latent_space.moments_with_fallbacks(vae, pixels)
+        return latent_space.drawn(vae, moments, None if seeds is None else latent_space.generators_for(seeds)), notes
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
         """Unscaled latents [C, h, w] -> a picture, and what had to be done for it. Raises OutOfMemory and BadOutput."""
         on_device = latents.to(self.painter.model.device)
-        pixels, notes = decode_with_fallbacks(self.painter, on_device, tiled=tiled, may_be_black=True)
+        pixels, notes = decode_with_fallbacks(self.painter.space, on_device, tiled=tiled, may_be_black=True)
         return from_pixels(pixels), notes
 
 
@@ -236,8 +207,7 @@ def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitte
     """One picture, fitted; or what became of it already: skipped or failed."""
     path = None if settings.pack else settings.output or settings.outdir / _file_name(file.name, ".safetensors")
     try:
-        check_readable(file.path)
-        digest = _sha256(file.path)
+        digest = input_digest(str(file.path))
         if path is not None and os.path.lexists(path):
             record = _matching(path, [digest], codec, settings)
             if record is not None:
@@ -410,14 +380,6 @@ def _check_finite(latents: Tensor) -> None:
     if not latents.isfinite().all():
         other = "without --half" if latents.dtype == torch.float16 else "with --dtype float32"
         raise BadOutput(f"the latents are not finite (NaN or too large); try {other}")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
 
 
 def _shown(size: tuple[int, int]) -> str:

@@ -11,19 +11,19 @@ import inspect
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.hub import local_controlnet
+from sdcli.hub import folder_of
 from sdcli.lean_imports import ControlNetModel, UNet2DConditionModel, lean_imports
-from sdcli.loading import LoadedModel, hashed
+from sdcli.loading import LoadedModel, files_digest, in_background, placed
 from sdcli.model_folder import cell_of, read_json_object
-from sdcli.registry import ControlNetSpec, FileSource, FolderSource, HubSource
-from sdcli.weights import build_empty, fill, read_tensors, shards
+from sdcli.registry import ControlNetSpec, FileSource, HubSource
+from sdcli.weights import empty_network, fill, read_tensors, shards
 
 PART = "controlnet:"
 """What the parts of a `LoadedModel` that are ControlNets are called, before the name that a request has for them."""
@@ -65,12 +65,10 @@ def load_controlnet(spec: ControlNetSpec, model: LoadedModel) -> ControlNet:
         tensors = _modern(read_tensors(path, model.dtype, rename=_without_rest), dict(unet.config), source=path)
         config = _config_like(unet, tensors)
         check_fits(config, model, source=spec.name)
-    network = _empty(config, source=path)
+    network = empty_network(lambda: ControlNetModel.from_config(dict(config)), source=str(path))
     fill(network, tensors, source=str(path))
-    network.to(model.device)
-    if model.dtype != torch.float32:  # the layout that the UNet has, and that is quicker in half precision
-        network.to(memory_format=torch.channels_last)
-    return ControlNet(network, hashed(files))
+    (identity,) = in_background(partial(files_digest, files))
+    return ControlNet(placed(network, model.device), identity)
 
 
 def with_controlnets(model: LoadedModel, controlnets: Mapping[str, ControlNet]) -> LoadedModel:
@@ -113,22 +111,13 @@ def check_fits(config: Mapping[str, Any], model: LoadedModel, *, source: str) ->
         raise UsageError(f"the ControlNet {source} is for latent cells of {cell} pixels, unlike {model.spec.name}")
 
 
-def _empty(config: Mapping[str, Any], *, source: Path) -> ControlNetModel:
-    try:
-        return build_empty(lambda: ControlNetModel.from_config(dict(config)))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise BadWeights(f"{source}: its configuration describes no network: {error}") from None
-
-
 def _local(spec: ControlNetSpec) -> tuple[Path, str | None]:
     """The folder or file of a ControlNet, and the variant of its weights."""
-    match spec.source:
-        case HubSource() as source:
-            return local_controlnet(source, name=spec.name, size=spec.download_bytes), source.variant
-        case FolderSource(path=path) | FileSource(path=path):
-            if not path.exists():
-                raise NotFound(f"no file or folder {path} (the ControlNet {spec.name})")
-            return path, None
+    source = spec.source
+    path = source.path if isinstance(source, FileSource) else folder_of(spec)
+    if path is None or not path.exists():
+        raise NotFound(f"no file or folder {path} (the ControlNet {spec.name})")
+    return path, source.variant if isinstance(source, HubSource) else None
 
 
 def _without_rest(name: str) -> str | None:

@@ -7,7 +7,8 @@ from typing import Any
 from sdcli.canvas import identified
 from sdcli.errors import UsageError
 from sdcli.model_folder import ModelKind
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, known
+from sdcli.schedulers import SCHEDULERS
 
 
 def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) -> dict[str, Any]:
@@ -26,9 +27,11 @@ def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) 
 
 
 def check_parts(request: GenerationRequest) -> None:
-    """Raise UsageError for a control of a resolved request whose part holds no whole step of any pass."""
+    """Raise UsageError for a control, or a guidance interval, of a resolved request that has a say in no step."""
+    counts = [SCHEDULERS[known(request.scheduler)].calls(steps) for steps in request.passes]
     for one in request.controls:
-        # a second-order scheduler asks the network nearly twice as often as it steps
-        counts = [count for steps in request.passes for count in (steps, 2 * steps - 1)]
         if not any(one.is_active(index, count) for count in counts for index in range(count)):
             raise UsageError(f"controls: {one.start:g}-{one.end:g} of {request.steps} steps leaves {one.model} no step")
+    part = request.guidance_interval
+    if part is not None and not any(part.indices(count) for count in counts):
+        raise UsageError(f"guidance_interval: {part} of {request.steps} steps leaves guidance no step")

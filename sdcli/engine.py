@@ -22,9 +22,11 @@ import sdcli
 from sdcli.canvas import is_latents
 from sdcli.controlnets import ControlNet, load_controlnet, with_controlnets
 from sdcli.denoise.loop import Step
-from sdcli.devices import out_of_memory
+from sdcli.devices import free_caches, out_of_memory
 from sdcli.errors import (
+    BadLatents,
     BadOutput,
+    BadPicture,
     BadWeights,
     NotFound,
     Offline,
@@ -36,21 +38,23 @@ from sdcli.errors import (
 )
 from sdcli.explaining import File, Watch, Watcher, check, glimpse, watches
 from sdcli.files import AlreadyExists, check_new, sweep, write_whole
+from sdcli.hub import folder_of
 from sdcli.images import from_pixels, to_pixels
 from sdcli.jobs import Job
 from sdcli.journal import Journal
-from sdcli.loading import AppliedLora, LoadedModel, folder_of, load_model
+from sdcli.loading import AppliedLora, LoadedModel, load_model
 from sdcli.lora_weights import with_loras
 from sdcli.loras import lora_name
 from sdcli.metadata import Record, picture_bytes, pixels_digest
 from sdcli.naming import is_literal, numbered, picture_name
 from sdcli.painter import Painter
-from sdcli.pipeline import decode, paint
+from sdcli.pipeline import check_picture, paint
 from sdcli.registry import ModelSpec, Registry
 from sdcli.request import GenerationRequest, known
 from sdcli.request_parts import LoraRef
 from sdcli.safety import SafetyChecker, load_safety_checker
 from sdcli.settings import SUFFIX_OF, OutputSettings, RunSettings
+from sdcli.spaces import decode_with_fallbacks
 from sdcli.start_pictures import start_picture
 from sdcli.watermark import marked
 
@@ -98,6 +102,9 @@ class Result:
 
 Event = Phase | Progress | Note | Result
 
+_OF_ONE_PICTURE = (UsageError, NotFound, BadWeights, BadPicture, BadLatents, BadOutput, OutOfMemory)
+"""Failures that concern one picture, or those denoised with it; the rest of the batch goes on."""
+
 
 @dataclass(frozen=True)
 class Painted:
@@ -124,7 +131,7 @@ class Engine:
     output: OutputSettings
     stop: Stop = lambda: None
     _painter: Painter | None = None
-    _checkers: dict[str, SafetyChecker | None] = field(default_factory=dict)
+    _checker: tuple[ModelSpec, SafetyChecker | None] | None = None
     _with_loras: Painter | None = None
     """Of the same model, which it shares the untouched weights with."""
     _controlnets: dict[str, ControlNet] = field(default_factory=dict)
@@ -147,7 +154,7 @@ class Engine:
                 if path is not None:
                     taken.add(path)
                     there[job.index] = self.output.outdir / path
-            self._names |= taken
+            self._names |= {path.lower() for path in taken}
         beside = {index: tuple(self.output.beside(path)) for index, path in there.items()}
         done = {index for index, files in beside.items() if all(file.exists() for file in files)}
         for batch in plan(jobs, self.run):
@@ -163,13 +170,17 @@ class Engine:
 
     def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Painter:
         """The painter of a model with some LoRAs merged into it, and a refiner; the last one of each stays warm."""
-        if self._painter is None or _specs(self._painter) != (spec, refiner):
+        how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
+        if self._painter is None or self._painter.model.spec != spec:
             self._painter = self._with_loras = None
             self._controlnets = {}
             gc.collect()
-            how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
-            ending = load_model(refiner, leave_out={"vae"}, **how) if refiner is not None else None
-            self._painter = Painter.of(load_model(spec, **how), refiner=ending)
+            self._painter = Painter.of(load_model(spec, **how))
+        if _specs(self._painter) != (spec, refiner):
+            self._refine(None)
+            gc.collect()
+            if refiner is not None:
+                self._refine(load_model(refiner, leave_out={"vae"}, **how))
         if not loras:
             return self._painter
         if self._with_loras is None or tuple(one.ref for one in self._with_loras.model.loras) != loras:
@@ -180,13 +191,23 @@ class Engine:
             )
         return self._with_loras
 
+    def _refine(self, model: LoadedModel | None) -> None:
+        self._painter = known(self._painter).with_refiner(model)
+        if self._with_loras is not None:
+            self._with_loras = self._with_loras.with_refiner(model)
+
+    def _specs_for(self, request: GenerationRequest) -> tuple[ModelSpec, ModelSpec | None]:
+        """The model of a resolved request, and its refiner."""
+        refiner = self.registry.find(request.refiner) if request.refiner is not None else None
+        return self.registry.find(request.model), refiner
+
     def painter_for(self, request: GenerationRequest) -> Painter:
         """The painter of a resolved request, its ControlNets among the model's parts; the last ones stay warm.
 
         Raises what finding and loading its models, LoRAs and ControlNets raises.
         """
-        refiner = self.registry.find(request.refiner) if request.refiner is not None else None
-        painter = self.load(self.registry.find(request.model), request.loras, refiner=refiner)
+        spec, refiner = self._specs_for(request)
+        painter = self.load(spec, request.loras, refiner=refiner)
         wanted = {one.model for one in request.controls}
         if not wanted:
             return painter
@@ -205,11 +226,12 @@ class Engine:
         """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
         started = time.monotonic()
         request = batch[0].request
-        warm_names = [spec and spec.name for spec in _specs(self._painter)] if self._painter is not None else []
-        if warm_names != [request.model, request.refiner]:
+        spec, refiner = self._specs_for(request)
+        if self._painter is None or _specs(self._painter) != (spec, refiner):
             yield Phase("load", request.model or "")
         warm = self._with_loras
-        self.painter_for(request.model_copy(update={"loras": (), "controls": ()}))
+        self.load(spec, refiner=refiner)
+        checker = self._checker_of(spec)
         stop_if_asked(self.stop)
         try:
             painter = self.painter_for(request)
@@ -223,52 +245,46 @@ class Engine:
         fitting = []
         for job in batch:
             try:
-                for text in prompt_notes(painter, job, strict=self.run.strict_prompt):
-                    if job.index in wanted:
-                        yield Note(text)
+                notes = prompt_notes(painter, job, strict=self.run.strict_prompt)
+                check_picture(painter, job.request)
                 fitting.append(job)
                 if job.index in wanted:
+                    yield from map(Note, notes)
                     check(painter, job.request, self.output)
-            except (UsageError, BadWeights, NotFound) as error:
-                wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
-                yield Result("failed", job, error=error)
-        wanted = wanted & {job.index for job in fitting}
-        if not wanted:
-            return
-        try:
-            for event in self.paint_batch(fitting, wanted):
-                if isinstance(event, Painted):
-                    share = (time.monotonic() - started) / len(wanted)
-                    if self._flagged(event):
-                        yield Result("flagged", event.job, error=_flagged_by(painter))
-                        continue
-                    path = there.get(event.job.index)
-                    again = path is not None
-                    if path is None:
-                        yield Phase("save")
-                        path = self._save(event, painter, journal)
-                    result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
-                    if self.output.beside(path):
-                        yield Phase("explain")
-                        result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
-                    yield result
-                else:
-                    yield event
-        except (BadOutput, OutOfMemory, UsageError) as error:
-            for job in fitting:
+            except _OF_ONE_PICTURE as error:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
+                wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
+        for event in paint_batch(painter, fitting, wanted, watches(self.output), checker):
+            if not isinstance(event, Painted):
+                yield event
+                continue
+            share = (time.monotonic() - started) / len(wanted)
+            path = there.get(event.job.index)
+            again = path is not None
+            try:
+                if checker is not None and checker.flags(from_pixels(event.pixels)):
+                    yield Result("flagged", event.job, error=_flagged_by(painter))
+                    continue
+                if path is None:
+                    yield Phase("save")
+                    path = self._save(event, painter, journal)
+                result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
+                if self.output.beside(path):
+                    yield Phase("explain")
+                    result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
+                yield result
+            except _OF_ONE_PICTURE as error:
+                yield Result("failed", event.job, error=error)
 
-    def _flagged(self, painted: Painted) -> bool:
-        """Whether the safety checker of the picture's model finds something in it."""
+    def _checker_of(self, spec: ModelSpec) -> SafetyChecker | None:
+        """The safety checker that the model ships, if it is to be asked; the last one stays warm. Raises BadWeights."""
         if self.run.safety == "off":
-            return False
-        spec = self.registry.find(painted.job.request.model)
-        if spec.name not in self._checkers:
+            return None
+        if self._checker is None or self._checker[0] != spec:
             folder = folder_of(spec)
-            self._checkers = {spec.name: load_safety_checker(folder) if folder is not None else None}
-        checker = self._checkers[spec.name]
-        return checker is not None and checker.flags(from_pixels(painted.pixels))
+            self._checker = spec, load_safety_checker(folder) if folder is not None else None
+        return self._checker[1]
 
     def _save(self, painted: Painted, painter: Painter, journal: Journal | None) -> Path:
         """Write one picture under a name that is free, or that may be overwritten."""
@@ -281,7 +297,9 @@ class Engine:
             pixels=pixels_digest(image),
         )
         data = picture_bytes(image, output.format, Record(request, facts) if output.metadata else None)
-        fields = {**request.model_dump(), "index": painted.job.index, "custom_id": painted.job.custom_id or "none"}
+        size = dict(zip(("width", "height"), request.final_size, strict=True))
+        own = {"index": painted.job.index, "custom_id": painted.job.custom_id or "none"}
+        fields = {**request.model_dump(), **size, **own}
         name = picture_name(output.template, fields, suffix=SUFFIX_OF[output.format])
         for number in itertools.count(1):
             candidate = numbered(name, number)
@@ -315,41 +333,58 @@ class Engine:
 
 
 def paint_batch(
-    painter: Painter, batch: Sequence[Job], wanted: set[int], watched_by: Sequence[Watch] = ()
+    painter: Painter,
+    batch: Sequence[Job],
+    wanted: set[int],
+    watched_by: Sequence[Watch] = (),
+    checker: SafetyChecker | None = None,
 ) -> Iterator[Event | Painted]:
     """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out.
 
-    Pictures whose prompts come to other lengths are denoised apart, each with its like.
+    Pictures whose prompts come to other lengths are denoised apart, each with its like. What fails is the pictures that
+    are denoised together: a Result says so of each, and the others go on. The `checker` hides what it flags from those
+    who look on; what it says of the pictures is the caller's to ask.
     """
     alike: dict[Hashable, list[Job]] = {}
     for job in batch:
         alike.setdefault(painter.encode.shape(job.request), []).append(job)
     for jobs in alike.values():
-        if any(job.index in wanted for job in jobs):
-            yield from _paint_alike(painter, jobs, wanted, watched_by)
+        yield from _paint_alike(painter, jobs, wanted, watched_by, checker)
 
 
 def _paint_alike(
-    painter: Painter, batch: list[Job], wanted: set[int], watched_by: Sequence[Watch]
+    painter: Painter, batch: list[Job], wanted: set[int], watched_by: Sequence[Watch], checker: SafetyChecker | None
 ) -> Iterator[Event | Painted]:
     decode = partial(_decoded_anyhow, painter)
     pieces = [batch]
     fallbacks: tuple[str, ...] = ()
     while pieces:
         piece = pieces.pop(0)
-        yield Phase("encode")
+        asked_for = [job for job in piece if job.index in wanted]
+        if not asked_for:
+            continue
         requests = [job.request for job in piece]
-        painter.encode(requests, guided=requests[0].guided, steps=requests[0].passes[0]).at(1)  # `paint` finds it done
-        yield Phase("denoise", f"{len(piece)} pictures" if len(piece) > 1 else "", piece[0].request.steps or 0)
         step, crowded = None, False
+        told: list[str] = []
         watchers: list[Watcher] = []
         try:
+            yield Phase("encode")
+            guided, passes = requests[0].guided, list(requests[0].passes)
+            painter.encode(requests, guided=guided, steps=passes[0]).at(1)  # `paint` finds it done
+            denoising = partial(Phase, "denoise", f"{len(piece)} pictures" if len(piece) > 1 else "")
+            yield denoising(passes.pop(0))
             with contextlib.ExitStack() as stack:
                 watchers += [stack.enter_context(watch(painter, requests, decode)) for watch in watched_by]
-                for step in paint(painter, requests):
+                for step in paint(painter, requests, tell=told.append):
                     for watcher in watchers:
                         watcher.see(step)
-                    yield Progress(step.index, step.count, len(piece), partial(_glimpse, painter, requests, step))
+                    look = partial(_glimpse, painter, requests, step, checker)
+                    yield Progress(step.index, step.count, len(piece), look)
+                    if passes and step.index + 1 == step.count:
+                        yield denoising(passes.pop(0))
+        except _OF_ONE_PICTURE as error:
+            yield from (Result("failed", job, error=error) for job in asked_for)
+            continue
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -358,28 +393,31 @@ def _paint_alike(
             watchers.clear()
             free_caches()
             if len(piece) == 1:
-                raise OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
+                alone = OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
+                yield Result("failed", piece[0], error=alone)
+                continue
             half = (len(piece) + 1) // 2
             pieces = [piece[:half], piece[half:], *pieces]
             fallbacks = (*fallbacks, f"batch of {len(piece)} halved: out of memory while denoising")
             yield Note(f"out of memory with {len(piece)} pictures at once; going on with {half}")
             continue
         latents = step.latents
+        told = list(dict.fromkeys(told))
+        yield from map(Note, told)
         yield Phase("decode")
         for position, job in enumerate(piece):
             if job.index not in wanted:
                 continue
             try:
-                pixels, notes = decode_with_fallbacks(painter, latents[position])
+                pixels, notes = decode_with_fallbacks(painter.space, latents[position])
                 pixels = finished(job.request, pixels)
-            except SdcliError as error:
+            except _OF_ONE_PICTURE as error:
                 yield Result("failed", job, error=error)
                 continue
             for note in notes:
                 yield Note(note)
-            yield Painted(
-                job, pixels, len(piece), position, (*fallbacks, *notes), _explanation(watchers, position, pixels)
-            )
+            beside = _explanation(watchers, position, pixels)
+            yield Painted(job, pixels, len(piece), position, (*fallbacks, *told, *notes), beside)
 
 
 def _explanation(watchers: Sequence[Watcher], position: int, pixels: Tensor) -> Iterator[File]:
@@ -387,9 +425,11 @@ def _explanation(watchers: Sequence[Watcher], position: int, pixels: Tensor) -> 
         yield from watcher.files(position, pixels)
 
 
-def _glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step) -> Image.Image | None:
+def _glimpse(
+    painter: Painter, requests: Sequence[GenerationRequest], step: Step, checker: SafetyChecker | None
+) -> Image.Image | None:
     try:
-        return glimpse(painter, requests, step)
+        return glimpse(painter, requests, step, checker)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -399,7 +439,7 @@ def _glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step
 
 def _decoded_anyhow(painter: Painter, latents: Tensor) -> Tensor:
     """The pixels of latents that need not be a picture yet, whatever had to be done for them."""
-    return decode_with_fallbacks(painter, latents, may_be_black=True)[0]
+    return decode_with_fallbacks(painter.space, latents, may_be_black=True)[0]
 
 
 def _flagged_by(painter: Painter) -> BadOutput:
@@ -499,64 +539,8 @@ def automatic_batch_size(pixels: int, *, device: str) -> int:
     return max(1, min(16 if on_gpu else 8, room // pixels))
 
 
-def decode_with_fallbacks(
-    painter: Painter, latents: Tensor, *, tiled: bool = False, may_be_black: bool = False
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
-
-    `tiled` asks for tiles from the start. A black picture of a VAE counts as a failure, unless it `may_be_black`: then
-    only NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
-    """
-    if not latents.isfinite().all():
-        raise BadOutput("the latents are not finite (NaN); try --dtype float32")
-    space = painter.space
-    may_be_black = may_be_black or not space.black_is_wrong
-    notes: tuple[str, ...] = ()
-    if not tiled and not space.fits_in_memory(latents):
-        tiled = True
-        notes = ("decoded in tiles: the whole picture would not fit into memory",)
-    pixels = _try_decode(painter, latents, tiled=tiled)
-    if pixels is None and not tiled:
-        notes = ("decoded in tiles: out of memory",)
-        pixels = _try_decode(painter, latents, tiled=True)
-    if pixels is None and painter.model.device.type != "cpu":
-        notes = (*notes, "decoded on the CPU: out of memory")
-        pixels = _try_decode(replace(painter, space=space.moved(device="cpu")), latents.cpu(), tiled=True)
-    if pixels is None:
-        raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
-    if wrong(pixels, may_be_black=may_be_black) and space.dtype != torch.float32:
-        notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
-        pixels = _try_decode(replace(painter, space=space.moved(dtype=torch.float32)), latents, tiled=tiled)
-    if pixels is None or wrong(pixels, may_be_black=may_be_black):
-        kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
-        raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
-    return pixels, notes
-
-
-def wrong(pixels: Tensor, *, may_be_black: bool = False) -> bool:
-    """Whether a decoded picture is no picture: NaN somewhere, or black everywhere."""
-    return not bool(pixels.isfinite().all()) or (float(pixels.max()) == 0.0 and not may_be_black)
-
-
-def _try_decode(painter: Painter, latents: Tensor, *, tiled: bool) -> Tensor | None:
-    try:
-        return decode(painter, latents, tiled=tiled)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-    free_caches()
-    return None
-
-
 def _specs(painter: Painter) -> tuple[ModelSpec, ModelSpec | None]:
     return painter.model.spec, painter.refiner.model.spec if painter.refiner is not None else None
-
-
-def free_caches() -> None:
-    """Give cached memory back before the next attempt."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:

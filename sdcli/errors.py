@@ -109,7 +109,7 @@ EXIT_CODES: dict[int, str] = {
     3: "a model or a file was not found",
     4: "offline, and what is needed is not in the cache",
     5: "out of memory after every fall-back",
-    6: "bad output: NaN or all black, a picture that did not verify, or a PSNR below --min-psnr",
+    6: "bad output: NaN or all black, a picture that was flagged or did not verify, or a PSNR below --min-psnr",
     7: "some items of a batch failed, the others are done",
     8: "cannot write the output",
     130: "interrupted (Ctrl-C); finished pictures are kept",

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdcli.conditioning.words import Word, find, words_of
-from sdcli.contact_sheet import contact_sheet
+from sdcli.contact_sheet import contact_sheet, empty
 from sdcli.denoise.attention_maps import AttentionMaps
 from sdcli.denoise.guess import seen_and_guessed
 from sdcli.denoise.loop import Step
@@ -24,6 +24,7 @@ from sdcli.images import from_pixels
 from sdcli.painter import Painter
 from sdcli.pipeline import scheduler_for
 from sdcli.request import GenerationRequest, known
+from sdcli.safety import SafetyChecker
 from sdcli.settings import OutputSettings, TraceSettings
 from sdcli.trace import Moment, animation, check_chosen, chosen, strip
 
@@ -59,10 +60,17 @@ def check(painter: Painter, request: GenerationRequest, output: OutputSettings) 
         asked_words(painter, request, output.heatmap)
 
 
-def glimpse(painter: Painter, requests: Sequence[GenerationRequest], step: Step) -> Image.Image:
-    """The pictures as the network guesses them at a step, quickly decoded; several of them on one sheet."""
+def glimpse(
+    painter: Painter, requests: Sequence[GenerationRequest], step: Step, checker: SafetyChecker | None = None
+) -> Image.Image:
+    """The pictures as the network guesses them at a step, quickly decoded; several of them on one sheet.
+
+    Where the checker flags one, its place is empty.
+    """
     _, guess = guesses_of(painter, requests[0])(step)
     pictures = [from_pixels(glance(painter.space, x)) for x in guess]
+    if checker is not None:
+        pictures = [empty(picture.size) if checker.flags(picture) else picture for picture in pictures]
     return pictures[0] if len(pictures) == 1 else contact_sheet(pictures)
 
 
@@ -163,7 +171,7 @@ class HeatMapping:
 
     def files(self, position: int, pixels: Tensor) -> Iterator[File]:
         """The folder of maps."""
-        tokens = self.maps.mean()[position]
+        tokens = self.maps.mean(position)
         asked = asked_words(self.painter, self.requests[position], self.words)
 
         def of(words: Sequence[Word]) -> dict[str, Map]:

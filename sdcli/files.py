@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all: a temporary file in the same folder, fsync, then link or rename."""
+"""Files that appear whole or not at all: a temporary file in the same folder, fsync, then link or rename; digests."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import itertools
 import os
 import re
@@ -12,7 +13,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdcli.errors import CannotWrite
+from sdcli.errors import CannotWrite, UsageError
 
 _TEMPORARY = re.compile(r"\.sdcli-(\d+)-\d+(?:-[0-9a-f]+)?\.tmp")
 _counter = itertools.count()
@@ -20,6 +21,12 @@ _counter = itertools.count()
 
 class AlreadyExists(CannotWrite):
     """The file is there, and nobody asked to overwrite it."""
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_folder(folder: Path) -> None:
@@ -36,6 +43,13 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     """Raise AlreadyExists for a name that is taken, unless it may be overwritten."""
     if not overwrite and os.path.lexists(path):
         raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
+
+
+def check_new_png(path: Path, *, flag: str, overwrite: bool) -> None:
+    """`check_new` for a picture that `flag` names. Raises UsageError for another suffix than .png."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{flag} names no PNG picture: {path.name!r} should end in .png")
+    check_new(path, overwrite=overwrite)
 
 
 @contextlib.contextmanager

@@ -25,11 +25,9 @@ from urllib.parse import quote
 
 from PIL import Image, ImageOps
 
-from sdcli.errors import BadPicture, SdcliError
-from sdcli.metadata import PictureInfo, read_picture
-from sdcli.picture_files import opened
+from sdcli.errors import SdcliError
+from sdcli.metadata import PictureInfo, picture_and_info
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 THUMBNAIL = 192
 """Pixels of a thumbnail's longer side."""
 MOST_EMBEDDED = 20_000
@@ -129,19 +127,14 @@ def _data_url(webp: bytes) -> str:
 
 def _entry(path: Path, thumbnails: bool) -> Entry:
     try:
-        info = read_picture(path)
-        try:
-            with opened(path) as image:
-                modified = path.stat().st_mtime_ns // 1_000_000
-                return Entry(path, info, modified, _thumbnail(image) if thumbnails else None)
-        except BadPicture as error:
-            raise BadPicture(f"{path}: {error}") from None
+        with picture_and_info(path) as (image, info):
+            modified = path.stat().st_mtime_ns // 1_000_000
+            return Entry(path, info, modified, _thumbnail(image) if thumbnails else None)
     except SdcliError as error:
         return Entry(path, error=error)
 
 
 def _thumbnail(image: Image.Image) -> bytes:
-    image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG is decoded small
     if image.mode.startswith("I"):  # 16 bits become 8 by their range; Pillow would cut them off
         image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
     mode = "RGBA" if image.has_transparency_data else "RGB"

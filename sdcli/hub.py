@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError, first_line
-from sdcli.files import write_whole
-from sdcli.registry import ControlNetSpec, HubSource, ModelSpec
+from sdcli.files import sha256, write_whole
+from sdcli.registry import PACKAGE, ControlNetSpec, EmbeddedSource, FolderSource, HubSource, ModelSpec
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,6 +38,8 @@ WEIGHTS = {
     "text_encoder_3": "model",
 }
 """Component -> the stem of its weight files."""
+CONTROLNET_WEIGHTS = "diffusion_pytorch_model"
+"""The same of a ControlNet, whose repository is one network."""
 _TOKENIZER = {
     "vocab.json",
     "merges.txt",
@@ -153,66 +155,70 @@ def _ref_file(source: HubSource) -> Path:
     return refs / source.revision
 
 
-def local_snapshot(source: HubSource, *, name: str, size: int = 0) -> Path:
-    """The cached snapshot's folder, all its files there. Never touches the network.
+def folder_of(spec: ModelSpec | ControlNetSpec) -> Path | None:
+    """The folder that a model or ControlNet is loaded from; None for a single file and random weights.
 
-    `name` and `size` (bytes, 0 for unknown) are for the sentence. Raises Offline with the command that downloads it.
+    Never touches the network. Raises Offline, with the command that downloads it, where a hub's is not wholly here.
     """
-    commit = cached_commit(source)
-    folder = repo_folder(source.repo) / "snapshots" / (commit or "none")
-    advice = f"run `sdcli models pull {name}`{f' ({megabytes(size)})' if size else ''}"
-    if not folder.is_dir():
-        raise Offline(f"model {name!r} is not in the cache {cache_folder()}; {advice}")
-    missing = first_missing(folder, variant=source.variant)
-    if missing:
-        raise Offline(f"model {name!r} is only partly in the cache: {missing} is missing; {advice}")
-    return folder
-
-
-def local_controlnet(source: HubSource, *, name: str, size: int = 0) -> Path:
-    """The cached folder of a ControlNet's repository, as `local_snapshot` is that of a model's. Raises Offline."""
-    folder = repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
-    if not _controlnet_files([path.name for path in folder.glob("*")], variant=source.variant):
-        advice = f"run `sdcli models pull {name}`{f' ({megabytes(size)})' if size else ''}"
-        raise Offline(f"ControlNet {name!r} is not in the cache {cache_folder()}; {advice}")
-    return folder
-
-
-def _controlnet_files(present: Iterable[str], *, variant: str | None) -> list[str]:
-    """Which of the files at the top of a ControlNet's repository are wanted; none where it is not whole."""
-    weights = weight_files([f"controlnet/{name}" for name in present], "controlnet", variant=variant)
-    return ["config.json", *(name.removeprefix("controlnet/") for name in weights)] if weights else []
-
-
-def first_missing(folder: Path, *, variant: str | None) -> str | None:
-    """The first file that a diffusers folder lacks to be painted with, or None."""
-    present = {path.relative_to(folder).as_posix() for path in folder.glob("*") if path.is_file()} | {
-        path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()
-    }
-    if "model_index.json" not in present:
-        return "model_index.json"
-    index: dict[str, Any] = {}
-    with contextlib.suppress(BadWeights):  # loading it will say so
-        index = _read_index(folder / "model_index.json")
-    parts = weighty_parts(index)
-    required = [*(f"{part}/config.json" for part in parts), "scheduler/scheduler_config.json"]
-    for tokenizer in (part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")):
-        if tokenizer == "tokenizer_3":
-            required.append(f"{tokenizer}/tokenizer.json")
-        elif f"{tokenizer}/tokenizer.json" not in present:
-            required += [f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"]
-    for file in required:
-        if file not in present:
-            return file
-    for part in parts:
-        names = weight_files(present, part, variant=variant)
-        if not names:
-            return f"{part}/{WEIGHTS[part]}.safetensors"
-        for listing in (name for name in names if name.endswith(".index.json")):
-            for shard in _shards_named_in(folder / listing):
-                if f"{part}/{shard}" not in present:
-                    return f"{part}/{shard}"
+    match spec.source:
+        case EmbeddedSource(folder=name):
+            return PACKAGE / name
+        case FolderSource(path=path):
+            return path
+        case HubSource() as source:
+            return _whole_snapshot(spec, source)
     return None
+
+
+def snapshot_folder(source: HubSource) -> Path:
+    """Where the cache has the source's revision, if it has it."""
+    return repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
+
+
+def _whole_snapshot(spec: ModelSpec | ControlNetSpec, source: HubSource) -> Path:
+    folder = snapshot_folder(source)
+    what = f"{'model' if isinstance(spec, ModelSpec) else 'ControlNet'} {spec.name!r}"
+    size = f" ({megabytes(spec.download_bytes)})" if spec.download_bytes else ""
+    advice = f"run `sdcli models pull {spec.name}`{size}"
+    if not folder.is_dir():
+        raise Offline(f"{what} is not in the cache {cache_folder()}; {advice}")
+    missing = first_missing(folder, spec)
+    if missing:
+        raise Offline(f"{what} is only partly in the cache: {missing} is missing; {advice}")
+    return folder
+
+
+def first_missing(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
+    """The first file that a model's (or ControlNet's) folder lacks to be painted with, or None. Raises BadWeights."""
+    present = {
+        path.relative_to(folder).as_posix()
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
+    if isinstance(spec, ControlNetSpec):
+        required, stems = ["config.json"], [CONTROLNET_WEIGHTS]
+    elif "model_index.json" not in present:
+        return "model_index.json"
+    else:
+        index: dict[str, Any] = {}
+        with contextlib.suppress(BadWeights):  # loading it will say so
+            index = _read_index(folder / "model_index.json")
+        parts = weighty_parts(index)
+        stems = [f"{part}/{WEIGHTS[part]}" for part in parts]
+        required = [*(f"{part}/config.json" for part in parts), "scheduler/scheduler_config.json"]
+        for tokenizer in (one.replace("text_encoder", "tokenizer") for one in parts if one.startswith("text_encoder")):
+            if tokenizer == "tokenizer_3":
+                required.append(f"{tokenizer}/tokenizer.json")
+            elif f"{tokenizer}/tokenizer.json" not in present:
+                required += [f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"]
+    for stem in stems:
+        names = weight_files(present, stem, variant=getattr(spec.source, "variant", None))
+        required += names or [f"{stem}.safetensors"]
+        for listing in (name for name in names if name.endswith(".index.json")):
+            below = stem.rpartition("/")[0]
+            required += [f"{below}/{shard}".removeprefix("/") for shard in _shards_named_in(folder / listing)]
+    return next((file for file in required if file not in present), None)
 
 
 def weighty_parts(model_index: Mapping[str, Any]) -> list[str]:
@@ -232,10 +238,12 @@ def _shards_named_in(index: Path) -> list[str]:
         raise BadWeights(f"{index} is no index of weight files") from None
 
 
-def weight_files(present: Iterator[str] | set[str] | list[str], part: str, *, variant: str | None) -> list[str]:
-    """The safetensors files of one component among repo paths: the variant's where it has them, else the plain ones."""
+def weight_files(present: Iterable[str], stem: str, *, variant: str | None) -> list[str]:
+    """The safetensors files of one network among repo paths: the variant's where it has them, else the plain ones.
+
+    `stem` is what their names begin with: `unet/diffusion_pytorch_model`.
+    """
     paths = sorted(present)
-    stem = f"{part}/{WEIGHTS.get(part, 'diffusion_pytorch_model')}"
     for suffix in ([f".{variant}"] if variant else []) + [""]:
         whole = f"{stem}{suffix}.safetensors"
         if whole in paths:
@@ -275,7 +283,7 @@ def wanted_files(
         raise BadWeights(f"{repo} is not in the diffusers layout: it has no model_index.json{hint}")
     weights: list[str] = []
     for part in parts:
-        names = weight_files(set(present), part, variant=variant)
+        names = weight_files(present, f"{part}/{WEIGHTS[part]}", variant=variant)
         if not names:
             if any(path.startswith(f"{part}/") and path.endswith((".bin", ".ckpt", ".pt")) for path in present):
                 raise BadWeights(
@@ -292,12 +300,12 @@ def wanted_files(
 
 def _wanted_of_controlnet(present: Mapping[str, int], source: HubSource) -> list[str]:
     """Which files to download of a repository that is one network, with its config.json at the top."""
-    wanted = _controlnet_files(present, variant=source.variant)
-    if not wanted:
-        raise BadWeights(f"{source.repo} has no diffusion_pytorch_model.safetensors, as a ControlNet has")
+    weights = weight_files(present, CONTROLNET_WEIGHTS, variant=source.variant)
+    if not weights:
+        raise BadWeights(f"{source.repo} has no {CONTROLNET_WEIGHTS}.safetensors, as a ControlNet has")
     if present["config.json"] > MAX_SIDE_FILE_BYTES:
         raise BadWeights(f"{source.repo}: config.json has {megabytes(present['config.json'])}, which no such file has")
-    return wanted
+    return ["config.json", *weights]
 
 
 def require_paintable(model_index: Mapping[str, Any], *, name: str) -> None:
@@ -338,8 +346,7 @@ def pull(spec: ModelSpec | ControlNetSpec, *, offline: bool, progress: Progress 
     if isinstance(spec, ModelSpec):
         spec.require_supported()
     if offline or offline_by_environment():
-        local = local_snapshot if isinstance(spec, ModelSpec) else local_controlnet
-        folder = local(source, name=spec.name, size=spec.download_bytes)
+        folder = _whole_snapshot(spec, source)
         return PullReport(folder, folder.name, *_counted(folder), downloaded_bytes=0)
     use_offline(False)
     with _explained(source):
@@ -561,10 +568,9 @@ def verify(spec: ModelSpec | ControlNetSpec) -> VerifyReport:
     if not isinstance(source, HubSource):
         raise UsageError(f"model {spec.name!r} was not pulled, so no hashes are recorded: {spec.origin()}")
     commit = cached_commit(source)
-    folder = repo_folder(source.repo) / "snapshots" / (commit or "none")
-    if commit is None or not folder.is_dir():
-        local = local_snapshot if isinstance(spec, ModelSpec) else local_controlnet
-        local(source, name=spec.name, size=spec.download_bytes)
+    folder = snapshot_folder(source)
+    if not folder.is_dir():
+        _whole_snapshot(spec, source)
     assert commit is not None
     recorded = read_manifest(source.repo, commit)
     if recorded:
@@ -573,8 +579,7 @@ def verify(spec: ModelSpec | ControlNetSpec) -> VerifyReport:
     else:
         files = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
         differences = [_unlike_its_name(path, path.relative_to(folder).as_posix()) for path in files]
-        if isinstance(spec, ModelSpec):
-            differences.append(_incomplete(folder, source.variant))
+        differences.append(_incomplete(folder, spec))
         count = len(files)
     return VerifyReport(folder, commit, count, tuple(filter(None, differences)), recorded=bool(recorded))
 
@@ -603,15 +608,9 @@ def _unlike_its_name(file: Path, path: str) -> str | None:
     return f"{path} has the hash {found[:12]}…, and the cache calls it {blob.name[:12]}…"
 
 
-def _incomplete(folder: Path, variant: str | None) -> str | None:
-    missing = first_missing(folder, variant=variant)
+def _incomplete(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
+    missing = first_missing(folder, spec)
     return f"{missing} is missing" if missing else None
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def git_sha1(file: Path) -> str:

@@ -45,9 +45,14 @@ def _decoded(file: Path | io.BytesIO, *, name: str) -> Image.Image:
     try:
         with opened(file, formats=READABLE) as image:
             image.load()
-            return _rgb(_upright(image))
+            return as_shown(image)
     except BadPicture as error:
         raise BadPicture(f"{name}: {error}") from None
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """A decoded picture as RGB, upright, transparent parts on white; the given one stays as it is."""
+    return _rgb(_upright(image))
 
 
 def fit(image: Image.Image, size: tuple[int, int] | None, *, how: Fit = "crop") -> Image.Image:

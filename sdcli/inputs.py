@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 
 from sdcli.errors import BadPicture, NotFound, UsageError
+from sdcli.files import sha256
 from sdcli.naming import numbered
 from sdcli.settings import explains
 
@@ -78,6 +80,29 @@ def read_input(path: str) -> bytes:
         raise BadPicture(f"cannot read {path}: {error.strerror}") from None
 
 
+def input_digest(path: str) -> str:
+    """The SHA-256 of what `read_input` reads, 64 hex digits. Raises what that raises."""
+    if path == "-":
+        return hashlib.sha256(stdin_bytes()).hexdigest()
+    file = Path(path).expanduser()
+    check_readable(file)
+    try:
+        return digest_of(file)
+    except OSError as error:
+        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits; it is read once, until its size or time is another. Raises OSError."""
+    facts = path.stat()
+    return _digest(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    return sha256(path)
+
+
 @cache
 def stdin_bytes() -> bytes:
     """All of stdin, the same bytes at every call. Raises UsageError for a terminal, and BadPicture for too many."""
@@ -101,11 +126,11 @@ def check_readable(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise BadPicture(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
-        raise BadPicture(f"{path} is a folder, not a picture")
+        raise BadPicture(f"{path} is a folder, not a file")
     if not path.is_file():
         raise BadPicture(f"{path} is no ordinary file")
     if size > MAX_FILE_BYTES:
-        raise BadPicture(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+        raise BadPicture(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, more than is read here")
 
 
 def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, PurePosixPath]]:

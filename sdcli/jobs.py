@@ -20,11 +20,13 @@ from sdcli.canvas import Measure
 from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.loras import find_loras
 from sdcli.registry import Registry, resolve
-from sdcli.request import MAX_SEED, GenerationRequest, known, parse_request
+from sdcli.request import MAX_SEED, GenerationRequest, canonical, field_name, is_list, known, parse_request
 from sdcli.wildcards import MAX_COMBINATIONS, Wildcards
 
 KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
 """kohya's one-letter options of a prompt line (`a cat --n dog --s 20`)."""
+OWN = ("custom_id", "num_images", "n")
+"""What an entry may say beside the fields of its request."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Line:
 
     number: int
     fields: Mapping[str, Any]
+    """Some of OWN, and those of the request under their own names."""
     problem: str | None = None
 
 
@@ -59,6 +62,18 @@ class BadJob:
 
 def read_lines(source: str) -> Iterator[Line]:
     """The entries of a prompt file, or of stdin for `-`. Raises NotFound."""
+    for line in _entries(source):
+        own = {name: value for name, value in line.fields.items() if field_name(name) in OWN}
+        asked = {name: value for name, value in line.fields.items() if name not in own}
+        fields = {field_name(name): value for name, value in own.items()}
+        try:
+            yield replace(line, fields={**fields, **canonical(asked)})
+        except UsageError as error:
+            yield replace(line, fields=fields, problem=str(error))
+
+
+def _entries(source: str) -> Iterator[Line]:
+    """The same, the fields as they are named there."""
     if source == "-":
         data = sys.stdin.buffer.read()
         kind = "jsonl" if data.lstrip()[:1] == b"{" else "txt"
@@ -99,10 +114,13 @@ def _text_line(text: str) -> dict[str, Any]:
             value = value[1:-1]
         if not value:
             raise UsageError(f"--{name} has no value")
-        if name in ("lora", "control"):
-            fields.setdefault(f"{name}s", []).append(value)
+        field = field_name(KOHYA.get(name, name))
+        if is_list(field):
+            fields.setdefault(field, []).append(value)
+        elif field in fields:
+            raise UsageError(f"{field} is given twice")
         else:
-            fields[KOHYA.get(name, name)] = value
+            fields[field] = value
     return fields
 
 
@@ -184,9 +202,10 @@ def expand(
             if line.problem is not None:
                 raise UsageError(line.problem)
             count = _count(fields.pop("num_images", fields.pop("n", num_images)))
-            asked = parse_request({**typed, **fields})
+            given = {**typed, **fields}
+            asked = parse_request(given)
             spec = registry.find(asked.model)
-            if "prompt" not in fields and "prompt" not in typed and spec.kind.conditioning != "none":
+            if given.get("prompt") is None and spec.kind.conditioning != "none":
                 raise UsageError("has no prompt")
             spec.require_supported()
             for control in asked.controls:

@@ -8,12 +8,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sdcli.devices import free_memory
+from sdcli.devices import free_caches, free_memory, out_of_memory
+from sdcli.errors import OutOfMemory
 from sdcli.lean_imports import VAE, AutoencoderTiny
 from sdcli.model_folder import cell_of
 
 TILE = 64
 """Latent cells a side of a tile (512 pixels with Stable Diffusion's VAE)."""
+
+Moments = tuple[Tensor, Tensor | None]
+"""Mean and log variance of latents, not scaled; see `moments`."""
 
 
 def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -27,25 +31,7 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, 
 
 
 @torch.inference_mode()
-def encode(
-    vae: VAE, pixels: Tensor, *, generators: Sequence[torch.Generator] | None = None, tiled: bool = False
-) -> Tensor:
-    """Pixels [B, 3, H, W] in 0..1 -> scaled latents [B, C, H/8, W/8], float32 on the CPU.
-
-    The mean of the VAE's distribution, or a sample drawn with one CPU generator per picture. A VAE without a
-    distribution (AutoencoderTiny) has only the mean; there the generators have no effect.
-    """
-    latents, logvar = moments(vae, pixels, tiled=tiled)
-    if logvar is not None and generators is not None:
-        # the exponential where and as the VAE computes: in half precision it rounds differently
-        std = torch.exp(0.5 * logvar.to(next(vae.parameters()))).float().cpu()
-        _, channels, height, width = latents.shape
-        latents = latents + std * initial_noise(generators, (channels, height, width))
-    return scaled(vae, latents)
-
-
-@torch.inference_mode()
-def moments(vae: VAE, pixels: Tensor, *, tiled: bool = False) -> tuple[Tensor, Tensor | None]:
+def moments(vae: VAE, pixels: Tensor, *, tiled: bool = False) -> Moments:
     """Pixels [B, 3, H, W] in 0..1 -> mean and log variance of their latents, each [B, C, H/8, W/8], not scaled.
 
     Both float32 on the CPU; the log variance is cut to -30..20, as diffusers' `DiagonalGaussianDistribution` does, and
@@ -57,6 +43,55 @@ def moments(vae: VAE, pixels: Tensor, *, tiled: bool = False) -> tuple[Tensor, T
     if isinstance(vae, AutoencoderTiny):
         return encoded.latents.float().cpu(), None
     return encoded.latent_dist.mean.float().cpu(), encoded.latent_dist.logvar.float().cpu()
+
+
+def moments_with_fallbacks(vae: VAE, pixels: Sequence[Tensor]) -> tuple[Moments, tuple[str, ...]]:
+    """The `moments` of pixels [3, H, W] of equal size, and what had to be done for them: one by one, tiles.
+
+    Raises OutOfMemory.
+    """
+    tiled = not fits_in_memory(vae, *pixels[0].shape[1:])
+    notes: tuple[str, ...] = ("encoded in tiles: the whole picture would not fit into memory",) if tiled else ()
+    found = _try_moments(vae, pixels, tiled=tiled)
+    if found is None and len(pixels) > 1:
+        singles = [moments_with_fallbacks(vae, [one]) for one in pixels]
+        means, logvars = zip(*(moments for moments, _ in singles), strict=True)
+        halved = f"batch of {len(pixels)} encoded one by one: out of memory"
+        notes = (halved, *dict.fromkeys(note for _, theirs in singles for note in theirs))
+        return (torch.cat(means), None if logvars[0] is None else torch.cat(logvars)), notes
+    if found is None and not tiled:
+        notes = ("encoded in tiles: out of memory",)
+        found = _try_moments(vae, pixels, tiled=True)
+    if found is None:
+        raise OutOfMemory("out of memory while encoding a single picture, even in tiles; try a smaller --size")
+    return found, notes
+
+
+def _try_moments(vae: VAE, pixels: Sequence[Tensor], *, tiled: bool) -> Moments | None:
+    try:
+        # in the layout that diffusers' image processor gives, to which convolutions round bit for bit alike
+        return moments(vae, torch.stack(list(pixels)).contiguous(memory_format=torch.channels_last), tiled=tiled)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_caches()
+    return None
+
+
+@torch.inference_mode()
+def drawn(vae: VAE, moments: Moments, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Moments -> scaled latents [B, C, H/8, W/8], float32 on the CPU.
+
+    The mean of the VAE's distribution, or a sample drawn with one CPU generator per picture. A VAE without a
+    distribution (AutoencoderTiny) has only the mean; there the generators have no effect.
+    """
+    latents, logvar = moments
+    if logvar is not None and generators is not None:
+        # the exponential where and as the VAE computes: in half precision it rounds differently
+        std = torch.exp(0.5 * logvar.to(next(vae.parameters()))).float().cpu()
+        _, channels, height, width = latents.shape
+        latents = latents + std * initial_noise(generators, (channels, height, width))
+    return scaled(vae, latents)
 
 
 @torch.inference_mode()
@@ -99,7 +134,7 @@ def cell(vae: VAE) -> int:
 
 
 def has_distribution(vae: VAE) -> bool:
-    """Whether `encode` can draw samples; AutoencoderTiny knows only one latent per picture."""
+    """Whether there are samples to draw; AutoencoderTiny knows only one latent per picture."""
     return not isinstance(vae, AutoencoderTiny)
 
 

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
 from sdcli.errors import BadWeights, UsageError
-from sdcli.hub import local_snapshot, use_offline
+from sdcli.files import sha256
+from sdcli.hub import folder_of, use_offline
 from sdcli.lean_imports import (
     VAE,
     AutoencoderKL,
@@ -36,9 +37,7 @@ from sdcli.lean_imports import (
 from sdcli.model_folder import kind_of, network_config, read_json_object, read_layout
 from sdcli.registry import (
     PACKAGE,
-    EmbeddedSource,
     FileSource,
-    FolderSource,
     HubSource,
     ModelSpec,
     RandomSource,
@@ -47,7 +46,7 @@ from sdcli.registry import (
 from sdcli.request_parts import LoraRef
 from sdcli.schedulers import Process
 from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
-from sdcli.weights import build_empty, check_header, fill, random_tensors, read_tensors, shards
+from sdcli.weights import N, check_header, empty_network, fill, random_tensors, read_tensors, shards
 
 Part = Literal["text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae"]
 PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae")
@@ -226,15 +225,12 @@ def load_model(
             build = _from_recipe(source, number)
         case FileSource(path=path):
             build = _from_single_file(path, number)
-        case EmbeddedSource(folder=name):
-            build = _from_folder(PACKAGE / name, number)
-        case FolderSource(path=path):
-            build = _from_folder(path, number)
-        case HubSource() as hub:
-            use_offline(offline)
-            build = _from_folder(
-                local_snapshot(hub, name=spec.name, size=spec.download_bytes), number, variant=hub.variant
-            )
+        case source:
+            if isinstance(source, HubSource):
+                use_offline(offline)
+            folder = folder_of(spec)
+            assert folder is not None
+            build = _from_folder(folder, number, variant=getattr(source, "variant", None))
     wanted = tuple(part for part in build.parts if part not in leave_out) if parts is None else tuple(parts)
     for part in (needs,) if parts is None else wanted:
         if part not in build.parts:
@@ -246,10 +242,8 @@ def load_model(
             f"{spec.name} is a Stable Diffusion 3, which its entry does not say; make one that does with "
             f"`sdcli models add NAME {spec.origin()} --family sd3`"
         )
-    hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
-    identities: dict[str, Future[str]] = {part: hashing.submit(build.identity, part) for part in wanted}
-    hashing.shutdown(wait=False)
-    networks: dict[str, nn.Module] = {part: _placed(build.network(part), target) for part in wanted}
+    hashes = in_background(*(partial(build.identity, part) for part in wanted))
+    networks: dict[str, nn.Module] = {part: placed(build.network(part), target) for part in wanted}
     if "unet" in networks and target.type == "cpu" and number != torch.float32:
         use_sliced_self_attention(networks["unet"])
     return LoadedModel(
@@ -259,23 +253,11 @@ def load_model(
         scheduler_config=build.scheduler_config,
         parts=networks,
         tokenizer=build.tokenizer("text_encoder") if "text_encoder" in wanted else None,
-        identities=identities,
+        identities=dict(zip(wanted, hashes, strict=True)),
         tokenizer_2=build.tokenizer("text_encoder_2") if "text_encoder_2" in wanted else None,
         tokenizer_3=build.tokenizer_3() if "text_encoder_3" in wanted else None,
         zeros_for_empty_prompt=build.zeros_for_empty_prompt,
     )
-
-
-def folder_of(spec: ModelSpec) -> Path | None:
-    """The diffusers folder that a model is loaded from; None for a single file and random weights. Raises Offline."""
-    match spec.source:
-        case EmbeddedSource(folder=name):
-            return PACKAGE / name
-        case FolderSource(path=path):
-            return path
-        case HubSource() as hub:
-            return local_snapshot(hub, name=spec.name, size=spec.download_bytes)
-    return None
 
 
 def _finished(identity: str) -> Future[str]:
@@ -285,15 +267,15 @@ def _finished(identity: str) -> Future[str]:
     return known
 
 
-def hashed(files: list[Path]) -> Future[str]:
-    """The identity of files, computed in a thread of its own."""
-    hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
-    identity = hashing.submit(_files_digest, files)
-    hashing.shutdown(wait=False)
-    return identity
+def in_background(*hashings: Callable[[], str]) -> list[Future[str]]:
+    """Identities, computed one after the other in a thread of their own."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
+    futures = [thread.submit(hashing) for hashing in hashings]
+    thread.shutdown(wait=False)
+    return futures
 
 
-def _placed(network: nn.Module, device: torch.device) -> nn.Module:
+def placed(network: N, device: torch.device) -> N:
     """On the device; convolutions channels-last in half precision, where it is quicker (float32 stays bit-exact)."""
     network = network.to(device)
     half = next(network.parameters()).dtype != torch.float32
@@ -432,7 +414,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None
         tuple(part for part in PARTS if part in layout.components),
         network,
         tokenizer=lambda part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")),
-        identity=lambda part: _files_digest(files(part)),
+        identity=lambda part: files_digest(files(part)),
         scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not several else scheduler,
         process=layout.process,
         tokenizer_3=lambda: load_t5_tokenizer(folder / "tokenizer_3"),
@@ -504,7 +486,7 @@ def _from_single_file(path: Path, dtype: torch.dtype) -> _Build:
         tuple(part for part in PARTS if part in layout.prefixes),
         network,
         tokenizer=lambda part: _shipped_tokenizer(open_clip=layout.has_open_clip(part)),
-        identity=lambda part: _files_digest([path]),
+        identity=lambda part: files_digest([path]),
         scheduler_config={**configs["scheduler"], **_prediction(path, names, layout)},
         zeros_for_empty_prompt=layout is SDXL,
     )
@@ -557,33 +539,32 @@ def _dtype_for(part: str, config: Mapping[str, Any], dtype: torch.dtype, *, part
 
 def _empty(part: str, config: dict[str, Any], *, source: str) -> nn.Module:
     """A part's network without weights, from its config.json. Raises BadWeights."""
-    try:
-        match part:
-            case "text_encoder_3":
-                return build_empty(lambda: empty_t5(config))
-            case "text_encoder" | "text_encoder_2":
-                if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
-                    raise ValueError(f"unknown activation {config['hidden_act']!r}")
-                clip = ClipTextConfig.from_dict(config)
-                if part == "text_encoder" and config.get("_class_name") != "CLIPTextModelWithProjection":
-                    return build_empty(lambda: ClipTextEncoder(clip))
-                size = config.get("projection_dim", 512)  # transformers' own default
-                return build_empty(lambda: ProjectedClipTextEncoder(clip, projection_dim=size))
-            case _:
-                usual = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}[part]
-                network_class = NETWORKS.get(config.get("_class_name", usual))
-                if network_class is None:
-                    raise ValueError(f"unknown class {config['_class_name']!r}")
-                if part == "vae" and config.get("latents_mean") is not None:
-                    raise UsageError(f"{source}: its latents have a mean of their own, which sdcli does not know")
-                if network_class is SD3Transformer2DModel and not config.get("pos_embed_max_size"):
-                    raise ValueError("no pos_embed_max_size")
-                return build_empty(lambda: network_class.from_config(config))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise BadWeights(f"{source}: its configuration describes no network: {error}") from None
+    if part == "vae" and config.get("latents_mean") is not None:
+        raise UsageError(f"{source}: its latents have a mean of their own, which sdcli does not know")
+    return empty_network(lambda: _network(part, config), source=source)
 
 
-def _files_digest(files: list[Path]) -> str:
+def _network(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "text_encoder_3":
+        return empty_t5(config)
+    if part not in TEXT_ENCODERS:
+        usual = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}[part]
+        network_class = NETWORKS.get(config.get("_class_name", usual))
+        if network_class is None:
+            raise ValueError(f"unknown class {config['_class_name']!r}")
+        if network_class is SD3Transformer2DModel and not config.get("pos_embed_max_size"):
+            raise ValueError("no pos_embed_max_size")
+        network: nn.Module = network_class.from_config(config)
+        return network
+    if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {config['hidden_act']!r}")
+    clip = ClipTextConfig.from_dict(config)
+    if part == "text_encoder" and config.get("_class_name") != "CLIPTextModelWithProjection":
+        return ClipTextEncoder(clip)
+    return ProjectedClipTextEncoder(clip, projection_dim=config.get("projection_dim", 512))  # transformers' own default
+
+
+def files_digest(files: list[Path]) -> str:
     """`sha256:` of one file, or of the digests of several shards."""
     digests = [_sha256(file) for file in files]
     return f"sha256:{digests[0] if len(digests) == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
@@ -594,5 +575,4 @@ def _sha256(file: Path) -> str:
     blob = file.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == 64:
         return blob.name
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file)

@@ -33,21 +33,29 @@ from sdcli.request_parts import LoraRef, digits
 from sdcli.weights import check_header, read_tensors
 
 PREFIXES: dict[str, tuple[str, ...]] = {
-    "unet": ("lora_unet_", "unet_", "diffusion_model_", "base_model_model_", ""),
+    "unet": (
+        "lora_unet_",
+        "unet_",
+        "diffusion_model_",
+        "base_model_model_",
+        "base_model_model_diffusion_model_",
+        "",
+    ),
     "text_encoder": ("lora_te_", "lora_te1_", "text_encoder_", "base_model_model_", ""),
     "text_encoder_2": ("lora_te2_", "text_encoder_2_"),
 }
 """Part of a model -> what its layers' names begin with in the dialects; PEFT's folders do not say which part it is."""
 
 OTHER_KINDS = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".oft_": "OFT",
-    ".diff": "a file of whole differences",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada": "LoHa",
+    "lokr": "LoKr",
+    "oft": "OFT",
+    "diff": "a file of whole differences",
 }
-"""What the names of the weights give away -> its name; these are added in other ways than a LoRA."""
+"""What the names of the weights end with, after a dot -> its name; these are added in other ways than a LoRA."""
+_OTHER = re.compile(rf".*\.({'|'.join(OTHER_KINDS)})(?:_[a-z0-9_]+)?(?:\.weight)?")
 
 _TENSOR = re.compile(
     r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|mid|A|B)(?:\.default)?\.weight|(?:_lora)?\.alpha)"
@@ -129,29 +137,16 @@ def read_lora(path: Path) -> LoraFile:
     """A .safetensors file or a PEFT folder. Raises BadWeights, and UsageError for a kind that is not a LoRA."""
     file = path / ADAPTER_WEIGHTS if path.is_dir() else path
     header = check_header(file)
-    for name in header:
-        for mark, kind in OTHER_KINDS.items():
-            if mark in name:
-                raise UsageError(f"{file} is {kind} ({name}), which sdcli cannot merge; it takes LoRAs")
+    named, not_understood = _by_layer(file, header)
     scales = _scales(path, header.get("__metadata__", {}))
-    parts: dict[str, dict[str, Tensor]] = {}
-    not_understood = []
-    for name, tensor in read_tensors(file, torch.float32).items():
-        match = _TENSOR.fullmatch(name)
-        if match is None:
-            not_understood.append(name)
-        else:
-            parts.setdefault(match["layer"], {})[_ROLES.get(match["role"], match["role"])] = tensor
-    layers = {}
-    for name, tensors in parts.items():
-        if tensors.keys() >= {"down", "up"}:
-            layers[name] = _layer(f"{file}: {name}", name, tensors, scales)
-        else:
-            not_understood += [f"{name} ({role})" for role in tensors]
-    if not layers:
+    if not named:
         raise BadWeights(f"{file} holds no LoRA: no weights named lora_down and lora_up, or lora_A and lora_B")
-    first = next(iter(layers))
-    dialect: Any = "peft" if path.is_dir() else "kohya" if first.startswith("lora_") else "diffusers"
+    tensors = read_tensors(file, torch.float32)
+    layers = {
+        layer: _layer(f"{file}: {layer}", layer, {role: tensors[name] for role, name in roles.items()}, scales)
+        for layer, roles in named.items()
+    }
+    dialect = "peft" if path.is_dir() else _dialect(named)
     return LoraFile(dialect, layers, tuple(not_understood), _tensors_sha256(file))
 
 
@@ -160,17 +155,41 @@ def lora_facts(file: Path) -> dict[str, Any] | None:
 
     Raises BadWeights, and UsageError for a kind that is not a LoRA.
     """
-    roles = [match["role"] for name in check_header(file) if (match := _TENSOR.fullmatch(name))]
-    if not any(roles):
+    header = check_header(file)
+    named, _ = _by_layer(file, header)
+    if not named:
         return None
-    lora = read_lora(file)
-    text = sum("lora_te" in name or "text_" in name or "encoder.layers." in name for name in lora.layers)
+    text = sum("lora_te" in name or "text_" in name or "encoder.layers." in name for name in named)
     return {
-        "dialect": lora.dialect,
-        "ranks": sorted({layer.up.flatten(1).shape[1] for layer in lora.layers.values()}),
-        "unet_layers": len(lora.layers) - text,
+        "dialect": _dialect(named),
+        "ranks": sorted({math.prod(header[roles["up"]]["shape"][1:]) for roles in named.values()}),
+        "unet_layers": len(named) - text,
         "text_encoder_layers": text,
     }
+
+
+def _by_layer(file: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Each layer's tensors, by their roles (`down`, `up`, `mid`, `alpha`), and the tensors that belong to no layer.
+
+    Raises UsageError for a kind that is not a LoRA.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    not_understood = []
+    for name in (name for name in header if name != "__metadata__"):
+        if other := _OTHER.fullmatch(name):
+            raise UsageError(f"{file} is {OTHER_KINDS[other[1]]} ({name}), which sdcli cannot merge; it takes LoRAs")
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            not_understood.append(name)
+        else:
+            layers.setdefault(match["layer"], {})[_ROLES.get(match["role"], match["role"])] = name
+    for layer in [layer for layer, roles in layers.items() if not roles.keys() >= {"down", "up"}]:
+        not_understood += [f"{layer} ({role})" for role in layers.pop(layer)]
+    return layers, not_understood
+
+
+def _dialect(layers: Mapping[str, Any]) -> Literal["kohya", "diffusers"]:
+    return "kohya" if next(iter(layers)).startswith("lora_") else "diffusers"
 
 
 def _layer(what: str, name: str, tensors: Mapping[str, Tensor], scales: _Scales) -> LoraLayer:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
 from pydantic import ValidationError
 
 from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.inputs import digest_of
 from sdcli.registry import PICKLE_SUFFIXES, pickle_refused
 from sdcli.request import GenerationRequest, did_you_mean, first_problem
 from sdcli.request_parts import LoraRef, digits
@@ -102,8 +102,7 @@ def lora_digest(path: Path) -> str:
         both = " ".join(lora_digest(path / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
         return hashlib.sha256(both.encode()).hexdigest()
     try:
-        facts = path.stat()
-        return _digest(path, facts.st_size, facts.st_mtime_ns)
+        return digest_of(path)
     except OSError as error:
         raise BadWeights(f"cannot read {path}: {error.strerror}") from None
 
@@ -111,13 +110,6 @@ def lora_digest(path: Path) -> str:
 def user_lora_folder() -> Path:
     """The user's own LoRA folder, `loras` in the data folder (XDG_DATA_HOME on Linux)."""
     return platformdirs.user_data_path("sdcli") / "loras"
-
-
-@lru_cache(maxsize=256)
-def _digest(path: Path, size: int, changed_ns: int) -> str:
-    """Once a file, however many jobs name it; size and time tell whether it is still that file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _ref_of_tag(inner: str) -> LoraRef:

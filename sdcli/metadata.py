@@ -12,6 +12,7 @@ A JPEG's EXIF holds 64 KB at most: a `parameters` text over some 32,000 characte
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -146,16 +147,23 @@ def read_picture(path: Path) -> PictureInfo:
     An own record that is damaged or newer is told in `unmapped["sdcli"]`, and the other texts are read instead.
     Raises NotFound, and BadPicture for a file that is truncated, too large, or no such picture.
     """
+    with picture_and_info(path) as (_, info):
+        return info
+
+
+@contextlib.contextmanager
+def picture_and_info(path: Path) -> Iterator[tuple[Image.Image, PictureInfo]]:
+    """A picture file, decoded once, with what `read_picture` says of it; raises what that raises, in the block too."""
     check_readable(path)
     try:
         with opened(path) as image:
             image.load()
             texts, own = _texts(image)
-            width, height = image.size
             format = _FORMATS[str(image.format)]
+            info = PictureInfo(path, *image.size, format, parameters=texts.get("parameters"))
+            yield image, _info(texts, own, info)
     except BadPicture as error:
         raise BadPicture(f"{path}: {error}") from None
-    return _info(texts, own, PictureInfo(path, width, height, format, parameters=texts.get("parameters")))
 
 
 def strip(data: bytes) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from sdcli.errors import UsageError
 from sdcli.files import check_folder, check_new
 from sdcli.request import did_you_mean
-from sdcli.settings import SUFFIX_OF, OutputSettings
+from sdcli.settings import DEFAULT_TEMPLATE, SUFFIX_OF, ImageFormat, OutputSettings
 
 FIELDS = ("index", "seed", "prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "custom_id")
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -21,13 +21,38 @@ MAX_NAME_BYTES = 200
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
+def output_settings(output: str | None, outdir: Path | None, image_format: ImageFormat | None) -> OutputSettings:
+    """Folder, name and form. -o's own folder part counts from here, as for any tool; with --outdir it stays in that.
+
+    Raises UsageError.
+    """
+    template = output or DEFAULT_TEMPLATE
+    if output is not None and outdir is None:
+        fixed = output.partition("{")[0]
+        cut = max(fixed.rfind("/") + 1, 0)
+        outdir, template = Path(output[:cut] or ".").expanduser(), output[cut:]
+    check_template(template)
+    named = SUFFIXES.get(Path(template).suffix.lower())
+    if named is not None and image_format is not None and named != image_format:
+        raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
+    folder = outdir if outdir is not None else OutputSettings.outdir
+    chosen: Any = image_format or named or "png"
+    return OutputSettings(outdir=folder, template=template, format=chosen)
+
+
 def check_output(output: OutputSettings) -> None:
     """Raise CannotWrite or AlreadyExists now for what would fail after minutes of painting."""
     check_folder(output.outdir)
-    if is_literal(output.template):
-        name = picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
-        for path in (output.outdir / name, *output.beside(output.outdir / name)):
-            check_new(path, overwrite=output.overwrite)
+    for path in known_paths(output):
+        check_new(path, overwrite=output.overwrite)
+
+
+def known_paths(output: OutputSettings) -> list[Path]:
+    """The files that will be written, as far as their names are known beforehand."""
+    if not is_literal(output.template):
+        return []
+    picture = output.outdir / picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
+    return [picture, *output.beside(picture)]
 
 
 def check_template(template: str) -> None:

@@ -25,12 +25,16 @@ class Painter:
         """Raises UsageError for a refiner that does not go with the model, and for one that is to begin."""
         if model.is_sdxl and "text_encoder" not in model.parts:
             raise UsageError(f"{model.spec.name} is a refiner, which ends what another model began: --refiner")
-        if refiner is not None and not (model.is_sdxl and refiner.is_sdxl):
-            other = refiner if model.is_sdxl else model
+        return cls(model, encoding_of(model), space_of(model)).with_refiner(refiner)
+
+    def with_refiner(self, refiner: LoadedModel | None) -> Painter:
+        """The same model with another refiner, or none. Raises UsageError for one that does not go with it."""
+        if refiner is None:
+            return replace(self, refiner=None)
+        if not (self.model.is_sdxl and refiner.is_sdxl):
+            other = refiner if self.model.is_sdxl else self.model
             raise UsageError(f"a refiner and its model are both of the sdxl family, and {other.spec.name} is not")
-        space = space_of(model)
-        ending = cls(refiner, encoding_of(refiner), space) if refiner is not None else None
-        return cls(model, encoding_of(model), space, ending)
+        return replace(self, refiner=Painter(refiner, encoding_of(refiner), self.space))
 
     def with_model(self, model: LoadedModel) -> Painter:
         """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""

@@ -23,37 +23,44 @@ from sdcli.errors import BadOutput, UsageError
 from sdcli.latents import generators_for
 from sdcli.loading import LoadedModel
 from sdcli.painter import Painter
-from sdcli.prediction import predict_for
+from sdcli.prediction import check_guidance, predict_for
 from sdcli.request import GenerationRequest, known
-from sdcli.starting import start_enlarged, start_for
+from sdcli.spaces import Tell, quiet
+from sdcli.starting import check_start, start_enlarged, start_for
 
 
-def paint(painter: Painter, requests: Sequence[GenerationRequest]) -> Iterator[Step]:
+def paint(painter: Painter, requests: Sequence[GenerationRequest], *, tell: Tell = quiet) -> Iterator[Step]:
     """Denoise one batch. The requests are resolved and equal in all that `engine.plan` groups by.
 
-    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for `decode`. What is to
-    be upscaled is denoised twice, and the steps of the second pass count from 0 again. The requests' LoRAs are merged
-    into the painter's model already.
+    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for the space to decode.
+    What is to be upscaled is denoised twice, and the steps of the second pass count from 0 again. The requests' LoRAs
+    are merged into the painter's model already. `tell` hears what had to be done where memory ran out.
     Raises UsageError for what the model cannot do, and BadOutput as soon as no picture's latents are finite any more.
     """
     if requests[0].loras != tuple(applied.ref for applied in painter.model.loras):
         raise UsageError(f"{painter.model.spec.name} was loaded with other LoRAs than the request asks for")
     generators = generators_for([known(request.seed) for request in requests])
     scheduler = scheduler_for(painter.model, requests[0])
-    start = start_for(painter.model, painter.space, requests, scheduler=scheduler, generators=generators)
+    run: dict[str, Any] = {"generators": generators, "tell": tell}
+    start = start_for(painter.model, painter.space, requests, scheduler=scheduler, **run)
     first, *second = requests[0].passes
     finished = yield from _denoised(painter, requests, start, scheduler, generators, steps=first)
     for steps in second:
         scheduler = scheduler_for(painter.model, requests[0])
-        start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, generators=generators)
+        start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, **run)
         size = dict(zip(("width", "height"), requests[0].final_size, strict=True))
         enlarged = [request.model_copy(update=size) for request in requests]
         yield from _denoised(painter, enlarged, start, scheduler, generators, steps=steps)
 
 
-def decode(painter: Painter, latents: Tensor, *, tiled: bool = False) -> Tensor:
-    """Latents [C, h, w] of one picture -> pixels [3, H, W], float32 in 0..1 on the CPU."""
-    return painter.space.decode(latents[None], tiled=tiled)[0]
+def check_picture(painter: Painter, request: GenerationRequest) -> None:
+    """Raise now what `paint` would raise for this picture alone, and for all that are painted with it.
+
+    That are UsageError, NotFound, BadPicture and BadLatents, for the files that it names and for its guidance.
+    """
+    check_start(painter.space, request)
+    controls_for(painter.model, [request])
+    check_guidance(painter, request)
 
 
 def _denoised(
@@ -104,6 +111,9 @@ def _run_of(
         idle = refiner.model.spec.name if before else painter.model.spec.name
         raise UsageError(f"refiner_start {part:g} of {shared.steps} steps leaves {idle} no step to paint")
     start = replace(start, timesteps=torch.cat([start.timesteps[:before], rest]))
+    for control in shared.controls if shared.upscale is None else ():  # another pass may have the steps it asks for
+        if not any(control.is_active(index, len(start.timesteps)) for index in range(before)):
+            raise UsageError(f"controls: {control.model} has a say in the refiner's steps alone, where nothing asks it")
     turns = (
         _run_of(replace(one, refiner=None), requests, start, sampler, generators, steps=steps, controls=theirs)
         for one, sampler, theirs in ((painter, scheduler, controls), (refiner, refining, ()))

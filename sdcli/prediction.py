@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from sdcli.conditioning.condition import Conditions
-from sdcli.denoise.control import ActiveControl, residuals_along
+from sdcli.conditioning.condition import Condition, Conditions
+from sdcli.denoise.control import ActiveControl, Residuals, residuals_along, with_its_last_rows
 from sdcli.denoise.perturbed import perturbed
 from sdcli.denoise.predict import (
     Predict,
@@ -24,7 +24,6 @@ from sdcli.denoise.predict import (
 from sdcli.denoise.start import Start
 from sdcli.errors import UsageError
 from sdcli.lean_imports import SD3Transformer2DModel
-from sdcli.loading import LoadedModel
 from sdcli.painter import Painter
 from sdcli.request import GenerationRequest, known
 
@@ -41,9 +40,10 @@ def predict_for(
     shared, unet = requests[0], painter.model.unet
     scale_size = unet.config.get("time_cond_proj_dim")
 
-    def network(conditions: Conditions) -> Predict:
-        residuals = residuals_along(controls, start.timesteps, guess=bool(shared.guess_mode))
+    def controlling() -> Callable[[Condition], Residuals]:
+        return residuals_along(controls, start.timesteps, guess=bool(shared.guess_mode))
 
+    def network(conditions: Conditions, residuals: Callable[[Condition], Residuals]) -> Predict:
         def predict_at(step: int) -> Predict:
             condition = conditions.at(step)
             if scale_size is not None:
@@ -52,41 +52,53 @@ def predict_for(
                 return transformer_predict(unet, condition)
             return unet_predict(unet, condition, residuals(condition))
 
-        predict = predict_at(1)
-        if conditions.changes:
-            predict = stepwise(predict_at, steps_by_timestep(start.timesteps, steps))
-        return start.around_network(predict)
+        by_step = steps_by_timestep(start.timesteps, steps)
+        return start.around_network(stepwise(predict_at, by_step) if conditions.changes else predict_at(1))
 
-    def plain() -> Predict:
-        return network(painter.encode(requests, guided=False, steps=steps))
+    def plain(residuals: Callable[[Condition], Residuals]) -> Predict:
+        return network(painter.encode(requests, guided=False, steps=steps), residuals)
 
-    if scale_size is not None:
-        _refuse_guidance(painter.model, requests, painter.encode(requests, guided=False, steps=steps))
-    away = (perturbed(plain(), unet, name=painter.model.spec.name), shared.pag_scale) if shared.pag_scale else None
+    for request in requests:
+        check_guidance(painter, request)
+    residuals, away = controlling(), None
+    if shared.pag_scale:
+        residuals, again = with_its_last_rows(residuals)
+        away = perturbed(plain(lambda _: again), unet, name=painter.model.spec.name), shared.pag_scale
     if scale_size is not None or not shared.guided:
-        return plain() if away is None else guided_away(plain(), *away)
+        return plain(residuals) if away is None else guided_away(plain(residuals), *away)
     conditions = painter.encode(requests, guided=True, steps=steps)
-    both = network(conditions)
+    both = network(conditions, residuals)
     if conditions.weights:
-        if away is not None:
-            raise UsageError("pag_scale does not go with AND: there is no one prompt to perturb")
         both = composed(both, conditions.weights)
     first = known(shared.guidance_scale)
     last = first if shared.guidance_end is None else shared.guidance_end
     predict = guided(both, evenly(first, last, start.timesteps), rescale=shared.guidance_rescale or 0, away=away)
     if shared.guidance_interval is None:
         return predict
-    outside = conditional_half(both) if conditions.weights else plain()
-    part = shared.guidance_interval
-    return only_within(predict, outside, timesteps=start.timesteps, start=part.start, stop=part.stop)
+    outside = conditional_half(both) if conditions.weights else plain(controlling())
+    part = shared.guidance_interval.indices(len(start.timesteps))
+    return only_within(predict, outside, timesteps=start.timesteps[part.start : part.stop])
 
 
-def _refuse_guidance(model: LoadedModel, requests: Sequence[GenerationRequest], conditions: Conditions) -> None:
-    """A network that takes the scale as an input has no unconditional half."""
-    if conditions.weights:
-        raise UsageError(f"{model.spec.name} was distilled without guidance, so AND would have no effect")
-    without = ("negative_prompt", "guidance_end", "guidance_rescale", "guidance_interval", "pag_scale")
-    for name in without:
-        if any(getattr(request, name) for request in requests):
-            what = name.replace("_", " ")
-            raise UsageError(f"{model.spec.name} was distilled without {what}; it would have no effect")
+def check_guidance(painter: Painter, request: GenerationRequest) -> None:
+    """Raise UsageError for guidance that does not go with a resolved request's prompt, or with the network.
+
+    One that takes the scale as an input has no unconditional half.
+    """
+    joined = painter.encode([request], guided=request.guided, steps=request.passes[0]).weights
+    if joined and request.pag_scale:
+        raise UsageError("pag_scale does not go with AND: there is no one prompt to perturb")
+    if painter.model.unet.config.get("time_cond_proj_dim") is None:
+        return
+    name = painter.model.spec.name
+    if joined:
+        raise UsageError(f"{name} was distilled without guidance, so AND would have no effect")
+    asked = {
+        "negative prompt": request.negative_prompt,
+        "guidance end": request.guidance_end is not None,
+        "guidance rescale": request.guidance_rescale,
+        "guidance interval": request.guidance_interval,
+        "pag scale": request.pag_scale,
+    }
+    for what in (what for what, value in asked.items() if value):
+        raise UsageError(f"{name} was distilled without {what}; it would have no effect")

@@ -120,15 +120,7 @@ class ModelSpec(ModelEntry):
 
     def origin(self) -> str:
         """Where the weights come from, in a few words."""
-        match self.source:
-            case EmbeddedSource():
-                return "embedded in sdcli"
-            case RandomSource(architecture=architecture, seed=seed):
-                return f"random weights ({architecture}, seed {seed})"
-            case FolderSource(path=path) | FileSource(path=path):
-                return str(path)
-            case HubSource(repo=repo, revision=revision):
-                return repo if revision == "main" else f"{repo}@{revision}"
+        return _origin(self.source)
 
     def require_supported(self) -> None:
         """Raise UsageError for a family that sdcli cannot paint with yet; asked before anything is downloaded."""
@@ -151,7 +143,19 @@ class ControlNetSpec(_Strict):
 
     def origin(self) -> str:
         """Where the weights come from, in a few words."""
-        return self.source.repo if isinstance(self.source, HubSource) else str(self.source.path)
+        return _origin(self.source)
+
+
+def _origin(source: Source) -> str:
+    match source:
+        case EmbeddedSource():
+            return "embedded in sdcli"
+        case RandomSource(architecture=architecture, seed=seed):
+            return f"random weights ({architecture}, seed {seed})"
+        case FolderSource(path=path) | FileSource(path=path):
+            return str(path)
+        case HubSource(repo=repo, revision=revision):
+            return repo if revision == "main" else f"{repo}@{revision}"
 
 
 class Registry(_Strict):
@@ -214,6 +218,12 @@ class Registry(_Strict):
             f"no ControlNet {name!r}: no such file or folder, and none of that name in {self._where()}{hint}"
         )
 
+    def find_either(self, name: str) -> ModelSpec | ControlNetSpec:
+        """A model, or the ControlNet of that name in the files. Raises what `find` raises."""
+        if name in self.controlnets and name not in self.models:
+            return self.controlnets[name]
+        return self.find(name)
+
     def _hub_spec(self, name: str) -> ModelSpec:
         repo, _, revision = name.partition("@")
         known = next(
@@ -269,10 +279,10 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(resolved.embeddings)})
     if resolved.prompt_syntax == "a1111":
         _check_syntax(resolved)
-    if resolved.strength is not None and int(known(resolved.steps) * resolved.strength) < 1:
-        raise UsageError(f"strength: {resolved.strength:g} of {resolved.steps} steps leaves no step to paint")
-    if resolved.upscale is not None and int(known(resolved.steps) * resolved.upscale.strength) < 1:
-        raise UsageError(f"upscale: {resolved.upscale.strength:g} of {resolved.steps} steps leaves no step to paint")
+    shares = (resolved.strength, resolved.upscale and resolved.upscale.strength)
+    for name, share, steps in zip(("strength", "upscale"), shares, resolved.passes, strict=False):
+        if steps < 1:
+            raise UsageError(f"{name}: {share:g} of {resolved.steps} steps leaves no step to paint")
     check_parts(resolved)
     if spec.kind.inpaints and not resolved.masked:
         raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
@@ -326,7 +336,7 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
                 raise UsageError(f"{name} has no effect with {spec.name}, which has no text encoder")
     elif request.prompt_syntax == "plain" and request.embeddings:
         raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
-    if not kind.can_be_guided and (scale != 1 or request.negative_prompt):
+    if not kind.can_be_guided and (scale != 1 or request.guided or request.negative_prompt):
         reason = "paints without a prompt" if kind.conditioning == "none" else "always paints a class, never none"
         raise UsageError(f"{spec.name} {reason}, so it cannot be guided: no negative prompt, and a guidance scale of 1")
     if request.negative_prompt and not request.guided:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -42,7 +42,8 @@ class GenerationRequest(BaseModel):
     """One picture, or as much of its description as was asked for.
 
     A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
-    `registry.resolve` fills every None (but the refiner's two, where there is none), and the result, as painted, is
+    `registry.resolve` fills what every picture has (prompt, model, seed, size, steps, guidance scale, scheduler, eta)
+    and what goes with a field that was given; a feature that nobody asked for stays None. The result, as painted, is
     what a picture's metadata holds.
     """
 
@@ -64,7 +65,7 @@ class GenerationRequest(BaseModel):
         ge=1,
         le=100,
         description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
-        "as A1111 counts (diffusers calls that 1); SDXL was trained with 2",
+        "as A1111 counts (diffusers calls that 1); SDXL and Stable Diffusion 3 were trained with 2",
     )
     embeddings: tuple[EmbeddingRef, ...] = Field(
         (),
@@ -142,6 +143,8 @@ class GenerationRequest(BaseModel):
         """`guidance_scale: "7..3"` is a scale that falls from 7 to 3."""
         scale = fields.get("guidance_scale") if isinstance(fields, dict) else None
         if isinstance(scale, str) and ".." in scale:
+            if fields.get("guidance_end") is not None:
+                raise ValueError("guidance_scale: says the scale of the last step, and so does guidance_end")
             first, _, last = scale.partition("..")
             return {**fields, "guidance_scale": first, "guidance_end": last}
         return fields
@@ -216,15 +219,12 @@ class GenerationRequest(BaseModel):
 
     @property
     def final_size(self) -> tuple[int, int]:
-        """Width and height of the finished picture of a resolved request."""
+        """Width and height of the finished picture of a resolved request; an enlarged one has multiples of 8."""
         width, height = known(self.width), known(self.height)
         if self.upscale is None:
             return width, height
-        return self.upscaled(width), self.upscaled(height)
-
-    def upscaled(self, side: int) -> int:
-        """A side of the second pass in pixels, a multiple of 8."""
-        return side if self.upscale is None else round(side * self.upscale.factor / 8) * 8
+        factor = self.upscale.factor
+        return round(width * factor / 8) * 8, round(height * factor / 8) * 8
 
     def typed(self) -> dict[str, Any]:
         """The fields that were given, without those left to the model; JSON-ready."""
@@ -247,23 +247,47 @@ def known(value: T | None) -> T:
     return value
 
 
+def field_name(name: str) -> str:
+    """Our name of a field that may be called as other tools do, or written with dashes."""
+    plain = name.replace("-", "_")
+    return ALIASES.get(plain, plain)
+
+
+def is_list(field: str) -> bool:
+    """Whether a field of the request holds several entries; its singular is an alias, for one of them."""
+    info = GenerationRequest.model_fields.get(field)
+    return info is not None and get_origin(info.annotation) is tuple
+
+
+def canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-like fields under our own names, with `size: "WxH"` as width and height; the values stay as they are.
+
+    Raises UsageError for a field that a request does not have, or that has two values.
+    """
+    known = {info.alias or name for name, info in GenerationRequest.model_fields.items()}
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        field = field_name(name)
+        named = {field: value}
+        if field == "size":
+            named = {} if value is None else dict(zip(("width", "height"), parse_size(str(value)), strict=True))
+        elif field not in known:
+            raise UsageError(f"a request has no field {name!r}{did_you_mean(field, known)}")
+        for one in named:
+            if one in found:
+                raise UsageError(f"{one} is given twice")
+        found |= named
+    return found
+
+
 def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
-    """A request from JSON-like fields; aliases of other tools and `size: "WxH"` are understood.
+    """A request from JSON-like fields, named as `canonical` reads them; None is what was not said.
 
     Raises UsageError with one sentence that names the field.
     """
-    known = {info.alias or name for name, info in GenerationRequest.model_fields.items()}
-    canonical: dict[str, Any] = {}
-    for name, value in fields.items():
-        field = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
-        if field == "size" and value is not None:
-            canonical["width"], canonical["height"] = parse_size(str(value))
-        elif field not in known and field != "size":
-            raise UsageError(f"a request has no field {name!r}{did_you_mean(field, known)}")
-        elif value is not None:
-            canonical[field] = value
+    said = {name: value for name, value in canonical(fields).items() if value is not None}
     try:
-        return GenerationRequest.model_validate(migrate(canonical))
+        return GenerationRequest.model_validate(migrate(said))
     except ValidationError as error:
         raise UsageError(first_problem(error)) from None
 

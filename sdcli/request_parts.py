@@ -99,7 +99,7 @@ class Upscale(Part):
         return {name: value for name, value in named if value is not None}
 
     def __str__(self) -> str:
-        return f"{self.factor:g}x:{self.strength:g}:{self.how}"
+        return f"{digits(self.factor)}x:{digits(self.strength)}:{self.how}"
 
 
 class Interval(Part):
@@ -121,8 +121,12 @@ class Interval(Part):
             raise ValueError("should end after it starts")
         return self
 
+    def indices(self, count: int) -> range:
+        """Which of `count` steps lie in it, from 0."""
+        return range(int(self.start * count), int(self.stop * count))
+
     def __str__(self) -> str:
-        return f"{self.start:g}-{self.stop:g}"
+        return f"{digits(self.start)}-{digits(self.stop)}"
 
 
 class LoraRef(Part):
@@ -165,8 +169,10 @@ class LoraRef(Part):
         return f"{short}:{digits(self.text_weight)}"
 
 
-Preprocessor = Literal["none", "canny", "scribble", "softedge", "blur", "tile", "palette", "depth"]
-"""What makes the map of a picture; `none` takes it as it is. `control_maps.py` has them."""
+MapMaker = Literal["canny", "scribble", "softedge", "blur", "tile", "palette", "depth"]
+"""What makes the map of a picture; `control_maps.py` has them."""
+Preprocessor = Literal["none", MapMaker]
+"""The same, or `none`, which takes the picture as it is."""
 _PREPROCESSORS = "|".join(get_args(Preprocessor))
 _CONTROL = re.compile(
     rf"(?:(?P<preprocessor>{_PREPROCESSORS}):)?(?P<model>[^=]+)=(?P<image>.+?)"

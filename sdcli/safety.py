@@ -56,12 +56,14 @@ def load_safety_checker(folder: Path) -> SafetyChecker | None:
             raise BadWeights("is a pickle, which can run any code when opened")
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
+        # model.safetensors, model.fp16.safetensors, or in parts: model-00001-of-00002.safetensors
+        variants = [name.removesuffix(".safetensors").split("-")[0].partition(".")[2] for name in weights]
         network = StableDiffusionSafetyChecker.from_pretrained(
             checker,
             use_safetensors=True,
             local_files_only=True,
             dtype=torch.float32,
-            variant=None if "model.safetensors" in weights else weights[0].split(".")[1],
+            variant=None if "" in variants else variants[0],
         )
         side = int(network.config.vision_config.image_size)
     except Exception as error:  # transformers fails in a dozen ways on damaged files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ class Scheduler:
     """Whether diffusers' class is right from a step in the middle on; a refiner begins there."""
     process: Process = "diffusion"
     """Of the models that it samples from."""
+    calls: Callable[[int], int] = lambda steps: steps
+    """Steps -> how often it asks the network."""
 
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -42,13 +45,19 @@ SCHEDULERS: dict[str, Scheduler] = {
         "pseudo linear multistep, the first SD default",
         "PLMS",
         settings={"skip_prk_steps": True},
+        calls=lambda steps: steps + 1,
         begins_anywhere=False,
     ),
     "euler": Scheduler("EulerDiscreteScheduler", "simple and quick; what turbo models expect", "Euler"),
     "euler-a": Scheduler(
         "EulerAncestralDiscreteScheduler", "Euler with fresh noise at every step", "Euler a", stochastic=True
     ),
-    "heun": Scheduler("HeunDiscreteScheduler", "second order: better per step, two model calls each", "Heun"),
+    "heun": Scheduler(
+        "HeunDiscreteScheduler",
+        "second order: better per step, two model calls each",
+        "Heun",
+        calls=lambda steps: 2 * steps - 1,
+    ),
     "dpmpp-2m": Scheduler("DPMSolverMultistepScheduler", "second-order multistep; good in 20 to 25 steps", "DPM++ 2M"),
     "dpmpp-2m-karras": Scheduler(
         "DPMSolverMultistepScheduler",

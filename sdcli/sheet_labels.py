@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdcli.errors import UsageError
-from sdcli.request import ALIASES, GenerationRequest, did_you_mean
+from sdcli.request import GenerationRequest, did_you_mean, field_name
 
 _SHORTENED = {
     "name": "",
@@ -33,8 +33,7 @@ _TOLD_APART_BY = tuple(field for field in SHORT if field not in ("name", "width"
 
 def parse_fields(text: str) -> tuple[str, ...]:
     """`"seed,cfg-scale"` -> names in SHORT, in that order. Raises UsageError."""
-    names = [part.strip().replace("-", "_") for part in text.split(",")]
-    fields = tuple(ALIASES.get(name, name) for name in names)
+    fields = tuple(field_name(part.strip()) for part in text.split(","))
     for name in fields:
         if name not in SHORT:
             hint = did_you_mean(name, SHORT) or f"; there are {', '.join(SHORT)}"
@@ -72,9 +71,14 @@ def _value(field: str, name: str, request: GenerationRequest | None) -> str | No
         return name
     if request is None:
         return None
+    if field in ("size", "width", "height") and request.width and request.height:
+        width, height = map(str, request.final_size)
+        return {"size": f"{width}x{height}", "width": width, "height": height}[field]
     if field == "size":
-        return f"{request.width}x{request.height}" if request.width and request.height else None
-    value = getattr(request, field)
-    if value is None:
         return None
+    value = getattr(request, field)
+    if value is None or value == ():
+        return None
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sdcli import latents as latent_space
+from sdcli.devices import free_caches, out_of_memory
+from sdcli.errors import BadOutput, OutOfMemory
 from sdcli.lean_imports import VAE
 from sdcli.loading import LoadedModel
+
+Tell = Callable[[str], None]
+"""Hears, in a sentence, what had to be done because memory ran out or numbers went wrong."""
+
+
+def quiet(note: str) -> None:
+    """A `Tell` that nobody hears."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +32,20 @@ class LatentSpace:
     vae: VAE
     black_is_wrong: ClassVar[bool] = True
     """A picture that is black all over comes of a VAE that overflowed."""
+    _moments: WeakTensorKeyDictionary = field(
+        default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
+    )
+    """Of pixels that someone holds, with what had to be done for them."""
 
     @property
     def dtype(self) -> torch.dtype:
         """What decoding computes in."""
         return next(self.vae.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where decoding computes."""
+        return next(self.vae.parameters()).device
 
     def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) of x for a picture of that many pixels."""
@@ -38,13 +57,26 @@ class LatentSpace:
         """C of x."""
         return latent_space.latent_channels(self.vae)
 
-    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Pixels [B, 3, H, W] in 0..1 -> x [B, C, h, w], float32 on the CPU: a sample of what the VAE says."""
-        tiled = not latent_space.fits_in_memory(self.vae, *pixels.shape[-2:])
-        # one by one, so that none depends on its neighbours, and laid out as diffusers does, to round as it does
-        rows = pixels.contiguous(memory_format=torch.channels_last).split(1)
-        pairs = zip(rows, generators, strict=True)
-        return torch.cat([latent_space.encode(self.vae, row, generators=[g], tiled=tiled) for row, g in pairs])
+    @property
+    def draws(self) -> bool:
+        """Whether encoding draws from the generators."""
+        return latent_space.has_distribution(self.vae)
+
+    def encode(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, tell: Tell = quiet) -> Tensor:
+        """Pixels [3, H, W] in 0..1, of equal size -> x [B, C, h, w], float32 on the CPU: samples of what the VAE says.
+
+        One by one, so that none depends on its neighbours, and what is still known of the same tensor is not computed
+        again. `tell` hears what had to be done for it. Raises OutOfMemory.
+        """
+        rows = []
+        for one, generator in zip(pixels, generators, strict=True):
+            if one not in self._moments:
+                self._moments[one] = latent_space.moments_with_fallbacks(self.vae, [one])
+            moments, notes = self._moments[one]
+            for note in notes:
+                tell(note)
+            rows.append(latent_space.drawn(self.vae, moments, [generator]))
+        return torch.cat(rows)
 
     def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
         """x [B, C, h, w] -> pixels [B, 3, H, W] in 0..1, float32 on the CPU; NaN stays NaN."""
@@ -66,14 +98,16 @@ class PixelSpace:
 
     channels: int
     black_is_wrong: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float32
+    device: ClassVar[torch.device] = torch.device("cpu")
 
     def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W): x is the picture."""
         return self.channels, height, width
 
-    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Pixels [B, 3, H, W] in 0..1 -> x [B, 1 or 3, H, W]."""
+    def encode(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, tell: Tell = quiet) -> Tensor:
+        """Pixels [3, H, W] in 0..1 -> x [B, 1 or 3, H, W]."""
         return torch.stack([in_pixel_space(picture, channels=self.channels) for picture in pixels])
 
     def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
@@ -104,3 +138,51 @@ def space_of(model: LoadedModel) -> Space:
     if model.spec.kind.space == "pixel":
         return PixelSpace(model.unet.config.in_channels)
     return LatentSpace(model.vae)
+
+
+def decode_with_fallbacks(
+    space: Space, latents: Tensor, *, tiled: bool = False, may_be_black: bool = False
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
+
+    `tiled` asks for tiles from the start. A black picture of a VAE counts as a failure, unless it `may_be_black`: then
+    only NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
+    """
+    if not latents.isfinite().all():
+        raise BadOutput("the latents are not finite (NaN); try --dtype float32")
+    may_be_black = may_be_black or not space.black_is_wrong
+    notes: tuple[str, ...] = ()
+    if not tiled and not space.fits_in_memory(latents):
+        tiled = True
+        notes = ("decoded in tiles: the whole picture would not fit into memory",)
+    pixels = _try_decode(space, latents, tiled=tiled)
+    if pixels is None and not tiled:
+        notes = ("decoded in tiles: out of memory",)
+        pixels = _try_decode(space, latents, tiled=True)
+    if pixels is None and space.device.type != "cpu":
+        notes = (*notes, "decoded on the CPU: out of memory")
+        pixels = _try_decode(space.moved(device="cpu"), latents.cpu(), tiled=True)
+    if pixels is None:
+        raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
+    if wrong(pixels, may_be_black=may_be_black) and space.dtype != torch.float32:
+        notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
+        pixels = _try_decode(space.moved(dtype=torch.float32), latents, tiled=tiled)
+    if pixels is None or wrong(pixels, may_be_black=may_be_black):
+        kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
+        raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
+    return pixels, notes
+
+
+def wrong(pixels: Tensor, *, may_be_black: bool = False) -> bool:
+    """Whether a decoded picture is no picture: NaN somewhere, or black everywhere."""
+    return not bool(pixels.isfinite().all()) or (float(pixels.max()) == 0.0 and not may_be_black)
+
+
+def _try_decode(space: Space, latents: Tensor, *, tiled: bool) -> Tensor | None:
+    try:
+        return space.decode(latents[None], tiled=tiled)[0]
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_caches()
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
-from sdcli.canvas import is_latents, read_identified
+from sdcli.canvas import identified, is_latents, read_identified
 from sdcli.errors import UsageError
 from sdcli.images import fit, picture_from_bytes, to_pixels
 from sdcli.latent_files import LatentFile, read_latents
@@ -29,7 +29,7 @@ class StartPicture:
     fade: Tensor | None = None
     """[1, H, W] in 0..1, how much of the new there is in the finished picture: 0 wherever the mask is."""
 
-    @property
+    @cached_property
     def without_masked(self) -> Tensor:
         """The pixels, grey where they are painted anew."""
         return self.pixels if self.mask is None else torch.where(self.mask > 0, 0.5, self.pixels)
@@ -39,6 +39,7 @@ class StartPicture:
         return painted if self.fade is None else torch.lerp(self.pixels, painted, self.fade)
 
 
+@lru_cache(maxsize=256)
 def measure(ref: FileRef, cell: int) -> tuple[int, int]:
     """Width and height in pixels of a picture, or of what latents [C, h, w] of cells of `cell` pixels will be.
 
@@ -63,9 +64,10 @@ def start_picture(request: GenerationRequest) -> StartPicture:
     )
 
 
+@lru_cache(maxsize=4)
 def start_latents(ref: FileRef) -> LatentFile:
     """The one latent in a start file. Raises NotFound, BadLatents and UsageError."""
-    read_identified(ref)
+    identified(ref)
     try:
         file = read_latents(Path(ref.path).expanduser())
     except UsageError:
@@ -77,7 +79,7 @@ def start_latents(ref: FileRef) -> LatentFile:
     return file
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # as many as an automatic batch has
 def _start_picture(
     image: FileRef, mask: FileRef | None, *, extend: Extend | None, inverted: bool, blur: float, size: tuple[int, int]
 ) -> StartPicture:
@@ -100,8 +102,9 @@ def _start_picture(
         white = Image.fromarray(np.pad(np.asarray(white), border, constant_values=255))
     hard = _levels(white)
     if not hard.any():
+        colour, remedy = ("white", "without") if inverted else ("black", "with")
         raise UsageError(
-            "the mask is black all over, so nothing would be painted; --invert-mask paints where it is black"
+            f"the mask is {colour} all over, so nothing would be painted; {remedy} --invert-mask all of it would be"
         )
     # half of the blurred edge lies in what is kept: the fade begins where the other half does
     soft = (2 * _levels(white.filter(ImageFilter.GaussianBlur(blur))) - 1).clamp(0, 1) * hard if blur else hard

@@ -14,16 +14,24 @@ from torch.nn import functional
 
 from sdcli.canvas import is_latents
 from sdcli.denoise.start import Start, from_known, from_noise, keeping, mixed, with_channels
-from sdcli.errors import BadLatents, UsageError
+from sdcli.errors import BadLatents, BadOutput, UsageError
 from sdcli.images import from_pixels, to_pixels
 from sdcli.latents import generators_for, initial_noise, scaled, scaling_factor, shift_factor
 from sdcli.loading import LoadedModel
 from sdcli.request import GenerationRequest, known
-from sdcli.spaces import LatentSpace, Space
+from sdcli.spaces import LatentSpace, Space, Tell, decode_with_fallbacks, quiet
 from sdcli.start_pictures import start_latents, start_picture
 
 Generators = Sequence[torch.Generator]
 """One per picture."""
+
+
+def check_start(space: Space, request: GenerationRequest) -> None:
+    """Raise what `start_for` would raise for the files that a resolved request begins with."""
+    if is_latents(request.init_image):
+        _latents(space, request, space.shape(width=known(request.width), height=known(request.height)))
+    elif request.init_image is not None:
+        start_picture(request)
 
 
 def start_for(
@@ -33,12 +41,14 @@ def start_for(
     *,
     scheduler: Any,
     generators: Generators,
+    tell: Tell = quiet,
 ) -> Start:
     """Noise; or a start picture with noise on it, of which a mask may keep a part.
 
     Each picture's generator draws in the order of diffusers' pipelines: the sample of the VAE's distribution, the
     noise, the sample of the picture without what is masked.
-    Raises UsageError, and BadLatents for a start that does not fit the model.
+    `tell` hears what had to be done for memory. Raises UsageError, BadLatents for a start that does not fit the model,
+    and OutOfMemory.
     """
     shared, device = requests[0], model.device
     shape = space.shape(width=known(shared.width), height=known(shared.height))
@@ -52,7 +62,7 @@ def start_for(
     from_nothing = shared.masked and shared.strength == 1
     x0: Tensor | None = None
     if not (from_nothing and model.spec.kind.inpaints):
-        x0 = space.encode(torch.stack([picture.pixels for picture in pictures]), generators).to(device)
+        x0 = space.encode([picture.pixels for picture in pictures], generators, tell=tell).to(device)
         x0 = x0.contiguous() if shared.masked else x0  # the layouts that diffusers has, whose sums round as here
     noise = _noise(requests, generators, shape).to(device)
     if from_nothing or x0 is None:
@@ -63,11 +73,11 @@ def start_for(
         return start
     cells = functional.interpolate(torch.stack([known(picture.mask) for picture in pictures]), size=shape[1:])
     if model.spec.kind.inpaints:
-        kept = space.encode(torch.stack([picture.without_masked for picture in pictures]), generators)
+        kept = space.encode([picture.without_masked for picture in pictures], generators, tell=tell)
         seen = torch.cat([cells, kept], dim=1).to(device)
         return replace(start, around_network=partial(with_channels, more=seen))
-    # diffusers encodes the masked picture here as well, for nothing; the generators go on where it leaves them
-    space.encode(torch.stack([picture.without_masked for picture in pictures]), generators)
+    if space.draws:  # diffusers encodes the masked picture here as well; the generators go on where it leaves them
+        initial_noise(generators, shape)
     keep = partial(
         keeping,
         known=known(x0),
@@ -80,24 +90,38 @@ def start_for(
 
 
 def start_enlarged(
-    finished: Tensor, space: Space, request: GenerationRequest, *, scheduler: Any, generators: Generators
+    finished: Tensor,
+    space: Space,
+    request: GenerationRequest,
+    *,
+    scheduler: Any,
+    generators: Generators,
+    tell: Tell = quiet,
 ) -> Start:
-    """The second pass: finished latents [B, C, h, w], enlarged as they are or as pixels, with fresh noise on them."""
+    """The second pass: finished latents [B, C, h, w], enlarged as they are or as pixels, with fresh noise on them.
+
+    `tell` hears what had to be done for memory. Raises OutOfMemory. What is no picture stays NaN.
+    """
     upscale = known(request.upscale)
     width, height = request.final_size
     shape = space.shape(width=width, height=height)
     if upscale.how == "latent":
         x0 = functional.interpolate(finished, size=shape[1:], mode="bilinear")
     else:
-        pixels = torch.stack([_enlarged(space, latents, (width, height)) for latents in finished])
-        x0 = space.encode(pixels, generators).to(finished.device)
+        pixels = [_enlarged(space, latents, (width, height), tell) for latents in finished]
+        x0 = space.encode(pixels, generators, tell=tell).to(finished.device)
     noise = initial_noise(generators, shape).to(finished.device)
     return from_known(x0, noise, scheduler, strength=upscale.strength)
 
 
-def _enlarged(space: Space, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Latents [C, h, w] -> pixels [3, H, W] of another size."""
-    pixels = space.decode(latents[None], tiled=not space.fits_in_memory(latents))[0]
+def _enlarged(space: Space, latents: Tensor, size: tuple[int, int], tell: Tell) -> Tensor:
+    """Latents [C, h, w] -> pixels [3, H, W] of another size; NaN, for the end to find, where they are no picture."""
+    try:
+        pixels, notes = decode_with_fallbacks(space, latents)
+    except BadOutput:
+        return torch.full((3, size[1], size[0]), torch.nan)
+    for note in notes:
+        tell(note)
     return to_pixels(from_pixels(pixels).resize(size, Image.Resampling.LANCZOS))
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sdcli.errors import NotFound, UsageError
 from sdcli.registry import read_yaml
 from sdcli.request import did_you_mean, first_problem, parse_size
-from sdcli.request_parts import Preprocessor
+from sdcli.request_parts import MapMaker
 from sdcli.settings import Device
 
 S = TypeVar("S", bound="TrainSettings")
@@ -286,7 +286,7 @@ class ControlNetSettings(DenoiserSettings):
         None, "column with the map that belongs to the picture (conditioning_image)", DATA
     )
     conditioning_data_dir: str | None = _field(None, "folder with the maps, under the names of the pictures", DATA)
-    preprocessor: Preprocessor | None = _field(None, "make the maps of the pictures themselves", DATA)
+    preprocessor: MapMaker | None = _field(None, "make the maps of the pictures themselves", DATA)
 
     @model_validator(mode="after")
     def _every_controlnet_setting_has_an_effect(self) -> Self:
@@ -294,8 +294,6 @@ class ControlNetSettings(DenoiserSettings):
         typed = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
         if len(typed) > 1:
             raise ValueError(f"{' and '.join(typed)} both say where the maps come from; give one")
-        if self.preprocessor == "none":
-            raise ValueError("--preprocessor none makes no maps; without it they are taken as they are")
         return self
 
 

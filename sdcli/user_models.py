@@ -16,6 +16,7 @@ from sdcli.registry import (
     HUB_ID,
     PICKLE_SUFFIXES,
     ModelSpec,
+    load_registry,
     packaged_registry_file,
     pickle_refused,
     read_registry_file,
@@ -43,6 +44,8 @@ def add_model(name: str, entry: dict[str, Any], *, overwrite: bool) -> Written:
     if not _NAME.fullmatch(name) or Path(name).suffix.lower() in {".safetensors", *PICKLE_SUFFIXES}:
         raise UsageError(f"{name!r} cannot name a model: letters, digits, '.', '_' and '-', and no file's ending")
     checked_entry(name, entry)
+    if name in load_registry().controlnets:
+        raise UsageError(f"{name!r} is a ControlNet; take another name")
     data = _user_data()
     if name in _entries(packaged_registry_file()) and not overwrite:
         raise UsageError(f"{name!r} is a model of sdcli itself; --overwrite lays yours over it, or take another name")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,16 +15,29 @@ from torch import Tensor, nn
 from sdcli.errors import BadWeights
 from sdcli.registry import pickle_refused
 
+N = TypeVar("N", bound=nn.Module)
 MAX_HEADER_BYTES = 20_000_000
 MAX_TENSORS = 20_000
 FLOATS = {"F64", "F32", "F16", "BF16"}
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
-def build_empty(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a network without allocating or initialising its parameters (they are on the meta device)."""
-    with torch.device("meta"):
+def empty_network(make: Callable[[], N], *, source: str) -> N:
+    """Build a network without allocating or initialising its parameters (they are on the meta device).
+
+    Raises BadWeights where the configuration that `make` takes describes none; `source` is for the sentence.
+    """
+    with torch.device("meta"), network_described(source):
         return make().eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def network_described(source: str) -> Iterator[None]:
+    """Raise BadWeights for all that a network's class raises when its configuration makes no sense."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        raise BadWeights(f"{source}: its configuration describes no network: {error}") from None
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -130,18 +144,21 @@ def check_header(path: Path) -> dict[str, Any]:
         raise BadWeights(
             f"{path} has {len(tensors):,} tensors; no model that sdcli knows has more than {MAX_TENSORS:,}"
         )
-    ends = [entry["data_offsets"][1] for entry in tensors.values() if _has_offsets(entry)]
+    ends = [
+        entry["data_offsets"][1]
+        for entry in tensors.values()
+        if _are_numbers(entry.get("shape")) and _are_numbers(entry.get("data_offsets"), count=2)
+    ]
     if len(ends) != len(tensors):
-        raise BadWeights(f"{path} is no safetensors file: a tensor in its header has no place")
+        raise BadWeights(f"{path} is no safetensors file: a tensor in its header has no place or no shape")
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise BadWeights(f"{path} is cut short: {size:,} bytes of {expected:,}; download or copy it again")
     return header
 
 
-def _has_offsets(entry: Mapping[str, Any]) -> bool:
-    offsets = entry.get("data_offsets")
-    return isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(offset, int) for offset in offsets)
+def _are_numbers(value: Any, *, count: int | None = None) -> bool:
+    return isinstance(value, list) and len(value) == (count or len(value)) and all(isinstance(n, int) for n in value)
 
 
 def random_tensors(network: nn.Module, dtype: torch.dtype, *, seed: int) -> dict[str, Tensor]:

@@ -57,6 +57,14 @@ def test_fields_that_were_not_given_are_left_out_and_lists_and_switches_are_flag
     assert "--invert-mask" not in request_arguments(asked.changed(invert_mask=False))
 
 
+def test_no_digit_of_a_part_is_lost() -> None:
+    asked = parse_request({"upscale": "1.33333333x:0.4444444", "guidance_interval": "0.1234567-0.7654321"})
+    upscale, interval = (
+        asked.changed(**{name: str(getattr(asked, name))}) for name in ("upscale", "guidance_interval")
+    )
+    assert upscale == interval == asked
+
+
 def test_a_shell_reads_the_arguments_back_from_one_printable_line() -> None:
     texts = [
         "", "a fox", "it's", "=ls", "~", "$HOME `id` $(id) !!", 'a "b" \\ c', "a\nb", "'\n\\!", "\x03\nid\n",

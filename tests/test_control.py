@@ -277,6 +277,17 @@ def test_a_second_pass_sees_the_map_at_its_own_size(
     assert list(dict.fromkeys(sizes)) == [(48, 64), (96, 128)]
 
 
+def test_perturbed_attention_asks_no_control_again(
+    tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = painter(tiny_folder, files), []
+    network = own.model.parts[f"controlnet:{files}/one"]
+    forward = network.forward
+    monkeypatch.setattr(network, "forward", lambda *given, **rest: calls.append(1) or forward(*given, **rest))
+    ours(own, seeds=[7], controls=f"{files}/one={files}/a.png", pag_scale=2.0, scheduler="euler")
+    assert len(calls) == STEPS
+
+
 def test_each_picture_of_a_batch_has_its_own_map(tiny_folder: Path, files: Path) -> None:
     own = painter(tiny_folder, files)
     requests = [resolved(own, controls=f"{files}/one={files}/{name}.png") for name in "ab"]
@@ -417,6 +428,7 @@ REFUSED = [
     ({"controls": "one=a.png@0.8-0.2"}, UsageError, "one should end after it starts, not 0.8-0.2"),
     ({"controls": "one=a.png@0-2"}, UsageError, "end: should be less than or equal to 1"),
     ({"controls": "one=a.png@0.45-0.55"}, UsageError, "0.45-0.55 of 5 steps leaves one no step"),
+    ({"controls": "one=a.png@0.28-0.45"}, UsageError, "0.28-0.45 of 5 steps leaves one no step"),
     ({"guess_mode": True}, UsageError, "--guess-mode has no effect without --control"),
     ({"controls": "one=none.png"}, NotFound, "no file none.png"),
 ]

@@ -26,6 +26,7 @@ from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve
 from sdcli.request import parse_request
 from sdcli.train_settings import ControlNetSettings, settings_from
+from sdcli.training import memory
 from sdcli.training.controlnet import ControlNetTask
 from sdcli.training.events import Checkpointed, Noted, Sampled, Validated
 from sdcli.training.task import Draw
@@ -173,6 +174,17 @@ def test_maps_are_cut_and_mirrored_as_their_pictures(tmp_path: Path, pictures: P
     assert torch.equal(item["map"], to_pixels(control_map(from_pixels(item["pixels"]), "softedge", (64, 64))))
 
 
+def test_a_frozen_unet_keeps_less_for_the_backward_pass_than_a_trained_one(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_total", lambda networks, settings, activations: activations)
+    task = built(pictures, tmp_path / "run", preprocessor="blur")
+    settings = settings_from(ControlNetSettings, {"preprocessor": "blur"})
+    kept = memory.controlnet_memory(task, settings, size=(64, 64))
+    task.unet.requires_grad_(True)
+    assert 0 < kept < memory.controlnet_memory(task, settings, size=(64, 64))
+
+
 def test_unusable_maps_cost_their_pictures_alone(tmp_path: Path, pictures: Path, maps: Path) -> None:
     (maps / "1.webp").unlink()
     (maps / "2.webp").write_bytes(b"no picture")
@@ -206,6 +218,9 @@ def test_maps_inside_the_data_are_no_pictures_themselves(tmp_path: Path) -> None
     assert [pictures[index].name for index in range(len(pictures))] == ["0.png", "1.png", "2.png"]
     assert maps.places.tolist() == [0, 1, -1]
     assert maps.read(1) == (tmp_path / "data" / "maps" / "1.png").read_bytes()
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(f'{{"file_name": "{n}.png"}}\n' for n in range(3)))
+    listed, _ = with_maps_of_folder(open_pictures(tmp_path / "data"), str(tmp_path / "data" / "maps"))
+    assert (len(listed), listed.dropped) == (3, ())
 
 
 def test_a_column_of_a_table_names_the_maps(tmp_path: Path) -> None:
@@ -259,7 +274,7 @@ def test_what_leaves_the_maps_open_is_refused(tmp_path: Path, pictures: Path) ->
 
 REFUSED = [
     ({"preprocessor": "softedge", "conditioning_data_dir": "maps"}, "both say where the maps come from"),
-    ({"preprocessor": "none"}, "makes no maps"),
+    ({"preprocessor": "none"}, "should be"),
     ({"preprocessor": "cany"}, "preprocessor"),
     ({"preprocessor": "softedge", "keep_tokens": 2}, "--keep-tokens has no effect without --shuffle-caption"),
 ]

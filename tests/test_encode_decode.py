@@ -24,7 +24,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sdcli import engine as engine_module
 from sdcli import latents as latent_space
 from sdcli.cli.app import app
 from sdcli.errors import (
@@ -535,9 +534,9 @@ def test_latents_of_a_picture_beyond_all_bounds_are_refused() -> None:
 
 def test_a_black_picture_survives_the_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
     good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
-    monkeypatch.setattr(engine_module, "decode", lambda *_, **__: torch.zeros(3, 40, 48))
+    monkeypatch.setattr(latent_space, "decode", lambda *_, **__: torch.zeros(1, 3, 40, 48))
     assert good("decode", "a.safetensors") == ["outputs/a.png"]
-    monkeypatch.setattr(engine_module, "decode", lambda *_, **__: torch.full((3, 40, 48), float("nan")))
+    monkeypatch.setattr(latent_space, "decode", lambda *_, **__: torch.full((1, 3, 40, 48), float("nan")))
     assert run("decode", "a.safetensors", "--overwrite").error.exit_code == 6  # type: ignore[union-attr]
 
 
@@ -546,7 +545,7 @@ def test_a_black_picture_survives_the_round_trip(monkeypatch: pytest.MonkeyPatch
 
 def test_tiles_are_used_when_asked_for_or_when_memory_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, bool]] = []
-    decode, encode = latent_space.decode, latent_space.encode
+    decode, encode = latent_space.decode, latent_space.moments
 
     def watched(call: Any) -> Any:
         def wrapper(*arguments: Any, tiled: bool = False, **options: Any) -> Any:
@@ -556,7 +555,7 @@ def test_tiles_are_used_when_asked_for_or_when_memory_would_not_do(monkeypatch: 
         return wrapper
 
     monkeypatch.setattr(latent_space, "decode", watched(decode))
-    monkeypatch.setattr(latent_space, "encode", watched(encode))
+    monkeypatch.setattr(latent_space, "moments", watched(encode))
     paint(Path("a.png"), size=(48, 40))
     good("encode", "a.png", "-m", "tiny", "-o", "a.safetensors")
     good("decode", "a.safetensors", "-o", "plain.png")
@@ -584,7 +583,7 @@ def test_a_large_picture_in_tiles_is_nearly_the_same() -> None:
 
 
 def test_out_of_memory_with_a_batch_encodes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = latent_space.encode
+    encode = latent_space.moments
 
     def crowded(vae: Any, pixels: Any, **options: Any) -> Any:
         if len(pixels) > 1:
@@ -593,7 +592,7 @@ def test_out_of_memory_with_a_batch_encodes_one_by_one(monkeypatch: pytest.Monke
 
     folder = folder_of(3)
     good("encode", folder, "-m", "tiny", "--outdir", "expected")
-    monkeypatch.setattr(latent_space, "encode", crowded)
+    monkeypatch.setattr(latent_space, "moments", crowded)
     outcome = run("encode", folder, "-m", "tiny", "--batch-size", "3")
     assert "batch of 3 encoded one by one: out of memory" in outcome.err
     for k in range(3):

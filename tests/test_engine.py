@@ -13,14 +13,16 @@ from PIL import Image
 
 from sdcli import engine as engine_module
 from sdcli import pipeline
-from sdcli.engine import Engine, Event, Note, Result, automatic_batch_size, plan
+from sdcli.engine import Engine, Event, Note, Phase, Progress, Result, automatic_batch_size, plan
 from sdcli.errors import BadOutput, CannotWrite, OutOfMemory, UsageError
 from sdcli.files import AlreadyExists
 from sdcli.jobs import Job, Line, expand
+from sdcli.journal import Journal
 from sdcli.metadata import read_picture
 from sdcli.naming import check_output
 from sdcli.registry import Registry, load_registry
 from sdcli.settings import OutputSettings, RunSettings
+from sdcli.spaces import LatentSpace
 from sdcli.verify import verify_picture
 
 
@@ -142,10 +144,10 @@ def test_an_edited_picture_is_told_from_one_that_cannot_be_repeated(registry: Re
 
 
 def oom_above(limit: int, original: Any) -> Any:
-    def paint(painter: Any, requests: Any) -> Iterator[Any]:
+    def paint(painter: Any, requests: Any, **options: Any) -> Iterator[Any]:
         if len(requests) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield from original(painter, requests)
+        yield from original(painter, requests, **options)
 
     return paint
 
@@ -179,20 +181,57 @@ def test_out_of_memory_with_one_picture_fails_that_picture_with_exit_code_5(
     assert result.error.exit_code == 5
 
 
+def statuses(events: list[Event]) -> list[tuple[int, str]]:
+    return sorted((event.job.index, event.status) for event in events if isinstance(event, Result))
+
+
+def test_a_piece_of_a_batch_that_fails_leaves_the_others(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(painter: Any, requests: Any, **options: Any) -> Iterator[Any]:
+        prompts = [request.prompt for request in requests]
+        if "b" in prompts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if "c AND d" in prompts:
+            raise BadOutput("the latents are no longer finite")
+        yield from pipeline.paint(painter, requests, **options)
+
+    monkeypatch.setattr(engine_module, "paint", failing)
+    jobs = jobs_of(registry, "a", "b", "c AND d", "e", model="tiny", seed=1, steps=2)
+    events = paint(registry, tmp_path, jobs, batch_size=4)
+    assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
+    assert list(pictures(tmp_path)) == ["1.png", "4.png"]
+
+
+def test_a_picture_with_a_bad_file_fails_alone(registry: Registry, tmp_path: Path) -> None:
+    names = ("picture", "white", "black", "broken")
+    files = {name: str(tmp_path / f"{name}.png") for name in names}
+    for name, colour in (("picture", "red"), ("white", "white"), ("black", "black")):
+        Image.new("RGB", (64, 64), colour).save(files[name])
+    Path(files["broken"]).write_bytes(b"nothing")
+    started = [{"prompt": "x", "init_image": files["picture"], "mask": files[name]} for name in names[1:]]
+    lines = [Line(number, fields) for number, fields in enumerate([*started, {"prompt": "x"}])]
+    jobs = list(expand(lines, {"model": "tiny", "steps": 2}, registry, num_images=1, base_seed=5))
+    events = paint(registry, tmp_path / "out", [job for job in jobs if isinstance(job, Job)], batch_size=3)
+    assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
+
+
 def test_out_of_memory_while_decoding_keeps_the_latents_and_tries_tiles(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts: list[bool] = []
 
-    def decode(painter: Any, latents: Any, *, tiled: bool = False) -> Any:
+    original = LatentSpace.decode
+
+    def decode(space: Any, x: Any, *, tiled: bool = False) -> Any:
         attempts.append(tiled)
         if not tiled:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
             )
-        return pipeline.decode(painter, latents, tiled=tiled)
+        return original(space, x, tiled=tiled)
 
-    monkeypatch.setattr(engine_module, "decode", decode)
+    monkeypatch.setattr(LatentSpace, "decode", decode)
     *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert result.status == "done"
@@ -205,12 +244,13 @@ def test_out_of_memory_while_decoding_keeps_the_latents_and_tries_tiles(
 def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def decode(painter: Any, latents: Any, *, tiled: bool = False) -> Any:
-        picture = pipeline.decode(painter, latents, tiled=tiled)
-        half = painter.space.dtype == torch.bfloat16
-        return picture * float("nan") if half else picture
+    original = LatentSpace.decode
 
-    monkeypatch.setattr(engine_module, "decode", decode)
+    def decode(space: Any, x: Any, *, tiled: bool = False) -> Any:
+        picture = original(space, x, tiled=tiled)
+        return picture * float("nan") if space.dtype == torch.bfloat16 else picture
+
+    monkeypatch.setattr(LatentSpace, "decode", decode)
     settings = OutputSettings(outdir=tmp_path, template="x")
     engine = Engine(registry, RunSettings(device="cpu", dtype="bfloat16"), settings)
     *_, result = engine.paint_all(jobs_of(registry, "a", model="tiny"))
@@ -223,7 +263,7 @@ def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
 def test_a_black_or_nan_picture_is_never_saved(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    monkeypatch.setattr(engine_module, "decode", lambda *_, **__: torch.full((3, 64, 64), value))
+    monkeypatch.setattr(LatentSpace, "decode", lambda *_, **__: torch.full((1, 3, 64, 64), value))
     *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert isinstance(result.error, BadOutput)
@@ -270,6 +310,29 @@ def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp
     assert (tmp_path / "1-2.png").exists()
     paint(registry, tmp_path, jobs, overwrite=True)
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "1-2.png").read_bytes()
+
+
+def test_a_resumed_run_overwrites_no_picture_that_it_keeps(registry: Registry, tmp_path: Path) -> None:
+    first, second = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
+    settings = OutputSettings(outdir=tmp_path, template="Picture{steps}", overwrite=True, resume=True)
+    for jobs in ([first], [first, second]):
+        run = RunSettings(device="cpu", batch_size=1)
+        list(Engine(registry, run, settings).paint_all(jobs, journal=Journal.open(tmp_path)))
+    assert list(pictures(tmp_path)) == ["Picture2-2.png", "Picture2.png"]
+
+
+def test_each_pass_is_announced_with_its_own_steps(registry: Registry, tmp_path: Path) -> None:
+    events = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny", steps=4, upscale="1.5x:0.5:latent"))
+    shown = [event for event in events if isinstance(event, Progress) or getattr(event, "name", "") == "denoise"]
+    announced = [(place, event.steps) for place, event in enumerate(shown) if isinstance(event, Phase)]
+    assert announced == [(0, 4), (5, 2)]
+
+
+def test_a_name_that_cannot_be_made_fails_one_picture_once(registry: Registry, tmp_path: Path) -> None:
+    jobs = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
+    settings = OutputSettings(outdir=tmp_path, template="{custom_id:d}")
+    events = Engine(registry, RunSettings(device="cpu", batch_size=2), settings).paint_all(jobs)
+    assert statuses(list(events)) == [(1, "failed"), (2, "failed")]
 
 
 def test_a_taken_name_and_a_folder_without_permission_are_found_before_painting(tmp_path: Path) -> None:

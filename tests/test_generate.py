@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sdcli.errors import UsageError
+from sdcli.jobs import combinations, read_lines
 from sdcli.schedulers import SCHEDULERS
+from sdcli.sweeping import parse_axis, swept
+from sdcli.wildcards import Wildcards
 from tests.conftest import REPOSITORY, Disk, Run
 
 TINY = ("-m", "tiny", "--steps", "2", "-q")
@@ -340,3 +344,22 @@ def test_talk_without_a_terminal_is_plain_lines_on_stderr(sdcli: Run, variable: 
     result = sdcli("generate", "a cat", "-m", "tiny", env=variable)
     assert "denoising" in result.stderr
     assert "\x1b" not in result.stderr + result.stdout
+
+
+def test_a_line_s_fields_have_our_names_whatever_it_calls_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a {b|c}", "negative": "{x|y}", "cfg_scale": 9, "num-images": 2}\n'
+        '{"prompt": "a", "size": "64x32", "custom_id": 7}\n'
+        '{"prompt": "a", "size": "64x32", "width": 8, "custom_id": 8}\n'
+    )
+    first, sized, twice = read_lines(str(tmp_path / "a.jsonl"))
+    assert first.fields == {"prompt": "a {b|c}", "negative_prompt": "{x|y}", "guidance_scale": 9, "num_images": 2}
+    assert len(list(combinations([first], {}, Wildcards()))) == 4
+    with pytest.raises(UsageError, match="guidance_scale has a value already"):
+        swept([first], [parse_axis("cfg-scale=2,3")], {}, base_seed=0)
+    assert sized.fields == {"prompt": "a", "width": 64, "height": 32, "custom_id": 7}
+    assert (twice.problem, twice.fields) == ("width is given twice", {"custom_id": 8})
+    (tmp_path / "a.txt").write_text("a --lora x --loras y --embedding v --embedding w\na --s 3 --steps 4\n")
+    several, twice = read_lines(str(tmp_path / "a.txt"))
+    assert several.fields == {"prompt": "a", "loras": ["x", "y"], "embeddings": ["v", "w"]}
+    assert twice.problem == "steps is given twice"

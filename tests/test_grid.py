@@ -52,9 +52,13 @@ def test_labels_say_what_differs_and_nothing_else() -> None:
         "seed 1, cfg 7, a blue fox",
     ]
     assert labels_of(["a", "b"], [a, a.changed(width=24)]) == ["16x16", "24x16"]
+    assert labels_of(["a", "b"], [a, a.changed(upscale="2x")]) == ["16x16", "32x32, upscale 2x:0.5:pixel"]
     assert labels_of(["x/a", "b"], [a, a]) == ["x/a", "b"]
     assert labels_of(["a", "b", "bare"], [a, b, None]) == ["seed 1", "seed 2", "bare"]
     assert labels_of(["a", "b"], [a, GenerationRequest(prompt="a fox", seed=2)])[1] == "seed 2"
+    several = a.changed(loras=["one:0.5", "two"])
+    assert labels_of(["a", "b"], [a.changed(loras=["one:0.5"]), several]) == ["loras one:0.5", "loras one:0.5 two:1"]
+    assert labels_of(["a", "b"], [a, several]) == ["a", "loras one:0.5 two:1"]
 
 
 def test_asked_fields_stand_in_their_order() -> None:

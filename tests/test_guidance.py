@@ -13,10 +13,12 @@ from torch import Tensor
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.errors import UsageError
 from sdcli.loading import load_model
+from sdcli.model_folder import ModelKind
 from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import resolve, spec_of_folder
 from sdcli.request import parse_request
+from sdcli.schedulers import SCHEDULERS
 from tests.tiny import save_tiny_pipeline
 
 
@@ -69,3 +71,25 @@ def test_perturbed_attention_is_refused_where_it_means_nothing(painter: Painter,
     other = Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
     with pytest.raises(UsageError, match="no self-attention in the middle"):
         latents(other, pag_scale=3.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_table_says_how_often_a_scheduler_asks_the_network(painter: Painter, name: str) -> None:
+    scheduler = make_scheduler(name, painter.model.scheduler_config)
+    scheduler.set_timesteps(7)
+    assert len(scheduler.timesteps) == SCHEDULERS[name].calls(7)
+
+
+def test_an_interval_without_a_step_is_refused(painter: Painter) -> None:
+    asked = parse_request({"prompt": "a cat", "steps": 4, "scheduler": "euler", "guidance_interval": "0.55-0.7"})
+    with pytest.raises(UsageError, match=r"0.55-0.7 of 4 steps leaves guidance no step"):
+        resolve(asked, painter.model.spec)
+    assert resolve(asked.changed(scheduler="heun"), painter.model.spec).guidance_interval is not None
+
+
+def test_the_last_scale_alone_is_guidance_and_has_one_spelling(painter: Painter) -> None:
+    spec = painter.model.spec.model_copy(update={"kind": ModelKind(conditioning="none")})
+    with pytest.raises(UsageError, match="cannot be guided"):
+        resolve(parse_request({"guidance_scale": 1, "guidance_end": 5}), spec)
+    with pytest.raises(UsageError, match="so does guidance_end"):
+        parse_request({"guidance_scale": "7..3", "guidance_end": 5})

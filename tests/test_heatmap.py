@@ -73,9 +73,9 @@ def test_every_map_of_a_layer_and_a_step_is_a_probability(tiny: LoadedModel) -> 
         assert float(weights.min()) >= 0
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:2]))
     maps.step((9, 5))
-    mean = maps.mean()
-    assert mean.shape == (2, 7, 9, 5)
-    torch.testing.assert_close(mean.sum(dim=1), torch.ones(2, 9, 5))
+    for mean in map(maps.mean, range(2)):
+        assert mean.shape == (7, 9, 5)
+        torch.testing.assert_close(mean.sum(dim=0), torch.ones(9, 5))
 
 
 def test_equal_tokens_have_equal_maps_and_a_constant_condition_prefers_none(tiny: LoadedModel) -> None:
@@ -83,11 +83,11 @@ def test_equal_tokens_have_equal_maps_and_a_constant_condition_prefers_none(tiny
     condition[:, 4] = condition[:, 2]
     maps = watched(tiny, condition, pictures=1)
     maps.step((9, 5))
-    torch.testing.assert_close(maps.mean()[:, 4], maps.mean()[:, 2])
-    assert not torch.allclose(maps.mean()[:, 3], maps.mean()[:, 2])
+    torch.testing.assert_close(maps.mean(0)[4], maps.mean(0)[2])
+    assert not torch.allclose(maps.mean(0)[3], maps.mean(0)[2])
     maps = watched(tiny, states(1)[:, :1].expand(1, 7, 32), pictures=1)
     maps.step((9, 5))
-    torch.testing.assert_close(maps.mean(), torch.full((1, 7, 9, 5), 1 / 7))
+    torch.testing.assert_close(maps.mean(0), torch.full((7, 9, 5), 1 / 7))
 
 
 def test_only_the_conditional_half_counts(tiny: LoadedModel) -> None:
@@ -135,6 +135,13 @@ def test_words_and_phrases_are_found_wherever_they_stand(tokenizer: ClipTokenize
     assert sorted(phrase.places) == sorted([*known(red).places, *known(fox).places])
     for text in ("cat", "fox red", "hippo", "", "the red fox in"):
         assert find(tokenizer, ids, text) is None
+
+
+def test_an_embedding_is_found_in_any_case_as_the_prompt_reads_it(tokenizer: ClipTokenizer) -> None:
+    (cat,) = tokenizer.words("cat")
+    context = Context((tokenizer.start_id, cat, -1, -2, tokenizer.end_id), {"My-Style": range(2)})
+    for phrase, places in (("my-style", (2, 3)), ("cat my-style", (1, 2, 3))):
+        assert known(find(tokenizer, context, phrase)).places == places
 
 
 def test_an_overlay_goes_from_the_coldest_to_the_hottest_place() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from sdcli import hub
 from sdcli.errors import BadWeights, Offline, UsageError
-from sdcli.registry import PACKAGE, HubSource, ModelSpec
+from sdcli.registry import PACKAGE, ControlNetSpec, HubSource, ModelSpec
 from tests.hub_server import HubServer, Repo, files_of
 
 NAME = "maker/small"
@@ -394,22 +394,29 @@ def test_weights_of_the_variant_come_first_and_plain_ones_fill_in() -> None:
         "text_encoder/model.fp16-00002-of-00002.safetensors",
         "text_encoder/model.safetensors.index.fp16.json",
     }
-    assert hub.weight_files(present, "unet", variant="fp16") == ["unet/diffusion_pytorch_model.fp16.safetensors"]
-    assert hub.weight_files(present, "unet", variant=None) == ["unet/diffusion_pytorch_model.safetensors"]
-    assert hub.weight_files(present, "vae", variant="fp16") == ["vae/diffusion_pytorch_model.safetensors"]
-    assert len(hub.weight_files(present, "text_encoder", variant="fp16")) == 3
-    assert hub.weight_files(present, "text_encoder", variant=None) == []
+    assert hub.weight_files(present, "unet/diffusion_pytorch_model", variant="fp16") == [
+        "unet/diffusion_pytorch_model.fp16.safetensors"
+    ]
+    assert hub.weight_files(present, "unet/diffusion_pytorch_model", variant=None) == [
+        "unet/diffusion_pytorch_model.safetensors"
+    ]
+    assert hub.weight_files(present, "vae/diffusion_pytorch_model", variant="fp16") == [
+        "vae/diffusion_pytorch_model.safetensors"
+    ]
+    assert len(hub.weight_files(present, "text_encoder/model", variant="fp16")) == 3
+    assert hub.weight_files(present, "text_encoder/model", variant=None) == []
 
 
 def test_a_partial_sdxl_names_the_first_missing_file(tmp_path: Path) -> None:
     from tests.tiny import save_tiny_sdxl
 
+    spec = ModelSpec(name="small", source=HubSource(kind="hub", repo=NAME, variant="fp16"))
     for refiner in (False, True):
         folder = save_tiny_sdxl(tmp_path / str(refiner), refiner=refiner)
-        assert hub.first_missing(folder, variant="fp16") is None
+        assert hub.first_missing(folder, spec) is None
         for path in ("text_encoder_2/model.safetensors", "text_encoder_2/config.json", "tokenizer_2/tokenizer.json"):
             (folder / path).rename(folder / "away")
-            missing = hub.first_missing(folder, variant=None)
+            missing = hub.first_missing(folder, spec)
             assert missing is not None
             assert missing.partition("/")[0] == path.partition("/")[0]
             (folder / "away").rename(folder / path)
@@ -417,9 +424,9 @@ def test_a_partial_sdxl_names_the_first_missing_file(tmp_path: Path) -> None:
 
 def test_a_partial_snapshot_names_the_first_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    source = HubSource(kind="hub", repo=NAME)
+    spec = ModelSpec(name="small", source=HubSource(kind="hub", repo=NAME), download_bytes=2_100_000_000)
     with pytest.raises(Offline, match=r"not in the cache .*`sdcli models pull small` \(2\.1 GB\)"):
-        hub.local_snapshot(source, name="small", size=2_100_000_000)
+        hub.folder_of(spec)
     commit = "a" * 40
     folder = tmp_path / "models--maker--small/snapshots" / commit
     folder.mkdir(parents=True)
@@ -428,10 +435,24 @@ def test_a_partial_snapshot_names_the_first_missing_file(tmp_path: Path, monkeyp
     (refs / "main").write_text(commit)
     for path, data in files_of(PACKAGE / "starter").items():
         with pytest.raises(Offline, match=r"only partly in the cache: .* is missing"):
-            hub.local_snapshot(source, name="small")
+            hub.folder_of(spec)
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data[:100])
-    assert hub.local_snapshot(source, name="small") == folder
+    assert hub.folder_of(spec) == folder
+
+
+def test_a_controlnet_without_its_shards_or_its_configuration_is_not_whole(tmp_path: Path) -> None:
+    spec = ControlNetSpec(name="edges", source=HubSource(kind="hub", repo="maker/edges"))
+    shards = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {"weight_map": {str(number): shard for number, shard in enumerate(shards)}}
+    files = {"config.json": "{}", "diffusion_pytorch_model.safetensors.index.json": json.dumps(index)}
+    assert hub.first_missing(tmp_path, spec) == "config.json"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for shard in shards:
+        assert hub.first_missing(tmp_path, spec) == shard
+        (tmp_path / shard).touch()
+    assert hub.first_missing(tmp_path, spec) is None
 
 
 def test_the_cache_is_where_huggingface_hub_has_it(tmp_path: Path) -> None:

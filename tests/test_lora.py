@@ -115,6 +115,13 @@ def test_the_oldest_names_of_diffusers_mean_the_same_layers(tmp_path: Path, mode
     assert same_weights(merged(model, tmp_path / "procs.safetensors"), now, "unet")
 
 
+def test_a_lora_of_a_model_that_wraps_the_network_is_merged(tmp_path: Path, model: LoadedModel, pairs: Pairs) -> None:
+    plain = save_diffusers(tmp_path / "plain.safetensors", {"unet": pairs["unet"]})
+    wrapped = {f"base_model.model.diffusion_model.{k.removeprefix('unet.')}": t for k, t in load_file(plain).items()}
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    assert same_weights(merged(model, plain), merged(model, tmp_path / "wrapped.safetensors"))
+
+
 def test_the_original_codes_names_of_a_unet_are_those_of_its_layers() -> None:
     """Of Stable Diffusion 1.5; the other direction is written down in tests/ldm.py."""
     from diffusers import UNet2DConditionModel
@@ -445,6 +452,8 @@ BROKEN: dict[str, tuple[dict[str, Tensor], type[SdcliError], str]] = {
     "peft's DoRA": ({"unet.conv_in.lora_magnitude_vector": torch.ones(1)}, UsageError, "is DoRA"),
     "LoHa": ({f"{KOHYA}.hada_w1_a": torch.ones(1)}, UsageError, "is LoHa"),
     "LoKr": ({f"{KOHYA}.lokr_w1": torch.ones(1)}, UsageError, "is LoKr"),
+    "differences": ({f"{KOHYA}.diff_b": torch.ones(1)}, UsageError, "is a file of whole differences"),
+    "a checkpoint": ({"model.diffusion_model.out.2.bias": torch.ones(4)}, BadWeights, "holds no LoRA"),
 }
 
 
@@ -482,6 +491,7 @@ def test_hostile_files_are_refused_by_their_headers(tmp_path: Path, loras: Path)
         ("pickle", b"\x80\x02" + bytes(100), "is a pickle.*models convert"),
         ("empty", b"", "is no safetensors file"),
         ("huge", (2**62).to_bytes(8, "little") + whole, "no safetensors file"),
+        ("shapeless", whole.replace(b'"shape"', b'"shame"', 1), "no shape"),
     ):
         (tmp_path / f"{name}.safetensors").write_bytes(data)
         with pytest.raises(BadWeights, match=sentence):

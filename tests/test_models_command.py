@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from sdcli.cli.models import app
 from sdcli.errors import CannotWrite, NotFound, SdcliError, UsageError
 from sdcli.registry import PACKAGE, FolderSource, HubSource, load_registry, user_registry_file
 from sdcli.user_models import add_model, remove_model, set_default, source_of
@@ -101,6 +103,8 @@ def test_an_added_folder_is_listed_found_and_removed_again(models: Run, tmp_path
     ("arguments", "code", "sentence"),
     [
         (["add", "starter", "maker/small"], 2, "a model of sdcli itself"),
+        (["add", "canny", "maker/small"], 2, "'canny' is a ControlNet"),
+        (["path", "canny"], 4, "sdcli models pull canny` (723 MB)"),
         (["add", "x", "nowhere"], 3, "no file or folder nowhere"),
         (["add", "x", "maker/small", "--scheduler", "eulr"], 2, "did you mean 'euler'"),
         (["add", "x", "maker/small", "--size", "100x100"], 2, "width"),
@@ -122,6 +126,13 @@ def test_what_cannot_be_done_is_told_in_a_sentence(
     assert refused.stderr.count("\n") == 1
     assert refused.stdout == ""
     assert not (tmp_path / "config/sdcli").exists()
+
+
+def test_a_controlnet_is_shown_by_its_name() -> None:
+    shown = CliRunner().invoke(app, ["show", "canny", "--json"], catch_exceptions=False)
+    assert json.loads(shown.stdout)["origin"] == "lllyasviel/control_v11p_sd15_canny"
+    spec = load_registry().find_controlnet("maker/net@v2")
+    assert spec.origin() == "maker/net@v2"
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "../x", "x.safetensors", "x.ckpt", "a b", "-x", "é" * 80])

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.loading import load_model
 from sdcli.painter import Painter
-from sdcli.pipeline import decode, paint
+from sdcli.pipeline import paint
 from sdcli.registry import PACKAGE, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from sdcli.schedulers import schedulers_for
@@ -109,7 +109,7 @@ def test_decoded_pixels_equal_diffusers(model: str, request: pytest.FixtureReque
     with torch.inference_mode():
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     expected = pipeline.image_processor.postprocess(decoded, output_type="pt")[0]
-    assert torch.equal(decode(painter, latents[0]), expected)
+    assert torch.equal(painter.space.decode(latents[:1])[0], expected)
 
 
 def test_a_distilled_unet_takes_the_guidance_scale_as_an_input(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def paint_files(registry: Registry, folder: Path, prompts: list[str], **typed: A
     assert [result.error for result in results] == [None] * len(prompts)
 
 
-def test_a_distilled_model_refuses_and(tiny: Painter) -> None:
+def test_a_distilled_model_refuses_and_and_a_second_scale(tiny: Painter) -> None:
     unet = tiny.model.unet
     distilled = replace(tiny, model=tiny.model.with_parts(unet=unet))
     config = dict(unet.config)
@@ -361,5 +361,7 @@ def test_a_distilled_model_refuses_and(tiny: Painter) -> None:
         unet.register_to_config(time_cond_proj_dim=8)
         with pytest.raises(UsageError, match="was distilled without guidance, so AND"):
             list(paint(distilled, [asked(tiny, "a AND b", guidance_scale=3)]))
+        with pytest.raises(UsageError, match="was distilled without guidance end"):
+            list(paint(distilled, [asked(tiny, "a", guidance_scale=3, guidance_end=0)]))
     finally:
         unet.register_to_config(time_cond_proj_dim=config["time_cond_proj_dim"])

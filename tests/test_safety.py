@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPConfig
 
+from sdcli.engine import Engine, Event, Phase, Progress, Result
 from sdcli.errors import BadWeights
+from sdcli.jobs import Job, Line, expand
+from sdcli.registry import load_registry
 from sdcli.safety import load_safety_checker
+from sdcli.settings import OutputSettings, RunSettings
 from tests.conftest import Run
 from tests.tiny import tiny_parts
 
@@ -63,6 +68,43 @@ def test_a_lenient_checker_flags_nothing(tmp_path: Path) -> None:
     checker = load_safety_checker(save_checked(tmp_path / "lenient", threshold=2.0))
     assert checker is not None
     assert not checker.flags(Image.new("RGB", (64, 48), "red"))
+
+
+def engine_for(folder: Path, outdir: Path) -> Iterator[Event]:
+    fields = {"prompt": "a cat", "model": str(folder), "width": 64, "height": 64, "steps": 2}
+    registry = load_registry()
+    jobs = [job for job in expand([Line(0, fields)], {}, registry, num_images=1, base_seed=1) if isinstance(job, Job)]
+    return Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=outdir)).paint_all(jobs)
+
+
+def test_a_look_at_what_is_flagged_shows_nothing(strict: Path, tmp_path: Path) -> None:
+    looks = []
+    for event in engine_for(strict, tmp_path):
+        if isinstance(event, Progress):
+            looks.append(event.look())
+    assert isinstance(event, Result)
+    assert event.status == "flagged"
+    assert [look is not None and look.getextrema() for look in looks] == [((255, 255),) * 3] * 2
+
+
+def test_a_checker_that_cannot_be_read_is_found_before_painting(strict: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(strict, tmp_path / "copy")
+    (copy / "safety_checker" / "config.json").write_text("{")
+    events = engine_for(copy, tmp_path / "out")
+    assert isinstance(next(events), Phase)
+    with pytest.raises(BadWeights, match="--safety off paints without it"):
+        next(events)
+
+
+def test_a_checker_in_parts_is_read(strict: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(strict, tmp_path / "copy")
+    whole = StableDiffusionSafetyChecker.from_pretrained(copy / "safety_checker")
+    shutil.rmtree(copy / "safety_checker")
+    whole.save_pretrained(copy / "safety_checker", max_shard_size="10KB")
+    assert len(list((copy / "safety_checker").glob("*.safetensors"))) > 1
+    checker = load_safety_checker(copy)
+    assert checker is not None
+    assert checker.flags(Image.new("RGB", (64, 48), "red"))
 
 
 def test_a_folder_without_a_checker_has_none(tiny_folder: Path) -> None:

@@ -29,12 +29,12 @@ from sdcli.loading import load_model
 from sdcli.metadata import parameters_text, read_picture
 from sdcli.metrics import distance
 from sdcli.painter import Painter
-from sdcli.pipeline import decode, paint, scheduler_for
+from sdcli.pipeline import paint, scheduler_for
 from sdcli.registry import SD3_DEFAULTS, ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
-from sdcli.training.model_parts import refuse_sdxl
+from sdcli.training.model_parts import load_to_train, refuse_shifted
 from sdcli.verify import verify_picture
 from tests.tiny import save_tiny_sd3
 
@@ -170,7 +170,7 @@ def test_the_vae_shifts_its_latents_as_in_diffusers(
     with torch.inference_mode():
         decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     expected = pipelines[True].image_processor.postprocess(decoded, output_type="pt")[0]
-    assert torch.equal(decode(painter, latents[0]), expected)
+    assert torch.equal(painter.space.decode(latents)[0], expected)
     own = torch.randn((1, 16, 12, 8), generator=torch.Generator().manual_seed(1))
     shifted = latent_space.scaled(painter.model.vae, own)
     assert torch.equal(shifted, (own - 0.0609) * 1.5305)
@@ -184,7 +184,7 @@ def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
     codec = Codec.load(painter.model.spec, RunSettings(device="cpu"))
     own, _ = codec.encode([torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))], seeds=None)
     scaled = latent_space.scaled(painter.model.vae, own)
-    apart = distance(codec.decode(own[0])[0], from_pixels(decode(painter, scaled[0])))
+    apart = distance(codec.decode(own[0])[0], from_pixels(painter.space.decode(scaled)[0]))
     assert apart is not None
     assert apart.largest <= 1
     record = LatentRecord(model="m", vae="v", scaling_factor=1.5305, sample="mean", source=())
@@ -301,7 +301,9 @@ def test_its_scheduler_is_refused_for_diffusion_models(tiny_folder: Path) -> Non
 def test_other_commands_refuse_it(painters: dict[bool, Painter]) -> None:
     model = painters[False].model
     with pytest.raises(UsageError, match="sd3 family, which sdcli paints with but does not train yet"):
-        refuse_sdxl(model)
+        load_to_train(model.spec, device="cpu")
+    with pytest.raises(UsageError, match="shifts its latents"):
+        refuse_shifted(model)
     with pytest.raises(UsageError, match="trained with flow matching"):
         ForwardProcess.of(model.spec, RunSettings())
     with pytest.raises(UsageError, match="jointly, so there are no maps"):
@@ -377,11 +379,12 @@ def test_an_unknown_repository_is_told_how_to_name_its_family(folders: dict[bool
     "file", ["transformer/config.json", "text_encoder_3/model.safetensors", "tokenizer_3/tokenizer.json"]
 )
 def test_a_partial_download_names_what_is_missing(folders: dict[bool, Path], tmp_path: Path, file: str) -> None:
-    assert first_missing(folders[True], variant=None) is None
-    assert first_missing(folders[False], variant=None) is None
+    spec = spec_of_folder(folders[True])
+    assert first_missing(folders[True], spec) is None
+    assert first_missing(folders[False], spec) is None
     shutil.copytree(folders[True], tmp_path / "model")
     (tmp_path / "model" / file).unlink()
-    assert first_missing(tmp_path / "model", variant=None) == file
+    assert first_missing(tmp_path / "model", spec) == file
     if file.startswith("tokenizer"):
         with pytest.raises(NotFound, match="the tokenizer needs it"):
             of_folder(tmp_path / "model")

@@ -25,14 +25,14 @@ from sdcli.loading import load_model
 from sdcli.lora_weights import with_loras
 from sdcli.metadata import parameters_text, read_picture
 from sdcli.painter import Painter
-from sdcli.pipeline import decode, paint
+from sdcli.pipeline import paint
 from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import LoraRef
 from sdcli.schedulers import SCHEDULERS, schedulers_for
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
-from sdcli.training.model_parts import refuse_sdxl
+from sdcli.training.model_parts import load_to_train
 from sdcli.verify import verify_picture
 from sdcli.weights import random_tensors
 from tests.loras import random_pairs, save_diffusers, save_kohya
@@ -234,6 +234,16 @@ def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(pain
             ours(painter, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
 
 
+def test_a_control_of_the_refiner_s_steps_alone_is_refused(
+    painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcli.pipeline.controls_for", lambda model, requests: [])
+    Image.new("RGB", (56, 96)).save(tmp_path / "map.png")
+    fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
+    with pytest.raises(UsageError, match="in the refiner's steps alone"):
+        ours(painter, controls=f"net={tmp_path}/map.png@0.7-1", **fields)
+
+
 def test_a_refiner_neither_begins_nor_serves_another_family(painter: Painter, tiny_folder: Path) -> None:
     assert painter.refiner is not None
     other = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
@@ -249,7 +259,7 @@ def test_decoded_pixels_equal_diffusers(painter: Painter, base: StableDiffusionX
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         decoded = base.vae.decode(latents / base.vae.config.scaling_factor).sample
-    assert torch.equal(decode(painter, latents[0]), base.image_processor.postprocess(decoded, output_type="pt")[0])
+    assert torch.equal(painter.space.decode(latents), base.image_processor.postprocess(decoded, output_type="pt"))
 
 
 @pytest.mark.parametrize(
@@ -301,12 +311,15 @@ def test_what_does_not_fit_together_is_told_in_a_sentence(
         ours(of_folder(tmp_path / "model"), **SMALL, guidance_scale=5.0)
 
 
-def test_training_refuses_sdxl_before_it_begins(folders: dict[str, Path]) -> None:
-    model = load_model(spec_of_folder(folders["base"]), dtype="float32", device="cpu")
+def test_training_refuses_sdxl_before_it_reads_its_weights(tmp_path: Path, folders: dict[str, Path]) -> None:
+    spec = spec_of_folder(shutil.copytree(folders["base"], tmp_path / "model"))
+    (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UsageError, match="does not train yet"):
-        refuse_sdxl(model)
+        load_to_train(spec, device="cpu")
+    with pytest.raises(UsageError, match="does not train yet"):  # where nothing said so beforehand
+        load_to_train(spec_of_folder(folders["base"]).model_copy(update={"family": "sd1"}), device="cpu", needs="vae")
     with pytest.raises(UsageError, match="two text encoders"):
-        load_model(model.spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
+        load_model(spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
@@ -377,10 +390,19 @@ def test_a_picture_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Pa
     assert "Refiner switch at: 0.8" in parameters_text(record)
 
 
+def test_another_refiner_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None:
+    engine = Engine(load_registry(), RunSettings(device="cpu", dtype="float32"), OutputSettings())
+    base, refiner = (spec_of_folder(folders[name]) for name in ("base", "refiner"))
+    alone, refined, again = (engine.load(base, refiner=one) for one in (None, refiner, None))
+    assert alone.model is refined.model is again.model
+    assert (alone.refiner, again.refiner) == (None, None)
+    assert refined.refiner is not None
+
+
 def test_a_tiny_sdxl_of_random_weights_needs_no_file() -> None:
     spec = ModelSpec(name="tiny-sdxl", source=RandomSource(kind="random", architecture="tiny-sdxl"), family="sdxl")
     painter = Painter.of(load_model(spec, device="cpu", dtype="bfloat16"))
     request = resolve(GenerationRequest(prompt="x", seed=1, width=64, height=64, steps=2), spec)
     *_, last = paint(painter, [request])
-    assert decode(painter, last.latents[0]).isfinite().all()
+    assert painter.space.decode(last.latents).isfinite().all()
     assert painter.weights()["text_encoder_2"] == "random:tiny-sdxl:0"

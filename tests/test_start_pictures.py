@@ -13,10 +13,12 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 from torch import Tensor
 
+from sdcli import latents
+from sdcli.canvas import identified
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.denoise.start import slerp
 from sdcli.engine import paint_pictures, plan
-from sdcli.errors import BadPicture, NotFound, UsageError
+from sdcli.errors import BadOutput, BadPicture, NotFound, UsageError
 from sdcli.images import from_pixels
 from sdcli.jobs import Job, Line, expand
 from sdcli.loading import load_model
@@ -24,8 +26,10 @@ from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
+from sdcli.request_parts import FileRef
 from sdcli.schedulers import schedulers_for
 from sdcli.settings import RunSettings
+from sdcli.spaces import LatentSpace
 from sdcli.start_pictures import measure, start_picture
 from tests.tiny import save_tiny_pipeline
 
@@ -157,6 +161,18 @@ def test_a_latent_file_starts_as_the_picture_that_it_was_encoded_from(
         resolve(parse_request({**fields, "width": 128}), tiny.model.spec, measure=measure)
 
 
+def test_a_start_is_read_again_only_where_it_has_changed(files: Path, tmp_path: Path) -> None:
+    ref = identified(FileRef(path=str(files / "picture.png")))
+    before = measure.cache_info().hits
+    assert measure(ref, 8) == measure(identified(ref), 8)
+    assert measure.cache_info().hits > before
+    (tmp_path / "a").write_bytes(b"one")
+    first = identified(FileRef(path=str(tmp_path / "a")))
+    (tmp_path / "a").write_bytes(b"other")
+    with pytest.raises(UsageError, match="is not the file that was painted from"):
+        identified(first)
+
+
 def test_a_picture_does_not_depend_on_the_other_starts_of_its_batch(tiny: Painter, files: Path) -> None:
     given = {"steps": 4, "width": 64, "height": 48, "strength": 0.7}
     starts = [str(files / "picture.png"), str(files / "mask.png")]
@@ -166,6 +182,38 @@ def test_a_picture_does_not_depend_on_the_other_starts_of_its_batch(tiny: Painte
     for n, request in enumerate(requests):
         company = paint_pictures(tiny, [request, request], batch_size=2)[0]
         assert (together[n].pixels - company.pixels).abs().max() < 2 / 255
+
+
+def test_what_many_pictures_begin_with_is_encoded_once(
+    tiny: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    moments = latents.moments
+    monkeypatch.setattr(latents, "moments", lambda *given, **how: calls.append(how) or moments(*given, **how))
+    for name, colour in (("start", "green"), ("mask", "white")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    given = {"prompt": "a cat", "init_image": str(tmp_path / "start.png"), "mask": str(tmp_path / "mask.png")}
+    asked = [parse_request({**given, "steps": 2, "seed": seed}) for seed in range(3)]
+    requests = [resolve(one, tiny.model.spec, measure=measure) for one in asked]
+    paint_pictures(tiny, requests, batch_size=2)
+    assert len(calls) == 1
+
+
+def test_a_start_that_needs_too_much_memory_is_encoded_in_tiles(
+    tiny: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = latents.moments
+
+    def crowded(*given: Any, tiled: bool) -> Any:
+        if not tiled:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return moments(*given, tiled=tiled)
+
+    monkeypatch.setattr(latents, "moments", crowded)
+    Image.new("RGB", (64, 64), "orange").save(tmp_path / "start.png")
+    asked = parse_request({"prompt": "a cat", "init_image": str(tmp_path / "start.png"), "steps": 2, "seed": 1})
+    (picture,) = paint_pictures(tiny, [resolve(asked, tiny.model.spec, measure=measure)])
+    assert picture.fallbacks == ("encoded in tiles: out of memory",)
 
 
 def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path) -> None:
@@ -210,6 +258,17 @@ def test_a_second_pass_is_the_first_picture_enlarged_and_painted_on(tiny: Painte
     assert last.latents.shape == (1, 4, 16, 16)
     plain = painted(tiny)
     assert painted(tiny, upscale="2x:0.25").resize((64, 64)).tobytes() != plain.tobytes()
+
+
+def test_a_first_pass_that_is_no_picture_is_not_painted_on(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = LatentSpace.decode
+
+    def broken(space: LatentSpace, x: Tensor, **how: Any) -> Tensor:
+        return decode(space, x, **how) * (torch.nan if x.shape[-1] == 8 else 1)
+
+    monkeypatch.setattr(LatentSpace, "decode", broken)
+    with pytest.raises(BadOutput):
+        painted(tiny, upscale="2x:0.5")
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
@@ -291,6 +350,9 @@ def test_broken_starts_are_told_apart(tiny: Painter, files: Path, tmp_path: Path
     (tmp_path / "cut.png").write_bytes((files / "picture.png").read_bytes()[:200])
     with pytest.raises(UsageError, match="the mask is black all over"):
         painted(tiny, init_image=picture, mask=str(tmp_path / "black.png"))
+    Image.new("L", (64, 48), 255).save(tmp_path / "white.png")
+    with pytest.raises(UsageError, match=r"the mask is white all over, .* without --invert-mask"):
+        painted(tiny, init_image=picture, mask=str(tmp_path / "white.png"), invert_mask=True)
     with pytest.raises(UsageError, match="the mask is 32x48 pixels, the start picture 64x48"):
         painted(tiny, init_image=picture, mask=str(tmp_path / "narrow.png"))
     with pytest.raises(BadPicture, match=r"cut\.png"):

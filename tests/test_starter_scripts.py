@@ -27,7 +27,7 @@ from sdcli.train_settings import TextSettings, UnetSettings, VaeSettings, settin
 from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts" / "starter"
-NAMES = ("words", "scenes", "judge", "evaluate", "texts", "sprites", "assemble", "parts")
+NAMES = ("words", "scenes", "judge", "evaluate", "texts", "sprites", "assemble", "parts", "train")
 
 THINGS = [
     ("horse", "animals-nature", "animal-mammal", "brown"),
@@ -340,6 +340,18 @@ def test_the_recipe_in_miniature_makes_a_model_folder_in_two_goes(
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a cat", height=32, width=32, num_inference_steps=2).images[0]
     assert picture.size == (32, 32)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "vae"
+    run.mkdir(parents=True)
+    (run / "settings.yaml").touch()
+    step = {"train": "vae", "data": "crops"}
+    assert "--resume" not in scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
+    (run / "checkpoint-500").mkdir()
+    assert "--resume" in scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
 
 
 def test_every_recipe_names_settings_that_there_are() -> None:

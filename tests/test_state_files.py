@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,11 +21,9 @@ from torch import Tensor, nn
 
 from sdcli.errors import BadOutput, BadWeights, UsageError
 from sdcli.training.state_files import (
-    from_parts,
     load_optimizer,
     optimizer_tensors,
     read_state,
-    to_parts,
     write_tensors,
 )
 
@@ -314,88 +311,6 @@ def test_tensors_come_back_to_the_devices_they_were_on(tmp_path: Path) -> None:
         counts = {state["step"].device.type for state in fresh.state.values()}
         assert moments == {loaded_on}
         assert counts == ({loaded_on} if settings_ else {"cpu"})
-
-
-# Averages, scalers, anything
-
-
-def test_an_ema_model_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    model = network()
-    ema = EMAModel(model.parameters(), decay=0.9, use_ema_warmup=True)
-    for step in range(3):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(step / 3)
-        ema.step(model.parameters())
-    tensors, facts = to_parts(ema.state_dict())
-    assert "shadow_params.0" in tensors
-    back = from_parts(*through_files(tensors, facts, tmp_path))
-    assert same(back, ema.state_dict())
-    other = EMAModel(network().parameters(), decay=0.5)
-    other.load_state_dict(back)
-    assert same(other.state_dict(), ema.state_dict())
-
-
-def test_a_scaler_and_a_schedule_come_back(tmp_path: Path) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11)
-    parameter = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    scaler.scale((parameter**2).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
-    for state in (
-        scaler.state_dict(),
-        {k: v for k, v in schedule.state_dict().items() if k != "_get_lr_called_within_step"},
-    ):
-        assert same(from_parts(*through_files(*to_parts(state), tmp_path)), state)
-
-
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text()
-    | st.binary(max_size=8).map(lambda data: torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(
-            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="."), max_size=5), inner, max_size=3
-        )
-    ),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=100)
-@given(
-    st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="."), min_size=1), VALUES, max_size=4
-    )
-)
-def test_any_state_of_tensors_and_numbers_comes_back_the_same(state: dict[str, Any]) -> None:
-    tensors, facts = to_parts(state)
-    assert same(from_parts(tensors, json.loads(json.dumps(facts))), state)
-
-
-def test_a_state_with_something_else_in_it_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"a\.1 is a set, which cannot be saved"):
-        to_parts({"a": [1, {2}]})
-    with pytest.raises(UsageError, match="a is a dict"):
-        to_parts({"a": {1: 2}})
-    with pytest.raises(BadOutput, match="a is nan"):
-        to_parts({"a": float("nan")})
-    for strange in (
-        {},
-        {"dict": 1},
-        {"list": []},
-        {"dict": {"a": {"tensor": "no"}}},
-        {"dict": {"a": {"b": 1, "c": 2}}},
-    ):
-        with pytest.raises(BadWeights, match="not laid out as sdcli writes it"):
-            from_parts({}, strange)
 
 
 # Files

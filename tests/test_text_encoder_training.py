@@ -9,7 +9,7 @@ import os
 import pickle
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,9 +45,8 @@ from sdcli.training.teachers import (
     KeptVectors,
     SentenceEncoder,
     StoredVectors,
+    Teacher,
     open_teacher,
-    teacher_vectors,
-    vector_bytes,
 )
 from sdcli.training.text_encoder import (
     LENGTH_STEP,
@@ -66,6 +65,17 @@ from sdcli.training.vocabulary import train_vocabulary
 SMALL = ClipTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 COLOURS, ANIMALS, DOINGS = ("red", "blue", "green", "black"), ("fox", "hare", "owl", "cat"), ("sleeps", "jumps", "sits")
 SYNONYMS = {"fox": "reynard", "hare": "rabbit", "owl": "bird", "cat": "kitten"}
+
+
+def teacher_vectors(teacher: Teacher, texts: Sequence[str], *, cache: Path | None = None) -> Tensor:
+    kept = KeptVectors.of(teacher, cache)
+    list(kept.learn(teacher, texts))
+    return kept.vectors(texts)
+
+
+def vector_bytes(texts: Sequence[str], vectors: Tensor) -> bytes:
+    letters = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+    return save({"vectors": vectors, "texts": letters})
 
 
 def captions(*, alternatives: bool = True) -> Captions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -12,6 +13,7 @@ from sdcli.cli.tokens import command
 from sdcli.conditioning.tokenizer import load_tokenizer, tokenizer_folder
 from sdcli.errors import UsageError
 from sdcli.registry import load_registry
+from tests.tiny import save_tiny_pipeline
 
 RUNNER, APP = CliRunner(), typer.Typer()
 APP.command()(command)
@@ -58,6 +60,13 @@ def test_nothing_is_coloured_where_stdout_is_no_terminal_and_control_characters_
     assert "\x1b[3" not in "".join(lines("a (fox)", FORCE_COLOR="1", NO_COLOR="1"))
 
 
-def test_what_the_picture_would_refuse_is_refused() -> None:
-    with pytest.raises(UsageError, match="no effect at guidance scale"):
-        RUNNER.invoke(APP, ["a", "-m", "sd-turbo", "--negative-prompt", "b"], catch_exceptions=False)
+def test_a_prompt_is_read_whatever_else_a_picture_would_need_and_without_its_tags(tmp_path: Path) -> None:
+    folder = save_tiny_pipeline(tmp_path / "inpainting", in_channels=9)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
+    (folder / "sdcli.json").write_text('{"schema": 1, "defaults": {"guidance_scale": 1}}')
+    assert load_registry().find(str(folder)).kind.inpaints
+    said = lines("a cat <lora:x:0.8> AND b", "--negative-prompt", "c", "-m", str(folder), "--json")
+    assert [json.loads(line)["prompt"].strip() for line in said] == ["a cat", "b", "c"]
+    with pytest.raises(UsageError, match="half a character"):
+        RUNNER.invoke(APP, ["a\udcff"], catch_exceptions=False)

@@ -119,10 +119,13 @@ def test_the_validation_loss_does_not_depend_on_the_run(tmp_path: Path, pictures
 
 
 def test_cached_latents_train_as_online_ones(tmp_path: Path, pictures: Path) -> None:
-    cached = train_unet(pictures, tmp_path / "cached", max_train_steps=3)
-    online = train_unet(pictures, tmp_path / "online", max_train_steps=3, cache_latents=False)
+    given: dict[str, Any] = {"max_train_steps": 3, "validation_split": 0.4}
+    cached = train_unet(pictures, tmp_path / "cached", **given)
+    online = train_unet(pictures, tmp_path / "online", cache_latents=False, **given)
     losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, online)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    figures = [next(event.figures for event in events if isinstance(event, Validated)) for events in (cached, online)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
 def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(

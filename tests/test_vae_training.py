@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdcli import counted, metrics
 from sdcli.errors import BadOutput, BadWeights, NotFound, UsageError
 from sdcli.images import from_pixels
-from sdcli.latents import encode, generators_for, moments, scaling_factor
+from sdcli.latents import drawn, generators_for, moments, scaling_factor
 from sdcli.train_settings import TrainSettings
 from sdcli.training import vae_losses
 from sdcli.training.checkpoint import newest_checkpoint
@@ -622,7 +622,7 @@ def test_the_written_scaling_factor_makes_the_deviation_of_latents_1(tmp_path: P
     task.save(tmp_path, task.networks, {})
     loaded = type(task.vae).from_pretrained(tmp_path / "vae")
     pixels = torch.stack([Shapes().fixed(index, (32, 32))["pixels"] for index in range(64)])
-    latents = encode(loaded, pixels, generators=generators_for(range(64)))
+    latents = drawn(loaded, moments(loaded, pixels), generators_for(range(64)))
     assert latents.std().item() == pytest.approx(1, rel=0.02)
     # however the pictures are divided into batches
     assert scaling_factor(loaded) == pytest.approx(
@@ -660,7 +660,7 @@ def test_pictures_of_files_are_trained_on_with_workers_as_without(tmp_path: Path
         size = (40, 32) if index % 2 else (32, 48)
         from_pixels(Shapes().fixed(index, size)["pixels"]).save(tmp_path / "data" / f"{index}.png")
     pictures = open_pictures(tmp_path / "data")
-    framing = Framing(resolution=(32, 32), buckets=((32, 32), (32, 48)), random_crop=True)
+    framing = Framing(buckets=((32, 32), (32, 48)), random_crop=True)
 
     def task() -> VaeTask:
         return task_of(

@@ -6,8 +6,8 @@
 does the steps of RECIPE/plan.toml in order: the scripts beside this one, and train-vae, train-text-encoder and
 train-unet with the settings in RECIPE/<run>.toml. WORK gets data and runs. Whatever ends it (Ctrl-C, --max-minutes, a
 power cut), the same command goes on where it was: finished steps are passed over, a run is resumed from its last
-checkpoint. A run whose recipe has max-hours of its own is finished after that time. The last run is the model;
-assemble.py makes the folder of it that sdcli embeds.
+checkpoint. A run whose recipe has max-hours of its own is finished after that time at a stretch. The last run is the
+model; assemble.py makes the folder of it that sdcli embeds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main() -> None:
         done = work / "done" / name_of(step)
         if done.exists():
             continue
-        timed = "train" in step and "max-hours" in tomllib.loads((recipe / f"{name_of(step)}.toml").read_text("utf-8"))
+        own = tomllib.loads((recipe / f"{name_of(step)}.toml").read_text("utf-8")) if "train" in step else {}
+        timed = "max-hours" in own and (left is None or own["max-hours"] * 60 <= left)
         arguments = command(step, work, recipe, minutes=None if timed else left)
         print("+", *arguments, file=sys.stderr, flush=True)
         if chosen.dry_run:
@@ -96,7 +97,7 @@ def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | 
         line += [flag, str(work / "runs" / step[key])] if key in step else []
     if "teacher" in step:
         line += ["--teacher", str(importlib.import_module(step["teacher"]).MODEL_DIR)]
-    line += ["--resume"] if run.exists() else []
+    line += ["--resume"] if any(run.glob("checkpoint-*")) else []  # RUN is there before its first checkpoint
     return line + (["--max-hours", f"{minutes / 60:.4f}"] if minutes is not None else [])
 
 

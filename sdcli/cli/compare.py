@@ -13,7 +13,7 @@ from sdcli.cli.console import Console
 from sdcli.cli.info import TOOLS
 from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.errors import BadOutput, UsageError
-from sdcli.files import check_new, write_whole
+from sdcli.files import check_new_png, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,9 +56,7 @@ def command(
     if overwrite and diff is None:
         raise UsageError("--overwrite has no effect without --diff")
     if diff is not None:
-        if diff.suffix.lower() != ".png":
-            raise UsageError(f"--diff names no PNG picture: {diff.name!r} should end in .png")
-        check_new(diff, overwrite=overwrite)
+        check_new_png(diff, flag="--diff", overwrite=overwrite)
 
     from sdcli.comparison import differing_facts, differing_request
     from sdcli.images import open_picture

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.errors import UsageError
-from sdcli.files import check_new, write_whole
+from sdcli.files import check_new_png, write_whole
 from sdcli.request import parse_size
+from sdcli.request_parts import MapMaker
 
 
 def command(
     how: Annotated[
-        Literal["canny", "scribble", "softedge", "blur", "tile", "palette", "depth"],
+        MapMaker,
         typer.Argument(
             metavar="HOW",
             help="canny: thin edges. scribble: thick strokes. softedge: soft slopes. blur, tile: without detail. "
@@ -39,12 +40,10 @@ def command(
     At the size of the picture to be painted it is that map to the bit: --control MODEL=FILE then paints the same.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"-o names no PNG picture: {output.name!r} should end in .png")
+    check_new_png(output, flag="-o", overwrite=overwrite)
     wanted = parse_size(size) if size is not None else None
     if wanted is not None and not all(8 <= side <= 8192 for side in wanted):
         raise UsageError(f"--size: each side should be from 8 to 8192, not {size}")
-    check_new(output, overwrite=overwrite)
     from sdcli.control_maps import control_map
     from sdcli.images import picture_from_bytes
     from sdcli.inputs import read_input

@@ -13,21 +13,11 @@ from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.progress import shown_progress
 from sdcli.errors import BadPicture, SdcliError, UsageError
-from sdcli.registry import (
-    PACKAGE,
-    EmbeddedSource,
-    FileSource,
-    FolderSource,
-    HubSource,
-    ModelSpec,
-    RandomSource,
-    load_registry,
-)
+from sdcli.registry import load_registry
 from sdcli.request import parse_size
 from sdcli.train_settings import cache_folder
 
 if TYPE_CHECKING:
-    from sdcli.conditioning.tokenizer import ClipTokenizer
     from sdcli.dataset.examine import Examination
     from sdcli.dataset.framing import BucketFill, Framing
     from sdcli.dataset.records import PictureSet
@@ -161,7 +151,11 @@ def stats(
     """
     console = Console(quiet=quiet, verbose=verbose, json=json)
     framing = _framing(resolution, bucket_reso_steps, train_batch_size)
-    tokenizer = _tokenizer(load_registry(models_file).find(model)) if model is not None else None
+    tokenizer = None
+    if model is not None:
+        from sdcli.conditioning.tokenizer import load_tokenizer, tokenizer_folder
+
+        tokenizer = load_tokenizer(tokenizer_folder(load_registry(models_file).find(model)))
     pictures = _open(data, split, image_column, caption_column, caption_extension)
     found = _examined(pictures, console, workers)
     captions = [caption for index in _every(found) for caption in pictures[index].captions]
@@ -288,22 +282,6 @@ def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
     return problems or ([] if used else ["no pictures"])
 
 
-def _tokenizer(spec: ModelSpec) -> ClipTokenizer:
-    """A model's tokenizer, without its weights. Raises NotFound, BadWeights and Offline."""
-    from sdcli.conditioning.tokenizer import load_tokenizer
-    from sdcli.hub import local_snapshot
-
-    match spec.source:
-        case EmbeddedSource(folder=name):
-            return load_tokenizer(PACKAGE / name / "tokenizer")
-        case FolderSource(path=path):
-            return load_tokenizer(path / "tokenizer")
-        case HubSource() as hub:
-            return load_tokenizer(local_snapshot(hub, name=spec.name, size=spec.download_bytes) / "tokenizer")
-        case RandomSource() | FileSource():
-            return load_tokenizer(PACKAGE / "clip_tokenizer")
-
-
 # Buckets
 
 
@@ -316,7 +294,7 @@ def _framing(resolution: str | None, step: int, batch_size: int | None) -> Frami
     from sdcli.dataset.framing import Framing, bucket_sizes
 
     size = parse_size(f"{resolution}x{resolution}" if resolution.strip().isdigit() else resolution)
-    return Framing(size, bucket_sizes(size, step=step))
+    return Framing(bucket_sizes(size, step=step))
 
 
 def _fills(found: Examination, framing: Framing | None, batch_size: int | None) -> list[BucketFill]:

@@ -15,6 +15,7 @@ from sdcli.cli.request_options import command_line
 from sdcli.errors import NotFound, SdcliError, UsageError, raise_for
 from sdcli.files import whole_file
 from sdcli.inputs import input_files
+from sdcli.naming import SUFFIXES
 
 if TYPE_CHECKING:
     from sdcli.gallery import Entry
@@ -46,9 +47,9 @@ def command(
         raise NotFound(f"no folder {folder}")
     errors: list[SdcliError] = []
     with whole_file(target, overwrite=overwrite) as temporary:
-        from sdcli.gallery import SUFFIXES, look, page
+        from sdcli.gallery import look, page
 
-        paths = [file.path for file in input_files([folder], suffixes=SUFFIXES, kind="pictures")]
+        paths = [file.path for file in input_files([folder], suffixes=frozenset(SUFFIXES), kind="pictures")]
         entries = shown_progress(look(paths), len(paths), console)
         pictures = _readable(entries, folder, target, console, errors, alone=len(paths) == 1)
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,33 +24,28 @@ from sdcli.cli.options import (
 from sdcli.cli.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
 from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
+from sdcli.cli.results import report, report_failure
 from sdcli.cli.stopping import GracefulStop
+from sdcli.cli.sweep_sheet import SweepSheet
 from sdcli.cli.terminal_pictures import best_renderable
 from sdcli.errors import SdcliError, UsageError, raise_for
-from sdcli.files import AlreadyExists
 from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.loras import is_here, user_lora_folder
-from sdcli.naming import SUFFIXES, check_output, check_template, is_literal, numbered, picture_name
+from sdcli.naming import check_output, known_paths, output_settings
 from sdcli.registry import Registry, load_registry
 from sdcli.request import known, parse_size
 from sdcli.request_parts import FileRef
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import (
-    DEFAULT_TEMPLATE,
-    SUFFIX_OF,
     ImageFormat,
     OutputSettings,
     RunSettings,
     TraceFormat,
     TraceSettings,
 )
-from sdcli.sheet_labels import labels_of
 from sdcli.sweeping import Axis, parse_axis, swept
 from sdcli.wildcards import Wildcards
-
-if TYPE_CHECKING:
-    from sdcli.engine import Result
 
 INPUT, PICTURE, OUTPUT, EXPLAIN, RUN = "Prompts", "The picture", "Output", "How it came about", "The run"
 
@@ -277,7 +271,7 @@ def command(
     if resume and prompts_file is None:
         raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
     settings = replace(
-        _output_settings(output, outdir, image_format),
+        output_settings(output, outdir, image_format),
         overwrite=overwrite,
         metadata=not no_metadata,
         resume=resume,
@@ -302,8 +296,8 @@ def command(
     if dry_run:
         _print_requests(jobs, console)
     else:
-        columns = len(axes[-1].values) * num_images if axes else None
-        _paint(jobs, registry, run, settings, journal, console, columns=columns, preview=preview, show=show)
+        sheet = SweepSheet.of(jobs, axes, num_images=num_images) if axes else None
+        _paint(jobs, registry, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -369,22 +363,6 @@ def _recorded(image: Path, console: Console, lora_dir: Path | None) -> dict[str,
     return fields
 
 
-def _output_settings(output: str | None, outdir: Path | None, image_format: str | None) -> OutputSettings:
-    """Folder, name and form. -o's own folder part counts from here, as for any tool; with --outdir it stays in that."""
-    template = output or DEFAULT_TEMPLATE
-    if output is not None and outdir is None:
-        fixed = output.partition("{")[0]
-        cut = max(fixed.rfind("/") + 1, 0)
-        outdir, template = Path(output[:cut] or ".").expanduser(), output[cut:]
-    check_template(template)
-    named = SUFFIXES.get(Path(template).suffix.lower())
-    if named is not None and image_format is not None and named != image_format:
-        raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
-    folder = outdir if outdir is not None else OutputSettings.outdir
-    chosen: Any = image_format or named or "png"
-    return OutputSettings(outdir=folder, template=template, format=chosen)
-
-
 def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
     for job in jobs:
         if isinstance(job, BadJob):
@@ -403,11 +381,11 @@ def _paint(
     journal: Journal | None,
     console: Console,
     *,
-    columns: int | None,
+    sheet: SweepSheet | None,
     preview: str | None,
     show: bool,
 ) -> None:
-    """Paint what can be painted, and with `columns` a sheet of all of it.
+    """Paint what can be painted, and lay it out on the sheet of a sweep.
 
     What is wrong with a request or the folder is told before torch is imported.
     """
@@ -419,12 +397,18 @@ def _paint(
             good.append(job)
         else:
             errors.append(job.error)
-            _report_failure(job, job.error, console, alone=alone)
+            report_failure(job, job.error, console, alone=alone)
     if not good:
         raise_for(errors, of=len(jobs))
     check_output(settings)
-    if preview is not None and Path(preview).resolve() in _literal_paths(settings):
+    if preview is not None and Path(preview).resolve() in [path.resolve() for path in known_paths(settings)]:
         raise UsageError(f"--preview and -o name the same file, {preview}")
+    if sheet is not None:
+        try:
+            sheet.check()
+        except UsageError as error:
+            console.warn(f"the sweep gets no sheet: {error}")
+            sheet = None
     stop = GracefulStop(console).install()
     from sdcli.engine import Engine, Note, Phase, Progress
 
@@ -446,78 +430,14 @@ def _paint(
                 console.warn(event.text)
             elif event.error is not None:
                 errors.append(event.error)
-                _report_failure(event.job, event.error, console, alone=alone, status=event.status)
+                report_failure(event.job, event.error, console, alone=alone, status=event.status)
             else:
-                _report(event, console)
+                report(event, console)
                 paths[event.job.index] = known(event.path)
                 if renderable is not None and event.status == "done":
                     from sdcli.images import open_picture
 
                     display.show(renderable(open_picture(known(event.path))))
-    if columns is not None and paths:
-        _lay_out(good, paths, columns, settings, console)
+    if sheet is not None and paths:
+        sheet.write(paths, settings, console)
     raise_for(errors, of=len(jobs))
-
-
-def _literal_paths(settings: OutputSettings) -> list[Path]:
-    """The files that will be written, as far as their names are known."""
-    if not is_literal(settings.template):
-        return []
-    picture = settings.outdir / picture_name(settings.template, {}, suffix=SUFFIX_OF[settings.format])
-    return [path.resolve() for path in (picture, *settings.beside(picture))]
-
-
-def _lay_out(jobs: list[Job], paths: dict[int, Path], columns: int, settings: OutputSettings, console: Console) -> None:
-    """The pictures of a sweep on a sheet in their order, an empty place for each that failed."""
-    from sdcli.contact_sheet import contact_sheet, empty, write_sheet
-    from sdcli.images import open_picture
-
-    labels = labels_of([str(paths.get(job.index, "failed")) for job in jobs], [job.request for job in jobs])
-    pictures = [open_picture(paths[job.index]) if job.index in paths else empty(job.request.final_size) for job in jobs]
-    sheet = contact_sheet(pictures, columns=columns, labels=labels, label_lines=4)
-    on_it = {"pictures": [{"name": str(paths.get(job.index, "")), "request": job.request.typed()} for job in jobs]}
-    for number in itertools.count(1):
-        path = settings.outdir / numbered(PurePosixPath("sweep.png"), number)
-        try:
-            write_sheet(path, sheet, on_it, overwrite=settings.overwrite)
-        except AlreadyExists:
-            continue
-        console.result(str(path), status="sheet", path=str(path), width=sheet.width, height=sheet.height)
-        return
-
-
-def _report(result: Result, console: Console) -> None:
-    """One result as one line: a path on stdout, or the object of --json."""
-    seconds = result.seconds
-    rest = {"path": str(result.path), "seconds": round(seconds, 3), "fallbacks": list(result.fallbacks)}
-    rest |= {"beside": [str(path) for path in result.beside]} if result.beside else {}
-    if result.status == "skipped":
-        console.detail(f"{result.path} is finished already")
-    if result.status == "done" or console.json:
-        console.result(str(result.path), **_fields(result.job, result.status), **rest)
-    if result.status == "done":
-        console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
-        if result.beside and not console.json:
-            console.say(f"beside it: {', '.join(str(path) for path in result.beside)}")
-
-
-def _report_failure(
-    job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool, status: str = "failed"
-) -> None:
-    """A sentence on stderr, and with --json an object; where the job is the only one, its error ends the process."""
-    if console.json:
-        console.result("", **_fields(job, status), error=str(error), exit_code=error.exit_code)
-    if not alone:
-        console.warn(f"picture {job.index}: {error}")
-
-
-def _fields(job: Job | BadJob, status: str) -> dict[str, Any]:
-    """What a line of --json says of any job."""
-    fields: dict[str, Any] = {"status": status, "index": job.index}
-    fields |= {"custom_id": job.custom_id} if job.custom_id is not None else {}
-    fields |= {"line": job.line} if job.line is not None else {}
-    if isinstance(job, Job):
-        r = job.request
-        width, height = r.final_size
-        fields |= {"seed": r.seed, "width": width, "height": height, "steps": r.steps, "model": r.model}
-    return fields

@@ -9,8 +9,8 @@ import typer
 
 from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
-from sdcli.errors import BadPicture, NotFound, SdcliError, UsageError, raise_for
-from sdcli.files import check_new
+from sdcli.errors import BadPicture, NotFound, SdcliError, raise_for
+from sdcli.files import check_new_png
 from sdcli.inputs import input_files
 from sdcli.naming import SUFFIXES
 from sdcli.sheet_labels import SHORT, labels_of, parse_fields
@@ -52,10 +52,8 @@ def command(
     `sdcli-sheet`. A picture that cannot be read is reported, and the others are laid out.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"-o names no PNG picture: {output.name!r} should end in .png")
+    check_new_png(output, flag="-o", overwrite=overwrite)
     fields = parse_fields(label) if label not in (None, "none") else None
-    check_new(output, overwrite=overwrite)
     files = [
         file
         for file in input_files(images, suffixes=frozenset(SUFFIXES), kind="pictures")
@@ -65,13 +63,14 @@ def command(
         raise NotFound(f"there is no picture but {output}, which is to be written")
 
     from sdcli.contact_sheet import check_size, contact_sheet, write_sheet
-    from sdcli.images import open_picture
-    from sdcli.metadata import read_picture
+    from sdcli.images import as_shown
+    from sdcli.metadata import picture_and_info
 
     shown, pictures, errors, largest = [], [], list[SdcliError](), (0, 0)
     for file in files:
         try:
-            info, picture = read_picture(file.path), open_picture(file.path)
+            with picture_and_info(file.path) as (image, info):
+                picture = as_shown(image)
         except (BadPicture, NotFound) as error:
             if len(files) > 1:
                 console.warn(str(error))

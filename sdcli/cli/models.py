@@ -13,9 +13,8 @@ import typer
 
 from sdcli.cli.console import Console, plain_terminal, printable
 from sdcli.cli.options import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
-from sdcli.errors import BadWeights, NotFound, Offline, SdcliError, SomeFailed, UsageError
+from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.registry import (
-    PACKAGE,
     SUPPORTED_FAMILIES,
     ControlNetSpec,
     EmbeddedSource,
@@ -71,12 +70,11 @@ def list_models(
 def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False) -> None:
     """Print everything that is known about a model, with the files that are here."""
     registry = load_registry(models_file)
-    spec = registry.find(name)
+    spec = registry.find_either(name)
     fields: dict[str, Any] = {
         **_summary(spec, registry),
         "source": spec.source.model_dump(mode="json"),
-        "defaults": spec.defaults.model_dump(mode="json"),
-        **_lora(spec),
+        **({"defaults": spec.defaults.model_dump(mode="json"), **_lora(spec)} if isinstance(spec, ModelSpec) else {}),
         "files": [{"file": path, "bytes": size} for path, size in _files(spec)],
     }
     console = Console(json=json)
@@ -106,7 +104,7 @@ def pull(
         from sdcli.hub import megabytes
         from sdcli.hub import pull as pull_from_hub
 
-        spec = registry.controlnets.get(name) or registry.find(name)
+        spec = registry.find_either(name)
         with _Meter(console, spec.name) as meter:
             report = pull_from_hub(spec, offline=offline, progress=meter.progress)
         for path in report.changed:
@@ -143,7 +141,7 @@ def verify(
     def one(name: str) -> None:
         from sdcli.hub import verify as verify_in_cache
 
-        spec = registry.controlnets.get(name) or registry.find(name)
+        spec = registry.find_either(name)
         report = verify_in_cache(spec)
         against = "recorded" if report.recorded else "the cache's own names say (nothing was recorded by `pull`)"
         text = "\n".join(f"{spec.name}: {line}" for line in report.differences) or (
@@ -217,7 +215,7 @@ def remove(
     from sdcli.user_models import remove_model
 
     registry = load_registry()
-    spec = registry.controlnets.get(name) or registry.find(name)
+    spec = registry.find_either(name)
     removable = name in registry.models and not _is_packaged(name)
     if not files or removable:
         _tell_written(remove_model(name), f"removed {name}")
@@ -250,12 +248,12 @@ def path(
     if name is None:
         Console().result(str(user_registry_file()))
         return
-    spec = load_registry(models_file).find(name)
+    spec = load_registry(models_file).find_either(name)
     folder = _local_path(spec)
     if folder is None:
-        raise UsageError(f"model {spec.name!r} has no files: {spec.origin()}")
+        raise UsageError(f"{spec.name!r} has no files: {spec.origin()}")
     if not folder.exists():
-        raise NotFound(f"model {spec.name!r} should be at {folder}, which is not there")
+        raise NotFound(f"{spec.name!r} should be at {folder}, which is not there")
     Console().result(str(folder))
 
 
@@ -311,44 +309,30 @@ def _here(spec: ModelSpec | ControlNetSpec) -> str:
         case FolderSource(path=path) | FileSource(path=path):
             return "on disk" if path.exists() else "missing"
         case HubSource() as source:
-            from sdcli.hub import cached_commit, first_missing, local_controlnet, repo_folder
+            from sdcli.hub import first_missing, snapshot_folder
 
-            if isinstance(spec, ControlNetSpec):
-                try:
-                    local_controlnet(source, name=spec.name)
-                except Offline:
-                    return "not downloaded"
-                return "downloaded"
-            folder = repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
+            folder = snapshot_folder(source)
             if not folder.is_dir():
                 return "not downloaded"
             try:
-                return "downloaded" if first_missing(folder, variant=source.variant) is None else "partly downloaded"
+                return "downloaded" if first_missing(folder, spec) is None else "partly downloaded"
             except BadWeights:
                 return "damaged"
 
 
-def _local_path(spec: ModelSpec) -> Path | None:
+def _local_path(spec: ModelSpec | ControlNetSpec) -> Path | None:
     """Where a model's files are, or None for one without files. Raises Offline for one that is not downloaded."""
-    match spec.source:
-        case EmbeddedSource(folder=folder):
-            return PACKAGE / folder
-        case RandomSource():
-            return None
-        case FolderSource(path=path) | FileSource(path=path):
-            return path
-        case HubSource() as source:
-            from sdcli.hub import local_snapshot
+    from sdcli.hub import folder_of
 
-            return local_snapshot(source, name=spec.name, size=spec.download_bytes)
+    return spec.source.path if isinstance(spec.source, FileSource) else folder_of(spec)
 
 
-def _files(spec: ModelSpec) -> Iterator[tuple[str, int]]:
+def _files(spec: ModelSpec | ControlNetSpec) -> Iterator[tuple[str, int]]:
     """The model's files that are here, relative to its folder, with their bytes."""
     if isinstance(spec.source, HubSource):
-        from sdcli.hub import cached_commit, repo_folder
+        from sdcli.hub import snapshot_folder
 
-        root: Path | None = repo_folder(spec.source.repo) / "snapshots" / (cached_commit(spec.source) or "none")
+        root: Path | None = snapshot_folder(spec.source)
     else:
         root = _local_path(spec)
     if root is None:

@@ -23,7 +23,7 @@ from sdcli.cli.options import (
 )
 from sdcli.cli.plot import FORMATS
 from sdcli.errors import UsageError
-from sdcli.files import check_new, whole_file
+from sdcli.files import check_new, check_new_png, whole_file
 from sdcli.registry import load_registry
 from sdcli.request import MAX_SEED
 from sdcli.settings import RunSettings
@@ -74,9 +74,7 @@ def command(
     if at is not None and steps is not None:
         raise UsageError("either --at or --steps, not both")
     asked = _timesteps(at) if at is not None else None
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"-o names no PNG picture: {output.name!r} should end in .png")
-    check_new(output, overwrite=overwrite)
+    check_new_png(output, flag="-o", overwrite=overwrite)
     if curves is not None:
         if curves.suffix.lower() not in FORMATS:
             raise UsageError(f"--curves names no picture: {curves.name!r} should end in {', '.join(FORMATS)}")

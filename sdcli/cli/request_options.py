@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from types import NoneType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 import typer
 
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, is_list
 from sdcli.request_parts import Part
 
 NOT_FLAGS = {"schema_version", "prompt"}
@@ -115,12 +115,7 @@ def _octal(letter: str) -> str:
 
 
 def _flag(name: str) -> str:
-    return f"--{(name.removesuffix('s') if _several(name) else name).replace('_', '-')}"
-
-
-def _several(name: str) -> bool:
-    """Whether a field is a list, whose flag stands for one entry and may be repeated."""
-    return get_origin(GenerationRequest.model_fields[name].annotation) is tuple
+    return f"--{(name.removesuffix('s') if is_list(name) else name).replace('_', '-')}"
 
 
 def _fields() -> list[str]:
@@ -144,6 +139,6 @@ def _annotation(name: str) -> Any:
         show_default=False,
         **bounds,
     )
-    if _several(name):
+    if is_list(name):
         return Annotated[list[str] | None, option]
     return Annotated[(str if spelled else kind) | None, option]

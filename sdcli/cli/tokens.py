@@ -10,8 +10,9 @@ from sdcli.cli.console import Console, printable
 from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt
 from sdcli.conditioning.prompt import SubPrompt, subprompts
 from sdcli.errors import UsageError
-from sdcli.registry import load_registry, resolve
-from sdcli.request import GenerationRequest, known
+from sdcli.loras import take_tags
+from sdcli.registry import load_registry
+from sdcli.request import known, parse_request
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -41,8 +42,14 @@ def command(
     spec = load_registry(models_file).find(model)
     if spec.kind.conditioning != "text":
         raise UsageError(f"{spec.name} has no text encoder, so it reads no tokens")
-    asked = GenerationRequest(prompt=prompt, negative_prompt=negative_prompt, steps=steps, prompt_syntax=prompt_syntax)
-    request = resolve(asked, spec)
+    typed = {"negative_prompt": negative_prompt, "steps": steps, "prompt_syntax": prompt_syntax}
+    asked = parse_request({"prompt": prompt, **typed})
+    request = asked.changed(
+        prompt=take_tags(asked.prompt)[0],
+        prompt_template=take_tags(spec.defaults.prompt_template)[0],
+        steps=asked.steps or spec.defaults.steps,
+        prompt_syntax=asked.prompt_syntax or "a1111",
+    )
     from sdcli.conditioning.tokenizer import load_tokenizer, tokenizer_folder
 
     tokenizer = load_tokenizer(tokenizer_folder(spec))

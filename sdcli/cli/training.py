@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=TrainSettings)
 
 OutputRunOpt = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="RUN", help="The folder of the run; it becomes a model folder.")
+    Path | None, typer.Option("--output", "-o", metavar="RUN", help="The folder of the run, and of what it trains.")
 ]
 ConfigOpt = Annotated[
     Path | None,

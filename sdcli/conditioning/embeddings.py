@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdcli.canvas import read_identified
+from sdcli.canvas import identified
 from sdcli.errors import BadWeights, UsageError
 from sdcli.request import known
 from sdcli.request_parts import EmbeddingRef
@@ -47,7 +47,7 @@ def read_embeddings(embeddings: Sequence[EmbeddingRef], *, width: int, most: int
 
 def _vectors(embedding: EmbeddingRef, *, width: int, model: str) -> Tensor:
     path = Path(embedding.path).expanduser()
-    read_identified(embedding)
+    identified(embedding)
     tensors = read_tensors(path, torch.float32)
     if len(tensors) == 1:
         (vectors,) = tensors.values()

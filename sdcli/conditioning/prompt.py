@@ -321,7 +321,7 @@ def chunked(
     """
     done: list[Chunk] = []
     for spans in sections(text):
-        done += _cut(_units(spans, words, tokens), room, comma)
+        done += _cut(units(spans, words, tokens), room, comma)
     return tuple(done if len(done) == 1 or done[-1].ids else done[:-1])
 
 
@@ -353,7 +353,7 @@ def _chunk(held: Sequence[tuple[int, float]]) -> Chunk:
     return Chunk(tuple(id for id, _ in held), tuple(weight for _, weight in held))
 
 
-def _units(spans: Sequence[Span], words: Words, tokens: Mapping[str, range]) -> Iterator[tuple[Sequence[int], float]]:
+def units(spans: Sequence[Span], words: Words, tokens: Mapping[str, range]) -> Iterator[tuple[Sequence[int], float]]:
     """Ids that stay together, with their weight: single tokens, and all rows of an embedding."""
     names = tuple(tokens)
     for span in spans:

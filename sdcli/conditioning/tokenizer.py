@@ -14,8 +14,8 @@ from tokenizers.models import BPE
 
 from sdcli.conditioning.prompt import Chunk, chunked
 from sdcli.errors import BadWeights, NotFound
-from sdcli.hub import local_snapshot
-from sdcli.registry import PACKAGE, EmbeddedSource, FolderSource, HubSource, ModelSpec
+from sdcli.hub import folder_of
+from sdcli.registry import PACKAGE, ModelSpec
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -74,10 +74,14 @@ class ClipTokenizer:
         """The ids of a text alone, without start and end, however many there are."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def spelled(self, id: int) -> str:
-        """The letters that a token stands for; a letter cut in two shows as �."""
-        token = self.tokenizer.id_to_token(id) or ""
-        return str(decoders.ByteLevel().decode([token.removesuffix(WORD_END)]))
+    def spelled(self, *ids: int) -> str:
+        """The letters that tokens stand for, one after another; a letter cut in two shows as �."""
+        tokens = [self.tokenizer.id_to_token(id) or "" for id in ids]
+        return str(decoders.ByteLevel().decode([token.removesuffix(WORD_END) for token in tokens]))
+
+    def ends_word(self, id: int) -> bool:
+        """Whether a token says that a word ends with it."""
+        return (self.tokenizer.id_to_token(id) or "").endswith(WORD_END)
 
     def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Ids that fit, between start and end and padded to `max_length`."""
@@ -91,14 +95,8 @@ def text_from(text: str, offsets: list[tuple[int, int]], first: int) -> str:
 
 def tokenizer_folder(spec: ModelSpec) -> Path:
     """Where a text model's tokenizer is. Raises Offline for a hub model that is not in the cache."""
-    match spec.source:
-        case EmbeddedSource(folder=name):
-            return PACKAGE / name / "tokenizer"
-        case FolderSource(path=path):
-            return path / "tokenizer"
-        case HubSource() as hub:
-            return local_snapshot(hub, name=spec.name, size=spec.download_bytes) / "tokenizer"
-    return PACKAGE / "clip_tokenizer"
+    folder = folder_of(spec)
+    return folder / "tokenizer" if folder is not None else PACKAGE / "clip_tokenizer"
 
 
 def load_tokenizer(folder: Path) -> ClipTokenizer:

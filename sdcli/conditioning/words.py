@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tokenizers import decoders
-
-from sdcli.conditioning.tokenizer import WORD_END, ClipTokenizer
+from sdcli.conditioning.prompt import Span, units
+from sdcli.conditioning.tokenizer import ClipTokenizer
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ def words_of(tokenizer: ClipTokenizer, context: Context) -> tuple[list[Word], li
 
 def find(tokenizer: ClipTokenizer, context: Context, phrase: str) -> Word | None:
     """Where a word, or several that follow each other, stand in a context; None where they do not."""
-    rows = context.embeddings.get(phrase)
-    wanted = tuple(-1 - row for row in rows) if rows is not None else tuple(tokenizer.words(phrase))
+    units_of_phrase = units([Span(phrase, 1.0)], tokenizer.words, context.embeddings)
+    wanted = tuple(id for ids, _ in units_of_phrase for id in ids)
     starts = [place for place in range(len(context.ids)) if context.ids[place : place + len(wanted)] == wanted]
     places = dict.fromkeys(start + offset for start in starts for offset in range(len(wanted)))
     return Word(phrase, tuple(places)) if places else None
@@ -74,24 +73,21 @@ def _words(places: Mapping[str, Sequence[int]]) -> list[Word]:
 def _spelled(tokenizer: ClipTokenizer, context: Context, places: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
     """Words and their places: up to a token that says that it ends one, and what `_goes_on`."""
     words: list[tuple[str, list[int]]] = []
-    pieces: list[str] = []
     here: list[int] = []
     for place in places:
         token = context.ids[place]
         if token < 0:
             words.append((_embedded(context, token), [place]))
             continue
-        piece = tokenizer.tokenizer.id_to_token(token) or ""
-        pieces.append(piece.removesuffix(WORD_END))
         here.append(place)
-        if piece.endswith(WORD_END):
-            text = str(decoders.ByteLevel().decode(pieces))
+        if tokenizer.ends_word(token):
+            text = tokenizer.spelled(*(context.ids[one] for one in here))
             if words and _goes_on(words[-1][0], text):
                 text, here = words[-1][0] + text, words.pop()[1] + here
             words.append((text, here))
-            pieces, here = [], []
+            here = []
     if here:
-        words.append((str(decoders.ByteLevel().decode(pieces)), here))
+        words.append((tokenizer.spelled(*(context.ids[one] for one in here)), here))
     yield from words
 
 

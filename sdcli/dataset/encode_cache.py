@@ -25,8 +25,7 @@ from sdcli.dataset.cache import HIDDEN, LOGVAR, MEAN, Frame, LatentIndex, Latent
 from sdcli.dataset.cache_store import KEY_BYTES, TensorStore
 from sdcli.dataset.framing import Size, frame
 from sdcli.dataset.records import Dropped, PictureSet
-from sdcli.devices import out_of_memory
-from sdcli.engine import free_caches
+from sdcli.devices import free_caches, out_of_memory
 from sdcli.errors import BadOutput, BadPicture, NotFound, OutOfMemory, Stop, stop_if_asked
 from sdcli.images import picture_from_bytes, to_pixels
 from sdcli.lean_imports import VAE

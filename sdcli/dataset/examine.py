@@ -96,11 +96,6 @@ class Examination:
             },
         }
 
-    @property
-    def loses(self) -> int:
-        """How many pictures or captions are lost: dropped ones, and captions that are empty or not read."""
-        return len(self.dropped) + sum(one.loses for one in self.remarks)
-
 
 def examine(pictures: PictureSet, *, memory: Path | None = None, workers: int | None = None) -> Examination:
     """Look at every picture and say what was found; see `look` for the arguments."""

@@ -306,7 +306,8 @@ def named_in_tables(pictures: LooseFiles, column: str, *, image_column: str | No
     """
     tree = scan(pictures.root)
     known, found = set(tree.pictures), {}
-    for name in _tables_of(tree, [item.name for item in pictures], image_column=image_column, caption_column=None):
+    tables = _tables_of(tree, [item.name for item in pictures], image_column=image_column, caption_column=None)
+    for name, own in tables.items():
         folder = PurePosixPath(name).parent
         try:
             others = read_table(tree.root / name, name=name, image_column=column, caption_column=None)
@@ -314,7 +315,6 @@ def named_in_tables(pictures: LooseFiles, column: str, *, image_column: str | No
             if required:
                 raise
             continue
-        own = read_table(tree.root / name, name=name, image_column=image_column, caption_column=None)
         other_of = {row.place: row.file for row in others.rows}
         for row in own.rows:
             with contextlib.suppress(Unusable):  # listing the pictures, or looking at the maps, tells of it

@@ -21,7 +21,6 @@ BUCKET_STEP = 64
 class Framing:
     """The sizes that pictures are brought to, and where they are cut."""
 
-    resolution: Size
     buckets: tuple[Size, ...]
     """Every size that occurs; a single one where no aspect-ratio buckets are wanted."""
     random_crop: bool = False

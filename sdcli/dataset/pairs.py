@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -51,9 +51,7 @@ def with_maps_of_folder(pictures: PictureSet, folder: str) -> tuple[PictureSet, 
         inside = root.resolve().relative_to(pictures.root.resolve())
         if not inside.parts:
             raise UsageError("--conditioning-data-dir is the folder of the pictures themselves")
-        pictures = _without(
-            pictures, {item.name for item in pictures if PurePosixPath(item.name).is_relative_to(inside)}
-        )
+        pictures = _without(pictures, lambda name: PurePosixPath(name).is_relative_to(inside))
     places: dict[str, int] = {}
     for place, item in enumerate(maps):
         stem = _stem(item.name)
@@ -86,8 +84,8 @@ def with_maps_of_column(
         )
     names = sorted(set(named.values()))
     maps = LooseFiles(f"{pictures.source} ({name})", Items.of([Item(one, ()) for one in names]), root=pictures.root)
-    lost = set(named.values()) - {item.name for item in pictures}
-    pictures = replace(pictures, dropped=tuple(one for one in pictures.dropped if one.name not in lost))
+    alone = set(names) - {item.name for item in pictures}
+    pictures = _without(pictures, alone.__contains__)
     return pictures, _by_name(pictures, maps, named)
 
 
@@ -97,10 +95,12 @@ def _by_name(pictures: PictureSet, maps: PictureSet, named: Mapping[str, str]) -
     return Maps(maps, np.array([places.get(named.get(one, one), -1) for one in names], dtype=np.int64))
 
 
-def _without(pictures: LooseFiles, names: set[str]) -> LooseFiles:
-    items = Items.of([item for item in pictures if item.name not in names], classes=pictures.classes)
-    remarks = tuple(one for one in pictures.remarks if one.name not in names)
-    return replace(pictures, items=items, remarks=remarks)
+def _without(pictures: LooseFiles, are_maps: Callable[[str], bool]) -> LooseFiles:
+    """Without what is said of maps: a map is no picture, neither a used nor a dropped one."""
+    items = Items.of([item for item in pictures if not are_maps(item.name)], classes=pictures.classes)
+    dropped = tuple(one for one in pictures.dropped if not are_maps(one.name))
+    remarks = tuple(one for one in pictures.remarks if not are_maps(one.name))
+    return replace(pictures, items=items, dropped=dropped, remarks=remarks)
 
 
 def _stem(name: str) -> str:

@@ -10,6 +10,8 @@ from 256 tokens on. All on a 2-core AMD EPYC.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +25,35 @@ FEWEST_TOKENS = 256
 MOST_PLAIN_TOKENS = 128
 
 
+def attention_layers(unet: UNet, ending: str | tuple[str, ...], *, within: str = "") -> list[Any]:
+    """The layers of a UNet whose path begins and ends so; .attn1 is self-attention, .attn2 cross-attention."""
+    paths = unet.named_modules()
+    return [module for path, module in paths if path.startswith(within) and path.endswith(ending)]
+
+
+@contextlib.contextmanager
+def other_processors(layers: Sequence[Any], other: Callable[[Any], Any]) -> Iterator[None]:
+    """Within, each layer has the processor that `other` makes of its own; afterwards its own again."""
+    own = [layer.processor for layer in layers]
+    try:
+        for layer in layers:
+            layer.set_processor(other(layer.processor))
+        yield
+    finally:
+        for layer, processor in zip(layers, own, strict=True):
+            layer.set_processor(processor)
+
+
 def use_sliced_self_attention(unet: UNet) -> None:
     """Give the self-attention layers of a half-precision UNet on the CPU the processor below."""
-    for name, module in unet.named_modules():
-        if name.endswith(".attn1"):
-            module.set_processor(SlicedSelfAttention(module.processor))
+    for layer in attention_layers(unet, ".attn1"):
+        layer.set_processor(SlicedSelfAttention(layer.processor))
 
 
 def use_plain_small_attention(unet: UNet) -> None:
     """Give the attention layers of a UNet that is trained in half precision on the CPU the processor below."""
-    for name, module in unet.named_modules():
-        if name.endswith((".attn1", ".attn2")):
-            module.set_processor(PlainSmallAttention(module.processor))
+    for layer in attention_layers(unet, (".attn1", ".attn2")):
+        layer.set_processor(PlainSmallAttention(layer.processor))
 
 
 class PlainSmallAttention:

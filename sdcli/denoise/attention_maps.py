@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdcli.denoise.attention import attention_layers, other_processors
 from sdcli.lean_imports import UNet
 
 Size = tuple[int, int]
@@ -51,15 +52,8 @@ class AttentionMaps:
     @contextlib.contextmanager
     def watching(self, unet: UNet) -> Iterator[AttentionMaps]:
         """Within, every cross-attention of the UNet is noted; afterwards it has its own processors again."""
-        layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
-        own = [layer.processor for layer in layers]
-        for layer in layers:
-            layer.set_processor(_Watched(layer.processor, self._note))
-        try:
+        with other_processors(attention_layers(unet, ".attn2"), lambda own: _Watched(own, self._note)):
             yield self
-        finally:
-            for layer, processor in zip(layers, own, strict=True):
-                layer.set_processor(processor)
 
     def _note(self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
         if attention in self._pending:  # perturbed attention calls the network once more, and that does not count
@@ -78,11 +72,11 @@ class AttentionMaps:
             self._count += 1
         self._pending.clear()
 
-    def mean(self) -> Tensor:
-        """[B, L, h, w] float32 on the CPU, the size of the largest layer; at each place it sums to 1 over L."""
+    def mean(self, position: int) -> Tensor:
+        """[L, h, w] of one picture, float32 on the CPU, the size of the largest layer; each place sums to 1 over L."""
         largest = max(self._sums)
         enlarged = [
-            functional.interpolate(sums.transpose(1, 2).unflatten(-1, size).cpu(), size=largest, mode="bilinear")
+            functional.interpolate(sums[position].T.unflatten(-1, size)[None].cpu(), size=largest, mode="bilinear")[0]
             for size, sums in self._sums.items()
         ]
         return torch.stack(enlarged).sum(dim=0) / self._count

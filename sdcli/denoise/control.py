@@ -84,3 +84,29 @@ def residuals_along(
         return residuals
 
     return under
+
+
+def with_its_last_rows(under: Callable[[Condition], Residuals]) -> tuple[Callable[[Condition], Residuals], Residuals]:
+    """The same function, and what gives the last rows of its last answer, as many as x has.
+
+    So a network that sees these rows of x once more, at the same timestep, needs no ControlNet to look at them again.
+    """
+    last: Mapping[str, Any] = {}
+
+    def noting(condition: Condition) -> Residuals:
+        residuals = under(condition)
+
+        def noted(x: Tensor, t: Tensor) -> Mapping[str, Any]:
+            nonlocal last
+            last = residuals(x, t)
+            return last
+
+        return noted
+
+    def again(x: Tensor, t: Tensor) -> Mapping[str, Any]:
+        return {
+            name: rows[-len(x) :] if isinstance(rows, Tensor) else [one[-len(x) :] for one in rows]
+            for name, rows in last.items()
+        }
+
+    return noting, again

@@ -16,25 +16,34 @@ def seen_and_guessed(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:
     """x_t at the scale of a network's input, and the guess of x_0, each [B, C, h, w] float32.
 
     A scheduler's x_t is signal x_0 + noise epsilon; networks are trained where the squares of the two add up to 1, and
-    say epsilon, x_0 or v (the formulas of `training.objective.x0_from`). In flow matching the two themselves add up to
-    1, and a network says the velocity epsilon - x_0. The scheduler is one whose timesteps are set as they were for the
-    step; thresholds and clipping are not applied. Where an epsilon is all that is left, as at zero terminal SNR, it
-    says nothing of x_0, and the guess is 0. Raises UsageError for another kind of prediction.
+    say what `x0_of` reads. In flow matching the two themselves add up to 1, and a network says the velocity
+    epsilon - x_0. The scheduler is one whose timesteps are set as they were for the step; thresholds and clipping are
+    not applied. Where an epsilon is all that is left, as at zero terminal SNR, it says nothing of x_0, and the guess is
+    0. Raises UsageError for another kind of prediction.
     """
     signal, noise = _level(scheduler, step)
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    if kind == "flow_prediction":
+        return step.x, step.x - noise * step.output
     scale = (signal**2 + noise**2) ** 0.5
-    match scheduler.config.get("prediction_type", "flow_prediction"):
-        case "flow_prediction":
-            return step.x, step.x - noise * step.output
+    seen = step.x / scale
+    return seen, x0_of(kind, step.output, seen, signal / scale, noise / scale).nan_to_num(0, 0, 0)
+
+
+def x0_of(kind: str, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+    """The x_0 that a network's output of some kind (epsilon, sample, v_prediction) means, the shape of x_t.
+
+    x_t is signal x_0 + noise epsilon with signal^2 + noise^2 = 1; v is of Salimans & Ho 2022, arXiv 2202.00512. For
+    epsilon undefined (infinite) where no signal is left. Raises UsageError for another kind.
+    """
+    match kind:
         case "epsilon":
-            guess = (step.x - noise * step.output) / signal
+            return (x_t - noise * output) / signal
         case "sample":
-            guess = step.output
+            return output.float()
         case "v_prediction":
-            guess = (signal / scale**2) * step.x - (noise / scale) * step.output
-        case other:
-            raise UsageError(f"what a network means that predicts {other!r} is not known, so its steps cannot be shown")
-    return step.x / scale, guess.nan_to_num(0, 0, 0)
+            return signal * x_t - noise * output
+    raise UsageError(f"what a network means that predicts {kind!r} is not known, so its steps cannot be shown")
 
 
 def _level(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class Step:
 
 @torch.inference_mode()
 def denoise(predict: Predict, advance: Advance, x: Tensor, timesteps: Tensor) -> Iterator[Step]:
-    """Latents [B, C, h, w] of pure noise -> the same, step by step less noisy; the last step holds the result."""
+    """Latents [B, C, h, w] as noisy as the first timestep says -> step by step less so; the last holds the result."""
     for index, t in enumerate(timesteps):
         before, output = x, predict(x, t)
         x = advance(output, t, before)

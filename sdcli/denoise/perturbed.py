@@ -5,12 +5,11 @@ Ahn et al. 2024, "Self-Rectifying Diffusion Sampling with Perturbed-Attention Gu
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from sdcli.denoise.attention import attention_layers, other_processors
 from sdcli.denoise.predict import Predict
 from sdcli.errors import UsageError
 from sdcli.lean_imports import UNet
@@ -21,28 +20,15 @@ def perturbed(predict: Predict, unet: UNet, *, name: str) -> Predict:
 
     Raises UsageError, which calls the model `name`, where there is none.
     """
-    modules = unet.named_modules()
-    layers = [module for path, module in modules if path.startswith("mid_block.") and path.endswith(".attn1")]
+    layers = attention_layers(unet, ".attn1", within="mid_block.")
     if not layers:
         raise UsageError(f"pag_scale has no effect: {name} has no self-attention in the middle of its UNet")
 
     def predict_(x: Tensor, t: Tensor) -> Tensor:
-        with _perturbing(layers):
+        with other_processors(layers, lambda _: _EachItself()):
             return predict(x, t)
 
     return predict_
-
-
-@contextlib.contextmanager
-def _perturbing(layers: list[Any]) -> Iterator[None]:
-    before = [layer.processor for layer in layers]
-    try:
-        for layer in layers:
-            layer.processor = _EachItself()
-        yield
-    finally:
-        for layer, processor in zip(layers, before, strict=True):
-            layer.processor = processor
 
 
 class _EachItself:

@@ -118,12 +118,12 @@ def evenly(first: float, last: float, timesteps: Tensor) -> Scale:
     return lambda t: first + (last - first) * place[float(t)] / max(len(timesteps) - 1, 1)
 
 
-def only_within(inside: Predict, outside: Predict, *, timesteps: Tensor, start: float, stop: float) -> Predict:
-    """`inside` at the timesteps of that part (fractions of their number), `outside` before and after.
+def only_within(inside: Predict, outside: Predict, *, timesteps: Tensor) -> Predict:
+    """`inside` at these timesteps, `outside` before and after.
 
     For guidance: Kynkäänniemi et al. 2024, arXiv 2404.07724.
     """
-    within = {float(t) for t in timesteps[int(start * len(timesteps)) : int(stop * len(timesteps))]}
+    within = set(map(float, timesteps))
     return lambda x, t: (inside if float(t) in within else outside)(x, t)
 
 

@@ -31,7 +31,7 @@ def from_noise(noise: Tensor, scheduler: Any) -> Start:
 def from_known(known: Tensor, noise: Tensor, scheduler: Any, *, strength: float) -> Start:
     """The last timesteps, from x_0 = `known` with noise on it; SDEdit, Meng et al. 2021, arXiv 2108.01073.
 
-    `strength` is the share of the timesteps that are done; int(strength * steps) of them, at least one.
+    `strength` (0..1) is the share of the steps that are done: int(strength * steps) of them, which must not be 0.
     """
     timesteps = remaining(scheduler, strength)
     return Start(scheduler.add_noise(known, noise, timesteps[:1].repeat(len(known))), timesteps)
@@ -40,7 +40,7 @@ def from_known(known: Tensor, noise: Tensor, scheduler: Any, *, strength: float)
 def remaining(scheduler: Any, strength: float) -> Tensor:
     """The last share `strength` of the scheduler's timesteps; the scheduler begins there."""
     steps = scheduler.num_inference_steps
-    return from_step(scheduler, max(steps - min(int(steps * strength), steps), 0) * scheduler.order)
+    return from_step(scheduler, (steps - int(steps * strength)) * scheduler.order)
 
 
 def from_step(scheduler: Any, first: int) -> Tensor:

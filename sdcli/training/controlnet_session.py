@@ -12,22 +12,21 @@ from torch import nn
 
 from sdcli.controlnets import load_controlnet
 from sdcli.dataset.cache import CachedLatents
-from sdcli.dataset.examine import examination, look
 from sdcli.dataset.pairs import Maps, with_maps_of_column, with_maps_of_folder
 from sdcli.dataset.records import PictureSet
 from sdcli.denoise.attention import use_plain_small_attention
 from sdcli.errors import UsageError
 from sdcli.images import from_pixels
-from sdcli.loading import LoadedModel, load_model
+from sdcli.loading import LoadedModel
 from sdcli.registry import Registry
-from sdcli.train_settings import ControlNetSettings, cache_folder
+from sdcli.train_settings import ControlNetSettings
 from sdcli.training import model_parts
 from sdcli.training.controlnet import ControlNetTask, new_controlnet
-from sdcli.training.encoded import computes_in_half, encoded_captions, encoded_pictures, in_half
+from sdcli.training.encoded import computes_in_half, encoded_captions, encoded_pictures, frozen_text_encoder
 from sdcli.training.events import Event, Noted, Preparing
 from sdcli.training.memory import controlnet_memory
 from sdcli.training.objective import NoiseSchedule
-from sdcli.training.picture_data import PictureData, examine_data, list_data
+from sdcli.training.picture_data import PictureData, examine_data, examined, list_data
 from sdcli.training.sample_sheet import SampleSheet
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Latents, Pixels, WithMaps
@@ -75,26 +74,21 @@ class ControlNetSession(Session[ControlNetSettings]):
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
             model.vae.to("cpu")  # wanted for sample pictures alone from here on
-        text_encoder = in_half(model.text_encoder) if half else model.text_encoder
-        shown = Pixels(maps or data.pictures, data.framing, settings.seed, flip=settings.random_flip)
+        shown = None  # the pixels of the pictures themselves, which a preprocessor makes maps of
+        if maps is not None or not isinstance(source, Pixels):
+            shown = Pixels(maps or data.pictures, data.framing, settings.seed, flip=settings.random_flip)
         task = ControlNetTask(
             networks={"controlnet": controlnet},
             unet=self._frozen_unet(model, controlnet),
             autocast=self.accelerator.autocast,
-            objective=Objective(
-                NoiseSchedule.from_config(model.scheduler_config),
-                snr_gamma=settings.snr_gamma,
-                noise_offset=settings.noise_offset,
-                input_perturbation=settings.input_perturbation,
-                stratified=settings.stratified_timesteps,
-            ),
+            objective=Objective.of(NoiseSchedule.from_config(model.scheduler_config), settings),
             order=data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer),
             source=WithMaps(source, shown, settings.preprocessor or "none"),
             conditions=conditions,
             seed=settings.seed,
             learning_rates={"controlnet": settings.learning_rate},
             held_out=data.validation(),
-            frozen_text_encoder=text_encoder if conditions.states is None else None,
+            frozen_text_encoder=frozen_text_encoder(model, conditions, half=half),
             vae=model.vae,
             name_of=lambda index: data.pictures[index].name,
         )
@@ -150,21 +144,16 @@ class ControlNetSession(Session[ControlNetSettings]):
         """
         if maps is None:
             return data, {}
-        seen = []
-        for one in look(maps.listed, memory=cache_folder(self.settings.cache_dir) / "examined"):
-            seen.append(one)
-            if len(seen) % 100 == 0 or len(seen) == len(maps.listed):
-                yield Preparing("examining maps", len(seen), len(maps.listed))
-        examined = examination(maps.listed, seen)
-        reasons = {one.name: one.reason for one in examined.dropped}
-        whole = set(examined.used.tolist())
+        found = yield from examined(maps.listed, self.settings, what="maps")
+        reasons = {one.name: one.reason for one in found.dropped}
+        whole = set(found.used.tolist())
         digests: dict[str, str] = {}
         paired = []
         for index in data.used.tolist():
             name, place = data.pictures[index].name, int(maps.places[index])
             if place in whole:
                 paired.append(index)
-                digests[name] = examined.digests[place]
+                digests[name] = found.digests[place]
             else:
                 reason = f"its map {reasons.get(maps[index].name, 'cannot be used')}" if place >= 0 else "has no map"
                 yield Noted(f"dropped {name}: {reason}", warning=True)
@@ -175,16 +164,12 @@ class ControlNetSession(Session[ControlNetSettings]):
     # The networks
 
     def _model(self) -> LoadedModel:
-        model = load_model(
-            self._registry.find(self.settings.model), device=str(self.accelerator.device), dtype="float32"
-        )
-        kind = model.spec.kind
-        if kind.conditioning != "text" or kind.space != "latent":
-            raise UsageError(f"{model.spec.name} takes no captions, and ControlNets are made for models that do")
-        model_parts.refuse_sdxl(model)
-        if kind.inpaints:
-            raise UsageError(f"{model.spec.name} is an inpainting model; a ControlNet is trained with its plain sister")
-        return model
+        spec = self._registry.find(self.settings.model)
+        if spec.kind.conditioning != "text" or spec.kind.space != "latent":
+            raise UsageError(f"{spec.name} takes no captions, and ControlNets are made for models that do")
+        if spec.kind.inpaints:
+            raise UsageError(f"{spec.name} is an inpainting model; a ControlNet is trained with its plain sister")
+        return model_parts.load_to_train(spec, device=str(self.accelerator.device))
 
     def _controlnet(self, model: LoadedModel) -> nn.Module:
         """The network to train, with gradients."""
@@ -199,7 +184,7 @@ class ControlNetSession(Session[ControlNetSettings]):
     def _frozen_unet(self, model: LoadedModel, controlnet: nn.Module) -> nn.Module:
         """The UNet as it takes part: without gradients of its own, but they pass through its second half."""
         settings, unet = self.settings, model.unet.requires_grad_(False)
-        if self.accelerator.device.type == "cpu" and settings.mixed_precision != "no":
+        if computes_in_half(settings=settings, device=self.accelerator.device):
             for network in (unet, controlnet):
                 use_plain_small_attention(network)
         if settings.gradient_checkpointing:

@@ -20,7 +20,7 @@ from sdcli.loading import LoadedModel
 from sdcli.train_settings import DenoiserSettings, cache_folder
 from sdcli.training import model_parts
 from sdcli.training.captions import CaptionRules
-from sdcli.training.conditions import Texts
+from sdcli.training.conditions import Conditions, Texts
 from sdcli.training.events import Event, Noted, Preparing
 from sdcli.training.picture_data import PictureData
 from sdcli.training.sources import Latents, Pixels
@@ -103,13 +103,20 @@ def computes_in_half(*, settings: DenoiserSettings, device: torch.device) -> boo
     return device.type == "cpu" and settings.mixed_precision == "bf16"
 
 
-def in_half(frozen: N) -> N:
+def frozen_text_encoder(text_of: LoadedModel, conditions: Conditions, *, half: bool) -> nn.Module | None:
+    """What encodes the captions during training, in bfloat16 if `half`; None where their states are cached."""
+    if not isinstance(conditions, Texts) or conditions.states is not None:
+        return None
+    return _in_half(text_of.text_encoder) if half else text_of.text_encoder
+
+
+def _in_half(frozen: N) -> N:
     """A frozen network in bfloat16: a copy, since float32 paints pictures."""
     return copy.deepcopy(frozen).to(torch.bfloat16)
 
 
 def _vae_in_half(model: LoadedModel) -> LoadedModel:
-    return replace(model, dtype=torch.bfloat16, parts={**model.parts, "vae": in_half(model.vae)})
+    return replace(model, dtype=torch.bfloat16, parts={**model.parts, "vae": _in_half(model.vae)})
 
 
 def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None, CacheProgress]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,44 +24,43 @@ MOMENTS = {"adamw": 2.0, "adamw-8bit": 0.5, "sgd": 1.0}
 
 def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
     """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
-    run = _denoising(task, settings, size)
+    unet: Any = task.networks["unet"]
+
+    def run(network: Any) -> None:
+        network(**_inputs(unet.config, task, settings, size))
+
     frozen = [part for part in (task.frozen_text_encoder, task.vae) if part is not None]
-    return _total([*task.networks.values(), *frozen], settings, _activations(task.networks["unet"], run, settings))
+    return _total([*task.networks.values(), *frozen], settings, _activations([unet], run, settings))
 
 
 def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
     """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
-    run = _denoising(task, settings, size)
+    unet: Any = task.unet
 
-    def run_controlnet(network: Any) -> None:
-        run(partial(network, controlnet_cond=torch.empty(settings.train_batch_size, 3, size[1], size[0])))
+    def run(controlnet: Any, frozen: Any) -> None:
+        inputs = _inputs(unet.config, task, settings, size)
+        pixels = torch.empty(settings.train_batch_size, 3, size[1], size[0])
+        down, middle = controlnet(**inputs, controlnet_cond=pixels, return_dict=False)
+        frozen(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
 
-    activations = _activations(task.unet, run, settings)  # its first half keeps none, as it has no trained input
-    activations += _activations(task.networks["controlnet"], run_controlnet, settings)
-    frozen = [part for part in (task.unet, task.frozen_text_encoder, task.vae) if part is not None]
+    activations = _activations([task.networks["controlnet"], unet], run, settings)
+    frozen = [part for part in (unet, task.frozen_text_encoder, task.vae) if part is not None]
     return _total([*task.networks.values(), *frozen], settings, activations)
 
 
-def _denoising(task: UnetTask, settings: TrainSettings, size: tuple[int, int]) -> Callable[[Any], None]:
-    """A pass through a denoiser with inputs as a batch of that size has them."""
+def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[int, int]) -> dict[str, Any]:
+    """What a denoiser sees in a step."""
     factor = 1 if task.vae is None else cell(task.vae)
-    width, height = size[0] // factor, size[1] // factor
-
-    def run(network: Any) -> None:
-        plain: Any = network.func if isinstance(network, partial) else network
-        config = plain.config
-        batch = settings.train_batch_size
-        inputs: dict[str, Any] = {
-            "sample": torch.empty(batch, config.in_channels, height, width),
-            "timestep": torch.zeros(batch, dtype=torch.long),
-        }
-        if "cross_attention_dim" in config:
-            inputs["encoder_hidden_states"] = torch.empty(batch, 77, config.cross_attention_dim)
-        if config.get("num_class_embeds"):
-            inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
-        network(**inputs)
-
-    return run
+    batch = settings.train_batch_size
+    inputs: dict[str, Any] = {
+        "sample": torch.empty(batch, config.in_channels, size[1] // factor, size[0] // factor),
+        "timestep": torch.zeros(batch, dtype=torch.long),
+    }
+    if "cross_attention_dim" in config:
+        inputs["encoder_hidden_states"] = torch.empty(batch, 77, config.cross_attention_dim)
+    if config.get("num_class_embeds"):
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
+    return inputs
 
 
 def vae_memory(task: VaeTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
@@ -73,7 +71,7 @@ def vae_memory(task: VaeTask, settings: TrainSettings, *, size: tuple[int, int])
         encoded = network.encode(torch.empty(settings.train_batch_size, 3, size[1], size[0]))
         network.decode(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
 
-    return _total(task.networks.values(), settings, _activations(vae, run, settings))
+    return _total(task.networks.values(), settings, _activations([vae], run, settings))
 
 
 def _total(networks: Iterable[nn.Module], settings: TrainSettings, activations: int) -> int:
@@ -84,18 +82,22 @@ def _total(networks: Iterable[nn.Module], settings: TrainSettings, activations: 
     return int((weights + trained * copies + activations) * MARGIN) + RUNTIME_BYTES
 
 
-def _activations(like: Any, run: Callable[[Any], None], settings: TrainSettings) -> int:
-    """Bytes that a forward pass keeps for the backward pass, counted on a network of tensors without numbers."""
+def _activations(likes: Sequence[Any], run: Callable[..., None], settings: TrainSettings) -> int:
+    """Bytes that a forward pass keeps for the backward pass, counted on networks of tensors without numbers.
+
+    What has no trained weight before or in it keeps nothing: a network of `likes` without gradients has none here.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
     with FakeTensorMode():
-        network = type(like).from_config(like.config)
-        if settings.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        network.train()
-        own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        networks = [type(like).from_config(like.config) for like in likes]
+        for like, network in zip(likes, networks, strict=True):
+            network.train().requires_grad_(any(parameter.requires_grad for parameter in like.parameters()))
+            if settings.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+        own = {parameter.untyped_storage()._cdata for network in networks for parameter in network.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -108,5 +110,5 @@ def _activations(like: Any, run: Callable[[Any], None], settings: TrainSettings)
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision != "no"),
         ):
-            run(network)
+            run(*networks)
     return sum(kept.values())

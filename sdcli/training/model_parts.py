@@ -14,16 +14,17 @@ import torch
 from torch import nn
 
 from sdcli.conditioning.tokenizer import ClipTokenizer
-from sdcli.errors import BadWeights, UsageError
+from sdcli.errors import UsageError
 from sdcli.files import write_whole
-from sdcli.hub import local_snapshot
+from sdcli.hub import folder_of
 from sdcli.latents import cell, latent_channels, shift_factor
 from sdcli.lean_imports import UNet2DConditionModel, UNet2DModel
-from sdcli.loading import LoadedModel
+from sdcli.loading import LoadedModel, Part, load_model
 from sdcli.model_folder import LAYOUTS, read_json_object
-from sdcli.registry import PACKAGE, EmbeddedSource, FolderSource, HubSource, ModelDefaults, ModelSpec
+from sdcli.registry import PACKAGE, ModelDefaults, ModelSpec
 from sdcli.request import did_you_mean
 from sdcli.training.run_folder import write_json
+from sdcli.weights import network_described
 
 PIXEL_PRESET: dict[str, Any] = {
     "_class_name": "UNet2DModel",
@@ -107,10 +108,8 @@ def new_network(config: Mapping[str, Any], classes: Sequence[Any], *, seed: int)
     if name not in known:
         raise UsageError(f"--from-scratch: unknown class {name!r}; known: {', '.join(known)}")
     torch.manual_seed(seed)
-    try:
+    with network_described("--from-scratch"):
         return known[name].from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise BadWeights(f"--from-scratch: the configuration describes no network: {error}") from None
 
 
 def fitted_config(
@@ -135,15 +134,28 @@ def fitted_config(
     return fitted
 
 
-def refuse_sdxl(model: LoadedModel) -> None:
-    """Raise UsageError for what no session knows: the conditions of SDXL and SD 3, and latents that are shifted."""
-    if model.is_sdxl or model.spec.kind.process == "flow":
-        family = "sdxl" if model.is_sdxl else "sd3"
-        raise UsageError(f"{model.spec.name} is of the {family} family, which sdcli paints with but does not train yet")
+def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> LoadedModel:
+    """Load a model in float32. Raises what `load_model` raises, and UsageError for one of the sdxl or sd3 family.
+
+    No session knows their conditions. It is refused before its weights are read, where the spec says so already.
+    """
+    flow = spec.kind.process == "flow" or spec.family == "sd3"
+    model = (
+        load_model(spec, device=device, dtype="float32", needs=needs) if not flow and spec.family != "sdxl" else None
+    )
+    if model is None or model.is_sdxl:
+        family = "sd3" if flow else "sdxl"
+        raise UsageError(f"{spec.name} is of the {family} family, which sdcli paints with but does not train yet")
+    return refuse_shifted(model)
+
+
+def refuse_shifted(model: LoadedModel) -> LoadedModel:
+    """The model. Raises UsageError for a VAE as of Stable Diffusion 3, whose latents are shifted, not scaled alone."""
     if "vae" in model.parts and shift_factor(model.vae):
         raise UsageError(
-            f"the VAE of {model.spec.name} shifts its latents (shift_factor), which sdcli does not train on"
+            f"the VAE of {model.spec.name} shifts its latents (shift_factor); sdcli does not train on such"
         )
+    return model
 
 
 @dataclass(frozen=True)
@@ -236,7 +248,7 @@ def _class_name(model: LoadedModel, part: str) -> str:
 
 def write_part(folder: Path, model: LoadedModel, part: str) -> None:
     """A frozen part of a model as a sub-folder: its own files where it has some, else from the network in memory."""
-    source = source_folder(model.spec)
+    source = folder_of(model.spec)
     if source is not None and (source / part).is_dir():
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source / part, folder)
@@ -247,18 +259,6 @@ def write_part(folder: Path, model: LoadedModel, part: str) -> None:
 
         network = model.parts[part]
         write_network(folder, network, network.state_dict())
-
-
-def source_folder(spec: ModelSpec) -> Path | None:
-    """The folder that a model was loaded from; None for single files and random weights."""
-    match spec.source:
-        case EmbeddedSource(folder=name):
-            return PACKAGE / name
-        case FolderSource(path=path):
-            return path
-        case HubSource() as hub:
-            return local_snapshot(hub, name=spec.name, size=spec.download_bytes)
-    return None
 
 
 def painting_defaults(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdcli import counted
+from sdcli.denoise.guess import x0_of
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.errors import UsageError
 
@@ -107,20 +107,6 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
     return signal * x0.float() + amount * noise.float()
 
 
-def posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [B, ...] and variance [B, 1, ...] of q(x_{t-1} | x_t, x_0); Ho et al. 2020, eq. 6 and 7.
-
-    At t = 0 the step before is x_0 itself: the mean is x_0 and the variance 0.
-    """
-    shape = (-1, *[1] * (x0.ndim - 1))
-    table = schedule.alphas_cumprod.double().to(x0.device)
-    now = table[t].view(shape)
-    before = torch.where(t > 0, table[(t - 1).clamp(min=0)], torch.ones_like(table[t])).view(shape)
-    beta = 1 - now / before
-    mean = before.sqrt() * beta / (1 - now) * x0 + (now / before).sqrt() * (1 - before) / (1 - now) * x_t
-    return mean.float(), ((1 - before) / (1 - now) * beta).float()
-
-
 # What the network predicts
 
 
@@ -139,26 +125,7 @@ def target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Ten
 
 def x0_from(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The x_0 that a network's output means; for epsilon undefined (infinite) where no signal is left."""
-    signal, amount = schedule.signal_and_noise(t, x_t)
-    match schedule.prediction_type:
-        case "epsilon":
-            return (x_t - amount * output) / signal
-        case "sample":
-            return output.float()
-        case _:
-            return signal * x_t - amount * output
-
-
-def noise_from(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The noise that a network's output means; for x_0 undefined (infinite) where there is none in x_t."""
-    signal, amount = schedule.signal_and_noise(t, x_t)
-    match schedule.prediction_type:
-        case "epsilon":
-            return output.float()
-        case "sample":
-            return (x_t - signal * output) / amount
-        case _:
-            return amount * x_t + signal * output
+    return x0_of(schedule.prediction_type, output, x_t, *schedule.signal_and_noise(t, x_t))
 
 
 # The loss

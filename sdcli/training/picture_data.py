@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdcli.dataset.examine import examination, look
+from sdcli.dataset.examine import Examination, examination, look
 from sdcli.dataset.framing import Framing, bucket_sizes
 from sdcli.dataset.records import PictureSet
 from sdcli.dataset.sources import open_pictures
@@ -112,15 +112,10 @@ def examine_data(
     if pictures.kind == "latents":
         _refuse_framing(settings, data)
     framing = _framing(settings, resolution, size_step=size_step)
-    seen = []
-    for one in look(pictures, memory=cache_folder(settings.cache_dir) / "examined"):
-        seen.append(one)
-        if len(seen) % 100 == 0 or len(seen) == len(pictures):
-            yield Preparing("examining pictures", len(seen), len(pictures))
-    examined = examination(pictures, seen)
-    for line in examined.report():
+    found = yield from examined(pictures, settings, what="pictures")
+    for line in found.report():
         yield Noted(line, warning=line.lstrip().startswith(("dropped", "note")))
-    used = examined.used
+    used = found.used
     if not len(used):
         raise UsageError(f"{data} holds no picture that can be used")
     if settings.max_train_samples is not None:
@@ -132,7 +127,7 @@ def examine_data(
         int(index): (int(width), int(height))
         if pictures.kind == "latents"
         else framing.bucket_for((int(width), int(height)))
-        for index, (width, height) in zip(examined.used, examined.sizes[examined.used], strict=True)
+        for index, (width, height) in zip(found.used, found.sizes[found.used], strict=True)
     }
     return PictureData(
         pictures=pictures,
@@ -140,9 +135,19 @@ def examine_data(
         trained=np.setdiff1d(used, held_out),
         held_out=held_out,
         sizes=size_of,
-        digests=examined.digests,
-        dropped=len(examined.dropped),
+        digests=found.digests,
+        dropped=len(found.dropped),
     )
+
+
+def examined(pictures: PictureSet, settings: PictureSettings, *, what: str) -> Generator[Event, None, Examination]:
+    """Look at every picture, or at what `what` calls them; yields progress."""
+    seen = []
+    for one in look(pictures, memory=cache_folder(settings.cache_dir) / "examined"):
+        seen.append(one)
+        if len(seen) % 100 == 0 or len(seen) == len(pictures):
+            yield Preparing(f"examining {what}", len(seen), len(pictures))
+    return examination(pictures, seen)
 
 
 def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:
@@ -150,12 +155,12 @@ def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_ste
         if side % size_step or side < size_step:
             raise UsageError(f"--resolution: should be a multiple of {size_step}, not {side}")
     if not settings.enable_bucket:
-        return Framing(resolution, (resolution,), settings.random_crop)
+        return Framing((resolution,), settings.random_crop)
     step = settings.bucket_reso_steps or max(size_step, min(resolution) // 8 // size_step * size_step)
     if step % size_step:
         raise UsageError(f"--bucket-reso-steps: should be a multiple of {size_step}, not {step}")
     buckets = bucket_sizes(resolution, step=step, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso)
-    return Framing(resolution, buckets, settings.random_crop)
+    return Framing(buckets, settings.random_crop)
 
 
 def _refuse_framing(settings: PictureSettings, data: str) -> None:

@@ -98,15 +98,17 @@ class WithMaps:
     """A source whose items have a `map` [3, H, W] in 0..1 too, framed and mirrored as the picture is."""
 
     source: Source
-    maps: Pixels
-    """What the maps are, or are made of; a sample's crop and flip are those of the picture."""
+    maps: Pixels | None
+    """What the maps are, or are made of; None where that is the source's own pixels. Framed and mirrored as those."""
     preprocessor: Preprocessor = "none"
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
-        return {**self.source.item(draw), "map": self._map(self.maps.item(draw))}
+        item = self.source.item(draw)
+        return {**item, "map": self._map(item if self.maps is None else self.maps.item(draw))}
 
     def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        return {**self.source.fixed(index, size), "map": self._map(self.maps.fixed(index, size))}
+        item = self.source.fixed(index, size)
+        return {**item, "map": self._map(item if self.maps is None else self.maps.fixed(index, size))}
 
     def _map(self, framed: dict[str, Tensor]) -> Tensor:
         if self.preprocessor == "none":

@@ -1,4 +1,4 @@
-"""The state of optimizers, averages and scalers as tensors (safetensors) and JSON, bit for bit and without pickle."""
+"""The state of optimizers as tensors (safetensors) and JSON, bit for bit and without pickle."""
 
 from __future__ import annotations
 
@@ -98,57 +98,6 @@ def load_optimizer(
     for name, values in state.items():
         if values:
             optimizer.state[parameters[name]] = values
-
-
-def to_parts(state: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """A `state_dict()` of an EMAModel, a GradScaler or a scheduler as (tensors, JSON); tensors are not copied.
-
-    Raises UsageError for what is neither a tensor, a number, a text, None, nor a dict, list or tuple of them.
-    """
-    tensors: Tensors = {}
-
-    def part(value: Any, place: str) -> Any:
-        match value:
-            case Tensor():
-                tensors[place] = value.detach()
-                return {"tensor": place}
-            case dict() if all(isinstance(key, str) for key in value):
-                return {"dict": {key: part(inner, f"{place}.{key}" if place else key) for key, inner in value.items()}}
-            case list() | tuple():
-                kind = "list" if isinstance(value, list) else "tuple"
-                return {kind: [part(inner, f"{place}.{index}") for index, inner in enumerate(value)]}
-            case None | bool() | int() | float() | str():
-                return _jsonable(value, place)
-        raise UsageError(f"{place} is a {type(value).__name__}, which cannot be saved")
-
-    facts: dict[str, Any] = part(dict(state), "")
-    return tensors, facts
-
-
-def from_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_parts` took apart. Raises BadWeights."""
-
-    def whole(value: Any) -> Any:
-        match value:
-            case {"tensor": str(place)}:
-                return tensors[place]
-            case {"dict": dict(inner)}:
-                return {key: whole(entry) for key, entry in inner.items()}
-            case {"list": list(inner)}:
-                return [whole(entry) for entry in inner]
-            case {"tuple": list(inner)}:
-                return tuple(whole(entry) for entry in inner)
-            case dict() | list():
-                raise ValueError("an unknown kind of value")
-        return value
-
-    try:
-        found = whole(dict(facts))
-    except (KeyError, ValueError, RecursionError) as error:
-        raise BadWeights(f"the saved state is not laid out as sdcli writes it: {error!r}") from None
-    if not isinstance(found, dict):
-        raise BadWeights("the saved state is not laid out as sdcli writes it: no table")
-    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.files import write_whole
+from sdcli.files import sha256, write_whole
 from sdcli.training.vocabulary import in_this_thread
 from sdcli.weights import check_header, fill, read_tensors, shards
 
@@ -57,14 +57,6 @@ def open_teacher(path: Path, *, device: torch.device | str = "cpu") -> Teacher:
     if not path.exists():
         raise NotFound(f"no file or folder {path}")
     return StoredVectors.load(path)
-
-
-def teacher_vectors(teacher: Teacher, texts: Sequence[str], *, cache: Path | None = None) -> Tensor:
-    """Unit vectors [n, D] of the texts, float32; what is not in the cache folder is computed and put there."""
-    kept = KeptVectors.of(teacher, cache)
-    for _ in kept.learn(teacher, texts):
-        pass
-    return kept.vectors(texts)
 
 
 # A sentence encoder in transformers' layout
@@ -228,12 +220,6 @@ class StoredVectors:
         return self.table[[self.rows[text] for text in texts]]
 
 
-def vector_bytes(texts: Sequence[str], vectors: Tensor) -> bytes:
-    """Texts and their vectors [n, D] as a .safetensors file that `StoredVectors` reads."""
-    letters = np.frombuffer(json.dumps(list(texts)).encode(), dtype=np.uint8)
-    return save({_VECTORS: vectors.float().contiguous(), _TEXTS: torch.from_numpy(letters.copy())})
-
-
 def _read_safetensors(path: Path) -> tuple[list[str], Tensor]:
     header = check_header(path)
     if not {_VECTORS, _TEXTS} <= set(header):
@@ -352,8 +338,7 @@ def _digest(paths: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
         if path.is_file():
-            with open(path, "rb") as stream:
-                total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{path.name} {sha256(path)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 

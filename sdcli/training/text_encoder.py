@@ -32,7 +32,7 @@ from sdcli.training.state_files import write_tensors
 from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
 from sdcli.training.text_items import TextItems
 from sdcli.training.vocabulary import save_tokenizer
-from sdcli.weights import build_empty, fill
+from sdcli.weights import empty_network, fill
 
 Objective = Literal["lm", "contrastive", "distil"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -166,9 +166,7 @@ def continued_text_encoder(encoder: ClipTextEncoder, tokenizer: ClipTokenizer) -
 
 
 def _empty(config: ClipTextConfig) -> TrainedTextEncoder:
-    network = build_empty(lambda: TrainedTextEncoder(config))
-    assert isinstance(network, TrainedTextEncoder)
-    return network
+    return empty_network(lambda: TrainedTextEncoder(config), source="the text encoder")
 
 
 def _filled(network: TrainedTextEncoder, tensors: Mapping[str, Tensor]) -> TrainedTextEncoder:
@@ -178,7 +176,7 @@ def _filled(network: TrainedTextEncoder, tensors: Mapping[str, Tensor]) -> Train
 
 def _projection(width: int, teacher_width: int, *, seed: int) -> nn.Module:
     """Linear, without bias, as CLIP's own text projection; random as it is there."""
-    layer = build_empty(lambda: nn.Linear(width, teacher_width, bias=False))
+    layer = empty_network(lambda: nn.Linear(width, teacher_width, bias=False), source=PROJECTION)
     weight = counted.noise(seed, 0, f"weights of {PROJECTION}", (teacher_width, width)) * width**-0.5
     fill(layer, {"weight": weight}, source=PROJECTION)
     return layer.requires_grad_(True).train()

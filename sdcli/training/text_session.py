@@ -10,12 +10,12 @@ import torch
 
 from sdcli.conditioning.clip import ClipTextConfig
 from sdcli.conditioning.tokenizer import ClipTokenizer
-from sdcli.loading import LoadedModel, load_model
+from sdcli.loading import LoadedModel
 from sdcli.registry import Registry
 from sdcli.train_settings import TextSettings, cache_folder
 from sdcli.training.caption_files import Captions, read_captions
 from sdcli.training.events import Event, Noted, Preparing
-from sdcli.training.model_parts import ModelFiles, refuse_sdxl, tokenizer_of
+from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.teachers import KeptVectors, open_teacher
 from sdcli.training.text_encoder import (
@@ -91,8 +91,7 @@ class TextSession(Session[TextSettings]):
         """The model to go on with (None from nothing), its text encoder, and the tokenizer."""
         settings = self.settings
         if settings.model is not None:
-            model = load_model(self._registry.find(settings.model), device="cpu", dtype="float32", needs="text_encoder")
-            refuse_sdxl(model)
+            model = load_to_train(self._registry.find(settings.model), device="cpu", needs="text_encoder")
             tokenizer = tokenizer_of(model)
             return model, continued_text_encoder(model.text_encoder, tokenizer), tokenizer
         tokenizer = train_vocabulary(captions.texts, size=settings.vocab_size, max_length=settings.max_length)

@@ -15,6 +15,7 @@ from sdcli import counted
 from sdcli.dataset.cache import sample_latents
 from sdcli.latents import cell, moments, scaling_factor
 from sdcli.lean_imports import VAE
+from sdcli.train_settings import DenoiserSettings
 from sdcli.training.conditions import Conditions
 from sdcli.training.lora import LoraShape, merged_tensors, write_lora
 from sdcli.training.objective import (
@@ -47,6 +48,16 @@ class Objective:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     stratified: bool = True
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, settings: DenoiserSettings) -> Objective:
+        return cls(
+            schedule,
+            snr_gamma=settings.snr_gamma,
+            noise_offset=settings.noise_offset,
+            input_perturbation=settings.input_perturbation,
+            stratified=settings.stratified_timesteps,
+        )
 
 
 @dataclass
@@ -187,18 +198,14 @@ class UnetTask:
         for size, indices in by_size.items():
             for start in range(0, len(indices), VALIDATION_BATCH):
                 some = indices[start : start + VALIDATION_BATCH]
-                fixed = [{**self.source.fixed(index, size), **self.conditions.fixed(index)} for index in some]
+                items = [{**self.source.fixed(index, size), **self.conditions.fixed(index)} for index in some]
+                fixed = {name: value.to(device) for name, value in self.collate(items).items()}
+                if "x0" not in fixed:  # encoded once for all levels
+                    fixed["x0"] = self._encoded(fixed["pixels"], None)
                 for level, t in enumerate(levels):
-                    items = [
-                        {
-                            **item,
-                            "t": torch.tensor(t),
-                            "noise": counted.noise(level, index, "validation", self._shape(item)),
-                        }
-                        for index, item in zip(some, fixed, strict=True)
-                    ]
-                    batch = {name: value.to(device) for name, value in self.collate(items).items()}
-                    sums[level] += self.losses(networks, batch, weighted=False).sum().cpu()
+                    noise = [counted.noise(level, index, "validation", fixed["x0"].shape[1:]) for index in some]
+                    batch = {"t": torch.full((len(some),), t).to(device), "noise": torch.stack(noise).to(device)}
+                    sums[level] += self.losses(networks, {**fixed, **batch}, weighted=False).sum().cpu()
         means = sums / len(self.held_out)
         return {
             "loss": float(means.mean()),

@@ -19,12 +19,12 @@ from sdcli.loading import LoadedModel, load_model
 from sdcli.registry import ModelDefaults, ModelSpec, Registry
 from sdcli.train_settings import UnetSettings
 from sdcli.training import model_parts
-from sdcli.training.conditions import Conditions, Labels, Nothing, Texts
-from sdcli.training.encoded import computes_in_half, encoded_captions, encoded_pictures, in_half
+from sdcli.training.conditions import Conditions, Labels, Nothing
+from sdcli.training.encoded import computes_in_half, encoded_captions, encoded_pictures, frozen_text_encoder
 from sdcli.training.events import Event, Preparing
 from sdcli.training.lora import TARGETS, TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
-from sdcli.training.model_parts import ModelFiles, refuse_sdxl
+from sdcli.training.model_parts import ModelFiles
 from sdcli.training.objective import NoiseSchedule, schedule_config
 from sdcli.training.order import Order
 from sdcli.training.picture_data import PictureData, examine_data, list_data
@@ -124,8 +124,7 @@ class UnetSession(Session[UnetSettings]):
     def _from_model(self) -> _Model:
         settings = self.settings
         spec = self._registry.find(settings.model)
-        loaded = load_model(spec, device=self._device(), dtype="float32")
-        refuse_sdxl(loaded)
+        loaded = model_parts.load_to_train(spec, device=self._device())
         kind = loaded.spec.kind
         if settings.unconditional and kind.conditioning == "class":
             raise UsageError(f"{spec.name} paints classes; --unconditional goes with --from-scratch")
@@ -180,8 +179,7 @@ class UnetSession(Session[UnetSettings]):
     def _part(self, name: str | None, base: ModelSpec, part: Any) -> LoadedModel:
         spec = base if name is None else self._registry.find(name)
         loaded = load_model(spec, device=self._device(), dtype="float32", parts=(part,))
-        refuse_sdxl(loaded)
-        return loaded
+        return model_parts.refuse_shifted(loaded)
 
     def _check_effects(self, model: _Model) -> None:
         """Refuse what speaks of captions where the model takes none."""
@@ -295,7 +293,7 @@ class UnetSession(Session[UnetSettings]):
         """What is trained, with gradients where they are wanted."""
         settings = self.settings
         networks: dict[str, nn.Module] = {"unet": model.unet}
-        if self.accelerator.device.type == "cpu" and settings.mixed_precision != "no":
+        if self._half:
             use_plain_small_attention(model.unet)
         if settings.train_text_encoder:
             assert model.text_of is not None
@@ -326,18 +324,11 @@ class UnetSession(Session[UnetSettings]):
     ) -> UnetTask:
         settings = self.settings
         frozen_text = None
-        if isinstance(conditions, Texts) and conditions.states is None and not settings.train_text_encoder:
-            assert model.text_of is not None
-            frozen_text = in_half(model.text_of.text_encoder) if self._half else model.text_of.text_encoder
+        if model.text_of is not None and not settings.train_text_encoder:
+            frozen_text = frozen_text_encoder(model.text_of, conditions, half=self._half)
         return UnetTask(
             networks=networks,
-            objective=Objective(
-                schedule,
-                snr_gamma=settings.snr_gamma,
-                noise_offset=settings.noise_offset,
-                input_perturbation=settings.input_perturbation,
-                stratified=settings.stratified_timesteps,
-            ),
+            objective=Objective.of(schedule, settings),
             order=order,
             source=source,
             conditions=conditions,

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 from sdcli.errors import UsageError
 from sdcli.latents import cell, has_distribution
 from sdcli.lean_imports import VAE, AutoencoderKL, AutoencoderTiny
-from sdcli.loading import LoadedModel, load_model
+from sdcli.loading import LoadedModel
 from sdcli.model_folder import read_json_object
 from sdcli.registry import PACKAGE, Registry
 from sdcli.train_settings import VaeSettings
 from sdcli.training.events import Event, Preparing
 from sdcli.training.memory import vae_memory
-from sdcli.training.model_parts import ModelFiles, config_file, new_network, refuse_sdxl
+from sdcli.training.model_parts import ModelFiles, config_file, load_to_train, new_network
 from sdcli.training.picture_data import examine_data, list_data
 from sdcli.training.session import Built, Session, fingerprint
 from sdcli.training.sources import Pixels
@@ -113,9 +113,7 @@ class VaeSession(Session[VaeSettings]):
         settings = self.settings
         if settings.from_scratch is not None:
             return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), USUAL
-        spec = self._registry.find(settings.model)
-        model = load_model(spec, device="cpu", dtype="float32", needs="vae")
-        refuse_sdxl(model)
+        model = load_to_train(self._registry.find(settings.model), device="cpu", needs="vae")
         model.vae.requires_grad_(True)
         defaults = model.spec.defaults
         return model, model.vae, (defaults.width, defaults.height) if "unet" in model.parts else USUAL

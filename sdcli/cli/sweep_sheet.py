@@ -1,0 +1,64 @@
+"""The sheet of a sweep: the pictures of all combinations in their order, an empty place for each that failed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sdcli.cli.console import Console
+from sdcli.files import AlreadyExists
+from sdcli.jobs import BadJob, Job
+from sdcli.naming import numbered
+from sdcli.settings import OutputSettings
+from sdcli.sheet_labels import labels_of
+from sdcli.sweeping import Axis
+
+LABEL_LINES = 4
+
+
+@dataclass(frozen=True)
+class SweepSheet:
+    """What stands in which place of the sheet, row by row."""
+
+    places: tuple[Job | BadJob, ...]
+    columns: int
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job | BadJob], axes: Sequence[Axis], *, num_images: int) -> SweepSheet:
+        """The values of the last axis side by side; a refused combination is one job, and leaves its places empty."""
+        places = (job for job in jobs for _ in range(num_images if isinstance(job, BadJob) else 1))
+        return cls(tuple(places), len(axes[-1].values) * num_images)
+
+    def check(self) -> None:
+        """Raise UsageError for a sheet that would be too large."""
+        from sdcli.contact_sheet import check_size
+
+        widths, heights = zip(
+            *(place.request.final_size for place in self.places if isinstance(place, Job)), strict=True
+        )
+        check_size(len(self.places), (max(widths), max(heights)), label_lines=LABEL_LINES)
+
+    def write(self, paths: Mapping[int, Path], settings: OutputSettings, console: Console) -> None:
+        """Lay out the pictures, whose files are named by the index of their job, and print the sheet's path."""
+        from sdcli.contact_sheet import contact_sheet, empty, write_sheet
+        from sdcli.images import open_picture
+
+        files = [paths.get(place.index) for place in self.places]
+        requests = [place.request if isinstance(place, Job) else None for place in self.places]
+        labels = labels_of([str(file or "failed") for file in files], requests)
+        pictures = [open_picture(file) if file is not None else empty((1, 1)) for file in files]
+        sheet = contact_sheet(pictures, columns=self.columns, labels=labels, label_lines=LABEL_LINES)
+        on_it = [
+            {"name": str(file or ""), "request": request.typed() if request is not None else None}
+            for file, request in zip(files, requests, strict=True)
+        ]
+        for number in itertools.count(1):
+            path = settings.outdir / numbered(PurePosixPath("sweep.png"), number)
+            try:
+                write_sheet(path, sheet, {"pictures": on_it}, overwrite=settings.overwrite)
+            except AlreadyExists:
+                continue
+            console.result(str(path), status="sheet", path=str(path), width=sheet.width, height=sheet.height)
+            return
