@@ -102,7 +102,7 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
     weight that has no effect, a kind that is not a LoRA, and another file than the entry's digest says.
     """
     if model.spec.kind.process == "flow":
-        raise UsageError(f"loras do not go with {model.spec.name}: sdcli has none for Stable Diffusion 3 yet")
+        raise UsageError(f"loras: sdcli has none for {model.spec.name} yet, which was trained with flow matching")
     places = _places(model)
     changes: dict[str, dict[str, list[tuple[float, LoraLayer]]]] = {}
     applied = []

@@ -183,7 +183,11 @@ def read_model_folder(path: Path) -> ModelFolder:
     if not layout.can_paint:
         cell = cell_of(network_config(path, layout, "vae")) if layout.has_vae else 8
         return ModelFolder(
-            path, layout, ModelKind(size_step=cell, process=layout.process), None, _read_defaults(path / "sdcli.json")
+            path,
+            layout,
+            ModelKind(size_step=cell, process=layout.process, cell=cell),
+            None,
+            _read_defaults(path / "sdcli.json"),
         )
     unet = network_config(path, layout, "unet")
     vae = network_config(path, layout, "vae") if layout.has_vae else None

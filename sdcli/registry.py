@@ -320,7 +320,7 @@ def _check_process(request: GenerationRequest, spec: ModelSpec) -> None:
     if process == "flow":
         for name in ("refiner", "loras", "controls", "embeddings", "pag_scale"):
             if getattr(request, name):
-                raise UsageError(f"{name} does not go with {spec.name}: sdcli has none for Stable Diffusion 3 yet")
+                raise UsageError(f"{name}: sdcli has none for {spec.name} yet, which was trained with flow matching")
 
 
 def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
