@@ -238,9 +238,10 @@ def load_model(
     if "text_encoder" in wanted and "text_encoder_2" not in wanted and "text_encoder_2" in build.parts:
         raise UsageError(f"{spec.name} has two text encoders (SDXL) or more, and one alone is of no use here")
     if build.process != spec.kind.process:
+        right = "sd3" if build.process == "flow" else "sd1"
         raise UsageError(
-            f"{spec.name} is a Stable Diffusion 3, which its entry does not say; make one that does with "
-            f"`sdcli models add NAME {spec.origin()} --family sd3`"
+            f"{spec.name} is of another family than {spec.family}; give it a name that says so with "
+            f"`sdcli models add NAME {spec.origin()} --family {right}`"
         )
     hashes = in_background(*(partial(build.identity, part) for part in wanted))
     networks: dict[str, nn.Module] = {part: placed(build.network(part), target) for part in wanted}
