@@ -31,8 +31,10 @@ Measure = Callable[[FileRef, int], tuple[int, int]]
 """(a picture or latent file, pixels a side of a latent cell) -> its width and height in pixels."""
 
 
-def start_filled(request: GenerationRequest, *, step: int, measure: Measure | None) -> dict[str, Any]:
+def start_filled(request: GenerationRequest, *, step: int, cell: int, measure: Measure | None) -> dict[str, Any]:
     """The fields that a start picture decides, where the request leaves them open; sizes are multiples of `step`.
+
+    `cell` is how many pixels a side a cell of the model's latents stands for.
 
     Raises UsageError for a field that would have no effect, and what reading the files raises.
     """
@@ -55,7 +57,7 @@ def start_filled(request: GenerationRequest, *, step: int, measure: Measure | No
     if request.strength is None:
         filled["strength"] = STRENGTH_BEHIND_MASK if request.masked else STRENGTH
     if measure is not None:
-        filled |= _size(request, measure(filled["init_image"], step), step)
+        filled |= _size(request, measure(filled["init_image"], cell), step)
     return filled
 
 

@@ -122,15 +122,17 @@ class Codec:
 
     painter: Painter
     scaling_factor: float
+    shift_factor: float
 
     @classmethod
     def load(cls, spec: ModelSpec, run: RunSettings) -> Codec:
         """Load the VAE of a model; `auto` computes in float32, since what is encoded should survive the round trip."""
         dtype = "float32" if run.dtype == "auto" else run.dtype
         model = load_model(spec, device=run.device, dtype=dtype, offline=run.offline, parts=("vae",))
-        factor = latent_space.scaling_factor(model.vae)
-        model.vae.register_to_config(scaling_factor=1.0)  # nothing is multiplied, so nothing is rounded
-        return cls(Painter.of(model), factor)
+        factor, shift = latent_space.scaling_factor(model.vae), latent_space.shift_factor(model.vae)
+        # nothing is multiplied, so nothing is rounded
+        model.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+        return cls(Painter.of(model), factor, shift)
 
     @property
     def spec(self) -> ModelSpec:
@@ -424,7 +426,7 @@ def decode_all(
                 f"{file.path} was made with another VAE ({_short(content.record.vae)}) than that of {spec.name} "
                 f"({_short(codec.vae_identity)}); the colours may be off",
             )
-        for index, latents in enumerate(content.unscaled(codec.scaling_factor)):
+        for index, latents in enumerate(content.unscaled(codec.scaling_factor, codec.shift_factor)):
             stop_if_asked(stop)
             suffix = f"-{index + 1}" if len(content.latents) > 1 else ""
             name = names.claim(file.name.with_name(file.name.name + suffix))

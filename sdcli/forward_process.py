@@ -57,6 +57,8 @@ class ForwardProcess:
     def of(cls, spec: ModelSpec, run: RunSettings) -> ForwardProcess:
         """That of a model; of its networks only the VAE is needed. Raises what loading raises, and UsageError."""
         spec = described(spec)
+        if spec.kind.process == "flow":
+            raise UsageError(f"{spec.name} was trained with flow matching, whose noise is not that of diffusion")
         model, encode, decode = _in_pixels(spec, run) if spec.kind.space == "pixel" else _in_latents(spec, run)
         schedule = NoiseSchedule.from_config(model.scheduler_config)
         return cls(model.spec, schedule, make_scheduler("ddpm", model.scheduler_config).betas, encode, decode)

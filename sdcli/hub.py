@@ -31,9 +31,11 @@ Progress = Callable[[str, int, int], None]
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
+    "text_encoder_3": "model",
 }
 """Component -> the stem of its weight files."""
 CONTROLNET_WEIGHTS = "diffusion_pytorch_model"
@@ -50,6 +52,7 @@ SIDE_FILES = {
     **{part: {"config.json"} for part in WEIGHTS},
     "tokenizer": _TOKENIZER,
     "tokenizer_2": _TOKENIZER,
+    "tokenizer_3": _TOKENIZER - {"vocab.json", "merges.txt"},
     "scheduler": {"scheduler_config.json"},
 }
 """Component -> the small files it may have; no other name is ever downloaded."""
@@ -59,6 +62,7 @@ PIPELINES = {
     "LatentConsistencyModelPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusion3Pipeline",
 }
 """The classes of model_index.json that are downloaded; `model_folder.LAYOUTS` knows more, for folders on disk."""
 MAX_SIDE_FILE_BYTES = 32 * 1024**2
@@ -204,7 +208,9 @@ def first_missing(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
         stems = [f"{part}/{WEIGHTS[part]}" for part in parts]
         required = [*(f"{part}/config.json" for part in parts), "scheduler/scheduler_config.json"]
         for tokenizer in (one.replace("text_encoder", "tokenizer") for one in parts if one.startswith("text_encoder")):
-            if f"{tokenizer}/tokenizer.json" not in present:
+            if tokenizer == "tokenizer_3":
+                required.append(f"{tokenizer}/tokenizer.json")
+            elif f"{tokenizer}/tokenizer.json" not in present:
                 required += [f"{tokenizer}/vocab.json", f"{tokenizer}/merges.txt"]
     for stem in stems:
         names = weight_files(present, stem, variant=getattr(spec.source, "variant", None))
@@ -216,12 +222,13 @@ def first_missing(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
 
 
 def weighty_parts(model_index: Mapping[str, Any]) -> list[str]:
-    """The components with weights: UNet, VAE, and the text encoders that model_index.json names, one at least.
+    """The components with weights: UNet or transformer, VAE, and the text encoders that are named, one at least.
 
     An SDXL refiner's `text_encoder` is [null, null].
     """
     named = [part for part in WEIGHTS if part.startswith("text") and model_index.get(part) not in (None, [None, None])]
-    return ["unet", "vae", *(named or ["text_encoder"])]
+    denoiser = "unet" if model_index.get("transformer") is None else "transformer"
+    return [denoiser, "vae", *(named or ["text_encoder"])]
 
 
 def _shards_named_in(index: Path) -> list[str]:

@@ -77,11 +77,11 @@ class LatentFile:
     scaled: bool
     record: LatentRecord | None = None
 
-    def unscaled(self, scaling_factor: float) -> Tensor:
-        """The VAE's own latents; the factor counts only where the file does not say by which it was scaled."""
+    def unscaled(self, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
+        """The VAE's own latents; the scaling factor counts only where the file does not say by which it was scaled."""
         if not self.scaled:
             return self.latents
-        return self.latents / (self.record.scaling_factor if self.record is not None else scaling_factor)
+        return self.latents / (self.record.scaling_factor if self.record is not None else scaling_factor) + shift_factor
 
 
 def latent_bytes(latents: Tensor, record: LatentRecord) -> bytes:

@@ -91,7 +91,7 @@ def drawn(vae: VAE, moments: Moments, generators: Sequence[torch.Generator] | No
         std = torch.exp(0.5 * logvar.to(next(vae.parameters()))).float().cpu()
         _, channels, height, width = latents.shape
         latents = latents + std * initial_noise(generators, (channels, height, width))
-    return latents * scaling_factor(vae)
+    return scaled(vae, latents)
 
 
 @torch.inference_mode()
@@ -99,13 +99,28 @@ def decode(vae: VAE, latents: Tensor, *, tiled: bool = False) -> Tensor:
     """Scaled latents [B, C, h, w] -> pixels [B, 3, 8h, 8w] in 0..1, float32 on the CPU; NaN stays NaN."""
     parameter = next(vae.parameters())
     with _tiles(vae) if tiled else contextlib.nullcontext():
-        pixels = vae.decode((latents / scaling_factor(vae)).to(parameter), return_dict=False)[0]
+        pixels = vae.decode(unscaled(vae, latents).to(parameter), return_dict=False)[0]
     return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def scaled(vae: VAE, latents: Tensor) -> Tensor:
+    """The VAE's own latents as a network is to see them: a mean of about 0 and a standard deviation of about 1."""
+    return (latents - shift_factor(vae)) * scaling_factor(vae)
+
+
+def unscaled(vae: VAE, latents: Tensor) -> Tensor:
+    """The inverse of `scaled`."""
+    return latents / scaling_factor(vae) + shift_factor(vae)
 
 
 def scaling_factor(vae: VAE) -> float:
     """What the VAE's own latents are multiplied by, so that their standard deviation is about 1."""
     return float(vae.config.scaling_factor)
+
+
+def shift_factor(vae: VAE) -> float:
+    """What is taken off the VAE's own latents before that; 0 for all but newer ones, such as Stable Diffusion 3's."""
+    return float(vae.config.get("shift_factor") or 0)
 
 
 def latent_channels(vae: VAE) -> int:

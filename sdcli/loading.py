@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.conditioning.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder
+from sdcli.conditioning.t5 import T5Tokenizer, empty_t5, load_t5_tokenizer, spare_float16
 from sdcli.conditioning.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.denoise.attention import use_sliced_self_attention
 from sdcli.devices import keep_freed_memory, pick_device, pick_dtype
@@ -27,6 +28,7 @@ from sdcli.lean_imports import (
     VAE,
     AutoencoderKL,
     AutoencoderTiny,
+    SD3Transformer2DModel,
     UNet,
     UNet2DConditionModel,
     UNet2DModel,
@@ -42,21 +44,24 @@ from sdcli.registry import (
     described,
 )
 from sdcli.request_parts import FileRef, LoraRef
+from sdcli.schedulers import Process
 from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import N, check_header, empty_network, fill, random_tensors, read_tensors, shards
 
-Part = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
-PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "unet", "vae")
+Part = Literal["text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae"]
+PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae")
 NAMES: dict[str, str] = {
     "text_encoder": "text encoder",
     "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
     "unet": "UNet",
     "vae": "VAE",
 }
-TEXT_ENCODERS = {"text_encoder", "text_encoder_2"}
+TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 NETWORKS: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "UNet2DModel": UNet2DModel,
+    "SD3Transformer2DModel": SD3Transformer2DModel,
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
 }
@@ -93,13 +98,15 @@ class LoadedModel:
     """What the UNet listens to beside the text, and how strongly."""
     tokenizer_2: ClipTokenizer | None = None
     """SDXL's second text encoder has its own; a refiner has only that."""
+    tokenizer_3: T5Tokenizer | None = None
+    """Of Stable Diffusion 3's third text encoder, which may be absent."""
     zeros_for_empty_prompt: bool = False
     """Whether an empty negative prompt is all zeros; SDXL's base model was trained so."""
 
     @property
     def is_sdxl(self) -> bool:
         """Whether it has the text encoders of SDXL, and takes the conditions that they make."""
-        return "text_encoder_2" in self.parts
+        return "text_encoder_2" in self.parts and self.spec.kind.process == "diffusion"
 
     @cached_property
     def unet(self) -> UNet:
@@ -116,6 +123,10 @@ class LoadedModel:
     @cached_property
     def text_encoder_2(self) -> ProjectedClipTextEncoder:
         return self._part("text_encoder_2")
+
+    @cached_property
+    def text_encoder_3(self) -> nn.Module:
+        return self._part("text_encoder_3")
 
     def _part(self, name: str) -> Any:
         if name not in self.parts:
@@ -227,7 +238,13 @@ def load_model(
         if part not in build.parts:
             raise UsageError(_lacks(spec.name, part, build.parts))
     if "text_encoder" in wanted and "text_encoder_2" not in wanted and "text_encoder_2" in build.parts:
-        raise UsageError(f"{spec.name} has two text encoders (SDXL), and one alone is of no use here")
+        raise UsageError(f"{spec.name} has two text encoders (SDXL) or more, and one alone is of no use here")
+    if build.process != spec.kind.process:
+        right = "sd3" if build.process == "flow" else "sd1"
+        raise UsageError(
+            f"{spec.name} is of another family than {spec.family}; give it a name that says so with "
+            f"`sdcli models add NAME {spec.origin()} --family {right}`"
+        )
     hashes = in_background(*(partial(build.identity, part) for part in wanted))
     networks: dict[str, nn.Module] = {part: placed(build.network(part), target) for part in wanted}
     if "unet" in networks and target.type == "cpu" and number != torch.float32:
@@ -241,6 +258,7 @@ def load_model(
         tokenizer=build.tokenizer("text_encoder") if "text_encoder" in wanted else None,
         identities=dict(zip(wanted, hashes, strict=True)),
         tokenizer_2=build.tokenizer("text_encoder_2") if "text_encoder_2" in wanted else None,
+        tokenizer_3=build.tokenizer_3() if "text_encoder_3" in wanted else None,
         zeros_for_empty_prompt=build.zeros_for_empty_prompt,
     )
 
@@ -278,6 +296,8 @@ class _Build:
     identity: Callable[[str], str]
     scheduler_config: Mapping[str, Any]
     zeros_for_empty_prompt: bool = False
+    process: Process = "diffusion"
+    tokenizer_3: Callable[[], T5Tokenizer | None] = lambda: None
 
 
 # Random weights
@@ -372,22 +392,24 @@ _TINY_SDXL_CONFIGS: dict[str, dict[str, Any]] = {
 
 def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None) -> _Build:
     layout = read_layout(folder)
-    is_sdxl = "text_encoder_2" in layout.components
+    several = "text_encoder_2" in layout.components
 
     def files(part: str) -> list[Path]:
         stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
         return shards(folder / layout.folder_of(part), stem, variant=variant)
 
     def network(part: str) -> nn.Module:
-        config = network_config(folder, layout, part)
+        config = {"_class_name": layout.components[part][1][0], **network_config(folder, layout, part)}
         empty = _empty(part, config, source=str(folder / layout.folder_of(part)))
         number = _dtype_for(part, config, dtype, parts=layout.components)
         wanted = set(empty.state_dict())
         tensors: dict[str, Tensor] = {}
         for file in files(part):
             tensors |= read_tensors(file, number, rename=lambda stored: _modern_name(part, stored, wanted))
+        if part == "text_encoder_3" and "shared.weight" in tensors:  # one matrix by two names, stored once
+            tensors.setdefault("encoder.embed_tokens.weight", tensors["shared.weight"])
         fill(empty, tensors, source=str(files(part)[0]))
-        return empty
+        return spare_float16(empty) if part == "text_encoder_3" else empty
 
     index = read_json_object(folder / "model_index.json")
     scheduler = read_json_object(folder / "scheduler" / "scheduler_config.json")
@@ -396,8 +418,10 @@ def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None
         network,
         tokenizer=lambda part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")),
         identity=lambda part: files_digest(files(part)),
-        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not is_sdxl else scheduler,
-        zeros_for_empty_prompt=is_sdxl and index.get("force_zeros_for_empty_prompt", True) is True,
+        scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not several else scheduler,
+        process=layout.process,
+        tokenizer_3=lambda: load_t5_tokenizer(folder / "tokenizer_3"),
+        zeros_for_empty_prompt=several and index.get("force_zeros_for_empty_prompt", True) is True,
     )
 
 
@@ -492,6 +516,10 @@ def _check_ldm_names(path: Path, names: set[str], layout: SingleFileLayout) -> N
 
     if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
         raise BadWeights(f"{path} is a LoRA, not a whole model; paint with it by --lora {path}")
+    if some("model.diffusion_model.joint_blocks.", "joint_blocks."):
+        raise UsageError(
+            f"{path} is a Stable Diffusion 3, which sdcli reads as a diffusers folder, not as a single file"
+        )
     if some("edm_mean", "edm_vpred."):
         raise UsageError(f"{path} was trained on the noise levels of EDM, which sdcli does not know")
     if some("down_blocks.", "decoder.up_blocks.", "text_model.", "encoder.layers."):
@@ -520,17 +548,21 @@ def _empty(part: str, config: dict[str, Any], *, source: str) -> nn.Module:
 
 
 def _network(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "text_encoder_3":
+        return empty_t5(config)
     if part not in TEXT_ENCODERS:
         usual = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}[part]
         network_class = NETWORKS.get(config.get("_class_name", usual))
         if network_class is None:
             raise ValueError(f"unknown class {config['_class_name']!r}")
+        if network_class is SD3Transformer2DModel and not config.get("pos_embed_max_size"):
+            raise ValueError("no pos_embed_max_size")
         network: nn.Module = network_class.from_config(config)
         return network
     if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
         raise ValueError(f"unknown activation {config['hidden_act']!r}")
     clip = ClipTextConfig.from_dict(config)
-    if part == "text_encoder":
+    if part == "text_encoder" and config.get("_class_name") != "CLIPTextModelWithProjection":
         return ClipTextEncoder(clip)
     return ProjectedClipTextEncoder(clip, projection_dim=config.get("projection_dim", 512))  # transformers' own default
 

@@ -101,6 +101,8 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
     `folder`. Raises NotFound, BadWeights for a file that is damaged or made for other models, and UsageError for a
     weight that has no effect, a kind that is not a LoRA, and another file than the entry's digest says.
     """
+    if model.spec.kind.process == "flow":
+        raise UsageError(f"loras: sdcli has none for {model.spec.name} yet, which was trained with flow matching")
     places = _places(model)
     changes: dict[str, dict[str, list[tuple[float, LoraLayer]]]] = {}
     applied = []

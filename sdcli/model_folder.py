@@ -7,6 +7,8 @@
     DDPMPipeline, DDIMPipeline      pixels           unet (UNet2DModel)
     StableDiffusionXLPipeline       latents          as StableDiffusionPipeline, text_encoder_2 and tokenizer_2
     StableDiffusionXLImg2ImgPipeline  latents        the same; a refiner has no text_encoder and no tokenizer
+    StableDiffusion3Pipeline        latents          unet (SD3Transformer2DModel) in the folder `transformer`, vae, two
+                                                     text encoders and perhaps a third, text_encoder_3 and tokenizer_3
 
 Each has a scheduler as well. A UNet2DModel paints without a prompt, or, with `num_class_embeds`, from the name of a
 class. diffusers' own LDMPipeline was made for a VQModel, hence its folder's name; it loads an AutoencoderKL there as
@@ -20,12 +22,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.request import did_you_mean
+from sdcli.schedulers import Process
 
 T = TypeVar("T", dict[str, Any], list[Any])
 
@@ -45,6 +48,7 @@ class Layout:
     components: Mapping[str, tuple[str, tuple[str, ...]]]
     optional: frozenset[str] = frozenset()
     """Components that may be absent, all of them together."""
+    process: Process = "diffusion"
 
     def folder_of(self, component: str) -> str:
         """The sub-folder, which is also the component's name in model_index.json."""
@@ -52,7 +56,7 @@ class Layout:
 
     @property
     def can_paint(self) -> bool:
-        """Whether there is a UNet; without one the folder only holds parts for other models."""
+        """Whether there is a UNet or a transformer; without one the folder only holds parts for other models."""
         return "unet" in self.components
 
     @property
@@ -83,6 +87,17 @@ _SDXL = Layout(
     },
     optional=frozenset({"text_encoder", "tokenizer"}),
 )
+_SD3 = Layout(
+    {
+        **_SDXL.components,
+        "unet": ("transformer", ("SD3Transformer2DModel",)),
+        "text_encoder": ("text_encoder", ("CLIPTextModelWithProjection",)),
+        "text_encoder_3": ("text_encoder_3", ("T5EncoderModel",)),
+        "tokenizer_3": ("tokenizer_3", ("T5Tokenizer", "T5TokenizerFast")),
+    },
+    optional=frozenset({"text_encoder_3", "tokenizer_3"}),
+    process="flow",
+)
 LAYOUTS: dict[str, Layout] = {
     "StableDiffusionPipeline": _TEXT_TO_IMAGE,
     "StableDiffusionImg2ImgPipeline": _TEXT_TO_IMAGE,
@@ -93,6 +108,7 @@ LAYOUTS: dict[str, Layout] = {
     "DDIMPipeline": _PIXELS,
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusionXLImg2ImgPipeline": _SDXL,
+    "StableDiffusion3Pipeline": _SD3,
 }
 """The pipelines of model_index.json that sdcli paints with."""
 
@@ -116,6 +132,9 @@ class ModelKind:
     """The label that was learned for "no class"; None where there is none."""
     inpaints: bool = False
     """The network sees a mask, and what the mask keeps, as further channels."""
+    process: Process = "diffusion"
+    cell: int = 8
+    """Pixels a side of a cell of the latents; 1 on pixels."""
 
     @property
     def can_be_guided(self) -> bool:
@@ -163,9 +182,18 @@ def read_model_folder(path: Path) -> ModelFolder:
     layout = read_layout(path)
     if not layout.can_paint:
         cell = cell_of(network_config(path, layout, "vae")) if layout.has_vae else 8
-        return ModelFolder(path, layout, ModelKind(size_step=cell), None, _read_defaults(path / "sdcli.json"))
+        return ModelFolder(
+            path,
+            layout,
+            ModelKind(size_step=cell, process=layout.process, cell=cell),
+            None,
+            _read_defaults(path / "sdcli.json"),
+        )
     unet = network_config(path, layout, "unet")
     vae = network_config(path, layout, "vae") if layout.has_vae else None
+    if layout.process == "flow":
+        kind = _kind_of_transformer(unet, vae or {}, source=str(path))
+        return ModelFolder(path, layout, kind, _trained_size(unet, vae), _read_defaults(path / "sdcli.json"))
     classes = read_classes(path) if not layout.has_text and unet.get("num_class_embeds") is not None else None
     kind = kind_of(unet, vae=vae, has_text=layout.has_text, classes=classes, source=str(path))
     return ModelFolder(path, layout, kind, _trained_size(unet, vae), _read_defaults(path / "sdcli.json"))
@@ -185,7 +213,7 @@ def read_layout(path: Path) -> Layout:
         folder for name, (folder, _) in components.items() if name != "unet" and _named(index, folder) is not None
     ]
     if (
-        _named(index, "unet") is None and others
+        _named(index, layout.folder_of("unet")) is None and others
     ):  # what `train-vae` and `train-text-encoder` make: parts to build a model with
         components = {name: entry for name, entry in components.items() if entry[0] in others}
     if all(_named(index, layout.folder_of(name)) is None for name in layout.optional):
@@ -198,7 +226,7 @@ def read_layout(path: Path) -> Layout:
             )
         if not (path / folder).is_dir():
             raise BadWeights(f"{path} has no {folder} folder; the model is incomplete")
-    return Layout(components, layout.optional)
+    return replace(layout, components=components)
 
 
 def _named(index: Mapping[str, Any], component: str) -> Any:
@@ -253,11 +281,11 @@ def kind_of(
                 f"{source}: its UNet takes {channels} channels; sdcli paints with those of the VAE ({own}), or with "
                 f"{INPAINTING_CHANNELS} more of an inpainting model"
             )
-        return ModelKind(size_step=cell, inpaints=channels != own)
+        return ModelKind(size_step=cell, inpaints=channels != own, cell=cell)
     depth = len(_channels(unet, "block_out_channels", source))
     # UNet2DModel halves its input between its blocks and doubles it again, and joins the two: no half may be odd
     step = cell * 2 ** (depth - 1)
-    sizes: dict[str, Any] = {"size_step": step, "smallest_size": max(8, step)}
+    sizes: dict[str, Any] = {"size_step": step, "smallest_size": max(8, step), "cell": cell}
     channels, out = unet.get("in_channels", 3), unet.get("out_channels", 3)
     if vae is None:
         sizes["space"] = "pixel"
@@ -276,6 +304,26 @@ def kind_of(
     if len(names) not in (rows - 1, rows):
         raise BadWeights(f"{source}: classes.json names {len(names)} classes, and its UNet has {rows}")
     return ModelKind("class", classes=names, null_label=len(names) if len(names) < rows else None, **sizes)
+
+
+def _kind_of_transformer(transformer: Mapping[str, Any], vae: Mapping[str, Any], *, source: str) -> ModelKind:
+    """That of Stable Diffusion 3, whose transformer reads latents in patches."""
+    patch, channels, own = (
+        transformer.get("patch_size", 2),
+        transformer.get("in_channels", 16),
+        vae.get("latent_channels"),
+    )
+    if type(patch) is not int or not 1 <= patch <= 16:
+        raise BadWeights(f"{source}: its transformer cannot have patches of {patch!r} cells")
+    if channels != own or transformer.get("out_channels", 16) not in (channels, None):
+        raise UsageError(
+            f"{source}: its transformer takes {channels} channels and its VAE makes {own}; sdcli paints with equal ones"
+        )
+    return ModelKind(size_step=cell_of(vae) * patch, process="flow", cell=cell_of(vae))
+
+
+SD3_KIND = ModelKind(size_step=16, process="flow")
+"""Of every published Stable Diffusion 3; its latents have cells of 8 pixels, and its patches 2x2 cells."""
 
 
 def cell_of(vae: Mapping[str, Any]) -> int:

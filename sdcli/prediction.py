@@ -17,11 +17,13 @@ from sdcli.denoise.predict import (
     only_within,
     steps_by_timestep,
     stepwise,
+    transformer_predict,
     unet_predict,
     with_scale,
 )
 from sdcli.denoise.start import Start
 from sdcli.errors import UsageError
+from sdcli.lean_imports import SD3Transformer2DModel
 from sdcli.painter import Painter
 from sdcli.request import GenerationRequest, known
 
@@ -46,6 +48,8 @@ def predict_for(
             condition = conditions.at(step)
             if scale_size is not None:
                 condition = with_scale(condition, known(shared.guidance_scale), size=scale_size)
+            if isinstance(unet, SD3Transformer2DModel):
+                return transformer_predict(unet, condition)
             return unet_predict(unet, condition, residuals(condition))
 
         by_step = steps_by_timestep(start.timesteps, steps)

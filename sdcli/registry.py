@@ -19,9 +19,9 @@ from sdcli.conditioning import prompt as syntax
 from sdcli.controls import check_parts, controls_filled
 from sdcli.errors import NotFound, UsageError
 from sdcli.image_prompts import image_prompts_filled
-from sdcli.model_folder import ModelFolder, ModelKind, read_model_folder
+from sdcli.model_folder import SD3_KIND, ModelFolder, ModelKind, read_model_folder
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request, watermark_room
-from sdcli.schedulers import SCHEDULERS
+from sdcli.schedulers import SCHEDULERS, schedulers_for
 from sdcli.single_file import layout_in
 
 MAX_REGISTRY_BYTES = 256 * 1024
@@ -88,7 +88,8 @@ class ModelDefaults(_Strict):
 
 
 Family = Literal["sd1", "sd2", "sdxl", "sd3", "flux"]
-SUPPORTED_FAMILIES = {"sd1", "sd2", "sdxl"}
+SUPPORTED_FAMILIES = {"sd1", "sd2", "sdxl", "sd3"}
+SD3_DEFAULTS = {"width": 1024, "height": 1024, "steps": 28, "guidance_scale": 7.0, "scheduler": "flow-euler"}
 DEFAULT_REFINER_START = 0.8
 
 
@@ -232,7 +233,7 @@ class Registry(_Strict):
         )
         if known is not None and isinstance(known.source, HubSource):
             source = known.source.model_copy(update={"revision": revision or known.source.revision})
-            return known.model_copy(update={"name": name, "source": source})
+            return described(known.model_copy(update={"name": name, "source": source}))
         return ModelSpec(name=name, source=HubSource(kind="hub", repo=repo, revision=revision or "main"))
 
     def _where(self) -> str:
@@ -265,7 +266,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         chosen["seed"] = secrets.randbelow(2**32)
     if request.variation_strength is not None and request.variation_seed is None:
         chosen["variation_seed"] = secrets.randbelow(2**32)
-    from_start = start_filled(request, step=spec.kind.size_step, measure=measure)
+    from_start = start_filled(request, step=spec.kind.size_step, cell=spec.kind.cell, measure=measure)
     pinned = controls_filled(request, spec.kind, model=spec.name)
     pinned |= image_prompts_filled(request, spec.kind, model=spec.name)
     resolved = request.model_copy(update={**chosen, **typed, **from_start, **pinned, "model": spec.name})
@@ -273,6 +274,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
+    _check_process(resolved, spec)
     _check_condition(resolved, spec)
     _check_refiner(resolved)
     if resolved.embeddings:
@@ -306,6 +308,21 @@ def _size_problem(side: int, kind: ModelKind) -> str | None:
     if side % kind.size_step:
         return f"should be a multiple of {kind.size_step}, not {side}"
     return None
+
+
+def _check_process(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for a scheduler of another process than the model's, and for what goes with diffusion alone."""
+    process, scheduler = spec.kind.process, known(request.scheduler)
+    if SCHEDULERS[scheduler].process != process:
+        trained = "with flow matching" if process == "flow" else "as a diffusion model"
+        raise UsageError(
+            f"the {scheduler} scheduler does not go with {spec.name}, which was trained {trained}; "
+            f"those that do: {', '.join(schedulers_for(process))}"
+        )
+    if process == "flow":
+        for name in ("refiner", "loras", "controls", "ip_adapters", "embeddings", "pag_scale"):
+            if getattr(request, name):
+                raise UsageError(f"{name}: sdcli has none for {spec.name} yet, which was trained with flow matching")
 
 
 def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
@@ -437,7 +454,7 @@ def _spec(file: Path, name: str, entry: dict[str, Any]) -> ModelSpec:
     if spec.defaults.scheduler not in SCHEDULERS:
         hint = did_you_mean(spec.defaults.scheduler, SCHEDULERS)
         raise UsageError(f"{file}: models.{name}.defaults.scheduler: no scheduler {spec.defaults.scheduler!r}{hint}")
-    return spec.model_copy(update={"source": _beside(file, spec.source)})
+    return _of_family(spec.model_copy(update={"source": _beside(file, spec.source)}))
 
 
 def _beside(file: Path, source: Source) -> Source:
@@ -523,18 +540,29 @@ def described(spec: ModelSpec) -> ModelSpec:
         family = layout.family if layout is not None else spec.family
         return spec.model_copy(update={"family": family, "defaults": defaults})
     if not isinstance(spec.source, FolderSource) or not (spec.source.path / "model_index.json").is_file():
-        return spec
+        return _of_family(spec)
     folder = read_model_folder(spec.source.path)
     own = {**_usual_defaults(folder), **_own_defaults(folder)}
     typed = spec.defaults.model_dump(exclude_unset=True)
-    family = "sdxl" if "text_encoder_2" in folder.layout.components else spec.family
+    two = "text_encoder_2" in folder.layout.components
+    family = ("sd3" if folder.kind.process == "flow" else "sdxl") if two else spec.family
     defaults = ModelDefaults(**{**own, **typed})
     return spec.model_copy(update={"kind": folder.kind, "family": family, "defaults": defaults})
+
+
+def _of_family(spec: ModelSpec) -> ModelSpec:
+    """The spec with what its family says, where nothing else does: of a model of the hub there is only the name."""
+    if spec.family != "sd3" or not isinstance(spec.source, HubSource):
+        return spec
+    typed = spec.defaults.model_dump(exclude_unset=True)
+    return spec.model_copy(update={"kind": SD3_KIND, "defaults": ModelDefaults(**{**SD3_DEFAULTS, **typed})})
 
 
 def _usual_defaults(folder: ModelFolder) -> dict[str, Any]:
     """What suits a folder that has no sdcli.json: the size it was trained on, and for DDPM-like models few steps."""
     width, height = folder.size or (folder.kind.size_step * 8,) * 2
+    if folder.kind.process == "flow":
+        return {**SD3_DEFAULTS, "width": width, "height": height}
     if folder.kind.conditioning == "text":
         return {"width": width, "height": height} if folder.size is not None else {}
     return {"width": width, "height": height, "steps": 50, "guidance_scale": 1.0, "scheduler": "ddim"}

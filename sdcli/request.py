@@ -76,7 +76,7 @@ class GenerationRequest(BaseModel):
         ge=1,
         le=100,
         description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
-        "as A1111 counts (diffusers calls that 1); SDXL was trained with 2",
+        "as A1111 counts (diffusers calls that 1); SDXL and Stable Diffusion 3 were trained with 2",
     )
     embeddings: tuple[EmbeddingRef, ...] = Field(
         (),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Process = Literal["diffusion", "flow"]
+"""How a model was trained to paint: against the noise of diffusion, or along the straight paths of flow matching."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Scheduler:
     """Draws fresh noise at every step (from the picture's own generator)."""
     begins_anywhere: bool = True
     """Whether diffusers' class is right from a step in the middle on; a refiner begins there."""
+    process: Process = "diffusion"
+    """Of the models that it samples from."""
     calls: Callable[[int], int] = lambda steps: steps
     """Steps -> how often it asks the network."""
 
@@ -73,4 +78,15 @@ SCHEDULERS: dict[str, Scheduler] = {
         "LMSDiscreteScheduler", "linear multistep on sigmas", "LMS", uses_scipy=True, begins_anywhere=False
     ),
     "lcm": Scheduler("LCMScheduler", "for latent consistency models, 1 to 8 steps", "LCM", stochastic=True),
+    "flow-euler": Scheduler(
+        "FlowMatchEulerDiscreteScheduler",
+        "for flow matching (Stable Diffusion 3), and its only one",
+        "Flow Euler",
+        process="flow",
+    ),
 }
+
+
+def schedulers_for(process: Process) -> list[str]:
+    """The names of those that sample from models of a process."""
+    return [name for name, row in SCHEDULERS.items() if row.process == process]

@@ -16,7 +16,7 @@ from sdcli.canvas import is_latents
 from sdcli.denoise.start import Start, from_known, from_noise, keeping, mixed, with_channels
 from sdcli.errors import BadLatents, BadOutput, UsageError
 from sdcli.images import from_pixels, to_pixels
-from sdcli.latents import generators_for, initial_noise, scaling_factor
+from sdcli.latents import generators_for, initial_noise, scaled, scaling_factor, shift_factor
 from sdcli.loading import LoadedModel
 from sdcli.request import GenerationRequest, known
 from sdcli.spaces import LatentSpace, Space, Tell, decode_with_fallbacks, quiet
@@ -143,5 +143,4 @@ def _latents(space: Space, request: GenerationRequest, shape: tuple[int, int, in
     if file.latents.shape[1:] != shape:
         held, wanted = ("x".join(map(str, sides)) for sides in (file.latents.shape[1:], shape))
         raise BadLatents(f"{request.init_image} holds latents of {held}; {request.model} paints on {wanted}")
-    factor = scaling_factor(space.vae)
-    return file.unscaled(factor) * factor
+    return scaled(space.vae, file.unscaled(scaling_factor(space.vae), shift_factor(space.vae)))

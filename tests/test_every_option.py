@@ -20,13 +20,14 @@ from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from tests.loras import random_pairs, save_diffusers
 from tests.test_pixel_models import ANIMALS, save_pixel_model
-from tests.tiny import save_tiny_ip_adapter, save_tiny_pipeline, save_tiny_sdxl
+from tests.tiny import save_tiny_ip_adapter, save_tiny_pipeline, save_tiny_sd3, save_tiny_sdxl
 
 TEXT = {"prompt": "a (cat:1.4) and pomme", "size": "64x64", "steps": 4, "seed": 1, "scheduler": "ddim"}
 PIXELS = {"steps": 4, "seed": 1, "scheduler": "ddim"}
 KINDS: dict[str, dict[str, Any]] = {
     "sd1": TEXT | {"guidance_scale": 5.0},
     "sdxl": TEXT | {"guidance_scale": 5.0},
+    "sd3": TEXT | {"guidance_scale": 5.0, "scheduler": "flow-euler"},
     "distilled": TEXT | {"guidance_scale": 5.0, "prompt": "a (cat:1.4)"},
     "inpainting": TEXT | {"guidance_scale": 5.0, "init_image": "picture.png", "mask": "mask.png"},
     "classes": PIXELS | {"prompt": ANIMALS[0]},
@@ -86,6 +87,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "sd1": save_tiny_pipeline(root / "sd1"),
         "sdxl": save_tiny_sdxl(root / "sdxl"),
+        "sd3": save_tiny_sd3(root / "sd3"),
         "distilled": save_tiny_pipeline(root / "distilled", time_cond_proj_dim=32),
         "inpainting": inpainting,
         "classes": classes,

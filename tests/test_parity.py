@@ -16,7 +16,7 @@ from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import PACKAGE, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
-from sdcli.schedulers import SCHEDULERS
+from sdcli.schedulers import schedulers_for
 from tests.tiny import save_tiny_pipeline
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -66,7 +66,7 @@ def starter() -> tuple[Painter, StableDiffusionPipeline]:
     return painter, pipeline
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 def test_latents_equal_diffusers_bit_for_bit_with_every_scheduler(
     tiny: tuple[Painter, StableDiffusionPipeline],
@@ -90,7 +90,7 @@ def test_ddim_eta_equals_diffusers(tiny: tuple[Painter, StableDiffusionPipeline]
     assert torch.equal(ours(painter, scheduler="ddim", **fields), expected)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
 def test_the_starter_equals_diffusers_bit_for_bit(
     starter: tuple[Painter, StableDiffusionPipeline], scheduler: str
 ) -> None:

@@ -29,7 +29,7 @@ from sdcli.pipeline import paint, scheduler_for
 from sdcli.registry import Registry, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import EmbeddingRef
-from sdcli.schedulers import SCHEDULERS
+from sdcli.schedulers import schedulers_for
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.verify import verify_picture
 
@@ -106,7 +106,7 @@ def test_plain_prompts_are_text_and_cut(tiny: Painter) -> None:
 # Steps
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
 def test_an_edited_prompt_paints_the_first_text_up_to_its_step_and_then_the_other(
     tiny: Painter, scheduler: str
 ) -> None:

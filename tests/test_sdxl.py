@@ -29,7 +29,7 @@ from sdcli.pipeline import paint
 from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import LoraRef
-from sdcli.schedulers import SCHEDULERS
+from sdcli.schedulers import SCHEDULERS, schedulers_for
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from sdcli.training.model_parts import load_to_train
@@ -113,7 +113,7 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in SEEDS]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
 def test_latents_equal_diffusers_bit_for_bit_with_every_scheduler(
     painter: Painter, base: StableDiffusionXLPipeline, scheduler: str
 ) -> None:
@@ -159,7 +159,9 @@ def test_an_empty_negative_prompt_is_zeros_only_where_the_folder_says_so(
     assert zeros == (not inputs["text_embeds"][0].any())
 
 
-@pytest.mark.parametrize("scheduler", [name for name, row in SCHEDULERS.items() if row.begins_anywhere])
+@pytest.mark.parametrize(
+    "scheduler", [name for name in schedulers_for("diffusion") if SCHEDULERS[name].begins_anywhere]
+)
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_a_refiner_takes_over_as_in_diffusers(
     painter: Painter,

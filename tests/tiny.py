@@ -10,7 +10,10 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -24,6 +27,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 PACKAGE = Path(__file__).parent.parent / "sdcli"
@@ -182,3 +188,71 @@ def save_tiny_sdxl(folder: Path, *, refiner: bool = False, zeros_for_empty: bool
     extra = {"requires_aesthetics_score": True} if refiner else {}
     kind(**parts, **extra, add_watermarker=False).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def save_tiny_sd3(folder: Path, *, t5: bool = True, **changes: Any) -> Path:
+    """Write a micro Stable Diffusion 3 (one layer as of 3.5), with or without its T5, and return its folder."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 49408, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 4}
+    clip_l = CLIPTextConfig(**shape, hidden_size=16, hidden_act="quick_gelu", projection_dim=16, eos_token_id=2)
+    clip_g = CLIPTextConfig(**shape, hidden_size=20, hidden_act="gelu", projection_dim=24, eos_token_id=2)
+    transformer = SD3Transformer2DModel(
+        **{
+            "sample_size": 8,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 48,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 40,
+            "pos_embed_max_size": 12,
+            "dual_attention_layers": (0,),
+            "qk_norm": "rms_norm",
+            **changes,
+        }
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(clip_l),
+        tokenizer=CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer"),
+        text_encoder_2=CLIPTextModelWithProjection(clip_g),
+        tokenizer_2=CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer", pad_token="!"),
+        text_encoder_3=T5EncoderModel(tiny_t5()) if t5 else None,
+        tokenizer_3=tiny_t5_tokenizer() if t5 else None,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_t5() -> T5Config:
+    """As of T5 1.1, whose first version SD 3 has."""
+    return T5Config(
+        vocab_size=40,
+        d_model=48,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+    )
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """A vocabulary of letters."""
+    letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,.()"]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)

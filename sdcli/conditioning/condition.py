@@ -21,6 +21,7 @@ class Condition:
 
     `encoder_hidden_states` [B, L, D] of a text encoder, or `class_labels` [B] int64, or nothing at all; SDXL adds
     `text_embeds` [B, P], of the whole text, and `time_ids` [B, 6] float32, sizes in pixels (the refiner [B, 5]).
+    Stable Diffusion 3 adds `pooled_projections` [B, P] of the whole text.
     Each IP-Adapter adds `image_embeds:N`, [B, 1, P] of a whole picture or [B, 1, T, D] of its patches.
     """
 

@@ -10,11 +10,13 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from sdcli.conditioning.clip import ClipTextEncoder
+from sdcli.conditioning.clip import ClipTextEncoder, ProjectedClipTextEncoder
 from sdcli.conditioning.condition import Condition, Conditions
 from sdcli.conditioning.embeddings import Embeddings, read_embeddings
-from sdcli.conditioning.prompt import EMPTY, Chunk, SubPrompt, subprompts
+from sdcli.conditioning.prompt import EMPTY, Chunk, SubPrompt, sections, subprompts, unweighted
+from sdcli.conditioning.t5 import LENGTH
 from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.conditioning.words import Context
 from sdcli.errors import BadWeights, UsageError
@@ -43,6 +45,8 @@ def encoding_of(model: LoadedModel) -> Encode:
     """The encoding that a model was trained with."""
     match model.spec.kind.conditioning:
         case "text":
+            if model.spec.kind.process == "flow":
+                return Sd3Encoding(model)
             return SdxlEncoding(model) if model.is_sdxl else TextEncoding(model)
         case "class":
             return ClassEncoding(model)
@@ -192,20 +196,62 @@ def emphasised(hidden: Tensor, chunk: Chunk) -> Tensor:
     return weighted.to(hidden.dtype)
 
 
+class JoinedEncoding(TextEncoding):
+    """The states of two CLIP text encoders side by side, and the embeddings of the text that they have of it.
+
+    A long prompt's embedding is that of its first chunk, as in A1111.
+    """
+
+    usual_clip_skip: ClassVar[int] = 2
+    pooled_name: ClassVar[str]
+    """What the network calls the embedding of the text."""
+
+    @property
+    def _encoders(self) -> list[tuple[ClipTokenizer, ClipTextEncoder]]:
+        model = self._model
+        first = [(model.tokenizer, model.text_encoder)] if model.tokenizer is not None else []
+        return [*first, (known(model.tokenizer_2), model.text_encoder_2)]
+
+    @property
+    def _layers(self) -> int:
+        return min(encoder.config.num_hidden_layers for _, encoder in self._encoders)
+
+    @property
+    def _tokenizer(self) -> ClipTokenizer:
+        return known(self._model.tokenizer_2)  # the first one differs in the padding alone
+
+    @torch.inference_mode()
+    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
+        states, pooled = [], []
+        for tokenizer, encoder in self._encoders:
+            ids = torch.tensor([tokenizer.framed(chunk.ids)], device=self._model.device)
+            layers = encoder.hidden_states(ids)
+            states.append(emphasised(layers[-clip_skip], chunk))
+            if isinstance(encoder, ProjectedClipTextEncoder):
+                pooled.append(encoder.pooled(layers[-1], ids))
+        joined = {"encoder_hidden_states": states, self.pooled_name: pooled}
+        return Condition({name: torch.cat(rows, dim=-1) for name, rows in joined.items()})
+
+    def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
+        if embeddings:
+            raise UsageError(f"embeddings: {self._model.spec.name} has the text encoders of SDXL, which take none here")
+        return Embeddings()
+
+
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """What SDXL's refiner is told of the picture, and of what guidance leads away from; diffusers' defaults."""
 TOP_LEFT = (0, 0)
 """Where the picture was cut from its original: nowhere, so its subject stays whole."""
 
 
-class SdxlEncoding(TextEncoding):
+class SdxlEncoding(JoinedEncoding):
     """SDXL's: the states of two text encoders (the refiner has the second alone), an embedding of the text, and sizes.
 
     Podell et al. 2023 (arXiv 2307.01952), sections 2.1, 2.2 and 2.5; every number as in diffusers'
-    StableDiffusionXLPipeline (tests/test_sdxl.py). A long prompt's embedding is that of its first chunk, as in A1111.
+    StableDiffusionXLPipeline (tests/test_sdxl.py).
     """
 
-    usual_clip_skip: ClassVar[int] = 2
+    pooled_name: ClassVar[str] = "text_embeds"
 
     def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
         """A row of the texts' condition, with `time_ids`; an empty negative prompt may be all zeros."""
@@ -231,34 +277,51 @@ class SdxlEncoding(TextEncoding):
             raise BadWeights(f"{self._model.spec.name}: its UNet does not fit its text encoders")
         return room
 
-    @property
-    def _encoders(self) -> list[tuple[ClipTokenizer, ClipTextEncoder]]:
-        model = self._model
-        first = [(model.tokenizer, model.text_encoder)] if model.tokenizer is not None else []
-        return [*first, (known(model.tokenizer_2), model.text_encoder_2)]
 
-    @property
-    def _layers(self) -> int:
-        return min(encoder.config.num_hidden_layers for _, encoder in self._encoders)
+class Sd3Encoding(JoinedEncoding):
+    """Stable Diffusion 3's: the states of two CLIP text encoders, padded with zeros to the width of T5's, then T5's.
 
-    @property
-    def _tokenizer(self) -> ClipTokenizer:
-        return known(self._model.tokenizer_2)  # the first one differs in the padding alone
+    Esser et al. 2024 (arXiv 2403.03206), section 4; every number as in diffusers' StableDiffusion3Pipeline
+    (tests/test_sd3.py), which has zeros for an absent T5, too. T5 reads the words without their weights.
+    """
+
+    pooled_name: ClassVar[str] = "pooled_projections"
+
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__(model)
+        self._t5_once = lru_cache(maxsize=64)(self._t5)
+
+    def shape(self, request: GenerationRequest) -> Hashable:
+        """As of any text; and the transformer has places for pictures up to a size."""
+        config = self._model.unet.config
+        most = config.pos_embed_max_size * config.patch_size * self._model.spec.kind.cell
+        if max(request.final_size) > most:
+            raise UsageError(f"{self._model.spec.name} paints pictures of at most {most} pixels a side")
+        return super().shape(request)
+
+    def read(self, request: GenerationRequest) -> Context:
+        """Raises UsageError: words are attended to together with the picture."""
+        raise UsageError(f"{request.model} attends to words and picture jointly, so there are no maps of its words")
+
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+        inputs = super()._row(text, script, negative=negative).inputs
+        clip, config = inputs["encoder_hidden_states"], self._model.unet.config
+        words = text if script.syntax == "plain" else " ".join(map(unweighted, sections(text)))
+        t5 = self._t5_once(words)
+        room, pooled = t5.shape[-1] - clip.shape[-1], inputs[self.pooled_name].shape[-1]
+        if room < 0 or (t5.shape[-1], pooled) != (config.joint_attention_dim, config.pooled_projection_dim):
+            raise BadWeights(f"{self._model.spec.name}: its transformer does not fit its text encoders")
+        hidden = torch.cat([functional.pad(clip, (0, room)), t5.to(clip)], dim=1)
+        return Condition({**inputs, "encoder_hidden_states": hidden})
 
     @torch.inference_mode()
-    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
-        states = []
-        for tokenizer, encoder in self._encoders:
-            ids = torch.tensor([tokenizer.framed(chunk.ids)], device=self._model.device)
-            layers = encoder.hidden_states(ids)
-            states.append(emphasised(layers[-clip_skip], chunk))
-        pooled = self._model.text_encoder_2.pooled(layers[-1], ids)  # the second encoder's, which comes last
-        return Condition({"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled})
-
-    def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
-        if embeddings:
-            raise UsageError(f"embeddings: {self._model.spec.name} has the text encoders of SDXL, which take none here")
-        return Embeddings()
+    def _t5(self, text: str) -> Tensor:
+        """[1, 256, D]"""
+        model = self._model
+        if model.tokenizer_3 is None:
+            return torch.zeros(1, LENGTH, model.unet.config.joint_attention_dim, device=model.device)
+        states: Tensor = model.text_encoder_3(torch.tensor([model.tokenizer_3(text)], device=model.device))[0]
+        return states
 
 
 class ClassEncoding:

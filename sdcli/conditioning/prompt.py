@@ -270,6 +270,11 @@ def sections(text: str) -> list[list[Span]]:
     return [_merged(spans) for spans in result]
 
 
+def unweighted(spans: Iterable[Span]) -> str:
+    """The text of a section."""
+    return "".join(span.text for span in spans)
+
+
 def _factors(tokens: Sequence[re.Match[str]]) -> dict[int, tuple[str, float | None]]:
     """Number of a token that is a bracket -> its kind, and for an opening one what it multiplies by."""
     factors: dict[int, tuple[str, float | None]] = {}

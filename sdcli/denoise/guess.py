@@ -16,13 +16,17 @@ def seen_and_guessed(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:
     """x_t at the scale of a network's input, and the guess of x_0, each [B, C, h, w] float32.
 
     A scheduler's x_t is signal x_0 + noise epsilon; networks are trained where the squares of the two add up to 1, and
-    say what `x0_of` reads. The scheduler is one whose timesteps are set
-    as they were for the step; thresholds and clipping are not applied. Where an epsilon is all that is left, as at
-    zero terminal SNR, it says nothing of x_0, and the guess is 0. Raises UsageError for another kind of prediction.
+    say what `x0_of` reads. In flow matching the two themselves add up to 1, and a network says the velocity
+    epsilon - x_0. The scheduler is one whose timesteps are set as they were for the step; thresholds and clipping are
+    not applied. Where an epsilon is all that is left, as at zero terminal SNR, it says nothing of x_0, and the guess is
+    0. Raises UsageError for another kind of prediction.
     """
     signal, noise = _level(scheduler, step)
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    if kind == "flow_prediction":
+        return step.x, step.x - noise * step.output
     scale = (signal**2 + noise**2) ** 0.5
-    seen, kind = step.x / scale, scheduler.config.prediction_type
+    seen = step.x / scale
     return seen, x0_of(kind, step.output, seen, signal / scale, noise / scale).nan_to_num(0, 0, 0)
 
 

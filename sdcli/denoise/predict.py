@@ -1,4 +1,4 @@
-"""The UNet as a function of (x, t), and what can be wrapped around it."""
+"""The network as a function of (x, t), and what can be wrapped around it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdcli.conditioning.condition import Condition
 from sdcli.denoise.control import Residuals
-from sdcli.lean_imports import UNet
+from sdcli.lean_imports import SD3Transformer2DModel, UNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w] float32, timestep) -> model output of the same shape, float32 (noise, x0 or v, as trained)."""
@@ -23,6 +23,16 @@ def unet_predict(unet: UNet, condition: Condition, residuals: Residuals = lambda
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return unet(x.to(dtype), t, **arguments, **residuals(x, t), return_dict=False)[0].float()
+
+    return predict
+
+
+def transformer_predict(transformer: SD3Transformer2DModel, condition: Condition) -> Predict:
+    """The transformer of Stable Diffusion 3 under a condition with one row per row of x."""
+    dtype, arguments = next(transformer.parameters()).dtype, condition.arguments()
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return transformer(x.to(dtype), timestep=t.expand(len(x)), **arguments, return_dict=False)[0].float()
 
     return predict
 

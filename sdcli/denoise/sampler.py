@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdcli.errors import BadWeights
 from sdcli.lean_imports import lean_imports
 from sdcli.schedulers import SCHEDULERS
 
@@ -18,16 +19,17 @@ Advance = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(model output, timestep, x) -> the next, less noisy x."""
 
 _MODULES = {
-    "DDPMScheduler": "scheduling_ddpm",
-    "DDIMScheduler": "scheduling_ddim",
-    "PNDMScheduler": "scheduling_pndm",
-    "EulerDiscreteScheduler": "scheduling_euler_discrete",
-    "EulerAncestralDiscreteScheduler": "scheduling_euler_ancestral_discrete",
-    "HeunDiscreteScheduler": "scheduling_heun_discrete",
-    "DPMSolverMultistepScheduler": "scheduling_dpmsolver_multistep",
-    "UniPCMultistepScheduler": "scheduling_unipc_multistep",
-    "LMSDiscreteScheduler": "scheduling_lms_discrete",
-    "LCMScheduler": "scheduling_lcm",
+    "DDPMScheduler": "diffusers.schedulers.scheduling_ddpm",
+    "DDIMScheduler": "diffusers.schedulers.scheduling_ddim",
+    "PNDMScheduler": "diffusers.schedulers.scheduling_pndm",
+    "EulerDiscreteScheduler": "diffusers.schedulers.scheduling_euler_discrete",
+    "EulerAncestralDiscreteScheduler": "diffusers.schedulers.scheduling_euler_ancestral_discrete",
+    "HeunDiscreteScheduler": "diffusers.schedulers.scheduling_heun_discrete",
+    "DPMSolverMultistepScheduler": "diffusers.schedulers.scheduling_dpmsolver_multistep",
+    "UniPCMultistepScheduler": "diffusers.schedulers.scheduling_unipc_multistep",
+    "LMSDiscreteScheduler": "diffusers.schedulers.scheduling_lms_discrete",
+    "LCMScheduler": "diffusers.schedulers.scheduling_lcm",
+    "FlowMatchEulerDiscreteScheduler": "sdcli.denoise.flow",
 }
 
 
@@ -35,15 +37,19 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """The diffusers scheduler of a name in `schedulers.SCHEDULERS`.
 
     The model's scheduler_config.json says how it was trained (betas, prediction type, spacing); the table overrides
-    only what the sampler itself needs.
+    only what the sampler itself needs. Raises BadWeights for a configuration that says nothing sound.
     """
     entry = SCHEDULERS[name]
     with contextlib.nullcontext() if entry.uses_scipy else lean_imports():
-        module = importlib.import_module(f"diffusers.schedulers.{_MODULES[entry.class_name]}")
+        module = importlib.import_module(_MODULES[entry.class_name])
     scheduler_class = getattr(module, entry.class_name)
     known = inspect.signature(scheduler_class.__init__).parameters
     # what `from_config` does, which also imports every other scheduler that could read the same configuration
-    return scheduler_class(**{name: value for name, value in {**config, **entry.settings}.items() if name in known})
+    chosen = {name: value for name, value in {**config, **entry.settings}.items() if name in known}
+    try:
+        return scheduler_class(**chosen)
+    except (TypeError, ValueError, RuntimeError, ImportError, ArithmeticError) as error:
+        raise BadWeights(f"the model's scheduler_config.json describes no noise levels: {error}") from None
 
 
 def advance_with(scheduler: Any, generators: Sequence[torch.Generator], *, eta: float) -> Advance:

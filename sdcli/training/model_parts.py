@@ -17,7 +17,7 @@ from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
 from sdcli.files import write_whole
 from sdcli.hub import folder_of
-from sdcli.latents import cell, latent_channels
+from sdcli.latents import cell, latent_channels, shift_factor
 from sdcli.lean_imports import UNet2DConditionModel, UNet2DModel
 from sdcli.loading import LoadedModel, Part, load_model
 from sdcli.model_folder import LAYOUTS, read_json_object
@@ -135,13 +135,26 @@ def fitted_config(
 
 
 def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> LoadedModel:
-    """Load a model in float32. Raises what `load_model` raises, and UsageError for one of the sdxl family.
+    """Load a model in float32. Raises what `load_model` raises, and UsageError for one of the sdxl or sd3 family.
 
-    No session knows its conditions. It is refused before its weights are read, where the spec says so already.
+    No session knows their conditions. It is refused before its weights are read, where the spec says so already.
     """
-    model = load_model(spec, device=device, dtype="float32", needs=needs) if spec.family != "sdxl" else None
+    flow = spec.kind.process == "flow" or spec.family == "sd3"
+    model = (
+        load_model(spec, device=device, dtype="float32", needs=needs) if not flow and spec.family != "sdxl" else None
+    )
     if model is None or model.is_sdxl:
-        raise UsageError(f"{spec.name} is of the sdxl family, which sdcli paints with but does not train yet")
+        family = "sd3" if flow else "sdxl"
+        raise UsageError(f"{spec.name} is of the {family} family, which sdcli paints with but does not train yet")
+    return refuse_shifted(model)
+
+
+def refuse_shifted(model: LoadedModel) -> LoadedModel:
+    """The model. Raises UsageError for a VAE as of Stable Diffusion 3, whose latents are shifted, not scaled alone."""
+    if "vae" in model.parts and shift_factor(model.vae):
+        raise UsageError(
+            f"the VAE of {model.spec.name} shifts its latents (shift_factor); sdcli does not train on such"
+        )
     return model
 
 

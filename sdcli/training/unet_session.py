@@ -178,7 +178,8 @@ class UnetSession(Session[UnetSettings]):
 
     def _part(self, name: str | None, base: ModelSpec, part: Any) -> LoadedModel:
         spec = base if name is None else self._registry.find(name)
-        return load_model(spec, device=self._device(), dtype="float32", parts=(part,))
+        loaded = load_model(spec, device=self._device(), dtype="float32", parts=(part,))
+        return model_parts.refuse_shifted(loaded)
 
     def _check_effects(self, model: _Model) -> None:
         """Refuse what speaks of captions where the model takes none."""

@@ -1,0 +1,42 @@
+"""Flow matching's Euler sampler, with the members that diffusers' diffusion schedulers have and this one has not."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import diffusers.schedulers.scheduling_flow_match_euler_discrete as diffusers_scheduling
+from torch import Tensor
+
+from sdcli.errors import BadWeights
+
+_UNKNOWN = ("use_dynamic_shifting", "use_beta_sigmas", "invert_sigmas")
+"""Settings of other families' models: shifts by the picture's size, scipy's noise levels, time that runs backwards."""
+
+
+class FlowMatchEulerDiscreteScheduler(diffusers_scheduling.FlowMatchEulerDiscreteScheduler):
+    """x_t = (1 - sigma) x_0 + sigma noise, and the network says the velocity noise - x_0.
+
+    Lipman et al. 2022 (arXiv 2210.02747); the levels are shifted as in Esser et al. 2024 (arXiv 2403.03206, section
+    5.3.2), by the `shift` of the model's configuration.
+    """
+
+    init_noise_sigma: ClassVar[float] = 1.0
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As diffusers'. Raises BadWeights for a model whose noise levels are not known here."""
+        for name in _UNKNOWN:
+            if self.config[name]:
+                raise BadWeights(f"the model's noise levels are not known: scheduler_config.json asks for {name}")
+        super().set_timesteps(num_inference_steps, device)
+
+    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network sees x as it is."""
+        return x
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t of x_0 and noise [B, C, h, w] at timesteps [B]."""
+        return self.scale_noise(x0, timesteps, noise)
+
+    def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of x_t is signal and how much noise; named as by the other schedulers that know it."""
+        return 1 - sigma, sigma
