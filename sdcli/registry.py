@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -181,13 +181,14 @@ class Registry(_Strict):
             path.is_absolute() or name.startswith((".", "~")) or path.suffix in {".safetensors", *PICKLE_SUFFIXES}
         )
         if path.is_dir():
-            return spec_of_folder(path)
+            return _renamed(spec_of_folder(path), self.models)
         if path.suffix.lower() in PICKLE_SUFFIXES:
             if path.exists():
                 raise UsageError(pickle_refused(path))
             raise NotFound(f"no file {name}")
         if path.is_file():
-            return described(ModelSpec(name=str(path), source=FileSource(kind="file", path=path.resolve())))
+            spec = ModelSpec(name=str(path), source=FileSource(kind="file", path=path.resolve()))
+            return _renamed(described(spec), self.models)
         if looks_like_path:
             raise NotFound(f"no file or folder {name}")
         if HUB_ID.fullmatch(name):
@@ -515,6 +516,11 @@ def packaged_registry_file() -> Path:
 def user_registry_file() -> Path:
     """The user's own overlay, `models.yaml` in the configuration folder (XDG_CONFIG_HOME on Linux)."""
     return platformdirs.user_config_path("sdcli") / "models.yaml"
+
+
+def _renamed(spec: ModelSpec, taken: Container[str]) -> ModelSpec:
+    """The spec of a path under a name that is found again as that path: `./tiny`, where there is a model `tiny`."""
+    return spec.model_copy(update={"name": f"./{spec.name}"}) if spec.name in taken else spec
 
 
 def spec_of_folder(path: Path) -> ModelSpec:

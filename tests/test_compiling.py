@@ -157,6 +157,7 @@ def test_a_gradient_that_is_zero_by_nature_may_be_rounding() -> None:
     assert difference(zero, zero, floor=0.0) == 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_compiler_is_wrong_trains_plainly_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

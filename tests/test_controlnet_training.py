@@ -154,6 +154,7 @@ def test_run_is_a_controlnet_for_sdcli_and_for_diffusers(tmp_path: Path, picture
     assert (shown.size, np.asarray(shown).max()) == ((64, 64), 255)
 
 
+@pytest.mark.slow
 def test_a_run_begins_where_another_controlnet_is(tmp_path: Path, pictures: Path) -> None:
     train_controlnet(pictures, tmp_path / "one", preprocessor="softedge", max_train_steps=1, learning_rate=1e-2)
     task = built(pictures, tmp_path / "two", preprocessor="blur", controlnet=str(tmp_path / "one"))
@@ -174,6 +175,7 @@ def test_maps_are_cut_and_mirrored_as_their_pictures(tmp_path: Path, pictures: P
     assert torch.equal(item["map"], to_pixels(control_map(from_pixels(item["pixels"]), "softedge", (64, 64))))
 
 
+@pytest.mark.slow
 def test_a_frozen_unet_keeps_less_for_the_backward_pass_than_a_trained_one(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +202,7 @@ def test_unusable_maps_cost_their_pictures_alone(tmp_path: Path, pictures: Path,
         built(pictures, tmp_path / "other", conditioning_data_dir=str(captioned_pictures(tmp_path / "x" / "y").parent))
 
 
+@pytest.mark.slow
 def test_a_run_on_other_maps_is_not_resumed(tmp_path: Path, pictures: Path, maps: Path) -> None:
     given = {"conditioning_data_dir": str(maps), "max_train_steps": 1, "validation_split": 0.0}
     train_controlnet(pictures, tmp_path / "run", **given)

@@ -41,6 +41,7 @@ from sdcli.lean_imports import AutoencoderTiny
 from sdcli.loading import load_model
 from sdcli.registry import load_registry
 from tests.conftest import REPOSITORY, Disk, Run
+from tests.tiny import save_tiny_pipeline
 
 
 @dataclass(frozen=True)
@@ -496,8 +497,10 @@ def test_the_model_comes_from_the_file_but_never_a_path() -> None:
     (line,) = run("decode", "a.safetensors", "--json").json
     assert line["model"] == "tiny"
     assert line["notes"] == []
-    data = Path("a.safetensors").read_bytes()
-    Path("b.safetensors").write_bytes(data.replace(b'\\"tiny\\"', b'\\"/etc\\"'))
+    good("encode", paint(Path("b.png")), "-m", "starter", "-o", "b.safetensors")
+    data = Path("b.safetensors").read_bytes()
+    assert b'\\"starter\\"' in data
+    Path("b.safetensors").write_bytes(data.replace(b'\\"starter\\"', b'\\"/etc/as\\"'))
     outcome = run("decode", "b.safetensors", "--json")
     assert outcome.json[0]["model"] == "starter"
     assert "models.yaml does not know" in outcome.err
@@ -505,9 +508,10 @@ def test_the_model_comes_from_the_file_but_never_a_path() -> None:
 
 def test_another_vae_is_warned_about_and_other_channels_are_refused() -> None:
     good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
-    outcome = run("decode", "a.safetensors", "-m", "starter")
+    folder = save_tiny_pipeline(Path("other").resolve())
+    outcome = run("decode", "a.safetensors", "-m", str(folder))
     assert outcome.out == ["outputs/a.png"]
-    assert "made with another VAE (random:tiny:0) than that of starter" in outcome.err
+    assert f"made with another VAE (random:tiny:0) than that of {folder} " in outcome.err
     np.save("sixteen.npy", np.zeros((16, 8, 8), dtype=np.float32))
     outcome = run("decode", "sixteen.npy", "--scaled", "-m", "tiny")
     assert isinstance(outcome.error, BadLatents)
@@ -573,6 +577,7 @@ def test_tiles_are_used_when_asked_for_or_when_memory_would_not_do(monkeypatch: 
     assert seen == [(True, True), (False, True), (False, True)]
 
 
+@pytest.mark.slow
 def test_a_large_picture_in_tiles_is_nearly_the_same() -> None:
     good("encode", paint(Path("a.png"), size=(768, 640)), "-m", "starter", "-o", "a.safetensors")
     for name, options in (("whole", []), ("tiled", ["--tile"])):

@@ -52,7 +52,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-@pytest.mark.parametrize("model", ["tiny", "starter"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("starter", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler-a"])
 def test_a_picture_does_not_depend_on_its_batch(registry: Registry, tmp_path: Path, model: str, scheduler: str) -> None:
     jobs = jobs_of(registry, "a cat", "a dog", "a house", model=model, seed=7, steps=4, scheduler=scheduler)

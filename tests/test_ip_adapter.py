@@ -139,6 +139,7 @@ def test_an_image_prompt_beside_a_control_gives_diffusers_latents_bit_for_bit(ti
     assert torch.equal(ours(tiny_folder, guidance_scale=5.0, **given), expected)
 
 
+@pytest.mark.slow
 def test_an_image_prompt_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_path: Path) -> None:
     model = save_tiny_sdxl(tmp_path / "sdxl")
     adapter = save_tiny_ip_adapter(tmp_path / "models", model)

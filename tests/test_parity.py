@@ -105,7 +105,8 @@ def test_the_starter_equals_diffusers_bit_for_bit(
 @pytest.mark.parametrize("model", ["tiny", "starter"])
 def test_decoded_pixels_equal_diffusers(model: str, request: pytest.FixtureRequest) -> None:
     painter, pipeline = request.getfixturevalue(model)
-    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    channels = pipeline.vae.config.latent_channels
+    latents = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     expected = pipeline.image_processor.postprocess(decoded, output_type="pt")[0]

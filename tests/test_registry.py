@@ -179,12 +179,17 @@ def test_a_name_that_means_nothing_is_told(
         load_registry().find(name)
 
 
-def test_what_was_found_by_its_path_is_found_again_by_its_name(tiny_folder: Path, tmp_path: Path) -> None:
+def test_what_was_found_by_its_path_is_found_again_by_its_name(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The engine looks a request's model up once more, by the name in the resolved request."""
     file = tmp_path / "elsewhere" / "model.safetensors"
     file.parent.mkdir()
     file.touch()
     registry = load_registry()
-    for path in (tiny_folder, file):
-        spec = registry.find(str(path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "starter").symlink_to(tiny_folder)
+    for path in (str(tiny_folder), str(file), "./starter"):
+        spec = registry.find(path)
         assert registry.find(spec.name) == spec
+        assert registry.find(spec.name).source != registry.models["starter"].source

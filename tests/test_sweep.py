@@ -105,6 +105,7 @@ def test_what_failed_leaves_its_places_on_the_sheet_empty(tmp_path: Path) -> Non
         swept([Line(1, {"prompt": "a", "n": 2})], [parse_axis("steps=1,2")], {}, base_seed=0)
 
 
+@pytest.mark.slow
 def test_a_sweep_paints_all_and_a_sheet_of_them(sdcli: Run, tmp_path: Path) -> None:
     paint = ("generate", "a cat", "-m", "tiny", "--outdir", "out", "-q", "--json")
     done = sdcli(*paint, "--sweep", "steps=1,2", "--sweep", "guidance-scale=1..5x3")

@@ -154,6 +154,7 @@ def test_training_finds_what_dataset_cache_encoded(
     assert sorted(path.name for path in (cache / "latents").rglob("*")) == files, "nothing was encoded again"
 
 
+@pytest.mark.slow
 def test_latents_that_encode_wrote_are_trained_on_like_the_pictures(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
     latents = tmp_path / "latents"
     encoded = sdcli("encode", pictures, "-m", "tiny", "--dtype", "float32", "--outdir", latents, "-q")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.errors import BadWeights
+from sdcli.errors import BadWeights, first_line
 from sdcli.lean_imports import lean_imports
 from sdcli.schedulers import SCHEDULERS
 
@@ -49,7 +49,9 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     try:
         return scheduler_class(**chosen)
     except (TypeError, ValueError, RuntimeError, ImportError, ArithmeticError) as error:
-        raise BadWeights(f"the model's scheduler_config.json describes no noise levels: {error}") from None
+        raise BadWeights(
+            f"the model's scheduler_config.json describes no noise schedule: {first_line(error)}"
+        ) from None
 
 
 def advance_with(scheduler: Any, generators: Sequence[torch.Generator], *, eta: float) -> Advance:
