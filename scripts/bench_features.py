@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""What the features of `generate` cost: one picture with each, beside a plain one, in turns, in one warm process.
+
+The ratio counts, the seconds belong to the machine; on a CPU they are the process's own, so that a busy machine changes
+them little. Painting, decoding and saving are in, loading the model is not; start pictures, LoRAs and ControlNets are
+read once, in a first round that does not count.
+
+    python scripts/bench_features.py                                        # the starter at its own size and steps
+    python scripts/bench_features.py --model random-sd15 --size 256 --steps 8 --json docs/bench/features-sd15.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+PROMPT = "a red car and a green tree"
+LONG = ", ".join([PROMPT] * 8)
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no guidance (scale 1)": {"guidance_scale": 1},
+    "--init-image, strength 1": {"init_image": "start.png", "strength": 1},
+    "--init-image, strength 0.5": {"init_image": "start.png", "strength": 0.5},
+    "--mask": {"init_image": "start.png", "mask": "mask.png"},
+    "--upscale 2x:0.5": {"upscale": "2x:0.5"},
+    "--upscale 2x:0.5:latent": {"upscale": "2x:0.5:latent"},
+    "--variation-strength": {"variation_strength": 0.3, "variation_seed": 5},
+    "a weight": {"prompt": PROMPT.replace("red", "(red:1.4)")},
+    "another prompt at each step": {"prompt": PROMPT.replace("red", "[red|blue]")},
+    "a long prompt": {"prompt": LONG},
+    "AND of two prompts": {"prompt": PROMPT.replace(" and ", " AND ")},
+    "--clip-skip 2": {"clip_skip": 2},
+    "--embedding": {"prompt": f"{PROMPT}, thing", "embeddings": ["thing.safetensors"]},
+    "--lora": {"loras": ["lora.safetensors"]},
+    "--guidance-rescale": {"guidance_rescale": 0.7},
+    "--guidance-scale 7..3": {"guidance_scale": "7..3"},
+    "--guidance-interval 0.2-0.8": {"guidance_interval": "0.2-0.8"},
+    "--pag-scale": {"pag_scale": 3},
+    "--control": {"controls": ["./controlnet=mask.png"]},
+    "two --control": {"controls": ["./controlnet=mask.png", "./controlnet=start.png"]},
+    "--control @0-0.5": {"controls": ["./controlnet=mask.png@0-0.5"]},
+    "--trace 8": {},
+    "--heatmap all": {},
+    "--preview FILE": {},
+    "--watermark": {"watermark": "sdcli"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="starter", help="a registry name or a diffusers folder")
+    parser.add_argument("--size", type=int, help="side of the picture in pixels (the model's own)")
+    parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--only", nargs="+", metavar="FEATURE", help="of these alone, and plain")
+    parser.add_argument("--machine", default="", help="the machine's name, for the record")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        seconds = measured(arguments)
+    plain = seconds["plain"]
+    rows = {}
+    for name, times in seconds.items():
+        ratios = [one / beside for one, beside in zip(times, plain, strict=True)]
+        rows[name] = {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
+        print(f"{name:30} {rows[name]['seconds']:8.3f} s {rows[name]['ratio']:6.2f}")
+    if arguments.json:
+        facts = {name: value for name, value in vars(arguments).items() if name not in ("json", "only")}
+        arguments.json.write_text(json.dumps({**facts, "features": rows}, indent=2) + "\n")
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each feature, a figure a round; writes into the folder it is in."""
+    import torch
+
+    from sdcli.cli.preview import Preview, to_file
+    from sdcli.engine import Engine, Progress, Result
+    from sdcli.jobs import Job
+    from sdcli.registry import load_registry, resolve
+    from sdcli.request import parse_request
+    from sdcli.settings import OutputSettings, RunSettings, TraceSettings
+    from sdcli.start_pictures import measure
+
+    registry = load_registry()
+    spec = registry.find(arguments.model)
+    output = OutputSettings(outdir=Path(), template="picture.png", overwrite=True)
+    engine = Engine(registry, RunSettings(device=arguments.device, dtype=arguments.dtype), output)
+    painter = engine.load(spec)
+    size = arguments.size or spec.defaults.width
+    asked = {"model": arguments.model, "prompt": PROMPT, "seed": 1, "size": f"{size}x{size}"}
+    asked |= {"steps": arguments.steps} if arguments.steps else {}
+    make_files(painter.model, size)
+    clock = time.process_time if painter.model.device.type == "cpu" else time.perf_counter
+
+    def turn(name: str) -> float:
+        request = resolve(parse_request({**asked, **FEATURES[name]}), spec, measure=measure)
+        engine.output = replace(
+            output,
+            trace=TraceSettings.of("8", "webp") if name.startswith("--trace") else None,
+            heatmap=() if name.startswith("--heatmap") else None,
+        )
+        watched = Preview(to_file(Path("preview.png"))) if name.startswith("--preview") else None
+        began = clock()
+        for event in engine.paint_all([Job(1, request)]):
+            if isinstance(event, Progress) and watched is not None:
+                watched.step(event)
+            elif isinstance(event, Result) and event.error is not None:
+                raise event.error
+        if painter.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - began
+
+    names = [name for name in FEATURES if not arguments.only or name == "plain" or name in arguments.only]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(arguments.rounds + 1):
+        for name in names:
+            if name == "--lora":
+                turn(name)  # merges it; the next one has it warm
+            took = turn(name)
+            if number:
+                seconds[name].append(took)
+    return seconds
+
+
+def make_files(model: Any, size: int) -> None:
+    """A start picture, a mask, and an embedding, a LoRA and a ControlNet of small random weights that fit the model."""
+    import torch
+    from diffusers import ControlNetModel
+    from PIL import Image, ImageDraw
+    from safetensors.torch import save_file
+
+    Image.linear_gradient("L").resize((size, size)).convert("RGB").save("start.png")
+    mask = Image.new("RGB", (size, size))
+    ImageDraw.Draw(mask).ellipse((size // 4, size // 4, 3 * size // 4, 3 * size // 4), fill="white")
+    mask.save("mask.png")
+    width = model.parts["text_encoder"].config.hidden_size
+    save_file({"thing": 0.01 * torch.randn(2, width)}, "thing.safetensors")
+    pairs = {}
+    for name, layer in model.unet.named_modules():
+        if name.endswith((".to_q", ".to_v")):
+            pairs[f"unet.{name}.lora_A.weight"] = 0.01 * torch.randn(4, layer.in_features)
+            pairs[f"unet.{name}.lora_B.weight"] = 0.01 * torch.randn(layer.out_features, 4)
+    save_file(pairs, "lora.safetensors")
+    ControlNetModel.from_unet(model.unet).save_pretrained("controlnet")
+
+
+if __name__ == "__main__":
+    main()
