@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sdcli.conditioning.image_prompting import CONFIG, ImageEncoder, Look, load_image_encoder
+from sdcli.devices import out_of_memory
 from sdcli.errors import BadWeights, NotFound, UsageError, first_line
 from sdcli.hub import folder_of
 from sdcli.image_prompts import adapter_path, pinned_adapter
@@ -75,6 +76,8 @@ def with_ip_adapters(model: LoadedModel, adapters: Sequence[IpAdapter]) -> Loade
         with torch.random.fork_rng(devices=[]):  # it fills the layers with random numbers first
             unet._load_ip_adapter_weights([dict(one.tensors) for one in adapters], low_cpu_mem_usage=False)
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         names = " and ".join(str(one.ref) for one in adapters)
         raise BadWeights(f"{names}: not laid out as an IP-Adapter ({first_line(error)})") from None
     for name, processor in own.items():
