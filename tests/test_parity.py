@@ -17,6 +17,7 @@ from sdcli.pipeline import paint
 from sdcli.registry import PACKAGE, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from sdcli.schedulers import schedulers_for
+from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.tiny import save_tiny_pipeline
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -90,7 +91,7 @@ def test_ddim_eta_equals_diffusers(tiny: tuple[Painter, StableDiffusionPipeline]
     assert torch.equal(ours(painter, scheduler="ddim", **fields), expected)
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 def test_the_starter_equals_diffusers_bit_for_bit(
     starter: tuple[Painter, StableDiffusionPipeline], scheduler: str
 ) -> None:

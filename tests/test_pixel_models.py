@@ -32,10 +32,10 @@ from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import FolderSource, ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
-from sdcli.schedulers import schedulers_for
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.verify import verify_picture
 from tests.conftest import REPOSITORY, Run
+from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.test_startup import HEAVY, RUNNER
 
 SEEDS = [11, 42]
@@ -169,7 +169,7 @@ def test_ddim_eta_equals_diffusers_own_pipeline(folders: dict[str, Path]) -> Non
     assert torch.equal((found / 2 + 0.5).clamp(0, 1), expected)
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 def test_x_equals_a_plain_loop_of_diffusers_parts_with_every_scheduler(
     folders: dict[str, Path], scheduler: str
 ) -> None:

@@ -30,9 +30,9 @@ from sdcli.pipeline import paint, scheduler_for
 from sdcli.registry import Registry, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import EmbeddingRef
-from sdcli.schedulers import schedulers_for
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.verify import verify_picture
+from tests.schedulers import DIFFUSION_SCHEDULERS
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_plain_prompts_are_text_and_cut(tiny: Painter) -> None:
 # Steps
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 def test_an_edited_prompt_paints_the_first_text_up_to_its_step_and_then_the_other(
     tiny: Painter, scheduler: str
 ) -> None:

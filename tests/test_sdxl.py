@@ -29,13 +29,14 @@ from sdcli.pipeline import paint
 from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import LoraRef
-from sdcli.schedulers import SCHEDULERS, schedulers_for
+from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from sdcli.training.model_parts import load_to_train
 from sdcli.verify import verify_picture
 from sdcli.weights import random_tensors
 from tests.loras import random_pairs, save_diffusers, save_kohya
+from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.tiny import save_tiny_sdxl
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -113,7 +114,7 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in SEEDS]
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 def test_latents_equal_diffusers_bit_for_bit_with_every_scheduler(
     painter: Painter, base: StableDiffusionXLPipeline, scheduler: str
 ) -> None:
@@ -160,7 +161,7 @@ def test_an_empty_negative_prompt_is_zeros_only_where_the_folder_says_so(
 
 
 @pytest.mark.parametrize(
-    "scheduler", [name for name in schedulers_for("diffusion") if SCHEDULERS[name].begins_anywhere]
+    "scheduler", [one for one in DIFFUSION_SCHEDULERS if SCHEDULERS[str(one.values[0])].begins_anywhere]
 )
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_a_refiner_takes_over_as_in_diffusers(

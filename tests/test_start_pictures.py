@@ -27,10 +27,10 @@ from sdcli.pipeline import paint
 from sdcli.registry import load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import FileRef
-from sdcli.schedulers import schedulers_for
 from sdcli.settings import RunSettings
 from sdcli.spaces import LatentSpace
 from sdcli.start_pictures import measure, start_picture
+from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.tiny import save_tiny_pipeline
 
 SEEDS = [11, 42]
@@ -88,7 +88,7 @@ def theirs(painter: Painter, pipeline: Any, scheduler: str, *, seeds: list[int] 
     ).images
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
     tiny_folder: Path, files: Path, scheduler: str, strength: float
@@ -100,7 +100,7 @@ def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
     assert torch.equal(ours(painter, guidance_scale=5.0, **given), expected)
 
 
-@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("channels", [4, 9])
 def test_a_mask_gives_diffusers_latents_bit_for_bit(

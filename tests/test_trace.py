@@ -25,10 +25,10 @@ from sdcli.explaining import guesses_of
 from sdcli.files import AlreadyExists
 from sdcli.pipeline import paint as paint_steps
 from sdcli.registry import load_registry
-from sdcli.schedulers import schedulers_for
 from sdcli.settings import OutputSettings, RunSettings, TraceSettings
 from sdcli.trace import chosen
 from sdcli.training.objective import NoiseSchedule, x0_from
+from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.test_encode_decode import (
     _here,  # noqa: F401
     good,
@@ -54,7 +54,7 @@ def network(x: Tensor, t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", schedulers_for("diffusion"))
+@pytest.mark.parametrize("name", DIFFUSION_SCHEDULERS)
 def test_the_guess_is_that_of_the_scheduler_itself(name: str, prediction: str, strength: float) -> None:
     if prediction == "sample" and name.startswith(("euler", "heun", "pndm")):
         prediction = "epsilon"  # diffusers has no such scheduler
