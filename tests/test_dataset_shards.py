@@ -380,6 +380,7 @@ except CannotWrite as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 700, 20_000])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, room: int) -> None:
     data, target = folder_of(tmp_path / "data", {"a.png": PICTURE}), tmp_path / "out" / "shards"

@@ -320,6 +320,7 @@ def test_only_a_colour_that_everybody_would_name_is_named() -> None:
         assert module.colour_of(Image.new("RGB", (64, 64), colour)) is None
 
 
+@pytest.mark.slow
 def test_digits_become_class_folders_with_all_their_levels(tmp_path: Path) -> None:
     sklearn = pytest.importorskip("sklearn.datasets")
     done = run(DIGITS_SCRIPT, tmp_path / "digits")

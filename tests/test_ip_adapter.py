@@ -282,6 +282,7 @@ def changed(adapter: Path, **tensors: Tensor | None) -> Path:
     return adapter.with_name("changed.safetensors")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_adapter_or_not_the_models_is_refused_with_a_sentence(
     tiny_folder: Path, files: Path, tmp_path: Path
 ) -> None:

@@ -598,6 +598,7 @@ def test_lines_of_a_file_need_no_prompt_and_are_resumed(folders: dict[str, Path]
     assert lost.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_class_is_the_prompt(command: Callable[..., Any], folders: dict[str, Path], tmp_path: Path) -> None:
     typed = ("-m", folders["latent-animals"], "--seed", "1", "--steps", "2", "--guidance-scale", "2")
     command("red fox", "2", *typed, "--dtype", "float32", "--batch-size", "1", "-o", "{index}.png")
@@ -621,6 +622,7 @@ def test_a_dry_run_tells_everything_and_loads_nothing_heavy(folders: dict[str, P
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
+@pytest.mark.slow
 def test_a_model_without_a_vae_neither_encodes_nor_decodes(
     sdcli: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:

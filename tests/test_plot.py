@@ -142,6 +142,7 @@ def test_names_and_values_of_every_kind_can_be_drawn(tmp_path: Path, log_scale: 
     assert any("_$x_1$" in text.get_text() for text in draw_curves([Run("_$x_1$", odd)] * 2).axes[0].get_legend().texts)
 
 
+@pytest.mark.slow
 def test_equal_logs_give_equal_bytes(tmp_path: Path) -> None:
     log = read_log(make_run(tmp_path / "run"))
     for format in ("png", "svg", "pdf"):

@@ -317,6 +317,7 @@ def test_pictures_of_other_lengths_do_not_pad_each_other(tiny: Painter) -> None:
         assert (one.pixels - alone.pixels).abs().max() <= 2 / 255
 
 
+@pytest.mark.slow
 def test_each_picture_of_a_split_batch_verifies_in_the_company_it_had(tmp_path: Path) -> None:
     registry = load_registry()
     paint_files(registry, tmp_path, MIXED[:3])

@@ -89,6 +89,7 @@ def test_what_is_written_is_read_and_every_line_is_strict_json(tmp_path: Path) -
     assert not {"step", "time", "event"} & set(read.metrics("train"))
 
 
+@pytest.mark.slow
 @given(stops=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=4))
 def test_an_interrupted_and_resumed_run_reads_as_an_uninterrupted_one(
     tmp_path_factory: pytest.TempPathFactory, stops: list[tuple[int, int]]

@@ -373,6 +373,7 @@ def test_a_lora_reaches_the_unet_and_both_text_encoders(painter: Painter, tmp_pa
             assert not torch.equal(kohya, before)
 
 
+@pytest.mark.slow
 def test_a_picture_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Path], tmp_path: Path) -> None:
     registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
     fields = {**SMALL, "prompt": "a cat", "model": str(folders["base"]), "refiner": str(folders["refiner"])}

@@ -147,6 +147,7 @@ def test_new_canvas_surrounds_the_picture_which_stays_as_it_is(tiny: Painter, fi
     assert result.crop((16, 0, 80, 48)).tobytes() == Image.open(files / "picture.png").tobytes()
 
 
+@pytest.mark.slow
 def test_a_latent_file_starts_as_the_picture_that_it_was_encoded_from(
     tiny: Painter, files: Path, tmp_path: Path, sdcli: Any
 ) -> None:

@@ -39,6 +39,7 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_the_figures_of_the_log(run: Path) -> None:
     found, log = scalars(run), read_log(run)
     for event, figures in (("train", ("loss", "lr", "grad_norm")), ("validation", ("loss", "loss_level_0"))):

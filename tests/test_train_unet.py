@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-IN_THE_SLOW_SET = {"text encoder along", "random crops", "shuffled captions"}
+IN_THE_SLOW_SET = {"lora", "ema and accumulation", "text encoder along", "random crops", "shuffled captions"}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,7 @@ def test_the_validation_loss_does_not_depend_on_the_run(tmp_path: Path, pictures
     assert figures[0] == pytest.approx(figures[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_cached_latents_train_as_online_ones(tmp_path: Path, pictures: Path) -> None:
     given: dict[str, Any] = {"max_train_steps": 3, "validation_split": 0.4}
     cached = train_unet(pictures, tmp_path / "cached", **given)
@@ -265,6 +266,7 @@ def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, pictures: 
     assert newest_checkpoint(run).step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["caption", "picture", "one more"])
 def test_a_run_on_other_data_is_not_resumed(tmp_path: Path, pictures: Path, change: str) -> None:
     run = tmp_path / "run"
@@ -500,6 +502,7 @@ def test_checkpoints_are_told_as_soon_as_they_are_whole(tmp_path: Path, pictures
     assert [path.name for path in paths] == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_repeat_it(tmp_path: Path, pictures: Path) -> None:
     from sdcli.train_settings import UnetSettings, settings_from
     from sdcli.training.unet_session import UnetSession

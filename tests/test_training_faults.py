@@ -155,6 +155,7 @@ def check_every_fault(root: Path, data: Path, train: Callable[..., list[Event]],
     assert refused > 3
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_moment_never_costs_a_bit(tmp_path: Path, greys: Path) -> None:
     check_every_fault(tmp_path, greys, train_pixels, take=slice(3, None, 24))
 
@@ -267,6 +268,7 @@ def test_a_picture_whose_latents_are_not_finite_is_dropped_and_told(
     assert (facts["pictures"], facts["dropped"]) == (5, 1)
 
 
+@pytest.mark.slow
 def test_latents_that_go_wrong_in_training_stop_the_run_with_the_pictures_names(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def test_on_a_terminal_a_bar_moves_and_rare_events_stay_above_it() -> None:
         assert shown.count(line) == 1
 
 
+@pytest.mark.slow
 def test_the_bar_of_generate_leaves_stdout_alone_too() -> None:
     out, shown = on_a_terminal(BAR_OF_GENERATE)
     assert out == "the result\n"

@@ -504,6 +504,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(True), gradients(False), strict=True))
 
 
+@pytest.mark.slow
 @both
 def test_a_vae_learns_four_pictures_by_heart(tmp_path: Path, kind: str) -> None:
     held_out = [(index, (32, 32)) for index in range(4)]
