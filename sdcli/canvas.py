@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.inputs import input_digest, read_input
+from sdcli.inputs import check_same_file, input_digest, read_input
 from sdcli.request import GenerationRequest
 from sdcli.request_parts import FileRef
 
@@ -93,7 +93,9 @@ def is_latents(ref: FileRef | None) -> bool:
 
 def identified(ref: FileRef) -> FileRef:
     """The reference with the digest of the file's bytes. Raises what `read_identified` raises."""
-    return ref.model_copy(update={"sha256": _checked(ref, input_digest(ref.path))})
+    digest = input_digest(ref.path)
+    check_same_file(digest, ref.sha256, what=ref.path)
+    return ref.model_copy(update={"sha256": digest})
 
 
 def read_identified(ref: FileRef) -> bytes:
@@ -102,14 +104,8 @@ def read_identified(ref: FileRef) -> bytes:
     Raises NotFound, BadPicture for what is no ordinary file, and UsageError for another file than the reference says.
     """
     data = read_input(ref.path)
-    _checked(ref, hashlib.sha256(data).hexdigest())
+    check_same_file(hashlib.sha256(data).hexdigest(), ref.sha256, what=ref.path)
     return data
-
-
-def _checked(ref: FileRef, digest: str) -> str:
-    if ref.sha256 not in (None, digest):
-        raise UsageError(f"{ref.path} is not the file that was painted from: its digest is another one")
-    return digest
 
 
 def _flag(name: str) -> str:

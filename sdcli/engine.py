@@ -255,7 +255,7 @@ class Engine:
         stop_if_asked(self.stop)
         try:
             painter = self.painter_for(request)
-        except (BadWeights, NotFound, Offline, UsageError) as error:  # of these LoRAs and ControlNets alone
+        except (BadWeights, NotFound, Offline, UsageError) as error:  # of what these requests add alone
             for job in batch:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdcli.canvas import identified
 from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.inputs import digest_of
+from sdcli.inputs import check_same_file, digest_of
 from sdcli.model_folder import ModelKind
 from sdcli.request import GenerationRequest
 from sdcli.request_parts import FileRef
@@ -44,11 +44,7 @@ def pinned_adapter(ref: FileRef) -> FileRef:
         digest = digest_of(path)
     except OSError as error:
         raise BadWeights(f"cannot read {path}: {error.strerror}") from None
-    if ref.sha256 not in (None, digest):
-        raise UsageError(
-            f"the IP-Adapter {path} is another file than the one that was painted with "
-            f"(sha256 {digest[:12]}, recorded {str(ref.sha256)[:12]})"
-        )
+    check_same_file(digest, ref.sha256, what=f"the IP-Adapter {path}")
     return ref.model_copy(update={"sha256": digest})
 
 

@@ -92,6 +92,15 @@ def input_digest(path: str) -> str:
         raise BadPicture(f"cannot read {path}: {error.strerror}") from None
 
 
+def check_same_file(digest: str, recorded: str | None, *, what: str) -> None:
+    """Raise UsageError where a record says that `what` was another file; digests are SHA-256 in hex."""
+    if recorded not in (None, digest):
+        raise UsageError(
+            f"{what} is another file than the one that was painted with "
+            f"(sha256 {digest[:12]}, recorded {str(recorded)[:12]})"
+        )
+
+
 def digest_of(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits; it is read once, until its size or time is another. Raises OSError."""
     facts = path.stat()

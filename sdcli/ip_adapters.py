@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from sdcli.errors import BadWeights, NotFound, UsageError, first_line
 from sdcli.hub import folder_of
 from sdcli.image_prompts import adapter_path, pinned_adapter
 from sdcli.lean_imports import UNet2DConditionModel
-from sdcli.loading import LoadedModel, files_digest, in_background
+from sdcli.loading import LoadedModel, finished
 from sdcli.model_folder import read_json_object
 from sdcli.request_parts import FileRef
 from sdcli.weights import read_tensors
@@ -43,7 +41,8 @@ class IpAdapter:
     tensors: Mapping[str, Mapping[str, Tensor]]
     """`image_proj` and `ip_adapter`, each by the names in it; on the CPU."""
     look: Look
-    identity: Future[str]
+    identity: str
+    """`sha256:` and the file's digest."""
 
 
 def load_ip_adapters(
@@ -86,7 +85,7 @@ def with_ip_adapters(model: LoadedModel, adapters: Sequence[IpAdapter]) -> Loade
             layer.processor.scale = [one.weight for one in adapters]
         else:
             layer.set_processor(processor)
-    identities = {f"{PART}{one.ref}": one.identity for one in adapters}
+    identities = {f"{PART}{one.ref}": finished(one.identity) for one in adapters}
     identities |= {f"{ENCODER_PART}{one.ref}": one.look.encoder.identity for one in adapters}
     networks = {f"{PART}{one.ref}": unet.encoder_hid_proj for one in adapters}
     networks |= {f"{ENCODER_PART}{one.ref}": one.look.encoder.network for one in adapters}
@@ -99,8 +98,7 @@ def with_ip_adapters(model: LoadedModel, adapters: Sequence[IpAdapter]) -> Loade
 
 
 def _load(ref: FileRef, weight: float, model: LoadedModel, encoders: Mapping[Path, ImageEncoder]) -> IpAdapter:
-    path = adapter_path(ref)
-    pinned_adapter(ref)
+    path, digest = adapter_path(ref), pinned_adapter(ref).sha256
     tensors: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in read_tensors(path, model.dtype, rename=_of_adapter).items():
         part, _, rest = name.partition(".")
@@ -109,8 +107,7 @@ def _load(ref: FileRef, weight: float, model: LoadedModel, encoders: Mapping[Pat
     _check_fits(tensors["ip_adapter"], model, source=path)
     folder = _encoder_folder(path, model, width=width, whole=whole)
     encoder = encoders.get(folder) or load_image_encoder(folder, device=model.device, dtype=model.dtype)
-    (identity,) = in_background(partial(files_digest, [path]))
-    return IpAdapter(ref, weight, tensors, Look(encoder, whole), identity)
+    return IpAdapter(ref, weight, tensors, Look(encoder, whole), f"sha256:{digest}")
 
 
 def _of_adapter(name: str) -> str | None:

@@ -150,7 +150,7 @@ class LoadedModel:
         return replace(
             self,
             parts={**self.parts, **networks},
-            identities={**self.identities, **dict.fromkeys(networks, _finished(identity))},
+            identities={**self.identities, **dict.fromkeys(networks, finished(identity))},
         )
 
 
@@ -186,7 +186,7 @@ def model_in_memory(
         scheduler_config=scheduler_config,
         parts=networks,
         tokenizer=tokenizer,
-        identities=dict.fromkeys(networks, _finished(identity)),
+        identities=dict.fromkeys(networks, finished(identity)),
     )
 
 
@@ -263,7 +263,7 @@ def load_model(
     )
 
 
-def _finished(identity: str) -> Future[str]:
+def finished(identity: str) -> Future[str]:
     """An identity that needs no hashing."""
     known: Future[str] = Future()
     known.set_result(identity)

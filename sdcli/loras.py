@@ -11,7 +11,7 @@ import platformdirs
 from pydantic import ValidationError
 
 from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.inputs import digest_of
+from sdcli.inputs import check_same_file, digest_of
 from sdcli.registry import PICKLE_SUFFIXES, pickle_refused
 from sdcli.request import GenerationRequest, did_you_mean, first_problem
 from sdcli.request_parts import LoraRef, digits
@@ -66,11 +66,7 @@ def pinned(ref: LoraRef, folder: Path | None) -> LoraRef:
     Raises NotFound, UsageError for a pickle and for another file than the entry's own digest says, and BadWeights.
     """
     digest = lora_digest(find_lora(ref.path, folder))
-    if ref.sha256 not in (None, digest):
-        raise UsageError(
-            f"the LoRA {ref.path} is another file than the one that was painted with "
-            f"(sha256 {digest[:12]}, recorded {str(ref.sha256)[:12]})"
-        )
+    check_same_file(digest, ref.sha256, what=f"the LoRA {ref.path}")
     return ref.model_copy(update={"sha256": digest})
 
 

@@ -477,7 +477,7 @@ def test_another_picture_under_the_same_name_is_not_painted_from(
     request = resolved(own, controls=f"{files}/one={path}")
     assert parse_request(request.typed()) == request
     Image.new("RGB", (64, 48), "blue").save(path)
-    with pytest.raises(UsageError, match=r"map\.png is not the file that was painted from"):
+    with pytest.raises(UsageError, match=r"map\.png is another file than the one that was painted with"):
         next(paint(own, [request]))
 
 

@@ -223,7 +223,7 @@ def test_a_picture_with_an_image_prompt_paints_again_from_its_record(
     assert verify_picture(result.path, load_registry(), run).sentence().endswith(": identical")
     again = GenerationRequest.model_validate(request.model_dump())
     Image.new("RGB", (8, 8)).save(tmp_path / "seen.png")
-    with pytest.raises(UsageError, match="is not the file that was painted from"):
+    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
         resolve(again, load_registry().find(str(tiny_folder)))
     save_tiny_ip_adapter(tmp_path / "models", tiny_folder, seed=5)
     with pytest.raises(UsageError, match="is another file than the one that was painted with"):

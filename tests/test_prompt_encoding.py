@@ -293,9 +293,9 @@ def test_an_embedding_is_remembered_by_its_digest(tiny: Painter, tmp_path: Path)
     assert (embedding.token, len(embedding.sha256 or "")) == ("good", 64)
     assert resolve(parse_request(json.loads(json.dumps(request.typed()))), tiny.model.spec) == request
     os.utime(saved(tmp_path / "good.safetensors", x=VECTORS * 2), ns=(0, 0))  # a clock may tick slower than this test
-    with pytest.raises(UsageError, match="is not the file that was painted from"):
+    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
         resolve(request, tiny.model.spec)
-    with pytest.raises(UsageError, match="is not the file that was painted from"):
+    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
         tiny.encode.shape(request)
     twice = tuple(f"{tmp_path}/good.safetensors={word}" for word in ("Cat", "cat"))
     with pytest.raises(UsageError, match="two of them stand for 'cat'"):

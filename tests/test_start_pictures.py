@@ -170,7 +170,7 @@ def test_a_start_is_read_again_only_where_it_has_changed(files: Path, tmp_path: 
     (tmp_path / "a").write_bytes(b"one")
     first = identified(FileRef(path=str(tmp_path / "a")))
     (tmp_path / "a").write_bytes(b"other")
-    with pytest.raises(UsageError, match="is not the file that was painted from"):
+    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
         identified(first)
 
 
@@ -368,7 +368,7 @@ def test_another_picture_under_the_same_name_is_not_painted_from(tiny: Painter, 
     request = resolve(parse_request({"init_image": str(path)}), tiny.model.spec, measure=measure)
     assert parse_request(request.typed()) == request
     Image.new("RGB", (64, 64), "blue").save(path)
-    with pytest.raises(UsageError, match=r"start\.png is not the file that was painted from"):
+    with pytest.raises(UsageError, match=r"start\.png is another file than the one that was painted with"):
         start_picture(request)
 
 

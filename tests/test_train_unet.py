@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from sdcli.errors import NotFound, UsageError
 from sdcli.registry import load_registry
-from sdcli.training.checkpoint import newest_checkpoint
+from sdcli.training.checkpoint import MANIFEST, newest_checkpoint
 from sdcli.training.events import Checkpointed, Noted, Trained, Validated
 from sdcli.training.run_log import read_log
 from tests.conftest import REPOSITORY, Run
@@ -27,6 +28,11 @@ from tests.training import captioned_pictures, class_pictures, same_checkpoint, 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return captioned_pictures(tmp_path / "pictures")
+
+
+def spelled(content: dict[str, Any]) -> bytes:
+    """A manifest's one spelling."""
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def unet_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -263,6 +269,21 @@ def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, pictures: 
     with pytest.raises(UsageError, match="holds a training run already"):
         train_unet(pictures, run, max_train_steps=2)
     train_unet(pictures, run, max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2, resume=True)
+    assert newest_checkpoint(run).step == 2
+
+
+def test_a_run_whose_checkpoints_name_processes_instead_of_a_batch_goes_on(tmp_path: Path, pictures: Path) -> None:
+    run = tmp_path / "run"
+    train_unet(pictures, run, max_train_steps=1)
+    manifest = newest_checkpoint(run).path / MANIFEST
+    content = json.loads(manifest.read_bytes())
+    del content["digest"], content["facts"]["batch"]
+    content["facts"]["processes"] = 1
+    digest = hashlib.sha256(spelled(content)).hexdigest()
+    manifest.write_bytes(spelled({**content, "digest": digest}))
+    with pytest.raises(UsageError, match="2 samples, now it would have 3"):
+        train_unet(pictures, run, max_train_steps=2, train_batch_size=3, resume=True)
+    train_unet(pictures, run, max_train_steps=2, resume=True)
     assert newest_checkpoint(run).step == 2
 
 

@@ -194,7 +194,7 @@ class Session(ABC, Generic[S]):
         assert self._found is not None
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
         before = self.kind.model_validate(values)
-        run_folder.check_unchanged(before, self.settings, batch=(self._found.facts["batch"], self.batch))
+        run_folder.check_unchanged(before, self.settings, batch=(_batch_until(self._found, before), self.batch))
 
     def _check_same_data(self, found: Found) -> None:
         """Other pictures or captions would be another run, whatever the seed."""
@@ -215,7 +215,8 @@ class Session(ABC, Generic[S]):
     def _told_of_another_schedule(self, found: Found) -> Iterator[Event]:
         """Another number of steps is another learning rate at every step to come, where it is not constant."""
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
-        before = self.kind.model_validate(values).steps(self.built.samples, found.facts["batch"])
+        settings = self.kind.model_validate(values)
+        before = settings.steps(self.built.samples, _batch_until(found, settings))
         if before != self.steps and not self.settings.lr_scheduler.startswith("constant"):
             yield Noted(
                 f"the learning rate fell over {before:,} steps until here and falls over {self.steps:,} from now on: "
@@ -253,6 +254,12 @@ class Session(ABC, Generic[S]):
 def fingerprint(values: Mapping[str, Any]) -> str:
     """A short digest of JSON values, for logs and manifests."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _batch_until(found: Found, settings: TrainSettings) -> int:
+    """Samples of a step until a checkpoint; older ones say instead how many processes there were."""
+    batch = found.facts.get("batch")
+    return settings.total_batch_size(found.facts.get("processes", 1)) if batch is None else batch
 
 
 def _leave_group() -> None:
