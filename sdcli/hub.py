@@ -56,6 +56,9 @@ SIDE_FILES = {
     "scheduler": {"scheduler_config.json"},
 }
 """Component -> the small files it may have; no other name is ever downloaded."""
+CHECKER = "safety_checker"
+CHECKER_SIDE_FILES = {f"{CHECKER}/config.json", "feature_extractor/preprocessor_config.json"}
+"""What a safety checker has beside its weights; both are downloaded with it alone."""
 PIPELINES = {
     "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline",
@@ -86,6 +89,8 @@ class PullReport:
     """Bytes of the files that were not in the cache before."""
     changed: tuple[str, ...] = ()
     """Files that differ from those which the last pull of this revision recorded."""
+    checker_left_out: bool = False
+    """Whether the repository ships a safety checker that was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -270,12 +275,16 @@ def wanted_files(
 ) -> list[str]:
     """Which of a repository's files (path -> bytes) to download for some `weighty_parts`, the small ones first.
 
-    Raises BadWeights.
+    The safety checker may be one of the parts. Raises BadWeights.
     """
+    parts = list(parts)
+    checker = CHECKER_SIDE_FILES if CHECKER in parts else set()
     small = [
         path
         for path in sorted(present)
-        if path == "model_index.json" or path.partition("/")[2] in SIDE_FILES.get(path.partition("/")[0], ())
+        if path == "model_index.json"
+        or path.partition("/")[2] in SIDE_FILES.get(path.partition("/")[0], ())
+        or path in checker
     ]
     if "model_index.json" not in small:
         single = [path for path in present if "/" not in path and path.endswith(".safetensors")]
@@ -283,14 +292,15 @@ def wanted_files(
         raise BadWeights(f"{repo} is not in the diffusers layout: it has no model_index.json{hint}")
     weights: list[str] = []
     for part in parts:
-        names = weight_files(present, f"{part}/{WEIGHTS[part]}", variant=variant)
+        stem = f"{part}/{'model' if part == CHECKER else WEIGHTS[part]}"
+        names = weight_files(present, stem, variant=variant)
         if not names:
             if any(path.startswith(f"{part}/") and path.endswith((".bin", ".ckpt", ".pt")) for path in present):
                 raise BadWeights(
                     f"{repo} has its {part} only as a pickle, which can run any code when opened; sdcli downloads "
                     "safetensors only (look for a revision or another repository that has them)"
                 )
-            raise BadWeights(f"{repo} has no {part}/{WEIGHTS[part]}.safetensors")
+            raise BadWeights(f"{repo} has no {stem}.safetensors")
         weights += names
     for path in small:
         if present[path] > MAX_SIDE_FILE_BYTES:
@@ -333,12 +343,19 @@ class _Remote:
         return self.sha256 or self.git_sha1
 
 
-def pull(spec: ModelSpec | ControlNetSpec, *, offline: bool, progress: Progress = lambda *_: None) -> PullReport:
+def pull(
+    spec: ModelSpec | ControlNetSpec,
+    *,
+    offline: bool,
+    safety_checker: bool = False,
+    progress: Progress = lambda *_: None,
+) -> PullReport:
     """Download a hub model's (or ControlNet's) safetensors and small files into the hub cache and record their hashes.
 
-    What is there already is hashed and kept, a damaged file is replaced, a partial one continued.
-    Raises UsageError for another source or an unsupported family (before the network is asked), Offline, NotFound,
-    NoAccess, BadWeights and CannotWrite.
+    What is there already is hashed and kept, a damaged file is replaced, a partial one continued. A model's
+    `safety_checker` comes along when it is asked for, and from then on with every pull of the same revision.
+    Raises UsageError for another source, an unsupported family (before the network is asked) or a safety checker that
+    the repository does not ship, Offline, NotFound, NoAccess, BadWeights and CannotWrite.
     """
     source = spec.source
     if not isinstance(source, HubSource):
@@ -347,10 +364,12 @@ def pull(spec: ModelSpec | ControlNetSpec, *, offline: bool, progress: Progress 
         spec.require_supported()
     if offline or offline_by_environment():
         folder = _whole_snapshot(spec, source)
+        if safety_checker and not (folder / CHECKER).is_dir():
+            raise Offline(f"the safety checker of {spec.name} is not in the cache, and the network is not to be used")
         return PullReport(folder, folder.name, *_counted(folder), downloaded_bytes=0)
     use_offline(False)
     with _explained(source):
-        return _pull(spec, source, progress)
+        return _pull(spec, source, progress, safety_checker=safety_checker)
 
 
 def _counted(folder: Path) -> tuple[int, int]:
@@ -358,7 +377,9 @@ def _counted(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _pull(spec: ModelSpec | ControlNetSpec, source: HubSource, progress: Progress) -> PullReport:
+def _pull(
+    spec: ModelSpec | ControlNetSpec, source: HubSource, progress: Progress, *, safety_checker: bool
+) -> PullReport:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging as hub_logging
 
@@ -373,10 +394,15 @@ def _pull(spec: ModelSpec | ControlNetSpec, source: HubSource, progress: Progres
         _fetch(api, source, commit, remote["model_index.json"], folder, lambda _: None)
         index = _read_index(folder / "model_index.json")
         require_paintable(index, name=spec.name)
+    ships_checker = index.get(CHECKER) not in (None, [None, None])
+    if safety_checker and not ships_checker:
+        raise UsageError(f"{source.repo} ships no safety checker")
+    with_checker = ships_checker and (safety_checker or any(path.startswith(f"{CHECKER}/") for path in before))
     if "model_index.json" not in remote and "config.json" in remote:
         wanted = _wanted_of_controlnet(sizes, source)
     else:
-        wanted = wanted_files(sizes, variant=source.variant, repo=source.repo, parts=weighty_parts(index))
+        parts = [*weighty_parts(index), *([CHECKER] if with_checker else [])]
+        wanted = wanted_files(sizes, variant=source.variant, repo=source.repo, parts=parts)
     files = [remote[path] for path in wanted]
     total = sum(file.size for file in files)
     absent = [file for file in files if not _is_whole(folder / file.path, file)]
@@ -393,7 +419,15 @@ def _pull(spec: ModelSpec | ControlNetSpec, source: HubSource, progress: Progres
     hashes = {file.path: {"size": file.size, "sha256": file.sha256 or sha256(folder / file.path)} for file in files}
     _record(source, commit, hashes)
     changed = tuple(path for path, was in before.items() if path in hashes and was["sha256"] != hashes[path]["sha256"])
-    return PullReport(folder, commit, len(files), total, sum(file.size for file in absent), changed)
+    return PullReport(
+        folder,
+        commit,
+        len(files),
+        total,
+        sum(file.size for file in absent),
+        changed,
+        checker_left_out=ships_checker and not with_checker,
+    )
 
 
 def _announced(api: HfApi, source: HubSource) -> tuple[str, dict[str, _Remote]]:

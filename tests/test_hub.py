@@ -124,6 +124,46 @@ def test_a_controlnet_is_pulled_by_its_name_and_its_pickles_are_left(
     assert "2 files are as recorded" in verified.stdout, verified.stderr
 
 
+def test_a_safety_checker_comes_when_it_is_asked_for_and_stays(
+    server: HubServer, models: Run, model_files: dict[str, bytes]
+) -> None:
+    index = json.loads(model_files["model_index.json"]) | {"safety_checker": ["stable_diffusion", "Checker"]}
+    checker = {
+        "safety_checker/config.json": b"{}",
+        "safety_checker/model.safetensors": b"\0" * 200_000,
+        "feature_extractor/preprocessor_config.json": b"{}",
+    }
+    unwanted = {"safety_checker/pytorch_model.bin": b"\x80\x02}.", "feature_extractor/pipeline.py": b"import os"}
+    server.repos[NAME].commit(model_files | checker | unwanted | {"model_index.json": json.dumps(index).encode()})
+
+    left_out = models("pull", NAME)
+    assert left_out.returncode == 0, left_out.stderr
+    assert "ships a safety checker, which was left out; --safety-checker fetches it" in left_out.stderr
+    folder = Path(left_out.stdout.strip())
+    assert not files_of(folder).keys() & checker.keys()
+    refused = models("pull", NAME, "--safety-checker", "--offline")
+    assert refused.returncode == 4
+    assert "the safety checker of maker/small is not in the cache" in refused.stderr
+
+    with_checker = models("pull", NAME, "--safety-checker")
+    assert with_checker.returncode == 0, with_checker.stderr
+    assert "left out" not in with_checker.stderr
+    assert {path: data for path, data in files_of(folder).items() if path in checker} == checker
+    assert not files_of(folder).keys() & unwanted.keys()
+    again = models("pull", NAME)
+    assert "left out" not in again.stderr
+    (folder / "safety_checker/model.safetensors").resolve().write_bytes(b"\1" * 200_000)
+    verified = models("verify", NAME)
+    assert verified.returncode == 1
+    assert "safety_checker/model.safetensors" in verified.stdout
+
+
+def test_a_safety_checker_that_is_not_there_is_refused(models: Run) -> None:
+    refused = models("pull", NAME, "--safety-checker")
+    assert refused.returncode == 2
+    assert "maker/small ships no safety checker" in refused.stderr
+
+
 @pytest.mark.slow
 def test_a_second_pull_downloads_nothing(server: HubServer, models: Run) -> None:
     assert models("pull", NAME).returncode == 0

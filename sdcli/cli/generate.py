@@ -191,7 +191,11 @@ def command(
     dtype: DTypeOpt = "auto",
     safety: Annotated[
         Literal["auto", "off"],
-        typer.Option("--safety", rich_help_panel=RUN, help="auto asks a model's own safety checker, if it ships one."),
+        typer.Option(
+            "--safety",
+            rich_help_panel=RUN,
+            help="auto asks a model's own safety checker, where it is here (models pull --safety-checker).",
+        ),
     ] = "auto",
     strict_prompt: Annotated[
         bool,

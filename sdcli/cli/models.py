@@ -88,6 +88,9 @@ def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False
 @app.command()
 def pull(
     names: NamesArg,
+    safety_checker: Annotated[
+        bool, typer.Option("--safety-checker", help="With the safety checker that a model ships.")
+    ] = False,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     json: JsonOpt = False,
@@ -106,13 +109,15 @@ def pull(
 
         spec = registry.find_either(name)
         with _Meter(console, spec.name) as meter:
-            report = pull_from_hub(spec, offline=offline, progress=meter.progress)
+            report = pull_from_hub(spec, offline=offline, safety_checker=safety_checker, progress=meter.progress)
         for path in report.changed:
             console.warn(f"{spec.name}: {path} is not the file that the last pull recorded; the hub has a new one")
         console.say(
             f"{spec.name}: {report.files} files, {megabytes(report.total_bytes)} "
             f"({megabytes(report.downloaded_bytes)} downloaded), commit {report.commit[:12]}"
         )
+        if report.checker_left_out:
+            console.say(f"{spec.name} ships a safety checker, which was left out; --safety-checker fetches it, too")
         console.result(
             str(report.folder),
             name=spec.name,
