@@ -22,7 +22,8 @@ from sdcli.hub import folder_of
 from sdcli.lean_imports import ControlNetModel, UNet2DConditionModel, lean_imports
 from sdcli.loading import LoadedModel, files_digest, in_background, placed
 from sdcli.model_folder import cell_of, read_json_object
-from sdcli.registry import ControlNetSpec, FileSource, HubSource
+from sdcli.model_sources import FileSource, HubSource
+from sdcli.registry import ControlNetSpec
 from sdcli.weights import empty_network, fill, read_tensors, shards
 
 PART = "controlnet:"

@@ -21,7 +21,9 @@ import platformdirs
 
 from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError, first_line
 from sdcli.files import sha256, write_whole
-from sdcli.registry import PACKAGE, ControlNetSpec, EmbeddedSource, FolderSource, HubSource, ModelSpec
+from sdcli.hub_cache import COMMIT, cache_folder, cached_commit, ref_file, repo_folder, snapshot_folder
+from sdcli.model_sources import EmbeddedSource, FolderSource, HubSource
+from sdcli.registry import PACKAGE, ControlNetSpec, ModelSpec
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -69,7 +71,6 @@ PIPELINES = {
 }
 """The classes of model_index.json that are downloaded; `model_folder.LAYOUTS` knows more, for folders on disk."""
 MAX_SIDE_FILE_BYTES = 32 * 1024**2
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -129,37 +130,6 @@ def offline_by_environment() -> bool:
     return value.upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def cache_folder() -> Path:
-    """The hub cache, by the same variables and in the same order as huggingface_hub, without importing it."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(cache)).expanduser().resolve()
-
-
-def repo_folder(repo: str) -> Path:
-    """Where the cache keeps a repository: its blobs, refs and snapshots."""
-    return cache_folder() / f"models--{repo.replace('/', '--')}"
-
-
-def cached_commit(source: HubSource) -> str | None:
-    """The commit that the cache knows for the source's revision, or None."""
-    if _COMMIT.fullmatch(source.revision):
-        return source.revision
-    try:
-        commit = _ref_file(source).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return commit if _COMMIT.fullmatch(commit) else None
-
-
-def _ref_file(source: HubSource) -> Path:
-    """Where the cache notes the commit of a branch or tag. Raises UsageError for a name that would lead elsewhere."""
-    refs = repo_folder(source.repo) / "refs"
-    if {"", ".", ".."} & set(source.revision.split("/")):
-        raise UsageError(f"{source.revision!r} cannot be a revision of {source.repo}")
-    return refs / source.revision
-
-
 def folder_of(spec: ModelSpec | ControlNetSpec) -> Path | None:
     """The folder that a model or ControlNet is loaded from; None for a single file and random weights.
 
@@ -173,11 +143,6 @@ def folder_of(spec: ModelSpec | ControlNetSpec) -> Path | None:
         case HubSource() as source:
             return _whole_snapshot(spec, source)
     return None
-
-
-def snapshot_folder(source: HubSource) -> Path:
-    """Where the cache has the source's revision, if it has it."""
-    return repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
 
 
 def _whole_snapshot(spec: ModelSpec | ControlNetSpec, source: HubSource) -> Path:
@@ -435,7 +400,7 @@ def _announced(api: HfApi, source: HubSource) -> tuple[str, dict[str, _Remote]]:
     from huggingface_hub.hf_api import RepoFile
 
     commit = api.model_info(source.repo, revision=source.revision, timeout=20).sha
-    if commit is None or not _COMMIT.fullmatch(commit):
+    if commit is None or not COMMIT.fullmatch(commit):
         raise BadWeights(f"{source.repo}: the hub names no commit for {source.revision}")
     remote = {}
     for entry in api.list_repo_tree(source.repo, recursive=True, revision=commit):
@@ -576,8 +541,8 @@ def _record(source: HubSource, commit: str, hashes: dict[str, dict[str, Any]]) -
     }
     text = json.dumps(manifest, indent=1) + "\n"
     write_whole(manifest_file(source.repo, commit), text.encode(), overwrite=True)
-    if not _COMMIT.fullmatch(source.revision):
-        write_whole(_ref_file(source), commit.encode(), overwrite=True)
+    if not COMMIT.fullmatch(source.revision):
+        write_whole(ref_file(source), commit.encode(), overwrite=True)
 
 
 def manifest_file(repo: str, commit: str) -> Path:

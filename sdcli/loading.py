@@ -35,16 +35,9 @@ from sdcli.lean_imports import (
     lean_imports,
 )
 from sdcli.model_folder import kind_of, network_config, read_json_object, read_layout
-from sdcli.registry import (
-    PACKAGE,
-    FileSource,
-    HubSource,
-    ModelSpec,
-    RandomSource,
-    described,
-)
+from sdcli.model_sources import FileSource, HubSource, RandomSource
+from sdcli.registry import PACKAGE, ModelSpec, described
 from sdcli.request_parts import FileRef, LoraRef
-from sdcli.schedulers import Process
 from sdcli.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.weights import N, check_header, empty_network, fill, random_tensors, read_tensors, shards
 
@@ -239,12 +232,6 @@ def load_model(
             raise UsageError(_lacks(spec.name, part, build.parts))
     if "text_encoder" in wanted and "text_encoder_2" not in wanted and "text_encoder_2" in build.parts:
         raise UsageError(f"{spec.name} has two text encoders (SDXL) or more, and one alone is of no use here")
-    if build.process != spec.kind.process:
-        right = "sd3" if build.process == "flow" else "sd1"
-        raise UsageError(
-            f"{spec.name} is of another family than {spec.family}; give it a name that says so with "
-            f"`sdcli models add NAME {spec.origin()} --family {right}`"
-        )
     hashes = in_background(*(partial(build.identity, part) for part in wanted))
     networks: dict[str, nn.Module] = {part: placed(build.network(part), target) for part in wanted}
     if "unet" in networks and target.type == "cpu" and number != torch.float32:
@@ -296,7 +283,6 @@ class _Build:
     identity: Callable[[str], str]
     scheduler_config: Mapping[str, Any]
     zeros_for_empty_prompt: bool = False
-    process: Process = "diffusion"
     tokenizer_3: Callable[[], T5Tokenizer | None] = lambda: None
 
 
@@ -419,7 +405,6 @@ def _from_folder(folder: Path, dtype: torch.dtype, *, variant: str | None = None
         tokenizer=lambda part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")),
         identity=lambda part: files_digest(files(part)),
         scheduler_config=_mended_scheduler_config(scheduler) if layout.has_text and not several else scheduler,
-        process=layout.process,
         tokenizer_3=lambda: load_t5_tokenizer(folder / "tokenizer_3"),
         zeros_for_empty_prompt=several and index.get("force_zeros_for_empty_prompt", True) is True,
     )

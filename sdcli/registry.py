@@ -11,15 +11,17 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sdcli import embedding_files
 from sdcli.canvas import Measure, start_filled
 from sdcli.conditioning import prompt as syntax
 from sdcli.controls import check_parts, controls_filled
-from sdcli.errors import NotFound, UsageError
+from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.hub_cache import snapshot_folder
 from sdcli.image_prompts import image_prompts_filled
 from sdcli.model_folder import SD3_KIND, ModelFolder, ModelKind, read_model_folder
+from sdcli.model_sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource, Source, Strict
 from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request, watermark_room
 from sdcli.schedulers import SCHEDULERS, schedulers_for
 from sdcli.single_file import layout_in
@@ -30,52 +32,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 PACKAGE = Path(__file__).parent
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EmbeddedSource(_Strict):
-    """A diffusers folder inside the package."""
-
-    kind: Literal["embedded"]
-    folder: str
-
-
-class RandomSource(_Strict):
-    """Random weights, made in memory from a seed: no files, no network."""
-
-    kind: Literal["random"]
-    architecture: Literal["tiny", "tiny-sdxl", "sd15", "sdxl"]
-    seed: int = Field(0, ge=0)
-
-
-class FolderSource(_Strict):
-    """A diffusers folder (model_index.json and its sub-folders)."""
-
-    kind: Literal["folder"]
-    path: Path
-
-
-class FileSource(_Strict):
-    """A single .safetensors checkpoint with the original LDM keys."""
-
-    kind: Literal["file"]
-    path: Path
-
-
-class HubSource(_Strict):
-    """A diffusers repository on the Hugging Face hub."""
-
-    kind: Literal["hub"]
-    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-    revision: str = "main"
-    variant: str | None = None
-
-
-Source = Annotated[EmbeddedSource | RandomSource | FolderSource | FileSource | HubSource, Field(discriminator="kind")]
-
-
-class ModelDefaults(_Strict):
+class ModelDefaults(Strict):
     """What a request gets where it says nothing."""
 
     width: int = Field(512, ge=8, le=8192)
@@ -93,7 +50,7 @@ SD3_DEFAULTS = {"width": 1024, "height": 1024, "steps": 28, "guidance_scale": 7.
 DEFAULT_REFINER_START = 0.8
 
 
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """One entry of models.yaml. The name is its key there."""
 
     name: str
@@ -132,7 +89,7 @@ class ModelSpec(ModelEntry):
             )
 
 
-class ControlNetSpec(_Strict):
+class ControlNetSpec(Strict):
     """A ControlNet: an entry of models.yaml's `controlnets`, or what a path means."""
 
     name: str
@@ -159,12 +116,12 @@ def _origin(source: Source) -> str:
             return repo if revision == "main" else f"{repo}@{revision}"
 
 
-class Registry(_Strict):
+class Registry(Strict):
     """All known models. `files` are the files that were read, the later overlaying the earlier."""
 
     default: str
     models: dict[str, ModelSpec]
-    controlnets: dict[str, ControlNetSpec] = {}
+    controlnets: dict[str, ControlNetSpec] = Field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
     def find(self, model: str | None) -> ModelSpec:
@@ -235,7 +192,7 @@ class Registry(_Strict):
         if known is not None and isinstance(known.source, HubSource):
             source = known.source.model_copy(update={"revision": revision or known.source.revision})
             return described(known.model_copy(update={"name": name, "source": source}))
-        return ModelSpec(name=name, source=HubSource(kind="hub", repo=repo, revision=revision or "main"))
+        return described(ModelSpec(name=name, source=HubSource(kind="hub", repo=repo, revision=revision or "main")))
 
     def _where(self) -> str:
         return self.files[-1].name if self.files else "models.yaml"
@@ -536,8 +493,8 @@ def spec_of_folder(path: Path) -> ModelSpec:
 def described(spec: ModelSpec) -> ModelSpec:
     """The spec with what its folder or file says: its kind, and the defaults that the entry leaves open.
 
-    Another source, or one that is not there or damaged (loading it says so), leaves the spec as it is.
-    Raises NotFound, UsageError and BadWeights.
+    Another source, or one that is not there or damaged (loading it says so), leaves the spec as it is; so does a
+    repository of the hub that is not in the cache. Raises NotFound, UsageError and BadWeights.
     """
     if isinstance(spec.source, FileSource):
         layout = layout_in(spec.source.path)
@@ -545,15 +502,32 @@ def described(spec: ModelSpec) -> ModelSpec:
         defaults = ModelDefaults(**{**(layout.defaults if layout is not None else {}), **typed})
         family = layout.family if layout is not None else spec.family
         return spec.model_copy(update={"family": family, "defaults": defaults})
-    if not isinstance(spec.source, FolderSource) or not (spec.source.path / "model_index.json").is_file():
+    try:
+        folder = _folder_described(spec.source)
+    except (BadWeights, NotFound, UsageError):
+        if not isinstance(spec.source, HubSource):
+            raise
+        folder = None  # `models pull` mends what the cache has
+    if folder is None:
         return _of_family(spec)
-    folder = read_model_folder(spec.source.path)
     own = {**_usual_defaults(folder), **_own_defaults(folder)}
     typed = spec.defaults.model_dump(exclude_unset=True)
     two = "text_encoder_2" in folder.layout.components
     family = ("sd3" if folder.kind.process == "flow" else "sdxl") if two else spec.family
     defaults = ModelDefaults(**{**own, **typed})
     return spec.model_copy(update={"kind": folder.kind, "family": family, "defaults": defaults})
+
+
+def _folder_described(source: Source) -> ModelFolder | None:
+    """What the small files of a diffusers folder say, also of one in the hub's cache. Raises what reading it raises."""
+    match source:
+        case FolderSource(path=path):
+            pass
+        case HubSource():
+            path = snapshot_folder(source)
+        case _:
+            return None
+    return read_model_folder(path) if (path / "model_index.json").is_file() else None
 
 
 def _of_family(spec: ModelSpec) -> ModelSpec:

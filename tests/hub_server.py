@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from sdcli.hub_cache import repo_folder
 
 LARGE_BYTES = 100_000
 """The hub keeps larger files apart ("LFS"), names them by SHA-256 and redirects to another place."""
@@ -103,6 +106,16 @@ class HubServer:
 
     def weight_bytes_sent(self) -> int:
         return sum(served.sent for served in self.log if served.path.endswith(".safetensors"))
+
+
+def cached(repo: str, folder: Path) -> Path:
+    """Put a model's folder into the hub's cache, as a pull of `main` leaves it; its snapshot."""
+    commit = "0" * 40
+    snapshot = repo_folder(repo) / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text(commit)
+    return snapshot
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

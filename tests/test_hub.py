@@ -16,7 +16,8 @@ import pytest
 
 from sdcli import hub
 from sdcli.errors import BadWeights, Offline, UsageError
-from sdcli.registry import PACKAGE, ControlNetSpec, HubSource, ModelSpec
+from sdcli.model_sources import HubSource
+from sdcli.registry import PACKAGE, ControlNetSpec, ModelSpec
 from tests.hub_server import HubServer, Repo, files_of
 
 NAME = "maker/small"
@@ -496,8 +497,8 @@ def test_a_controlnet_without_its_shards_or_its_configuration_is_not_whole(tmp_p
 
 
 def test_the_cache_is_where_huggingface_hub_has_it(tmp_path: Path) -> None:
-    code = "from huggingface_hub.constants import HF_HUB_CACHE as theirs; from sdcli import hub; "
-    code += "print(theirs, hub.cache_folder())"
+    code = "from huggingface_hub.constants import HF_HUB_CACHE as theirs; from sdcli import hub_cache; "
+    code += "print(theirs, hub_cache.cache_folder())"
     base = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(PACKAGE.parent)}
     for variables in (
         {},
@@ -541,7 +542,7 @@ def test_a_family_that_is_not_supported_is_refused_before_the_network_is_asked()
 
 
 def test_a_model_of_another_source_is_not_pulled_or_verified() -> None:
-    from sdcli.registry import RandomSource
+    from sdcli.model_sources import RandomSource
 
     spec = ModelSpec(name="tiny", source=RandomSource(kind="random", architecture="tiny"), download_bytes=0)
     with pytest.raises(UsageError, match="needs no download"):

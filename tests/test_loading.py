@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from sdcli import loading
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.loading import LoadedModel, load_model
+from sdcli.model_sources import FileSource, FolderSource
 from sdcli.painter import Painter
 from sdcli.pipeline import paint
-from sdcli.registry import FileSource, FolderSource, ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.registry import ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from tests.conftest import REPOSITORY
 from tests.ldm import ldm_checkpoint

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from sdcli.cli.models import app
 from sdcli.errors import CannotWrite, NotFound, SdcliError, UsageError
-from sdcli.registry import PACKAGE, FolderSource, HubSource, load_registry, user_registry_file
+from sdcli.model_sources import FolderSource, HubSource
+from sdcli.registry import PACKAGE, load_registry, user_registry_file
 from sdcli.user_models import add_model, remove_model, set_default, source_of
 
 HUB = {"kind": "hub", "repo": "maker/small"}

@@ -28,9 +28,10 @@ from sdcli.journal import Journal
 from sdcli.loading import LoadedModel, load_model, model_in_memory
 from sdcli.metadata import read_picture
 from sdcli.model_folder import LAYOUTS
+from sdcli.model_sources import FolderSource
 from sdcli.painter import Painter
 from sdcli.pipeline import paint
-from sdcli.registry import FolderSource, ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.registry import ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.verify import verify_picture

@@ -12,17 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdcli.errors import NotFound, SdcliError, UsageError
-from sdcli.registry import (
-    PACKAGE,
-    FileSource,
-    FolderSource,
-    HubSource,
-    load_registry,
-    packaged_registry_file,
-    read_registry_file,
-    read_yaml,
-    resolve,
-)
+from sdcli.model_sources import FileSource, FolderSource, HubSource
+from sdcli.registry import PACKAGE, load_registry, packaged_registry_file, read_registry_file, read_yaml, resolve
 from sdcli.request import GenerationRequest
 from sdcli.schedulers import SCHEDULERS
 

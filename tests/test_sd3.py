@@ -21,7 +21,7 @@ from sdcli.denoise.guess import seen_and_guessed
 from sdcli.engine import Engine, Result
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.forward_process import ForwardProcess
-from sdcli.hub import first_missing, repo_folder
+from sdcli.hub import first_missing
 from sdcli.images import from_pixels
 from sdcli.jobs import Job, Line, expand
 from sdcli.latent_files import LatentRecord, latent_bytes, read_latents
@@ -30,12 +30,13 @@ from sdcli.metadata import parameters_text, read_picture
 from sdcli.metrics import distance
 from sdcli.painter import Painter
 from sdcli.pipeline import paint, scheduler_for
-from sdcli.registry import SD3_DEFAULTS, ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.registry import SD3_DEFAULTS, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.settings import OutputSettings, RunSettings
 from sdcli.start_pictures import measure
 from sdcli.training.model_parts import load_to_train, refuse_shifted
 from sdcli.verify import verify_picture
+from tests.hub_server import cached
 from tests.tiny import save_tiny_sd3
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -361,18 +362,14 @@ def test_a_model_of_the_hub_has_its_kind_before_it_is_there() -> None:
         resolve(GenerationRequest(prompt="a cat", seed=1, width=1000), spec)
 
 
-def test_an_unknown_repository_is_told_how_to_name_its_family(folders: dict[bool, Path]) -> None:
-    spec = load_registry().find("somebody/finetune")
-    assert isinstance(spec, ModelSpec)
-    commit = "0" * 40
-    repo = repo_folder("somebody/finetune")
-    shutil.copytree(folders[False], repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs/main").write_text(commit)
-    with pytest.raises(UsageError, match="models add NAME somebody/finetune --family sd3"):
-        load_model(spec, device="cpu")
-    named = spec.model_copy(update={"family": "sd3"})
-    assert load_model(named, device="cpu", parts=("vae",)).spec.kind.process == "flow"
+def test_a_repository_in_the_cache_is_of_the_family_that_its_files_say(folders: dict[bool, Path]) -> None:
+    name = "somebody/finetune"
+    assert load_registry().find(name).kind.process == "diffusion"
+    cached(name, folders[False])
+    spec = load_registry().find(name)
+    assert (spec.family, spec.kind) == ("sd3", spec_of_folder(folders[False]).kind)
+    assert resolve(GenerationRequest(prompt="a cat", seed=1), spec).scheduler == "flow-euler"
+    assert load_model(spec, device="cpu", parts=("vae",)).spec.kind.process == "flow"
 
 
 @pytest.mark.parametrize(

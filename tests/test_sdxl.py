@@ -24,9 +24,10 @@ from sdcli.jobs import Job, Line, expand
 from sdcli.loading import load_model
 from sdcli.lora_weights import with_loras
 from sdcli.metadata import parameters_text, read_picture
+from sdcli.model_sources import RandomSource
 from sdcli.painter import Painter
 from sdcli.pipeline import paint
-from sdcli.registry import ModelSpec, RandomSource, load_registry, resolve, spec_of_folder
+from sdcli.registry import ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest, parse_request
 from sdcli.request_parts import LoraRef
 from sdcli.schedulers import SCHEDULERS
@@ -35,6 +36,7 @@ from sdcli.start_pictures import measure
 from sdcli.training.model_parts import load_to_train
 from sdcli.verify import verify_picture
 from sdcli.weights import random_tensors
+from tests.hub_server import cached
 from tests.loras import random_pairs, save_diffusers, save_kohya
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.tiny import save_tiny_sdxl
@@ -321,6 +323,17 @@ def test_training_refuses_sdxl_before_it_reads_its_weights(tmp_path: Path, folde
         load_to_train(spec_of_folder(folders["base"]).model_copy(update={"family": "sd1"}), device="cpu", needs="vae")
     with pytest.raises(UsageError, match="two text encoders"):
         load_model(spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
+
+
+def test_a_repository_that_no_entry_describes_is_what_its_files_say(folders: dict[str, Path]) -> None:
+    snapshot = cached("somebody/finetune", folders["base"])
+    spec, same = load_registry().find("somebody/finetune"), spec_of_folder(folders["base"])
+    assert (spec.family, spec.kind, spec.defaults) == ("sdxl", same.kind, same.defaults)
+    (snapshot / "unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UsageError, match="does not train yet"):
+        load_to_train(spec, device="cpu")
+    (snapshot / "unet/config.json").write_text("{")  # `models pull`, which finds it by its name too, mends it
+    assert load_registry().find("somebody/finetune").family == "sd1"
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])

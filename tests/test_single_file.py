@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from sdcli import loading
 from sdcli.errors import BadWeights
 from sdcli.loading import LoadedModel, load_model
-from sdcli.registry import FileSource, ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.model_sources import FileSource
+from sdcli.registry import ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
 from sdcli.single_file import SD1, SD2, SDXL, SDXL_REFINER, SingleFileLayout
 from tests.ldm import sd2_checkpoint, sdxl_checkpoint

@@ -14,16 +14,12 @@ import typer
 from sdcli.cli.console import Console, plain_terminal, printable
 from sdcli.cli.options import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
+from sdcli.model_sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource
 from sdcli.registry import (
     SUPPORTED_FAMILIES,
     ControlNetSpec,
-    EmbeddedSource,
     Family,
-    FileSource,
-    FolderSource,
-    HubSource,
     ModelSpec,
-    RandomSource,
     Registry,
     load_registry,
     user_registry_file,
@@ -314,7 +310,8 @@ def _here(spec: ModelSpec | ControlNetSpec) -> str:
         case FolderSource(path=path) | FileSource(path=path):
             return "on disk" if path.exists() else "missing"
         case HubSource() as source:
-            from sdcli.hub import first_missing, snapshot_folder
+            from sdcli.hub import first_missing
+            from sdcli.hub_cache import snapshot_folder
 
             folder = snapshot_folder(source)
             if not folder.is_dir():
@@ -335,7 +332,7 @@ def _local_path(spec: ModelSpec | ControlNetSpec) -> Path | None:
 def _files(spec: ModelSpec | ControlNetSpec) -> Iterator[tuple[str, int]]:
     """The model's files that are here, relative to its folder, with their bytes."""
     if isinstance(spec.source, HubSource):
-        from sdcli.hub import snapshot_folder
+        from sdcli.hub_cache import snapshot_folder
 
         root: Path | None = snapshot_folder(spec.source)
     else:

@@ -19,8 +19,9 @@ from sdcli.files import write_whole
 from sdcli.images import from_pixels
 from sdcli.loading import model_in_memory
 from sdcli.metadata import picture_bytes
+from sdcli.model_sources import FolderSource
 from sdcli.painter import Painter
-from sdcli.registry import FolderSource, ModelDefaults, ModelSpec, resolve
+from sdcli.registry import ModelDefaults, ModelSpec, resolve
 from sdcli.request import GenerationRequest
 from sdcli.request_parts import Control, FileRef
 from sdcli.training.task import Networks
