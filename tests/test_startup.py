@@ -71,6 +71,8 @@ def test_nothing_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
         (["generate", "a", "--size", "65x64"], 2),
         (["generate", "a", "--scheduler", "euler", "--eta", "0.5"], 2),
         (["generate", "a", "-m", "nope"], 3),
+        (["generate", "a", "-m", "sd15"], 4),
+        (["generate", "a", "-m", "somebody/finetune"], 4),
         (["generate", "a", "-o", "there/taken.png"], 8),
         (["generate", "--prompts-file", "missing.txt"], 3),
     ],

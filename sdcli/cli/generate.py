@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -304,6 +305,17 @@ def command(
         _paint(jobs, registry, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
 
 
+def _absent(registry: Registry, model: str) -> SdcliError | None:
+    """What is to be said of a model that is not wholly here, as a hub model that was never pulled."""
+    from sdcli.hub import folder_of
+
+    try:
+        folder_of(registry.find(model))
+    except SdcliError as error:
+        return error
+    return None
+
+
 def _words(text: str) -> tuple[str, ...]:
     """`all` is every word, as an empty tuple. Raises UsageError for no word."""
     words = tuple(dict.fromkeys(filter(None, (word.strip() for word in text.split(",")))))
@@ -391,17 +403,23 @@ def _paint(
 ) -> None:
     """Paint what can be painted, and lay it out on the sheet of a sweep.
 
-    What is wrong with a request or the folder is told before torch is imported.
+    What is wrong with a request or the folder, and what is not downloaded, is told before torch is imported.
     """
     alone = len(jobs) == 1
     errors: list[SdcliError] = []
     good: list[Job] = []
+    absent = cache(partial(_absent, registry))
     for job in jobs:
-        if isinstance(job, Job):
+        if isinstance(job, BadJob):
+            error: SdcliError | None = job.error
+        else:  # what a run before this one painted needs no model
+            named = (job.request.model, job.request.refiner) if not settings.resume else ()
+            error = next(filter(None, map(absent, filter(None, named))), None)
+        if error is not None:
+            errors.append(error)
+            report_failure(job, error, console, alone=alone)
+        elif isinstance(job, Job):
             good.append(job)
-        else:
-            errors.append(job.error)
-            report_failure(job, job.error, console, alone=alone)
     if not good:
         raise_for(errors, of=len(jobs))
     check_output(settings)
