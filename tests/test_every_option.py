@@ -104,7 +104,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask = Image.new("L", (64, 64))
     mask.paste(255, (32, 0, 64, 64))
     mask.save(folder / "mask.png")
-    save_file({"pomme": torch.randn(2, 32)}, folder / "pomme.safetensors")
+    save_file({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 40)}, folder / "pomme.safetensors")
     return folder
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sdcli import loading
 from sdcli.denoise.sampler import make_scheduler
 from sdcli.engine import Engine, Result
-from sdcli.errors import SdcliError, UsageError
+from sdcli.errors import BadWeights, SdcliError, UsageError
 from sdcli.images import from_pixels
 from sdcli.jobs import Job, Line, expand
 from sdcli.loading import load_model
@@ -347,6 +347,52 @@ def test_clip_skip_counts_the_layers_of_both_encoders_from_the_end(
     assert torch.equal(inputs["text_embeds"], pooled)
     with pytest.raises(UsageError, match="has 3 layers, so not 4"):
         told(painter, "a cat", clip_skip=4)
+
+
+def test_an_embedding_is_what_diffusers_computes_with_its_vectors_in_both_vocabularies(
+    painter: Painter, base: StableDiffusionXLPipeline, tmp_path: Path
+) -> None:
+    vectors = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 40)}
+    save_file(vectors, tmp_path / "cat.safetensors")
+    ids = base.tokenizer("one two").input_ids[1:3]
+    encoders = [(base.text_encoder, "clip_l"), (base.text_encoder_2, "clip_g")]
+    rows = [(encoder.get_input_embeddings().weight.data, vectors[name]) for encoder, name in encoders]
+    kept = [table[ids].clone() for table, _ in rows]
+    for table, own in rows:
+        table[ids] = own
+    expected, _, pooled, _ = base.encode_prompt("a thing one two hat", device="cpu")
+    for (table, _), before in zip(rows, kept, strict=True):
+        table[ids] = before
+    inputs = told(painter, "a thing CAT hat", embeddings=[str(tmp_path / "cat.safetensors")])
+    assert torch.equal(inputs["encoder_hidden_states"], expected)
+    assert torch.equal(inputs["text_embeds"], pooled)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "sentence"),
+    [
+        ({"emb_params": (2, 32)}, UsageError, "made for one text encoder, and .* has two .*clip_l and clip_g"),
+        ({"clip_l": (2, 32), "clip_g": (3, 40)}, BadWeights, "not as many vectors"),
+        ({"clip_l": (2, 32), "clip_g": (2, 32)}, UsageError, "have 32 numbers, .* have 40"),
+        ({}, BadWeights, "it has 0 tensors"),
+    ],
+)
+def test_an_embedding_for_other_text_encoders_is_refused(
+    painter: Painter, tmp_path: Path, tensors: dict[str, tuple[int, int]], error: type[SdcliError], sentence: str
+) -> None:
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "cat.safetensors")
+    with pytest.raises(error, match=sentence):
+        told(painter, "a cat", embeddings=[str(tmp_path / "cat.safetensors")])
+
+
+def test_a_refiner_takes_the_vectors_of_its_own_text_encoder(painter: Painter, tmp_path: Path) -> None:
+    refiner = painter.refiner
+    assert refiner is not None
+    plain = told(refiner, "a cat")["encoder_hidden_states"]
+    for name in ("clip_g", "anything"):  # the pair's, or one tensor alone
+        save_file({name: torch.ones(1, 40)}, tmp_path / "cat.safetensors")
+        found = told(refiner, "a cat", embeddings=[str(tmp_path / "cat.safetensors")])["encoder_hidden_states"]
+        assert not torch.equal(found, plain)
 
 
 def test_a_long_prompt_is_chunks_side_by_side_with_the_embedding_of_the_first(painter: Painter) -> None:

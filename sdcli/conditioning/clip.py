@@ -67,12 +67,12 @@ class ClipTextEncoder(nn.Module):
         hidden = self.encoder(self.embeddings(token_ids, vectors), len(self.encoder.layers) - (clip_skip - 1))
         return self.final_layer_norm(hidden)
 
-    def hidden_states(self, token_ids: Tensor) -> list[Tensor]:
+    def hidden_states(self, token_ids: Tensor, *, vectors: Tensor | None = None) -> list[Tensor]:
         """Token ids [B, L] -> what goes into the first layer and what comes out of each; [B, L, hidden_size] all.
 
-        They are not normalised; the one before the last is the penultimate layer's.
+        They are not normalised; the one before the last is the penultimate layer's. Negative ids as in `forward`.
         """
-        states = [self.embeddings(token_ids, None)]
+        states = [self.embeddings(token_ids, vectors)]
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))
         return states

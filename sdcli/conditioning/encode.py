@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from sdcli.conditioning.clip import ClipTextEncoder, ProjectedClipTextEncoder
 from sdcli.conditioning.condition import Condition, Conditions
-from sdcli.conditioning.embeddings import Embeddings, read_embeddings
+from sdcli.conditioning.embeddings import CLIP_G, CLIP_L, Embeddings, read_embeddings
 from sdcli.conditioning.prompt import EMPTY, Chunk, SubPrompt, sections, subprompts, unweighted
 from sdcli.conditioning.t5 import LENGTH
 from sdcli.conditioning.tokenizer import ClipTokenizer
@@ -163,15 +163,19 @@ class TextEncoding:
     @torch.inference_mode()
     def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
         ids = torch.tensor([self._tokenizer.framed(chunk.ids)], device=self._model.device)
-        vectors = self._embeddings(embeddings).vectors
+        vectors = next(iter(self._embeddings(embeddings).vectors), None)
         hidden: Tensor = self._model.text_encoder(ids, clip_skip=clip_skip, vectors=vectors)
         return Condition({"encoder_hidden_states": emphasised(hidden, chunk)})
 
+    @property
+    def _widths(self) -> Mapping[str, int]:
+        """How many numbers a vector of each text encoder has."""
+        return {CLIP_L: self._model.text_encoder.config.hidden_size}
+
     def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
         model = self._model
-        width, room = model.text_encoder.config.hidden_size, self._tokenizer.room
-        read = read_embeddings(embeddings, width=width, most=room, model=model.spec.name)
-        return Embeddings(read.tokens, None if read.vectors is None else read.vectors.to(model.device, model.dtype))
+        read = read_embeddings(embeddings, widths=self._widths, most=self._tokenizer.room, model=model.spec.name)
+        return Embeddings(read.tokens, tuple(vectors.to(model.device, model.dtype) for vectors in read.vectors))
 
 
 MEAN_IS_ZERO = 1e-6
@@ -223,19 +227,21 @@ class JoinedEncoding(TextEncoding):
     @torch.inference_mode()
     def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
         states, pooled = [], []
-        for tokenizer, encoder in self._encoders:
+        tables = self._embeddings(embeddings).vectors or itertools.repeat(None)
+        for (tokenizer, encoder), vectors in zip(self._encoders, tables, strict=False):
             ids = torch.tensor([tokenizer.framed(chunk.ids)], device=self._model.device)
-            layers = encoder.hidden_states(ids)
+            layers = encoder.hidden_states(ids, vectors=vectors)
             states.append(emphasised(layers[-clip_skip], chunk))
             if isinstance(encoder, ProjectedClipTextEncoder):
                 pooled.append(encoder.pooled(layers[-1], ids))
         joined = {"encoder_hidden_states": states, self.pooled_name: pooled}
         return Condition({name: torch.cat(rows, dim=-1) for name, rows in joined.items()})
 
-    def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
-        if embeddings:
-            raise UsageError(f"embeddings: {self._model.spec.name} has the text encoders of SDXL, which take none here")
-        return Embeddings()
+    @property
+    def _widths(self) -> Mapping[str, int]:
+        encoders = self._encoders
+        names = (CLIP_L, CLIP_G)[-len(encoders) :]  # a refiner has the second encoder alone
+        return {name: encoder.config.hidden_size for name, (_, encoder) in zip(names, encoders, strict=True)}
 
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
