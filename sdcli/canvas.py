@@ -9,23 +9,13 @@ from typing import Any
 
 from sdcli.errors import UsageError
 from sdcli.inputs import check_same_file, input_digest, read_input
-from sdcli.request import GenerationRequest
+from sdcli.request import GenerationRequest, flag_of
 from sdcli.request_parts import FileRef
 
 STRENGTH, STRENGTH_BEHIND_MASK = 0.8, 1.0
 """The shares of noise that diffusers' pipelines have."""
 MASK_BLUR = 4.0
 LATENT_SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
-
-NEEDS = {
-    "strength": ("init_image",),
-    "mask": ("init_image",),
-    "extend": ("init_image",),
-    "mask_blur": ("mask", "extend"),
-    "invert_mask": ("mask",),
-    "variation_seed": ("variation_strength",),
-}
-"""A field has an effect only beside one of these."""
 
 Measure = Callable[[FileRef, int], tuple[int, int]]
 """(a picture or latent file, pixels a side of a latent cell) -> its width and height in pixels."""
@@ -36,15 +26,12 @@ def start_filled(request: GenerationRequest, *, step: int, cell: int, measure: M
 
     `cell` is how many pixels a side a cell of the model's latents stands for.
 
-    Raises UsageError for a field that would have no effect, and what reading the files raises.
+    Raises UsageError for what does not go with it, and what reading the files raises.
     """
-    for name, others in NEEDS.items():
-        if getattr(request, name) not in (None, False) and all(getattr(request, other) is None for other in others):
-            raise UsageError(f"{_flag(name)} has no effect without {' or '.join(map(_flag, others))}")
     if request.init_image is None:
         return {}
     if request.masked and is_latents(request.init_image):
-        raise UsageError(f"{_flag('mask' if request.mask else 'extend')} needs a picture to start from, not latents")
+        raise UsageError(f"{flag_of('mask' if request.mask else 'extend')} needs a picture to start from, not latents")
     if request.masked and request.upscale is not None:
         raise UsageError("--upscale does not go with a mask or --extend: what is kept could not stay as it is")
     filled: dict[str, Any] = {"init_image": identified(request.init_image)}
@@ -106,7 +93,3 @@ def read_identified(ref: FileRef) -> bytes:
     data = read_input(ref.path)
     check_same_file(hashlib.sha256(data).hexdigest(), ref.sha256, what=ref.path)
     return data
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

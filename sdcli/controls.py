@@ -16,8 +16,6 @@ def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) 
 
     Raises UsageError for what would have no effect with this `kind` of model, and what reading the files raises.
     """
-    if request.guess_mode and not request.controls:
-        raise UsageError("--guess-mode has no effect without --control")
     if not request.controls:
         return {}
     if kind.conditioning != "text":

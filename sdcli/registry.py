@@ -22,7 +22,15 @@ from sdcli.hub_cache import snapshot_folder
 from sdcli.image_prompts import image_prompts_filled
 from sdcli.model_folder import SD3_KIND, ModelFolder, ModelKind, read_model_folder
 from sdcli.model_sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource, Source, Strict
-from sdcli.request import GenerationRequest, did_you_mean, first_problem, known, parse_request, watermark_room
+from sdcli.request import (
+    GenerationRequest,
+    check_needs,
+    did_you_mean,
+    first_problem,
+    known,
+    parse_request,
+    watermark_room,
+)
 from sdcli.schedulers import SCHEDULERS, schedulers_for
 from sdcli.single_file import layout_in
 
@@ -204,6 +212,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
     A start picture gives its own size, where one can `measure` it. None stays where a field does not apply.
     Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
     """
+    check_needs(request)
     defaults = spec.defaults
     chosen: dict[str, Any] = {
         "model": spec.name,
@@ -308,10 +317,8 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
 
 
 def _check_refiner(request: GenerationRequest) -> None:
-    """Raise UsageError for what has no effect without a refiner, or does not go with one."""
+    """Raise UsageError for what does not go with a refiner."""
     if request.refiner is None:
-        if request.refiner_start is not None:
-            raise UsageError("refiner_start has no effect without a refiner")
         return
     if not SCHEDULERS[known(request.scheduler)].begins_anywhere:
         raise UsageError(

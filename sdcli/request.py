@@ -296,6 +296,31 @@ def canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+NEEDS = {
+    "strength": ("init_image",),
+    "mask": ("init_image",),
+    "extend": ("init_image",),
+    "mask_blur": ("mask", "extend"),
+    "invert_mask": ("mask",),
+    "variation_seed": ("variation_strength",),
+    "guess_mode": ("controls",),
+    "refiner_start": ("refiner",),
+}
+"""A field has an effect only beside one of these."""
+
+
+def check_needs(request: GenerationRequest) -> None:
+    """Raise UsageError for a field that has no effect, because what it needs is not there."""
+    for name, others in NEEDS.items():
+        if getattr(request, name) not in (None, False) and not any(getattr(request, other) for other in others):
+            raise UsageError(f"{flag_of(name)} has no effect without {' or '.join(map(flag_of, others))}")
+
+
+def flag_of(field: str) -> str:
+    """A field's flag; that of a list is typed once for each entry."""
+    return f"--{(field.removesuffix('s') if is_list(field) else field).replace('_', '-')}"
+
+
 def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
     """A request from JSON-like fields, named as `canonical` reads them; None is what was not said.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sdcli.cli.earlier_picture import left_of
 from sdcli.errors import UsageError
 from sdcli.jobs import combinations, read_lines
 from sdcli.schedulers import SCHEDULERS
@@ -108,7 +109,7 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         (["x", "-m", "sd51"], 3, "did you mean"),
         (["x", "-m", "sdxl"], 4, "sdcli models pull sdxl` (6.9 GB)"),
         (["x", "-m", "tiny", "--refiner", "tiny"], 2, "both of the sdxl family"),
-        (["x", "--refiner-start", "0.5"], 2, "no effect without a refiner"),
+        (["x", "--refiner-start", "0.5"], 2, "no effect without --refiner"),
         (["x", "--refiner", "tiny", "--refiner-start", "1"], 2, "refiner_start"),
         (["x", "--refiner", "tiny", "--scheduler", "pndm"], 2, "cannot begin in the middle"),
         (["x", "-m", "sd15"], 4, "sdcli models pull sd15"),
@@ -198,6 +199,39 @@ def test_from_paints_a_picture_again_and_verify_proves_it(sdcli: Run, tmp_path: 
     assert (tmp_path / changed.stdout.strip()).read_bytes() != (tmp_path / path).read_bytes()
     verdict = sdcli("generate", "--from", path, "--verify")
     assert (verdict.returncode, verdict.stdout.strip()) == (0, f"{path}: identical")
+
+
+def test_from_leaves_out_what_is_named_and_what_needs_it(sdcli: Run, tmp_path: Path) -> None:
+    first = sdcli("generate", "a cat", *TINY, "--variation-strength", "0.3", "--clip-skip", "1", "-o", "first.png")
+    assert first.returncode == 0, first.stderr
+    again = ("generate", "--from", "first.png", "--dry-run")
+    whole = json.loads(sdcli(*again).stdout)
+    left = json.loads(sdcli(*again, "--without", "variation-strength,clip_skip").stdout)
+    assert whole.keys() - left.keys() == {"variation_strength", "variation_seed", "clip_skip"}
+    assert left == {name: value for name, value in whole.items() if name in left}
+    unknown = sdcli(*again, "--without", "variation-strenght")
+    assert (unknown.returncode, "did you mean 'variation_strength'" in unknown.stderr) == (2, True)
+    alone = sdcli("generate", "a cat", "--without", "lora")
+    assert (alone.returncode, "--without leaves out settings of --from" in alone.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("without", "typed", "left"),
+    [
+        ("init-image", {}, {"steps", "refiner", "refiner_start"}),
+        ("mask", {}, {"init_image", "strength", "steps", "refiner", "refiner_start"}),
+        ("mask", {"extend": "left=64"}, {"init_image", "strength", "mask_blur", "steps", "refiner", "refiner_start"}),
+        ("refiner,steps", {}, {"init_image", "strength", "mask", "mask_blur"}),
+        ("refiner", {"refiner": "other"}, {"init_image", "strength", "mask", "mask_blur", "steps", "refiner_start"}),
+    ],
+)
+def test_what_needs_a_setting_that_is_left_out_goes_with_it(
+    without: str, typed: dict[str, str], left: set[str]
+) -> None:
+    recorded = dict.fromkeys(
+        ("init_image", "strength", "mask", "mask_blur", "steps", "refiner", "refiner_start"), "value"
+    )
+    assert left_of(recorded, without, typed=typed).keys() == left
 
 
 def test_no_metadata_leaves_nothing(sdcli: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdcli.cli.console import Console
+from sdcli.cli.earlier_picture import left_of, recorded_fields
 from sdcli.cli.options import (
     DeviceOpt,
     DTypeOpt,
@@ -32,7 +33,6 @@ from sdcli.cli.terminal_pictures import best_renderable
 from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
-from sdcli.loras import is_here, user_lora_folder
 from sdcli.naming import check_output, known_paths, output_settings
 from sdcli.registry import Registry, load_registry
 from sdcli.request import known, parse_size
@@ -68,6 +68,15 @@ def command(
     from_image: Annotated[
         Path | None,
         typer.Option("--from", metavar="IMAGE", rich_help_panel=INPUT, help="Begin with the settings of a picture."),
+    ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            "--without",
+            metavar="FIELD,FIELD,...",
+            rich_help_panel=INPUT,
+            help="Leave these settings of --from out, as lora or refiner, with what has no effect without them.",
+        ),
     ] = None,
     verify: Annotated[
         bool,
@@ -252,7 +261,7 @@ def command(
         check_preview(preview, overwrite=overwrite, quiet=quiet)
 
     if verify:
-        others = [prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic, explained]
+        others = [without, prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic, explained]
         if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
@@ -263,11 +272,15 @@ def command(
         return
 
     if from_image is not None:
+        recorded = recorded_fields(from_image, console=console, lora_dir=lora_dir)
+        if without is not None:
+            recorded = left_of(recorded, without, typed=typed)
         anew = {axis.field for axis in axes}
         if {"init_image", "extend", "size"} & {*typed, *anew}:  # the recorded size was that of another start
             anew |= {"width", "height"}
-        recorded = {name: v for name, v in _recorded(from_image, console, lora_dir).items() if name not in anew}
-        typed = {**recorded, **typed}
+        typed = {**{name: value for name, value in recorded.items() if name not in anew}, **typed}
+    elif without is not None:
+        raise UsageError("--without leaves out settings of --from IMAGE, and there is none")
     asked = {**typed, **{axis.field: axis.values[0] for axis in axes}}
     lines = _lines(prompts or [], prompts_file, asked, registry)
     choices = Wildcards(wildcards) if dynamic else None
@@ -356,27 +369,6 @@ def _measure(start: FileRef, cell: int) -> tuple[int, int]:
     from sdcli.start_pictures import measure
 
     return measure(start, cell)
-
-
-def _recorded(image: Path, console: Console, lora_dir: Path | None) -> dict[str, Any]:
-    """The request that a picture holds, as typed fields, without what another tool wrote and cannot be had here.
-
-    Raises UsageError where it holds none.
-    """
-    from sdcli.metadata import read_picture
-
-    info = read_picture(image)
-    if info.request is None:
-        raise UsageError(f"{image} holds no settings (sdcli info {image} shows what there is)")
-    for name, value in info.unmapped.items():
-        console.say(f"not taken over from {image}: {name} = {value}")
-    fields = info.request.typed()
-    if info.source != "sdcli":
-        missing = [ref for ref in info.request.loras if not is_here(ref, lora_dir)]
-        for ref in missing:
-            console.say(f"not taken over from {image}: no LoRA {ref.path!r} in {lora_dir or user_lora_folder()}")
-        fields["loras"] = [str(ref) for ref in info.request.loras if ref not in missing]
-    return fields
 
 
 def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
