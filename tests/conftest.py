@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.forked import run_forked
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -64,9 +66,14 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture
 def sdcli(tmp_path: Path) -> Run:
-    """Run the command line as a user does: a process of its own, here in `tmp_path`."""
+    """Run the command line in a process of its own, here in `tmp_path`.
+
+    With options of subprocess.run, `env={}` at the least, that is a new interpreter, as a user starts it.
+    """
 
     def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+        if not options.keys() - {"input"}:
+            return run_forked([*map(str, arguments)], cwd=tmp_path, timeout=240, given=str(options.get("input", "")))
         settings: dict[str, object] = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 240}
         command = [sys.executable, "-m", "sdcli", *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **options.pop("env", {})}  # type: ignore[dict-item]

@@ -58,7 +58,7 @@ def jobs_file(folder: Path, count: int, **fields: object) -> Path:
 
 
 def test_the_first_command_of_the_readme_paints_an_astronaut(sdcli: Run, tmp_path: Path) -> None:
-    result = sdcli("generate", "an astronaut riding a horse", "--steps", "3", "--offline")
+    result = sdcli("generate", "an astronaut riding a horse", "--steps", "3", "--offline", env={})
     assert result.returncode == 0, result.stderr
     (path,) = result.stdout.splitlines()
     with Image.open(tmp_path / path) as image:
