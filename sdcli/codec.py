@@ -35,17 +35,14 @@ from sdcli.loading import load_model
 from sdcli.metadata import picture_bytes
 from sdcli.metrics import distance
 from sdcli.painter import Painter
-from sdcli.picture_files import MAX_PIXELS
 from sdcli.registry import ModelSpec, Registry
-from sdcli.settings import SUFFIX_OF, ImageFormat, RunSettings
+from sdcli.settings import MAX_PIXELS, MAX_SIDE, SUFFIX_OF, ImageFormat, RunSettings
 from sdcli.spaces import decode_with_fallbacks
 
 PACK = 16
 """Pictures in a packed file, where no batch size says otherwise."""
 MAX_PACK = 256
 """Pictures in a packed file that was named with -o: they are all held until it is written."""
-MAX_SIDE = {"png": 2**31 - 1, "jpeg": 65535, "webp": 16383}
-"""Pixels a side that the formats can hold."""
 MAX_NAME_BYTES = 255
 """What file systems take as a name; a picture may have one so long that no longer suffix fits behind it."""
 
@@ -310,7 +307,11 @@ def _write_pack(batch: list[_Fitted], path: Path, codec: Codec, settings: Encode
         yield from (Encoded("failed", item.source, path, error=error) for item in batch)
         return
     for item, its_facts, row in zip(batch, facts, latents, strict=True):
-        psnr = _psnr_of(item.image, row, codec) if settings.check else None
+        try:
+            psnr = _psnr_of(item.image, row, codec) if settings.check else None
+        except _OF_ONE_ITEM as error:
+            yield Encoded("failed", item.source, path, error=error)
+            continue
         yield Encoded("done", item.source, path, its_facts, psnr, notes)
 
 
@@ -336,7 +337,8 @@ def seed_of(seed: int, sha256: str) -> int:
 def _psnr_of(image: Image.Image, stored: Tensor, codec: Codec) -> float:
     decoded, _ = codec.decode(stored.float())
     apart = distance(image, decoded)
-    assert apart is not None
+    if apart is None:  # the VAE has larger cells than pictures are cut to
+        raise UsageError(f"--check compares pictures of one size; the VAE of {codec.spec.name} gave another")
     return apart.psnr
 
 

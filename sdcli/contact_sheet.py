@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from sdcli.errors import UsageError
 from sdcli.files import write_whole
-from sdcli.picture_files import MAX_PIXELS
+from sdcli.settings import MAX_PIXELS
 
 KEY = "sdcli-sheet"
 """The text chunk of a sheet's PNG."""

@@ -143,14 +143,19 @@ class Engine:
     _image_encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     """Theirs, by their folders."""
     _names: set[str] = field(default_factory=set)
+    _only: bool = True
+    """Whether all jobs want the same models: then there is nothing to go on with where these cannot be loaded."""
+    _absent: dict[tuple[str | None, ...], SdcliError] = field(default_factory=dict)
+    """Models and refiners that could not be loaded, and why."""
 
     def paint_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
         """Paint every job and save it. With a journal, jobs that it knows as finished are skipped.
 
         Batches are planned over all jobs, finished ones included, so that a resumed run paints what is missing in
         the same company, and with that to the same bytes, as an uninterrupted one.
-        Raises what `stop` answers, and what concerns every job (no such model, cannot write).
+        Raises what `stop` answers, and what concerns every job (no such model and all want it, cannot write).
         """
+        self._only = len({_models(job) for job in jobs}) == 1
         there: dict[int, Path] = {}
         if journal is not None and self.output.resume:
             sweep(self.output.outdir)
@@ -246,16 +251,23 @@ class Engine:
         """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
         started = time.monotonic()
         request = batch[0].request
-        spec, refiner = self._specs_for(request)
-        if self._painter is None or _specs(self._painter) != (spec, refiner):
-            yield Phase("load", request.model or "")
-        warm = self._with_loras
-        self.load(spec, refiner=refiner)
-        checker = self._checker_of(spec)
-        stop_if_asked(self.stop)
+        warm, loaded = self._with_loras, False
         try:
+            if _models(batch[0]) in self._absent:
+                raise self._absent[_models(batch[0])]
+            spec, refiner = self._specs_for(request)
+            if self._painter is None or _specs(self._painter) != (spec, refiner):
+                yield Phase("load", request.model or "")
+            self.load(spec, refiner=refiner)
+            checker = self._checker_of(spec)
+            stop_if_asked(self.stop)
+            loaded = True
             painter = self.painter_for(request)
-        except (BadWeights, NotFound, Offline, UsageError) as error:  # of what these requests add alone
+        except (BadWeights, NotFound, Offline, UsageError) as error:
+            if not loaded and self._only:
+                raise
+            if not loaded:
+                self._absent[_models(batch[0])] = error
             for job in batch:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)

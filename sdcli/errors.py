@@ -94,9 +94,14 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def same_for_all(errors: Sequence[SdcliError], *, of: int) -> bool:
+    """Whether all of a batch failed for one reason, which then is the whole run's."""
+    return len(errors) == of and len({(type(error), str(error)) for error in errors}) == 1
+
+
 def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
-    """After a batch of `of` pictures: a single picture's own error, or, where others may be done, SomeFailed."""
-    if errors and of == 1:
+    """After a batch of `of` pictures: the one error of them all, or, where others may be done, SomeFailed."""
+    if same_for_all(errors, of=of):
         raise errors[0]
     if errors:
         raise SomeFailed(f"{len(errors)} of {of} pictures failed")

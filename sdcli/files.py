@@ -23,6 +23,11 @@ class AlreadyExists(CannotWrite):
     """The file is there, and nobody asked to overwrite it."""
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` at its beginning replaced; a user who does not exist stays as typed."""
+    return Path(os.path.expanduser(path))
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, 64 hex digits. Raises OSError."""
     with open(path, "rb") as file:

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 
 from sdcli.errors import BadPicture, NotFound, UsageError
-from sdcli.files import sha256
+from sdcli.files import expanded, sha256
 from sdcli.naming import numbered
 from sdcli.settings import explains
 
@@ -33,20 +33,20 @@ def input_files(arguments: Sequence[Path], *, suffixes: frozenset[str], kind: st
 
     A folder is read when its turn comes, one sub-folder at a time and sorted. Of `a.png` and `a.jpg` side by side
     neither is called `a`: the names keep the suffix. A file that is typed need not exist; whoever reads it will say so.
-    Raises NotFound for a folder that cannot be read or has no such file.
+    Raises NotFound for a folder that cannot be read or has no such file, before the first file; a sub-folder that
+    cannot be read comes as if it were a file.
     """
+    for argument in arguments:
+        if argument.is_dir() and next(_in_folder(argument, suffixes), None) is None:
+            raise NotFound(f"the folder {argument} holds no {kind} ({', '.join(sorted(suffixes))})")
     typed = Counter(_stem(path.name) for path in arguments if not path.is_dir())
     names = Names()
     for argument in arguments:
         if not argument.is_dir():
             yield InputFile(argument, names.claim(PurePosixPath(_name(argument.name, typed))))
             continue
-        found = False
         for path, relative in _in_folder(argument, suffixes):
-            found = True
             yield InputFile(path, names.claim(relative))
-        if not found:
-            raise NotFound(f"the folder {argument} holds no {kind} ({', '.join(sorted(suffixes))})")
 
 
 class Names:
@@ -72,7 +72,7 @@ def read_input(path: str) -> bytes:
     """
     if path == "-":
         return stdin_bytes()
-    file = Path(path).expanduser()
+    file = expanded(path)
     check_readable(file)
     try:
         return file.read_bytes()
@@ -84,7 +84,7 @@ def input_digest(path: str) -> str:
     """The SHA-256 of what `read_input` reads, 64 hex digits. Raises what that raises."""
     if path == "-":
         return hashlib.sha256(stdin_bytes()).hexdigest()
-    file = Path(path).expanduser()
+    file = expanded(path)
     check_readable(file)
     try:
         return digest_of(file)
@@ -143,7 +143,14 @@ def check_readable(path: Path) -> None:
 
 
 def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, PurePosixPath]]:
-    for root, folders, files in os.walk(folder, onerror=_unreadable):
+    unreadable: list[Path] = []
+
+    def refused(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise NotFound(f"cannot read the folder {folder}: {error.strerror}")
+        unreadable.append(Path(error.filename))
+
+    for root, folders, files in os.walk(folder, onerror=refused):
         folders[:] = sorted(name for name in folders if not (name.startswith(".") or explains(name)))
         files = [name for name in files if not (name.startswith(".") or explains(Path(name).stem))]
         known = sorted(name for name in files if Path(name).suffix.lower() in suffixes)
@@ -151,10 +158,8 @@ def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, P
         below = PurePosixPath(Path(root).relative_to(folder).as_posix())
         for name in known:
             yield Path(root, name), below / _name(name, stems)
-
-
-def _unreadable(error: OSError) -> None:
-    raise NotFound(f"cannot read the folder {error.filename}: {error.strerror}")
+    for path in unreadable:
+        yield path, PurePosixPath(path.relative_to(folder).as_posix())
 
 
 def _name(name: str, stems: Counter[str]) -> str:

@@ -255,7 +255,7 @@ def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:
 def _count(value: Any) -> int:
     try:
         count = int(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         count = 0
     if not 1 <= count <= 100_000:
         raise UsageError(f"num_images: should be a number from 1 to 100000, not {value!r}")

@@ -27,6 +27,8 @@ class Journal:
     folder: Path
     _finished: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     _base_seeds: dict[str, int] = field(default_factory=dict)
+    _begun: dict[str, Any] | None = None
+    """What is to be written before the next entry."""
 
     @classmethod
     def open(cls, folder: Path) -> Journal:
@@ -54,9 +56,9 @@ class Journal:
         return self._base_seeds.get(source)
 
     def begin_run(self, source: str, base_seed: int) -> None:
-        """Note the base seed of a run before anything is painted."""
+        """Note the base seed of a run, on the disk with its first picture: a run without any replaces no other's."""
         self._base_seeds[source] = base_seed
-        self._append({"source": source, "base_seed": base_seed})
+        self._begun = {"source": source, "base_seed": base_seed}
 
     def finished(self, request_key: str, *, taken: set[str]) -> str | None:
         """The path, relative to the folder, of a whole picture of this request that is not in `taken` yet."""
@@ -68,6 +70,9 @@ class Journal:
 
     def note(self, request_key: str, path: str, data: bytes) -> None:
         """Say that a picture of this request is about to appear at `path` with these bytes."""
+        if self._begun is not None:
+            self._append(self._begun)
+            self._begun = None
         self._append({"request": request_key, "path": path, "sha256": hashlib.sha256(data).hexdigest()})
 
     def _append(self, entry: dict[str, Any]) -> None:

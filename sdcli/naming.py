@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.files import check_folder, check_new
+from sdcli.files import check_folder, check_new, expanded
 from sdcli.request import did_you_mean
 from sdcli.settings import DEFAULT_TEMPLATE, SUFFIX_OF, ImageFormat, OutputSettings
 
@@ -30,7 +30,7 @@ def output_settings(output: str | None, outdir: Path | None, image_format: Image
     if output is not None and outdir is None:
         fixed = output.partition("{")[0]
         cut = max(fixed.rfind("/") + 1, 0)
-        outdir, template = Path(output[:cut] or ".").expanduser(), output[cut:]
+        outdir, template = expanded(output[:cut] or "."), output[cut:]
     check_template(template)
     named = SUFFIXES.get(Path(template).suffix.lower())
     if named is not None and image_format is not None and named != image_format:

@@ -11,9 +11,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from sdcli.errors import BadPicture, SdcliError
-
-MAX_PIXELS = 8192 * 8192
-"""The largest picture that a request can ask for; larger ones are not read."""
+from sdcli.settings import MAX_PIXELS
 
 OWN_FORMATS = ("PNG", "JPEG", "WEBP")
 """Pillow's names of the formats that sdcli writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from sdcli.canvas import Measure, start_filled
 from sdcli.conditioning import prompt as syntax
 from sdcli.controls import check_parts, controls_filled
 from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.files import expanded
 from sdcli.hub_cache import snapshot_folder
 from sdcli.image_prompts import image_prompts_filled
 from sdcli.model_folder import SD3_KIND, ModelFolder, ModelKind, read_model_folder
@@ -32,6 +34,7 @@ from sdcli.request import (
     watermark_room,
 )
 from sdcli.schedulers import SCHEDULERS, schedulers_for
+from sdcli.settings import MAX_PIXELS
 from sdcli.single_file import layout_in
 
 MAX_REGISTRY_BYTES = 256 * 1024
@@ -48,7 +51,7 @@ class ModelDefaults(Strict):
     steps: int = Field(25, ge=1, le=1000)
     guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False)
     scheduler: str = "dpmpp-2m-karras"
-    prompt_template: str = "{prompt}"
+    prompt_template: str = Field("{prompt}", pattern=r"\{prompt\}")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
@@ -141,17 +144,17 @@ class Registry(Strict):
         name = self.default if model is None else model
         if name in self.models:
             return described(self.models[name])
-        path = Path(name).expanduser()
+        path = expanded(name)
         looks_like_path = (
             path.is_absolute() or name.startswith((".", "~")) or path.suffix in {".safetensors", *PICKLE_SUFFIXES}
         )
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path's methods it is content with any name
             return _renamed(spec_of_folder(path), self.models)
         if path.suffix.lower() in PICKLE_SUFFIXES:
-            if path.exists():
+            if os.path.exists(path):
                 raise UsageError(pickle_refused(path))
             raise NotFound(f"no file {name}")
-        if path.is_file():
+        if os.path.isfile(path):
             spec = ModelSpec(name=str(path), source=FileSource(kind="file", path=path.resolve()))
             return _renamed(described(spec), self.models)
         if looks_like_path:
@@ -166,15 +169,15 @@ class Registry(Strict):
         """
         if name in self.controlnets:
             return self.controlnets[name]
-        path = Path(name).expanduser()
-        if path.is_dir():
+        path = expanded(name)
+        if os.path.isdir(path):
             folder = path if (path / "config.json").is_file() else path / "controlnet"
             if not (folder / "config.json").is_file():
                 raise NotFound(f"{name} is no ControlNet: it has no config.json (expected beside it: its safetensors)")
             return ControlNetSpec(name=name, source=FolderSource(kind="folder", path=folder.resolve()))
-        if path.suffix.lower() in PICKLE_SUFFIXES and path.exists():
+        if path.suffix.lower() in PICKLE_SUFFIXES and os.path.exists(path):
             raise UsageError(pickle_refused(path))
-        if path.is_file():
+        if os.path.isfile(path):
             return ControlNetSpec(name=name, source=FileSource(kind="file", path=path.resolve()))
         if HUB_ID.fullmatch(name) and path.suffix.lower() not in {".safetensors", *PICKLE_SUFFIXES}:
             repo, _, revision = name.partition("@")
@@ -241,6 +244,9 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
+    if math.prod(resolved.final_size) > MAX_PIXELS:
+        width, height = resolved.final_size
+        raise UsageError(f"a picture of {width}x{height} would have more than {MAX_PIXELS:,} pixels")
     _check_process(resolved, spec)
     _check_condition(resolved, spec)
     _check_refiner(resolved)
@@ -352,16 +358,17 @@ def load_registry(models_file: Path | None = None) -> Registry:
     extra = models_file or (Path(os.environ["SDCLI_MODELS_FILE"]) if os.environ.get("SDCLI_MODELS_FILE") else None)
     if extra is not None:
         files.append(extra)
-    default, models, controlnets = None, {}, {}
+    default, named_by, models, controlnets = None, files[0], {}, {}
     for file in files:
         read = read_registry_file(file)
         models.update(read.models)
         controlnets.update(read.controlnets)
-        default = read.default or default
-        if read.default is not None and read.default not in models:
-            raise UsageError(f"{file}: default: there is no model {read.default!r}{did_you_mean(read.default, models)}")
+        if read.default is not None:
+            default, named_by = read.default, file
     if default is None:
         raise UsageError(f"{files[0]}: default: missing")
+    if default not in models:
+        raise UsageError(f"{named_by}: default: there is no model {default!r}{did_you_mean(default, models)}")
     return Registry(default=default, models=models, controlnets=controlnets, files=tuple(files))
 
 
@@ -426,7 +433,7 @@ def _beside(file: Path, source: Source) -> Source:
     """A source whose path, if it has one, counts from the file's folder."""
     if not isinstance(source, FolderSource | FileSource):
         return source
-    return source.model_copy(update={"path": (file.parent / source.path.expanduser()).absolute()})
+    return source.model_copy(update={"path": (file.parent / expanded(source.path)).absolute()})
 
 
 class _PlainLoader(yaml.SafeLoader):

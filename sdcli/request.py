@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sdcli.conditioning.prompt import wrapped
 from sdcli.errors import UsageError
@@ -153,18 +153,6 @@ class GenerationRequest(BaseModel):
         None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _guidance_schedule(cls, fields: Any) -> Any:
-        """`guidance_scale: "7..3"` is a scale that falls from 7 to 3."""
-        scale = fields.get("guidance_scale") if isinstance(fields, dict) else None
-        if isinstance(scale, str) and ".." in scale:
-            if fields.get("guidance_end") is not None:
-                raise ValueError("guidance_scale: says the scale of the last step, and so does guidance_end")
-            first, _, last = scale.partition("..")
-            return {**fields, "guidance_scale": first, "guidance_end": last}
-        return fields
-
     watermark: str | None = Field(None, min_length=1, description="a short text to hide in the picture's colours")
     loras: tuple[LoraRef, ...] = Field(
         (),
@@ -276,8 +264,9 @@ def is_list(field: str) -> bool:
 
 
 def canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON-like fields under our own names, with `size: "WxH"` as width and height; the values stay as they are.
+    """JSON-like fields under our own names; the values stay as they are.
 
+    `size: "WxH"` becomes width and height, and `guidance_scale: "7..3"`, which falls from 7 to 3, a guidance end, too.
     Raises UsageError for a field that a request does not have, or that has two values.
     """
     known = {info.alias or name for name, info in GenerationRequest.model_fields.items()}
@@ -287,6 +276,9 @@ def canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
         named = {field: value}
         if field == "size":
             named = {} if value is None else dict(zip(("width", "height"), parse_size(str(value)), strict=True))
+        elif field == "guidance_scale" and isinstance(value, str) and ".." in value:
+            first, _, last = value.partition("..")
+            named = {field: first, "guidance_end": last}
         elif field not in known:
             raise UsageError(f"a request has no field {name!r}{did_you_mean(field, known)}")
         for one in named:
@@ -312,7 +304,10 @@ NEEDS = {
 def check_needs(request: GenerationRequest) -> None:
     """Raise UsageError for a field that has no effect, because what it needs is not there."""
     for name, others in NEEDS.items():
-        if getattr(request, name) not in (None, False) and not any(getattr(request, other) for other in others):
+        value = getattr(request, name)
+        if value is None or value is False:
+            continue
+        if all(getattr(request, other) in (None, ()) for other in others):
             raise UsageError(f"{flag_of(name)} has no effect without {' or '.join(map(flag_of, others))}")
 
 

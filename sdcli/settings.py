@@ -86,4 +86,8 @@ def explains(stem: str) -> bool:
     return stem.endswith((".trace", ".heatmap"))
 
 
+MAX_PIXELS = 8192 * 8192
+"""Of the largest picture that is painted or read."""
+MAX_SIDE: dict[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
+"""Pixels a side that the formats, and the libraries that write them, can hold."""
 SUFFIX_OF: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}

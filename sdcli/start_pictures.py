@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sdcli.canvas import identified, is_latents, read_identified
 from sdcli.errors import UsageError
+from sdcli.files import expanded
 from sdcli.images import fit, picture_from_bytes, to_pixels
 from sdcli.latent_files import LatentFile, read_latents
 from sdcli.request import GenerationRequest, known
@@ -69,7 +69,7 @@ def start_latents(ref: FileRef) -> LatentFile:
     """The one latent in a start file. Raises NotFound, BadLatents and UsageError."""
     identified(ref)
     try:
-        file = read_latents(Path(ref.path).expanduser())
+        file = read_latents(expanded(ref.path))
     except UsageError:
         raise UsageError(
             f"{ref.path} does not say how its latents are scaled; sdcli encode and ComfyUI write files that do"

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from sdcli.errors import NotFound, UsageError
-from sdcli.files import write_whole
+from sdcli.files import expanded, write_whole
 from sdcli.registry import (
     HUB_ID,
     PICKLE_SUFFIXES,
@@ -69,7 +69,15 @@ def remove_model(name: str) -> Written:
 
 
 def set_default(name: str) -> Written:
-    """Make a known model the default of every command without -m. The caller has checked that it is known."""
+    """Make a model of sdcli's or the user's file the default of every command without -m.
+
+    Raises NotFound for one that is in neither, and UsageError for a family that is not supported.
+    """
+    entries = {**_entries(packaged_registry_file()), **_own_entries()}
+    if name not in entries:
+        hint = did_you_mean(name, entries) or "; `sdcli models add` gives a model a name"
+        raise NotFound(f"no model {name!r} in the models files{hint}")
+    entries[name].require_supported()
     return _write({**_user_data(), "default": name})
 
 
@@ -78,7 +86,7 @@ def source_of(text: str, *, revision: str | None, variant: str | None) -> dict[s
 
     Raises NotFound, and UsageError for a pickle or an option that has no effect.
     """
-    path = Path(text).expanduser()
+    path = expanded(text)
     if not path.exists() and HUB_ID.fullmatch(text) and path.suffix.lower() not in {".safetensors", *PICKLE_SUFFIXES}:
         repo, _, typed = text.partition("@")
         if typed and revision and typed != revision:
@@ -112,6 +120,10 @@ def checked_entry(name: str, entry: dict[str, Any]) -> ModelSpec:
 
 def _entries(file: Path) -> dict[str, ModelSpec]:
     return read_registry_file(file)[1]
+
+
+def _own_entries() -> dict[str, ModelSpec]:
+    return _entries(user_registry_file()) if user_registry_file().exists() else {}
 
 
 def _user_data() -> dict[str, Any]:

@@ -69,8 +69,8 @@ def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
     if run.dtype == "auto" and facts.get("dtype") in ("float32", "bfloat16", "float16"):
         run = replace(run, dtype=facts["dtype"])
     batch = facts.get("batch") or {}
-    size, position = int(batch.get("size", 1)), int(batch.get("index", 0))
-    if not 0 <= position < size <= 256:
+    size, position = (batch.get("size", 1), batch.get("index", 0)) if isinstance(batch, dict) else (None, None)
+    if not (isinstance(size, int) and isinstance(position, int) and 0 <= position < size <= 256):
         raise UsageError(f"{path}: its record has an impossible batch, {batch!r}")
     engine = Engine(registry, replace(run, batch_size=size), OutputSettings())
     jobs = [Job(index, info.record.request) for index in range(size)]
@@ -104,7 +104,8 @@ def _compare(path: Path, then: dict[str, Any], image: Image.Image, now: dict[str
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
-    before, after = then.get("weights") or {}, now["weights"]
+    before, after = then.get("weights"), now["weights"]
+    before = before if isinstance(before, dict) else {}
     for part in sorted(set(before) | set(after)):
         if before.get(part) != after.get(part):
             found.append(

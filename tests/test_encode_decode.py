@@ -223,6 +223,18 @@ def test_a_packed_file_is_decoded_to_one_picture_each() -> None:
     for k in range(3):
         assert Path(f"outputs/all-{k + 1}.png").read_bytes() == Path(f"single/{k:04}.png").read_bytes()
     assert isinstance(run("decode", "all.safetensors", "-o", "one.png").error, UsageError)
+    Path("outputs/all-2.png").unlink()
+    Path("outputs/all-3.png").unlink()
+    again = run("decode", "all.safetensors")  # the first is there, and its failure is told like any other
+    assert (again.out, len(again.err.splitlines())) == (["outputs/all-2.png", "outputs/all-3.png"], 1)
+    assert "outputs/all-1.png" in again.err
+
+
+def test_an_empty_folder_is_told_before_the_first_picture() -> None:
+    folder = folder_of(2)
+    Path("empty").mkdir()
+    outcome = run("encode", folder, "empty", "-m", "tiny")
+    assert (outcome.out, type(outcome.error)) == ([], NotFound)
 
 
 def test_only_neighbours_of_equal_size_share_a_pack() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdcli.cli.earlier_picture import left_of
+from sdcli.cli.earlier_picture import kept, left_of
 from sdcli.errors import UsageError
 from sdcli.jobs import combinations, read_lines
 from sdcli.schedulers import SCHEDULERS
@@ -109,6 +109,10 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         (["x", "-m", "sd51"], 3, "did you mean"),
         (["x", "-m", "sdxl"], 4, "sdcli models pull sdxl` (6.9 GB)"),
         (["x", "-m", "tiny", "--refiner", "tiny"], 2, "both of the sdxl family"),
+        (["--from", "x.png", "--verify", "--dry-run"], 2, "--verify goes with --from IMAGE alone"),
+        (["x", "-m", "y" * 300], 3, "no model"),
+        (["x", "-m", "~nobody-here/x"], 3, "no file or folder"),
+        (["x", "--init-image", "~nobody-here.png"], 3, "no file ~nobody-here.png"),
         (["x", "--refiner-start", "0.5"], 2, "no effect without --refiner"),
         (["x", "--refiner", "tiny", "--refiner-start", "1"], 2, "refiner_start"),
         (["x", "--refiner", "tiny", "--scheduler", "pndm"], 2, "cannot begin in the middle"),
@@ -222,16 +226,64 @@ def test_from_leaves_out_what_is_named_and_what_needs_it(sdcli: Run, tmp_path: P
         ("mask", {}, {"init_image", "strength", "steps", "refiner", "refiner_start"}),
         ("mask", {"extend": "left=64"}, {"init_image", "strength", "mask_blur", "steps", "refiner", "refiner_start"}),
         ("refiner,steps", {}, {"init_image", "strength", "mask", "mask_blur"}),
+        ("extend", {}, {"init_image", "strength", "mask", "mask_blur", "steps", "refiner", "refiner_start"}),
         ("refiner", {"refiner": "other"}, {"init_image", "strength", "mask", "mask_blur", "steps", "refiner_start"}),
     ],
 )
 def test_what_needs_a_setting_that_is_left_out_goes_with_it(
     without: str, typed: dict[str, str], left: set[str]
 ) -> None:
-    recorded = dict.fromkeys(
-        ("init_image", "strength", "mask", "mask_blur", "steps", "refiner", "refiner_start"), "value"
-    )
-    assert left_of(recorded, without, typed=typed).keys() == left
+    names = ["init_image", "strength", "mask", "mask_blur", "steps", "refiner", "refiner_start"]
+    names += ["extend", "width"] if without == "extend" else []
+    assert left_of(dict.fromkeys(names, "value"), without, typed=typed).keys() == left
+
+
+@pytest.mark.parametrize(
+    ("asked", "stays"),
+    [
+        ({"seed"}, {"steps", "width", "guidance_scale", "guidance_end"}),
+        ({"extend"}, {"steps", "guidance_scale", "guidance_end"}),
+        ({"guidance_scale"}, {"steps", "width"}),
+        ({"guidance_end"}, {"steps", "width", "guidance_scale"}),
+    ],
+)
+def test_what_is_asked_anew_takes_the_place_of_what_was_recorded(asked: set[str], stays: set[str]) -> None:
+    assert kept(dict.fromkeys(("steps", "width", "guidance_scale", "guidance_end"), 1), asked).keys() == stays
+
+
+def test_what_is_not_downloaded_is_told_once_whatever_needs_it(sdcli: Run, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "map.png")
+    for needing in (["-m", "sd15", "-n", "3"], ["-m", "tiny", "--control", "canny=map.png"]):
+        done = sdcli("generate", "a cat", "--size", "64x64", *needing)
+        assert (done.returncode, len(done.stderr.splitlines())) == (4, 1), done.stderr
+        assert "is not in the cache" in done.stderr
+
+
+def test_one_line_with_a_model_that_cannot_be_loaded_does_not_end_the_others(sdcli: Run, tmp_path: Path) -> None:
+    wrong = [{"prompt": "a", "model": "tiny", "refiner": "tiny"}, {"prompt": "b"}]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wrong))
+    done = sdcli("generate", "--prompts-file", "jobs.jsonl", *TINY, "--json")
+    assert done.returncode == 7, done.stderr
+    assert [json.loads(line)["status"] for line in done.stdout.splitlines()] == ["failed", "done"]
+
+
+def test_a_picture_too_long_for_its_format_is_refused_before_it_is_painted(sdcli: Run) -> None:
+    done = sdcli("generate", "a cat", *TINY, "--size", "2560x64", "--upscale", "8x", "--format", "webp")
+    assert (done.returncode, "20480x512 is too long for webp; use png" in done.stderr) == (2, True)
+
+
+def test_the_sheet_of_a_sweep_leaves_its_pictures_alone(sdcli: Run, tmp_path: Path) -> None:
+    done = sdcli("generate", "a", *TINY, "--size", "64x64", "--sweep", "seed=1,2", "-o", "sweep.png", "--overwrite")
+    assert len(set(done.stdout.splitlines())) == 3, done.stderr
+
+
+def test_a_dry_run_of_a_resume_shows_the_seeds_that_will_be_painted(sdcli: Run, tmp_path: Path) -> None:
+    (tmp_path / "jobs.txt").write_text("a cat\n")
+    options = ("generate", "--prompts-file", "jobs.txt", *TINY, "--outdir", "out")
+    first = json.loads(sdcli(*options, "--json").stdout)["seed"]
+    for again in (("--device", "cuda:7"), ("--dry-run",)):  # a run that paints nothing replaces no base seed
+        sdcli(*options, *again)
+    assert json.loads(sdcli(*options, "--resume", "--dry-run").stdout)["seed"] == first
 
 
 def test_no_metadata_leaves_nothing(sdcli: Run, tmp_path: Path) -> None:

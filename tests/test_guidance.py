@@ -91,5 +91,5 @@ def test_the_last_scale_alone_is_guidance_and_has_one_spelling(painter: Painter)
     spec = painter.model.spec.model_copy(update={"kind": ModelKind(conditioning="none")})
     with pytest.raises(UsageError, match="cannot be guided"):
         resolve(parse_request({"guidance_scale": 1, "guidance_end": 5}), spec)
-    with pytest.raises(UsageError, match="so does guidance_end"):
+    with pytest.raises(UsageError, match="guidance_end is given twice"):
         parse_request({"guidance_scale": "7..3", "guidance_end": 5})

@@ -23,7 +23,7 @@ from sdcli.cli.preview import SHARE, Preview, Throttle
 from sdcli.cli.terminal_pictures import BELOW, HalfBlocks
 from sdcli.contact_sheet import KEY
 from sdcli.engine import Progress
-from sdcli.errors import SdcliError, UsageError
+from sdcli.errors import CannotWrite, SdcliError, UsageError
 from sdcli.files import AlreadyExists
 from sdcli.glance import FEW_CELLS, glance
 from sdcli.loading import load_model
@@ -95,11 +95,22 @@ def test_previews_take_their_share_of_the_time_and_no_more() -> None:
 def test_a_short_run_is_shown_once_at_its_end_and_what_cannot_be_seen_is_not() -> None:
     shown: list[Any] = []
     ticks = itertools.count()
-    preview = Preview(shown.append, Throttle(lambda: next(ticks) / 1000))
+    preview = Preview(shown.append, Throttle(lambda: next(ticks) / 1000), warn=shown.append)
     for last in (None, "first", "second"):
         for index in range(3):
             preview.step(Progress(index, 3, 1, lambda last=last: last))  # type: ignore[misc]
     assert shown == ["first"]
+
+
+def test_a_preview_that_cannot_be_written_is_told_once_and_ends_nothing() -> None:
+    def full(_: Any) -> None:
+        raise CannotWrite("the disk is full")
+
+    told: list[str] = []
+    preview = Preview(full, warn=told.append)
+    for index in range(3):
+        preview.step(Progress(index, 1, 1, lambda: "a guess"))  # type: ignore[arg-type, return-value]
+    assert told == ["there is no preview any more: the disk is full"]
 
 
 def test_half_blocks_are_the_picture() -> None:

@@ -322,6 +322,10 @@ REFUSED = [
     ({"guidance_interval": "0.2-0.8", "guidance_scale": 1}, "guidance_interval has no effect at guidance scale 1"),
     ({"guidance_scale": "7..x"}, "guidance_end"),
     ({"variation_seed": 3}, "--variation-seed has no effect without --variation-strength"),
+    ({"variation_seed": 0}, "--variation-seed has no effect without --variation-strength"),
+    ({"variation_seed": 3, "variation_strength": 0}, None),
+    ({"init_image": "picture.png", "mask_blur": 0}, "--mask-blur has no effect without --mask or --extend"),
+    ({"width": 8192, "height": 8192, "upscale": "2x"}, "a picture of 16384x16384 would have more than"),
 ]
 
 

@@ -13,6 +13,7 @@ from sdcli.cli.console import Console
 from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.progress import shown_progress
 from sdcli.errors import BadPicture, SdcliError, UsageError
+from sdcli.files import expanded
 from sdcli.registry import load_registry
 from sdcli.request import parse_size
 from sdcli.train_settings import cache_folder
@@ -229,7 +230,7 @@ def shard(
     from sdcli.dataset.shards import write_shards
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    target, folder = output.expanduser().resolve(), Path(data).expanduser().resolve()
+    target, folder = expanded(output).resolve(), expanded(data).resolve()
     if folder.is_dir() and target.is_relative_to(folder):
         raise UsageError(f"{output} lies in {data}, where nothing is ever written; choose another folder")
     pictures = _open(data, split, image_column, caption_column, caption_extension)

@@ -21,6 +21,7 @@ from sdcli.cli.dataset import (
 from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, ModelOpt, ModelsFileOpt, OfflineOpt, QuietOpt, VerboseOpt
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import SomeFailed, UsageError
+from sdcli.files import expanded
 from sdcli.registry import ModelSpec, load_registry
 from sdcli.train_settings import PictureSettings, cache_folder, settings_from
 
@@ -164,7 +165,7 @@ def command(
 
 
 def _refuse_inside(folder: Path, data: str) -> None:
-    source = Path(data).expanduser()
+    source = expanded(data)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{folder} lies in {data}, where nothing is ever written; choose another --cache-dir")
 

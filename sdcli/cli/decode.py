@@ -101,9 +101,11 @@ def command(
     errors: list[SdcliError] = []
     count = 0
     for event in decode_all(files, registry, run, settings, model=model, stop=stop):
+        if count == 1 and alone and errors:
+            console.warn(str(errors[0]))  # it is not the only picture, so it does not end the process
         count += 1
         errors += [event.error] if event.error is not None else []
-        _report(event, console, alone=alone)
+        _report(event, console, told=alone and count == 1)
     raise_for(errors, of=count)
 
 
@@ -118,15 +120,15 @@ def _format(output: Path | None, image_format: ImageFormat | None) -> ImageForma
     return cast(ImageFormat, named)
 
 
-def _report(event: Decoded, console: Console, *, alone: bool) -> None:
-    """One picture as one line; a failure's sentence goes to stderr."""
+def _report(event: Decoded, console: Console, *, told: bool) -> None:
+    """One picture as one line; a failure's sentence goes to stderr, where nobody else tells it."""
     for note in event.notes:
         console.warn(note)
     fields = {"status": event.status, "source": str(event.source), "index": event.index}
     if event.error is not None:
         if console.json:
             console.result("", **fields, error=str(event.error), exit_code=event.error.exit_code)
-        if not alone or event.index:
+        if not told:
             console.warn(str(event.error))
         return
     console.result(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +50,16 @@ def left_of(recorded: Mapping[str, Any], without: str, *, typed: Mapping[str, An
         if field in left and gone & set(others) and not {*left, *typed} & set(others):
             del left[field]
             gone |= {field}
+    if "extend" in gone:  # the size was that of the extended picture
+        left = {field: value for field, value in left.items() if field not in ("width", "height")}
     return left
+
+
+def kept(recorded: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
+    """The recorded fields that stay where the fields `asked` are given anew."""
+    gone = set(asked)
+    if gone & {"init_image", "extend"}:  # the recorded size was that of another start
+        gone |= {"width", "height"}
+    if "guidance_scale" in gone:  # it says the whole schedule
+        gone |= {"guidance_end"}
+    return {name: value for name, value in recorded.items() if name not in gone}

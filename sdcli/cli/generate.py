@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from sdcli.cli.console import Console
-from sdcli.cli.earlier_picture import left_of, recorded_fields
+from sdcli.cli.earlier_picture import kept, left_of, recorded_fields
 from sdcli.cli.options import (
     DeviceOpt,
     DTypeOpt,
@@ -23,6 +22,7 @@ from sdcli.cli.options import (
     QuietOpt,
     VerboseOpt,
 )
+from sdcli.cli.preflight import Preflight
 from sdcli.cli.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
 from sdcli.cli.progress import ProgressDisplay
 from sdcli.cli.request_options import request_options
@@ -30,12 +30,12 @@ from sdcli.cli.results import report, report_failure
 from sdcli.cli.stopping import GracefulStop
 from sdcli.cli.sweep_sheet import SweepSheet
 from sdcli.cli.terminal_pictures import best_renderable
-from sdcli.errors import SdcliError, UsageError, raise_for
+from sdcli.errors import UsageError, raise_for, same_for_all
 from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
 from sdcli.journal import Journal
 from sdcli.naming import check_output, known_paths, output_settings
 from sdcli.registry import Registry, load_registry
-from sdcli.request import known, parse_size
+from sdcli.request import canonical, known, parse_size
 from sdcli.request_parts import FileRef
 from sdcli.schedulers import SCHEDULERS
 from sdcli.settings import (
@@ -237,6 +237,7 @@ def command(
         if {"width", "height"} & set(typed):
             raise UsageError("--size goes without --width and --height")
         typed["width"], typed["height"] = parse_size(size)
+    typed = canonical(typed)
     run = RunSettings(
         device=device,
         dtype=dtype,
@@ -261,7 +262,19 @@ def command(
         check_preview(preview, overwrite=overwrite, quiet=quiet)
 
     if verify:
-        others = [without, prompts, prompts_file, typed, num_images != 1, output, resume, sweep, dynamic, explained]
+        others: list[Any] = [
+            without,
+            prompts,
+            prompts_file,
+            typed,
+            num_images != 1,
+            resume,
+            sweep,
+            dynamic,
+            explained,
+            dry_run,
+        ]
+        others += [output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt]
         if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
         from sdcli.verify import verify_picture
@@ -275,10 +288,8 @@ def command(
         recorded = recorded_fields(from_image, console=console, lora_dir=lora_dir)
         if without is not None:
             recorded = left_of(recorded, without, typed=typed)
-        anew = {axis.field for axis in axes}
-        if {"init_image", "extend", "size"} & {*typed, *anew}:  # the recorded size was that of another start
-            anew |= {"width", "height"}
-        typed = {**{name: value for name, value in recorded.items() if name not in anew}, **typed}
+        swept_fields = {name for axis in axes for value in axis.values for name in axis.fields(value)}
+        typed = {**kept(recorded, {*typed, *swept_fields}), **typed}
     elif without is not None:
         raise UsageError("--without leaves out settings of --from IMAGE, and there is none")
     asked = {**typed, **{axis.field: axis.values[0] for axis in axes}}
@@ -297,7 +308,7 @@ def command(
         heatmap=words,
     )
     journal, base_seed = None, secrets.randbelow(2**32)
-    if prompts_file is not None and not dry_run:
+    if prompts_file is not None:
         journal = Journal.open(settings.outdir)
         source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
         earlier = journal.base_seed(source) if resume else None
@@ -316,17 +327,6 @@ def command(
     else:
         sheet = SweepSheet.of(jobs, axes, num_images=num_images) if axes else None
         _paint(jobs, registry, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
-
-
-def _absent(registry: Registry, model: str) -> SdcliError | None:
-    """What is to be said of a model that is not wholly here, as a hub model that was never pulled."""
-    from sdcli.hub import folder_of
-
-    try:
-        folder_of(registry.find(model))
-    except SdcliError as error:
-        return error
-    return None
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -359,9 +359,17 @@ def _with_choices(
         raise UsageError("--all-combinations goes without a --sweep of prompts: both say which are painted")
     texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
     texts += [value for axis in axes if axis.field in DYNAMIC for value in axis.values]
-    if not any(choices.has_choices(text) for text in texts if isinstance(text, str)):
+    if not any(_may_choose(choices, text) for text in texts if isinstance(text, str)):
         raise UsageError("no prompt has a choice in it, as {red|blue} or __animals__, so that none would be made")
     return list(combinations(lines, typed, choices)) if all_combinations else lines
+
+
+def _may_choose(choices: Wildcards, text: str) -> bool:
+    """Whether a prompt has a choice in it; one that is malformed is told where its line is painted."""
+    try:
+        return choices.has_choices(text)
+    except UsageError:
+        return True
 
 
 def _measure(start: FileRef, cell: int) -> tuple[int, int]:
@@ -398,18 +406,13 @@ def _paint(
     What is wrong with a request or the folder, and what is not downloaded, is told before torch is imported.
     """
     alone = len(jobs) == 1
-    errors: list[SdcliError] = []
+    preflight = Preflight(registry, settings)
+    refusals = [preflight.refusal(job) for job in jobs]
+    errors = [error for error in refusals if error is not None]
     good: list[Job] = []
-    absent = cache(partial(_absent, registry))
-    for job in jobs:
-        if isinstance(job, BadJob):
-            error: SdcliError | None = job.error
-        else:  # what a run before this one painted needs no model
-            named = (job.request.model, job.request.refiner) if not settings.resume else ()
-            error = next(filter(None, map(absent, filter(None, named))), None)
+    for job, error in zip(jobs, refusals, strict=True):
         if error is not None:
-            errors.append(error)
-            report_failure(job, error, console, alone=alone)
+            report_failure(job, error, console, alone=same_for_all(errors, of=len(jobs)))
         elif isinstance(job, Job):
             good.append(job)
     if not good:
@@ -432,7 +435,7 @@ def _paint(
     with ProgressDisplay(console, pictures=preview == TERMINAL) as display:
         watched = None
         if preview is not None:
-            watched = Preview(display.picture if preview == TERMINAL else to_file(Path(preview)))
+            watched = Preview(display.picture if preview == TERMINAL else to_file(Path(preview)), warn=console.warn)
         for event in engine.paint_all(good, journal=journal):
             if isinstance(event, Phase):
                 display.phase(event)

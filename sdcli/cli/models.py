@@ -24,7 +24,7 @@ from sdcli.registry import (
     load_registry,
     user_registry_file,
 )
-from sdcli.request import did_you_mean, parse_size
+from sdcli.request import parse_size
 from sdcli.settings import DType
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def pull(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Download models into the Hugging Face cache and record their hashes; the only command that uses the network.
+    """Download models into the Hugging Face cache and record their hashes.
+
+    No other command uses the network, but for training on a hub data set that is named.
 
     Only safetensors weights and small text files are fetched. An interrupted pull goes on where it stopped.
     """
@@ -227,14 +229,9 @@ def remove(
 @app.command()
 def default(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The new default.")] = None) -> None:
     """Print the model that is used without -m, or choose another."""
-    registry = load_registry()
     if name is None:
-        Console().result(registry.default)
+        Console().result(load_registry().default)
         return
-    if name not in registry.models:
-        hint = did_you_mean(name, registry.models) or "; `sdcli models add` gives a model a name"
-        raise NotFound(f"no model {name!r} in the models files{hint}")
-    registry.models[name].require_supported()
     from sdcli.user_models import set_default
 
     _tell_written(set_default(name), f"{name} is the default now")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcli.cli.console import plain_terminal
-from sdcli.errors import BadPicture, UsageError
+from sdcli.errors import BadPicture, CannotWrite, UsageError
 from sdcli.files import check_folder, check_new, write_whole
 
 if TYPE_CHECKING:
@@ -47,20 +47,31 @@ class Throttle:
 
 
 class Preview:
-    """Shows the guess after a step by `show`, a function of a PIL picture; at least once, if the run gets that far."""
+    """Shows the guess after a step by `show`, a function of a PIL picture; at least once, if the run gets that far.
 
-    def __init__(self, show: Callable[[Any], None], throttle: Throttle | None = None) -> None:
+    Painting goes on where it cannot be shown any more: `warn` gets a sentence.
+    """
+
+    def __init__(
+        self, show: Callable[[Any], None], throttle: Throttle | None = None, *, warn: Callable[[str], None]
+    ) -> None:
         self._show, self._throttle, self._shown = show, throttle or Throttle(), False
+        self._warn, self._fails = warn, False
 
     def step(self, progress: Progress) -> None:
         """A step is done."""
         last = progress.index + 1 == progress.count
-        if self._throttle.due() or (last and not self._shown):
+        if not self._fails and (self._throttle.due() or (last and not self._shown)):
             with self._throttle.spending():
                 picture = progress.look()
-                if picture is not None:
+                if picture is None:
+                    return
+                try:
                     self._show(picture)
                     self._shown = True
+                except CannotWrite as error:
+                    self._fails = True
+                    self._warn(f"there is no preview any more: {error}")
 
 
 def check_preview(target: str, *, overwrite: bool, quiet: bool) -> None:

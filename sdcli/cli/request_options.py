@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from sdcli.request import GenerationRequest, is_list
+from sdcli.request import GenerationRequest, flag_of, is_list
 from sdcli.request_parts import Part
 
 NOT_FLAGS = {"schema_version", "prompt"}
@@ -77,10 +77,10 @@ def request_arguments(request: GenerationRequest) -> list[str]:
         if name in NOT_FLAGS or value is None:
             continue
         if isinstance(value, bool):
-            arguments += [_flag(name)] if value else []
+            arguments += [flag_of(name)] if value else []
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
-            arguments += [_flag(name), str(one)]
+            arguments += [flag_of(name), str(one)]
     return [*arguments, "--", request.prompt]  # after `--` even "-rf" is a prompt
 
 
@@ -116,10 +116,6 @@ def _octal(letter: str) -> str:
     return "".join(f"\\{byte:03o}" for byte in letter.encode())
 
 
-def _flag(name: str) -> str:
-    return f"--{(name.removesuffix('s') if is_list(name) else name).replace('_', '-')}"
-
-
 def _fields() -> list[str]:
     return [name for name in GenerationRequest.model_fields if name not in NOT_FLAGS]
 
@@ -133,7 +129,7 @@ def _annotation(name: str) -> Any:
         bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}
         bounds |= {"max": constraint.le} if hasattr(constraint, "le") and name != "seed" else {}
     option = typer.Option(
-        _flag(name),
+        flag_of(name),
         *ALSO_SPELLED.get(name, ()),
         help=f"{info.description[0].upper()}{info.description[1:]}." if info.description else None,
         metavar=METAVARS.get(name),

@@ -56,6 +56,8 @@ class SweepSheet:
         ]
         for number in itertools.count(1):
             path = settings.outdir / numbered(PurePosixPath("sweep.png"), number)
+            if path in paths.values():
+                continue
             try:
                 write_sheet(path, sheet, {"pictures": on_it}, overwrite=settings.overwrite)
             except AlreadyExists:

@@ -24,6 +24,7 @@ from sdcli.cli.options import JsonOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.settings_options import settings_options
 from sdcli.cli.stopping import GracefulStop
 from sdcli.errors import BadOutput, Interrupted, SdcliError, UsageError
+from sdcli.files import expanded
 from sdcli.registry import Registry, load_registry
 from sdcli.train_settings import TrainSettings, read_config, settings_from
 
@@ -181,7 +182,7 @@ def _resolved(trainer: Trainer[S], asked: Asked) -> tuple[str, Path, S]:
             output = "run"
         else:
             raise UsageError("name the folder of the run: -o RUN")
-    run = Path(output).expanduser()
+    run = expanded(output)
     before: dict[str, Any] = {}
     if asked.resume:
         begun_with, before = recorded(run, command=trainer.name, kind=trainer.kind)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdcli.canvas import identified
 from sdcli.errors import BadWeights, UsageError
+from sdcli.files import expanded
 from sdcli.request import known
 from sdcli.request_parts import EmbeddingRef
 from sdcli.weights import read_tensors
@@ -54,7 +55,7 @@ def read_embeddings(
 
 def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) -> list[Tensor]:
     """The vectors for each encoder, equally many."""
-    path = Path(embedding.path).expanduser()
+    path = expanded(embedding.path)
     identified(embedding)
     tensors = read_tensors(path, torch.float32)
     if widths.keys() <= tensors.keys():

@@ -1,7 +1,7 @@
 """A1111's prompt syntax as pure text: AND, prompt editing, alternation, BREAK and weights; and chunks of tokens.
 
     a cat AND a dog:0.7                     two prompts, composed by guidance
-    [from:to:when] [to:when] [from::when]   editing: below 1 `when` is a fraction of the steps, else a step's number
+    [from:to:when] [to:when] [from::when]   editing: `when` is a fraction of the steps if it has a point, else a step
     [a|b]                                   alternation, another one at each step
     BREAK                                   what follows begins a new chunk
     (word:1.3) (word) [word] \\(            weight 1.3, 1.1 and 1/1.1; a bracket that is meant
@@ -221,7 +221,7 @@ def _closed(group: _Open, end: str, steps: int) -> _Nodes | _Edit | _Alternation
         return None
     when = float(number[1])
     before, after = contents if len(contents) == 2 else ([], contents[0])
-    return _Edit(before, after, int(max(0, min(steps, when * steps if when < 1 else when))))
+    return _Edit(before, after, int(max(0, min(steps, when * steps if "." in number[1] else when))))
 
 
 def _spelled(nodes: _Nodes, step: int) -> str:

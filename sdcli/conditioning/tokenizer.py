@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from sdcli.conditioning.prompt import Chunk, chunked
-from sdcli.errors import BadWeights, NotFound
+from sdcli.errors import BadWeights, NotFound, SdcliError
 from sdcli.hub import folder_of
 from sdcli.registry import PACKAGE, ModelSpec
 
@@ -111,7 +111,7 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
             tokenizer = _from_vocabulary(folder)
-    except (NotFound, BadWeights):
+    except SdcliError:
         raise
     except Exception as error:  # the library raises bare Exception for a bad file
         raise BadWeights(f"{folder} holds no usable tokenizer: {error}") from None

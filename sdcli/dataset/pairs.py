@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from sdcli.dataset.parquet import ParquetRows
 from sdcli.dataset.records import Item, Items, PictureSet
 from sdcli.dataset.sources import open_pictures
 from sdcli.errors import NotFound, UsageError
+from sdcli.files import expanded
 
 MAP_COLUMN = "conditioning_image"
 """What diffusers' scripts call the column, and Hugging Face's data sets for ControlNets have."""
@@ -41,7 +42,7 @@ def with_maps_of_folder(pictures: PictureSet, folder: str) -> tuple[PictureSet, 
     The first of the returned is the pictures without those that lie in that folder themselves. Raises NotFound, and
     UsageError where the names leave open what belongs together.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise NotFound(f"there is no folder {folder} (--conditioning-data-dir)")
     maps = open_pictures(root, split="all")

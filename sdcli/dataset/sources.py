@@ -15,6 +15,7 @@ from sdcli.dataset.parquet import open_rows
 from sdcli.dataset.records import PICTURE_SUFFIXES, Dropped, PictureSet, file_stamp
 from sdcli.dataset.shards import expand_braces, open_shards
 from sdcli.errors import NotFound, UsageError
+from sdcli.files import expanded
 
 LOOKED_FOR = (
     f"pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), tar shards (.tar), parquet files (.parquet) "
@@ -52,7 +53,7 @@ def open_pictures(
     is meant, Offline for the hub, and BadLatents.
     """
     source = os.fspath(data)
-    path = Path(source).expanduser()
+    path = expanded(source)
     extension = _extension(caption_extension)
     columns = Columns(image_column, caption_column)
     if path.is_dir():

@@ -14,6 +14,7 @@ from sdcli.conditioning.tokenizer import END, START
 from sdcli.dataset.records import Dropped, Unusable, captions_of_value
 from sdcli.dataset.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick_column
 from sdcli.errors import NotFound, UsageError
+from sdcli.files import expanded
 
 MAX_FIELD = 2**20
 """Letters of a CSV field."""
@@ -52,7 +53,7 @@ def read_captions(
     that name the same picture (file_name, image_path or image) are alternatives too. A broken line is dropped, with
     its reason; repeats within a group and blank lines just go. Raises NotFound, and UsageError where not one is left.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     one_file = not path.is_dir() and not re.search(r"[*?\[{]", str(source))
     rows: Iterator[_Row | Dropped]
     match path.suffix.lower() if one_file else "":

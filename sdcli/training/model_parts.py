@@ -15,7 +15,7 @@ from torch import nn
 
 from sdcli.conditioning.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
-from sdcli.files import write_whole
+from sdcli.files import expanded, write_whole
 from sdcli.hub import folder_of
 from sdcli.latents import cell, latent_channels, shift_factor
 from sdcli.lean_imports import UNet2DConditionModel, UNet2DModel
@@ -84,7 +84,7 @@ def unet_config(name: str) -> dict[str, Any]:
 
 def config_file(name: str, part: str, *, presets: Collection[str]) -> dict[str, Any]:
     """A config.json that --from-scratch names, or its folder. Raises UsageError, NotFound and BadWeights."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         path = path / "config.json"
     if path.suffix != ".json":

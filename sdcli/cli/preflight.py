@@ -1,0 +1,46 @@
+"""What keeps a job from being painted, as far as it is known without torch: told at once, not after loading a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+from sdcli.errors import SdcliError, UsageError
+from sdcli.hub import folder_of
+from sdcli.jobs import BadJob, Job
+from sdcli.registry import ControlNetSpec, ModelSpec, Registry
+from sdcli.settings import MAX_SIDE, OutputSettings
+
+
+class Preflight:
+    """Looks at the jobs of one run; at each model and ControlNet once."""
+
+    def __init__(self, registry: Registry, output: OutputSettings) -> None:
+        self._output = output
+        self._model = cache(partial(_absence, registry.find))
+        self._controlnet = cache(partial(_absence, registry.find_controlnet))
+
+    def refusal(self, job: Job | BadJob) -> SdcliError | None:
+        """Why it cannot be painted: it is not understood, too large for its file, or what it needs is not here.
+
+        With --resume nobody asks for models: what an earlier run painted needs none.
+        """
+        if isinstance(job, BadJob):
+            return job.error
+        request, image_format = job.request, self._output.format
+        if max(request.final_size) > MAX_SIDE[image_format]:
+            width, height = request.final_size
+            return UsageError(f"a picture of {width}x{height} is too long for {image_format}; use png")
+        if self._output.resume:
+            return None
+        models = (self._model(name) for name in (request.model, request.refiner) if name is not None)
+        return next(filter(None, (*models, *(self._controlnet(one.model) for one in request.controls))), None)
+
+
+def _absence(find: Callable[[str], ModelSpec | ControlNetSpec], name: str) -> SdcliError | None:
+    """What is to be said of what is not wholly here, as a model of the hub that was never pulled."""
+    try:
+        folder_of(find(name))
+    except SdcliError as error:
+        return error
+    return None
