@@ -19,7 +19,7 @@ from sdcli.errors import BadLatents, BadWeights, NotFound, SdcliError, UsageErro
 from sdcli.images import Fit
 from sdcli.registry import PICKLE_SUFFIXES
 from sdcli.request import first_problem
-from sdcli.weights import FLOATS, PICKLE_STARTS, check_header
+from sdcli.weights import FLOATS, check_header, is_pickle
 
 SCHEMA = 1
 SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
@@ -148,10 +148,10 @@ def _refuse_pickles(path: Path) -> None:
         if not path.is_file():
             raise NotFound(f"no file {path}") if not path.exists() else BadLatents(f"{path} is no ordinary file")
         with open(path, "rb") as file:
-            start = file.read(4)
+            start, size = file.read(8), path.stat().st_size
     except (OSError, ValueError) as error:
         raise BadLatents(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if start.startswith(PICKLE_STARTS) or path.suffix.lower() in PICKLE_SUFFIXES:
+    if is_pickle(start, size=size) or path.suffix.lower() in PICKLE_SUFFIXES:
         raise BadLatents(
             f"{path} is a pickle, which can run any program when it is opened; "
             "save the latents with safetensors.torch.save_file instead"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import platformdirs
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sdcli import embedding_files
 from sdcli.canvas import Measure, start_filled
@@ -33,6 +33,7 @@ from sdcli.request import (
     parse_request,
     watermark_room,
 )
+from sdcli.request_parts import with_prompt
 from sdcli.schedulers import SCHEDULERS, schedulers_for
 from sdcli.settings import MAX_PIXELS
 from sdcli.single_file import layout_in
@@ -51,7 +52,7 @@ class ModelDefaults(Strict):
     steps: int = Field(25, ge=1, le=1000)
     guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False)
     scheduler: str = "dpmpp-2m-karras"
-    prompt_template: str = Field("{prompt}", pattern=r"\{prompt\}")
+    prompt_template: Annotated[str, AfterValidator(with_prompt)] = "{prompt}"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 

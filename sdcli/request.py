@@ -23,6 +23,7 @@ from sdcli.request_parts import (
     LoraRef,
     Upscale,
     plain_unicode,
+    with_prompt,
 )
 from sdcli.schedulers import SCHEDULERS
 
@@ -186,9 +187,7 @@ class GenerationRequest(BaseModel):
     @field_validator("prompt_template")
     @classmethod
     def _template_has_prompt(cls, value: str | None) -> str | None:
-        if value is not None and "{prompt}" not in value:
-            raise ValueError("has no {prompt} in it")
-        return value
+        return None if value is None else with_prompt(value)
 
     @field_validator("scheduler")
     @classmethod

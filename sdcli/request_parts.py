@@ -260,6 +260,13 @@ class ImagePrompt(Part):
         return f"{self.adapter}={self.image}:{digits(self.weight)}"
 
 
+def with_prompt(template: str) -> str:
+    """A template that the prompt has a place in. Raises ValueError."""
+    if "{prompt}" not in template:
+        raise ValueError("has no {prompt} in it")
+    return template
+
+
 def plain_unicode(value: str) -> str:
     """A text that can be written as UTF-8, without NUL, of at most a million characters. Raises ValueError."""
     if "\0" in value:

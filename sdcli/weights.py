@@ -111,6 +111,14 @@ def _shard_names(index: Path) -> list[str]:
     return names
 
 
+def is_pickle(start: bytes, *, size: int) -> bool:
+    """Whether a file of so many bytes that begins with these eight is a pickle, or a zip with one in it.
+
+    The length of a safetensors header, with which such a file begins, may look like one: 640 is `80 02 00 ...`.
+    """
+    return start.startswith(PICKLE_STARTS) and int.from_bytes(start[:8], "little") > size - 8
+
+
 def check_header(path: Path) -> dict[str, Any]:
     """The parsed header of a safetensors file, checked before anything else reads it.
 
@@ -121,7 +129,7 @@ def check_header(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if start.startswith(PICKLE_STARTS):
+            if is_pickle(start, size=size):
                 raise BadWeights(pickle_refused(path))
             if size < 8 + 2 or (length > MAX_HEADER_BYTES and length > size):
                 raise BadWeights(f"{path} is no safetensors file")

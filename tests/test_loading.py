@@ -22,6 +22,7 @@ from sdcli.painter import Painter
 from sdcli.pipeline import paint
 from sdcli.registry import ModelSpec, load_registry, resolve, spec_of_folder
 from sdcli.request import GenerationRequest
+from sdcli.weights import check_header
 from tests.conftest import REPOSITORY
 from tests.ldm import ldm_checkpoint
 from tests.tiny import save_tiny_pipeline
@@ -142,6 +143,15 @@ def _pickle_in_disguise(folder: Path) -> None:
 def _pickle(folder: Path) -> None:
     (folder / UNET).unlink()
     torch.save({"x": torch.zeros(1)}, folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle_is_a_header(tmp_path: Path, length: int) -> None:
+    """80 02 to 80 05, with which pickles begin, are also the lowest bytes of these lengths."""
+    entry = '{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    data = length.to_bytes(8, "little") + (entry + " " * (length - len(entry) - 1) + "}").encode() + bytes(4)
+    (tmp_path / "x.safetensors").write_bytes(data)
+    assert set(check_header(tmp_path / "x.safetensors")) == {"x"}
 
 
 def _garbage(folder: Path) -> None:

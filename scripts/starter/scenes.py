@@ -443,7 +443,9 @@ def colourable(concept: Concept) -> bool:
 
 
 def _styled(captions: Sequence[str], style: str, source: random.Random) -> tuple[str, ...]:
-    """The captions, none twice. The default style is named now and then, the others always."""
+    """The captions, none twice. The default style is named now and then, the others always, the held-out one never."""
+    if style not in STYLE_WORDS:
+        return tuple(dict.fromkeys(captions))
     chance = 0.15 if style == DEFAULT_STYLE else 1.0
     named = [f"{c}, {STYLE_WORDS[style]}" if source.random() < chance else c for c in captions]
     return tuple(dict.fromkeys(named))
