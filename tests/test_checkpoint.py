@@ -876,11 +876,10 @@ HOLDER = """
     from pathlib import Path
     from sdcli.training.checkpoint import run_lock
     with run_lock(Path(sys.argv[1])):
-        worker = os.fork()
-        if worker == 0:
+        if os.fork() == 0:
+            print(os.getpid(), flush=True)  # it says so itself: before it first runs it holds what its parent holds
             time.sleep(30)
             os._exit(0)
-        print(worker, flush=True)
         time.sleep(30)
 """
 
