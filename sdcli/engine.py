@@ -108,6 +108,10 @@ _OF_ONE_PICTURE = (UsageError, NotFound, BadWeights, BadPicture, BadLatents, Bad
 """Failures that concern one picture, or those denoised with it; the rest of the batch goes on."""
 
 
+_OF_LOADING = (BadWeights, NotFound, Offline, UsageError)
+"""Failures of what requests name, be it a model or what is added to it."""
+
+
 @dataclass(frozen=True)
 class Painted:
     """One decoded picture with what its record needs beside the request."""
@@ -143,10 +147,6 @@ class Engine:
     _image_encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     """Theirs, by their folders."""
     _names: set[str] = field(default_factory=set)
-    _only: bool = True
-    """Whether all jobs want the same models: then there is nothing to go on with where these cannot be loaded."""
-    _absent: dict[tuple[str | None, ...], SdcliError] = field(default_factory=dict)
-    """Models and refiners that could not be loaded, and why."""
 
     def paint_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
         """Paint every job and save it. With a journal, jobs that it knows as finished are skipped.
@@ -155,7 +155,6 @@ class Engine:
         the same company, and with that to the same bytes, as an uninterrupted one.
         Raises what `stop` answers, and what concerns every job (no such model and all want it, cannot write).
         """
-        self._only = len({_models(job) for job in jobs}) == 1
         there: dict[int, Path] = {}
         if journal is not None and self.output.resume:
             sweep(self.output.outdir)
@@ -168,6 +167,8 @@ class Engine:
             self._names |= {path.lower() for path in taken}
         beside = {index: tuple(self.output.beside(path)) for index, path in there.items()}
         done = {index for index, files in beside.items() if all(file.exists() for file in files)}
+        alone = len({_models(job) for job in jobs}) == 1  # there is nothing to go on with where these cannot be loaded
+        absent: dict[tuple[str | None, ...], SdcliError] = {}
         for batch in plan(jobs, self.run):
             for job in batch:
                 if job.index in done:
@@ -176,7 +177,18 @@ class Engine:
             if not wanted:
                 continue
             stop_if_asked(self.stop)
-            yield from self._paint_batch(batch, wanted, there, journal)
+            started, models = time.monotonic(), _models(batch[0])
+            if models not in absent:
+                try:
+                    yield from self._load_for(batch[0].request)
+                except _OF_LOADING as error:
+                    if alone:
+                        raise
+                    absent[models] = error
+            if models in absent:
+                yield from _failed(batch, wanted, absent[models])
+            else:
+                yield from self._paint_batch(batch, wanted, there, journal, started=started)
         stop_if_asked(self.stop)
 
     def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Painter:
@@ -245,33 +257,32 @@ class Engine:
         """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
         return paint_batch(self.painter_for(batch[0].request), batch, wanted, watches(self.output))
 
+    def _load_for(self, request: GenerationRequest) -> Iterator[Phase]:
+        """Make what many requests share warm: the model, its refiner and its safety checker."""
+        spec, refiner = self._specs_for(request)
+        if self._painter is None or _specs(self._painter) != (spec, refiner):
+            yield Phase("load", request.model or "")
+        self.load(spec, refiner=refiner)
+        self._checker_of(spec)
+        stop_if_asked(self.stop)
+
     def _paint_batch(
-        self, batch: Sequence[Job], wanted: set[int], there: Mapping[int, Path], journal: Journal | None
+        self,
+        batch: Sequence[Job],
+        wanted: set[int],
+        there: Mapping[int, Path],
+        journal: Journal | None,
+        *,
+        started: float,
     ) -> Iterator[Event]:
         """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
-        started = time.monotonic()
-        request = batch[0].request
-        warm, loaded = self._with_loras, False
+        warm = self._with_loras
         try:
-            if _models(batch[0]) in self._absent:
-                raise self._absent[_models(batch[0])]
-            spec, refiner = self._specs_for(request)
-            if self._painter is None or _specs(self._painter) != (spec, refiner):
-                yield Phase("load", request.model or "")
-            self.load(spec, refiner=refiner)
-            checker = self._checker_of(spec)
-            stop_if_asked(self.stop)
-            loaded = True
-            painter = self.painter_for(request)
-        except (BadWeights, NotFound, Offline, UsageError) as error:
-            if not loaded and self._only:
-                raise
-            if not loaded:
-                self._absent[_models(batch[0])] = error
-            for job in batch:
-                if job.index in wanted:
-                    yield Result("failed", job, error=error)
+            painter = self.painter_for(batch[0].request)
+        except _OF_LOADING as error:  # of what these requests add alone
+            yield from _failed(batch, wanted, error)
             return
+        checker = self._checker_of(painter.model.spec)
         for text in lora_notes(painter.model) if self._with_loras is not warm else ():
             yield Note(text)
         fitting = []
@@ -553,6 +564,10 @@ def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
         size = run.batch_size or automatic_batch_size(width * height, device=run.device)
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
+
+
+def _failed(batch: Sequence[Job], wanted: set[int], error: SdcliError) -> Iterator[Result]:
+    return (Result("failed", job, error=error) for job in batch if job.index in wanted)
 
 
 def _models(job: Job) -> tuple[str | None, ...]:

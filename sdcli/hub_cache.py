@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from sdcli.errors import UsageError
+from sdcli.files import expanded
 from sdcli.model_sources import HubSource
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -17,7 +18,7 @@ def cache_folder() -> Path:
     """The hub cache, by the same variables and in the same order as huggingface_hub, without importing it."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(cache)).expanduser().resolve()
+    return expanded(os.path.expandvars(cache)).resolve()
 
 
 def repo_folder(repo: str) -> Path:

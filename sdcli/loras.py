@@ -11,6 +11,7 @@ import platformdirs
 from pydantic import ValidationError
 
 from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.files import expanded
 from sdcli.inputs import check_same_file, digest_of
 from sdcli.registry import PICKLE_SUFFIXES, pickle_refused
 from sdcli.request import GenerationRequest, did_you_mean, first_problem
@@ -80,7 +81,7 @@ def find_lora(path: str, folder: Path | None) -> Path:
 
     Raises NotFound, and UsageError for a pickle or a folder of another kind.
     """
-    found = _by_name(path, folder) or Path(os.path.expanduser(path))
+    found = _by_name(path, folder) or expanded(path)
     if os.path.isdir(found):
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not os.path.isfile(found / name):
