@@ -457,6 +457,22 @@ def test_an_encoder_that_knows_the_teacher_by_heart_retrieves_every_caption() ->
     assert figures["cosine"] == pytest.approx(1, abs=1e-5)
 
 
+def test_the_projection_of_an_encoder_that_goes_on_is_the_best_linear_one() -> None:
+    found = captions(alternatives=False)
+    secret = torch.randn(24, SMALL.hidden_size, generator=torch.Generator().manual_seed(6))
+    probe = task({"distil": 1.0}, found=found)
+    with torch.no_grad():
+        states = probe.encoder(torch.from_numpy(probe.items.ids.astype(np.int64)))[0]
+    vectors = F.normalize(states @ secret.T, dim=1)
+    fresh, fitted = (
+        task({"distil": 1.0}, found=found, vectors=vectors, continued=going_on) for going_on in (False, True)
+    )
+    assert fitted.validate(fitted.networks)["cosine"] > 0.99 > fresh.validate(fresh.networks)["cosine"]
+    assert all(
+        torch.equal(tensor, fitted.encoder.state_dict()[name]) for name, tensor in fresh.encoder.state_dict().items()
+    )
+
+
 # Files
 
 

@@ -40,6 +40,10 @@ ENCODER, PROJECTION = "text_encoder", "text_projection"
 MOST_HELD_OUT = 1000
 """Groups of captions; more would tell little more, and validation should be short."""
 VALIDATION_BATCH = 256
+FITTED = 8192
+"""Captions that the projection of an encoder that has learned before is fitted to."""
+RIDGE = 1e-4
+"""Of that fit, relative to the mean square of a channel."""
 LENGTH_STEP = 4
 """Batches are cut to a multiple of this, so that they come in few shapes."""
 SHOWN, NEAREST, COMPARED = 8, 5, 2000
@@ -182,6 +186,18 @@ def _projection(width: int, teacher_width: int, *, seed: int) -> nn.Module:
     return layer.requires_grad_(True).train()
 
 
+@torch.no_grad()
+def _best_projection(encoder: TrainedTextEncoder, items: TextItems, indices: np.ndarray) -> Tensor:
+    """The ridge regression [D, width] from an encoder's states to the teacher's vectors, over some captions."""
+    assert items.vectors is not None
+    ids = torch.from_numpy(items.ids[indices].astype(np.int64))
+    states = torch.cat([encoder(part)[0] for part in ids.split(VALIDATION_BATCH)]).double()
+    squares = states.T @ states
+    squares += RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
+    wanted = items.vectors[torch.from_numpy(indices)].double()
+    return torch.linalg.solve(squares, states.T @ wanted).T.float()
+
+
 def write_text_encoder(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors in float32 so that transformers' CLIPTextModel loads them.
 
@@ -225,6 +241,8 @@ class TextEncoderTask:
     """Share of words that are left out of what is compared with a partner or a teacher."""
     temperature: float = 0.05
     """Of InfoNCE (van den Oord et al. 2018); 0.05 as in SimCSE (Gao et al. 2021)."""
+    continued: bool = False
+    """Whether the encoder has learned before: then the projection to the teacher's vectors begins as their best fit."""
     infonce_weight: float = 0.1
     """Of InfoNCE in distil, beside 1 - cosine."""
     networks: dict[str, nn.Module] = field(init=False)
@@ -261,6 +279,9 @@ class TextEncoderTask:
         if not len(trained):
             raise UsageError("there is not one caption to train on; a smaller --validation-split leaves more")
         lengths = self.items.lengths()[trained]
+        if self.continued and PROJECTION in self.networks:
+            weight = _best_projection(self.encoder, self.items, _spread(trained, FITTED))
+            self.networks[PROJECTION].load_state_dict({"weight": weight})
         self.trained = trained
         self.order = Order(by_length(trained, lengths + 1, fewest=self.batch), batch=self.batch, seed=self.seed)
         self._mean_length = float(lengths.mean())

@@ -64,6 +64,7 @@ class TextSession(Session[TextSettings]):
             validation_split=settings.validation_split,
             word_dropout=settings.word_dropout,
             temperature=settings.temperature,
+            continued=model is not None,
         )
         trained = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
         files = ModelFiles.around(model, trained=trained, averaged=("text_encoder",) if settings.use_ema else ())
