@@ -27,7 +27,9 @@ from sdcli.train_settings import TextSettings, UnetSettings, VaeSettings, settin
 from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts" / "starter"
-NAMES = ("words", "scenes", "judge", "evaluate", "texts", "sprites", "assemble", "parts", "train")
+NAMES = (
+    "words", "scenes", "judge", "evaluate", "texts", "wordnet", "meanings", "sprites", "assemble", "parts", "train",
+)  # fmt: skip
 
 THINGS = [
     ("horse", "animals-nature", "animal-mammal", "brown"),
@@ -108,7 +110,7 @@ def test_no_caption_has_a_word_that_measures_meaning_or_a_combination_that_is_he
                 assert caption == caption.strip()
                 assert "  " not in caption
             labels = scene.labels
-            if kind == "pair":
+            if kind in ("pair", "close"):
                 assert not words.held_out(*sorted(labels))
             elif kind == "ride":
                 assert not words.held_out(labels[0], "rides", labels[1])
@@ -202,22 +204,103 @@ def test_texts_of_the_text_encoder_have_the_words_that_captions_leave_out(
     scripts: dict[str, ModuleType], work: Path, tmp_path: Path
 ) -> None:
     texts = scripts["texts"]
-    wordnet = tmp_path / "dict"
-    wordnet.mkdir()
-    (wordnet / "data.noun").write_text(
-        "  1 This software and database is being provided to you\n"
-        '02084071 05 n 02 dog 0 domestic_dog 0 001 @ 02083346 n 0000 | a member of the genus Canis; "the dog barked"\n'
-        "00023271 09 n 01 cognition 0 000 | the psychological result of perception\n"
-    )
-    (wordnet / "data.adj").write_text("00001740 00 a 01 able 0 000 | having the necessary means\n")
-    (wordnet / "data.verb").write_text("00001740 29 v 01 breathe 0 000 | draw air into the lungs\n")
-    (wordnet / "cntlist.rev").write_text("dog%1:05:00:: 1 42\nbark%2:32:00:: 1 3\n")
-    assert texts.counts(wordnet) == {"dog": 42}
+    wordnet = small_wordnet(tmp_path / "dict")
+    assert scripts["wordnet"].counts(wordnet) == {"dog": 42}
     lines = list(texts.dictionary(wordnet, random.Random(0)))
     assert {"dog", "domestic dog"} <= set(lines)
     assert any(re.fullmatch(r"an? (domestic )?dog riding an? (domestic )?dog", line) for line in lines)
     names = texts.names(scripts["scenes"].Composer(work))
     assert {"a puppy", "puppies", "a car", "red apples"} <= set(names)
+
+
+def small_wordnet(folder: Path) -> Path:
+    """A few lines in WordNet's format."""
+    folder.mkdir()
+    (folder / "data.noun").write_text(
+        "  1 This software and database is being provided to you\n"
+        '02084071 05 n 02 dog 0 domestic_dog 0 001 @ 02083346 n 0000 | a member of the genus Canis; "the dog barked"\n'
+        "02083346 05 n 02 canine 0 canid 0 000 | any of various fissiped mammals\n"
+        "00023271 09 n 01 cognition 0 000 | the psychological result of perception\n"
+        "09616922 18 n 01 dog(a) 0 000 | someone who is morally reprehensible\n"
+    )
+    (folder / "index.noun").write_text(
+        "  1 This software and database is being provided to you\n"
+        "canid n 1 1 ~ 1 0 02083346\n"
+        "canine n 1 1 ~ 1 0 02083346\n"
+        "cognition n 1 0 1 0 00023271\n"
+        "dog n 2 1 @ 2 1 02084071 09616922\n"
+        "domestic_dog n 1 1 @ 1 0 02084071\n"
+    )
+    (folder / "data.adj").write_text("00001740 00 a 01 able 0 000 | having the necessary means\n")
+    (folder / "data.verb").write_text("00001740 29 v 01 breathe 0 000 | draw air into the lungs\n")
+    (folder / "cntlist.rev").write_text("dog%1:05:00:: 1 42\nbark%2:32:00:: 1 3\n")
+    return folder
+
+
+def test_wordnet_tells_synonyms_and_the_next_wider_word(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    nouns = scripts["wordnet"].Nouns(small_wordnet(tmp_path / "dict"))
+    assert nouns.said_fully("dog") == "dog, domestic dog, canine"
+    assert nouns.thing("dogs") == nouns.thing("dog"), "a plural"
+    assert nouns.said_fully("cognition") == "cognition", "no thing"
+    assert nouns.said_fully("zebra") == "zebra", "not in this dictionary"
+    meant = scripts["meanings"].alone("domestic dog", nouns)
+    full = "domestic dog, dog, canine"
+    assert set(meant) == {"domestic dog", "a domestic dog", "domestic dogs"}
+    assert set(meant.values()) == {("a domestic dog", full, f"{full}, a member of the genus canis")}
+
+
+def test_a_meaning_is_the_mean_of_what_the_teacher_says(scripts: dict[str, ModuleType]) -> None:
+    table = {"a": torch.tensor([1.0, 0]), "b": torch.tensor([0, 1.0])}
+    found = scripts["meanings"].meanings(lambda texts: torch.stack([table[text] for text in texts]), {
+        "x": ("a",), "y": ("a", "b"), "z": ("b", "a", "b"),
+    })  # fmt: skip
+    wanted = torch.tensor([[1, 0], [0.5**0.5, 0.5**0.5], [0.2**0.5, 0.8**0.5]])
+    assert torch.allclose(found, wanted, atol=1e-3)
+
+
+def test_kin_is_near_one_thing_and_never_a_word_that_measures_meaning(
+    scripts: dict[str, ModuleType], work: Path
+) -> None:
+    concepts = scripts["scenes"].Composer(work).concepts
+    names = [name for concept in concepts for name in concept.names]
+    words = ["poodle", "terrier", "puppy", "tabby", "nothing", "dog"]
+    texts = [scripts["words"].one(text) for text in (*names, *words)]
+    rows = {text: row for row, text in reversed(list(enumerate(texts)))}
+    vectors = torch.eye(len(texts))
+    for word, near in (("poodle", "dog"), ("terrier", "dog"), ("puppy", "dog"), ("tabby", "cat")):
+        vectors[rows[f"a {word}"]] = torch.nn.functional.normalize(
+            vectors[rows[f"a {word}"]] + 3 * vectors[rows[f"a {near}"]], dim=0
+        )
+    found = scripts["meanings"].kin(concepts, words, {"terrier": 5}, rows, vectors)
+    assert found == {"dog": ["terrier", "poodle"], "cat": ["tabby"]}
+
+
+def test_other_wordings_say_a_thing_by_another_word_and_leave_the_picture(
+    scripts: dict[str, ModuleType], work: Path, tmp_path: Path
+) -> None:
+    scenes = scripts["scenes"]
+    kin = tmp_path / "kin.json"
+    kin.write_text(json.dumps({"dog": ["terrier"], "horse": ["appaloosa"], "red apple": ["pippin"]}))
+    members = []
+    for more in ({}, {"kin": kin}):
+        out = tmp_path / f"scenes-{len(members)}"
+        out.mkdir()
+        (job,) = scenes.jobs(work, out, seed=5, count=60, kinds=scenes.KINDS | {"close": 30}, **more)
+        with tarfile.open(scenes.shard(job)) as tar:
+            members.append({one.name: tar.extractfile(one).read() for one in tar.getmembers()})  # type: ignore[union-attr]
+    plain, with_kin = members
+    said = 0
+    for name, data in plain.items():
+        if name.endswith(".png"):
+            assert with_kin[name] == data
+        else:
+            lines, more_lines = data.decode().splitlines(), with_kin[name].decode().splitlines()
+            assert more_lines[: len(lines)] == lines
+            for line in more_lines[len(lines) :]:
+                assert re.search(r"terrier|appaloosa|pippin", line)
+                assert not re.search(r"\ba appaloosa|\ban (terrier|pippin)", line)
+                said += 1
+    assert said > 5
 
 
 def test_prompts_ask_for_what_was_trained_and_for_what_was_held_out(scripts: dict[str, ModuleType], work: Path) -> None:
@@ -285,7 +368,11 @@ def test_groups_count_what_they_ask_for(scripts: dict[str, ModuleType]) -> None:
         place=torch.tensor([judge.PLACE_NAMES.index("snow")] * 5),
         colour=torch.tensor([judge.COLOUR_NAMES.index("blue")] * 5),
     )
-    assert evaluate.table(asked, seen, 1) == {
+    order = torch.tensor([[2, 0, 0, 0], [0, 0, 0, 1]])
+    parts = {1: judge.Seen(seen.features, order, seen.count, seen.place, seen.colour)}
+    assert evaluate.table(asked, seen, parts, 1)["two objects"] == 0, "the dog is the fourth guess"
+    parts[1].things[1] = torch.tensor([0, 1, 0, 0])
+    assert evaluate.table(asked, seen, parts, 1) == {
         "objects top-1": 0, "objects top-5": 100, "two objects": 100, "counts": 100, "colours": 0, "backgrounds": 100,
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 import judge as judging
 import numpy as np
 import torch
-from judge import COLOUR_NAMES, HELD_OUT_STYLE, PAIR_AMONG, PLACE_NAMES, Seen
+from judge import ABOVE, BESIDE, COLOUR_NAMES, HELD_OUT_STYLE, PAIR_AMONG, PLACE_NAMES, Seen
 from PIL import Image
 from scenes import HUES, NUMBERS, PLACES, SIDE, Composer, colourable, lay, plain, sprite_of
 from torch import Tensor
@@ -58,8 +58,16 @@ class Asked:
     colour: str | None = None
     place: str | None = None
 
+    @property
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """Where the judge looks for two things; nothing where it looks at the whole picture."""
+        kind = self.group.removeprefix("held-out ")
+        return {"two objects": BESIDE, "riding": ABOVE}.get(kind, ())
+
     def found(self, seen: Seen, row: int) -> bool:
-        """Whether a picture shows what its group asks for."""
+        """Whether a picture shows what its group asks for. `seen` is of windows where it has some."""
+        if self.windows:
+            return seen.find_both(row, [set(thing) for thing in self.things], self.among)
         if self.count is not None:
             return int(seen.count[row]) == self.count
         if self.colour is not None:
@@ -242,12 +250,18 @@ def round_trip(composer: Composer, model: str, *, count: int = 200) -> float:
     return float(torch.cat(found).mean())
 
 
-def table(asked: Sequence[Asked], seen: Seen, seeds: int) -> dict[str, float]:
-    """Percent found by group; objects also by the first five guesses."""
+def table(asked: Sequence[Asked], seen: Seen, seen_in_windows: Mapping[int, Seen], seeds: int) -> dict[str, float]:
+    """Percent found by group; objects also by the first five guesses.
+
+    `seen_in_windows`: number of a prompt that asks for two things -> what the windows of its pictures show.
+    """
     found: dict[str, list[bool]] = {}
     for number, one_asked in enumerate(asked):
         for row in range(number * seeds, (number + 1) * seeds):
-            if one_asked.group in ("objects", "every object"):
+            if one_asked.windows:
+                both = one_asked.found(seen_in_windows[number], row - number * seeds)
+                found.setdefault(one_asked.group, []).append(both)
+            elif one_asked.group in ("objects", "every object"):
                 for name, among in (("top-1", 1), ("top-5", 5)):
                     right = seen.finds(row, set(one_asked.things[0]), among)
                     found.setdefault(f"{one_asked.group} {name}", []).append(right)
@@ -271,7 +285,12 @@ def main() -> None:
     seeds = 1 if chosen.every_object else SEEDS
     pictures = painted(chosen.model, asked, chosen.out / "pictures", seeds=seeds)
     seen = judging.look(judge, judging.shrunk(pictures.reshape(-1, SIDE, SIDE, 3)))
-    figures = table(asked, seen, seeds)
+    parts = {
+        number: judging.look(judge, judging.windows(pictures[number], one_asked.windows))
+        for number, one_asked in enumerate(asked)
+        if one_asked.windows
+    }
+    figures = table(asked, seen, parts, seeds)
     figures["VAE round trip of held-out sprites, dB"] = round_trip(composer, chosen.model)
     objects = [number for number, one_asked in enumerate(asked) if one_asked.group in ("objects", "every object")]
     features = seen.features.reshape(len(asked), seeds, -1)[objects]

@@ -3,21 +3,23 @@
     python scripts/starter/scenes.py WORK WORK/scenes --count 100000 --seed 1
 
 writes tar shards of PNG and caption files that `sdcli train-unet` and `sdcli train-vae` read. WORK is what sprites.py
-wrote. Scene n of a seed is always the same picture, so a longer set begins with a shorter one.
+wrote. Scene n of a seed is always the same picture, so a longer set begins with a shorter one, and with the same
+`--share` a set with `--kin` has the same pictures as one without: latents that are cached are good for both.
 
 What is composed: an object on white, on a colour, in a landscape; recoloured; two, three and four of a kind; two
-things side by side; one riding another; one above another. Every tenth combination is held out (`words.held_out`),
-and the words of `words.UNSEEN` and drawings of the style twemoji never occur.
+things side by side, or larger and close together; one riding another; one above another. Every tenth combination is
+held out (`words.held_out`), and the words of `words.UNSEEN` and drawings of the style twemoji never occur.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import random
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing import Pool
@@ -62,8 +64,12 @@ PLACES = {
     "city": ("in the city", "in a big city", "in front of skyscrapers"),
 }
 """Landscape -> how captions say it."""
-KINDS = {"plain": 46, "colour": 12, "recoloured": 12, "pair": 8, "count": 6, "ride": 8, "place": 7, "above": 2}
+KINDS = {
+    "plain": 46, "colour": 12, "recoloured": 12, "pair": 8, "count": 6, "ride": 8, "place": 7, "above": 2, "close": 0,
+}  # fmt: skip
 """What is composed, with its share in percent (nearly)."""
+KIN_WORDINGS = 2
+"""Captions of one scene, at most, that say a thing by another word."""
 NUMBERS = {2: ("two", "two", "a pair of", "2"), 3: ("three", "three", "3"), 4: ("four", "four", "4")}
 MOODS = ("cute", "little", "beautiful", "big", "nice", "funny", "small", "happy")
 FRAMES = (
@@ -131,6 +137,8 @@ class Composer:
     work: Path
     styles: Sequence[str] = tuple(STYLE_WORDS)
     shares: Sequence[int] = STYLE_SHARES
+    kinds: Mapping[str, int] = field(default_factory=lambda: KINDS)
+    """What is composed, with its share."""
     _hues: dict[int, tuple[int, str] | None] = field(default_factory=dict)
 
     @cached_property
@@ -175,7 +183,7 @@ class Composer:
     def scene(self, seed: int, number: int) -> tuple[Scene, np.ndarray]:
         """Scene `number` of a seed with its picture, uint8 [128, 128, 3]."""
         source = random.Random(f"{seed}/{number}")
-        kind = source.choices(list(KINDS), list(KINDS.values()))[0]
+        kind = source.choices(list(self.kinds), list(self.kinds.values()))[0]
         scene = self.plan(kind, source)
         return scene, self.draw(scene, source)
 
@@ -268,12 +276,37 @@ class Composer:
         if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
             return None
         backdrop = self._any_backdrop(source)
-        words = backdrop.words
         y = source.uniform(60, 70)
         placed = (
             Placed(a, 35 + source.uniform(-2, 2), y, SIDE * source.uniform(0.46, 0.53)),
             Placed(b, 93 + source.uniform(-2, 2), y, SIDE * source.uniform(0.46, 0.53)),
         )
+        return self._two(source, style, backdrop, (left, right), placed)
+
+    def _close(self, source: random.Random, style: str) -> Scene | None:
+        """Two things larger than side by side, the left one higher and behind the other; usual ones more often."""
+        lists = self.roles
+        mixed = [c for name in ("animals", "food", "vehicles", "objects") for c in lists[name]]
+        kinds = [lists[name] for name in ("animals", "food", "vehicles", "objects", "people", "plants")]
+        kind = source.choice([*kinds, mixed, mixed, mixed, mixed])
+        left, right = source.choices(kind, [4 if c.popular else 1 for c in kind], k=2)
+        a, b = sprite_of(left, style), sprite_of(right, style)
+        if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
+            return None
+        lower = source.uniform(6, 14)
+        placed = (
+            Placed(a, 36 + source.uniform(-2, 2), 64 - lower, SIDE * source.uniform(0.56, 0.61)),
+            Placed(b, 92 + source.uniform(-2, 2), 64 + lower, SIDE * source.uniform(0.56, 0.61)),
+        )
+        return self._two(source, style, self._any_backdrop(source, 0.15), (left, right), placed)
+
+    def _two(
+        self, source: random.Random, style: str, backdrop: Backdrop, things: tuple[Concept, Concept],
+        placed: tuple[Placed, Placed],
+    ) -> Scene:  # fmt: skip
+        """Two things, left and right, and what is said about them."""
+        left, right = things
+        words = backdrop.words
         first, second = one(source.choice(left.names)), one(source.choice(right.names))
         captions = [
             f"{first} {source.choice(['and', 'and', 'with'])} {second}",
@@ -379,6 +412,22 @@ class Composer:
             return Backdrop(LANDSCAPES[place], f" {source.choice(PLACES[place])}", place)
         return _mostly_white(source)
 
+    def other_wordings(self, scene: Scene, kin: Mapping[str, Sequence[str]], source: random.Random) -> list[str]:
+        """Captions of a scene in which another word stands for one of its things (`kin`: label -> words)."""
+        found = []
+        labels = [label for label in dict.fromkeys(scene.labels) if label in kin]
+        singular = len(set(scene.labels)) == len(scene.labels)
+        for caption in source.sample(scene.captions, min(KIN_WORDINGS, len(scene.captions))):
+            if labels and singular:
+                label = source.choice(labels)
+                found.append(_said_as(caption, self._names[label], source.choice(kin[label])))
+        return [caption for caption in dict.fromkeys(found) if caption not in scene.captions]
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """The names of each thing, the longest first."""
+        return {concept.label: sorted(concept.names, key=len, reverse=True) for concept in self.concepts}
+
     # Colours
 
     def hue(self, sprite: int) -> tuple[int, str] | None:
@@ -435,6 +484,16 @@ def sprite_of(concept: Concept, style: str) -> int | None:
     if style == DEFAULT_STYLE and style not in concept.sprites:
         return concept.sprites.get("fluent-emoji-flat")
     return concept.sprites.get(style)
+
+
+def _said_as(caption: str, names: Sequence[str], word: str) -> str:
+    """A caption with another word for the first of the names that it has; itself where it has none."""
+    for name in names:
+        found = re.search(rf"\b(an? )?{re.escape(name)}\b", caption)
+        if found is not None:
+            said = one(word) if found[1] else word
+            return caption[: found.start()] + said + caption[found.end() :]
+    return caption
 
 
 def colourable(concept: Concept) -> bool:
@@ -591,6 +650,8 @@ class Job(NamedTuple):
     start: int
     count: int
     crop: int | None
+    kinds: Mapping[str, int]
+    kin: Path | None
 
     @property
     def path(self) -> Path:
@@ -599,18 +660,21 @@ class Job(NamedTuple):
 
 def shard(job: Job) -> Path:
     """Write one tar of scenes: PNG and captions, a line each."""
-    work, _, seed, start, count, crop = job
-    composer = _composer(work)
+    seed, start, count, crop = job.seed, job.start, job.count, job.crop
+    composer = _composer(job.work)
+    composer.kinds = job.kinds
+    kin = json.loads(job.kin.read_text(encoding="utf-8")) if job.kin is not None else {}
     partial = job.path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(start, start + count):
             scene, picture = composer.scene(seed, number)
+            others = composer.other_wordings(scene, kin, random.Random(f"kin {seed}/{number}"))
             if crop is not None:
                 picture = liveliest(picture, crop, random.Random(f"crop {seed}/{number}"))
             png = io.BytesIO()
             Image.fromarray(picture).save(png, "PNG", compress_level=1)
             key = f"{seed:03d}{number:08d}"
-            for suffix, data in (("png", png.getvalue()), ("txt", "\n".join(scene.captions).encode())):
+            for suffix, data in (("png", png.getvalue()), ("txt", "\n".join([*scene.captions, *others]).encode())):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -634,10 +698,21 @@ def _composer(work: Path) -> Composer:
     return _composers.setdefault(work, Composer(work))
 
 
-def jobs(work: Path, out: Path, *, seed: int, count: int, crop: int | None = None) -> list[Job]:
+def jobs(
+    work: Path, out: Path, *, seed: int, count: int, crop: int | None = None,
+    kinds: Mapping[str, int] = KINDS, kin: Path | None = None,
+) -> list[Job]:  # fmt: skip
     """The shards that are not there yet."""
-    every = [Job(work, out, seed, at, min(SHARD, count - at), crop) for at in range(0, count, SHARD)]
+    every = [Job(work, out, seed, at, min(SHARD, count - at), crop, kinds, kin) for at in range(0, count, SHARD)]
     return [job for job in every if not job.path.exists()]
+
+
+def share(text: str) -> tuple[str, int]:
+    """`kind=percent`. Raises ValueError, which argparse tells."""
+    kind, _, percent = text.partition("=")
+    if kind not in KINDS:
+        raise ValueError(kind)
+    return kind, int(percent)
 
 
 def main() -> None:
@@ -647,9 +722,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="scenes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--crop", type=int, help="only a square of so many pixels of each: what a VAE is trained on")
+    parser.add_argument(
+        "--share", dest="shares", action="append", type=share, default=[], metavar="KIND=PERCENT",
+        help=f"how many scenes are of a kind ({', '.join(f'{kind}={percent}' for kind, percent in KINDS.items())})",
+    )  # fmt: skip
+    parser.add_argument("--kin", type=Path, help="meanings.py's kin.json: some captions say a thing by another word")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    todo = jobs(chosen.work, chosen.out, seed=chosen.seed, count=chosen.count, crop=chosen.crop)
+    todo = jobs(
+        chosen.work, chosen.out, seed=chosen.seed, count=chosen.count, crop=chosen.crop,
+        kinds=KINDS | dict(chosen.shares), kin=chosen.kin,
+    )  # fmt: skip
     with Pool() as pool:
         for done, path in enumerate(pool.imap_unordered(shard, todo), 1):
             print(f"{done} of {len(todo)}: {path}", flush=True)

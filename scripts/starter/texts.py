@@ -13,29 +13,16 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from scenes import BACKGROUNDS, FRAMES, HUES, KINDS, NUMBERS, PLACES, STYLE_WORDS, Composer
+from wordnet import THINGS, counts, fetched, synsets
 from words import UNSEEN, one, several
 
-THINGS = {"05": 6, "06": 6, "08": 2, "13": 5, "15": 1, "17": 3, "18": 4, "20": 3, "27": 1}
-"""WordNet's files of nouns that can be painted (animal, artifact, body, food, location, object, person, plant,
-substance), and how often captions are made of them."""
 NEAR = 8
 """How often names weigh against other texts."""
-
-
-class Synset(NamedTuple):
-    """A meaning: its words, the most usual first, and what they mean."""
-
-    file: str
-    lemmas: tuple[str, ...]
-    gloss: str
 
 
 def main() -> None:
@@ -54,17 +41,6 @@ def main() -> None:
     source.shuffle(texts)
     (chosen.work / "texts.txt").write_text("\n".join([*texts, ""]), encoding="utf-8")
     print(f"{len(texts)} texts, {len(set(texts))} different ones")
-
-
-def fetched(packages: Path) -> Path:
-    """WordNet's folder out of Debian's package."""
-    folder = packages / "wordnet" / "usr" / "share" / "wordnet"
-    if not folder.exists():
-        if not list(packages.glob("wordnet-base_*.deb")):
-            subprocess.run(["apt-get", "download", "wordnet-base"], cwd=packages, check=True)
-        (package,) = packages.glob("wordnet-base_*.deb")
-        subprocess.run(["dpkg-deb", "-x", str(package), str(packages / "wordnet")], check=True)
-    return folder
 
 
 def names(composer: Composer) -> list[str]:
@@ -124,29 +100,6 @@ def made_caption(first: str, second: str, source: random.Random) -> str:
         source.choice(FRAMES).format(a), f"{a}, {source.choice(list(STYLE_WORDS.values()))}",
     ]  # fmt: skip
     return source.choice(forms)
-
-
-def synsets(path: Path) -> Iterator[Synset]:
-    """The meanings in one of WordNet's data files (its format: wndb(5WN))."""
-    for line in path.read_text(encoding="latin-1").splitlines():
-        if not line.startswith("  "):  # the licence stands at the top
-            fields, _, gloss = line.partition(" | ")
-            parts = fields.split(" ")
-            lemmas = (parts[4 + 2 * place] for place in range(int(parts[3], 16)))
-            readable = tuple(re.sub(r"\(.*\)", "", lemma).replace("_", " ").lower() for lemma in lemmas)
-            yield Synset(parts[1], readable, gloss.split(";")[0].strip().lower())
-
-
-def counts(folder: Path) -> dict[str, int]:
-    """How often each noun stands in the texts that WordNet's makers read."""
-    found: dict[str, int] = {}
-    for line in (folder / "cntlist.rev").read_text(encoding="latin-1").splitlines():
-        sense, _, count = line.split(" ")
-        lemma, _, kind = sense.partition("%")
-        if kind.startswith("1"):
-            word = lemma.replace("_", " ")
-            found[word] = found.get(word, 0) + int(count)
-    return found
 
 
 if __name__ == "__main__":

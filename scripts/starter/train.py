@@ -72,7 +72,9 @@ def planned(recipe: Path, until: str | None) -> list[dict[str, Any]]:
 
 
 def name_of(step: dict[str, Any]) -> str:
-    """What a step is called: the run that it trains, or its script and what that makes."""
+    """What a step is called: its own name, the run that it trains, or its script and what that makes."""
+    if "name" in step:
+        return str(step["name"])
     if "train" in step:
         return str(step.get("run", step["train"]))
     return "-".join([Path(step["script"]).stem, *(Path(one).name for one in step.get("arguments", ())[:1])])
@@ -96,7 +98,8 @@ def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | 
     for key, flag in REFERENCES.items():
         line += [flag, str(work / "runs" / step[key])] if key in step else []
     if "teacher" in step:
-        line += ["--teacher", str(importlib.import_module(step["teacher"]).MODEL_DIR)]
+        kept = work / step["teacher"]
+        line += ["--teacher", str(kept if kept.exists() else importlib.import_module(step["teacher"]).MODEL_DIR)]
     line += ["--resume"] if any(run.glob("checkpoint-*")) else []  # RUN is there before its first checkpoint
     return line + (["--max-hours", f"{minutes / 60:.4f}"] if minutes is not None else [])
 
