@@ -17,17 +17,20 @@ import tempfile
 import time
 from pathlib import Path
 
+from sdcli.registry import load_registry
+
 ROOT = Path(__file__).resolve().parent.parent
 STARTER = ROOT / "sdcli" / "starter"
 PROMPT = "an astronaut riding a horse"
 
-# The same picture by hand: the starter's own defaults, and its prompt template filled in.
+# The same picture by hand, at the starter's own defaults.
+DEFAULTS = load_registry().find("starter").defaults
 DIFFUSERS = f"""
 import torch
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained({str(STARTER)!r}, dtype=torch.float32)
-generator = torch.Generator("cpu").manual_seed(0)
-picture = pipe("{PROMPT}, glossy style", num_inference_steps=20, guidance_scale=5.0, generator=generator).images[0]
+settings = dict(num_inference_steps={DEFAULTS.steps}, guidance_scale={DEFAULTS.guidance_scale})
+picture = pipe("{PROMPT}", generator=torch.Generator("cpu").manual_seed(0), **settings).images[0]
 picture.save("picture.png")
 """
 

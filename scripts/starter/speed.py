@@ -1,0 +1,87 @@
+"""Measure how fast the embedded model paints: a whole process, within a batch, and its VAE alone.
+
+    python scripts/starter/speed.py --rounds 5
+
+prints medians beside what is wanted of them on two cores, and beside the shortest diffusers script that paints the
+same picture (of scripts/bench_startup.py). Machines are noisy: look at the ratios within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from bench_startup import BY_HAND, COMMANDS, PROMPT, ROOT, machine
+
+from sdcli.latents import decode, moments
+from sdcli.loading import load_model
+from sdcli.registry import load_registry
+
+BATCH = 9
+WHOLE, WITHIN, ENCODE, DECODE = "whole process", "within a batch", "encode 128x128, warm", "decode 128x128, warm"
+WANTED = {WHOLE: 3.0, WITHIN: 1.0, ENCODE: 0.1, DECODE: 0.1}
+"""Seconds."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", "--rounds", type=int, default=5, help="of each (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time and the machine's name here")
+    chosen = parser.parse_args()
+    one = COMMANDS["generate (starter)"]
+    seconds: dict[str, list[float]] = {name: [] for name in (*WANTED, BY_HAND)}
+    for number in range(chosen.rounds + 1):  # the first only warms the disk's cache
+        whole, batch, by_hand = (timed(command) for command in (one, [*one, "-n", str(BATCH)], COMMANDS[BY_HAND]))
+        if number:
+            seconds[WHOLE].append(whole)
+            seconds[WITHIN].append((batch - whole) / (BATCH - 1))
+            seconds[BY_HAND].append(by_hand)
+    seconds[ENCODE], seconds[DECODE] = of_the_vae(chosen.rounds)
+    print(f"{machine()}; seconds, median of {chosen.rounds}; {PROMPT!r}")
+    for name, times in seconds.items():
+        print(
+            f"{name:28}{statistics.median(times):8.3f}   {f'wanted {WANTED[name]}' if name in WANTED else ''}".rstrip()
+        )
+    if chosen.json:
+        report = {"machine": machine(), "seconds": seconds}
+        chosen.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def timed(command: list[str]) -> float:
+    """Seconds of a command from nothing to its end, in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        start = time.perf_counter()
+        subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        return time.perf_counter() - start
+
+
+def of_the_vae(rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of encoding and of decoding one picture, each the median of ten in a row."""
+    vae = load_model(load_registry().find("starter"), device="cpu", dtype="float32", parts=("vae",)).parts["vae"]
+    pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    latents = moments(vae, pixels)[0]
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for times, work in zip(found, (lambda: moments(vae, pixels), lambda: decode(vae, latents)), strict=True):
+            tries = []
+            for _ in range(10):
+                start = time.perf_counter()
+                work()
+                tries.append(time.perf_counter() - start)
+            times.append(statistics.median(tries))
+    return found
+
+
+if __name__ == "__main__":
+    main()
