@@ -195,13 +195,15 @@ class Engine:
         """The painter of a model with some LoRAs merged into it, and a refiner; the last one of each stays warm."""
         how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
         if self._painter is None or self._painter.model.spec != spec:
-            self._painter = self._with_loras = None
-            self._controlnets, self._with_ip_adapters, self._image_encoders = {}, None, {}
-            gc.collect()
+            if self._painter is not None:
+                self._painter = self._with_loras = None
+                self._controlnets, self._with_ip_adapters, self._image_encoders = {}, None, {}
+                gc.collect()
             self._painter = Painter.of(load_model(spec, **how))
         if _specs(self._painter) != (spec, refiner):
-            self._refine(None)
-            gc.collect()
+            if self._painter.refiner is not None:
+                self._refine(None)
+                gc.collect()
             if refiner is not None:
                 self._refine(load_model(refiner, leave_out={"vae"}, **how))
         if not loras:

@@ -59,7 +59,7 @@ class GenerationRequest(BaseModel):
     what a picture's metadata holds.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", populate_by_name=True)
 
     schema_version: int = Field(SCHEMA, alias="schema", description="the version of this layout")
     prompt: str = Field("", description="what to paint")

@@ -15,7 +15,7 @@ _LORA = re.compile(rf"(?P<path>.+?)(?::(?P<unet_weight>{_NUMBER}))?(?::(?P<text_
 class Part(BaseModel):
     """A value of several pieces with one spelling, which flags and data take and `str` gives back."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -46,7 +46,7 @@ class TrainSettings(BaseModel):
     `None` means that the model or the data decide.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
 
     seed: int = _field(0, "where all randomness starts", STEPS, ge=0, le=2**63 - 1)
     train_batch_size: int = _field(16, "samples a process takes at once", STEPS, ge=1)

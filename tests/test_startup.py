@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,12 @@ def test_nothing_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
+def test_the_version_is_told_without_any_command(tmp_path: Path) -> None:
+    done = run(["--version"], tmp_path, heavy=["pydantic", "yaml", "sdcli.cli.generate"])
+    assert done.stdout.startswith("sdcli ")
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -88,8 +95,8 @@ def test_a_mistake_is_told_before_anything_heavy_is_loaded(arguments: list[str],
     assert json.loads(loaded) == []
 
 
-def run(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], tmp_path: Path, *, heavy: Sequence[str] = HEAVY) -> subprocess.CompletedProcess[str]:
     # An empty HOME of its own: what the user configured or downloaded must not matter.
     env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-c", RUNNER, json.dumps(HEAVY), *arguments]
+    command = [sys.executable, "-c", RUNNER, json.dumps(heavy), *arguments]
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)

@@ -4,8 +4,8 @@
     python scripts/starter/parts.py unpack IN WORK
 
 OUT holds no file of more than 15 MiB and, for the starter, less than 64 MiB in all: the sprites as lossless WebP, the
-texts, and the weights of finished runs in float16. Optimizers stay behind, so pack between runs: a step of the plan
-that was not finished begins again. After `unpack`, train.py goes on with the next step.
+texts, the words for captions, and the weights of finished runs in float16. Optimizers stay behind, so pack between
+runs: a step of the plan that was not finished begins again. After `unpack`, train.py goes on with the next step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ CHUNK = 15 * 2**20
 """Bytes a file."""
 COLUMNS = 96
 """Sprites in a row of the packed picture; WebP takes at most 16,383 pixels a side."""
-SMALL_FILES = ("sprites.json", "texts.txt")
+SMALL_FILES = ("sprites.json", "texts.txt", "kin.json")
+MADE_AGAIN = ("scenes", "meanings")
+"""Steps whose shards and vectors are not carried."""
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def pack(work: Path, out: Path) -> None:
                 put(archive, f"{name}.gz", gzip.compress((work / name).read_bytes(), mtime=0))
         for marker in sorted((work / "done").glob("*")):
             run = work / "runs" / marker.name
-            if not marker.name.startswith("scenes"):  # shards and caches are made again
+            if not marker.name.startswith(MADE_AGAIN):
                 put(archive, f"done/{marker.name}", b"")
             for path in sorted(parts_of(run)):
                 put(archive, str(path.relative_to(work)), halved(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -37,6 +38,9 @@ COMMANDS = {
 }
 """Command -> the panel of `sdcli --help` it stands in; each lives in the module of its name (with _ for -)."""
 
+COLLECT_AFTER = (50_000, 20, 20)
+"""Thresholds of gc. With Python's own, 700, it looks for garbage hundreds of times while torch is imported."""
+
 _EXITS = "  ".join(
     f"{code} {meaning.split(':')[0].split(';')[0].split('(')[0].strip()}," for code, meaning in EXIT_CODES.items()
 )
@@ -68,6 +72,8 @@ def _root(
 
 def _load(arguments: list[str]) -> None:
     """Import the module of the command that was typed, or of all where none was (for --help)."""
+    if arguments[1:] == ["--version"]:
+        return
     typed = {name for name in arguments[1:2] if name in COMMANDS}
     for name in typed or COMMANDS:
         module = importlib.import_module(f"sdcli.cli.{name.replace('-', '_')}")
@@ -86,6 +92,7 @@ _load(sys.argv)
 
 def main() -> NoReturn:
     """Run the command line; the process ends here, with the code that `errors.EXIT_CODES` explains."""
+    gc.set_threshold(*COLLECT_AFTER)
     _raise_on_signals()
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:
@@ -125,4 +132,5 @@ def _exit(code: int) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # one that comes while Python shuts down must not change the code
     sys.stdout.flush()
+    gc.freeze()  # nothing is left to be freed but by the end of the process: Python need not look through all there is
     sys.exit(code)
