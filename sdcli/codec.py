@@ -28,7 +28,7 @@ from sdcli.errors import (
     stop_if_asked,
 )
 from sdcli.files import AlreadyExists, check_folder, check_new, sweep, write_whole
-from sdcli.images import CELL, Fit, fit, from_pixels, open_picture, to_pixels
+from sdcli.images import Fit, fit, from_pixels, open_picture, to_pixels
 from sdcli.inputs import InputFile, Names, input_digest
 from sdcli.latent_files import LatentFile, LatentRecord, Source, latent_bytes, read_latents, read_record
 from sdcli.loading import load_model
@@ -140,13 +140,18 @@ class Codec:
         """What the VAE computes in."""
         return str(self.painter.model.dtype).removeprefix("torch.")
 
+    @property
+    def cell(self) -> int:
+        """Pixels a side that become one cell of the latents."""
+        return latent_space.cell(self.painter.model.vae)
+
     @cached_property
     def vae_identity(self) -> str:
         """Which weights the VAE has; see `LoadedModel.identity`."""
         return self.painter.model.identity("vae")
 
     def encode(self, pixels: Sequence[Tensor], *, seeds: Sequence[int] | None) -> tuple[Tensor, tuple[str, ...]]:
-        """Pixels [3, H, W] of equal size -> unscaled latents [B, C, H/8, W/8], float32, and what had to be done for it.
+        """Pixels [3, H, W] of equal size -> unscaled latents [B, C, H/cell, W/cell], float32, and what that took.
 
         The mean, or a sample with one seed per picture. Raises OutOfMemory.
         """
@@ -174,6 +179,8 @@ def encode_all(
     """
     if settings.sample_seed is not None and not latent_space.has_distribution(codec.painter.model.vae):
         raise UsageError(f"the VAE of {codec.spec.name} has no distribution to draw from; leave --sample out")
+    if settings.size is not None and any(side % codec.cell for side in settings.size):
+        raise UsageError(f"--size takes multiples of {codec.cell} with the VAE of {codec.spec.name}")
     batches = _batches((_prepared(file, codec, settings) for file in _swept(files, settings)), settings)
     number = 0
     for batch in batches:
@@ -215,7 +222,7 @@ def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitte
                     "--overwrite replaces it"
                 )
         image = open_picture(file.path)
-        fitted = _fitted(file.path, image, settings)
+        fitted = _fitted(file.path, image, codec, settings)
     except _OF_ONE_ITEM as error:
         return Encoded("failed", file.path, path, error=error)
     facts = Source(
@@ -230,9 +237,9 @@ def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitte
     return _Fitted(file.path, path, fitted, facts)
 
 
-def _fitted(path: Path, image: Image.Image, settings: EncodeSettings) -> Image.Image:
+def _fitted(path: Path, image: Image.Image, codec: Codec, settings: EncodeSettings) -> Image.Image:
     try:
-        return fit(image, settings.size, how=settings.fit)
+        return fit(image, settings.size, how=settings.fit, cell=codec.cell)
     except BadPicture as error:
         raise BadPicture(f"{path}: {error}") from None
 
@@ -337,8 +344,7 @@ def seed_of(seed: int, sha256: str) -> int:
 def _psnr_of(image: Image.Image, stored: Tensor, codec: Codec) -> float:
     decoded, _ = codec.decode(stored.float())
     apart = distance(image, decoded)
-    if apart is None:  # the VAE has larger cells than pictures are cut to
-        raise UsageError(f"--check compares pictures of one size; the VAE of {codec.spec.name} gave another")
+    assert apart is not None, "they are of one size: the picture was cut to whole cells"
     return apart.psnr
 
 
@@ -373,7 +379,7 @@ def _skipped(
 ) -> Encoded:
     decibels = None
     if settings.check:
-        image = _fitted(source, open_picture(source), settings)
+        image = _fitted(source, open_picture(source), codec, settings)
         decibels = _psnr_of(image, read_latents(path).latents[index], codec)
     return Encoded("skipped", source, path, record.source[index], decibels)
 
@@ -476,12 +482,11 @@ def _check_fits(path: Path, latents: Tensor, codec: Codec, settings: DecodeSetti
             f"{path} has latents of {channels} channels; the VAE of {codec.spec.name} takes {wanted} "
             "(-m names another model)"
         )
-    if height * width * CELL**2 > MAX_PIXELS:
+    height, width = height * codec.cell, width * codec.cell
+    if height * width > MAX_PIXELS:
         raise BadLatents(f"{path} would be a picture of more than {MAX_PIXELS:,} pixels")
-    if max(height, width) * CELL > MAX_SIDE[settings.format]:
-        raise UsageError(
-            f"{path} would be {width * CELL}x{height * CELL} pixels, too long for {settings.format}; use png"
-        )
+    if max(height, width) > MAX_SIDE[settings.format]:
+        raise UsageError(f"{path} would be {width}x{height} pixels, too long for {settings.format}; use png")
     if count > 1 and settings.output is not None:
         raise UsageError(f"{path} holds {count} pictures; -o names a single one, --outdir a folder")
 

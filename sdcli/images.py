@@ -19,7 +19,7 @@ Fit = Literal["crop", "pad", "stretch"]
 READABLE = (*OWN_FORMATS, "BMP", "GIF", "TIFF")
 """Pillow's names of the formats that are read; the others have a long history of holes."""
 CELL = 8
-"""Pixels a side that become one cell of the latents."""
+"""Pixels a side that become one cell of the latents of Stable Diffusion's VAEs."""
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -55,16 +55,16 @@ def as_shown(image: Image.Image) -> Image.Image:
     return _rgb(_upright(image))
 
 
-def fit(image: Image.Image, size: tuple[int, int] | None, *, how: Fit = "crop") -> Image.Image:
+def fit(image: Image.Image, size: tuple[int, int] | None, *, how: Fit = "crop", cell: int = CELL) -> Image.Image:
     """The picture at `size` (width, height): its middle cut out, padded with black, or stretched; Lanczos.
 
-    Without a size nothing is resized: the middle is cut out at the nearest smaller multiples of 8.
-    Raises BadPicture for one that is smaller than 8 pixels.
+    Without a size nothing is resized: the middle is cut out at the nearest smaller multiples of a cell, in pixels.
+    Raises BadPicture for one that is smaller than a cell.
     """
     if size is None:
-        width, height = (side // CELL * CELL for side in image.size)
+        width, height = (side // cell * cell for side in image.size)
         if not width or not height:
-            raise BadPicture(f"is {image.width}x{image.height} pixels; at least {CELL}x{CELL} are needed")
+            raise BadPicture(f"is {image.width}x{image.height} pixels; at least {cell}x{cell} are needed")
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
     match how:

@@ -37,7 +37,7 @@ from sdcli.errors import (
     UsageError,
 )
 from sdcli.files import AlreadyExists
-from sdcli.lean_imports import AutoencoderTiny
+from sdcli.lean_imports import AutoencoderKL, AutoencoderTiny
 from sdcli.loading import load_model
 from sdcli.registry import load_registry
 from tests.conftest import REPOSITORY, Disk, Run
@@ -276,6 +276,22 @@ def test_every_fit_makes_the_size_that_was_asked_for(how: str) -> None:
     (source,) = record("a.safetensors")["source"]
     assert (source["width"], source["height"], source["fit"]) == (90, 50, how)
     assert record("a.safetensors")["size"] == [32, 48]
+
+
+def test_a_vae_with_larger_cells_gets_whole_ones() -> None:
+    folder = save_tiny_pipeline(Path("large-cells").resolve())
+    shutil.rmtree(folder / "vae")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5}
+    AutoencoderKL(block_out_channels=(8,) * 5, norm_num_groups=4, **blocks).save_pretrained(folder / "vae")
+    paint(Path("a.png"), size=(57, 40))
+    (line, _) = run("encode", "a.png", "-m", folder, "--check", "--json", "-o", "a.safetensors").json
+    assert math.isfinite(line["psnr"])
+    assert tensor("a.safetensors").shape == (1, 4, 2, 3)
+    good("decode", "a.safetensors", "-m", folder, "-o", "b.png")
+    assert Image.open("b.png").size == (48, 32)
+    refused = run("encode", "a.png", "-m", folder, "--size", "40x32", "-o", "c.safetensors")
+    assert isinstance(refused.error, UsageError)
+    assert "multiples of 16" in str(refused.error)
 
 
 # Streams

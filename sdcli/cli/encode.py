@@ -35,7 +35,8 @@ def command(
             "--size",
             metavar="WxH",
             rich_help_panel=INPUT,
-            help="Bring every picture to this size; without it the middle is cut out at multiples of 8.",
+            help="Bring every picture to this size; without it the middle is cut out at multiples of the VAE's cell, "
+            "mostly 8.",
         ),
     ] = None,
     fit: Annotated[
