@@ -55,8 +55,8 @@ class TrainSettings(BaseModel):
     num_train_epochs: float | None = _field(None, "passes over the data, instead of steps", STEPS, gt=0)
     max_hours: float | None = _field(None, "stop after this time, with a checkpoint and exit code 0", STEPS, gt=0)
 
-    optimizer: Literal["adamw", "adamw-8bit", "sgd"] = _field(
-        "adamw", "adamw-8bit needs the package bitsandbytes", OPTIMIZER
+    optimizer: Literal["adamw", "muon", "adamw-8bit", "sgd"] = _field(
+        "adamw", "muon turns matrices by Muon, all else by adamw; adamw-8bit needs the package bitsandbytes", OPTIMIZER
     )
     learning_rate: float = _field(1e-4, "at its highest", OPTIMIZER, gt=0, also=("--lr",))
     lr_scheduler: LrScheduler = _field("constant", "how the learning rate goes on", OPTIMIZER)

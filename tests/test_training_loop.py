@@ -110,6 +110,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"gradient_accumulation_steps": 3},
     {"use_ema": True, "ema_power": 0.5},
     {"optimizer": "sgd"},
+    {"optimizer": "muon"},
     {"lr_scheduler": "cosine", "lr_warmup_steps": 3},
     {"mixed_precision": "bf16"},
     {"dataloader_num_workers": 2},

@@ -18,7 +18,7 @@ MARGIN = 1.15
 """Buffers of convolutions and what the allocator leaves unused."""
 RUNTIME_BYTES = 600 * 2**20
 """Python, torch and the libraries."""
-MOMENTS = {"adamw": 2.0, "adamw-8bit": 0.5, "sgd": 1.0}
+MOMENTS = {"adamw": 2.0, "muon": 1.1, "adamw-8bit": 0.5, "sgd": 1.0}
 """What the optimizers keep, in units of the trained weights."""
 
 

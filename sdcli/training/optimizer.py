@@ -9,6 +9,7 @@ import torch
 
 from sdcli.errors import UsageError
 from sdcli.train_settings import TrainSettings
+from sdcli.training.muon import MuonWithAdamW
 
 
 def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -30,6 +31,8 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], settings: TrainSettings)
             except ImportError:
                 raise UsageError("--optimizer adamw-8bit needs the package: pip install bitsandbytes") from None
             return bitsandbytes.optim.AdamW8bit(named, **adam)
+        case "muon":
+            return MuonWithAdamW(named, names=parameter_names(groups), **adam)
         case "sgd":
             return torch.optim.SGD(named, momentum=settings.adam_beta1, weight_decay=settings.adam_weight_decay)
 
