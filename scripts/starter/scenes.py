@@ -68,8 +68,10 @@ KINDS = {
     "plain": 46, "colour": 12, "recoloured": 12, "pair": 8, "count": 6, "ride": 8, "place": 7, "above": 2, "close": 0,
 }  # fmt: skip
 """What is composed, with its share in percent (nearly)."""
-KIN_WORDINGS = 2
+KIN_WORDINGS = 4
 """Captions of one scene, at most, that say a thing by another word."""
+PAIRED = ("animals", "food", "vehicles", "objects", "people", "plants")
+"""Roles of things that stand beside each other."""
 NUMBERS = {2: ("two", "two", "a pair of", "2"), 3: ("three", "three", "3"), 4: ("four", "four", "4")}
 MOODS = ("cute", "little", "beautiful", "big", "nice", "funny", "small", "happy")
 FRAMES = (
@@ -137,8 +139,6 @@ class Composer:
     work: Path
     styles: Sequence[str] = tuple(STYLE_WORDS)
     shares: Sequence[int] = STYLE_SHARES
-    kinds: Mapping[str, int] = field(default_factory=lambda: KINDS)
-    """What is composed, with its share."""
     _hues: dict[int, tuple[int, str] | None] = field(default_factory=dict)
 
     @cached_property
@@ -180,10 +180,10 @@ class Composer:
             "plants": of("plant-"),
         }  # fmt: skip
 
-    def scene(self, seed: int, number: int) -> tuple[Scene, np.ndarray]:
-        """Scene `number` of a seed with its picture, uint8 [128, 128, 3]."""
+    def scene(self, seed: int, number: int, kinds: Mapping[str, int] = KINDS) -> tuple[Scene, np.ndarray]:
+        """Scene `number` of a seed, by the shares of its kinds, with its picture, uint8 [128, 128, 3]."""
         source = random.Random(f"{seed}/{number}")
-        kind = source.choices(list(self.kinds), list(self.kinds.values()))[0]
+        kind = source.choices(list(kinds), list(kinds.values()))[0]
         scene = self.plan(kind, source)
         return scene, self.draw(scene, source)
 
@@ -267,14 +267,14 @@ class Composer:
         return Scene(_styled(captions, style, source), backdrop, (placed,), (concept.label,), colour)
 
     def _pair(self, source: random.Random, style: str) -> Scene | None:
-        lists = self.roles
-        kinds = [lists[name] for name in ("animals", "food", "vehicles", "objects", "people", "plants")]
+        kinds = [self.roles[name] for name in PAIRED]
         mixed = [c for kind in kinds for c in kind]
         kind = source.choice([*kinds, mixed, mixed])
         left, right = source.choice(kind), source.choice(kind)
-        a, b = sprite_of(left, style), sprite_of(right, style)
-        if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
+        drawings = _drawings(left, right, style)
+        if drawings is None:
             return None
+        a, b = drawings
         backdrop = self._any_backdrop(source)
         y = source.uniform(60, 70)
         placed = (
@@ -285,14 +285,14 @@ class Composer:
 
     def _close(self, source: random.Random, style: str) -> Scene | None:
         """Two things larger than side by side, the left one higher and behind the other; usual ones more often."""
-        lists = self.roles
-        mixed = [c for name in ("animals", "food", "vehicles", "objects") for c in lists[name]]
-        kinds = [lists[name] for name in ("animals", "food", "vehicles", "objects", "people", "plants")]
+        kinds = [self.roles[name] for name in PAIRED]
+        mixed = [c for kind in kinds[:4] for c in kind]
         kind = source.choice([*kinds, mixed, mixed, mixed, mixed])
         left, right = source.choices(kind, [4 if c.popular else 1 for c in kind], k=2)
-        a, b = sprite_of(left, style), sprite_of(right, style)
-        if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
+        drawings = _drawings(left, right, style)
+        if drawings is None:
             return None
+        a, b = drawings
         lower = source.uniform(6, 14)
         placed = (
             Placed(a, 36 + source.uniform(-2, 2), 64 - lower, SIDE * source.uniform(0.56, 0.61)),
@@ -486,6 +486,14 @@ def sprite_of(concept: Concept, style: str) -> int | None:
     return concept.sprites.get(style)
 
 
+def _drawings(left: Concept, right: Concept, style: str) -> tuple[int, int] | None:
+    """The places of two things' drawings; None where one is missing, or the two are the same or held out."""
+    a, b = sprite_of(left, style), sprite_of(right, style)
+    if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
+        return None
+    return a, b
+
+
 def _said_as(caption: str, names: Sequence[str], word: str) -> str:
     """A caption with another word for the first of the names that it has; itself where it has none."""
     for name in names:
@@ -662,12 +670,11 @@ def shard(job: Job) -> Path:
     """Write one tar of scenes: PNG and captions, a line each."""
     seed, start, count, crop = job.seed, job.start, job.count, job.crop
     composer = _composer(job.work)
-    composer.kinds = job.kinds
     kin = json.loads(job.kin.read_text(encoding="utf-8")) if job.kin is not None else {}
     partial = job.path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(start, start + count):
-            scene, picture = composer.scene(seed, number)
+            scene, picture = composer.scene(seed, number, job.kinds)
             others = composer.other_wordings(scene, kin, random.Random(f"kin {seed}/{number}"))
             if crop is not None:
                 picture = liveliest(picture, crop, random.Random(f"crop {seed}/{number}"))

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from bench_startup import BY_HAND, COMMANDS, PROMPT, ROOT, machine
+from bench_startup import BY_HAND, COMMANDS, PROMPT, machine, measure
 
 from sdcli.latents import decode, moments
 from sdcli.loading import load_model
@@ -39,13 +36,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time and the machine's name here")
     chosen = parser.parse_args()
     one = COMMANDS["generate (starter)"]
-    seconds: dict[str, list[float]] = {name: [] for name in (*WANTED, BY_HAND)}
-    for number in range(chosen.rounds + 1):  # the first only warms the disk's cache
-        whole, batch, by_hand = (timed(command) for command in (one, [*one, "-n", str(BATCH)], COMMANDS[BY_HAND]))
-        if number:
-            seconds[WHOLE].append(whole)
-            seconds[WITHIN].append((batch - whole) / (BATCH - 1))
-            seconds[BY_HAND].append(by_hand)
+    several = f"{BATCH} pictures"
+    commands = {WHOLE: one, several: [*one, "-n", str(BATCH)], BY_HAND: COMMANDS[BY_HAND]}
+    seconds = measure(commands, rounds=chosen.rounds)
+    pairs = zip(seconds[WHOLE], seconds.pop(several), strict=True)
+    seconds[WITHIN] = [(batch - whole) / (BATCH - 1) for whole, batch in pairs]
     seconds[ENCODE], seconds[DECODE] = of_the_vae(chosen.rounds)
     print(f"{machine()}; seconds, median of {chosen.rounds}; {PROMPT!r}")
     for name, times in seconds.items():
@@ -55,15 +50,6 @@ def main() -> None:
     if chosen.json:
         report = {"machine": machine(), "seconds": seconds}
         chosen.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def timed(command: list[str]) -> float:
-    """Seconds of a command from nothing to its end, in an empty folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        start = time.perf_counter()
-        subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=True)
-        return time.perf_counter() - start
 
 
 def of_the_vae(rounds: int) -> tuple[list[float], list[float]]:

@@ -98,8 +98,9 @@ def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | 
     for key, flag in REFERENCES.items():
         line += [flag, str(work / "runs" / step[key])] if key in step else []
     if "teacher" in step:
-        kept = work / step["teacher"]
-        line += ["--teacher", str(kept if kept.exists() else importlib.import_module(step["teacher"]).MODEL_DIR)]
+        teacher = step["teacher"]
+        stored = teacher.endswith(".npz")  # vectors that a step made; otherwise a package
+        line += ["--teacher", str(work / teacher if stored else importlib.import_module(teacher).MODEL_DIR)]
     line += ["--resume"] if any(run.glob("checkpoint-*")) else []  # RUN is there before its first checkpoint
     return line + (["--max-hours", f"{minutes / 60:.4f}"] if minutes is not None else [])
 
