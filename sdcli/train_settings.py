@@ -56,7 +56,7 @@ class TrainSettings(BaseModel):
     max_hours: float | None = _field(None, "stop after this time, with a checkpoint and exit code 0", STEPS, gt=0)
 
     optimizer: Literal["adamw", "muon", "adamw-8bit", "sgd"] = _field(
-        "adamw", "muon turns matrices by Muon, all else by adamw; adamw-8bit needs the package bitsandbytes", OPTIMIZER
+        "adamw", "muon is for matrices, with adamw for the rest; adamw-8bit needs the package bitsandbytes", OPTIMIZER
     )
     learning_rate: float = _field(1e-4, "at its highest", OPTIMIZER, gt=0, also=("--lr",))
     lr_scheduler: LrScheduler = _field("constant", "how the learning rate goes on", OPTIMIZER)
@@ -353,7 +353,8 @@ class TextSettings(TrainSettings):
 
     objective: tuple[str, ...] = _field(
         (),
-        "lm, contrastive or distil, with a weight as in lm:0.2; several times to add up (lm; distil with --teacher)",
+        "lm, contrastive, distil or distil-word (at the last word), with a weight as in lm:0.2; several times to add "
+        "up (lm; distil with --teacher)",
         OBJECTIVE,
     )
     teacher: Path | None = _field(None, "a sentence encoder's folder, or a file of vectors, to learn from", OBJECTIVE)

@@ -133,6 +133,7 @@ def test_objectives_are_names_with_weights() -> None:
     assert parse_objectives([], teacher=False) == {"lm": 1.0}
     assert parse_objectives([], teacher=True) == {"distil": 1.0}
     assert parse_objectives(["distil", "lm:0.2"], teacher=True) == {"distil": 1.0, "lm": 0.2}
+    assert parse_objectives(["distil", "distil-word:0.5"], teacher=True) == {"distil": 1.0, "distil-word": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ def test_objectives_are_names_with_weights() -> None:
         (["lm", "lm:2"], False, "twice"),
         (["distil"], False, "add --teacher"),
         (["lm"], True, "no effect"),
+        (["distil-word"], True, "goes with --objective distil"),
     ],
 )
 def test_objectives_that_cannot_be_are_refused(names: list[str], teacher: bool, sentence: str) -> None:
@@ -207,16 +209,17 @@ def test_the_state_is_that_at_the_first_end_token_though_padding_is_the_same_tok
     ends = first_end(ids, tokenizer().end_id)
     assert ends.tolist() == [4, 2, 1, 15]
     with torch.no_grad():
-        states, _ = encoder(ids)
+        states, words, _ = encoder(ids)
         hidden = ClipTextEncoder.forward(encoder, ids)
     assert torch.equal(states, hidden[torch.arange(4), ends])
+    assert torch.equal(words, hidden[torch.arange(4), ends - 1])
 
 
 def test_surprise_is_the_sum_of_the_next_tokens_negative_log_probabilities() -> None:
     encoder = new_text_encoder(SMALL, tokenizer(), seed=0).double()
     ids = torch.tensor([tokenizer()(text).ids for text in ("a red fox sleeps", "owl", "a red fox " * 9)])
     with torch.no_grad():
-        _, surprise = encoder(ids, 2)
+        _, _, surprise = encoder(ids, 2)
         hidden = ClipTextEncoder.forward(encoder, ids)
     log_p = (hidden @ encoder.embeddings.token_embedding.weight.T).log_softmax(dim=-1).detach()
     for row, length in enumerate((5, 2)):
@@ -241,7 +244,14 @@ def test_info_nce_is_its_definition() -> None:
 
 
 @pytest.mark.parametrize(
-    "objectives", [{"lm": 1.0}, {"contrastive": 1.0}, {"distil": 1.0}, {"lm": 0.5, "contrastive": 2.0, "distil": 1.0}]
+    "objectives",
+    [
+        {"lm": 1.0},
+        {"contrastive": 1.0},
+        {"distil": 1.0},
+        {"distil": 1.0, "distil-word": 1.0},
+        {"lm": 0.5, "contrastive": 2.0, "distil": 1.0},
+    ],
 )
 def test_gradients_reach_every_parameter(objectives: dict[str, float]) -> None:
     work = task(objectives)
@@ -438,6 +448,28 @@ def test_distillation_learns_a_teachers_vectors() -> None:
     assert set(figures) == {"loss", "perplexity", "cosine", "retrieval"}
 
 
+def test_distillation_of_the_last_word_teaches_the_state_at_a_word_whatever_follows() -> None:
+    found = captions(alternatives=False)
+    plain, words = (
+        task({"distil": 1.0} | more, found=found, batch=43, validation_split=0.1) for more in ({}, {"distil-word": 1.0})
+    )
+    for work in (plain, words):
+        train(work, 250)
+    tokens = tokenizer()
+    texts = [found.texts[index] for index in words.trained]
+    last = torch.tensor([first_end(torch.tensor([tokens(text).ids]), tokens.end_id) - 1 for text in texts])
+    longer = torch.tensor([tokens(f"{text} sleeps").ids for text in texts])
+
+    def cosine(work: TextEncoderTask) -> float:
+        with torch.no_grad():
+            hidden = ClipTextEncoder.forward(work.encoder, longer)[torch.arange(len(texts)), last]
+            students = F.normalize(work.networks["text_projection"](hidden), dim=1)
+        assert work.items.vectors is not None
+        return float((students * work.items.vectors[torch.from_numpy(work.trained)]).sum(dim=1).mean())
+
+    assert cosine(words) > 0.9 > 0.5 > cosine(plain)
+
+
 def test_validation_is_the_same_each_time_and_moves_nothing() -> None:
     work = task({"lm": 1.0, "contrastive": 1.0, "distil": 1.0}, validation_split=0.3, word_dropout=0.0)
     before = {name: tensor.clone() for name, tensor in work.encoder.state_dict().items()}
@@ -509,7 +541,7 @@ def test_transformers_loads_what_was_saved_and_computes_the_same(tmp_path: Path)
     ids = words(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         theirs, ours = oracle.eval()(ids), ClipTextEncoder.forward(work.encoder, ids)
-        states, _ = work.encoder(ids)
+        states, _, _ = work.encoder(ids)
     assert torch.equal(theirs.last_hidden_state, ours)
     assert torch.equal(theirs.pooler_output, states)
     assert ids.tolist() == [list(load_tokenizer(folder / "tokenizer")(text).ids) for text in texts]

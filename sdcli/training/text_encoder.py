@@ -3,6 +3,9 @@
 caption -> tokens -> hidden states -+-> next token, by the tied embedding            "lm"
                                     +-> state at the end ~ state of another caption  "contrastive"
                                     +-> state at the end, projected ~ teacher's      "distil"
+                                    +-> state at the last word, by the same projection ~ teacher's   "distil-word"
+
+A UNet attends to every word's state, and the encoder is causal: the state at a word is that of the text up to it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,7 +37,7 @@ from sdcli.training.text_items import TextItems
 from sdcli.training.vocabulary import save_tokenizer
 from sdcli.weights import empty_network, fill
 
-Objective = Literal["lm", "contrastive", "distil"]
+Objective = Literal["lm", "contrastive", "distil", "distil-word"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 ENCODER, PROJECTION = "text_encoder", "text_projection"
 MOST_HELD_OUT = 1000
@@ -72,6 +75,8 @@ def parse_objectives(names: Sequence[str], *, teacher: bool) -> dict[Objective, 
         weights[objective] = weight
     if "distil" in weights and not teacher:
         raise UsageError("--objective distil learns from a sentence encoder: add --teacher")
+    if "distil-word" in weights and "distil" not in weights:
+        raise UsageError("--objective distil-word goes with --objective distil: they share a projection")
     if teacher and "distil" not in weights:
         raise UsageError("--teacher has no effect without --objective distil")
     return weights
@@ -83,22 +88,23 @@ def parse_objectives(names: Sequence[str], *, teacher: bool) -> dict[Objective, 
 class TrainedTextEncoder(ClipTextEncoder):
     """The text encoder with what its losses need; its parameters are those of `ClipTextEncoder` and no others."""
 
-    def forward(self, token_ids: Tensor, scored: int = 0) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Token ids [B, L] -> states [B, D] at the first end token, and the surprise [scored] of the first rows.
+    def forward(self, token_ids: Tensor, scored: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Token ids [B, L] -> states [B, D] at the first end token and at the token before it, and the surprise
+        [scored] of the first rows.
 
         The surprise of a caption is the sum of -log p(next token) in nats, from the first word to the end token, by the
         token embedding as output layer (Press & Wolf 2017). One call for all, so that autocast and DDP see all of it.
         """
         hidden = super().forward(token_ids)
         ends = first_end(token_ids, self.config.eos_token_id)
-        states = hidden[torch.arange(len(hidden), device=hidden.device), ends]
+        rows = torch.arange(len(hidden), device=hidden.device)
         surprise = hidden.new_zeros((scored, token_ids.shape[1] - 1), dtype=torch.float32)
         if scored:
             # Only where a word or the end follows: what is padding predicts nothing.
             places = torch.arange(token_ids.shape[1] - 1, device=ends.device) < ends[:scored, None]
             logits = F.linear(hidden[:scored, :-1][places], self.embeddings.token_embedding.weight)
             surprise[places] = F.cross_entropy(logits.float(), token_ids[:scored, 1:][places], reduction="none")
-        return states, surprise.sum(dim=1)
+        return hidden[rows, ends], hidden[rows, ends - 1], surprise.sum(dim=1)
 
 
 def first_end(token_ids: Tensor, end_id: int) -> Tensor:
@@ -186,18 +192,6 @@ def _projection(width: int, teacher_width: int, *, seed: int) -> nn.Module:
     return layer.requires_grad_(True).train()
 
 
-@torch.no_grad()
-def _best_projection(encoder: TrainedTextEncoder, items: TextItems, indices: np.ndarray) -> Tensor:
-    """The ridge regression [D, width] from an encoder's states to the teacher's vectors, over some captions."""
-    assert items.vectors is not None
-    ids = torch.from_numpy(items.ids[indices].astype(np.int64))
-    states = torch.cat([encoder(part)[0] for part in ids.split(VALIDATION_BATCH)]).double()
-    squares = states.T @ states
-    squares += RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
-    wanted = items.vectors[torch.from_numpy(indices)].double()
-    return torch.linalg.solve(squares, states.T @ wanted).T.float()
-
-
 def write_text_encoder(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors in float32 so that transformers' CLIPTextModel loads them.
 
@@ -280,8 +274,7 @@ class TextEncoderTask:
             raise UsageError("there is not one caption to train on; a smaller --validation-split leaves more")
         lengths = self.items.lengths()[trained]
         if self.continued and PROJECTION in self.networks:
-            weight = _best_projection(self.encoder, self.items, _spread(trained, FITTED))
-            self.networks[PROJECTION].load_state_dict({"weight": weight})
+            self._fit_projection(_spread(trained[np.argsort(lengths, kind="stable")], FITTED))
         self.trained = trained
         self.order = Order(by_length(trained, lengths + 1, fewest=self.batch), batch=self.batch, seed=self.seed)
         self._mean_length = float(lengths.mean())
@@ -345,9 +338,13 @@ class TextEncoderTask:
         ids = batch["token_ids"]
         rows = len(ids)
         everything = torch.cat([ids, batch["partner_ids"]]) if "partner_ids" in batch else ids
-        states, surprise = networks[ENCODER](everything, rows if "lm" in self.objectives else 0)
-        students = F.normalize(networks[PROJECTION](states[:rows]).float(), dim=1) if "teacher" in batch else None
-        return _Compared(batch, states[:rows].float(), states[rows:].float(), surprise, students)
+        states, words, surprise = networks[ENCODER](everything, rows if "lm" in self.objectives else 0)
+        students = word_students = None
+        if "teacher" in batch:
+            both = torch.cat([states[:rows], words[:rows]]) if "distil-word" in self.objectives else states[:rows]
+            projected = F.normalize(networks[PROJECTION](both).float(), dim=1)  # one call, as DDP wants it
+            students, word_students = projected[:rows], projected[rows:]
+        return _Compared(batch, states[:rows].float(), states[rows:].float(), surprise, students, word_students)
 
     def _lm(self, found: _Compared) -> Tensor:
         # By the mean length over all captions, not over these: so the loss of a step is the mean of its micro-batches'.
@@ -362,10 +359,16 @@ class TextEncoderTask:
         return (losses * paired).sum() / paired.sum().clamp(min=1)
 
     def _distil(self, found: _Compared) -> Tensor:
-        assert found.students is not None
-        teacher, text = found.batch["teacher"], found.batch["text"]
-        nce = info_nce(found.students, teacher, alike=_equal(text, text), temperature=self.temperature).mean()
-        return (1 - (found.students * teacher).sum(dim=1)).mean() + self.infonce_weight * nce
+        return self._unlike_teacher(found.students, found.batch)
+
+    def _distil_word(self, found: _Compared) -> Tensor:
+        return self._unlike_teacher(found.word_students, found.batch)
+
+    def _unlike_teacher(self, students: Tensor | None, batch: Batch) -> Tensor:
+        assert students is not None
+        teacher, text = batch["teacher"], batch["text"]
+        nce = info_nce(students, teacher, alike=_equal(text, text), temperature=self.temperature).mean()
+        return (1 - (students * teacher).sum(dim=1)).mean() + self.infonce_weight * nce
 
     @torch.no_grad()
     def validate(self, networks: Networks) -> dict[str, float]:
@@ -373,12 +376,8 @@ class TextEncoderTask:
         often the caption's own one is the nearest; how often the nearest caption is an alternative."""
         if not len(self.held_out):
             return {}
-        device = next(networks[ENCODER].parameters()).device
-        losses, found = 0.0, []
-        for first in range(0, len(self.held_out), VALIDATION_BATCH):
-            batch = self._fixed_batch(self.held_out[first : first + VALIDATION_BATCH], first, device)
-            found.append(self._compare(networks, batch))
-            losses += float(self._losses(found[-1]).loss) * len(batch["token_ids"])
+        found = list(self._compared(networks, self.held_out))
+        losses = sum(float(self._losses(part).loss) * len(part.batch["token_ids"]) for part in found)
         figures = {"loss": losses / len(self.held_out)}
         if "lm" in self.objectives:
             surprise = sum(float(part.surprise.double().sum()) for part in found)
@@ -392,6 +391,26 @@ class TextEncoderTask:
             states = F.normalize(torch.cat([part.states for part in found]).cpu(), dim=1)
             figures["alternative_retrieval"] = _nearest_is_alternative(states, self.items.groups[self.held_out])
         return figures
+
+    @torch.no_grad()
+    def _fit_projection(self, indices: np.ndarray) -> None:
+        """Make the projection the ridge regression from the encoder's states to the teacher's vectors, over captions.
+
+        They should be in the order of their lengths, so that little of a batch is padding.
+        """
+        found = list(self._compared(self.networks, indices))
+        states = torch.cat([part.states for part in found]).double()
+        wanted = torch.cat([part.batch["teacher"] for part in found]).double()
+        squares = states.T @ states
+        squares += RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
+        weight = torch.linalg.solve(squares, states.T @ wanted).T
+        self.networks[PROJECTION].load_state_dict({"weight": weight.float()})
+
+    def _compared(self, networks: Networks, indices: np.ndarray) -> Iterator[_Compared]:
+        """What the networks make of captions with all their words, a batch at a time."""
+        device = next(networks[ENCODER].parameters()).device
+        for first in range(0, len(indices), VALIDATION_BATCH):
+            yield self._compare(networks, self._fixed_batch(indices[first : first + VALIDATION_BATCH], first, device))
 
     def _fixed_batch(self, indices: np.ndarray, first: int, device: torch.device) -> Batch:
         """A batch that is the same at every validation, with all words."""
@@ -432,11 +451,10 @@ class TextEncoderTask:
 
     def _states(self, networks: Networks, indices: np.ndarray) -> Tensor:
         """Unit states [n, D] of captions on the CPU, as the teacher's where there is one."""
-        device = next(networks[ENCODER].parameters()).device
-        parts = []
-        for first in range(0, len(indices), VALIDATION_BATCH):
-            found = self._compare(networks, self._fixed_batch(indices[first : first + VALIDATION_BATCH], first, device))
-            parts.append(found.students if found.students is not None else F.normalize(found.states, dim=1))
+        parts = [
+            found.students if found.students is not None else F.normalize(found.states, dim=1)
+            for found in self._compared(networks, indices)
+        ]
         return torch.cat(parts).float().cpu()
 
 
@@ -453,12 +471,15 @@ class _Compared:
     """[B] nats a caption; empty where words are not predicted."""
     students: Tensor | None
     """Unit [B, D of the teacher]."""
+    word_students: Tensor | None
+    """The same at the last words; empty where they are not compared."""
 
 
 _TERMS: dict[Objective, Callable[[TextEncoderTask, _Compared], Tensor]] = {
     "lm": TextEncoderTask._lm,
     "contrastive": TextEncoderTask._contrastive,
     "distil": TextEncoderTask._distil,
+    "distil-word": TextEncoderTask._distil_word,
 }
 
 
