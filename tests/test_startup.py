@@ -72,6 +72,13 @@ def test_the_version_is_told_without_any_command(tmp_path: Path) -> None:
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["generate", "--help"]], ids=" ".join)
+def test_help_loads_no_markdown_parser_and_leaves_no_stand_in(arguments: list[str], tmp_path: Path) -> None:
+    done = run(arguments, tmp_path, heavy=["markdown_it", "pygments", "rich.markdown", "rich.traceback"])
+    assert "Usage: sdcli" in done.stdout
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
