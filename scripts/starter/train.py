@@ -24,7 +24,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 REFERENCES = {"model": "--model", "vae": "--vae", "text-encoder": "--text-encoder"}
-"""Keys of a step that name a run of WORK, and the flags they go to."""
+"""Keys of a step that name a run of WORK or the embedded model, and the flags they go to."""
+EMBEDDED = "starter"
 
 
 def main() -> None:
@@ -96,7 +97,8 @@ def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | 
         str(work / "cache"),
     ]
     for key, flag in REFERENCES.items():
-        line += [flag, str(work / "runs" / step[key])] if key in step else []
+        if key in step:
+            line += [flag, EMBEDDED if step[key] == EMBEDDED else str(work / "runs" / step[key])]
     if "teacher" in step:
         teacher = step["teacher"]
         stored = teacher.endswith(".npz")  # vectors that a step made; otherwise a package
