@@ -441,6 +441,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
     assert "--resume" in scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
 
 
+def test_a_step_begins_with_a_run_or_with_the_embedded_model(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    for model, given in (("unet-1", str(tmp_path / "runs" / "unet-1")), ("starter", "starter")):
+        step = {"train": "unet", "run": "unet-2", "data": "scenes-2", "model": model}
+        line = scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
+        assert line[line.index("--model") + 1] == given
+
+
 def test_every_recipe_names_settings_that_there_are() -> None:
     for plan in sorted((REPOSITORY / "recipes" / "starter").glob("*/plan.toml")):
         steps = tomllib.loads(plan.read_text())["step"]
