@@ -353,8 +353,8 @@ class TextSettings(TrainSettings):
 
     objective: tuple[str, ...] = _field(
         (),
-        "lm, contrastive, distil or distil-word (at the last word), with a weight as in lm:0.2; several times to add "
-        "up (lm; distil with --teacher)",
+        "lm, contrastive, distil, distil-word (at the last word) or align (a picture's captions get the states of its "
+        "first one), with a weight as in lm:0.2; several times to add up (lm; distil with --teacher)",
         OBJECTIVE,
     )
     teacher: Path | None = _field(None, "a sentence encoder's folder, or a file of vectors, to learn from", OBJECTIVE)

@@ -28,7 +28,8 @@ from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts" / "starter"
 NAMES = (
-    "words", "scenes", "judge", "evaluate", "texts", "wordnet", "meanings", "sprites", "assemble", "parts", "train",
+    "words", "scenes", "judge", "evaluate", "texts", "wordnet", "meanings", "synonyms", "sprites", "assemble", "parts",
+    "train",
 )  # fmt: skip
 
 THINGS = [
@@ -110,7 +111,7 @@ def test_no_caption_has_a_word_that_measures_meaning_or_a_combination_that_is_he
                 assert caption == caption.strip()
                 assert "  " not in caption
             labels = scene.labels
-            if kind in ("pair", "close"):
+            if kind == "pair":
                 assert not words.held_out(*sorted(labels))
             elif kind == "ride":
                 assert not words.held_out(labels[0], "rides", labels[1])
@@ -258,49 +259,41 @@ def test_a_meaning_is_the_mean_of_what_the_teacher_says(scripts: dict[str, Modul
     assert torch.allclose(found, wanted, atol=1e-3)
 
 
-def test_kin_is_near_one_thing_and_never_a_word_that_measures_meaning(
+def test_a_synonym_is_near_to_its_name_and_a_caption_has_it_in_its_place(
     scripts: dict[str, ModuleType], work: Path
 ) -> None:
-    concepts = scripts["scenes"].Composer(work).concepts
-    names = [name for concept in concepts for name in concept.names]
-    words = ["poodle", "terrier", "puppy", "tabby", "nothing", "dog"]
-    texts = [scripts["words"].one(text) for text in (*names, *words)]
-    rows = {text: row for row, text in reversed(list(enumerate(texts)))}
+    composer, synonyms = scripts["scenes"].Composer(work), scripts["synonyms"]
+    names = [name for concept in composer.concepts for name in concept.names]
+    words = ["poodle", "arabian", "tabby", "nothing", "dog", "green", "dog house", "police dog"]
+    texts = list(dict.fromkeys(scripts["words"].one(text) for text in (*names, *words)))
+    rows = {text: row for row, text in enumerate(texts)}
     vectors = torch.eye(len(texts))
-    for word, near in (("poodle", "dog"), ("terrier", "dog"), ("puppy", "dog"), ("tabby", "cat")):
-        vectors[rows[f"a {word}"]] = torch.nn.functional.normalize(
-            vectors[rows[f"a {word}"]] + 3 * vectors[rows[f"a {near}"]], dim=0
-        )
-    found = scripts["meanings"].kin(concepts, words, {"terrier": 5}, rows, vectors)
-    assert found == {"dog": ["terrier", "poodle"], "cat": ["tabby"]}
+    near = {
+        "poodle": "dog",
+        "arabian": "horse",
+        "tabby": "cat",
+        "green": "dog",
+        "dog house": "dog",
+        "police dog": "dog",
+    }
+    for word, name in near.items():
+        row = rows[scripts["words"].one(word)]
+        vectors[row] = torch.nn.functional.normalize(vectors[row] + 3 * vectors[rows[f"a {name}"]], dim=0)
+    found = synonyms.synonyms(composer, words, rows, vectors)
+    assert found == {"dog": ("poodle", "police dog"), "horse": ("arabian",), "cat": ("tabby",)}
 
-
-def test_other_wordings_say_a_thing_by_another_word_and_leave_the_picture(
-    scripts: dict[str, ModuleType], work: Path, tmp_path: Path
-) -> None:
-    scenes = scripts["scenes"]
-    kin = tmp_path / "kin.json"
-    kin.write_text(json.dumps({"dog": ["terrier"], "horse": ["appaloosa"], "red apple": ["pippin"]}))
-    members = []
-    for more in ({}, {"kin": kin}):
-        out = tmp_path / f"scenes-{len(members)}"
-        out.mkdir()
-        (job,) = scenes.jobs(work, out, seed=5, count=60, kinds=scenes.KINDS | {"close": 30}, **more)
-        with tarfile.open(scenes.shard(job)) as tar:
-            members.append({one.name: tar.extractfile(one).read() for one in tar.getmembers()})  # type: ignore[union-attr]
-    plain, with_kin = members
-    said = 0
-    for name, data in plain.items():
-        if name.endswith(".png"):
-            assert with_kin[name] == data
-        else:
-            lines, more_lines = data.decode().splitlines(), with_kin[name].decode().splitlines()
-            assert more_lines[: len(lines)] == lines
-            for line in more_lines[len(lines) :]:
-                assert re.search(r"terrier|appaloosa|pippin", line)
-                assert not re.search(r"\ba appaloosa|\ban (terrier|pippin)", line)
-                said += 1
-    assert said > 5
+    assert ["an horse", "an arabian"] in list(synonyms.words(found, {}))  # the word alone makes the difference
+    assert list(synonyms.words(found, {"tabby": 3})).count(["cats", "tabbies"]) == synonyms.USUAL
+    assert list(synonyms.words(found, {})).count(["dogs", "poodles", "police dogs"]) == 1
+    lists = list(synonyms.captions(composer, found, {}, random.Random(1), 300))
+    assert len(lists) == 300
+    both = [pair for pair in lists if len(pair) == 2]
+    assert len(both) > 30
+    for first, other in both:
+        said = next(word for words in found.values() for word in words if word in other)
+        name = next(name for name, words in found.items() if said in words)
+        assert other.replace(said, name, 1) == first
+        assert not re.search(r"\ba arabian|\ban (poodle|police|tabby)", other)
 
 
 def test_prompts_ask_for_what_was_trained_and_for_what_was_held_out(scripts: dict[str, ModuleType], work: Path) -> None:

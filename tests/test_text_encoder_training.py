@@ -60,6 +60,7 @@ from sdcli.training.text_encoder import (
     parse_objectives,
     write_text_encoder,
 )
+from sdcli.training.text_items import same_places
 from sdcli.training.vocabulary import train_vocabulary
 
 SMALL = ClipTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -104,7 +105,8 @@ def task(objectives: Mapping[Any, float], *, found: Captions | None = None, **mo
     found = found or captions()
     encoder = new_text_encoder(SMALL, tokenizer(), seed=0)
     vectors = random_vectors(len(found.texts)) if "distil" in objectives else None
-    options = {"batch": 16, "seed": 3, "learning_rate": 1e-3, "vectors": vectors, **more}
+    options = {"batch": 16, "seed": 3, "learning_rate": 1e-3, "vectors": vectors, "continued": "align" in objectives}
+    options |= more
     return TextEncoderTask(found, tokenizer(), encoder, objectives, **options)
 
 
@@ -163,6 +165,12 @@ def test_a_task_that_cannot_learn_is_refused() -> None:
         task({"distil": 1.0}, vectors=None)
     with pytest.raises(UsageError, match="broken sentences"):
         task({"lm": 1.0}, word_dropout=0.1)
+    with pytest.raises(UsageError, match="broken sentences"):
+        task({"align": 1.0}, word_dropout=0.1)
+    with pytest.raises(UsageError, match="the states of its first one, and no picture has two"):
+        task({"align": 1.0}, found=captions(alternatives=False))
+    with pytest.raises(UsageError, match="add --model"):
+        task({"align": 1.0}, continued=False)
     with pytest.raises(UsageError, match="evenly"):
         new_text_encoder(ClipTextConfig(hidden_size=30, num_attention_heads=4), tokenizer(), seed=0)
     with pytest.raises(UsageError, match="no activation 'gellu'"):
@@ -209,7 +217,7 @@ def test_the_state_is_that_at_the_first_end_token_though_padding_is_the_same_tok
     ends = first_end(ids, tokenizer().end_id)
     assert ends.tolist() == [4, 2, 1, 15]
     with torch.no_grad():
-        states, words, _ = encoder(ids)
+        states, words, _, _ = encoder(ids)
         hidden = ClipTextEncoder.forward(encoder, ids)
     assert torch.equal(states, hidden[torch.arange(4), ends])
     assert torch.equal(words, hidden[torch.arange(4), ends - 1])
@@ -219,7 +227,7 @@ def test_surprise_is_the_sum_of_the_next_tokens_negative_log_probabilities() -> 
     encoder = new_text_encoder(SMALL, tokenizer(), seed=0).double()
     ids = torch.tensor([tokenizer()(text).ids for text in ("a red fox sleeps", "owl", "a red fox " * 9)])
     with torch.no_grad():
-        _, _, surprise = encoder(ids, 2)
+        _, _, surprise, _ = encoder(ids, 2)
         hidden = ClipTextEncoder.forward(encoder, ids)
     log_p = (hidden @ encoder.embeddings.token_embedding.weight.T).log_softmax(dim=-1).detach()
     for row, length in enumerate((5, 2)):
@@ -251,6 +259,7 @@ def test_info_nce_is_its_definition() -> None:
         {"distil": 1.0},
         {"distil": 1.0, "distil-word": 1.0},
         {"lm": 0.5, "contrastive": 2.0, "distil": 1.0},
+        {"align": 1.0},
     ],
 )
 def test_gradients_reach_every_parameter(objectives: dict[str, float]) -> None:
@@ -470,6 +479,60 @@ def test_distillation_of_the_last_word_teaches_the_state_at_a_word_whatever_foll
     assert cosine(words) > 0.9 > 0.5 > cosine(plain)
 
 
+def test_aligned_captions_take_on_the_states_of_the_first_one_and_it_keeps_them() -> None:
+    pairs = [(f"a {c} {a} {d}", f"a {c} {SYNONYMS[a]} {d}") for c in COLOURS for a in ANIMALS for d in DOINGS]
+    found = Captions(tuple(text for pair in pairs for text in pair), tuple(n for n in range(len(pairs)) for _ in "ab"))
+    work = task({"align": 1.0}, found=found, batch=48, validation_split=0.2)
+    firsts, others = (torch.from_numpy(work.items.ids[part::2].astype(np.int64)) for part in (0, 1))
+    with torch.no_grad():
+        wanted = ClipTextEncoder.forward(work.encoder, firsts).clone()
+    before = work.validate(work.networks)["loss"]
+    train(work, 200)
+    with torch.no_grad():
+        kept, taken = (ClipTextEncoder.forward(work.encoder, ids) for ids in (firsts, others))
+
+    def apart(states: Tensor, ids: Tensor, places: slice) -> float:
+        """Relative, over the last places of the text, or in the padding: all texts have the same words from the end."""
+        ends = first_end(ids, tokenizer().end_id)[:, None]
+        rows = torch.arange(len(ids))[:, None]
+        at = ends + torch.arange(-2, 4)[None, places]
+        like = first_end(firsts, tokenizer().end_id)[:, None] + torch.arange(-2, 4)[None, places]
+        return float((states[rows, at] - wanted[rows, like]).square().sum() / wanted[rows, like].square().sum())
+
+    assert work.validate(work.networks)["loss"] < before / 5
+    for places in (slice(0, 3), slice(3, None)):  # the word, what it does and the end; padding
+        assert apart(kept, firsts, places) < 0.05
+        assert apart(taken, others, places) < 0.05
+
+
+def test_what_is_said_in_the_same_words_is_aligned_already() -> None:
+    work = task({"align": 1.0})
+    firsts = [index for index in work.trained.tolist() if index % 2 == 0]
+    batch = work.collate([work.item(Draw(counter, index)) for counter, index in enumerate(firsts)])
+    assert float(work.loss(work.networks, batch).loss.detach()) == 0
+
+
+@given(st.lists(st.integers(1, 5), max_size=5), st.lists(st.integers(1, 5), max_size=5), st.lists(st.integers(1, 5)))
+def test_words_before_and_behind_another_word_are_at_their_own_places(
+    before: list[int], word: list[int], behind: list[int]
+) -> None:
+    start, end, known, length = 8, 9, [6, 7], 40
+    behind = behind[:10]
+
+    def padded(words: list[int]) -> Tensor:
+        ids = [start, *before, *words, *behind, end]
+        return torch.tensor(ids + [end] * (length - len(ids)))
+
+    places = same_places(padded(word), padded(known), end_id=end).tolist()
+    first = len(before) + 1
+    assert places[:first] == list(range(first))
+    said = range(first, first + len(word))
+    assert [places[place] for place in said] == [max(place - len(word) + 2, first - 1) for place in said]
+    after = first + len(word)
+    assert places[after:] == [min(place - len(word) + 2, length - 1) for place in range(after, length)]
+    assert same_places(padded(word), padded(word), end_id=end).tolist() == list(range(length))
+
+
 def test_validation_is_the_same_each_time_and_moves_nothing() -> None:
     work = task({"lm": 1.0, "contrastive": 1.0, "distil": 1.0}, validation_split=0.3, word_dropout=0.0)
     before = {name: tensor.clone() for name, tensor in work.encoder.state_dict().items()}
@@ -541,7 +604,7 @@ def test_transformers_loads_what_was_saved_and_computes_the_same(tmp_path: Path)
     ids = words(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         theirs, ours = oracle.eval()(ids), ClipTextEncoder.forward(work.encoder, ids)
-        states, _, _ = work.encoder(ids)
+        states, *_ = work.encoder(ids)
     assert torch.equal(theirs.last_hidden_state, ours)
     assert torch.equal(theirs.pooler_output, states)
     assert ids.tolist() == [list(load_tokenizer(folder / "tokenizer")(text).ids) for text in texts]

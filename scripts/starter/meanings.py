@@ -1,4 +1,4 @@
-"""Say what words mean, by a sentence encoder and WordNet together: what the text encoder learns, and other wordings.
+"""Say what words mean, by a sentence encoder and WordNet together: what the text encoder learns.
 
     python scripts/starter/meanings.py WORK
 
@@ -8,8 +8,6 @@ synonyms and next wider word behind its nouns, and, for a noun alone, of these w
 
     WORK/meanings.npz   such vectors, which `sdcli train-text-encoder --teacher` takes
     WORK/meanings.txt   the texts, a line each: names, words of WordNet, captions of scenes and made ones
-    WORK/kin.json       thing -> words of WordNet that mean nearly the same and that no caption has yet (never a word of
-                        words.toml's unseen list), for `scenes.py --kin`
 
 The dictionary comes from Debian's package wordnet-base, as in texts.py; the teacher is a package of PyPI.
 """
@@ -18,32 +16,25 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from scenes import BACKGROUNDS, HUES, KINDS, Composer
+from scenes import KINDS, Composer, named
 from texts import NEAR, made_caption
 from torch import Tensor
 from torch.nn import functional as F
 from wordnet import THINGS, Nouns, counts, fetched
-from words import NEVER, UNSEEN, Concept, one, several
+from words import UNSEEN, one, several
 
 from sdcli.training.teachers import SentenceEncoder, Teacher
 
-LIKENESS = 0.62
-"""Cosine from which a word means nearly the same as a thing's name."""
-MOST_KIN = 24
-"""Words for each thing."""
 GLOSS = 80
 """Letters of a definition that are read."""
 BATCH = 256
-COLOURS = {*BACKGROUNDS, *HUES}
 
 Meant = dict[str, tuple[str, ...]]
 """Text -> the texts whose vectors make its meaning."""
@@ -72,12 +63,7 @@ def main() -> None:
     lines = [*list(near) * NEAR, *wide, *scenes, *made]
     source.shuffle(lines)
     (chosen.work / "meanings.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    rows = {text: row for row, text in enumerate(meant)}
-    found = kin(composer.concepts, words, counts(nouns.folder), rows, vectors)
-    (chosen.work / "kin.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"{len(lines)} texts, {len(meant)} different ones; {sum(map(len, found.values()))} words of {len(found)} things"
-    )
+    print(f"{len(lines)} texts, {len(meant)} different ones")
 
 
 def spoken(composer: Composer) -> list[str]:
@@ -103,14 +89,13 @@ def alone(word: str, nouns: Nouns, *, forms: Sequence = (str, one, several)) -> 
 def scene_captions(composer: Composer, nouns: Nouns, source: random.Random, count: int) -> Meant:
     """One wording each of so many scenes; the things' names stand with their synonyms."""
     found: Meant = {}
-    names = {concept.label: sorted(concept.names, key=len, reverse=True) for concept in composer.concepts}
     for kind in source.choices(list(KINDS), list(KINDS.values()), k=count):
         scene = composer.plan(kind, source)
         caption = full = source.choice(scene.captions)
         for label in dict.fromkeys(scene.labels):
-            named = next((name for name in names[label] if re.search(rf"\b{re.escape(name)}\b", caption)), None)
-            if named is not None:
-                full = re.sub(rf"\b{re.escape(named)}\b", nouns.said_fully(named), full, count=1)
+            said = named(caption, composer.names[label])
+            if said is not None:
+                full = re.sub(rf"\b{re.escape(said[2])}\b", nouns.said_fully(said[2]), full, count=1)
         found[caption] = (caption, full) if full != caption else (caption,)
     return found
 
@@ -140,29 +125,6 @@ def meanings(teacher: Teacher, meant: Meant) -> Tensor:
             print(f"{start} of {len(asked)} texts read", flush=True)
     table, rows = torch.cat(parts).float(), {text: row for row, text in enumerate(asked)}
     return F.normalize(torch.stack([table[[rows[text] for text in texts]].mean(0) for texts in meant.values()]), dim=1)
-
-
-def kin(
-    concepts: Sequence[Concept], words: Sequence[str], usual: dict[str, int], rows: dict[str, int], vectors: Tensor
-) -> dict[str, list[str]]:
-    """Thing -> words that mean nearly the same and are nearer to no other thing; usual ones and near ones first."""
-    names = [(place, name) for place, concept in enumerate(concepts) for name in concept.names]
-    known = {name for _, name in names}
-    table = vectors[[rows[one(name)] for _, name in names]]
-    found: dict[str, list[tuple[float, str]]] = {}
-    for word in unknown(words, known):
-        likeness, nearest = (table @ vectors[rows[one(word)]]).max(0)
-        place, name = names[int(nearest)]
-        inside = name in word
-        if likeness >= LIKENESS and (not inside or word.endswith(f" {name}")):  # an apple tree is no apple
-            worth = float(likeness) + 0.05 * math.log1p(usual.get(word, 0)) - (0.1 if inside else 0)
-            found.setdefault(concepts[place].label, []).append((worth, word))
-    return {label: [word for _, word in sorted(kept, reverse=True)[:MOST_KIN]] for label, kept in found.items()}
-
-
-def unknown(words: Sequence[str], known: set[str]) -> Iterator[str]:
-    """Words that captions may get: none of their names, no colour, and none of the unseen list."""
-    return (word for word in words if word not in known and word not in COLOURS and not NEVER.search(word))
 
 
 if __name__ == "__main__":

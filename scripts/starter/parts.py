@@ -4,8 +4,8 @@
     python scripts/starter/parts.py unpack IN WORK
 
 OUT holds no file of more than 15 MiB and, for the starter, less than 64 MiB in all: the sprites as lossless WebP, the
-texts, the words for captions, and the weights of finished runs in float16. Optimizers stay behind, so pack between
-runs: a step of the plan that was not finished begins again. After `unpack`, train.py goes on with the next step.
+texts, and the weights of finished runs in float16. Optimizers stay behind, so pack between runs: a step of the plan
+that was not finished begins again. After `unpack`, train.py goes on with the next step.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ CHUNK = 15 * 2**20
 """Bytes a file."""
 COLUMNS = 96
 """Sprites in a row of the packed picture; WebP takes at most 16,383 pixels a side."""
-SMALL_FILES = ("sprites.json", "texts.txt", "kin.json")
-MADE_AGAIN = ("scenes", "meanings")
-"""Steps whose shards and vectors are not carried."""
+SMALL_FILES = ("sprites.json", "texts.txt")
+MADE_AGAIN = "scenes"
+"""Steps whose shards are not carried."""
 
 
 def main() -> None:

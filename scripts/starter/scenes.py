@@ -3,11 +3,10 @@
     python scripts/starter/scenes.py WORK WORK/scenes --count 100000 --seed 1
 
 writes tar shards of PNG and caption files that `sdcli train-unet` and `sdcli train-vae` read. WORK is what sprites.py
-wrote. Scene n of a seed is always the same picture, so a longer set begins with a shorter one, and with the same
-`--share` a set with `--kin` has the same pictures as one without: latents that are cached are good for both.
+wrote. Scene n of a seed is always the same, so a longer set begins with a shorter one.
 
 What is composed: an object on white, on a colour, in a landscape; recoloured; two, three and four of a kind; two
-things side by side, or larger and close together; one riding another; one above another. Every tenth combination is
+things side by side; one riding another; one above another. Every tenth combination is
 held out (`words.held_out`), and the words of `words.UNSEEN` and drawings of the style twemoji never occur.
 """
 
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
 import re
 import tarfile
@@ -65,11 +63,9 @@ PLACES = {
 }
 """Landscape -> how captions say it."""
 KINDS = {
-    "plain": 46, "colour": 12, "recoloured": 12, "pair": 8, "count": 6, "ride": 8, "place": 7, "above": 2, "close": 0,
+    "plain": 46, "colour": 12, "recoloured": 12, "pair": 8, "count": 6, "ride": 8, "place": 7, "above": 2,
 }  # fmt: skip
 """What is composed, with its share in percent (nearly)."""
-KIN_WORDINGS = 4
-"""Captions of one scene, at most, that say a thing by another word."""
 PAIRED = ("animals", "food", "vehicles", "objects", "people", "plants")
 """Roles of things that stand beside each other."""
 NUMBERS = {2: ("two", "two", "a pair of", "2"), 3: ("three", "three", "3"), 4: ("four", "four", "4")}
@@ -180,6 +176,11 @@ class Composer:
             "plants": of("plant-"),
         }  # fmt: skip
 
+    @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """The names of each thing, the longest first."""
+        return {concept.label: sorted(concept.names, key=len, reverse=True) for concept in self.concepts}
+
     def scene(self, seed: int, number: int, kinds: Mapping[str, int] = KINDS) -> tuple[Scene, np.ndarray]:
         """Scene `number` of a seed, by the shares of its kinds, with its picture, uint8 [128, 128, 3]."""
         source = random.Random(f"{seed}/{number}")
@@ -267,45 +268,20 @@ class Composer:
         return Scene(_styled(captions, style, source), backdrop, (placed,), (concept.label,), colour)
 
     def _pair(self, source: random.Random, style: str) -> Scene | None:
+        """Two things side by side; usual ones more often."""
         kinds = [self.roles[name] for name in PAIRED]
         mixed = [c for kind in kinds for c in kind]
         kind = source.choice([*kinds, mixed, mixed])
-        left, right = source.choice(kind), source.choice(kind)
-        drawings = _drawings(left, right, style)
-        if drawings is None:
+        left, right = source.choices(kind, [4 if c.popular else 1 for c in kind], k=2)
+        a, b = sprite_of(left, style), sprite_of(right, style)
+        if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
             return None
-        a, b = drawings
         backdrop = self._any_backdrop(source)
         y = source.uniform(60, 70)
         placed = (
             Placed(a, 35 + source.uniform(-2, 2), y, SIDE * source.uniform(0.46, 0.53)),
             Placed(b, 93 + source.uniform(-2, 2), y, SIDE * source.uniform(0.46, 0.53)),
         )
-        return self._two(source, style, backdrop, (left, right), placed)
-
-    def _close(self, source: random.Random, style: str) -> Scene | None:
-        """Two things larger than side by side, the left one higher and behind the other; usual ones more often."""
-        kinds = [self.roles[name] for name in PAIRED]
-        mixed = [c for kind in kinds[:4] for c in kind]
-        kind = source.choice([*kinds, mixed, mixed, mixed, mixed])
-        left, right = source.choices(kind, [4 if c.popular else 1 for c in kind], k=2)
-        drawings = _drawings(left, right, style)
-        if drawings is None:
-            return None
-        a, b = drawings
-        lower = source.uniform(6, 14)
-        placed = (
-            Placed(a, 36 + source.uniform(-2, 2), 64 - lower, SIDE * source.uniform(0.56, 0.61)),
-            Placed(b, 92 + source.uniform(-2, 2), 64 + lower, SIDE * source.uniform(0.56, 0.61)),
-        )
-        return self._two(source, style, self._any_backdrop(source, 0.15), (left, right), placed)
-
-    def _two(
-        self, source: random.Random, style: str, backdrop: Backdrop, things: tuple[Concept, Concept],
-        placed: tuple[Placed, Placed],
-    ) -> Scene:  # fmt: skip
-        """Two things, left and right, and what is said about them."""
-        left, right = things
         words = backdrop.words
         first, second = one(source.choice(left.names)), one(source.choice(right.names))
         captions = [
@@ -412,22 +388,6 @@ class Composer:
             return Backdrop(LANDSCAPES[place], f" {source.choice(PLACES[place])}", place)
         return _mostly_white(source)
 
-    def other_wordings(self, scene: Scene, kin: Mapping[str, Sequence[str]], source: random.Random) -> list[str]:
-        """Captions of a scene in which another word stands for one of its things (`kin`: label -> words)."""
-        found = []
-        labels = [label for label in dict.fromkeys(scene.labels) if label in kin]
-        singular = len(set(scene.labels)) == len(scene.labels)
-        for caption in source.sample(scene.captions, min(KIN_WORDINGS, len(scene.captions))):
-            if labels and singular:
-                label = source.choice(labels)
-                found.append(_said_as(caption, self._names[label], source.choice(kin[label])))
-        return [caption for caption in dict.fromkeys(found) if caption not in scene.captions]
-
-    @cached_property
-    def _names(self) -> dict[str, list[str]]:
-        """The names of each thing, the longest first."""
-        return {concept.label: sorted(concept.names, key=len, reverse=True) for concept in self.concepts}
-
     # Colours
 
     def hue(self, sprite: int) -> tuple[int, str] | None:
@@ -486,22 +446,10 @@ def sprite_of(concept: Concept, style: str) -> int | None:
     return concept.sprites.get(style)
 
 
-def _drawings(left: Concept, right: Concept, style: str) -> tuple[int, int] | None:
-    """The places of two things' drawings; None where one is missing, or the two are the same or held out."""
-    a, b = sprite_of(left, style), sprite_of(right, style)
-    if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
-        return None
-    return a, b
-
-
-def _said_as(caption: str, names: Sequence[str], word: str) -> str:
-    """A caption with another word for the first of the names that it has; itself where it has none."""
-    for name in names:
-        found = re.search(rf"\b(an? )?{re.escape(name)}\b", caption)
-        if found is not None:
-            said = one(word) if found[1] else word
-            return caption[: found.start()] + said + caption[found.end() :]
-    return caption
+def named(caption: str, names: Sequence[str]) -> re.Match[str] | None:
+    """Where a caption says the first of these names that it has; group 1 is its article, if any, group 2 the name."""
+    found = (re.search(rf"\b(an? )?({re.escape(name)})\b", caption) for name in names)
+    return next((match for match in found if match is not None), None)
 
 
 def colourable(concept: Concept) -> bool:
@@ -659,7 +607,6 @@ class Job(NamedTuple):
     count: int
     crop: int | None
     kinds: Mapping[str, int]
-    kin: Path | None
 
     @property
     def path(self) -> Path:
@@ -670,18 +617,16 @@ def shard(job: Job) -> Path:
     """Write one tar of scenes: PNG and captions, a line each."""
     seed, start, count, crop = job.seed, job.start, job.count, job.crop
     composer = _composer(job.work)
-    kin = json.loads(job.kin.read_text(encoding="utf-8")) if job.kin is not None else {}
     partial = job.path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(start, start + count):
             scene, picture = composer.scene(seed, number, job.kinds)
-            others = composer.other_wordings(scene, kin, random.Random(f"kin {seed}/{number}"))
             if crop is not None:
                 picture = liveliest(picture, crop, random.Random(f"crop {seed}/{number}"))
             png = io.BytesIO()
             Image.fromarray(picture).save(png, "PNG", compress_level=1)
             key = f"{seed:03d}{number:08d}"
-            for suffix, data in (("png", png.getvalue()), ("txt", "\n".join([*scene.captions, *others]).encode())):
+            for suffix, data in (("png", png.getvalue()), ("txt", "\n".join(scene.captions).encode())):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -706,11 +651,10 @@ def _composer(work: Path) -> Composer:
 
 
 def jobs(
-    work: Path, out: Path, *, seed: int, count: int, crop: int | None = None,
-    kinds: Mapping[str, int] = KINDS, kin: Path | None = None,
-) -> list[Job]:  # fmt: skip
+    work: Path, out: Path, *, seed: int, count: int, crop: int | None = None, kinds: Mapping[str, int] = KINDS
+) -> list[Job]:
     """The shards that are not there yet."""
-    every = [Job(work, out, seed, at, min(SHARD, count - at), crop, kinds, kin) for at in range(0, count, SHARD)]
+    every = [Job(work, out, seed, at, min(SHARD, count - at), crop, kinds) for at in range(0, count, SHARD)]
     return [job for job in every if not job.path.exists()]
 
 
@@ -733,12 +677,11 @@ def main() -> None:
         "--share", dest="shares", action="append", type=share, default=[], metavar="KIND=PERCENT",
         help=f"how many scenes are of a kind ({', '.join(f'{kind}={percent}' for kind, percent in KINDS.items())})",
     )  # fmt: skip
-    parser.add_argument("--kin", type=Path, help="meanings.py's kin.json: some captions say a thing by another word")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     todo = jobs(
         chosen.work, chosen.out, seed=chosen.seed, count=chosen.count, crop=chosen.crop,
-        kinds=KINDS | dict(chosen.shares), kin=chosen.kin,
+        kinds=KINDS | dict(chosen.shares),
     )  # fmt: skip
     with Pool() as pool:
         for done, path in enumerate(pool.imap_unordered(shard, todo), 1):

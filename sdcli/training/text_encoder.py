@@ -1,15 +1,19 @@
-"""Training a small CLIP text encoder: on the next token, on alternative captions, or on a teacher's sentence vectors.
+"""Training a small CLIP text encoder: on the next token, on alternative captions, on a teacher's sentence vectors, or
+on its own states for other words.
 
 caption -> tokens -> hidden states -+-> next token, by the tied embedding            "lm"
                                     +-> state at the end ~ state of another caption  "contrastive"
                                     +-> state at the end, projected ~ teacher's      "distil"
                                     +-> state at the last word, by the same projection ~ teacher's   "distil-word"
+                                    +-> all states ~ those of the picture's first caption            "align"
 
-A UNet attends to every word's state, and the encoder is causal: the state at a word is that of the text up to it.
+A UNet attends to every word's state, and the encoder is causal: the state at a word is that of the text up to it. What
+"align" learns are the states that the encoder gave before this run: a UNet that knows "car" then paints "automobile".
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -37,7 +41,7 @@ from sdcli.training.text_items import TextItems
 from sdcli.training.vocabulary import save_tokenizer
 from sdcli.weights import empty_network, fill
 
-Objective = Literal["lm", "contrastive", "distil", "distil-word"]
+Objective = Literal["lm", "contrastive", "distil", "distil-word", "align"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 ENCODER, PROJECTION = "text_encoder", "text_projection"
 MOST_HELD_OUT = 1000
@@ -47,6 +51,8 @@ FITTED = 8192
 """Captions that the projection of an encoder that has learned before is fitted to."""
 RIDGE = 1e-4
 """Of that fit, relative to the mean square of a channel."""
+PADDING = 4
+"""Places behind the longest text that are aligned."""
 LENGTH_STEP = 4
 """Batches are cut to a multiple of this, so that they come in few shapes."""
 SHOWN, NEAREST, COMPARED = 8, 5, 2000
@@ -88,9 +94,9 @@ def parse_objectives(names: Sequence[str], *, teacher: bool) -> dict[Objective, 
 class TrainedTextEncoder(ClipTextEncoder):
     """The text encoder with what its losses need; its parameters are those of `ClipTextEncoder` and no others."""
 
-    def forward(self, token_ids: Tensor, scored: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Token ids [B, L] -> states [B, D] at the first end token and at the token before it, and the surprise
-        [scored] of the first rows.
+    def forward(self, token_ids: Tensor, scored: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Token ids [B, L] -> states [B, D] at the first end token and at the token before it, the surprise [scored] of
+        the first rows, and all states [B, L, D].
 
         The surprise of a caption is the sum of -log p(next token) in nats, from the first word to the end token, by the
         token embedding as output layer (Press & Wolf 2017). One call for all, so that autocast and DDP see all of it.
@@ -104,7 +110,7 @@ class TrainedTextEncoder(ClipTextEncoder):
             places = torch.arange(token_ids.shape[1] - 1, device=ends.device) < ends[:scored, None]
             logits = F.linear(hidden[:scored, :-1][places], self.embeddings.token_embedding.weight)
             surprise[places] = F.cross_entropy(logits.float(), token_ids[:scored, 1:][places], reduction="none")
-        return hidden[rows, ends], hidden[rows, ends - 1], surprise.sum(dim=1)
+        return hidden[rows, ends], hidden[rows, ends - 1], surprise.sum(dim=1), hidden
 
 
 def first_end(token_ids: Tensor, end_id: int) -> Tensor:
@@ -241,6 +247,8 @@ class TextEncoderTask:
     """Of InfoNCE in distil, beside 1 - cosine."""
     networks: dict[str, nn.Module] = field(init=False)
     averaged: tuple[str, ...] = field(init=False)
+    begun: TrainedTextEncoder | None = field(init=False, repr=False, default=None)
+    """The encoder as it was before this run: whose states are learned in align."""
     phases: Sequence[Phase] = field(init=False)
     items: TextItems = field(init=False, repr=False)
     order: Order = field(init=False, repr=False)
@@ -256,9 +264,12 @@ class TextEncoderTask:
             self.tokenizer,
             vectors=self.vectors.float() if self.vectors is not None else None,
             partners="contrastive" in self.objectives,
+            firsts="align" in self.objectives,
             word_dropout=self.word_dropout,
         )
         self.networks = {ENCODER: self.encoder}
+        if "align" in self.objectives:
+            self.begun = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         if self.vectors is not None:
             width = self.encoder.config.hidden_size
             self.networks[PROJECTION] = _projection(width, self.vectors.shape[1], seed=self.seed)
@@ -292,11 +303,17 @@ class TextEncoderTask:
                 "--objective contrastive compares alternative captions of one picture, and no picture has two; use lm, "
                 "or distil with a --teacher"
             )
+        if "align" in objectives and not self.captions.has_alternatives:
+            raise UsageError(
+                "--objective align teaches a picture's captions the states of its first one, and no picture has two"
+            )
+        if "align" in objectives and not self.continued:
+            raise UsageError("--objective align keeps to the states of an encoder that has learned: add --model")
         if {"contrastive", "distil"} & set(objectives) and self.batch < 2:
             raise UsageError("a caption is compared with the others of its batch: --train-batch-size must be 2 or more")
-        if self.word_dropout and "lm" in objectives:
+        for name in sorted({"lm", "align"} & set(objectives)) if self.word_dropout else ():
             raise UsageError(
-                "--word-dropout with --objective lm would teach it broken sentences; leave one of them out"
+                f"--word-dropout with --objective {name} would teach it broken sentences; leave one of them out"
             )
         if not 0 <= self.word_dropout < 1:
             raise UsageError(f"--word-dropout is a share of the words from 0 to below 1, not {self.word_dropout}")
@@ -315,12 +332,18 @@ class TextEncoderTask:
         return repr(self.captions.texts[index])
 
     def collate(self, items: list[dict[str, Any]]) -> Batch:
-        """Stacked, and cut behind the longest caption: the encoder is causal, so that what follows changes nothing."""
+        """Stacked, and cut behind the longest caption: the encoder is causal, so that what follows changes nothing.
+
+        Some of the padding stays where it is aligned: a UNet attends to it, too, and the rest of it is much the same.
+        """
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        sequences = [name for name in ("token_ids", "partner_ids") if name in batch]
-        longest = max(int(first_end(batch[name], self.tokenizer.end_id).max()) + 1 for name in sequences)
+        sequences = [name for name in ("token_ids", "partner_ids", "first_ids", "first_places") if name in batch]
+        texts = [batch[name] for name in sequences if name != "first_places"]
+        longest = max(int(first_end(text, self.tokenizer.end_id).max()) + 1 for text in texts)
+        longest += PADDING if "first_ids" in batch else 0
         cut = min(self.tokenizer.max_length, math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
-        return {**batch, **{name: batch[name][:, :cut] for name in sequences}}
+        batch |= {name: batch[name][:, :cut] for name in sequences}
+        return batch | ({"first_places": batch["first_places"].clamp(max=cut - 1)} if "first_places" in batch else {})
 
     def loss(self, networks: Networks, batch: Batch) -> Losses:
         """The weighted sum of the objectives, and each of them."""
@@ -338,13 +361,14 @@ class TextEncoderTask:
         ids = batch["token_ids"]
         rows = len(ids)
         everything = torch.cat([ids, batch["partner_ids"]]) if "partner_ids" in batch else ids
-        states, words, surprise = networks[ENCODER](everything, rows if "lm" in self.objectives else 0)
+        states, words, surprise, hidden = networks[ENCODER](everything, rows if "lm" in self.objectives else 0)
         students = word_students = None
         if "teacher" in batch:
             both = torch.cat([states[:rows], words[:rows]]) if "distil-word" in self.objectives else states[:rows]
             projected = F.normalize(networks[PROJECTION](both).float(), dim=1)  # one call, as DDP wants it
             students, word_students = projected[:rows], projected[rows:]
-        return _Compared(batch, states[:rows].float(), states[rows:].float(), surprise, students, word_students)
+        own, partners = states[:rows].float(), states[rows:].float()
+        return _Compared(batch, own, partners, surprise, hidden[:rows].float(), students, word_students)
 
     def _lm(self, found: _Compared) -> Tensor:
         # By the mean length over all captions, not over these: so the loss of a step is the mean of its micro-batches'.
@@ -363,6 +387,21 @@ class TextEncoderTask:
 
     def _distil_word(self, found: _Compared) -> Tensor:
         return self._unlike_teacher(found.word_students, found.batch)
+
+    def _align(self, found: _Compared) -> Tensor:
+        """The squared distance to the states of the first caption in units of their mean square, so 2 where nothing is
+        alike; half of it is the words and the first end token, half the padding."""
+        assert self.begun is not None
+        batch, states = found.batch, found.hidden
+        with torch.no_grad():
+            first = self.begun.to(states.device)(batch["first_ids"])[3].float()
+            first = first.gather(1, batch["first_places"][..., None].expand_as(first))
+        squares = (states - first).square().sum(dim=2)
+        squares = squares / first.square().sum(dim=2).mean(dim=1, keepdim=True)
+        places = torch.arange(squares.shape[1], device=squares.device)
+        text = places <= first_end(batch["token_ids"], self.tokenizer.end_id)[:, None]
+        parts = [(squares * part).sum(dim=1) / part.sum(dim=1).clamp(min=1) for part in (text, ~text)]
+        return torch.stack(parts).mean()
 
     def _unlike_teacher(self, students: Tensor | None, batch: Batch) -> Tensor:
         assert students is not None
@@ -469,6 +508,8 @@ class _Compared:
     """[B, D]; empty where partners are not compared."""
     surprise: Tensor
     """[B] nats a caption; empty where words are not predicted."""
+    hidden: Tensor
+    """All states of the captions, [B, L, D]."""
     students: Tensor | None
     """Unit [B, D of the teacher]."""
     word_students: Tensor | None
@@ -480,6 +521,7 @@ _TERMS: dict[Objective, Callable[[TextEncoderTask, _Compared], Tensor]] = {
     "contrastive": TextEncoderTask._contrastive,
     "distil": TextEncoderTask._distil,
     "distil-word": TextEncoderTask._distil_word,
+    "align": TextEncoderTask._align,
 }
 
 
