@@ -188,7 +188,7 @@ def trained(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int =
         optimizer.step()
         if (step + 1) % 200 == 0:
             took = time.monotonic() - began
-            print(f"step {step + 1} of {steps}: loss {float(loss):.3f}, {took:.0f} s", flush=True)
+            print(f"step {step + 1} of {steps}: loss {float(loss.detach()):.3f}, {took:.0f} s", flush=True)
     return judge.eval()
 
 

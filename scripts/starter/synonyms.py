@@ -59,13 +59,13 @@ def synonyms(composer: Composer, candidates: Sequence[str], rows: Mapping[str, i
     """The words whose nearest name is near enough; `vectors` are meanings' of the texts that `rows` counts."""
     names = list(dict.fromkeys(name for concept in composer.concepts for name in concept.names))
     table = vectors[[rows[one(name)] for name in names]]
-    known = {*names, *BACKGROUNDS, *HUES}
-    new = [word for word in candidates if word not in known and one(word) in rows]
+    said = {*names, *BACKGROUNDS, *HUES}
+    new = [word for word in candidates if word not in said and one(word) in rows]
     found: dict[str, list[str]] = {}
     for word in new:
         likeness, nearest = (table @ vectors[rows[one(word)]]).max(0)
         name = names[int(nearest)]
-        if likeness >= LIKENESS and (name not in word or word.endswith(f" {name}")):  # an apple tree is no apple
+        if likeness >= LIKENESS and (name not in word or word.endswith(name)):  # an apple tree is no apple
             found.setdefault(name, []).append(word)
     return {name: tuple(words) for name, words in found.items()}
 
