@@ -285,3 +285,16 @@ def test_the_proof_knows_the_models_of_a_models_file(tmp_path: Path, pictures: P
     )  # fmt: skip
     assert proved.returncode == 0, proved.stderr
     assert proved.stdout.startswith("identical")
+
+
+@pytest.mark.slow
+def test_aligned_words_are_learned_the_same_after_a_stop(tmp_path: Path, sdcli: Run) -> None:
+    """The states to learn are those of the model, not of the checkpoint that a run goes on from."""
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"text": ["a dog", "ein hund"]}\n{"text": ["a cat", "eine katze"]}\n')
+    proved = sdcli(
+        "train-text-encoder", words, "-o", tmp_path / "run", "-m", "starter", "--objective", "align",
+        "--train-batch-size", "4", "--validation-split", "0", "--prove-resume",
+    )  # fmt: skip
+    assert proved.returncode == 0, proved.stderr
+    assert proved.stdout.startswith("identical")

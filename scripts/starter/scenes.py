@@ -6,8 +6,8 @@ writes tar shards of PNG and caption files that `sdcli train-unet` and `sdcli tr
 wrote. Scene n of a seed is always the same, so a longer set begins with a shorter one.
 
 What is composed: an object on white, on a colour, in a landscape; recoloured; two, three and four of a kind; two
-things side by side; one riding another; one above another. Every tenth combination is
-held out (`words.held_out`), and the words of `words.UNSEEN` and drawings of the style twemoji never occur.
+things side by side; one riding another; one above another. Every tenth combination is held out (`words.held_out`), and
+the words of `words.UNSEEN` and drawings of the style twemoji never occur.
 """
 
 from __future__ import annotations
