@@ -58,9 +58,9 @@ from sdcli.training.text_encoder import (
     info_nce,
     new_text_encoder,
     parse_objectives,
+    same_places,
     write_text_encoder,
 )
-from sdcli.training.text_items import same_places
 from sdcli.training.vocabulary import train_vocabulary
 
 SMALL = ClipTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)

@@ -1,4 +1,4 @@
-"""Make the folder that sdcli embeds out of a run of train-unet: the same parts, weights in float16.
+"""Make the folder that sdcli embeds out of a run of training: the same parts, weights in float16.
 
     python scripts/starter/assemble.py RUN sdcli/starter
 
@@ -28,7 +28,7 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="RUN of `sdcli train-unet`")
+    parser.add_argument("run", type=Path, help="RUN of `sdcli train-unet` or `train-text-encoder`")
     parser.add_argument("out", type=Path, help="the model folder")
     chosen = parser.parse_args()
     size = sum((chosen.run / part / name).stat().st_size for part, names in PARTS.items() for name in names

@@ -176,11 +176,6 @@ class Composer:
             "plants": of("plant-"),
         }  # fmt: skip
 
-    @cached_property
-    def names(self) -> dict[str, list[str]]:
-        """The names of each thing, the longest first."""
-        return {concept.label: sorted(concept.names, key=len, reverse=True) for concept in self.concepts}
-
     def scene(self, seed: int, number: int, kinds: Mapping[str, int] = KINDS) -> tuple[Scene, np.ndarray]:
         """Scene `number` of a seed, by the shares of its kinds, with its picture, uint8 [128, 128, 3]."""
         source = random.Random(f"{seed}/{number}")
@@ -444,12 +439,6 @@ def sprite_of(concept: Concept, style: str) -> int | None:
     if style == DEFAULT_STYLE and style not in concept.sprites:
         return concept.sprites.get("fluent-emoji-flat")
     return concept.sprites.get(style)
-
-
-def named(caption: str, names: Sequence[str]) -> re.Match[str] | None:
-    """Where a caption says the first of these names that it has; group 1 is its article, if any, group 2 the name."""
-    found = (re.search(rf"\b(an? )?({re.escape(name)})\b", caption) for name in names)
-    return next((match for match in found if match is not None), None)
 
 
 def colourable(concept: Concept) -> bool:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from meanings import lemmas
-from scenes import BACKGROUNDS, HUES, KINDS, Composer, named
+from scenes import BACKGROUNDS, HUES, KINDS, Composer
 from torch import Tensor
 from wordnet import Nouns, counts, fetched
 from words import one, several
@@ -94,10 +95,11 @@ def captions(
     composer: Composer, found: Synonyms, usual: Mapping[str, int], source: random.Random, count: int
 ) -> Iterator[list[str]]:
     """One wording each of so many scenes, and the same with another word for one of its things."""
+    names = {concept.label: sorted(concept.names, key=len, reverse=True) for concept in composer.concepts}
     for kind in source.choices(list(KINDS), list(KINDS.values()), k=count):
         scene = composer.plan(kind, source)
         caption, label = source.choice(scene.captions), source.choice(scene.labels)
-        said = named(caption, composer.names[label])
+        said = _named(caption, names[label])
         others = found.get(said[2], ()) if said is not None else ()
         if said is None or not others:
             yield [caption]
@@ -105,6 +107,12 @@ def captions(
         word = source.choices(others, [USUAL if usual.get(one_word) else 1 for one_word in others])[0]
         first, other = (_with_article_of(word, said[2]), one(word)) if said[1] else (said[2], word)
         yield [caption[: said.start()] + text + caption[said.end() :] for text in (first, other)]
+
+
+def _named(caption: str, names: Sequence[str]) -> re.Match[str] | None:
+    """Where a caption says the first of these names that it has; group 1 is its article, if any, group 2 the name."""
+    found = (re.search(rf"\b(an? )?({re.escape(name)})\b", caption) for name in names)
+    return next((match for match in found if match is not None), None)
 
 
 def _with_article_of(word: str, name: str) -> str:

@@ -27,5 +27,6 @@ command = Trainer(
     data_help="A .txt (a caption a line), .jsonl, .csv or .parquet file, or a data set of pictures.",
 ).command("""Train a text encoder on captions; `train-unet --text-encoder RUN` builds on it.
 
-It learns to predict the next word, to find alternative captions alike, or what a sentence encoder says of them.
+It learns to predict the next word, to find alternative captions alike, what a sentence encoder says of them, or other
+words for what a model knows.
 """)

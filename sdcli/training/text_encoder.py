@@ -114,8 +114,22 @@ class TrainedTextEncoder(ClipTextEncoder):
 
 
 def first_end(token_ids: Tensor, end_id: int) -> Tensor:
-    """Where each text ends: the place [B] of its first end token; later ones are padding."""
-    return (token_ids == end_id).int().argmax(dim=1)
+    """Where each text [..., L] ends: the place [...] of its first end token; later ones are padding."""
+    return (token_ids == end_id).int().argmax(dim=-1)
+
+
+def same_places(tokens: Tensor, others: Tensor, *, end_id: int) -> Tensor:
+    """For each token of texts [..., L] its place in other ones that say the same with other words, int64 [..., L].
+
+    What both begin with stays; behind it places are counted from the end, so that the last tokens of two words and all
+    that follows them meet. A word that has more tokens than the other's has its first ones at the place before it,
+    where nothing of it is said yet.
+    """
+    places = torch.arange(tokens.shape[-1], device=tokens.device)
+    begins = (tokens == others).int().cumprod(-1).sum(-1, keepdim=True)
+    longer = (first_end(tokens, end_id) - first_end(others, end_id))[..., None]
+    behind = torch.maximum(places - longer, (begins - 1).clamp(min=0)).clamp(max=tokens.shape[-1] - 1)
+    return torch.where(places < begins, places, behind)
 
 
 def fitting(config: ClipTextConfig, tokenizer: ClipTokenizer) -> ClipTextConfig:
@@ -311,9 +325,10 @@ class TextEncoderTask:
             raise UsageError("--objective align keeps to the states of an encoder that has learned: add --model")
         if {"contrastive", "distil"} & set(objectives) and self.batch < 2:
             raise UsageError("a caption is compared with the others of its batch: --train-batch-size must be 2 or more")
-        for name in sorted({"lm", "align"} & set(objectives)) if self.word_dropout else ():
+        whole = sorted({"lm", "align"} & set(objectives))
+        if self.word_dropout and whole:
             raise UsageError(
-                f"--word-dropout with --objective {name} would teach it broken sentences; leave one of them out"
+                f"--word-dropout with --objective {whole[0]} would teach it broken sentences; leave one of them out"
             )
         if not 0 <= self.word_dropout < 1:
             raise UsageError(f"--word-dropout is a share of the words from 0 to below 1, not {self.word_dropout}")
@@ -337,13 +352,11 @@ class TextEncoderTask:
         Some of the padding stays where it is aligned: a UNet attends to it, too, and the rest of it is much the same.
         """
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        sequences = [name for name in ("token_ids", "partner_ids", "first_ids", "first_places") if name in batch]
-        texts = [batch[name] for name in sequences if name != "first_places"]
-        longest = max(int(first_end(text, self.tokenizer.end_id).max()) + 1 for text in texts)
+        sequences = [name for name in ("token_ids", "partner_ids", "first_ids") if name in batch]
+        longest = max(int(first_end(batch[name], self.tokenizer.end_id).max()) + 1 for name in sequences)
         longest += PADDING if "first_ids" in batch else 0
         cut = min(self.tokenizer.max_length, math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
-        batch |= {name: batch[name][:, :cut] for name in sequences}
-        return batch | ({"first_places": batch["first_places"].clamp(max=cut - 1)} if "first_places" in batch else {})
+        return {**batch, **{name: batch[name][:, :cut] for name in sequences}}
 
     def loss(self, networks: Networks, batch: Batch) -> Losses:
         """The weighted sum of the objectives, and each of them."""
@@ -392,14 +405,14 @@ class TextEncoderTask:
         """The squared distance to the states of the first caption in units of their mean square, so 2 where nothing is
         alike; half of it is the words and the first end token, half the padding."""
         assert self.begun is not None
-        batch, states = found.batch, found.hidden
+        batch, states, end_id = found.batch, found.hidden, self.tokenizer.end_id
         with torch.no_grad():
             first = self.begun.to(states.device)(batch["first_ids"])[3].float()
-            first = first.gather(1, batch["first_places"][..., None].expand_as(first))
+            places = same_places(batch["token_ids"], batch["first_ids"], end_id=end_id)
+            first = first.gather(1, places[..., None].expand_as(first))
         squares = (states - first).square().sum(dim=2)
         squares = squares / first.square().sum(dim=2).mean(dim=1, keepdim=True)
-        places = torch.arange(squares.shape[1], device=squares.device)
-        text = places <= first_end(batch["token_ids"], self.tokenizer.end_id)[:, None]
+        text = torch.arange(squares.shape[1], device=squares.device) <= first_end(batch["token_ids"], end_id)[:, None]
         parts = [(squares * part).sum(dim=1) / part.sum(dim=1).clamp(min=1) for part in (text, ~text)]
         return torch.stack(parts).mean()
 

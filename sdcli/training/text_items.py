@@ -81,7 +81,6 @@ class TextItems:
             item["has_partner"] = torch.tensor(int(partner != index))
         if self.firsts:
             item["first_ids"] = self._tokens(int(self.first[self.groups[index]]), draw, 0.0)
-            item["first_places"] = same_places(item["token_ids"], item["first_ids"], end_id=self.end_id)
         if self.vectors is not None:
             item["teacher"] = self.vectors[index]
         return item
@@ -110,20 +109,6 @@ class TextItems:
             row[1 : end + 1] = self.pad_id
             row[1 : len(kept) + 2] = [*kept, self.end_id]
         return torch.from_numpy(row)
-
-
-def same_places(tokens: Tensor, others: Tensor, *, end_id: int) -> Tensor:
-    """For each token [L] of a text its place in another one that says the same with other words, int64 [L].
-
-    What both begin with stays; behind it places are counted from the end, so that the last tokens of two words and all
-    that follows them meet. A word that has more tokens than the other's has its first ones at the place before it,
-    where nothing of it is said yet.
-    """
-    places = torch.arange(len(tokens))
-    begins = int((tokens == others).int().cumprod(0).sum())
-    longer = int((tokens == end_id).int().argmax()) - int((others == end_id).int().argmax())
-    behind = (places - longer).clamp(max(begins - 1, 0), len(tokens) - 1)
-    return torch.where(places < begins, places, behind)
 
 
 def _without_words(tokens: np.ndarray, ends_word: np.ndarray, draw: random.Random, dropout: float) -> np.ndarray:
