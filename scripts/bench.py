@@ -73,16 +73,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     import torch
 
-    from sdcli import loading
-    from sdcli.registry import load_registry
+    from sdcli.models import loader
+    from sdcli.models.registry import load_registry
 
     spec = load_registry().find(arguments.model)
     plain = contender in ("default", "sdcli-float32")
     dtype = "float32" if plain else "auto"
     times = run_sdcli if contender.startswith("sdcli") else run_diffusers
     if times is run_diffusers:
-        loading.keep_freed_memory = lambda: None  # sdcli's own tuning of the allocator
-    model = loading.load_model(spec, device=arguments.device, dtype=dtype)
+        loader.keep_freed_memory = lambda: None  # sdcli's own tuning of the allocator
+    model = loader.load_model(spec, device=arguments.device, dtype=dtype)
     loaded = time.perf_counter() - started
     steps, decode = times(model, arguments)
     cuda = model.device.type == "cuda"
@@ -101,10 +101,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], float]:
     """The timed steps and the decode of our own pipeline."""
-    from sdcli.painter import Painter
-    from sdcli.pipeline import paint
-    from sdcli.registry import resolve
-    from sdcli.request import GenerationRequest
+    from sdcli.diffusion.painter import Painter
+    from sdcli.diffusion.pipeline import paint
+    from sdcli.models.registry import resolve
+    from sdcli.request.schema import GenerationRequest
 
     painter = Painter.of(model)
     request = GenerationRequest(
@@ -134,7 +134,7 @@ def run_diffusers(model: Any, arguments: argparse.Namespace) -> tuple[list[float
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    from sdcli.denoise.sampler import make_scheduler
+    from sdcli.diffusion.scheduler_factory import make_scheduler
 
     model.unet.set_attn_processor(AttnProcessor2_0())  # diffusers' own; sdcli has another in half precision
     layout = torch.channels_last if arguments.worker == "tuned" else torch.contiguous_format

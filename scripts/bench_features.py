@@ -85,13 +85,13 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each feature, a figure a round; writes into the folder it is in."""
     import torch
 
-    from sdcli.cli.preview import Preview, to_file
-    from sdcli.engine import Engine, Progress, Result
-    from sdcli.jobs import Job
-    from sdcli.registry import load_registry, resolve
-    from sdcli.request import parse_request
-    from sdcli.settings import OutputSettings, RunSettings, TraceSettings
-    from sdcli.start_pictures import measure
+    from sdcli.cli.ui.preview import Preview, to_file
+    from sdcli.diffusion.init_image import measure
+    from sdcli.generation.engine import Engine, Progress, Result
+    from sdcli.generation.settings import OutputSettings, RunSettings, TraceSettings
+    from sdcli.models.registry import load_registry, resolve
+    from sdcli.request.jobs import Job
+    from sdcli.request.schema import parse_request
 
     registry = load_registry()
     spec = registry.find(arguments.model)

@@ -33,9 +33,9 @@ def main() -> None:
 
     import torch
 
-    from sdcli.denoise.attention_maps import AttentionMaps
-    from sdcli.loading import load_model
-    from sdcli.registry import load_registry
+    from sdcli.diffusion.attention.maps import AttentionMaps
+    from sdcli.models.loader import load_model
+    from sdcli.models.registry import load_registry
 
     spec = load_registry().find(arguments.model)
     model = load_model(spec, device=arguments.device, dtype=arguments.dtype, parts=("unet",))

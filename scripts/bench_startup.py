@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sdcli.registry import load_registry
+from sdcli.models.registry import load_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTER = ROOT / "sdcli" / "starter"

@@ -131,10 +131,10 @@ def make_pictures(folder: Path, size: int, *, count: int) -> None:
 
 
 def run_sdcli(options: argparse.Namespace) -> tuple[list[float], int]:
-    from sdcli.registry import load_registry
-    from sdcli.train_settings import UnetSettings
+    from sdcli.models.registry import load_registry
     from sdcli.training.events import Trained
-    from sdcli.training.unet_session import UnetSession
+    from sdcli.training.settings import UnetSettings
+    from sdcli.training.unet.session import UnetSession
 
     never = 10**9
     settings = UnetSettings(
@@ -235,8 +235,8 @@ class Parts:
     """The same networks and pictures for every contender but sdcli, which loads its own."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from sdcli.loading import load_model
-        from sdcli.registry import load_registry
+        from sdcli.models.loader import load_model
+        from sdcli.models.registry import load_registry
 
         self.options = options
         self.model = load_model(load_registry().find(options.model), device=options.device, dtype="float32")
@@ -292,7 +292,7 @@ class Parts:
         import torch
         from PIL import Image, ImageOps
 
-        from sdcli.images import to_pixels
+        from sdcli.images.pixels import to_pixels
 
         files = sorted((self.options.work / "pictures").glob("*.jpg"))
         size, tokenizer = self.options.resolution, self.model.tokenizer

@@ -1,4 +1,4 @@
-"""Build sdcli/clip_tokenizer/, the BPE tokenizer of CLIP ViT-L/14, from the vocabulary that OpenAI published.
+"""Build sdcli/encoders/clip_tokenizer/, the BPE tokenizer of CLIP ViT-L/14, from the vocabulary that OpenAI published.
 
 The vocabulary file, bpe_simple_vocab_16e6.txt.gz, is in the wheel of open_clip_torch (MIT):
 
@@ -19,7 +19,7 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49408 - 2 * 256 - 2
 """CLIP has 49,408 tokens: two for each byte, two marks, and one for each of the file's first merges."""
 MAX_LENGTH = 77
-FOLDER = Path(__file__).resolve().parent.parent / "sdcli" / "clip_tokenizer"
+FOLDER = Path(__file__).resolve().parent.parent / "sdcli" / "encoders" / "clip_tokenizer"
 
 
 def main() -> None:

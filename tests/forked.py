@@ -13,7 +13,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-PRELOADED = ["sdcli.cli.generate", "sdcli.engine", "sdcli.codec", "sdcli.plotting", "sdcli.training.unet_session"]
+PRELOADED = [
+    "sdcli.cli.generate",
+    "sdcli.generation.engine",
+    "sdcli.generation.codec",
+    "sdcli.training.plot",
+    "sdcli.training.unet.session",
+]
 
 _forking = multiprocessing.get_context("forkserver")
 _forking.set_forkserver_preload(PRELOADED)

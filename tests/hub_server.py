@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from sdcli.hub_cache import repo_folder
+from sdcli.models.hub.cache import repo_folder
 
 LARGE_BYTES = 100_000
 """The hub keeps larger files apart ("LFS"), names them by SHA-256 and redirects to another place."""

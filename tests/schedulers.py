@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdcli.schedulers import schedulers_for
+from sdcli.request.schedulers import schedulers_for
 
 FEW = {"ddim", "euler-a", "dpmpp-2m", "lcm"}
 DIFFUSION_SCHEDULERS = [

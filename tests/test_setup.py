@@ -263,9 +263,9 @@ def test_the_wheel_carries_everything_that_is_needed_offline(wheel: Path) -> Non
     assert {
         "sdcli/models.yaml",
         "sdcli/py.typed",
-        "sdcli/clip_tokenizer/tokenizer.json",
-        "sdcli/sd1_config/unet/config.json",
-        "sdcli/sdxl_config/unet/config.json",
+        "sdcli/encoders/clip_tokenizer/tokenizer.json",
+        "sdcli/models/families/configs/sd1/unet/config.json",
+        "sdcli/models/families/configs/sdxl/unet/config.json",
         "sdcli/starter/unet/diffusion_pytorch_model.safetensors",
     } <= names
     licenses = {name.split("/", 1)[1] for name in names if ".dist-info/licenses/" in name}

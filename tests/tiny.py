@@ -70,7 +70,7 @@ def tiny_parts(*, vae_layers: int = 1, hidden_act: str = "quick_gelu", **unet_ch
     return {
         "vae": vae,
         "text_encoder": CLIPTextModel(text),
-        "tokenizer": CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer"),
+        "tokenizer": CLIPTokenizer.from_pretrained(PACKAGE / "encoders/clip_tokenizer"),
         "unet": unet,
         "scheduler": PNDMScheduler(
             beta_start=0.00085,
@@ -168,7 +168,7 @@ def save_tiny_sdxl(folder: Path, *, refiner: bool = False, zeros_for_empty: bool
         "projection_class_embeddings_input_dim": 24 + 8 * (5 if refiner else 6),
     }
     parts = tiny_parts(**{**unet, **changes})
-    tokenizer_2 = CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer", pad_token="!")
+    tokenizer_2 = CLIPTokenizer.from_pretrained(PACKAGE / "encoders/clip_tokenizer", pad_token="!")
     parts |= {
         "text_encoder": None if refiner else CLIPTextModel(CLIPTextConfig(**shape, hidden_size=32)),
         "tokenizer": None if refiner else parts["tokenizer"],
@@ -229,9 +229,9 @@ def save_tiny_sd3(folder: Path, *, t5: bool = True, **changes: Any) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=CLIPTextModelWithProjection(clip_l),
-        tokenizer=CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer"),
+        tokenizer=CLIPTokenizer.from_pretrained(PACKAGE / "encoders/clip_tokenizer"),
         text_encoder_2=CLIPTextModelWithProjection(clip_g),
-        tokenizer_2=CLIPTokenizer.from_pretrained(PACKAGE / "clip_tokenizer", pad_token="!"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(PACKAGE / "encoders/clip_tokenizer", pad_token="!"),
         text_encoder_3=T5EncoderModel(tiny_t5()) if t5 else None,
         tokenizer_3=tiny_t5_tokenizer() if t5 else None,
     ).save_pretrained(folder, safe_serialization=True)

@@ -32,11 +32,11 @@ from scenes import HUES, NUMBERS, PLACES, SIDE, Composer, colourable, lay, plain
 from torch import Tensor
 from words import LISTS, UNSEEN, Concept, held_out, one, several
 
-from sdcli.contact_sheet import contact_sheet
-from sdcli.latents import decode, moments, scaling_factor
-from sdcli.loading import load_model
-from sdcli.metrics import psnr
-from sdcli.registry import load_registry
+from sdcli.images.contact_sheet import contact_sheet
+from sdcli.images.metrics import psnr
+from sdcli.models.loader import load_model
+from sdcli.models.registry import load_registry
+from sdcli.vae.autoencoder import decode, moments, scaling_factor
 
 SEEDS = 4
 FIRST_TRIED = "an astronaut riding a horse"

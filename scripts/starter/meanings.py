@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from wordnet import THINGS, Nouns, fetched
 from words import one, several
 
-from sdcli.training.teachers import SentenceEncoder, Teacher
+from sdcli.training.text_encoder.teachers import SentenceEncoder, Teacher
 
 GLOSS = 80
 """Letters of a definition that are read."""

@@ -20,9 +20,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from bench_startup import BY_HAND, COMMANDS, PROMPT, machine, measure
 
-from sdcli.latents import decode, moments
-from sdcli.loading import load_model
-from sdcli.registry import load_registry
+from sdcli.models.loader import load_model
+from sdcli.models.registry import load_registry
+from sdcli.vae.autoencoder import decode, moments
 
 BATCH = 9
 WHOLE, WITHIN, ENCODE, DECODE = "whole process", "within a batch", "encode 128x128, warm", "decode 128x128, warm"

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sdcli import __version__
-from sdcli.cli.console import printable
+from sdcli.cli.ui.console import printable
 from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
 
 COMMANDS = {

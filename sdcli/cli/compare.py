@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console
 from sdcli.cli.info import TOOLS
-from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
 from sdcli.errors import BadOutput, UsageError
-from sdcli.files import check_new_png, write_whole
+from sdcli.io.files import check_new_png, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sdcli.comparison import Differences
-    from sdcli.metadata import PictureInfo
-    from sdcli.metrics import Distance
+    from sdcli.images.metrics import Distance
+    from sdcli.metadata.compare import Differences
+    from sdcli.metadata.record import PictureInfo
 
 LONGEST_LINE = 100
 """Letters of two values on one line; longer ones stand one below the other."""
@@ -58,10 +58,10 @@ def command(
     if diff is not None:
         check_new_png(diff, flag="--diff", overwrite=overwrite)
 
-    from sdcli.comparison import differing_facts, differing_request
-    from sdcli.images import open_picture
-    from sdcli.metadata import read_picture
-    from sdcli.metrics import distance, similarity
+    from sdcli.images.metrics import distance, similarity
+    from sdcli.images.pixels import open_picture
+    from sdcli.metadata.compare import differing_facts, differing_request
+    from sdcli.metadata.record import read_picture
 
     infos = read_picture(a), read_picture(b)
     pictures = open_picture(a), open_picture(b)
@@ -100,8 +100,8 @@ def _write_difference(
     path: Path, pictures: tuple[Image.Image, Image.Image], apart: Distance, *, overwrite: bool
 ) -> float:
     """Write |a - b|, amplified, and return how many times."""
-    from sdcli.comparison import difference_picture
-    from sdcli.metadata import picture_bytes
+    from sdcli.metadata.compare import difference_picture
+    from sdcli.metadata.record import picture_bytes
 
     factor = 255 / apart.largest if apart.largest else 1.0
     picture = difference_picture(*pictures, factor=factor)

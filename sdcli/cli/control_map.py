@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
 from sdcli.errors import UsageError
-from sdcli.files import check_new_png, write_whole
-from sdcli.request import parse_size
-from sdcli.request_parts import MapMaker
+from sdcli.io.files import check_new_png, write_whole
+from sdcli.request.fields import MapMaker
+from sdcli.request.schema import parse_size
 
 
 def command(
@@ -44,10 +44,10 @@ def command(
     wanted = parse_size(size) if size is not None else None
     if wanted is not None and not all(8 <= side <= 8192 for side in wanted):
         raise UsageError(f"--size: each side should be from 8 to 8192, not {size}")
-    from sdcli.control_maps import control_map
-    from sdcli.images import picture_from_bytes
-    from sdcli.inputs import read_input
-    from sdcli.metadata import picture_bytes
+    from sdcli.images.pixels import picture_from_bytes
+    from sdcli.images.preprocessors import control_map
+    from sdcli.metadata.record import picture_bytes
+    from sdcli.request.input_files import read_input
 
     made = control_map(picture_from_bytes(read_input(image), name=image), how, wanted)
     write_whole(output, picture_bytes(made, "png", None), overwrite=overwrite)

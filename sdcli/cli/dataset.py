@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
-from sdcli.cli.progress import shown_progress
+from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.progress import shown_progress
 from sdcli.errors import BadPicture, SdcliError, UsageError
-from sdcli.files import expanded
-from sdcli.registry import load_registry
-from sdcli.request import parse_size
-from sdcli.train_settings import cache_folder
+from sdcli.io.files import expanded
+from sdcli.models.registry import load_registry
+from sdcli.request.schema import parse_size
+from sdcli.training.settings import cache_folder
 
 if TYPE_CHECKING:
-    from sdcli.dataset.examine import Examination
-    from sdcli.dataset.framing import BucketFill, Framing
-    from sdcli.dataset.records import PictureSet
+    from sdcli.data.buckets import BucketFill, Framing
+    from sdcli.data.examine import Examination
+    from sdcli.data.records import PictureSet
 
 app = typer.Typer(
     help="Look at training pictures before they are trained on, and pack them into shards.", no_args_is_help=True
@@ -81,7 +81,7 @@ def check(
 
     Nothing is changed. Duplicates, tiny pictures and buckets that repeat pictures are told and are no failure.
     """
-    from sdcli.dataset.duplicates import same_bytes, similar
+    from sdcli.data.duplicates import same_bytes, similar
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
     framing = _framing(resolution, bucket_reso_steps, train_batch_size)
@@ -154,7 +154,7 @@ def stats(
     framing = _framing(resolution, bucket_reso_steps, train_batch_size)
     tokenizer = None
     if model is not None:
-        from sdcli.conditioning.tokenizer import load_tokenizer, tokenizer_folder
+        from sdcli.encoders.tokenizer import load_tokenizer, tokenizer_folder
 
         tokenizer = load_tokenizer(tokenizer_folder(load_registry(models_file).find(model)))
     pictures = _open(data, split, image_column, caption_column, caption_extension)
@@ -226,8 +226,8 @@ def shard(
 
     Equal pictures give equal shards, byte for byte. DIR appears with all its shards, or not at all.
     """
-    from sdcli.counted import permutation
-    from sdcli.dataset.shards import write_shards
+    from sdcli.data.webdataset import write_shards
+    from sdcli.io.rng import permutation
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
     target, folder = expanded(output).resolve(), expanded(data).resolve()
@@ -261,13 +261,13 @@ def shard(
 
 
 def _open(data: str, split: str, image: str | None, caption: str | None, extension: str) -> PictureSet:
-    from sdcli.dataset.sources import open_pictures
+    from sdcli.data.sources import open_pictures
 
     return open_pictures(data, image_column=image, caption_column=caption, caption_extension=extension, split=split)
 
 
 def _examined(pictures: PictureSet, console: Console, workers: int | None) -> Examination:
-    from sdcli.dataset.examine import examination, look
+    from sdcli.data.examine import examination, look
 
     seen = look(pictures, memory=cache_folder() / "examined", workers=workers)
     return examination(pictures, shown_progress(seen, len(pictures), console))
@@ -292,7 +292,7 @@ def _framing(resolution: str | None, step: int, batch_size: int | None) -> Frami
         if batch_size is not None:
             raise UsageError("--train-batch-size goes with --resolution")
         return None
-    from sdcli.dataset.framing import Framing, bucket_sizes
+    from sdcli.data.buckets import Framing, bucket_sizes
 
     size = parse_size(f"{resolution}x{resolution}" if resolution.strip().isdigit() else resolution)
     return Framing(bucket_sizes(size, step=step))
@@ -301,7 +301,7 @@ def _framing(resolution: str | None, step: int, batch_size: int | None) -> Frami
 def _fills(found: Examination, framing: Framing | None, batch_size: int | None) -> list[BucketFill]:
     if framing is None:
         return []
-    from sdcli.dataset.framing import bucket_fills
+    from sdcli.data.buckets import bucket_fills
 
     sizes = [(int(width), int(height)) for width, height in found.sizes[found.used]]
     return bucket_fills(framing, sizes, batch_size=batch_size or 1)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console
 from sdcli.cli.dataset import (
     CaptionColumnOpt,
     CaptionExtensionOpt,
@@ -18,17 +17,27 @@ from sdcli.cli.dataset import (
     SplitOpt,
     WorkersOpt,
 )
-from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, ModelOpt, ModelsFileOpt, OfflineOpt, QuietOpt, VerboseOpt
-from sdcli.cli.stopping import GracefulStop
+from sdcli.cli.options.shared import (
+    DeviceOpt,
+    DTypeOpt,
+    JsonOpt,
+    ModelOpt,
+    ModelsFileOpt,
+    OfflineOpt,
+    QuietOpt,
+    VerboseOpt,
+)
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SomeFailed, UsageError
-from sdcli.files import expanded
-from sdcli.registry import ModelSpec, load_registry
-from sdcli.train_settings import PictureSettings, cache_folder, settings_from
+from sdcli.io.files import expanded
+from sdcli.models.registry import ModelSpec, load_registry
+from sdcli.training.settings import PictureSettings, cache_folder, settings_from
 
 if TYPE_CHECKING:
-    from sdcli.cli.training_progress import TrainingDisplay
-    from sdcli.dataset.encode_cache import CacheProgress
-    from sdcli.training.picture_data import PictureData
+    from sdcli.cli.ui.training_progress import TrainingDisplay
+    from sdcli.data.cache.fill import CacheProgress
+    from sdcli.training.inputs.image_data import PictureData
 
 DATA, SHAPE, RUN = "Data", "Pictures", "The run"
 SHOWN = 10
@@ -125,11 +134,11 @@ def command(
         raise UsageError(f"{spec.name} works on pixels, without a VAE; there is nothing to encode")
     stop = GracefulStop(console, unit="the batch in hand", kept="what was encoded is kept").install()
 
-    from sdcli.cli.training_progress import TrainingDisplay
-    from sdcli.dataset.cache import LATENTS, TEXTS
-    from sdcli.dataset.cache_store import TensorStore
-    from sdcli.dataset.encode_cache import fill_latents, fill_texts
-    from sdcli.loading import Part, load_model
+    from sdcli.cli.ui.training_progress import TrainingDisplay
+    from sdcli.data.cache.fill import fill_latents, fill_texts
+    from sdcli.data.cache.keys import LATENTS, TEXTS
+    from sdcli.data.cache.store import TensorStore
+    from sdcli.models.loader import Part, load_model
 
     folder = cache_folder(settings.cache_dir)
     _refuse_inside(folder, data)
@@ -175,7 +184,7 @@ def _opened(
 ) -> PictureData:
     """The pictures as training would take them."""
     from sdcli.training.events import Noted
-    from sdcli.training.picture_data import examine_data, list_data
+    from sdcli.training.inputs.image_data import examine_data, list_data
 
     resolution = settings.target_size((spec.defaults.width, spec.defaults.height))
     pictures = list_data(data, settings)
@@ -196,7 +205,7 @@ def _opened(
 
 def _texts(found: PictureData, *, prefix: str, template: str) -> list[str]:
     """Every text that training can draw; the empty one for dropped captions is always among them."""
-    from sdcli.training.captions import CaptionRules
+    from sdcli.training.inputs.captions import CaptionRules
 
     rules = CaptionRules(prefix=prefix, template=template)
     return list(dict.fromkeys(text for captions in found.texts() for text in rules.all_texts(captions) or ()))

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import (
+from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
     JsonOpt,
@@ -19,15 +18,16 @@ from sdcli.cli.options import (
     QuietOpt,
     VerboseOpt,
 )
-from sdcli.cli.stopping import GracefulStop
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
-from sdcli.inputs import input_files
-from sdcli.naming import SUFFIXES
-from sdcli.registry import load_registry
-from sdcli.settings import ImageFormat, RunSettings
+from sdcli.generation.filenames import SUFFIXES
+from sdcli.generation.settings import ImageFormat, RunSettings
+from sdcli.models.registry import load_registry
+from sdcli.request.input_files import input_files
 
 if TYPE_CHECKING:
-    from sdcli.codec import Decoded
+    from sdcli.generation.codec import Decoded
 
 LATENTS = frozenset({".safetensors", ".latent", ".npy"})
 
@@ -85,7 +85,7 @@ def command(
     files = input_files(latents, suffixes=LATENTS, kind="latent files")
     stop = GracefulStop(console).install()
 
-    from sdcli.codec import DecodeSettings, check_output, decode_all
+    from sdcli.generation.codec import DecodeSettings, check_output, decode_all
 
     settings = DecodeSettings(
         outdir=outdir or DecodeSettings.outdir,

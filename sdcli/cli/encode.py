@@ -8,17 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, ModelOpt, ModelsFileOpt, OfflineOpt, QuietOpt, VerboseOpt
-from sdcli.cli.stopping import GracefulStop
+from sdcli.cli.options.shared import (
+    DeviceOpt,
+    DTypeOpt,
+    JsonOpt,
+    ModelOpt,
+    ModelsFileOpt,
+    OfflineOpt,
+    QuietOpt,
+    VerboseOpt,
+)
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
-from sdcli.inputs import input_files
-from sdcli.registry import load_registry
-from sdcli.request import parse_size
-from sdcli.settings import RunSettings
+from sdcli.generation.settings import RunSettings
+from sdcli.models.registry import load_registry
+from sdcli.request.input_files import input_files
+from sdcli.request.schema import parse_size
 
 if TYPE_CHECKING:
-    from sdcli.codec import Encoded
+    from sdcli.generation.codec import Encoded
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 INPUT, OUTPUT, RUN = "The pictures", "Output", "The run"
@@ -118,7 +127,7 @@ def command(
     files = input_files(images, suffixes=PICTURES, kind="pictures")
     stop = GracefulStop(console).install()
 
-    from sdcli.codec import Codec, EncodeSettings, check_output, encode_all
+    from sdcli.generation.codec import Codec, EncodeSettings, check_output, encode_all
 
     settings = EncodeSettings(
         outdir=outdir or EncodeSettings.outdir,

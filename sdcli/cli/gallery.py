@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
-from sdcli.cli.progress import shown_progress
-from sdcli.cli.request_options import command_line
+from sdcli.cli.options.request_flags import command_line
+from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.progress import shown_progress
 from sdcli.errors import NotFound, SdcliError, UsageError, raise_for
-from sdcli.files import whole_file
-from sdcli.inputs import input_files
-from sdcli.naming import SUFFIXES
+from sdcli.generation.filenames import SUFFIXES
+from sdcli.io.files import whole_file
+from sdcli.request.input_files import input_files
 
 if TYPE_CHECKING:
-    from sdcli.gallery import Entry
+    from sdcli.metadata.gallery import Entry
 
 
 def command(
@@ -47,7 +47,7 @@ def command(
         raise NotFound(f"no folder {folder}")
     errors: list[SdcliError] = []
     with whole_file(target, overwrite=overwrite) as temporary:
-        from sdcli.gallery import look, page
+        from sdcli.metadata.gallery import look, page
 
         paths = [file.path for file in input_files([folder], suffixes=frozenset(SUFFIXES), kind="pictures")]
         entries = shown_progress(look(paths), len(paths), console)
@@ -65,7 +65,7 @@ def _readable(
     entries: Iterable[Entry], folder: Path, target: Path, console: Console, errors: list[SdcliError], *, alone: bool
 ) -> Iterator[dict[str, Any]]:
     """What the page says of each picture; those that cannot be read are told at once, and added to `errors`."""
-    from sdcli.gallery import described
+    from sdcli.metadata.gallery import described
 
     for entry in entries:
         if entry.error is not None:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.earlier_picture import kept, left_of, recorded_fields
-from sdcli.cli.options import (
+from sdcli.cli.options.from_image import kept, left_of, recorded_fields
+from sdcli.cli.options.request_flags import request_options
+from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
     JsonOpt,
@@ -23,30 +23,30 @@ from sdcli.cli.options import (
     VerboseOpt,
 )
 from sdcli.cli.preflight import Preflight
-from sdcli.cli.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
-from sdcli.cli.progress import ProgressDisplay
-from sdcli.cli.request_options import request_options
-from sdcli.cli.results import report, report_failure
-from sdcli.cli.stopping import GracefulStop
 from sdcli.cli.sweep_sheet import SweepSheet
-from sdcli.cli.terminal_pictures import best_renderable
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
+from sdcli.cli.ui.progress import ProgressDisplay
+from sdcli.cli.ui.results import report, report_failure
+from sdcli.cli.ui.signals import GracefulStop
+from sdcli.cli.ui.terminal_images import best_renderable
 from sdcli.errors import UsageError, raise_for, same_for_all
-from sdcli.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
-from sdcli.journal import Journal
-from sdcli.naming import check_output, known_paths, output_settings
-from sdcli.registry import Registry, load_registry
-from sdcli.request import canonical, known, parse_size
-from sdcli.request_parts import FileRef
-from sdcli.schedulers import SCHEDULERS
-from sdcli.settings import (
+from sdcli.generation.filenames import check_output, known_paths, output_settings
+from sdcli.generation.journal import Journal
+from sdcli.generation.settings import (
     ImageFormat,
     OutputSettings,
     RunSettings,
     TraceFormat,
     TraceSettings,
 )
-from sdcli.sweeping import Axis, parse_axis, swept
-from sdcli.wildcards import Wildcards
+from sdcli.models.registry import Registry, load_registry
+from sdcli.request.fields import FileRef
+from sdcli.request.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
+from sdcli.request.schedulers import SCHEDULERS
+from sdcli.request.schema import canonical, known, parse_size
+from sdcli.request.sweep import Axis, parse_axis, swept
+from sdcli.request.wildcards import Wildcards
 
 INPUT, PICTURE, OUTPUT, EXPLAIN, RUN = "Prompts", "The picture", "Output", "How it came about", "The run"
 
@@ -277,7 +277,7 @@ def command(
         others += [output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt]
         if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
-        from sdcli.verify import verify_picture
+        from sdcli.generation.verify import verify_picture
 
         verdict = verify_picture(from_image, registry, run)
         console.result(verdict.sentence(), **verdict.as_dict())
@@ -374,7 +374,7 @@ def _may_choose(choices: Wildcards, text: str) -> bool:
 
 def _measure(start: FileRef, cell: int) -> tuple[int, int]:
     """`start_pictures.measure`, which is imported only where there is a start picture."""
-    from sdcli.start_pictures import measure
+    from sdcli.diffusion.init_image import measure
 
     return measure(start, cell)
 
@@ -427,7 +427,7 @@ def _paint(
             console.warn(f"the sweep gets no sheet: {error}")
             sheet = None
     stop = GracefulStop(console).install()
-    from sdcli.engine import Engine, Note, Phase, Progress
+    from sdcli.generation.engine import Engine, Note, Phase, Progress
 
     engine = Engine(registry, run, settings, stop=stop)
     renderable = best_renderable() if show else None
@@ -452,7 +452,7 @@ def _paint(
                 report(event, console)
                 paths[event.job.index] = known(event.path)
                 if renderable is not None and event.status == "done":
-                    from sdcli.images import open_picture
+                    from sdcli.images.pixels import open_picture
 
                     display.show(renderable(open_picture(known(event.path))))
     if sheet is not None and paths:

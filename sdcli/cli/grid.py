@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
 from sdcli.errors import BadPicture, NotFound, SdcliError, raise_for
-from sdcli.files import check_new_png
-from sdcli.inputs import input_files
-from sdcli.naming import SUFFIXES
-from sdcli.sheet_labels import SHORT, labels_of, parse_fields
+from sdcli.generation.filenames import SUFFIXES
+from sdcli.images.sheet_labels import SHORT, labels_of, parse_fields
+from sdcli.io.files import check_new_png
+from sdcli.request.input_files import input_files
 
 LABEL_LINES = 3
 
@@ -62,9 +62,9 @@ def command(
     if not files:
         raise NotFound(f"there is no picture but {output}, which is to be written")
 
-    from sdcli.contact_sheet import check_size, contact_sheet, write_sheet
-    from sdcli.images import as_shown
-    from sdcli.metadata import picture_and_info
+    from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
+    from sdcli.images.pixels import as_shown
+    from sdcli.metadata.record import picture_and_info
 
     shown, pictures, errors, largest = [], [], list[SdcliError](), (0, 0)
     for file in files:

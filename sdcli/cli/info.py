@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
 from sdcli.errors import Interrupted, SdcliError, SomeFailed, UsageError
-from sdcli.files import write_whole
+from sdcli.io.files import write_whole
 
 if TYPE_CHECKING:
-    from sdcli.metadata import PictureInfo
+    from sdcli.metadata.record import PictureInfo
 
 SUFFIXES = {"png": {".png"}, "jpeg": {".jpg", ".jpeg"}, "webp": {".webp"}}
 TOOLS = {"sdcli": "sdcli", "a1111": "A1111's text", "comfyui": "ComfyUI", "invokeai": "InvokeAI"}
@@ -68,13 +68,13 @@ def command(
 
 
 def _show(path: Path, console: Console, *, watermark: bool) -> None:
-    from sdcli.metadata import read_picture
+    from sdcli.metadata.record import read_picture
 
     info = read_picture(path)
     found: dict[str, str | None] = {}
     if watermark:
-        from sdcli.images import open_picture
-        from sdcli.watermark import watermark_of
+        from sdcli.images.pixels import open_picture
+        from sdcli.images.watermark import watermark_of
 
         found["watermark"] = watermark_of(open_picture(path))
     provenance = info.record.provenance if info.record is not None else None
@@ -95,7 +95,7 @@ def _show(path: Path, console: Console, *, watermark: bool) -> None:
 
 
 def _strip(path: Path, output: Path | None, console: Console, *, overwrite: bool) -> None:
-    from sdcli.metadata import read_picture, strip
+    from sdcli.metadata.record import read_picture, strip
 
     info = read_picture(path)
     if output is not None and output.suffix.lower() not in SUFFIXES[info.format]:

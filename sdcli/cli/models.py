@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console, plain_terminal, printable
-from sdcli.cli.options import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console, plain_terminal, printable
 from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
-from sdcli.model_sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource
-from sdcli.registry import (
+from sdcli.generation.settings import DType
+from sdcli.models.registry import (
     SUPPORTED_FAMILIES,
     ControlNetSpec,
     Family,
@@ -24,12 +24,12 @@ from sdcli.registry import (
     load_registry,
     user_registry_file,
 )
-from sdcli.request import parse_size
-from sdcli.settings import DType
+from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource
+from sdcli.request.schema import parse_size
 
 if TYPE_CHECKING:
-    from sdcli.hub import Progress
-    from sdcli.user_models import Written
+    from sdcli.models.hub.download import Progress
+    from sdcli.models.user_registry import Written
 
 app = typer.Typer(help="See, download, check, add and convert models.", no_args_is_help=True)
 
@@ -102,8 +102,8 @@ def pull(
     console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
 
     def one(name: str) -> None:
-        from sdcli.hub import megabytes
-        from sdcli.hub import pull as pull_from_hub
+        from sdcli.models.hub.download import megabytes
+        from sdcli.models.hub.download import pull as pull_from_hub
 
         spec = registry.find_either(name)
         with _Meter(console, spec.name) as meter:
@@ -142,7 +142,7 @@ def verify(
     console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
 
     def one(name: str) -> None:
-        from sdcli.hub import verify as verify_in_cache
+        from sdcli.models.hub.download import verify as verify_in_cache
 
         spec = registry.find_either(name)
         report = verify_in_cache(spec)
@@ -187,7 +187,7 @@ def add(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Give a model a name and defaults, in your own models file; nothing is downloaded."""
-    from sdcli.user_models import add_model, source_of
+    from sdcli.models.user_registry import add_model, source_of
 
     defaults: dict[str, Any] = {
         "steps": steps,
@@ -215,7 +215,7 @@ def remove(
     files: Annotated[bool, typer.Option("--files", help="Also delete what was downloaded for it.")] = False,
 ) -> None:
     """Take a model out of your own models file; with --files, delete its download too (of any model of the hub)."""
-    from sdcli.user_models import remove_model
+    from sdcli.models.user_registry import remove_model
 
     registry = load_registry()
     spec = registry.find_either(name)
@@ -232,7 +232,7 @@ def default(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="T
     if name is None:
         Console().result(load_registry().default)
         return
-    from sdcli.user_models import set_default
+    from sdcli.models.user_registry import set_default
 
     _tell_written(set_default(name), f"{name} is the default now")
 
@@ -269,8 +269,8 @@ def convert_checkpoint(
     verbose: VerboseOpt = False,
 ) -> None:
     """Convert a pickled checkpoint to safetensors, in a process that can do little harm."""
-    from sdcli.convert import convert
-    from sdcli.hub import megabytes
+    from sdcli.models.convert import convert
+    from sdcli.models.hub.download import megabytes
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
     done = convert(source, target, overwrite=overwrite, timeout_s=timeout, memory_gb=memory)
@@ -307,8 +307,8 @@ def _here(spec: ModelSpec | ControlNetSpec) -> str:
         case FolderSource(path=path) | FileSource(path=path):
             return "on disk" if path.exists() else "missing"
         case HubSource() as source:
-            from sdcli.hub import first_missing
-            from sdcli.hub_cache import snapshot_folder
+            from sdcli.models.hub.cache import snapshot_folder
+            from sdcli.models.hub.download import first_missing
 
             folder = snapshot_folder(source)
             if not folder.is_dir():
@@ -321,7 +321,7 @@ def _here(spec: ModelSpec | ControlNetSpec) -> str:
 
 def _local_path(spec: ModelSpec | ControlNetSpec) -> Path | None:
     """Where a model's files are, or None for one without files. Raises Offline for one that is not downloaded."""
-    from sdcli.hub import folder_of
+    from sdcli.models.hub.download import folder_of
 
     return spec.source.path if isinstance(spec.source, FileSource) else folder_of(spec)
 
@@ -329,7 +329,7 @@ def _local_path(spec: ModelSpec | ControlNetSpec) -> Path | None:
 def _files(spec: ModelSpec | ControlNetSpec) -> Iterator[tuple[str, int]]:
     """The model's files that are here, relative to its folder, with their bytes."""
     if isinstance(spec.source, HubSource):
-        from sdcli.hub_cache import snapshot_folder
+        from sdcli.models.hub.cache import snapshot_folder
 
         root: Path | None = snapshot_folder(spec.source)
     else:
@@ -347,14 +347,14 @@ def _lora(spec: ModelSpec) -> dict[str, Any]:
     """What a file holds that is no model but a LoRA, which people hold in the same folders."""
     if not isinstance(spec.source, FileSource) or not spec.source.path.is_file():
         return {}
-    from sdcli.lora_weights import lora_facts
+    from sdcli.models.lora import lora_facts
 
     facts = lora_facts(spec.source.path)
     return {"lora": facts} if facts is not None else {}
 
 
 def _is_packaged(name: str) -> bool:
-    from sdcli.registry import packaged_registry_file, read_registry_file
+    from sdcli.models.registry import packaged_registry_file, read_registry_file
 
     user = user_registry_file()
     in_user_file = user.exists() and name in read_registry_file(user)[1]
@@ -362,7 +362,7 @@ def _is_packaged(name: str) -> bool:
 
 
 def _delete_download(spec: ModelSpec | ControlNetSpec, registry: Registry, *, removed: bool) -> None:
-    from sdcli.hub import delete_from_cache, megabytes
+    from sdcli.models.hub.download import delete_from_cache, megabytes
 
     console = Console()
     if not isinstance(spec.source, HubSource):
@@ -409,7 +409,7 @@ def _each(names: list[str], one: Callable[[str], None], *, console: Console) -> 
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    from sdcli.hub import megabytes
+    from sdcli.models.hub.download import megabytes
 
     return (
         f"{'*' if row['default'] else ' '} {row['name']}",
@@ -483,7 +483,7 @@ class _Meter:
         )
 
     def _line_progress(self, file: str, done: int, total: int) -> None:
-        from sdcli.hub import megabytes
+        from sdcli.models.hub.download import megabytes
 
         tenth = 10 * done // max(total, 1)
         if tenth > self._told:

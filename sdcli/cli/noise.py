@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import (
+from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
     JsonOpt,
@@ -22,14 +21,15 @@ from sdcli.cli.options import (
     VerboseOpt,
 )
 from sdcli.cli.plot import FORMATS
+from sdcli.cli.ui.console import Console
 from sdcli.errors import UsageError
-from sdcli.files import check_new, check_new_png, whole_file
-from sdcli.registry import load_registry
-from sdcli.request import MAX_SEED
-from sdcli.settings import RunSettings
+from sdcli.generation.settings import RunSettings
+from sdcli.io.files import check_new, check_new_png, whole_file
+from sdcli.models.registry import load_registry
+from sdcli.request.schema import MAX_SEED
 
 if TYPE_CHECKING:
-    from sdcli.forward_process import ForwardProcess, Level
+    from sdcli.generation.forward_process import ForwardProcess, Level
 
 STEPS = 8
 """Timesteps where none are chosen."""
@@ -83,9 +83,9 @@ def command(
         check_new(curves, overwrite=overwrite)
     spec = load_registry(models_file).find(model)
 
-    from sdcli.contact_sheet import check_size, contact_sheet, write_sheet
-    from sdcli.forward_process import ForwardProcess
-    from sdcli.images import open_picture, to_pixels
+    from sdcli.generation.forward_process import ForwardProcess
+    from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
+    from sdcli.images.pixels import open_picture, to_pixels
 
     picture = open_picture(image)
     console.say(f"loading {spec.name}")
@@ -153,7 +153,7 @@ def _numbers(level: Level) -> dict[str, Any]:
 
 
 def _draw(process: ForwardProcess, timesteps: list[int], path: Path, *, overwrite: bool) -> None:
-    from sdcli.plotting import draw_schedule, save_figure
+    from sdcli.training.plot import draw_schedule, save_figure
 
     figure = draw_schedule(
         process.betas.numpy(), process.schedule.alphas_cumprod.numpy(), name=process.spec.name, marked=timesteps

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcli.cli.console import Console, printable
-from sdcli.cli.options import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console, printable
 from sdcli.errors import UsageError
-from sdcli.files import check_new, whole_file
+from sdcli.io.files import check_new, whole_file
 from sdcli.training.run_log import Log, read_log
 
 FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
@@ -45,7 +45,7 @@ def command(
     logs = [_read(run, metric, console) for run in runs]
     check_new(output, overwrite=overwrite)
 
-    from sdcli.plotting import Run, draw_curves, save_figure
+    from sdcli.training.plot import Run, draw_curves, save_figure
 
     figure = draw_curves(
         [Run(name, log) for name, log in zip(_names(runs), logs, strict=True)],

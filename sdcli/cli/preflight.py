@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from sdcli.errors import SdcliError, UsageError
-from sdcli.hub import folder_of
-from sdcli.jobs import BadJob, Job
-from sdcli.registry import ControlNetSpec, ModelSpec, Registry
-from sdcli.settings import MAX_SIDE, OutputSettings
+from sdcli.generation.settings import MAX_SIDE, OutputSettings
+from sdcli.models.hub.download import folder_of
+from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
+from sdcli.request.jobs import BadJob, Job
 
 
 class Preflight:

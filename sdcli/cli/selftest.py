@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdcli.cli.console import Console
-from sdcli.cli.options import DeviceOpt, DTypeOpt, JsonOpt, QuietOpt, VerboseOpt
+from sdcli.cli.options.shared import DeviceOpt, DTypeOpt, JsonOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
 from sdcli.errors import SdcliError
-from sdcli.settings import RunSettings
+from sdcli.generation.settings import RunSettings
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
     Nothing is left on the disk. Any failure ends with exit code 1.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
-    from sdcli.selftest import checks, machine
+    from sdcli.generation.selftest import checks, machine
 
     failed = total = 0
     for check in checks(RunSettings(device=device, dtype=dtype)):

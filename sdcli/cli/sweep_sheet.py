@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sdcli.cli.console import Console
-from sdcli.files import AlreadyExists
-from sdcli.jobs import BadJob, Job
-from sdcli.naming import numbered
-from sdcli.settings import OutputSettings
-from sdcli.sheet_labels import labels_of
-from sdcli.sweeping import Axis
+from sdcli.cli.ui.console import Console
+from sdcli.generation.filenames import numbered
+from sdcli.generation.settings import OutputSettings
+from sdcli.images.sheet_labels import labels_of
+from sdcli.io.files import AlreadyExists
+from sdcli.request.jobs import BadJob, Job
+from sdcli.request.sweep import Axis
 
 LABEL_LINES = 4
 
@@ -33,7 +33,7 @@ class SweepSheet:
 
     def check(self) -> None:
         """Raise UsageError for a sheet that would be too large."""
-        from sdcli.contact_sheet import check_size
+        from sdcli.images.contact_sheet import check_size
 
         widths, heights = zip(
             *(place.request.final_size for place in self.places if isinstance(place, Job)), strict=True
@@ -42,8 +42,8 @@ class SweepSheet:
 
     def write(self, paths: Mapping[int, Path], settings: OutputSettings, console: Console) -> None:
         """Lay out the pictures, whose files are named by the index of their job, and print the sheet's path."""
-        from sdcli.contact_sheet import contact_sheet, empty, write_sheet
-        from sdcli.images import open_picture
+        from sdcli.images.contact_sheet import contact_sheet, empty, write_sheet
+        from sdcli.images.pixels import open_picture
 
         files = [paths.get(place.index) for place in self.places]
         requests = [place.request if isinstance(place, Job) else None for place in self.places]

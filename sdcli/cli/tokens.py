@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sdcli.cli.console import Console, printable
-from sdcli.cli.options import JsonOpt, ModelOpt, ModelsFileOpt
-from sdcli.conditioning.prompt import SubPrompt, subprompts
+from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt
+from sdcli.cli.ui.console import Console, printable
 from sdcli.errors import UsageError
-from sdcli.loras import take_tags
-from sdcli.registry import load_registry
-from sdcli.request import known, parse_request
+from sdcli.generation.resolve.loras import take_tags
+from sdcli.models.registry import load_registry
+from sdcli.request.prompt_syntax import SubPrompt, subprompts
+from sdcli.request.schema import known, parse_request
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from sdcli.conditioning.tokenizer import ClipTokenizer
+    from sdcli.encoders.tokenizer import ClipTokenizer
 
 
 def command(
@@ -50,7 +50,7 @@ def command(
         steps=asked.steps or spec.defaults.steps,
         prompt_syntax=asked.prompt_syntax or "a1111",
     )
-    from sdcli.conditioning.tokenizer import load_tokenizer, tokenizer_folder
+    from sdcli.encoders.tokenizer import load_tokenizer, tokenizer_folder
 
     tokenizer = load_tokenizer(tokenizer_folder(spec))
     read: dict[str, Any] = {"steps": known(request.steps), "syntax": known(request.prompt_syntax)}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdcli.cli.training import Trainer
-from sdcli.registry import Registry
-from sdcli.train_settings import ControlNetSettings
+from sdcli.cli.training_command import Trainer
+from sdcli.models.registry import Registry
+from sdcli.training.settings import ControlNetSettings
 
 if TYPE_CHECKING:
-    from sdcli.training.controlnet_session import ControlNetSession
+    from sdcli.training.controlnet.session import ControlNetSession
 
 
 def _open(data: str, run: Path, settings: ControlNetSettings, registry: Registry) -> ControlNetSession:
-    from sdcli.training.controlnet_session import ControlNetSession
+    from sdcli.training.controlnet.session import ControlNetSession
 
     return ControlNetSession(data, run, settings, registry)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdcli.cli.training import Trainer
-from sdcli.registry import Registry
-from sdcli.train_settings import TextSettings
+from sdcli.cli.training_command import Trainer
+from sdcli.models.registry import Registry
+from sdcli.training.settings import TextSettings
 
 if TYPE_CHECKING:
-    from sdcli.training.text_session import TextSession
+    from sdcli.training.text_encoder.session import TextSession
 
 
 def _open(data: str, run: Path, settings: TextSettings, registry: Registry) -> TextSession:
-    from sdcli.training.text_session import TextSession
+    from sdcli.training.text_encoder.session import TextSession
 
     return TextSession(data, run, settings, registry)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdcli.cli.training import Trainer
-from sdcli.registry import Registry
-from sdcli.train_settings import UnetSettings
+from sdcli.cli.training_command import Trainer
+from sdcli.models.registry import Registry
+from sdcli.training.settings import UnetSettings
 
 if TYPE_CHECKING:
-    from sdcli.training.unet_session import UnetSession
+    from sdcli.training.unet.session import UnetSession
 
 
 def _open(data: str, run: Path, settings: UnetSettings, registry: Registry) -> UnetSession:
-    from sdcli.training.unet_session import UnetSession
+    from sdcli.training.unet.session import UnetSession
 
     return UnetSession(data, run, settings, registry)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdcli.cli.training import Trainer
-from sdcli.registry import Registry
-from sdcli.train_settings import VaeSettings
+from sdcli.cli.training_command import Trainer
+from sdcli.models.registry import Registry
+from sdcli.training.settings import VaeSettings
 
 if TYPE_CHECKING:
-    from sdcli.training.vae_session import VaeSession
+    from sdcli.training.vae.session import VaeSession
 
 
 def _open(data: str, run: Path, settings: VaeSettings, registry: Registry) -> VaeSession:
-    from sdcli.training.vae_session import VaeSession
+    from sdcli.training.vae.session import VaeSession
 
     return VaeSession(data, run, settings, registry)
 

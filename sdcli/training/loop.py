@@ -24,16 +24,16 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from sdcli import counted
-from sdcli.devices import out_of_memory, pick_device
-from sdcli.engine import evaluating
 from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated, UsageError
-from sdcli.train_settings import TrainSettings
-from sdcli.training.checkpoint import link_model_folder, save_checkpoint
+from sdcli.generation.engine import evaluating
+from sdcli.io import rng
+from sdcli.io.devices import out_of_memory, pick_device
 from sdcli.training.events import Checkpointed, Ended, Event, Noted, Sampled, Started, Trained, Validated
-from sdcli.training.feed import Feed, Share, on_device
-from sdcli.training.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
-from sdcli.training.state import TrainingState
+from sdcli.training.inputs.feed import Feed, Share, on_device
+from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
+from sdcli.training.settings import TrainSettings
+from sdcli.training.state.checkpoint import link_model_folder, save_checkpoint
+from sdcli.training.state.training_state import TrainingState
 from sdcli.training.task import Batch, Losses, Networks, Phase, Task
 
 PATIENCE = timedelta(days=1)
@@ -190,7 +190,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             # layers that draw for themselves (dropout) draw counted numbers too
             torch.manual_seed(
-                counted.key(
+                rng.key(
                     self.settings.seed,
                     (done * count + number) * accelerator.num_processes + accelerator.process_index,
                     phase.name,
@@ -311,7 +311,7 @@ class Trainer:
         """With --compile the compiled networks, unless their gradients differ from the plain ones'."""
         if not self.settings.compile:
             return networks, None
-        from sdcli.training.compiling import compiled_if_right
+        from sdcli.training.optim.compile import compiled_if_right
 
         draws = Share(min(2, self.settings.train_batch_size), 1).of(self.task.draws(0))[0]
         batch = on_device(self.task.collate([self.task.item(draw) for draw in draws]), self.accelerator.device)

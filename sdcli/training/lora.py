@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.errors import UsageError
-from sdcli.training.state_files import write_tensors
+from sdcli.training.state.state_files import write_tensors
 
 ADAPTER = "default"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdcli.latents import cell
-from sdcli.train_settings import TrainSettings
-from sdcli.training.controlnet import ControlNetTask
-from sdcli.training.unet import UnetTask
-from sdcli.training.vae import VaeTask, plain
+from sdcli.training.controlnet.task import ControlNetTask
+from sdcli.training.settings import TrainSettings
+from sdcli.training.unet.task import UnetTask
+from sdcli.training.vae.task import VaeTask, plain
+from sdcli.vae.autoencoder import cell
 
 MARGIN = 1.15
 """Buffers of convolutions and what the allocator leaves unused."""

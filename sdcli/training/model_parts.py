@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdcli.conditioning.tokenizer import ClipTokenizer
+from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
-from sdcli.files import expanded, write_whole
-from sdcli.hub import folder_of
-from sdcli.latents import cell, latent_channels, shift_factor
-from sdcli.lean_imports import UNet2DConditionModel, UNet2DModel
-from sdcli.loading import LoadedModel, Part, load_model
-from sdcli.model_folder import LAYOUTS, read_json_object
-from sdcli.registry import PACKAGE, ModelDefaults, ModelSpec
-from sdcli.request import did_you_mean
+from sdcli.io.files import PACKAGE, expanded, write_whole
+from sdcli.io.lean_diffusers import UNet2DConditionModel, UNet2DModel
+from sdcli.io.weights import network_described
+from sdcli.models.hub.download import folder_of
+from sdcli.models.layout import LAYOUTS, read_json_object
+from sdcli.models.loader import LoadedModel, Part, load_model
+from sdcli.models.registry import ModelDefaults, ModelSpec
+from sdcli.request.schema import did_you_mean
 from sdcli.training.run_folder import write_json
-from sdcli.weights import network_described
+from sdcli.vae.autoencoder import cell, latent_channels, shift_factor
 
 PIXEL_PRESET: dict[str, Any] = {
     "_class_name": "UNet2DModel",
@@ -74,7 +74,7 @@ def unet_config(name: str) -> dict[str, Any]:
         case "starter":
             return read_json_object(PACKAGE / "starter" / "unet" / "config.json")
         case "sd15":
-            return read_json_object(PACKAGE / "sd1_config" / "unet" / "config.json")
+            return read_json_object(PACKAGE / "models/families/configs/sd1" / "unet" / "config.json")
         case "pixel" | "latent":
             return dict(PIXEL_PRESET)
         case "pixel-grey":
@@ -253,9 +253,9 @@ def write_part(folder: Path, model: LoadedModel, part: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source / part, folder)
     elif part == "tokenizer":
-        shutil.copytree(PACKAGE / "clip_tokenizer", folder, dirs_exist_ok=True)
+        shutil.copytree(PACKAGE / "encoders/clip_tokenizer", folder, dirs_exist_ok=True)
     else:
-        from sdcli.training.unet import write_network
+        from sdcli.training.unet.task import write_network
 
         network = model.parts[part]
         write_network(folder, network, network.state_dict())

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sdcli import counted
-from sdcli.denoise.guess import x0_of
-from sdcli.denoise.sampler import make_scheduler
+from sdcli.diffusion.scheduler_factory import make_scheduler
+from sdcli.diffusion.x0_prediction import x0_of
 from sdcli.errors import UsageError
+from sdcli.io import rng
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -160,7 +160,7 @@ def snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
             return ratio.clamp(max=gamma) / (ratio + 1)
 
 
-# The random part of a sample; counted, see `counted.py`
+# The random part of a sample; counted, see `rng.py`
 
 
 def training_noise(seed: int, counter: int, shape: Sequence[int], *, noise_offset: float = 0.0) -> Tensor:
@@ -168,21 +168,21 @@ def training_noise(seed: int, counter: int, shape: Sequence[int], *, noise_offse
 
     Offset noise (Guttenberg 2023, "Diffusion with Offset Noise") lets a model change a picture's mean brightness.
     """
-    noise = counted.noise(seed, counter, "noise", shape)
+    noise = rng.noise(seed, counter, "noise", shape)
     if noise_offset:
         per_channel = (shape[0], *[1] * (len(shape) - 1))
-        noise = noise + noise_offset * counted.noise(seed, counter, "noise offset", per_channel)
+        noise = noise + noise_offset * rng.noise(seed, counter, "noise offset", per_channel)
     return noise
 
 
 def perturbed(noise: Tensor, seed: int, counter: int, *, input_perturbation: float) -> Tensor:
     """The noise for the network's input, while the target keeps `noise`; Ning et al. 2023, arXiv 2301.11706, eq. 8."""
-    return noise + input_perturbation * counted.noise(seed, counter, "input perturbation", noise.shape)
+    return noise + input_perturbation * rng.noise(seed, counter, "input perturbation", noise.shape)
 
 
 def timestep(seed: int, counter: int, levels: int) -> int:
     """A timestep 0..levels-1 of a sample, all equally likely."""
-    return counted.scalars(seed, counter, "timestep").randrange(levels)
+    return rng.scalars(seed, counter, "timestep").randrange(levels)
 
 
 @lru_cache(maxsize=8)
@@ -192,7 +192,7 @@ def timesteps(seed: int, step: int, count: int, levels: int) -> tuple[int, ...]:
     Each alone is uniform over 0..levels-1, together they vary less from step to step than independent ones: low
     discrepancy sampling of Kingma et al. 2021 (variational diffusion models, arXiv 2107.00630, appendix I.1).
     """
-    draw = counted.scalars(seed, step, "timesteps")
+    draw = rng.scalars(seed, step, "timesteps")
     offset = draw.random()
     order = list(range(count))
     draw.shuffle(order)

@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 
 from sdcli.errors import CannotWrite, NotFound, UsageError
-from sdcli.files import write_whole
-from sdcli.registry import read_yaml
-from sdcli.train_settings import TrainSettings
+from sdcli.io.files import write_whole
+from sdcli.models.registry import read_yaml
+from sdcli.training.settings import TrainSettings
 
 SETTINGS = "settings.yaml"
 MAY_CHANGE = frozenset(

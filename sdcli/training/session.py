@@ -13,15 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from sdcli.devices import free_memory
 from sdcli.errors import Stop, UsageError
-from sdcli.train_settings import TrainSettings
+from sdcli.io.devices import free_memory
 from sdcli.training import run_folder
-from sdcli.training.checkpoint import Found, newest_checkpoint, run_lock, write_frozen_parts
 from sdcli.training.events import Event, Noted
 from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.run_log import RunLog, log_event
+from sdcli.training.settings import TrainSettings
+from sdcli.training.state.checkpoint import Found, newest_checkpoint, run_lock, write_frozen_parts
 from sdcli.training.task import Task
 
 S = TypeVar("S", bound=TrainSettings)

@@ -1,0 +1,293 @@
+"""What the training commands share: settings, RUN, processes, signals, display, and the proof of an exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+import typer
+
+from sdcli.cli.options.settings_flags import settings_options
+from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.signals import GracefulStop
+from sdcli.errors import BadOutput, Interrupted, SdcliError, UsageError
+from sdcli.io.files import expanded
+from sdcli.models.registry import Registry, load_registry
+from sdcli.training.settings import TrainSettings, read_config, settings_from
+
+if TYPE_CHECKING:
+    from sdcli.training.events import Event
+    from sdcli.training.session import Session
+
+S = TypeVar("S", bound=TrainSettings)
+
+OutputRunOpt = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="RUN", help="The folder of the run, and of what it trains.")
+]
+ConfigOpt = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings from a .toml or .yaml file; typed ones win."),
+]
+ResumeOpt = Annotated[
+    bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in RUN, exactly where it was.")
+]
+DryRunOpt = Annotated[
+    bool, typer.Option("--dry-run", help="Look at data and settings, say what would be done, and stop.")
+]
+ProveOpt = Annotated[
+    bool,
+    typer.Option(
+        "--prove-resume",
+        help="Train 10 steps, and 5 + kill -9 + 5 resumed; compare all bytes. Leaves nothing behind.",
+    ),
+]
+
+
+ECHO = 0.5
+"""Seconds within which a signal comes again because the terminal and the launcher both send it to every process."""
+
+
+@dataclass(frozen=True)
+class Trainer(Generic[S]):
+    """One training command: its name, its settings, and how its session is made (heavy imports inside)."""
+
+    name: str
+    kind: type[S]
+    open_session: Callable[[str, Path, S, Registry], Session[S]]
+    data_metavar: str
+    data_help: str
+
+    def command(self, help_text: str) -> Callable[..., None]:
+        """The Typer command: its own argument, what all trainers take, and an option for each setting."""
+
+        def command(
+            data: str | None = None,
+            output: OutputRunOpt = None,
+            config: ConfigOpt = None,
+            resume: ResumeOpt = False,
+            dry_run: DryRunOpt = False,
+            prove_resume: ProveOpt = False,
+            models_file: ModelsFileOpt = None,
+            as_json: JsonOpt = False,
+            quiet: QuietOpt = False,
+            verbose: VerboseOpt = False,
+            *,
+            typed: dict[str, Any],
+        ) -> None:
+            registry = load_registry(models_file)
+            asked = Asked(data, output, config, resume, dry_run, prove_resume, typed, registry, models_file)
+            train(self, asked, Console(quiet=quiet, verbose=verbose, json=as_json))
+
+        argument = typer.Argument(metavar=self.data_metavar, help=self.data_help, show_default=False)
+        command.__annotations__["data"] = Annotated[str | None, argument]
+        command.__doc__ = help_text
+        return settings_options(self.kind)(command)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed beside the settings."""
+
+    data: str | None
+    output: Path | None
+    config: Path | None
+    resume: bool
+    dry_run: bool
+    prove_resume: bool
+    typed: dict[str, Any]
+    registry: Registry
+    models_file: Path | None = None
+
+
+def train(trainer: Trainer[S], asked: Asked, console: Console) -> None:
+    """Carry out one training command, from what was typed to the last checkpoint."""
+    data, run, settings = _resolved(trainer, asked)
+    if asked.prove_resume:
+        _prove_resume(trainer.name, data, run, settings, asked.models_file, console)
+        return
+    from sdcli.training.launch import inside_a_launch, launch
+    from sdcli.training.run_folder import check_free
+
+    if not asked.resume and not inside_a_launch() and not (asked.dry_run and asked.output is None):
+        check_free(run)
+    if (settings.num_processes or 1) > 1 and not inside_a_launch():
+        code = launch(sys.argv[1:], processes=settings.num_processes or 1)
+        if code:
+            raise _AlreadySaid(code)
+        return
+    stop = GracefulStop(
+        console,
+        unit="the step in hand",
+        kept="whole checkpoints are kept" if not asked.dry_run else "nothing was changed",
+        echo=ECHO if inside_a_launch() else 0.0,
+    ).install()
+    with ExitStack() as stack:
+        session = trainer.open_session(data, run, settings, asked.registry)
+        stack.enter_context(session)
+        if not session.is_main:
+            console = dataclasses.replace(console, quiet=True)
+        from sdcli.cli.ui.training_progress import TrainingDisplay
+
+        display = stack.enter_context(TrainingDisplay(console))
+        for event in session.prepare(resume=asked.resume, stop=stop):
+            _show(event, display, console)
+        for line in session.plan_lines():
+            console.say(line)
+        if asked.dry_run:
+            if session.is_main:
+                console.result(json.dumps(session.plan()), **session.plan())
+            return
+        try:
+            for event in session.train(stop=stop):
+                _show(event, display, console)
+                if session.is_main:
+                    _report(event, console)
+        except Interrupted as stopped:
+            raise stopped if session.is_main else _AlreadySaid(stopped.exit_code) from None
+    if session.is_main:
+        console.result(str(run), status="done", run=str(run))
+
+
+class _AlreadySaid(SdcliError):
+    """A process that was started here has said what went wrong; only its exit code is left to pass on."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("")
+        self.exit_code = code
+
+
+def _resolved(trainer: Trainer[S], asked: Asked) -> tuple[str, Path, S]:
+    from sdcli.training.run_folder import recorded
+
+    typed = dict(asked.typed)
+    given = read_config(asked.config, trainer.kind) if asked.config is not None else {}
+    data = asked.data if asked.data is not None else given.pop("data", None)
+    output = asked.output if asked.output is not None else given.pop("output", None)
+    given = {name: value for name, value in given.items() if name in trainer.kind.model_fields}
+    if output is None:
+        if asked.prove_resume or asked.dry_run:
+            output = "run"
+        else:
+            raise UsageError("name the folder of the run: -o RUN")
+    run = expanded(output)
+    before: dict[str, Any] = {}
+    if asked.resume:
+        begun_with, before = recorded(run, command=trainer.name, kind=trainer.kind)
+        data = data if data is not None else begun_with
+    if data is None:
+        raise UsageError(f"nothing to train on; try: sdcli {trainer.name} DATA -o {output}")
+    return str(data), run, settings_from(trainer.kind, _over(_over(before, given), typed))
+
+
+def _over(values: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """Newer values over older ones: a limit replaces a limit of another kind, it does not contradict it."""
+    limits = {"max_train_steps", "num_train_epochs"}
+    replaced = limits if limits & set(newer) else set()
+    return {**{name: value for name, value in values.items() if name not in replaced}, **newer}
+
+
+def _show(event: Event, display: Any, console: Console) -> None:
+    from sdcli.training.events import Noted
+
+    if isinstance(event, Noted) and event.warning:
+        console.warn(event.text)
+    else:
+        display.show(event)
+
+
+def _report(event: Event, console: Console) -> None:
+    """Checkpoints and samples as results on stdout; with --json every event."""
+    from sdcli.training.events import Checkpointed, Preparing, Sampled
+    from sdcli.training.run_log import strict_json
+
+    if console.json:
+        if not isinstance(event, Preparing):
+            console.result("", event=type(event).__name__.lower(), **strict_json(dataclasses.asdict(event)))
+    elif isinstance(event, Checkpointed):
+        console.result(str(event.path))
+    elif isinstance(event, Sampled):
+        for path in event.paths:
+            console.result(str(path))
+
+
+# The proof
+
+STEPS = 5
+
+
+def _prove_resume(
+    name: str, data: str, run: Path, settings: TrainSettings, models_file: Path | None, console: Console
+) -> None:
+    """Straight against killed and resumed, with the user's own settings, in two throw-away runs."""
+    parent = run.parent if run.parent.is_dir() else Path(tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix=".sdcli-prove-", dir=parent))
+    try:
+        limits = {"max_train_steps": 2 * STEPS, "num_train_epochs": None, "max_hours": None}
+        never = 10**9
+        every = {"checkpointing_steps": STEPS, "sample_every_n_steps": never, "checkpoints_total_limit": None}
+        chosen = settings.model_copy(update={**limits, **every})
+        import yaml
+
+        values = {k: v for k, v in chosen.model_dump(mode="json").items() if v is not None}
+        config = folder / "settings.yaml"
+        config.write_text(
+            yaml.safe_dump({"data": str(Path(data).absolute()) if Path(data).exists() else data, **values})
+        )
+        command = [sys.executable, "-m", "sdcli", name, "--config", str(config), "--quiet"]
+        command += ["--models-file", str(models_file)] if models_file is not None else []
+        straight, resumed = folder / "straight", folder / "resumed"
+        console.say(f"training {2 * STEPS} steps without a stop")
+        _finish(subprocess.run([*command, "-o", str(straight)], stdout=subprocess.DEVNULL), "the straight run")
+        console.say(f"training {STEPS} steps, then kill -9")
+        _kill_after_first_checkpoint([*command, "-o", str(resumed)])
+        console.say("resuming")
+        _finish(
+            subprocess.run([*command, "-o", str(resumed), "--resume"], stdout=subprocess.DEVNULL), "the resumed run"
+        )
+        differences = _differences(straight / f"checkpoint-{2 * STEPS}", resumed / f"checkpoint-{2 * STEPS}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if differences:
+        raise BadOutput(f"the resumed run differs from the straight one in {', '.join(differences)}")
+    console.result(
+        f"identical: {2 * STEPS} steps at once, and {STEPS} + kill -9 + {STEPS} resumed, gave the same bytes",
+        status="identical",
+        steps=2 * STEPS,
+    )
+
+
+def _finish(process: subprocess.CompletedProcess[bytes], what: str) -> None:
+    if process.returncode:
+        raise SdcliError(f"{what} ended with exit code {process.returncode}; see above")
+
+
+def _kill_after_first_checkpoint(command: list[str]) -> None:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        line = next((line for line in process.stdout if b"checkpoint-" in line), None)
+        if line is None:
+            _finish(subprocess.CompletedProcess(command, process.wait() or 1), "the run to be killed")
+    finally:  # also when Ctrl-C ends the proof: it does not reach another session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _differences(one: Path, other: Path) -> list[str]:
+    """The files of two checkpoints that differ, by their manifests' digests."""
+    files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in (one, other)]
+    return sorted(name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name))

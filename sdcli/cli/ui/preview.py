@@ -1,0 +1,118 @@
+"""How the pictures come along, shown seldom enough to cost little: in a file, or on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcli.cli.ui.console import plain_terminal
+from sdcli.errors import BadPicture, CannotWrite, UsageError
+from sdcli.io.files import check_folder, check_new, write_whole
+
+if TYPE_CHECKING:
+    from sdcli.generation.engine import Progress
+
+TERMINAL = "terminal"
+SHARE = 0.05
+"""Of the time that has passed, at most so much is spent on previews."""
+EXPECTED = 0.05
+"""Seconds that the first one is expected to take."""
+WHAT = {"preview": True}
+"""What a preview's file says of itself."""
+
+
+class Throttle:
+    """Says when something may be done again so that all of it takes at most `SHARE` of the time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
+        self._spent, self._last = 0.0, EXPECTED
+
+    def due(self) -> bool:
+        """Whether another one, as long as the last, stays within the share."""
+        return self._spent + self._last <= SHARE * (self._clock() - self._began)
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        """What is done within is counted."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._last = self._clock() - began
+            self._spent += self._last
+
+
+class Preview:
+    """Shows the guess after a step by `show`, a function of a PIL picture; at least once, if the run gets that far.
+
+    Painting goes on where it cannot be shown any more: `warn` gets a sentence.
+    """
+
+    def __init__(
+        self, show: Callable[[Any], None], throttle: Throttle | None = None, *, warn: Callable[[str], None]
+    ) -> None:
+        self._show, self._throttle, self._shown = show, throttle or Throttle(), False
+        self._warn, self._fails = warn, False
+
+    def step(self, progress: Progress) -> None:
+        """A step is done."""
+        last = progress.index + 1 == progress.count
+        if not self._fails and (self._throttle.due() or (last and not self._shown)):
+            with self._throttle.spending():
+                picture = progress.look()
+                if picture is None:
+                    return
+                try:
+                    self._show(picture)
+                    self._shown = True
+                except CannotWrite as error:
+                    self._fails = True
+                    self._warn(f"there is no preview any more: {error}")
+
+
+def check_preview(target: str, *, overwrite: bool, quiet: bool) -> None:
+    """Raise now what would fail later: UsageError, AlreadyExists and CannotWrite.
+
+    A file that is a preview itself may be replaced, whatever `overwrite` says.
+    """
+    if target == TERMINAL:
+        if quiet:
+            raise UsageError("--preview terminal goes without --quiet")
+        check_terminal("--preview terminal")
+        return
+    path = Path(target)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--preview takes a .png file or the word {TERMINAL}, not {target!r}")
+    check_folder(path.parent)
+    if path.exists() and not _is_preview(path):
+        check_new(path, overwrite=overwrite)
+
+
+def check_terminal(option: str) -> None:
+    """Raise UsageError where stderr is no terminal that can show colours."""
+    if plain_terminal():
+        raise UsageError(f"{option} needs stderr to be a terminal with colours; --preview FILE.png works anywhere")
+
+
+def to_file(path: Path) -> Callable[[Any], None]:
+    """What writes a picture there, as a whole file each time."""
+    from sdcli.images.contact_sheet import sheet_bytes
+
+    return lambda picture: write_whole(path, sheet_bytes(picture, WHAT), overwrite=True)
+
+
+def _is_preview(path: Path) -> bool:
+    import json
+
+    from sdcli.images.contact_sheet import KEY
+    from sdcli.images.image_files import opened
+
+    try:
+        with opened(path) as image:
+            return image.info.get(KEY) == json.dumps(WHAT)
+    except BadPicture:
+        return False

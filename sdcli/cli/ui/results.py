@@ -1,0 +1,49 @@
+"""What `generate` says of each job that has come to its end: a line on stdout, a sentence on stderr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sdcli.cli.ui.console import Console
+from sdcli.errors import SdcliError
+from sdcli.request.jobs import BadJob, Job
+
+if TYPE_CHECKING:
+    from sdcli.generation.engine import Result
+
+
+def report(result: Result, console: Console) -> None:
+    """One result as one line: a path on stdout, or the object of --json."""
+    seconds = result.seconds
+    rest = {"path": str(result.path), "seconds": round(seconds, 3), "fallbacks": list(result.fallbacks)}
+    rest |= {"beside": [str(path) for path in result.beside]} if result.beside else {}
+    if result.status == "skipped":
+        console.detail(f"{result.path} is finished already")
+    if result.status == "done" or console.json:
+        console.result(str(result.path), **_fields(result.job, result.status), **rest)
+    if result.status == "done":
+        console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
+        if result.beside and not console.json:
+            console.say(f"beside it: {', '.join(str(path) for path in result.beside)}")
+
+
+def report_failure(
+    job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool, status: str = "failed"
+) -> None:
+    """A sentence on stderr, and with --json an object; where the job is the only one, its error ends the process."""
+    if console.json:
+        console.result("", **_fields(job, status), error=str(error), exit_code=error.exit_code)
+    if not alone:
+        console.warn(f"picture {job.index}: {error}")
+
+
+def _fields(job: Job | BadJob, status: str) -> dict[str, Any]:
+    """What a line of --json says of any job."""
+    fields: dict[str, Any] = {"status": status, "index": job.index}
+    fields |= {"custom_id": job.custom_id} if job.custom_id is not None else {}
+    fields |= {"line": job.line} if job.line is not None else {}
+    if isinstance(job, Job):
+        r = job.request
+        width, height = r.final_size
+        fields |= {"seed": r.seed, "width": width, "height": height, "steps": r.steps, "model": r.model}
+    return fields

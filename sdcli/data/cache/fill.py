@@ -1,0 +1,443 @@
+"""Fills the cache: pictures -> latents, texts -> hidden states, each only where it is not there yet.
+
+Pictures are read and decoded by threads, ahead of the encoder, so that it does not wait for them. Whatever ends the
+work, what was encoded is on the disk, or, after `kill -9`, all but the shard in hand; the next run takes up from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdcli.data.buckets import Size, frame
+from sdcli.data.cache.keys import HIDDEN, LOGVAR, MEAN, Frame, LatentIndex, LatentKeys, TextKeys
+from sdcli.data.cache.store import KEY_BYTES, TensorStore
+from sdcli.data.records import Dropped, PictureSet
+from sdcli.encoders.clip import ClipTextEncoder
+from sdcli.errors import BadOutput, BadPicture, NotFound, OutOfMemory, Stop, stop_if_asked
+from sdcli.images.pixels import picture_from_bytes, to_pixels
+from sdcli.io.devices import free_caches, out_of_memory
+from sdcli.io.lean_diffusers import VAE
+from sdcli.models.loader import LoadedModel
+from sdcli.vae import autoencoder
+
+Moments = tuple[Tensor, Tensor | None]
+"""Mean and log variance of one picture's latents, each [C, h, w]; no log variance for a VAE without a distribution."""
+
+NOT_FINITE = "its latents are not finite (NaN or too large), in float32 too"
+
+
+@dataclass(frozen=True)
+class CacheProgress:
+    """How far the filling is, in pictures (or texts). A mirrored picture counts with the other way round as one."""
+
+    done: int
+    total: int
+    encoded: int = 0
+    reused: int = 0
+    dropped: int = 0
+    seconds: float = 0.0
+    """Since it began."""
+    waiting: float = 0.0
+    """Seconds of these in which the encoder had to wait for pictures."""
+    notes: tuple[str, ...] = ()
+    """What is new and worth telling: damaged files of the cache, and detours for want of memory or of digits."""
+    latents: LatentIndex | None = None
+    """Where to find the latents: on the last one, when everything is on the disk."""
+
+
+def fill_latents(
+    pictures: PictureSet,
+    used: Sequence[int] | np.ndarray,
+    sizes: Sequence[Size] | np.ndarray,
+    *,
+    model: LoadedModel,
+    store: TensorStore,
+    digests: Sequence[str] | None = None,
+    flips: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    stop: Stop = lambda: None,
+) -> Generator[CacheProgress, None, None]:
+    """Encode the `used` items of a set, each at its size of `sizes` (width, height), cut in the middle.
+
+    What is stored are the moments of the VAE's distribution, unscaled, in the model's number format; with `flips` those
+    of the mirrored pictures as well. `digests` are the SHA-256 of the pictures' bytes in hexadecimal, by item, as
+    `examine` knows them: a picture whose latents are all in the store under its digest is not read at all. Pictures of
+    equal size are encoded `batch_size` at a time (1 on the CPU, where more gains nothing, else 8). Batches of another
+    size round numbers differently, so only with 1 do they never depend on what else was to be encoded.
+
+    A picture that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` answers, CannotWrite,
+    OutOfMemory, and Offline where streamed pictures cannot be fetched.
+    """
+    ways = (False, True) if flips else (False,)
+    items = np.asarray(used, dtype=np.int64)
+    filling = _Filling(pictures, items, sizes, LatentKeys.of(model), store, digests, ways)
+    encoder = _Encoder(model.vae)
+    store.refresh()
+    filling.take_what_is_there()
+    yield filling.progress(notes=_damage(store))
+    batches = _Batches(batch_size or (1 if model.device.type == "cpu" else 8))
+    try:
+        for prepared in filling.read_ahead(workers or _cpus(), held=batches.limit):
+            stop_if_asked(stop)
+            for waiting in filling.claimed(prepared):
+                batch = batches.with_one_more(waiting)
+                if batch:
+                    filling.keep(batch, encoder([one.pixels for one in batch]))
+            yield filling.progress(notes=encoder.notes())
+        for batch in batches.rest():
+            stop_if_asked(stop)
+            filling.keep(batch, encoder([one.pixels for one in batch]))
+            yield filling.progress(notes=encoder.notes())
+    finally:
+        store.flush()
+    yield filling.progress(latents=filling.index())
+
+
+def fill_texts(
+    texts: Iterable[str],
+    *,
+    model: LoadedModel,
+    store: TensorStore,
+    batch_size: int | None = None,
+    stop: Stop = lambda: None,
+) -> Generator[CacheProgress, None, None]:
+    """Encode texts, each once: hidden states [L, D] in the model's number format, as `generate` computes them.
+
+    One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. Raises what `stop` answers,
+    CannotWrite, and BadOutput where the text encoder gives NaN, in float32 too.
+    """
+    keys, began = TextKeys.of(model), time.perf_counter()
+    store.refresh()
+    wanted = {keys.key(text): text for text in texts}
+    numbers = store.find(np.frombuffer(b"".join(wanted), dtype=np.uint8).reshape(-1, KEY_BYTES))
+    absent = [key for key, number in zip(wanted, numbers, strict=True) if number < 0]
+    at_once = batch_size or (1 if model.device.type == "cpu" else 64)
+    reused = len(wanted) - len(absent)
+
+    def progress(encoded: int, notes: tuple[str, ...] = ()) -> CacheProgress:
+        seconds = time.perf_counter() - began
+        return CacheProgress(reused + encoded, len(wanted), encoded, reused, seconds=seconds, notes=notes)
+
+    yield progress(0, _damage(store))
+    try:
+        for start in range(0, len(absent), at_once):
+            stop_if_asked(stop)
+            batch = absent[start : start + at_once]
+            states = _hidden_states(model, [wanted[key] for key in batch])
+            for key, hidden in zip(batch, states, strict=True):
+                store.add(key, {HIDDEN: hidden})
+            yield progress(start + len(batch))
+    finally:
+        store.flush()
+
+
+# Pictures
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture as the threads hand it over: its keys, and its pixels where any of its latents are missing."""
+
+    place: int
+    """In `used`."""
+    keys: tuple[bytes, ...] = ()
+    """As it is, and mirrored."""
+    missing: tuple[int, ...] = ()
+    pixels: Tensor | None = None
+    """[3, H, W] in 0..1, as it is."""
+    reason: str = ""
+    """Why it cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """One way round of a picture, to be encoded under a key."""
+
+    place: int
+    key: bytes
+    pixels: Tensor
+
+
+_OPEN, _REUSED, _ENCODED, _DROPPED = range(4)
+
+
+@dataclass
+class _Filling:
+    """The books of one filling: what became of every picture so far."""
+
+    pictures: PictureSet
+    used: np.ndarray
+    sizes: Sequence[Size] | np.ndarray
+    makes: LatentKeys
+    store: TensorStore
+    digests: Sequence[str] | None
+    flips: tuple[bool, ...]
+    keys: np.ndarray = field(init=False)
+    states: np.ndarray = field(init=False)
+    counts: list[int] = field(init=False)
+    reasons: dict[int, str] = field(default_factory=dict)
+    owners: dict[bytes, int] = field(default_factory=dict)
+    """Key -> the first picture of this run that has it; later ones have the same bytes."""
+    failed: dict[bytes, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.keys = np.zeros((len(self.used), len(self.flips), KEY_BYTES), dtype=np.uint8)
+        self.states = np.full(len(self.used), _OPEN, dtype=np.int8)
+        self.counts = [len(self.used), 0, 0, 0]
+
+    def keys_of(self, place: int, digest: bytes) -> tuple[bytes, ...]:
+        width, height = (int(side) for side in self.sizes[place])
+        return tuple(self.makes.key(digest, Frame((width, height), flip=flip)) for flip in self.flips)
+
+    def take_what_is_there(self) -> None:
+        """Settle the pictures whose digest is known and whose latents are all in the store."""
+        if self.digests is None:
+            return
+        known = [place for place, index in enumerate(self.used) if self.digests[index]]
+        for place in known:
+            self._set_keys(place, self.keys_of(place, bytes.fromhex(self.digests[self.used[place]])))
+        there = self.store.find(self.keys[known].reshape(-1, KEY_BYTES)).reshape(len(known), -1) >= 0
+        for place in np.array(known, dtype=np.int64)[there.all(axis=1)]:
+            self._settle(int(place), _REUSED)
+
+    def read_ahead(self, workers: int, *, held: int) -> Iterator[_Prepared]:
+        """The open pictures in order, read and decoded by threads; at most `workers` + 2 `held` are in memory."""
+        todo = deque(int(place) for place in np.flatnonzero(self.states == _OPEN))
+        pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="read-ahead")
+        running: deque[Future[_Prepared]] = deque()
+        try:
+            while todo or running:
+                while todo and len(running) < workers + 2 * held:
+                    running.append(pool.submit(self._prepare, todo.popleft()))
+                asked = time.perf_counter()
+                prepared = running.popleft().result()
+                self.waited += time.perf_counter() - asked
+                yield prepared
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, place: int) -> _Prepared:
+        """Runs in a thread."""
+        index = int(self.used[place])
+        name = self.pictures[index].name
+        try:
+            data = self.pictures.read(index)
+            keys = self.keys_of(place, hashlib.sha256(data).digest())
+            missing = tuple(way for way, key in enumerate(keys) if key not in self.store)
+            if not missing:
+                return _Prepared(place, keys)
+            width, height = (int(side) for side in self.sizes[place])
+            image = frame(picture_from_bytes(data, name=name), (width, height))
+            return _Prepared(place, keys, missing, to_pixels(image))
+        except (BadPicture, NotFound) as error:
+            return _Prepared(place, reason=str(error).removeprefix(f"{name}: "))
+        except MemoryError:
+            return _Prepared(place, reason="is too large for the memory that is there")
+
+    def claimed(self, prepared: _Prepared) -> list[_Waiting]:
+        """Enter a picture that was read; what of it this run has still to encode."""
+        place = prepared.place
+        if prepared.reason:
+            self.reasons[place] = prepared.reason
+            self._settle(place, _DROPPED)
+            return []
+        self._set_keys(place, prepared.keys)
+        waiting = []
+        for way in prepared.missing:
+            key = prepared.keys[way]
+            if self.owners.setdefault(key, place) == place:
+                assert prepared.pixels is not None
+                pixels = prepared.pixels.flip(-1) if self.flips[way] else prepared.pixels
+                waiting.append(_Waiting(place, key, pixels))
+        if not waiting:
+            self._settle(place, _REUSED)
+        return waiting
+
+    def keep(self, batch: Sequence[_Waiting], rows: Sequence[Moments | None]) -> None:
+        """Store the latents of a batch; None stands for those that are not finite."""
+        for one, moments in zip(batch, rows, strict=True):
+            if moments is None:
+                self.failed[one.key] = self.reasons[one.place] = NOT_FINITE
+                self._settle(one.place, _DROPPED)
+                continue
+            mean, logvar = moments
+            self.store.add(one.key, {MEAN: mean} if logvar is None else {MEAN: mean, LOGVAR: logvar})
+            if self.states[one.place] != _DROPPED:
+                self._settle(one.place, _ENCODED)
+
+    def index(self) -> LatentIndex:
+        """Where everything is, once all is encoded and flushed."""
+        if self.failed:  # a copy of a picture whose latents are not finite was taken for one that is there
+            for place in np.flatnonzero(self.states == _REUSED):
+                reason = next((self.failed[key] for key in map(bytes, self.keys[place]) if key in self.failed), None)
+                if reason is not None:
+                    self.reasons[int(place)] = reason
+                    self._settle(int(place), _DROPPED)
+        good = np.flatnonzero(self.states != _DROPPED)
+        good = good[np.argsort(self.used[good], kind="stable")]
+        names = {place: self.pictures[int(self.used[place])].name for place in sorted(self.reasons)}
+        dropped = (Dropped(name, self.reasons[place]) for place, name in names.items())
+        return LatentIndex(self.used[good], self.keys[good], tuple(dropped))
+
+    def progress(self, *, notes: tuple[str, ...] = (), latents: LatentIndex | None = None) -> CacheProgress:
+        return CacheProgress(
+            done=len(self.used) - self.counts[_OPEN],
+            total=len(self.used),
+            encoded=self.counts[_ENCODED],
+            reused=self.counts[_REUSED],
+            dropped=self.counts[_DROPPED],
+            seconds=time.perf_counter() - self.began,
+            waiting=self.waited,
+            notes=notes,
+            latents=latents,
+        )
+
+    def _set_keys(self, place: int, keys: tuple[bytes, ...]) -> None:
+        self.keys[place] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
+
+    def _settle(self, place: int, state: int) -> None:
+        self.counts[self.states[place]] -= 1
+        self.counts[state] += 1
+        self.states[place] = state
+
+
+class _Batches:
+    """Gathers pictures of equal size; holds less than one batch of each size."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._gathered: dict[torch.Size, list[_Waiting]] = {}
+
+    def with_one_more(self, waiting: _Waiting) -> list[_Waiting]:
+        """The batch that this picture completes, or nothing."""
+        batch = self._gathered.setdefault(waiting.pixels.shape, [])
+        batch.append(waiting)
+        return self._gathered.pop(waiting.pixels.shape) if len(batch) == self.limit else []
+
+    def rest(self) -> Iterator[list[_Waiting]]:
+        """What has gathered and fills no batch."""
+        while self._gathered:
+            yield self._gathered.popitem()[1]
+
+
+class _Encoder:
+    """The VAE's encoder with its ways out: one by one, in tiles, and again in float32 where numbers went wrong."""
+
+    def __init__(self, vae: VAE) -> None:
+        self._vae = vae
+        self._exact: VAE | None = None
+        self._notes: dict[str, None] = {}
+        self._told = 0
+
+    def __call__(self, pixels: Sequence[Tensor]) -> list[Moments | None]:
+        """Pixels [3, H, W] of equal size in 0..1 -> moments in the VAE's dtype; None for what is not finite."""
+        dtype = next(self._vae.parameters()).dtype
+        rows = self._rows(self._vae, pixels)
+        stored: list[Moments | None] = [_in_dtype(row, dtype) for row in rows]
+        if dtype != torch.float32:
+            for place, row in enumerate(stored):
+                if row is None:
+                    self._note("some were encoded in float32: the numbers went wrong in half precision")
+                    (exact,) = self._rows(self._in_float32(), pixels[place : place + 1])
+                    stored[place] = _in_dtype(exact, dtype)
+        return stored
+
+    def notes(self) -> tuple[str, ...]:
+        """What was not told yet; each is told once."""
+        new = tuple(self._notes)[self._told :]
+        self._told = len(self._notes)
+        return new
+
+    def _note(self, text: str) -> None:
+        self._notes[text] = None
+
+    def _in_float32(self) -> VAE:
+        if self._exact is None:
+            self._exact = copy.deepcopy(self._vae).float()
+        return self._exact
+
+    def _rows(self, vae: VAE, pixels: Sequence[Tensor]) -> list[Moments]:
+        height, width = pixels[0].shape[1:]
+        tiled = not autoencoder.fits_in_memory(vae, height, width)
+        # a process that takes too much memory on the CPU is killed, not told
+        if len(pixels) == 1 or autoencoder.fits_in_memory(vae, height * len(pixels), width):
+            rows = self._try(vae, pixels, tiled=tiled)
+            if rows is not None:
+                if tiled:
+                    self._note("some were encoded in tiles: the whole picture would not fit into memory")
+                return rows
+            free_caches()
+        if len(pixels) > 1:
+            self._note(f"batches of {len(pixels)} were encoded in smaller ones: out of memory")
+            half = len(pixels) // 2
+            return self._rows(vae, pixels[:half]) + self._rows(vae, pixels[half:])
+        rows = None if tiled else self._try(vae, pixels, tiled=True)
+        if rows is None:
+            raise OutOfMemory("out of memory while encoding one picture, even in tiles; try a smaller --resolution")
+        self._note("some were encoded in tiles: out of memory")
+        return rows
+
+    def _try(self, vae: VAE, pixels: Sequence[Tensor], *, tiled: bool) -> list[Moments] | None:
+        try:
+            # in the layout that diffusers' image processor gives, to which convolutions round bit for bit alike
+            batch = torch.stack(list(pixels)).contiguous(memory_format=torch.channels_last)
+            mean, logvar = autoencoder.moments(vae, batch, tiled=tiled)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
+        return [(mean[row], None if logvar is None else logvar[row]) for row in range(len(pixels))]
+
+
+def _in_dtype(moments: Moments, dtype: torch.dtype) -> Moments | None:
+    """As they are stored; None where they are not finite there."""
+    mean, logvar = (None if part is None else part.to(dtype) for part in moments)
+    assert mean is not None
+    finite = mean.isfinite().all() and (logvar is None or logvar.isfinite().all())
+    return (mean, logvar) if finite else None
+
+
+# Texts
+
+
+@torch.inference_mode()
+def _hidden_states(model: LoadedModel, texts: Sequence[str]) -> Tensor:
+    """[B, L, D] on the CPU in the model's dtype. Raises BadOutput."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer(text).ids for text in texts], device=model.device)
+    states = model.text_encoder(ids)
+    if not states.isfinite().all() and model.dtype != torch.float32:
+        exact: ClipTextEncoder = copy.deepcopy(model.text_encoder).float()
+        states = exact(ids).to(model.dtype)
+    if not states.isfinite().all():
+        raise BadOutput(f"the text encoder of {model.spec.name} gives NaN or infinite numbers; is the model damaged?")
+    return states.cpu()
+
+
+# Both
+
+
+def _damage(store: TensorStore) -> tuple[str, ...]:
+    ending = "is damaged: it is passed over, and what it held is computed again; it can be deleted"
+    return tuple(f"{path} {ending}" for path in store.damaged)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use, at most 16."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, usable)

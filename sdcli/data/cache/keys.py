@@ -1,0 +1,246 @@
+"""What training reads instead of pictures and captions: latents and text states, by the content they were made of.
+
+The key of a record is a SHA-256 over everything that its numbers depend on. So a changed picture, crop, network or
+number format is another key, and nothing in the cache can be out of date; what is no longer asked for only lies there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdcli.data.buckets import Size
+from sdcli.data.cache.store import KEY_BYTES, Records, TensorStore
+from sdcli.data.folders import LatentFiles
+from sdcli.data.records import Dropped
+from sdcli.encoders.clip import ClipTextConfig
+from sdcli.encoders.tokenizer import ClipTokenizer
+from sdcli.errors import NotFound, UsageError
+from sdcli.models.loader import LoadedModel
+
+LATENTS, TEXTS = "latents", "texts"
+"""The kinds of records, each a sub-folder of the cache."""
+MEAN, LOGVAR, HIDDEN = "mean", "logvar", "hidden"
+"""What the tensors of a record are called: latents have the first two, text states the last."""
+
+_NOT_ARITHMETIC = frozenset(
+    {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
+)
+"""Fields of a VAE's configuration that do not change what its encoder computes."""
+
+
+# Keys
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a picture was brought to a size; see `framing.frame`."""
+
+    size: Size
+    at: tuple[float, float] = (0.5, 0.5)
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class LatentKeys:
+    """The keys of pictures under one VAE."""
+
+    vae: str
+    """Weights and configuration."""
+    dtype: str
+    """What the VAE computes in and the latents are stored in."""
+
+    @classmethod
+    def of(cls, model: LoadedModel) -> Self:
+        """For a model whose VAE is loaded."""
+        config = {
+            name: value
+            for name, value in dict(model.vae.config).items()
+            if not name.startswith("_") and name not in _NOT_ARITHMETIC
+        }
+        return cls(f"{_weights(model, 'vae')} {type(model.vae).__name__} {_digest(config)}", _name(model.dtype))
+
+    def key(self, picture: bytes, frame: Frame) -> bytes:
+        """The key of a picture, given by the SHA-256 of its file."""
+        (width, height), (x, y) = frame.size, frame.at
+        cut = f"{width}x{height} at {float(x)!r} {float(y)!r}{' mirrored' if frame.flip else ''}"
+        return _sha256("latents 1", self.vae, self.dtype, picture.hex(), cut)
+
+
+@dataclass(frozen=True)
+class TextKeys:
+    """The keys of texts under one text encoder."""
+
+    encoder: str
+    """Weights and configuration of the network and of its tokenizer."""
+    dtype: str
+
+    @classmethod
+    def of(cls, model: LoadedModel) -> Self:
+        """For a model whose text encoder is loaded."""
+        assert model.tokenizer is not None
+        config: ClipTextConfig = model.text_encoder.config
+        parts = (_weights(model, "text_encoder"), _digest(dataclasses.asdict(config)), _tokenizer(model.tokenizer))
+        return cls(" ".join(parts), _name(model.dtype))
+
+    def key(self, text: str) -> bytes:
+        """The key of a text, as the text encoder gets it."""
+        return _sha256("text 1", self.encoder, self.dtype, text)
+
+
+def _weights(model: LoadedModel, part: str) -> str:
+    """The identity of a part's weights; what was made in memory has no file, so its numbers themselves are digested."""
+    identity = model.identity(part)
+    if identity.startswith(("sha256:", "random:")):
+        return identity
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.parts[part].state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"tensors:{digest.hexdigest()}"
+
+
+def _tokenizer(tokenizer: ClipTokenizer) -> str:
+    """The digest of all that its files say: vocabulary, merges, normalisation, special tokens, length."""
+    numbers = (tokenizer.max_length, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
+    return _digest([tokenizer.tokenizer.to_str(), numbers])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _sha256(*parts: str) -> bytes:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).digest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Reading
+
+
+@dataclass(frozen=True, eq=False)
+class LatentIndex:
+    """Which record belongs to which item of a picture set."""
+
+    items: np.ndarray
+    """int64 [n], rising: the items that have latents."""
+    keys: np.ndarray
+    """uint8 [n, f, 32]: the key of each as it is and, with f = 2, mirrored."""
+    dropped: tuple[Dropped, ...] = ()
+    """Items that were asked for and could not be encoded."""
+
+
+class CachedLatents:
+    """Item of the picture set, and whether mirrored -> mean [C, h, w] and log variance (or None), unscaled.
+
+    In the number format they are stored in. Held in memory where all of them fit into `budget` bytes, otherwise read
+    from the disk each time. Can be pickled for worker processes. Raises NotFound where a record is missing, and
+    DamagedCache where one is not as it was written.
+    """
+
+    def __init__(self, store: TensorStore, index: LatentIndex, *, budget: int = 0) -> None:
+        self.items = index.items
+        count, self._ways, _ = index.keys.shape
+        self._numbers = store.find(index.keys.reshape(-1, KEY_BYTES)).reshape(count, self._ways)
+        missing = int((self._numbers < 0).any(axis=1).sum())
+        if missing:
+            raise NotFound(f"{store.path} lacks the latents of {missing:,} of {len(self.items):,} pictures")
+        self._records = Records(store, self._numbers.reshape(-1), budget=budget)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def held(self) -> bool:
+        """Whether they are in memory."""
+        return self._records.held
+
+    def __getitem__(self, wanted: tuple[int, bool]) -> tuple[Tensor, Tensor | None]:
+        index, flipped = wanted
+        place = int(np.searchsorted(self.items, index))
+        if place >= len(self.items) or self.items[place] != index:
+            raise NotFound(f"item {index} has no latents in the cache")
+        if flipped and self._ways < 2:
+            raise UsageError("the latents were cached without mirrored ones")
+        record = self._records[int(self._numbers[place, int(flipped)])]
+        return record[MEAN], record.get(LOGVAR)
+
+
+class CachedTexts:
+    """Text -> hidden states [L, D], in the number format they are stored in.
+
+    `texts` are those that will be asked for; they are held in memory where they fit into `budget` bytes, otherwise
+    read from the disk each time. Can be pickled. Raises NotFound for a text that is not there, and DamagedCache.
+    """
+
+    def __init__(self, store: TensorStore, keys: TextKeys, texts: Iterable[str], *, budget: int = 0) -> None:
+        self._store, self._keys = store, keys
+        known = dict.fromkeys(texts)
+        wanted = np.frombuffer(b"".join(map(keys.key, known)), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        numbers = store.find(wanted)
+        if (numbers < 0).any():
+            first = list(known)[int(np.argmin(numbers))]
+            raise NotFound(f"{store.path} lacks {int((numbers < 0).sum()):,} of {len(known):,} texts, first {first!r}")
+        self._records = Records(store, numbers, budget=budget)
+
+    @property
+    def held(self) -> bool:
+        """Whether they are in memory."""
+        return self._records.held
+
+    def __getitem__(self, text: str) -> Tensor:
+        number = int(self._store.find(np.frombuffer(self._keys.key(text), dtype=np.uint8)[None])[0])
+        if number not in self._records:
+            raise NotFound(f"the cache has no state of the text {text!r}")
+        return self._records[number][HIDDEN]
+
+
+@dataclass(frozen=True)
+class EncodedLatents:
+    """Latents that `sdcli encode` wrote, with the interface of `CachedLatents`: (mean [C, h, w], None), unscaled.
+
+    A file holds a picture one way round, so none is mirrored. Raises NotFound and BadLatents.
+    """
+
+    files: LatentFiles
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, wanted: tuple[int, bool]) -> tuple[Tensor, None]:
+        index, flipped = wanted
+        if flipped:
+            raise UsageError("latents in files cannot be mirrored: leave --random-flip out")
+        return self.files.read_latents(index).unscaled(self.files.scaling_factor)[0], None
+
+
+def check_same_vae(files: LatentFiles, model: LoadedModel) -> None:
+    """Raise UsageError where latent files were made with another VAE than the model's."""
+    identity = model.identity("vae")
+    if files.vae != identity:
+        raise UsageError(
+            f"the latents in {files.source} were made with another VAE ({files.vae[:19]}) "
+            f"than that of {model.spec.name} ({identity[:19]})"
+        )
+
+
+def sample_latents(mean: Tensor, logvar: Tensor | None, noise: Tensor, scaling_factor: float) -> Tensor:
+    """A draw from the VAE's distribution, scaled: (mean + exp(logvar / 2) noise) scaling_factor, float32.
+
+    Equation 10 of Kingma & Welling 2013 (arXiv 1312.6114). Without a log variance it is the mean.
+    """
+    latents = mean.float()
+    if logvar is not None:
+        latents = latents + torch.exp(0.5 * logvar.float()) * noise
+    return latents * scaling_factor

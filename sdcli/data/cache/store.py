@@ -1,0 +1,465 @@
+"""Small tensors on disk under the digests of what they were made of: shards that are only ever added, by any process.
+
+A shard is an ordinary safetensors file of about 64 MB whose tensors are called `<key>.<name>`; the index of a store is
+made of the shards' headers, so none can go stale. A shard's name holds the digest of its header, and its header the
+CRC-32 of each tensor: whatever breaks on the disk is found out before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import math
+import os
+import re
+import secrets
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from sdcli.errors import BadWeights, NotFound, SdcliError
+from sdcli.io.files import write_whole
+from sdcli.io.weights import MAX_TENSORS, check_header
+
+SHARD_BYTES = 64 * 2**20
+FLUSH_SECONDS = 120.0
+"""A shard is written after this time at the latest, so that a killed process never loses more than that."""
+MAX_OPEN_SHARDS = 256
+"""Files that are kept open; the shards beyond are opened for each reading."""
+STALE_SECONDS = 3600.0
+"""A temporary file this old was left by a process that was killed: writing a shard takes seconds."""
+
+KEY_BYTES = 32
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CHECKSUMS = "crc32"
+_SHARD_NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{8}\.safetensors")
+_KEEPS_PLACE = hasattr(os, "pread")  # not on Windows
+
+
+class DamagedCache(SdcliError):
+    """A file of the cache is not as it was written."""
+
+
+class _Part(NamedTuple):  # of which an index is made by the hundred thousand, and quicker than a dataclass
+    """One tensor of a record, without its place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """Where the records are, in arrays: about 80 bytes for each of them. Replaced as a whole, never changed."""
+
+    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, KEY_BYTES), dtype=np.uint8))
+    shards: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    layouts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    """Which of `_layouts` each record has."""
+    firsts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Where a record's tensors begin in the two arrays below."""
+    offsets: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    checksums: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint32))
+    order: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Sorts the records by the beginning of their keys; of equal keys the older record comes first."""
+    sorted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=">u8"))
+
+
+class TensorStore:
+    """The records of one kind in a folder: key (32 bytes) -> named tensors. Reading never writes; nothing is replaced.
+
+    Several processes may add to one folder at a time; what others have added is seen after `refresh`. Reading is safe
+    from several threads, and a copy in another process (pickled or forked) reads through files of its own; records
+    that were added and not yet flushed stay behind.
+    """
+
+    def __init__(self, folder: Path, kind: str, *, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.kind = folder, kind
+        self._shard_bytes = shard_bytes
+        self._shards: list[str] = []
+        self._damaged: list[str] = []
+        self._layouts: list[tuple[_Part, ...]] = []
+        self._index = _Index()
+        self._reset()
+        self.refresh()
+
+    def _reset(self) -> None:
+        """What each process has for itself."""
+        self._lock = threading.RLock()
+        self._pending: dict[bytes, dict[str, Tensor]] = {}
+        self._pending_bytes = self._pending_tensors = 0
+        self._pending_since = 0.0
+        self._files: dict[int, int] = {}
+        self._closing = weakref.finalize(self, _close_all, self._files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_lock", "_pending", "_pending_bytes", "_pending_tensors", "_pending_since", "_files", "_closing")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the shards; reading opens them again."""
+        _close_all(self._files)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the shards."""
+        return self.folder / self.kind
+
+    @property
+    def damaged(self) -> tuple[Path, ...]:
+        """Files that are not as they were written. They are passed over and left alone, and can be deleted."""
+        return tuple(self.path / name for name in self._damaged)
+
+    def __len__(self) -> int:
+        """Records on the disk."""
+        return len(self._index.keys)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._pending or self._number(key) >= 0
+
+    # Reading
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Keys, uint8 [n, 32] -> the numbers of their records for `read`, int64 [n]; -1 for what is not on the disk.
+
+        A number stays valid as long as the store lives.
+        """
+        index = self._index
+        wanted = _beginnings(keys)
+        places = np.searchsorted(index.sorted, wanted)
+        numbers = np.full(len(keys), -1, dtype=np.int64)
+        open_ = np.arange(len(keys))
+        while len(open_):
+            open_ = open_[places[open_] < len(index.sorted)]
+            open_ = open_[index.sorted[places[open_]] == wanted[open_]]
+            candidates = index.order[places[open_]]
+            same = (index.keys[candidates] == keys[open_]).all(axis=1)
+            numbers[open_[same]] = candidates[same]
+            open_ = open_[~same]
+            places[open_] += 1
+        return numbers
+
+    def _number(self, key: bytes) -> int:
+        return int(self.find(np.frombuffer(key, dtype=np.uint8)[None])[0])
+
+    def get(self, key: bytes) -> dict[str, Tensor]:
+        """The tensors of one record, flushed or not. Raises NotFound and DamagedCache."""
+        pending = self._pending.get(key)
+        if pending is not None:
+            return {name: tensor.clone() for name, tensor in pending.items()}
+        number = self._number(key)
+        if number < 0:
+            raise NotFound(f"{self.path} has no record {key.hex()}")
+        return self.read(number)
+
+    def read(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a record by its number: read from the file now, and checked. Raises DamagedCache."""
+        index = self._index
+        shard, first = int(index.shards[number]), int(index.firsts[number])
+        record = {}
+        for place, part in enumerate(self._layouts[index.layouts[number]], start=first):
+            data = self._bytes_at(shard, int(index.offsets[place]), part.size)
+            if zlib.crc32(data) != index.checksums[place]:
+                raise DamagedCache(_changed(self.path / self._shards[shard]))
+            dtype = _DTYPES[part.dtype]
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            record[part.name] = flat.reshape(part.shape)
+        return record
+
+    def size_of(self, numbers: np.ndarray) -> int:
+        """Bytes of the tensors of these records together."""
+        if not len(numbers):
+            return 0
+        sizes = np.array([sum(part.size for part in layout) for layout in self._layouts], dtype=np.int64)
+        return int(sizes[self._index.layouts[numbers]].sum())
+
+    def _bytes_at(self, shard: int, offset: int, size: int) -> bytearray:
+        path = self.path / self._shards[shard]
+        try:
+            descriptor = self._descriptor(shard, path)
+            if descriptor is not None:
+                data = bytearray(os.pread(descriptor, size, offset))
+            else:
+                with open(path, "rb", buffering=0) as file:
+                    file.seek(offset)
+                    data = bytearray(file.read(size))
+        except FileNotFoundError:
+            raise DamagedCache(f"{path} has gone while it was in use; start again, and it is made anew") from None
+        except OSError as error:
+            raise DamagedCache(f"cannot read {path}: {error.strerror}") from None
+        if len(data) < size:
+            raise DamagedCache(f"{path} has become shorter while it was in use; start again, and it is made anew")
+        return data
+
+    def _descriptor(self, shard: int, path: Path) -> int | None:
+        """A file that stays open, of this process. Two threads may both open it; one of the two is kept."""
+        known = self._files.get(shard)
+        if known is not None or not _KEEPS_PLACE or len(self._files) >= MAX_OPEN_SHARDS:
+            return known
+        opened = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        kept = self._files.setdefault(shard, opened)
+        if kept != opened:
+            os.close(opened)
+        return kept
+
+    # Writing
+
+    def add(self, key: bytes, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a record; it is on the disk after `flush`, which happens by itself for every 64 MB, or two minutes.
+
+        A key that is there keeps its record: equal keys mean equal content. Raises CannotWrite.
+        """
+        if len(key) != KEY_BYTES or not tensors:
+            raise ValueError(f"a record is a key of {KEY_BYTES} bytes and at least one tensor")
+        with self._lock:
+            if key in self:
+                return
+            if self._pending_tensors + len(tensors) > MAX_TENSORS:
+                self.flush()
+            if not self._pending:
+                self._pending_since = time.monotonic()
+            # copies: a row of a batch would keep the whole batch, and could be changed from outside
+            self._pending[key] = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            self._pending_tensors += len(tensors)
+            if self._pending_bytes >= self._shard_bytes or time.monotonic() - self._pending_since > FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what was added as a shard, whole and durably. Raises CannotWrite; nothing half-written stays."""
+        with self._lock:
+            if not self._pending:
+                return
+            tensors = {
+                f"{key.hex()}.{name}": tensor
+                for key, record in self._pending.items()
+                for name, tensor in record.items()
+            }
+            checksums = "".join(f"{zlib.crc32(_bytes_of(tensors[name])):08x}" for name in sorted(tensors))
+            data = save(tensors, metadata={"kind": self.kind, _CHECKSUMS: checksums})
+            header = data[: 8 + int.from_bytes(data[:8], "little")]
+            name = f"{_header_digest(header)}-{secrets.token_hex(4)}.safetensors"
+            self._sweep()
+            write_whole(self.path / name, data, overwrite=False)
+            self._learn([name])  # before they leave the memory, so that another thread finds them at any time
+            self._pending = {}
+            self._pending_bytes = self._pending_tensors = 0
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left, on this computer or on another that shares the folder."""
+        for left in self.path.glob(".sdcli-*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink(missing_ok=True)
+
+    # The index
+
+    def refresh(self) -> None:
+        """Take in the shards that other processes have added."""
+        with self._lock:
+            known = {*self._shards, *self._damaged}
+            found: list[tuple[int, str]] = []
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
+                for entry in entries:
+                    if entry.name.endswith(".safetensors") and entry.name not in known:
+                        with contextlib.suppress(FileNotFoundError):
+                            found.append((entry.stat().st_mtime_ns, entry.name))
+            # the oldest first: where two processes made the same record, all readers take the same one
+            with _without_collecting_garbage():
+                self._learn([name for _, name in sorted(found)])
+
+    def _learn(self, names: Sequence[str]) -> None:
+        """Append the records of shards to the index."""
+        numbers = {layout: number for number, layout in enumerate(self._layouts)}
+        keys: list[bytes] = []
+        shards: list[int] = []
+        layouts: list[int] = []
+        firsts: list[int] = []
+        offsets: list[int] = []
+        checksums: list[int] = []
+        before = len(self._index.offsets)
+        for name in names:
+            try:
+                records = _records_of(self.path / name)
+            except DamagedCache:
+                self._damaged.append(name)
+                continue
+            for key, parts in records.items():
+                keys.append(key)
+                shards.append(len(self._shards))
+                layouts.append(numbers.setdefault(tuple(part for part, _, _ in parts), len(numbers)))
+                firsts.append(before + len(offsets))
+                offsets += [offset for _, offset, _ in parts]
+                checksums += [checksum for _, _, checksum in parts]
+            self._shards.append(name)
+        if not keys:
+            return
+        old = self._index
+        all_keys = np.concatenate([old.keys, np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)])
+        beginnings = _beginnings(all_keys)
+        order = np.argsort(beginnings, kind="stable")
+        self._layouts = list(numbers)
+        self._index = _Index(
+            keys=all_keys,
+            shards=np.concatenate([old.shards, np.array(shards, dtype=np.int32)]),
+            layouts=np.concatenate([old.layouts, np.array(layouts, dtype=np.int32)]),
+            firsts=np.concatenate([old.firsts, np.array(firsts, dtype=np.int64)]),
+            offsets=np.concatenate([old.offsets, np.array(offsets, dtype=np.int64)]),
+            checksums=np.concatenate([old.checksums, np.array(checksums, dtype=np.uint32)]),
+            order=order,
+            sorted=beginnings[order],
+        )
+
+
+class Records:
+    """Chosen records of a store, by number: in memory where they fit into `budget` bytes, else read when asked for.
+
+    Raises DamagedCache, at once for what is held.
+    """
+
+    def __init__(self, store: TensorStore, numbers: np.ndarray, *, budget: int = 0) -> None:
+        self._store = store
+        self._numbers = np.unique(numbers)
+        self._stacks: list[dict[str, Tensor]] = []
+        self.held = 0 < store.size_of(self._numbers) <= budget
+        """Whether they are in memory."""
+        if self.held:
+            self._hold()
+
+    def __contains__(self, number: int) -> bool:
+        place = int(np.searchsorted(self._numbers, number))
+        return place < len(self._numbers) and bool(self._numbers[place] == number)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        if not self.held:
+            return self._store.read(number)
+        place = int(np.searchsorted(self._numbers, number))
+        stack = self._stacks[self._stack_of[place]]
+        return {name: tensor[self._row_of[place]].clone() for name, tensor in stack.items()}
+
+    def _hold(self) -> None:
+        """Records of equal layout are stacked: a hundred thousand tensor objects take more room than small latents."""
+        layouts = self._store._index.layouts[self._numbers]
+        self._stack_of = np.zeros(len(self._numbers), dtype=np.int32)
+        self._row_of = np.zeros(len(self._numbers), dtype=np.int64)
+        for number, layout in enumerate(np.unique(layouts)):
+            places = np.flatnonzero(layouts == layout)
+            self._stack_of[places], self._row_of[places] = number, np.arange(len(places))
+            parts = self._store._layouts[layout]
+            stack = {part.name: torch.empty((len(places), *part.shape), dtype=_DTYPES[part.dtype]) for part in parts}
+            for row, place in enumerate(places):
+                for name, tensor in self._store.read(int(self._numbers[place])).items():
+                    stack[name][row] = tensor
+            self._stacks.append(stack)
+
+
+def _records_of(path: Path) -> dict[bytes, list[tuple[_Part, int, int]]]:
+    """The records in a shard by its header: key -> for each tensor its part, offset in the file and CRC-32.
+
+    Raises DamagedCache for whatever is not as it was written; then nothing of the shard is used.
+    """
+    try:
+        header = check_header(path)
+        with open(path, "rb") as file:
+            start = file.read(8)
+            raw = start + file.read(int.from_bytes(start, "little"))
+    except (BadWeights, OSError):
+        raise DamagedCache(_changed(path)) from None
+    name = _SHARD_NAME.fullmatch(path.name)
+    if name is None or _header_digest(raw) != name[1]:
+        raise DamagedCache(_changed(path))
+    records: dict[str, list[tuple[_Part, int, int]]] = {}
+    sizes: dict[_Part, int] = {}
+    try:
+        checksums = bytes.fromhex(header.pop("__metadata__")[_CHECKSUMS])
+        for place, stored in enumerate(sorted(header)):
+            entry = header[stored]
+            key, name_in_record = stored[: 2 * KEY_BYTES], stored[2 * KEY_BYTES + 1 :]
+            part = _Part(name_in_record, entry["dtype"], tuple(entry["shape"]))
+            if part not in sizes:
+                sizes[part] = part.size
+            begin, end = entry["data_offsets"]
+            if begin < 0 or end - begin != sizes[part]:
+                raise ValueError
+            checksum = int.from_bytes(checksums[4 * place : 4 * place + 4])
+            records.setdefault(key, []).append((part, len(raw) + begin, checksum))
+        return {bytes.fromhex(key): parts for key, parts in records.items()}
+    except (KeyError, TypeError, ValueError):
+        raise DamagedCache(_changed(path)) from None
+
+
+@contextlib.contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    """Headers become millions of small objects, none of them garbage; looking for some took half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _changed(path: Path) -> str:
+    return f"{path} is not as it was written; delete it, and what it held is computed again"
+
+
+def _header_digest(header: bytes) -> str:
+    return hashlib.sha256(header).hexdigest()[:16]
+
+
+def _beginnings(keys: np.ndarray) -> np.ndarray:
+    """The first 8 bytes of keys, uint8 [n, 32], as numbers."""
+    return np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _close_all(files: dict[int, int]) -> None:
+    while files:
+        _, descriptor = files.popitem()
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

@@ -1,0 +1,294 @@
+"""What every source of training pictures becomes: an indexed set of items, whose bytes are read on demand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+
+from sdcli.errors import BadPicture, NotFound
+from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"})
+"""Pictures that sdcli does not read; they are told as dropped, not passed over."""
+MAX_CAPTION_BYTES = 1024**2
+
+Kind = Literal["pictures", "latents"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a set, without its bytes."""
+
+    name: str
+    """For people, and unique: a relative path, `00003.tar:000030042`, `train-00001.parquet:17`."""
+    captions: tuple[str, ...]
+    """Alternatives, each a single line that is not empty; () where there is none."""
+    label: str | None = None
+    """The class name, where the source has classes."""
+    block: int = 0
+    """The shard or row group it lies in; 0 for loose files."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A picture, or a whole file, that is not used, and why: a reason that reads well after `name: `."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something about a picture that is used: worth telling, and perhaps not meant."""
+
+    name: str
+    text: str
+    loses: bool = False
+    """Whether a caption is lost by it."""
+
+
+class PictureSet(Protocol):
+    """Captioned pictures of any source. It can be pickled, takes little memory, and holds no open files by itself."""
+
+    @property
+    def source(self) -> str:
+        """What the user called it."""
+
+    @property
+    def kind(self) -> Kind:
+        """Pictures; or latents, which have `read_latents` as well (`folders.LatentFiles`)."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks should be read mostly in order (shards); loose files can be read in any."""
+
+    @property
+    def shuffle_window(self) -> int | None:
+        """Within how many neighbours a stream may be shuffled so that each block is read about once; None: any."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, sorted; () where the source has no classes."""
+
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """What was found to be useless while listing."""
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What was found to be odd while listing."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+    def read(self, index: int, /) -> bytes:
+        """The bytes of the picture's file. Raises BadPicture and NotFound, each with a sentence."""
+
+    def stamp(self, index: int, /) -> str:
+        """What changes when the bytes do, found without reading them. Raises BadPicture and NotFound."""
+
+
+class Unusable(Exception):
+    """Text that cannot be a caption; the message is the reason for `Dropped`."""
+
+
+class Strings(Sequence[str]):
+    """Strings in one block of bytes: a million captions take their letters and 8 bytes each.
+
+    Worker processes that were forked share the block, which they would not with as many Python strings.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]  # as file names need it
+        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self._bytes = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._bytes[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """Many items, packed; the sources hold one of these and give out `Item` one at a time."""
+
+    names: Strings
+    captions: Strings
+    """Each picture's captions, joined by newlines, which no caption has."""
+    labels: np.ndarray
+    """int32 [n], places in `classes`; -1 for none."""
+    blocks: np.ndarray
+    """int32 [n]"""
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, items: Sequence[Item], *, classes: Iterable[str] = ()) -> Self:
+        """Pack items; `classes` may name more than occur."""
+        known = tuple(sorted({*classes, *(item.label for item in items if item.label is not None)}))
+        place = {name: number for number, name in enumerate(known)}
+        return cls(
+            names=Strings(item.name for item in items),
+            captions=Strings("\n".join(item.captions) for item in items),
+            labels=np.array([-1 if item.label is None else place[item.label] for item in items], dtype=np.int32),
+            blocks=np.array([item.block for item in items], dtype=np.int32),
+            classes=known,
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Item:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no item {index}; there are {len(self)}")
+        index %= len(self)
+        captions, label = self.captions[index], int(self.labels[index])
+        return Item(
+            name=self.names[index],
+            captions=tuple(captions.split("\n")) if captions else (),
+            label=None if label < 0 else self.classes[label],
+            block=int(self.blocks[index]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """What all sources share: the packed items, and what was found while listing them."""
+
+    source: str
+    items: Items
+    dropped: tuple[Dropped, ...] = field(default=(), kw_only=True)
+    remarks: tuple[Remark, ...] = field(default=(), kw_only=True)
+
+    @property
+    def kind(self) -> Kind:
+        return "pictures"
+
+    @property
+    def streamed(self) -> bool:
+        return False
+
+    @property
+    def shuffle_window(self) -> int | None:
+        return None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.items.classes
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self.items[index] for index in range(len(self)))
+
+
+# Captions
+
+
+def one_line(text: str) -> str:
+    """A caption on a single line, without space around it or a byte-order mark. Raises Unusable for no Unicode text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("its caption is not UTF-8 text") from None
+    return re.sub(r"\s*[\r\n]\s*", " ", re.sub(r"^[\s\ufeff]+|\s+$", "", text))
+
+
+def captions_of_file(data: bytes) -> tuple[str, ...]:
+    """The captions in the bytes of a caption file: one a line, blank lines skipped. Raises Unusable."""
+    if len(data) > MAX_CAPTION_BYTES:
+        raise Unusable(f"its caption is larger than {MAX_CAPTION_BYTES // 1024**2} MiB")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Unusable("its caption is not UTF-8 text") from None
+    return without_repeats(one_line(line) for line in re.split(r"\r\n|\r|\n", text))
+
+
+def captions_of_value(value: Any) -> tuple[str, ...]:
+    """The captions in a cell of a table: a text, a list of alternatives, or nothing. Raises Unusable."""
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+        raise Unusable("its caption is neither a text nor a list of texts")
+    return without_repeats(one_line(text) for text in values)
+
+
+def label_of_value(value: Any) -> str | None:
+    """The class name in a cell of a table: a text or a whole number. Raises Unusable."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise Unusable("its label is neither a text nor a whole number")
+    try:
+        return one_line(str(value)) or None
+    except Unusable:
+        raise Unusable("its label is not UTF-8 text") from None
+
+
+def without_repeats(captions: Iterable[str]) -> tuple[str, ...]:
+    """In the same order, each once, without the empty ones."""
+    return tuple(dict.fromkeys(caption for caption in captions if caption))
+
+
+def captioned_by_class(items: Sequence[Item]) -> list[Item]:
+    """Where there are classes and not one caption, the class name is the caption; otherwise the items as they are."""
+    if any(item.captions for item in items):
+        return list(items)
+    return [Item(item.name, (item.label,) if item.label else (), item.label, item.block) for item in items]
+
+
+# Files
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a loose picture. Raises NotFound and BadPicture."""
+    check_readable(path)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}") from None
+    except OSError as error:
+        raise BadPicture(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def read_part(path: Path, *, offset: int, size: int, name: str) -> bytes:
+    """`size` bytes at `offset` of a file. Raises NotFound and BadPicture, whose sentences begin with `name`."""
+    if size > MAX_FILE_BYTES:
+        raise BadPicture(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            data = bytearray()
+            while len(data) < size and (more := file.read(size - len(data))):
+                data += more
+    except FileNotFoundError:
+        raise NotFound(f"{name}: no file {path}") from None
+    except OSError as error:
+        raise BadPicture(f"{name}: cannot read {path}: {error.strerror or error}") from None
+    if len(data) < size:
+        raise BadPicture(f"{name}: is cut short; {path} has become smaller")
+    return bytes(data)
+
+
+def file_stamp(path: Path) -> str:
+    """A file's size and times of change. Raises NotFound and BadPicture."""
+    try:
+        facts = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"no file {path}") from None
+    except OSError as error:
+        raise BadPicture(f"cannot read {path}: {error.strerror or error}") from None
+    return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"

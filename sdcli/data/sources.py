@@ -1,0 +1,174 @@
+"""What the user calls DATA -> a picture set: a folder, a file, a pattern, or a data set of the hub."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from sdcli.data.folders import LATENT_SUFFIXES, Tree, open_folder, open_latents, scan, split_by_name
+from sdcli.data.hub_datasets import HUB_DATA, open_hub
+from sdcli.data.parquet import open_rows
+from sdcli.data.records import PICTURE_SUFFIXES, Dropped, PictureSet, file_stamp
+from sdcli.data.webdataset import expand_braces, open_shards
+from sdcli.errors import NotFound, UsageError
+from sdcli.io.files import expanded
+
+LOOKED_FOR = (
+    f"pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), tar shards (.tar), parquet files (.parquet) "
+    "or latents (.safetensors)"
+)
+
+
+class Columns(NamedTuple):
+    """The columns that were asked for."""
+
+    image_column: str | None
+    caption_column: str | None
+
+
+def open_pictures(
+    data: str | Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    caption_extension: str = ".txt",
+    split: str = "train",
+) -> PictureSet:
+    """The captioned pictures that `data` stands for, listed and not yet read; nothing is ever written there.
+
+    - a folder of pictures: with metadata.jsonl, .csv or .parquet (Hugging Face's imagefolder), with a caption file
+      beside each (kohya; each line is an alternative), or in class folders;
+    - a folder, file or pattern of parquet files (Hugging Face's datasets) or of tar shards (WebDataset as img2dataset
+      writes it): `shards/{00000..00099}.tar`, `data/train-*.parquet`;
+    - a folder of latents that `sdcli encode` wrote: `kind` is "latents", and there is `read_latents`;
+    - `owner/name`, `owner/name:config@revision`: a data set of the hub, streamed; where there is a folder `owner`, it
+      is taken for a mistyped path, unless it begins with `hf://datasets/`.
+
+    Sub-folders called train, validation or test are splits, and so are files with such a word in their name; `split`
+    chooses one, or "all". What cannot be used is in `dropped`. Raises NotFound, UsageError where it is not clear what
+    is meant, Offline for the hub, and BadLatents.
+    """
+    source = os.fspath(data)
+    path = expanded(source)
+    extension = _extension(caption_extension)
+    columns = Columns(image_column, caption_column)
+    if path.is_dir():
+        return _open_folder(path, source=source, extension=extension, split=split, columns=columns)
+    if os.path.lexists(path):
+        return _open_files([str(path)], source=source, extension=extension, columns=columns, dropped=())
+    if re.search(r"[*?\[{]", source):
+        files, dropped = _matches(os.path.expanduser(source))
+        return _open_files(files, source=source, extension=extension, columns=columns, dropped=dropped)
+    hub = HUB_DATA.fullmatch(source)
+    if hub is not None and (hub["sure"] or not path.parent.is_dir()):
+        return open_hub(source, image_column=image_column, caption_column=caption_column, split=split)
+    advice = f" (hf://datasets/{source} would be a data set of the hub)" if hub is not None else ""
+    raise NotFound(f"there is no folder or file {source}{advice}")
+
+
+def _open_folder(root: Path, *, source: str, extension: str, split: str, columns: Columns) -> PictureSet:
+    tree = scan(root)
+    beside_tars = {PurePosixPath(name).with_suffix("") for name in tree.tars}
+    parquets = [name for name in tree.parquets if PurePosixPath(name).with_suffix("") not in beside_tars]
+    kinds = {
+        "pictures": tree.pictures,
+        "tar shards": tree.tars,
+        "parquet files": parquets,  # those that img2dataset writes beside its shards say nothing more
+        "latents": tree.latents,
+    }
+    there = {kind: names for kind, names in kinds.items() if names}
+    if not there:
+        raise NotFound(f"{source} holds nothing to train on: {_nothing(tree)}; looked for {LOOKED_FOR}")
+    if len(there) > 1:
+        found = " and ".join(f"{kind} ({len(names):,}: {names[0]}, ...)" for kind, names in there.items())
+        raise UsageError(
+            f"{source} holds {found}: which are meant? Give a pattern for shards or parquet files "
+            f"('{source}/*.tar'), or a sub-folder of one kind"
+        )
+    if tree.pictures:
+        return open_folder(tree, source=source, caption_extension=extension, split=split, **columns._asdict())
+    if tree.latents:
+        _refuse_columns(columns, source, "latents")
+        return open_latents(tree, source=source, caption_extension=extension, split=split)
+    names, silent = split_by_name(next(iter(there.values())), split=split, source=source)
+    files = [str(root / name) for name in names]
+    dropped = (*tree.dropped, *silent)
+    return _open_files(files, names=names, source=source, extension=extension, columns=columns, dropped=dropped)
+
+
+def _open_files(
+    files: Sequence[str],
+    *,
+    source: str,
+    extension: str,
+    columns: Columns,
+    dropped: Sequence[Dropped],
+    names: Sequence[str] | None = None,
+) -> PictureSet:
+    """Shards or parquet files, all of one kind."""
+    names = _short_names(files) if names is None else names
+    suffixes = {PurePosixPath(file).suffix.lower() for file in files}
+    if suffixes == {".parquet"}:
+        stamps = [file_stamp(Path(file)) for file in files]
+        return open_rows(
+            files,
+            names=names,
+            source=source,
+            stamps=stamps,
+            image_column=columns.image_column,
+            caption_column=columns.caption_column,
+            dropped=dropped,
+        )
+    if suffixes <= {".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst"}:
+        _refuse_columns(columns, source, "tar shards")
+        paths = [Path(file) for file in files]
+        return open_shards(paths, names=names, source=source, caption_extension=extension, dropped=dropped)
+    if suffixes & (PICTURE_SUFFIXES | LATENT_SUFFIXES | {".jsonl", ".csv"}):
+        raise UsageError(f"{source} names single files; give the folder in which they lie")
+    raise UsageError(f"{source} is no folder, and neither tar shards nor parquet files; looked for {LOOKED_FOR}")
+
+
+def _matches(pattern: str) -> tuple[list[str], tuple[Dropped, ...]]:
+    """The files that a pattern stands for, in its order, and those that it names and are not there."""
+    files: list[str] = []
+    absent: list[Dropped] = []
+    for path in expand_braces(pattern):
+        if re.search(r"[*?\[]", path):
+            files += sorted(glob.glob(path, recursive=True))
+        elif os.path.lexists(path):
+            files.append(path)
+        else:
+            absent.append(Dropped(path, "there is no such file"))
+    if not files:
+        raise NotFound(f"no file is called {pattern}")
+    return list(dict.fromkeys(files)), tuple(absent)
+
+
+def _short_names(files: Sequence[str]) -> list[str]:
+    """What people call the files: what their paths do not have in common."""
+    above = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath([os.path.dirname(f) for f in files])
+    return [os.path.relpath(file, above or ".").replace(os.sep, "/") for file in files]
+
+
+def _extension(typed: str) -> str:
+    extension = typed if typed.startswith(".") else f".{typed}"
+    if len(extension) < 2 or "/" in extension or extension.lower() in PICTURE_SUFFIXES | {".json", ".tar"}:
+        raise UsageError(f"{typed!r} cannot be the extension of caption files (.txt is usual)")
+    return extension
+
+
+def _refuse_columns(columns: Columns, source: str, kind: str) -> None:
+    for option, column in columns._asdict().items():
+        if column is not None:
+            raise UsageError(f"--{option.replace('_', '-')} is for tables and parquet files; {source} holds {kind}")
+
+
+def _nothing(tree: Tree) -> str:
+    count = len(tree.others) + len(tree.tables)
+    if tree.dropped:
+        return f"{tree.dropped[0].name} {tree.dropped[0].reason}"
+    return f"only files of other kinds ({count:,})" if count else "it is empty"

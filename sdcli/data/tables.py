@@ -1,0 +1,152 @@
+"""Metadata tables beside pictures (metadata.jsonl, .csv, .parquet): their rows, and what is wrong with some."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdcli.data.records import Dropped, Unusable, captions_of_value, label_of_value
+from sdcli.errors import BadPicture, UsageError
+from sdcli.request.schema import did_you_mean
+
+TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+FILE_COLUMNS = ("file_name", "image_path", "image")
+CAPTION_COLUMNS = ("text", "caption")
+LABEL_COLUMN = "label"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: which file it speaks of, relative to the table's folder, and what it says."""
+
+    place: str
+    """Where it stands: `line 7`."""
+    file: str
+    captions: tuple[str, ...]
+    label: str | None
+    problem: str = ""
+    """Why its picture cannot be used."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A metadata file, read."""
+
+    rows: tuple[Row, ...]
+    dropped: tuple[Dropped, ...]
+    """Lines that are no rows; their names are `metadata.csv line 7`."""
+    has_captions: bool
+    """Whether it has a caption column, be it empty."""
+
+
+def read_table(path: Path, *, name: str, image_column: str | None = None, caption_column: str | None = None) -> Table:
+    """Read a metadata file, which `name` names in sentences. The columns may be given; else the usual ones are taken.
+
+    Raises BadPicture for a file that cannot be read at all, UsageError where a column is missing from all its rows.
+    """
+    dropped: list[Dropped] = []
+    columns = [image_column, caption_column, LABEL_COLUMN, *FILE_COLUMNS, *CAPTION_COLUMNS]
+    try:
+        match path.suffix:
+            case ".jsonl":
+                lines = list(_json_lines(path.read_bytes(), name, dropped))
+            case ".csv":
+                lines = list(_csv_lines(path.read_bytes(), name, dropped))
+            case _:
+                lines = list(_parquet_rows(path, name, columns))
+    except OSError as error:
+        raise BadPicture(f"cannot read {path}: {error.strerror or error}") from None
+    present = sorted({column for _, values in lines for column in values})
+    file_column = pick_column(image_column, FILE_COLUMNS, present, source=name, what="--image-column")
+    if lines and file_column is None:
+        raise UsageError(
+            f"{name} has no column {' or '.join(FILE_COLUMNS)} that names the pictures "
+            f"(it has {', '.join(present) or 'none'}); --image-column names another"
+        )
+    text_column = pick_column(caption_column, CAPTION_COLUMNS, present, source=name, what="--caption-column")
+    rows = []
+    for place, values in lines:
+        file = values.get(file_column or "")
+        if not isinstance(file, str) or not file:
+            dropped.append(Dropped(f"{name} {place}", f"has no {file_column}"))
+            continue
+        rows.append(_row(place, file, values, text_column))
+    return Table(tuple(rows), tuple(dropped), has_captions=text_column is not None)
+
+
+def pick_column(
+    asked: str | None, usual: Sequence[str], present: Sequence[str], *, source: str, what: str
+) -> str | None:
+    """The column that was asked for, or the first usual one. Raises UsageError where the asked one is not there."""
+    if asked is None:
+        return next((column for column in usual if column in present), None)
+    if asked not in present and present:
+        hint = did_you_mean(asked, present) or f"; it has {', '.join(present)}"
+        raise UsageError(f"{source} has no column {asked!r} ({what}){hint}")
+    return asked
+
+
+def pyarrow_modules() -> tuple[Any, Any]:
+    """pyarrow and pyarrow.parquet. Raises UsageError where they are not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError("parquet files need the package pyarrow: pip install 'sdcli[data]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _row(place: str, file: str, values: Mapping[str, Any], text_column: str | None) -> Row:
+    try:
+        captions = captions_of_value(values.get(text_column)) if text_column is not None else ()
+        return Row(place, file, captions, label_of_value(values.get(LABEL_COLUMN)))
+    except Unusable as problem:
+        return Row(place, file, (), None, problem=str(problem))
+
+
+def _json_lines(data: bytes, name: str, dropped: list[Dropped]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            # What is not UTF-8 survives as surrogates, so that it costs its own row only.
+            values = json.loads(line.decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict):
+            yield f"line {number}", values
+        else:
+            dropped.append(Dropped(f"{name} line {number}", "is no JSON object"))
+
+
+def _csv_lines(data: bytes, name: str, dropped: list[Dropped]) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    csv.field_size_limit(2**24)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restkey="")
+    try:
+        for values in reader:
+            if "" in values and reader.fieldnames is not None and "" not in reader.fieldnames:
+                reason = "has more fields than the header; a caption with commas must stand in quotes"
+                dropped.append(Dropped(f"{name} line {reader.line_num}", reason))
+                continue
+            yield f"line {reader.line_num}", values
+    except csv.Error as error:
+        dropped.append(Dropped(f"{name} line {reader.line_num}", f"is no CSV, nor is what follows it: {error}"))
+
+
+def _parquet_rows(path: Path, name: str, columns: Sequence[str | None]) -> Iterator[tuple[str, dict[str, Any]]]:
+    arrow, parquet = pyarrow_modules()
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            table = file.read(columns=[column for column in names if column in columns])
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise BadPicture(f"{name} is no parquet file that can be read: {error}") from None
+    present = dict.fromkeys(names)
+    for number, values in enumerate(table.to_pylist(), start=1):
+        yield f"row {number}", {**present, **values}

@@ -1,0 +1,123 @@
+"""Start pictures as tensors: fitted to the request's size, on their canvas, with the mask of what is painted anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageFilter
+from torch import Tensor
+
+from sdcli.errors import UsageError
+from sdcli.generation.resolve.init_image import identified, is_latents, read_identified
+from sdcli.images.pixels import fit, picture_from_bytes, to_pixels
+from sdcli.io.files import expanded
+from sdcli.request.fields import Extend, FileRef
+from sdcli.request.schema import GenerationRequest, known
+from sdcli.vae.latent_files import LatentFile, read_latents
+
+
+@dataclass(frozen=True)
+class StartPicture:
+    """What a request begins with. `pixels` [3, H, W] in 0..1."""
+
+    pixels: Tensor
+    mask: Tensor | None = None
+    """[1, H, W], 1 where it is painted anew and 0 where it is kept; None where all of it is painted."""
+    fade: Tensor | None = None
+    """[1, H, W] in 0..1, how much of the new there is in the finished picture: 0 wherever the mask is."""
+
+    @cached_property
+    def without_masked(self) -> Tensor:
+        """The pixels, grey where they are painted anew."""
+        return self.pixels if self.mask is None else torch.where(self.mask > 0, 0.5, self.pixels)
+
+    def pasted(self, painted: Tensor) -> Tensor:
+        """Painted pixels [3, H, W] with what is kept laid over them, exactly as it was."""
+        return painted if self.fade is None else torch.lerp(self.pixels, painted, self.fade)
+
+
+@lru_cache(maxsize=256)
+def measure(ref: FileRef, cell: int) -> tuple[int, int]:
+    """Width and height in pixels of a picture, or of what latents [C, h, w] of cells of `cell` pixels will be.
+
+    Raises what reading raises.
+    """
+    if is_latents(ref):
+        _, height, width = start_latents(ref).latents[0].shape
+        return width * cell, height * cell
+    return _picture(ref).size
+
+
+def start_picture(request: GenerationRequest) -> StartPicture:
+    """The start picture of a resolved request. Raises NotFound, BadPicture and UsageError for the files it names."""
+    assert request.init_image is not None, "the request has no start picture"
+    return _start_picture(
+        request.init_image,
+        request.mask,
+        extend=request.extend,
+        inverted=bool(request.invert_mask),
+        blur=request.mask_blur or 0,
+        size=(known(request.width), known(request.height)),
+    )
+
+
+@lru_cache(maxsize=4)
+def start_latents(ref: FileRef) -> LatentFile:
+    """The one latent in a start file. Raises NotFound, BadLatents and UsageError."""
+    identified(ref)
+    try:
+        file = read_latents(expanded(ref.path))
+    except UsageError:
+        raise UsageError(
+            f"{ref.path} does not say how its latents are scaled; sdcli encode and ComfyUI write files that do"
+        ) from None
+    if len(file.latents) != 1:
+        raise UsageError(f"{ref.path} holds {len(file.latents)} latents; a start is one")
+    return file
+
+
+@lru_cache(maxsize=16)  # as many as an automatic batch has
+def _start_picture(
+    image: FileRef, mask: FileRef | None, *, extend: Extend | None, inverted: bool, blur: float, size: tuple[int, int]
+) -> StartPicture:
+    inner = size if extend is None else (size[0] - extend.left - extend.right, size[1] - extend.top - extend.bottom)
+    picture = _picture(image)
+    if mask is not None:
+        masked = _picture(mask)
+        if masked.size != picture.size:
+            raise UsageError(f"the mask is {_shown(masked)} pixels, the start picture {_shown(picture)}")
+        white = fit(masked, inner).convert("L").point(lambda level: 255 * (level >= 128))
+        white = ImageChops.invert(white) if inverted else white
+    else:
+        white = Image.new("L", inner, 0)
+    pixels = to_pixels(fit(picture, inner))
+    if mask is None and extend is None:
+        return StartPicture(pixels)
+    if extend is not None:
+        border = ((extend.top, extend.bottom), (extend.left, extend.right))
+        pixels = torch.from_numpy(np.pad(pixels.numpy(), ((0, 0), *border), mode="edge"))
+        white = Image.fromarray(np.pad(np.asarray(white), border, constant_values=255))
+    hard = _levels(white)
+    if not hard.any():
+        colour, remedy = ("white", "without") if inverted else ("black", "with")
+        raise UsageError(
+            f"the mask is {colour} all over, so nothing would be painted; {remedy} --invert-mask all of it would be"
+        )
+    # half of the blurred edge lies in what is kept: the fade begins where the other half does
+    soft = (2 * _levels(white.filter(ImageFilter.GaussianBlur(blur))) - 1).clamp(0, 1) * hard if blur else hard
+    return StartPicture(pixels, hard, soft)
+
+
+def _picture(ref: FileRef) -> Image.Image:
+    return picture_from_bytes(read_identified(ref), name=ref.path)
+
+
+def _levels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32))[None] / 255
+
+
+def _shown(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"

@@ -1,0 +1,146 @@
+"""What the loop starts from, as the requests ask: noise, a start picture with noise on it, or a first pass enlarged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from sdcli.diffusion.init_image import start_latents, start_picture
+from sdcli.diffusion.start import Start, from_known, from_noise, keeping, mixed, with_channels
+from sdcli.errors import BadLatents, BadOutput, UsageError
+from sdcli.generation.resolve.init_image import is_latents
+from sdcli.images.pixels import from_pixels, to_pixels
+from sdcli.models.loader import LoadedModel
+from sdcli.request.schema import GenerationRequest, known
+from sdcli.vae.autoencoder import generators_for, initial_noise, scaled, scaling_factor, shift_factor
+from sdcli.vae.latent_space import LatentSpace, Space, Tell, decode_with_fallbacks, quiet
+
+Generators = Sequence[torch.Generator]
+"""One per picture."""
+
+
+def check_start(space: Space, request: GenerationRequest) -> None:
+    """Raise what `start_for` would raise for the files that a resolved request begins with."""
+    if is_latents(request.init_image):
+        _latents(space, request, space.shape(width=known(request.width), height=known(request.height)))
+    elif request.init_image is not None:
+        start_picture(request)
+
+
+def start_for(
+    model: LoadedModel,
+    space: Space,
+    requests: Sequence[GenerationRequest],
+    *,
+    scheduler: Any,
+    generators: Generators,
+    tell: Tell = quiet,
+) -> Start:
+    """Noise; or a start picture with noise on it, of which a mask may keep a part.
+
+    Each picture's generator draws in the order of diffusers' pipelines: the sample of the VAE's distribution, the
+    noise, the sample of the picture without what is masked.
+    `tell` hears what had to be done for memory. Raises UsageError, BadLatents for a start that does not fit the model,
+    and OutOfMemory.
+    """
+    shared, device = requests[0], model.device
+    shape = space.shape(width=known(shared.width), height=known(shared.height))
+    if shared.init_image is None:
+        return from_noise(_noise(requests, generators, shape).to(device), scheduler)
+    if is_latents(shared.init_image):
+        latents = torch.cat([_latents(space, request, shape) for request in requests]).to(device)
+        noise = _noise(requests, generators, shape).to(device)
+        return from_known(latents, noise, scheduler, strength=known(shared.strength))
+    pictures = [start_picture(request) for request in requests]
+    from_nothing = shared.masked and shared.strength == 1
+    x0: Tensor | None = None
+    if not (from_nothing and model.spec.kind.inpaints):
+        x0 = space.encode([picture.pixels for picture in pictures], generators, tell=tell).to(device)
+        x0 = x0.contiguous() if shared.masked else x0  # the layouts that diffusers has, whose sums round as here
+    noise = _noise(requests, generators, shape).to(device)
+    if from_nothing or x0 is None:
+        start = from_noise(noise, scheduler)
+    else:
+        start = from_known(x0, noise, scheduler, strength=known(shared.strength))
+    if not shared.masked:
+        return start
+    cells = functional.interpolate(torch.stack([known(picture.mask) for picture in pictures]), size=shape[1:])
+    if model.spec.kind.inpaints:
+        kept = space.encode([picture.without_masked for picture in pictures], generators, tell=tell)
+        seen = torch.cat([cells, kept], dim=1).to(device)
+        return replace(start, around_network=partial(with_channels, more=seen))
+    if space.draws:  # diffusers encodes the masked picture here as well; the generators go on where it leaves them
+        initial_noise(generators, shape)
+    keep = partial(
+        keeping,
+        known=known(x0),
+        noise=noise,
+        mask=cells.to(device),
+        scheduler=scheduler,
+        timesteps=start.timesteps,
+    )
+    return replace(start, around_advance=keep)
+
+
+def start_enlarged(
+    finished: Tensor,
+    space: Space,
+    request: GenerationRequest,
+    *,
+    scheduler: Any,
+    generators: Generators,
+    tell: Tell = quiet,
+) -> Start:
+    """The second pass: finished latents [B, C, h, w], enlarged as they are or as pixels, with fresh noise on them.
+
+    `tell` hears what had to be done for memory. Raises OutOfMemory. What is no picture stays NaN.
+    """
+    upscale = known(request.upscale)
+    width, height = request.final_size
+    shape = space.shape(width=width, height=height)
+    if upscale.how == "latent":
+        x0 = functional.interpolate(finished, size=shape[1:], mode="bilinear")
+    else:
+        pixels = [_enlarged(space, latents, (width, height), tell) for latents in finished]
+        x0 = space.encode(pixels, generators, tell=tell).to(finished.device)
+    noise = initial_noise(generators, shape).to(finished.device)
+    return from_known(x0, noise, scheduler, strength=upscale.strength)
+
+
+def _enlarged(space: Space, latents: Tensor, size: tuple[int, int], tell: Tell) -> Tensor:
+    """Latents [C, h, w] -> pixels [3, H, W] of another size; NaN, for the end to find, where they are no picture."""
+    try:
+        pixels, notes = decode_with_fallbacks(space, latents)
+    except BadOutput:
+        return torch.full((3, size[1], size[0]), torch.nan)
+    for note in notes:
+        tell(note)
+    return to_pixels(from_pixels(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def _noise(requests: Sequence[GenerationRequest], generators: Generators, shape: tuple[int, int, int]) -> Tensor:
+    """Each picture's noise [B, *shape], turned towards that of its variation seed as far as it asks for."""
+    noise = initial_noise(generators, shape)
+    strengths = [request.variation_strength or 0.0 for request in requests]
+    if not any(strengths):
+        return noise
+    others = initial_noise(generators_for([request.variation_seed or 0 for request in requests]), shape)
+    return mixed(noise, list(others), strengths)
+
+
+def _latents(space: Space, request: GenerationRequest, shape: tuple[int, int, int]) -> Tensor:
+    """The start file's latents [1, C, h, w], scaled as the model takes them."""
+    file = start_latents(known(request.init_image))
+    if not isinstance(space, LatentSpace):
+        raise UsageError(f"{request.init_image} holds latents, and {request.model} paints on pixels")
+    if file.latents.shape[1:] != shape:
+        held, wanted = ("x".join(map(str, sides)) for sides in (file.latents.shape[1:], shape))
+        raise BadLatents(f"{request.init_image} holds latents of {held}; {request.model} paints on {wanted}")
+    return scaled(space.vae, file.unscaled(scaling_factor(space.vae), shift_factor(space.vae)))

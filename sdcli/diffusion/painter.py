@@ -1,0 +1,54 @@
+"""What paints: a loaded model with its encoding of prompts, its space, and a refiner where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sdcli.encoders.clip_vision import ImagePrompting
+from sdcli.encoders.conditioning import Encode, encoding_of
+from sdcli.errors import UsageError
+from sdcli.models.ip_adapter import IpAdapter, with_ip_adapters
+from sdcli.models.loader import LoadedModel
+from sdcli.vae.latent_space import Space, space_of
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A loaded model with its encoding of prompts and its space, ready for any number of batches."""
+
+    model: LoadedModel
+    encode: Encode
+    space: Space
+    refiner: Painter | None = None
+    """Ends what this one begins; without a VAE of its own."""
+
+    @classmethod
+    def of(cls, model: LoadedModel, *, refiner: LoadedModel | None = None) -> Painter:
+        """Raises UsageError for a refiner that does not go with the model, and for one that is to begin."""
+        if model.is_sdxl and "text_encoder" not in model.parts:
+            raise UsageError(f"{model.spec.name} is a refiner, which ends what another model began: --refiner")
+        return cls(model, encoding_of(model), space_of(model)).with_refiner(refiner)
+
+    def with_refiner(self, refiner: LoadedModel | None) -> Painter:
+        """The same model with another refiner, or none. Raises UsageError for one that does not go with it."""
+        if refiner is None:
+            return replace(self, refiner=None)
+        if not (self.model.is_sdxl and refiner.is_sdxl):
+            other = refiner if self.model.is_sdxl else self.model
+            raise UsageError(f"a refiner and its model are both of the sdxl family, and {other.spec.name} is not")
+        return replace(self, refiner=Painter(refiner, encoding_of(refiner), self.space))
+
+    def with_model(self, model: LoadedModel) -> Painter:
+        """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
+        return replace(Painter.of(model), refiner=self.refiner)
+
+    def with_ip_adapters(self, adapters: Sequence[IpAdapter]) -> Painter:
+        """The same with IP-Adapters on the model, which are shown the requests' pictures; the refiner does without."""
+        encode = ImagePrompting(self.encode, tuple(adapter.look for adapter in adapters))
+        return replace(self, model=with_ip_adapters(self.model, adapters), encode=encode)
+
+    def weights(self) -> dict[str, str]:
+        """The identity of every loaded part, the refiner's too."""
+        ends = self.refiner.weights() if self.refiner is not None else {}
+        return {**self.model.weights(), **{f"refiner_{part}": identity for part, identity in ends.items()}}

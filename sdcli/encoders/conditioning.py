@@ -1,0 +1,368 @@
+"""Requests -> the conditions of the denoiser: CLIP hidden states, labels of classes, or nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdcli.encoders.clip import ClipTextEncoder, ProjectedClipTextEncoder
+from sdcli.encoders.condition import Condition, Conditions
+from sdcli.encoders.t5 import LENGTH
+from sdcli.encoders.textual_inversion import CLIP_G, CLIP_L, Embeddings, read_embeddings
+from sdcli.encoders.token_words import Context
+from sdcli.encoders.tokenizer import ClipTokenizer
+from sdcli.errors import BadWeights, UsageError
+from sdcli.models.loader import LoadedModel
+from sdcli.request.fields import EmbeddingRef
+from sdcli.request.prompt_syntax import EMPTY, Chunk, SubPrompt, sections, subprompts, unweighted
+from sdcli.request.schema import GenerationRequest, known
+
+
+class Encode(Protocol):
+    """Resolved requests -> what they tell the network, on the model's device and in its dtype."""
+
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+        """The conditions of one pass of a batch of one `shape`; with the unconditional rows if `guided`."""
+        ...
+
+    def shape(self, request: GenerationRequest) -> Hashable:
+        """What requests must have in common to be in one batch. Raises UsageError for what the model cannot do."""
+        ...
+
+    def read(self, request: GenerationRequest) -> Context:
+        """The tokens that its prompt comes to. Raises UsageError where there are none, or others at other steps."""
+        ...
+
+
+def encoding_of(model: LoadedModel) -> Encode:
+    """The encoding that a model was trained with."""
+    match model.spec.kind.conditioning:
+        case "text":
+            if model.spec.kind.process == "flow":
+                return Sd3Encoding(model)
+            return SdxlEncoding(model) if model.is_sdxl else TextEncoding(model)
+        case "class":
+            return ClassEncoding(model)
+        case "none":
+            return NoEncoding()
+
+
+@dataclass(frozen=True)
+class _Script:
+    """What the text encoder reads for one picture."""
+
+    prompts: tuple[SubPrompt, ...]
+    """Those that AND joins."""
+    negative: SubPrompt
+    length: int
+    """Chunks of the longest text, the negative one's too where the picture is guided; the others are padded to it."""
+    syntax: str
+    clip_skip: int
+    size: tuple[int, int]
+    """Height and width of the picture."""
+    embeddings: tuple[EmbeddingRef, ...]
+
+
+class TextEncoding:
+    """Encodes prompts with one model, each chunk alone and once: a picture does not depend on its neighbours."""
+
+    usual_clip_skip: ClassVar[int] = 1
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._chunks = lru_cache(maxsize=256)(self._split)
+        self._encode_once = lru_cache(maxsize=256)(self._encode)
+        self._embeddings = lru_cache(maxsize=8)(self._read_embeddings)
+
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+        """`encoder_hidden_states` [rows, chunks x L, D]."""
+        scripts = [self._script(request, steps=steps) for request in requests]
+        prompts = [script.prompts for script in scripts]
+        by_row = [
+            *([script.negative for script in scripts] if guided else ()),
+            *itertools.chain(*zip(*prompts, strict=True)),
+        ]
+        rows = list(zip(itertools.cycle(scripts), by_row, strict=False))
+
+        @lru_cache(maxsize=2)
+        def condition(texts: tuple[str, ...]) -> Condition:
+            negatives = len(scripts) if guided else 0
+            return Condition.rows(
+                [
+                    self._row(text, script, negative=place < negatives)
+                    for place, (text, (script, _)) in enumerate(zip(texts, rows, strict=True))
+                ]
+            )
+
+        weights = tuple(tuple(prompt.weight for prompt in row) for row in zip(*prompts, strict=True))
+        return Conditions(
+            lambda step: condition(tuple(prompt.at(step) for _, prompt in rows)),
+            changes=any(len(prompt.texts) > 1 for _, prompt in rows),
+            weights=weights if len(weights) > 1 else (),
+        )
+
+    def shape(self, request: GenerationRequest) -> Hashable:
+        """How many chunks and prompts there are: those of other pictures must not pad this one's."""
+        scripts = [self._script(request, steps=steps) for steps in request.passes]
+        return tuple((script.length, len(script.prompts)) for script in scripts)
+
+    def read(self, request: GenerationRequest) -> Context:
+        """The chunks of its prompts, padded as they are encoded."""
+        scripts = [self._script(request, steps=steps) for steps in request.passes]
+        script = scripts[0]
+        texts = {tuple(text for prompt in one.prompts for _, text in prompt.texts) for one in scripts}
+        if len(texts) > 1 or len({one.length for one in scripts}) > 1 or len(*texts) > len(script.prompts):
+            raise UsageError(f"the words of {request.painted_prompt!r} change over the steps, so none has a place")
+        chunked = [self._chunks(text, script.syntax, script.embeddings) for text in texts.pop()]
+        padded = [(*chunks, *[EMPTY] * (script.length - len(chunks))) for chunks in chunked]
+        return Context(
+            ids=tuple(token for chunks in padded for chunk in chunks for token in self._tokenizer.framed(chunk.ids)),
+            embeddings=self._embeddings(script.embeddings).tokens,
+            cut=self._tokenizer(request.painted_prompt).cut if script.syntax == "plain" else "",
+        )
+
+    def _script(self, request: GenerationRequest, *, steps: int) -> _Script:
+        syntax, embeddings = known(request.prompt_syntax), request.embeddings
+        skip, layers = request.clip_skip or self.usual_clip_skip, self._layers
+        if skip > layers:
+            raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
+        prompts = subprompts(request.painted_prompt, steps=steps, syntax=syntax)
+        (negative,) = subprompts(known(request.negative_prompt), steps=steps, syntax=syntax, compose=False)
+        texts = {text for prompt in (*prompts, *([negative] if request.guided else [])) for _, text in prompt.texts}
+        length = max(len(self._chunks(text, syntax, embeddings)) for text in texts)
+        size = known(request.height), known(request.width)
+        return _Script(prompts, negative, length, syntax, skip, size, embeddings)
+
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+        """One row of the condition: the chunks' hidden states side by side, all else as of the first chunk."""
+        chunks = self._chunks(text, script.syntax, script.embeddings)
+        padded = (*chunks, *[EMPTY] * (script.length - len(chunks)))
+        encoded = [self._encode_once(chunk, script.clip_skip, script.embeddings) for chunk in padded]
+        hidden = torch.cat([one.inputs["encoder_hidden_states"] for one in encoded], dim=1)
+        return Condition({**encoded[0].inputs, "encoder_hidden_states": hidden})
+
+    @property
+    def _layers(self) -> int:
+        layers: int = self._model.text_encoder.config.num_hidden_layers
+        return layers
+
+    @property
+    def _tokenizer(self) -> ClipTokenizer:
+        return known(self._model.tokenizer)  # absent where the text encoder was not loaded, and nothing is encoded
+
+    def _split(self, text: str, syntax: str, embeddings: tuple[EmbeddingRef, ...]) -> tuple[Chunk, ...]:
+        return self._tokenizer.chunks(text, syntax=syntax, tokens=self._embeddings(embeddings).tokens)
+
+    @torch.inference_mode()
+    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
+        ids = torch.tensor([self._tokenizer.framed(chunk.ids)], device=self._model.device)
+        vectors = next(iter(self._embeddings(embeddings).vectors), None)
+        hidden: Tensor = self._model.text_encoder(ids, clip_skip=clip_skip, vectors=vectors)
+        return Condition({"encoder_hidden_states": emphasised(hidden, chunk)})
+
+    @property
+    def _widths(self) -> Mapping[str, int]:
+        """How many numbers a vector of each text encoder has."""
+        return {CLIP_L: self._model.text_encoder.config.hidden_size}
+
+    def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
+        model = self._model
+        read = read_embeddings(embeddings, widths=self._widths, most=self._tokenizer.room, model=model.spec.name)
+        return Embeddings(read.tokens, tuple(vectors.to(model.device, model.dtype) for vectors in read.vectors))
+
+
+MEAN_IS_ZERO = 1e-6
+"""Of the mean size of the numbers; the states of a network that was not trained have such a mean."""
+
+
+def emphasised(hidden: Tensor, chunk: Chunk) -> Tensor:
+    """Hidden states [1, L, D] times the weights of their tokens, scaled back to the mean they had.
+
+    A1111's emphasis "Original" (sd_emphasis.py); computed in float32.
+    """
+    if not set(chunk.weights) - {1.0}:
+        return hidden
+    weights = (1.0, *chunk.weights)
+    factors = torch.ones(hidden.shape[1], device=hidden.device)
+    factors[: len(weights)] = torch.tensor(weights, device=hidden.device)
+    states = hidden.float()
+    weighted = states * factors[:, None]
+    mean = weighted.mean()
+    if mean.abs() > MEAN_IS_ZERO * weighted.abs().mean():  # else the quotient would be that of two rounding errors
+        weighted = weighted * (states.mean() / mean)
+    return weighted.to(hidden.dtype)
+
+
+class JoinedEncoding(TextEncoding):
+    """The states of two CLIP text encoders side by side, and the embeddings of the text that they have of it.
+
+    A long prompt's embedding is that of its first chunk, as in A1111.
+    """
+
+    usual_clip_skip: ClassVar[int] = 2
+    pooled_name: ClassVar[str]
+    """What the network calls the embedding of the text."""
+
+    @property
+    def _encoders(self) -> list[tuple[ClipTokenizer, ClipTextEncoder]]:
+        model = self._model
+        first = [(model.tokenizer, model.text_encoder)] if model.tokenizer is not None else []
+        return [*first, (known(model.tokenizer_2), model.text_encoder_2)]
+
+    @property
+    def _layers(self) -> int:
+        return min(encoder.config.num_hidden_layers for _, encoder in self._encoders)
+
+    @property
+    def _tokenizer(self) -> ClipTokenizer:
+        return known(self._model.tokenizer_2)  # the first one differs in the padding alone
+
+    @torch.inference_mode()
+    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
+        states, pooled = [], []
+        tables = self._embeddings(embeddings).vectors or itertools.repeat(None)
+        for (tokenizer, encoder), vectors in zip(self._encoders, tables, strict=False):
+            ids = torch.tensor([tokenizer.framed(chunk.ids)], device=self._model.device)
+            layers = encoder.hidden_states(ids, vectors=vectors)
+            states.append(emphasised(layers[-clip_skip], chunk))
+            if isinstance(encoder, ProjectedClipTextEncoder):
+                pooled.append(encoder.pooled(layers[-1], ids))
+        joined = {"encoder_hidden_states": states, self.pooled_name: pooled}
+        return Condition({name: torch.cat(rows, dim=-1) for name, rows in joined.items()})
+
+    @property
+    def _widths(self) -> Mapping[str, int]:
+        encoders = self._encoders
+        names = (CLIP_L, CLIP_G)[-len(encoders) :]  # a refiner has the second encoder alone
+        return {name: encoder.config.hidden_size for name, (_, encoder) in zip(names, encoders, strict=True)}
+
+
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+"""What SDXL's refiner is told of the picture, and of what guidance leads away from; diffusers' defaults."""
+TOP_LEFT = (0, 0)
+"""Where the picture was cut from its original: nowhere, so its subject stays whole."""
+
+
+class SdxlEncoding(JoinedEncoding):
+    """SDXL's: the states of two text encoders (the refiner has the second alone), an embedding of the text, and sizes.
+
+    Podell et al. 2023 (arXiv 2307.01952), sections 2.1, 2.2 and 2.5; every number as in diffusers'
+    StableDiffusionXLPipeline (tests/test_sdxl.py).
+    """
+
+    pooled_name: ClassVar[str] = "text_embeds"
+
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+        """A row of the texts' condition, with `time_ids`; an empty negative prompt may be all zeros."""
+        inputs = super()._row(text, script, negative=negative).inputs
+        if negative and not text and self._model.zeros_for_empty_prompt:
+            inputs = {name: torch.zeros_like(rows) for name, rows in inputs.items()}
+        score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
+        last = (score,) if self._room_for_numbers(inputs) == 5 else script.size
+        time_ids = torch.tensor([[*script.size, *TOP_LEFT, *last]], dtype=torch.float32, device=self._model.device)
+        return Condition({**inputs, "time_ids": time_ids})
+
+    def _room_for_numbers(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many numbers the UNet takes beside the texts: 6 for sizes, 5 where a score stands for the last two."""
+        config = self._model.unet.config
+        rest = (config.get("projection_class_embeddings_input_dim") or 0) - inputs["text_embeds"].shape[-1]
+        room, odd = divmod(rest, config.get("addition_time_embed_dim") or 1)
+        if (
+            config.get("addition_embed_type") != "text_time"
+            or config.cross_attention_dim != inputs["encoder_hidden_states"].shape[-1]
+            or odd
+            or room not in (5, 6)
+        ):
+            raise BadWeights(f"{self._model.spec.name}: its UNet does not fit its text encoders")
+        return room
+
+
+class Sd3Encoding(JoinedEncoding):
+    """Stable Diffusion 3's: the states of two CLIP text encoders, padded with zeros to the width of T5's, then T5's.
+
+    Esser et al. 2024 (arXiv 2403.03206), section 4; every number as in diffusers' StableDiffusion3Pipeline
+    (tests/test_sd3.py), which has zeros for an absent T5, too. T5 reads the words without their weights.
+    """
+
+    pooled_name: ClassVar[str] = "pooled_projections"
+
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__(model)
+        self._t5_once = lru_cache(maxsize=64)(self._t5)
+
+    def shape(self, request: GenerationRequest) -> Hashable:
+        """As of any text; and the transformer has places for pictures up to a size."""
+        config = self._model.unet.config
+        most = config.pos_embed_max_size * config.patch_size * self._model.spec.kind.cell
+        if max(request.final_size) > most:
+            raise UsageError(f"{self._model.spec.name} paints pictures of at most {most} pixels a side")
+        return super().shape(request)
+
+    def read(self, request: GenerationRequest) -> Context:
+        """Raises UsageError: words are attended to together with the picture."""
+        raise UsageError(f"{request.model} attends to words and picture jointly, so there are no maps of its words")
+
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+        inputs = super()._row(text, script, negative=negative).inputs
+        clip, config = inputs["encoder_hidden_states"], self._model.unet.config
+        words = text if script.syntax == "plain" else " ".join(map(unweighted, sections(text)))
+        t5 = self._t5_once(words)
+        room, pooled = t5.shape[-1] - clip.shape[-1], inputs[self.pooled_name].shape[-1]
+        if room < 0 or (t5.shape[-1], pooled) != (config.joint_attention_dim, config.pooled_projection_dim):
+            raise BadWeights(f"{self._model.spec.name}: its transformer does not fit its text encoders")
+        hidden = torch.cat([functional.pad(clip, (0, room)), t5.to(clip)], dim=1)
+        return Condition({**inputs, "encoder_hidden_states": hidden})
+
+    @torch.inference_mode()
+    def _t5(self, text: str) -> Tensor:
+        """[1, 256, D]"""
+        model = self._model
+        if model.tokenizer_3 is None:
+            return torch.zeros(1, LENGTH, model.unet.config.joint_attention_dim, device=model.device)
+        states: Tensor = model.text_encoder_3(torch.tensor([model.tokenizer_3(text)], device=model.device))[0]
+        return states
+
+
+class ClassEncoding:
+    """Names of classes (or their numbers) -> labels; an empty name is the class that stands for none."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._kind, self._device = model.spec.kind, model.device
+
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+        """`class_labels` [rows], int64. Raises UsageError for an unknown class."""
+        names = [known(request.negative_prompt) for request in requests] if guided else []
+        names += [request.painted_prompt for request in requests]
+        labels = torch.tensor([self._kind.label(name) for name in names], device=self._device)
+        return Conditions(lambda step: Condition({"class_labels": labels}))
+
+    def shape(self, request: GenerationRequest) -> Hashable:
+        """All labels fit together."""
+        return None
+
+    def read(self, request: GenerationRequest) -> Context:
+        """Raises UsageError: a class is no word."""
+        raise UsageError(f"{request.model} paints a class, so there are no words")
+
+
+class NoEncoding:
+    """The encoding of a model that paints without a prompt."""
+
+    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+        """Nothing at any step."""
+        return Conditions(lambda step: Condition())
+
+    def shape(self, request: GenerationRequest) -> Hashable:
+        """Nothing fits with nothing."""
+        return None
+
+    def read(self, request: GenerationRequest) -> Context:
+        """Raises UsageError: there is no prompt."""
+        raise UsageError(f"{request.model} paints without words")

@@ -1,0 +1,87 @@
+"""Textual inversion: the vectors of .safetensors files that stand for words; Gal et al. 2022, arXiv 2208.01618."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdcli.errors import BadWeights, UsageError
+from sdcli.generation.resolve.init_image import identified
+from sdcli.io.files import expanded
+from sdcli.io.weights import read_tensors
+from sdcli.request.fields import EmbeddingRef
+from sdcli.request.schema import known
+
+CLIP_L, CLIP_G = "clip_l", "clip_g"
+"""What SDXL's files call the vectors of its first and its second text encoder."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Words and the rows that stand for each."""
+
+    tokens: Mapping[str, range] = field(default_factory=dict)
+    vectors: tuple[Tensor, ...] = ()
+    """[M, D] for each text encoder, all rows one after the other; empty where there are none."""
+
+
+def read_embeddings(
+    embeddings: Sequence[EmbeddingRef], *, widths: Mapping[str, int], most: int, model: str
+) -> Embeddings:
+    """The vectors of resolved embeddings, float32, for text encoders that read `most` tokens at once.
+
+    `widths` says of each encoder, by its name of CLIP_L and CLIP_G, how many numbers a vector has. Three layouts are
+    known: A1111's `emb_params`, a single tensor by any name (diffusers takes the word for it), both for one encoder
+    alone, and SDXL's pair `clip_l`, `clip_g`. Each holds [n, D], or [D] for one vector.
+    Raises UsageError where they do not fit the encoders, or are not what was resolved; BadWeights for a damaged file.
+    """
+    tokens: dict[str, range] = {}
+    rows: list[list[Tensor]] = []
+    count = 0
+    for embedding in embeddings:
+        vectors = _vectors(embedding, widths=widths, model=model)
+        length = len(vectors[0])
+        if length > most:
+            raise UsageError(f"{embedding.path} has {length} vectors; {model} reads {most} tokens at once")
+        tokens[known(embedding.token)] = range(count, count + length)
+        rows.append(vectors)
+        count += length
+    return Embeddings(tokens, tuple(torch.cat(of_encoder) for of_encoder in zip(*rows, strict=True)))
+
+
+def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) -> list[Tensor]:
+    """The vectors for each encoder, equally many."""
+    path = expanded(embedding.path)
+    identified(embedding)
+    tensors = read_tensors(path, torch.float32)
+    if widths.keys() <= tensors.keys():
+        chosen = [tensors[name] for name in widths]
+    elif len(tensors) != 1 and "emb_params" not in tensors:
+        raise BadWeights(f"{path} is no textual inversion embedding: it has {len(tensors)} tensors")
+    elif len(widths) > 1:
+        names = " and ".join(widths)
+        raise UsageError(f"{path} was made for one text encoder, and {model} has two (its files hold {names})")
+    else:
+        chosen = [tensors["emb_params"] if len(tensors) > 1 else next(iter(tensors.values()))]
+    found = [_checked(one, path, width, model=model) for one, width in zip(chosen, widths.values(), strict=True)]
+    if len({len(one) for one in found}) > 1:
+        raise BadWeights(f"{path}: has not as many vectors for one text encoder as for the other")
+    return found
+
+
+def _checked(vectors: Tensor, path: Path, width: int, *, model: str) -> Tensor:
+    vectors = vectors[None] if vectors.ndim == 1 else vectors
+    if vectors.ndim != 2 or not len(vectors):
+        raise BadWeights(f"{path} is no textual inversion embedding: its tensor should be [vectors, width]")
+    if vectors.shape[1] != width:
+        raise UsageError(
+            f"{path} was made for another text encoder: its vectors have {vectors.shape[1]} numbers, "
+            f"{model}'s have {width}"
+        )
+    if not vectors.isfinite().all():
+        raise BadWeights(f"{path} holds numbers that are not finite")
+    return vectors

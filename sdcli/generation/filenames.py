@@ -1,0 +1,118 @@
+"""File names from templates: safe on Linux, macOS and Windows, and never outside the output folder."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from sdcli.errors import UsageError
+from sdcli.generation.settings import DEFAULT_TEMPLATE, SUFFIX_OF, ImageFormat, OutputSettings
+from sdcli.io.files import check_folder, check_new, expanded
+from sdcli.request.schema import did_you_mean
+
+FIELDS = ("index", "seed", "prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "custom_id")
+SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+MAX_PROMPT_BYTES = 80
+MAX_NAME_BYTES = 200
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+
+
+def output_settings(output: str | None, outdir: Path | None, image_format: ImageFormat | None) -> OutputSettings:
+    """Folder, name and form. -o's own folder part counts from here, as for any tool; with --outdir it stays in that.
+
+    Raises UsageError.
+    """
+    template = output or DEFAULT_TEMPLATE
+    if output is not None and outdir is None:
+        fixed = output.partition("{")[0]
+        cut = max(fixed.rfind("/") + 1, 0)
+        outdir, template = expanded(output[:cut] or "."), output[cut:]
+    check_template(template)
+    named = SUFFIXES.get(Path(template).suffix.lower())
+    if named is not None and image_format is not None and named != image_format:
+        raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
+    folder = outdir if outdir is not None else OutputSettings.outdir
+    chosen: Any = image_format or named or "png"
+    return OutputSettings(outdir=folder, template=template, format=chosen)
+
+
+def check_output(output: OutputSettings) -> None:
+    """Raise CannotWrite or AlreadyExists now for what would fail after minutes of painting."""
+    check_folder(output.outdir)
+    for path in known_paths(output):
+        check_new(path, overwrite=output.overwrite)
+
+
+def known_paths(output: OutputSettings) -> list[Path]:
+    """The files that will be written, as far as their names are known beforehand."""
+    if not is_literal(output.template):
+        return []
+    picture = output.outdir / picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
+    return [picture, *output.beside(picture)]
+
+
+def check_template(template: str) -> None:
+    """Raise UsageError for a template that names unknown fields, leaves its folder, or is no file name."""
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UsageError(f"the output template {template!r} is not well formed: {error}") from None
+    for _, field, spec, conversion in pieces:
+        if field is not None and (field not in FIELDS or conversion or "{" in (spec or "")):
+            hint = did_you_mean(field, FIELDS) or f"; fields: {', '.join(FIELDS)}"
+            raise UsageError(f"the output template {template!r} has no field {{{field}}}{hint}")
+    if not template or template.endswith(("/", "\\")):
+        raise UsageError(f"the output template {template!r} ends in a folder, not in a file name")
+    _check_inside(template, template)
+
+
+def is_literal(template: str) -> bool:
+    """Whether a template names one file, having no fields."""
+    return all(field is None for _, field, _, _ in string.Formatter().parse(template))
+
+
+def picture_name(template: str, fields: Mapping[str, Any], *, suffix: str) -> PurePosixPath:
+    """A relative path for one picture; `suffix` (".png") is added unless the template has it.
+
+    Raises UsageError where the path would leave the output folder.
+    """
+    safe = {name: slug(value) if isinstance(value, str) else value for name, value in fields.items()}
+    try:
+        rendered = template.format_map(safe)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"the output template {template!r} does not fit: {error}") from None
+    _check_inside(rendered, template)
+    *folders, name = (_portable(part) for part in PurePosixPath(rendered).parts)
+    if Path(name).suffix.lower() in SUFFIXES:
+        name, suffix = name[: name.rindex(".")], name[name.rindex(".") :]
+    return PurePosixPath(*folders, _cut(name, MAX_NAME_BYTES) + suffix)
+
+
+def numbered(name: PurePosixPath, number: int) -> PurePosixPath:
+    """`cat.png`, 2 -> `cat-2.png`; 1 is the name itself."""
+    return name if number == 1 else name.with_name(f"{name.stem}-{number}{name.suffix}")
+
+
+def slug(text: str) -> str:
+    """Words of a prompt as part of a file name: letters and digits of any script, joined by dashes, cut by bytes."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", text.lower()))
+    return _cut("-".join(words), MAX_PROMPT_BYTES).strip("-_") or "picture"
+
+
+def _check_inside(path: str, template: str) -> None:
+    parts = PureWindowsPath(path).parts  # knows both kinds of slashes, and drives
+    if PureWindowsPath(path).anchor or path.startswith("/") or ".." in parts:
+        raise UsageError(f"the output template {template!r} leaves the output folder")
+
+
+def _portable(part: str) -> str:
+    part = re.sub(r'[<>:"|?*\\\x00-\x1f]', "-", part).rstrip(". ") or "picture"
+    return f"_{part}" if part.split(".")[0].lower() in _RESERVED else part
+
+
+def _cut(text: str, size: int) -> str:
+    return text.encode()[:size].decode(errors="ignore")

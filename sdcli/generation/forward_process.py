@@ -1,0 +1,118 @@
+"""The forward process of a model on one picture: to x_0, noised to chosen timesteps, and back to pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdcli.diffusion.scheduler_factory import make_scheduler
+from sdcli.errors import UsageError
+from sdcli.generation.codec import Codec
+from sdcli.generation.settings import RunSettings
+from sdcli.images.pixels import fit, from_pixels
+from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.registry import ModelSpec, described
+from sdcli.training.objective import NoiseSchedule, add_noise
+from sdcli.vae.autoencoder import generators_for, initial_noise
+from sdcli.vae.latent_space import PixelSpace, in_pixel_space
+
+Notes = tuple[str, ...]
+"""What had to be done for a result, such as tiles."""
+Encode = Callable[[Tensor], tuple[Tensor, Notes]]
+"""Pixels [3, H, W] in 0..1 -> x_0 [C, h, w], float32 on the CPU; of a VAE the mean of its distribution."""
+Decode = Callable[[Tensor], tuple[Image.Image, Notes]]
+"""x [C, h, w] -> a picture."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much noise there is at a timestep."""
+
+    t: int
+    beta: float
+    """The variance of the noise that this one step adds."""
+    alpha_bar: float
+    """The share of the signal's variance that is left."""
+    snr_db: float
+    """10 log10(alpha-bar / (1 - alpha-bar)), decibels; minus infinity where no signal is left."""
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardProcess:
+    """q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I) of a model; Ho et al. 2020, eq. 4."""
+
+    spec: ModelSpec
+    schedule: NoiseSchedule
+    betas: Tensor
+    """float32 [T]"""
+    encode: Encode
+    decode: Decode
+
+    @classmethod
+    def of(cls, spec: ModelSpec, run: RunSettings) -> ForwardProcess:
+        """That of a model; of its networks only the VAE is needed. Raises what loading raises, and UsageError."""
+        spec = described(spec)
+        if spec.kind.process == "flow":
+            raise UsageError(f"{spec.name} was trained with flow matching, whose noise is not that of diffusion")
+        model, encode, decode = _in_pixels(spec, run) if spec.kind.space == "pixel" else _in_latents(spec, run)
+        schedule = NoiseSchedule.from_config(model.scheduler_config)
+        return cls(model.spec, schedule, make_scheduler("ddpm", model.scheduler_config).betas, encode, decode)
+
+    def __len__(self) -> int:
+        """T, how many timesteps there are."""
+        return len(self.betas)
+
+    def fitted(self, picture: Image.Image) -> Image.Image:
+        """The middle of an RGB picture at the size that the model paints where it is not told another."""
+        return fit(picture, (self.spec.defaults.width, self.spec.defaults.height))
+
+    def noised(self, x0: Tensor, timesteps: Sequence[int], *, seed: int) -> Tensor:
+        """x_0 [C, h, w] -> x_t [N, C, h, w] with one noise for all: that which `generate` begins with for the seed."""
+        self.check(timesteps)
+        noise = initial_noise(generators_for([seed]), (x0.shape[0], x0.shape[1], x0.shape[2]))
+        shape = (len(timesteps), *x0.shape)
+        return add_noise(self.schedule, x0.expand(shape), noise.expand(shape), torch.tensor(timesteps))
+
+    def level(self, t: int) -> Level:
+        """The numbers of a timestep."""
+        alpha_bar = float(self.schedule.alphas_cumprod[t])
+        snr = 10 * math.log10(alpha_bar / (1 - alpha_bar)) if alpha_bar else -math.inf
+        return Level(t, float(self.betas[t]), alpha_bar, snr)
+
+    def spread(self, count: int) -> list[int]:
+        """`count` timesteps at equal distances, the first and the last among them. Raises UsageError for too many."""
+        if not 1 <= count <= len(self):
+            raise UsageError(f"{count} timesteps are too many: those of {self.spec.name} are 0 to {len(self) - 1}")
+        return [round(number * (len(self) - 1) / max(1, count - 1)) for number in range(count)]
+
+    def check(self, timesteps: Sequence[int]) -> None:
+        """Raise UsageError for what is no timestep of the model."""
+        for t in timesteps:
+            if not 0 <= t < len(self):
+                raise UsageError(f"{t} is no timestep of {self.spec.name}; they are 0 to {len(self) - 1}")
+
+
+def _in_pixels(spec: ModelSpec, run: RunSettings) -> tuple[LoadedModel, Encode, Decode]:
+    model = load_model(spec, device=run.device, dtype=run.dtype, offline=run.offline, parts=("unet",))
+    channels = int(model.unet.config.in_channels)
+    space = PixelSpace(channels)
+    return (
+        model,
+        lambda pixels: (in_pixel_space(pixels, channels=channels), ()),
+        lambda x: (from_pixels(space.decode(x[None])[0]), ()),
+    )
+
+
+def _in_latents(spec: ModelSpec, run: RunSettings) -> tuple[LoadedModel, Encode, Decode]:
+    codec = Codec.load(spec, run)
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Notes]:
+        latents, notes = codec.encode([pixels], seeds=None)
+        return latents[0] * codec.scaling_factor, notes
+
+    return codec.painter.model, encode, lambda x: codec.decode(x / codec.scaling_factor)

@@ -1,0 +1,104 @@
+"""The denoising of one picture as pictures: a strip of chosen steps with labels, and an animation of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from sdcli.errors import UsageError
+from sdcli.generation.settings import TraceFormat
+from sdcli.images.contact_sheet import check_size, contact_sheet, sheet_bytes
+
+STRIP_SIDE, FRAME_SIDE = 256, 512
+"""Pixels of a picture's longer side at most, in the strip and in the animation."""
+SMALL = 64
+"""Pixels a side; smaller pictures are enlarged towards it."""
+WHOLE_MS, SLOWEST_MS, HELD_MS = 4000, 400, 2000
+"""How long an animation takes, how long a frame stays at most, and how long the last one does."""
+_SAVE: dict[TraceFormat, dict[str, Any]] = {
+    "webp": {"format": "WEBP", "quality": 90},
+    "apng": {"format": "PNG"},
+    "gif": {"format": "GIF"},
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step: what the network was shown and what it made of it, decoded."""
+
+    number: int
+    """From 1."""
+    count: int
+    t: float
+    seen: Image.Image
+    guess: Image.Image
+    second_pass: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its number and its timestep, in two lines."""
+        return f"{'pass 2, ' if self.second_pass else ''}step {self.number} of {self.count}\nt {self.t:.5g}"
+
+
+def chosen(steps: int | tuple[int, ...] | None, count: int) -> set[int]:
+    """The numbers, from 1, of the steps that are asked for, of `count`: so many evenly spread, these, or (None) all."""
+    if isinstance(steps, tuple):
+        return {number for number in steps if number <= count}
+    if steps is None or steps >= count:
+        return set(range(1, count + 1))
+    return {1 + round(place * (count - 1) / max(1, steps - 1)) for place in range(steps)}
+
+
+def check_chosen(steps: int | tuple[int, ...] | None, count: int, size: tuple[int, int]) -> None:
+    """Raise UsageError for steps that are not among `count`, or too many for one strip of pictures of that size."""
+    if isinstance(steps, tuple) and max(steps) > count:
+        raise UsageError(f"--trace: there is no step {max(steps)}; this picture takes {count}")
+    width, height = _within(size, STRIP_SIDE)
+    check_size(2 * len(chosen(steps, count)), (width, height), enlarge=_enlarged((width, height)))
+
+
+def strip(moments: Sequence[Moment]) -> bytes:
+    """A PNG: above what the network was shown at each step, below what it guessed."""
+    cells = [_fitted(moment.seen, STRIP_SIDE) for moment in moments]
+    cells += [_fitted(moment.guess, STRIP_SIDE) for moment in moments]
+    labels = [moment.label for moment in moments] + ["guess of x_0"] * len(moments)
+    sheet = contact_sheet(cells, columns=len(moments), labels=labels, enlarge=_enlarged(cells[0].size))
+    steps = [{"step": m.number, "of": m.count, "t": round(m.t, 4), "second_pass": m.second_pass} for m in moments]
+    return sheet_bytes(sheet, {"steps": steps})
+
+
+def animation(moments: Sequence[Moment], *, format: TraceFormat) -> bytes:
+    """A frame for each step, what was shown beside what was guessed; all as large as the last one."""
+    size = _within(moments[-1].seen.size, FRAME_SIDE)
+    frames = [
+        contact_sheet(
+            [picture.resize(size, Image.Resampling.BICUBIC) for picture in (moment.seen, moment.guess)],
+            columns=2,
+            labels=[moment.label, "guess of x_0"],
+            enlarge=_enlarged(size),
+        )
+        for moment in moments
+    ]
+    each = min(SLOWEST_MS, WHOLE_MS // len(frames))
+    data = io.BytesIO()
+    durations = [*[max(20, each)] * (len(frames) - 1), HELD_MS]
+    frames[0].save(data, save_all=True, append_images=frames[1:], duration=durations, loop=0, **_SAVE[format])
+    return data.getvalue()
+
+
+def _fitted(picture: Image.Image, side: int) -> Image.Image:
+    size = _within(picture.size, side)
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _within(size: tuple[int, int], side: int) -> tuple[int, int]:
+    factor = min(1.0, side / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def _enlarged(size: tuple[int, int]) -> int:
+    return max(1, SMALL // max(size))

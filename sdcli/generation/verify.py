@@ -1,0 +1,121 @@
+"""Paint a picture again from its own record, and say whether it is identical, or what differs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdcli.errors import BadOutput, SdcliError, UsageError
+from sdcli.generation.engine import Engine, Painted, provenance
+from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.images.metrics import distance
+from sdcli.images.pixels import from_pixels
+from sdcli.metadata.record import pixels_digest, read_picture
+from sdcli.models.registry import Registry
+from sdcli.request.jobs import Job
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of painting a picture again."""
+
+    path: str
+    identical: bool
+    max_difference: int | None
+    """The largest difference of any channel of any pixel, 0..255; None where the sizes differ."""
+    psnr: float | None
+    """Decibels; None for equal pixels or other sizes."""
+    edited: bool
+    """The file's own pixels are no longer those that were painted (lossless formats only)."""
+    differences: tuple[str, ...]
+    """Weights, versions, device and dtype that are not what the record says."""
+
+    def sentence(self) -> str:
+        """One line for people."""
+        if self.identical and not self.edited:
+            return f"{self.path}: identical"
+        if self.identical:
+            return f"{self.path}: painted again as recorded, but the file was edited since"
+        size = (
+            f"pixels differ by up to {self.max_difference} of 255" if self.max_difference is not None else "other size"
+        )
+        quality = f" (PSNR {self.psnr:.1f} dB)" if self.psnr is not None else ""
+        causes = "; ".join(self.differences) or "weights, versions, device and dtype are as recorded"
+        return f"{self.path}: {size}{quality}; {causes}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def raise_if_different(self) -> None:
+        """Raises BadOutput unless the picture is identical."""
+        if not self.identical or self.edited:
+            raise BadOutput("the picture did not verify")
+
+
+def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
+    """Paint the request in a picture's record, in a batch of the recorded size and at the same place in it.
+
+    Raises UsageError for a picture without an sdcli record, and what painting raises.
+    """
+    info = read_picture(path)
+    if info.record is None:
+        raise UsageError(f"{path} holds no sdcli record, so there is nothing to verify against")
+    facts = info.record.provenance
+    if run.dtype == "auto" and facts.get("dtype") in ("float32", "bfloat16", "float16"):
+        run = replace(run, dtype=facts["dtype"])
+    batch = facts.get("batch") or {}
+    size, position = (batch.get("size", 1), batch.get("index", 0)) if isinstance(batch, dict) else (None, None)
+    if not (isinstance(size, int) and isinstance(position, int) and 0 <= position < size <= 256):
+        raise UsageError(f"{path}: its record has an impossible batch, {batch!r}")
+    engine = Engine(registry, replace(run, batch_size=size), OutputSettings())
+    jobs = [Job(index, info.record.request) for index in range(size)]
+    painted = None
+    for event in engine.paint_batch(jobs, {position}):
+        error = getattr(event, "error", None)
+        if isinstance(error, SdcliError):
+            raise error
+        painted = event if isinstance(event, Painted) else painted
+    assert painted is not None
+    now = from_pixels(painted.pixels)
+    painter = engine.painter_for(info.record.request)
+    return _compare(path, facts, now, provenance(painter, fallbacks=painted.fallbacks))
+
+
+def _compare(path: Path, then: dict[str, Any], image: Image.Image, now: dict[str, Any]) -> Verdict:
+    with Image.open(path) as opened:
+        lossless, stored = opened.format == "PNG", opened.convert("RGB")
+    apart = distance(stored, image)
+    digest = then.get("pixels")
+    identical = pixels_digest(image) == digest if digest else apart is not None and apart.largest == 0
+    return Verdict(
+        path=str(path),
+        identical=identical,
+        max_difference=apart.largest if apart is not None else None,
+        psnr=apart.psnr if apart is not None and math.isfinite(apart.psnr) else None,
+        edited=bool(digest) and lossless and pixels_digest(stored) != digest,
+        differences=tuple(_differences(then, now)),
+    )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    before, after = then.get("weights"), now["weights"]
+    before = before if isinstance(before, dict) else {}
+    for part in sorted(set(before) | set(after)):
+        if before.get(part) != after.get(part):
+            found.append(
+                f"the {part} has other weights ({_short(after.get(part))}, recorded {_short(before.get(part))})"
+            )
+    for name in ("sdcli", "torch", "diffusers", "device", "hardware", "dtype"):
+        if name in then and then[name] != now[name]:
+            found.append(f"{name} {now[name]}, recorded {then[name]}")
+    return found
+
+
+def _short(identity: Any) -> str:
+    return str(identity)[:19]

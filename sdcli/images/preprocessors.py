@@ -1,0 +1,136 @@
+"""Pictures -> the maps that ControlNets are told what to paint with: edges, strokes, blurs, colours, depth.
+
+All of it needs no network of its own. White lines on black, as the ControlNets of Zhang et al. 2023 (arXiv 2302.05543)
+were trained with; lengths are shares of the shorter side, so that a map says the same at any size, but for edges, which
+are one pixel thin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scipy import ndimage
+
+from sdcli.images.pixels import fit
+from sdcli.request.fields import Preprocessor
+
+Levels = np.ndarray
+"""Grey levels [H, W], float64 in 0..1."""
+
+LOW, HIGH = 0.1, 0.2
+"""Canny's thresholds, as shares of the steepest slope there is."""
+BLOCKS = 8
+"""Blocks of the palette along the shorter side: 64 pixels each at 512, as T2I-Adapter's colour maps have."""
+
+
+def control_map(picture: Image.Image, preprocessor: Preprocessor, size: tuple[int, int] | None) -> Image.Image:
+    """An RGB picture -> the RGB map that a ControlNet sees, at `size` (width, height); its middle is cut out.
+
+    Without a size it is the picture's own, cut to multiples of 8. Raises BadPicture for a smaller one.
+    """
+    return PREPROCESSORS[preprocessor](fit(picture, size))
+
+
+def canny(picture: Image.Image) -> Image.Image:
+    """Thin white edges on black; Canny 1986, "A Computational Approach to Edge Detection"."""
+    return _grey(_edges(_levels(picture), sigma=1.0))
+
+
+def scribble(picture: Image.Image) -> Image.Image:
+    """Thick white strokes on black, along the edges of large things alone."""
+    side = min(picture.size)
+    edges = _edges(_levels(picture), sigma=max(1.0, side / 170))
+    return _grey(ndimage.gaussian_filter(edges, max(0.6, side / 256)) > 0.15)
+
+
+def softedge(picture: Image.Image) -> Image.Image:
+    """Edges as grey slopes, brighter where the picture changes more; slopes of three scales, the largest of each."""
+    levels = _levels(picture)
+    slopes = [_slope(ndimage.gaussian_filter(levels, sigma))[0] * sigma**0.5 for sigma in (1.0, 2.0, 4.0)]
+    soft = np.max(slopes, axis=0)
+    return _grey(np.sqrt(_stretched(soft, lowest=0.0)))
+
+
+def blur(picture: Image.Image) -> Image.Image:
+    """The picture without its detail: a Gaussian of a 32nd of the shorter side."""
+    return picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 32))
+
+
+def tile(picture: Image.Image) -> Image.Image:
+    """The picture from an eighth of its pixels: what a tile model adds detail to."""
+    small = picture.resize(_shrunk(picture, 8), Image.Resampling.BOX)
+    return small.resize(picture.size, Image.Resampling.BICUBIC)
+
+
+def palette(picture: Image.Image) -> Image.Image:
+    """Blocks, each of the mean colour of what is there."""
+    blocks = picture.resize(_shrunk(picture, min(picture.size) / BLOCKS), Image.Resampling.BOX)
+    return blocks.resize(picture.size, Image.Resampling.NEAREST)
+
+
+def depth(picture: Image.Image) -> Image.Image:
+    """A depth map that is at hand, near parts bright, stretched over all levels; a level one is black."""
+    return _grey(_stretched(_levels(picture)))
+
+
+PREPROCESSORS: Mapping[Preprocessor, Callable[[Image.Image], Image.Image]] = {
+    "none": lambda picture: picture,
+    "canny": canny,
+    "scribble": scribble,
+    "softedge": softedge,
+    "blur": blur,
+    "tile": tile,
+    "palette": palette,
+    "depth": depth,
+}
+
+
+def _edges(levels: Levels, *, sigma: float) -> np.ndarray:
+    """[H, W], 1 on edges one pixel thin: the crests of the slope that are steep, or joined to some that are."""
+    slope, down, right = _slope(ndimage.gaussian_filter(levels, sigma))
+    crests = sigma * slope * _is_crest(slope, down, right)  # blurring a step makes it less steep by as much
+    groups, count = ndimage.label(crests > LOW, structure=np.ones((3, 3)))
+    steep = np.zeros(count + 1, bool)
+    steep[groups[crests > HIGH]] = True
+    steep[0] = False
+    return steep[groups].astype(np.float64)
+
+
+def _slope(levels: Levels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The length of the gradient, and its two parts; 1 is a step from black to white."""
+    down, right = (ndimage.sobel(levels, axis=axis) / 4 for axis in (0, 1))
+    return np.hypot(down, right), down, right
+
+
+def _is_crest(slope: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Where the slope is not less than on both sides across the edge, in the nearest of four directions."""
+    octant = np.round(np.arctan2(down, right) / (np.pi / 4)).astype(int) % 4
+    padded = np.pad(slope, 1)
+    height, width = slope.shape
+    crest = np.zeros(slope.shape, bool)
+    for number, (y, x) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
+        ahead = padded[1 + y : 1 + y + height, 1 + x : 1 + x + width]
+        behind = padded[1 - y : 1 - y + height, 1 - x : 1 - x + width]
+        crest |= (octant == number) & (slope >= behind) & (slope > ahead)  # of two equal neighbours the later one
+    return crest
+
+
+def _stretched(levels: np.ndarray, *, lowest: float | None = None) -> Levels:
+    low = float(levels.min()) if lowest is None else lowest
+    span = float(levels.max()) - low
+    return (levels - low) / span if span > 1e-6 else np.zeros_like(levels)
+
+
+def _shrunk(picture: Image.Image, factor: float) -> tuple[int, int]:
+    width, height = (max(1, round(side / factor)) for side in picture.size)
+    return width, height
+
+
+def _levels(picture: Image.Image) -> Levels:
+    return np.asarray(picture.convert("L"), dtype=np.float64) / 255
+
+
+def _grey(levels: np.ndarray) -> Image.Image:
+    return Image.fromarray((levels * 255).round().astype(np.uint8)).convert("RGB")

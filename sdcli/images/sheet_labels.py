@@ -1,0 +1,84 @@
+"""Short labels for finished pictures side by side: what tells them apart, or the fields that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdcli.errors import UsageError
+from sdcli.request.schema import GenerationRequest, did_you_mean, field_name
+
+_SHORTENED = {
+    "name": "",
+    "seed": "seed",
+    "steps": "steps",
+    "guidance_scale": "cfg",
+    "scheduler": "",
+    "eta": "eta",
+    "size": "",
+    "width": "width",
+    "height": "height",
+    "model": "",
+    "prompt": "",
+    "negative_prompt": "not",
+    "prompt_template": "in",
+}
+SHORT = _SHORTENED | {
+    name: name.replace("_", " ")
+    for name in GenerationRequest.model_fields
+    if name not in _SHORTENED and name != "schema_version"
+}
+"""What can stand in a label -> what it is called there. Short things come first: long labels are cut at their end."""
+_TOLD_APART_BY = tuple(field for field in SHORT if field not in ("name", "width", "height"))
+
+
+def parse_fields(text: str) -> tuple[str, ...]:
+    """`"seed,cfg-scale"` -> names in SHORT, in that order. Raises UsageError."""
+    fields = tuple(field_name(part.strip()) for part in text.split(","))
+    for name in fields:
+        if name not in SHORT:
+            hint = did_you_mean(name, SHORT) or f"; there are {', '.join(SHORT)}"
+            raise UsageError(f"--label: a label has no field {name!r}{hint}")
+    return fields
+
+
+def labels_of(
+    names: Sequence[str], requests: Sequence[GenerationRequest | None], *, fields: Sequence[str] | None = None
+) -> list[str]:
+    """A label for each picture, by its name and its request as far as one is known.
+
+    Without `fields` it says what differs between the requests; where there is nothing to say, the name. A field that a
+    request does not have is left out of its label. Raises UsageError for fields of which no picture has one.
+    """
+    if fields is None:
+        known = [request for request in requests if request is not None]
+        fields = [field for field in _TOLD_APART_BY if len({_value(field, "", request) for request in known}) > 1]
+        labels = [_label(name, request, fields) for name, request in zip(names, requests, strict=True)]
+        return [label or name for label, name in zip(labels, names, strict=True)]
+    labels = [_label(name, request, fields) for name, request in zip(names, requests, strict=True)]
+    if not any(labels):
+        raise UsageError(f"--label: none of the pictures says its {' or '.join(fields).replace('_', ' ')}")
+    return labels
+
+
+def _label(name: str, request: GenerationRequest | None, fields: Sequence[str]) -> str:
+    found = ((SHORT[field], _value(field, name, request)) for field in fields)
+    return ", ".join(f"{short} {value}".strip() for short, value in found if value is not None)
+
+
+def _value(field: str, name: str, request: GenerationRequest | None) -> str | None:
+    """One field as a short text; None where it is not known."""
+    if field == "name":
+        return name
+    if request is None:
+        return None
+    if field in ("size", "width", "height") and request.width and request.height:
+        width, height = map(str, request.final_size)
+        return {"size": f"{width}x{height}", "width": width, "height": height}[field]
+    if field == "size":
+        return None
+    value = getattr(request, field)
+    if value is None or value == ():
+        return None
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())

@@ -1,0 +1,168 @@
+"""ControlNet weights -> networks in memory, checked against the UNet that they are to guide.
+
+Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv 2302.05543). A ControlNet is a
+folder as diffusers writes it (config.json and safetensors), or a single .safetensors file with diffusers' names or the
+original ones (`control_model.*`). A single file says nothing of its shape, so it is read as one for the UNet at hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel, lean_imports
+from sdcli.io.weights import empty_network, fill, read_tensors, shards
+from sdcli.models.hub.download import folder_of
+from sdcli.models.layout import cell_of, read_json_object
+from sdcli.models.loader import LoadedModel, files_digest, in_background, placed
+from sdcli.models.registry import ControlNetSpec
+from sdcli.models.sources import FileSource, HubSource
+
+PART = "controlnet:"
+"""What the parts of a `LoadedModel` that are ControlNets are called, before the name that a request has for them."""
+
+_SHAPE = {
+    "cross_attention_dim": "text states of {} numbers",
+    "block_out_channels": "blocks of {} channels",
+    "layers_per_block": "{} layers a block",
+    "addition_embed_type": "a further condition {!r}",
+    "projection_class_embeddings_input_dim": "a further condition of {} numbers",
+}
+"""What has to be equal in both configurations, and how it is told."""
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """A network in memory, in the dtype and on the device of the model it was loaded for, and whose weights it has."""
+
+    network: ControlNetModel
+    identity: Future[str]
+
+
+def load_controlnet(spec: ControlNetSpec, model: LoadedModel) -> ControlNet:
+    """Load a ControlNet for a model. The network is never used.
+
+    Raises NotFound, Offline, BadWeights, and UsageError for one that was made for another kind of model.
+    """
+    path, variant = _local(spec)
+    unet = model.unet
+    if not isinstance(unet, UNet2DConditionModel):
+        raise UsageError(f"{model.spec.name} takes no captions, and ControlNets are made for models that do")
+    if path.is_dir():
+        config = read_json_object(path / "config.json")
+        check_fits(config, model, source=spec.name)
+        files = shards(path, "diffusion_pytorch_model", variant=variant)
+        tensors = {name: tensor for file in files for name, tensor in read_tensors(file, model.dtype).items()}
+    else:
+        files = [path]
+        tensors = _modern(read_tensors(path, model.dtype, rename=_without_rest), dict(unet.config), source=path)
+        config = _config_like(unet, tensors)
+        check_fits(config, model, source=spec.name)
+    network = empty_network(lambda: ControlNetModel.from_config(dict(config)), source=str(path))
+    fill(network, tensors, source=str(path))
+    (identity,) = in_background(partial(files_digest, files))
+    return ControlNet(placed(network, model.device), identity)
+
+
+def with_controlnets(model: LoadedModel, controlnets: Mapping[str, ControlNet]) -> LoadedModel:
+    """The model with ControlNets as parts of it, by the names that requests have for them."""
+    return replace(
+        model,
+        parts={**model.parts, **{PART + name: one.network for name, one in controlnets.items()}},
+        identities={**model.identities, **{PART + name: one.identity for name, one in controlnets.items()}},
+    )
+
+
+def controlnet_of(model: LoadedModel, name: str) -> ControlNetModel:
+    """The ControlNet that a request calls `name`. Raises UsageError where the model was loaded without it."""
+    if PART + name not in model.parts:
+        raise UsageError(f"{model.spec.name} was loaded without the ControlNet {name}")
+    return model.parts[PART + name]
+
+
+def check_fits(config: Mapping[str, Any], model: LoadedModel, *, source: str) -> None:
+    """Raise UsageError where a ControlNet's configuration is not for the model's UNet, latents and RGB maps."""
+    if config.get("_class_name", "ControlNetModel") != "ControlNetModel":
+        raise UsageError(f"{source} is a {config['_class_name']}, and no ControlNet (ControlNetModel)")
+    theirs, ours = _defaults() | dict(config), dict(model.unet.config)
+    for name, words in _SHAPE.items():
+        wanted, got = (_plain(one.get(name)) for one in (ours, theirs))
+        if wanted != got:
+            raise UsageError(
+                f"the ControlNet {source} does not fit {model.spec.name}: it was made for {words.format(got)}, "
+                f"and the model has {words.format(wanted)}"
+            )
+    latent, given = ours["out_channels"], theirs["in_channels"]
+    if given != latent:
+        raise UsageError(
+            f"the ControlNet {source} takes latents of {given} channels, and {model.spec.name} has {latent}"
+        )
+    if theirs["conditioning_channels"] != 3:
+        raise UsageError(f"the ControlNet {source} takes maps of {theirs['conditioning_channels']} channels, not RGB")
+    cell = 2 ** (len(theirs["conditioning_embedding_out_channels"]) - 1)
+    if cell != cell_of(model.vae.config):
+        raise UsageError(f"the ControlNet {source} is for latent cells of {cell} pixels, unlike {model.spec.name}")
+
+
+def _local(spec: ControlNetSpec) -> tuple[Path, str | None]:
+    """The folder or file of a ControlNet, and the variant of its weights."""
+    source = spec.source
+    path = source.path if isinstance(source, FileSource) else folder_of(spec)
+    if path is None or not path.exists():
+        raise NotFound(f"no file or folder {path} (the ControlNet {spec.name})")
+    return path, source.variant if isinstance(source, HubSource) else None
+
+
+def _without_rest(name: str) -> str | None:
+    """Of a whole checkpoint that holds a ControlNet too, only that; other files have nothing else."""
+    return None if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) else name
+
+
+def _modern(stored: Mapping[str, Tensor], unet_config: Mapping[str, Any], *, source: Path) -> dict[str, Tensor]:
+    """The tensors by diffusers' names."""
+    with lean_imports():
+        from diffusers.loaders import single_file_utils as ldm
+
+    original = "time_embed.0.weight" in stored or any(name.startswith("control_model.") for name in stored)
+    if not original and "controlnet_cond_embedding.conv_in.weight" not in stored:
+        raise BadWeights(f"{source} is no ControlNet: it has no weights for the map that it should see")
+    try:
+        converted = ldm.convert_controlnet_checkpoint(dict(stored), unet_config)
+    except (KeyError, IndexError, RuntimeError, AttributeError) as error:
+        raise BadWeights(f"{source} is not laid out as a ControlNet of Stable Diffusion 1.x ({error})") from None
+    return {name: tensor for name, tensor in converted.items() if tensor is not None}
+
+
+def _config_like(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The configuration that `ControlNetModel.from_unet` gives, with what the tensors say of their input and map."""
+    shared = {name: value for name, value in unet.config.items() if name in _defaults()}
+    text = next((t for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
+    embedding = "controlnet_cond_embedding"
+    widths = [tensors[f"{embedding}.conv_in.weight"]] if f"{embedding}.conv_in.weight" in tensors else []
+    while (name := f"{embedding}.blocks.{2 * len(widths) - 1}.weight") in tensors:
+        widths.append(tensors[name])
+    first = tensors.get("conv_in.weight")
+    return {
+        **shared,
+        "in_channels": first.shape[1] if first is not None and first.ndim == 4 else unet.config["out_channels"],
+        **({"cross_attention_dim": text.shape[1]} if text is not None and text.ndim == 2 else {}),
+        "conditioning_embedding_out_channels": [int(weight.shape[0]) for weight in widths],
+    }
+
+
+def _defaults() -> dict[str, Any]:
+    """What a configuration of diffusers' class means where it says nothing."""
+    parameters = inspect.signature(ControlNetModel.__init__).parameters
+    return {name: one.default for name, one in parameters.items() if name != "self"}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value

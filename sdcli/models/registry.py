@@ -1,0 +1,587 @@
+"""The registry: read models.yaml and its overlays, find a model, and fill what a request leaves to the model."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import platformdirs
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.generation.resolve import embeddings as embedding_files
+from sdcli.generation.resolve.controls import check_parts, controls_filled
+from sdcli.generation.resolve.init_image import Measure, start_filled
+from sdcli.generation.resolve.ip_adapters import image_prompts_filled
+from sdcli.generation.settings import MAX_PIXELS
+from sdcli.io.files import PACKAGE, expanded
+from sdcli.models.hub.cache import snapshot_folder
+from sdcli.models.layout import SD3_KIND, ModelFolder, ModelKind, read_model_folder
+from sdcli.models.single_file import layout_in
+from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource, Source, Strict
+from sdcli.request import prompt_syntax as syntax
+from sdcli.request.fields import with_prompt
+from sdcli.request.schedulers import SCHEDULERS, schedulers_for
+from sdcli.request.schema import (
+    GenerationRequest,
+    check_needs,
+    did_you_mean,
+    first_problem,
+    known,
+    parse_request,
+    watermark_room,
+)
+
+MAX_REGISTRY_BYTES = 256 * 1024
+PICKLE_SUFFIXES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+class ModelDefaults(Strict):
+    """What a request gets where it says nothing."""
+
+    width: int = Field(512, ge=8, le=8192)
+    height: int = Field(512, ge=8, le=8192)
+    steps: int = Field(25, ge=1, le=1000)
+    guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False)
+    scheduler: str = "dpmpp-2m-karras"
+    prompt_template: Annotated[str, AfterValidator(with_prompt)] = "{prompt}"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+Family = Literal["sd1", "sd2", "sdxl", "sd3", "flux"]
+SUPPORTED_FAMILIES = {"sd1", "sd2", "sdxl", "sd3"}
+SD3_DEFAULTS = {"width": 1024, "height": 1024, "steps": 28, "guidance_scale": 7.0, "scheduler": "flow-euler"}
+DEFAULT_REFINER_START = 0.8
+
+
+class ModelEntry(Strict):
+    """One entry of models.yaml. The name is its key there."""
+
+    name: str
+    source: Source
+    family: Family = "sd1"
+    license: str = "unknown"
+    description: str = ""
+    download_bytes: int = Field(0, ge=0)
+    defaults: ModelDefaults = ModelDefaults()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if not isinstance(self.source, FolderSource):  # a folder says itself which sizes it can paint
+            for side in ("width", "height"):
+                problem = _size_problem(getattr(self.defaults, side), ModelKind())
+                if problem is not None:
+                    raise ValueError(f"defaults.{side}: {problem}")
+        return self
+
+
+class ModelSpec(ModelEntry):
+    """A model that can be asked for pictures: an entry, with what its folder says about it."""
+
+    kind: ModelKind = ModelKind()
+
+    def origin(self) -> str:
+        """Where the weights come from, in a few words."""
+        return _origin(self.source)
+
+    def require_supported(self) -> None:
+        """Raise UsageError for a family that sdcli cannot paint with yet; asked before anything is downloaded."""
+        if self.family not in SUPPORTED_FAMILIES:
+            raise UsageError(
+                f"model {self.name!r} is of the {self.family} family, which is not yet supported "
+                f"(supported: {', '.join(sorted(SUPPORTED_FAMILIES))}); nothing was downloaded"
+            )
+
+
+class ControlNetSpec(Strict):
+    """A ControlNet: an entry of models.yaml's `controlnets`, or what a path means."""
+
+    name: str
+    source: Annotated[FolderSource | FileSource | HubSource, Field(discriminator="kind")]
+    family: Family = "sd1"
+    license: str = "unknown"
+    description: str = ""
+    download_bytes: int = Field(0, ge=0)
+
+    def origin(self) -> str:
+        """Where the weights come from, in a few words."""
+        return _origin(self.source)
+
+
+def _origin(source: Source) -> str:
+    match source:
+        case EmbeddedSource():
+            return "embedded in sdcli"
+        case RandomSource(architecture=architecture, seed=seed):
+            return f"random weights ({architecture}, seed {seed})"
+        case FolderSource(path=path) | FileSource(path=path):
+            return str(path)
+        case HubSource(repo=repo, revision=revision):
+            return repo if revision == "main" else f"{repo}@{revision}"
+
+
+class Registry(Strict):
+    """All known models. `files` are the files that were read, the later overlaying the earlier."""
+
+    default: str
+    models: dict[str, ModelSpec]
+    controlnets: dict[str, ControlNetSpec] = Field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+    def find(self, model: str | None) -> ModelSpec:
+        """The spec of a registry name, a folder, a .safetensors file or owner/name[@revision]; None is the default.
+
+        Nothing is downloaded, and no weights are opened; a folder's small files are read. Raises NotFound, UsageError
+        for a pickle or a folder of an unknown kind, and BadWeights for a damaged one.
+        """
+        name = self.default if model is None else model
+        if name in self.models:
+            return described(self.models[name])
+        path = expanded(name)
+        looks_like_path = (
+            path.is_absolute() or name.startswith((".", "~")) or path.suffix in {".safetensors", *PICKLE_SUFFIXES}
+        )
+        if os.path.isdir(path):  # unlike Path's methods it is content with any name
+            return _renamed(spec_of_folder(path), self.models)
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            if os.path.exists(path):
+                raise UsageError(pickle_refused(path))
+            raise NotFound(f"no file {name}")
+        if os.path.isfile(path):
+            spec = ModelSpec(name=str(path), source=FileSource(kind="file", path=path.resolve()))
+            return _renamed(described(spec), self.models)
+        if looks_like_path:
+            raise NotFound(f"no file or folder {name}")
+        if HUB_ID.fullmatch(name):
+            return self._hub_spec(name)
+        raise NotFound(f"no model {name!r} in {self._where()}{did_you_mean(name, self.models)} (sdcli models list)")
+
+    def find_controlnet(self, name: str) -> ControlNetSpec:
+        """The ControlNet of a registry name, a folder as diffusers writes it (or one that holds it as `controlnet`), a
+        .safetensors file or owner/name[@revision]. Nothing is opened. Raises NotFound, and UsageError for a pickle.
+        """
+        if name in self.controlnets:
+            return self.controlnets[name]
+        path = expanded(name)
+        if os.path.isdir(path):
+            folder = path if (path / "config.json").is_file() else path / "controlnet"
+            if not (folder / "config.json").is_file():
+                raise NotFound(f"{name} is no ControlNet: it has no config.json (expected beside it: its safetensors)")
+            return ControlNetSpec(name=name, source=FolderSource(kind="folder", path=folder.resolve()))
+        if path.suffix.lower() in PICKLE_SUFFIXES and os.path.exists(path):
+            raise UsageError(pickle_refused(path))
+        if os.path.isfile(path):
+            return ControlNetSpec(name=name, source=FileSource(kind="file", path=path.resolve()))
+        if HUB_ID.fullmatch(name) and path.suffix.lower() not in {".safetensors", *PICKLE_SUFFIXES}:
+            repo, _, revision = name.partition("@")
+            source = HubSource(kind="hub", repo=repo, revision=revision or "main")
+            return ControlNetSpec(name=name, source=source)
+        hint = did_you_mean(name, self.controlnets)
+        raise NotFound(
+            f"no ControlNet {name!r}: no such file or folder, and none of that name in {self._where()}{hint}"
+        )
+
+    def find_either(self, name: str) -> ModelSpec | ControlNetSpec:
+        """A model, or the ControlNet of that name in the files. Raises what `find` raises."""
+        if name in self.controlnets and name not in self.models:
+            return self.controlnets[name]
+        return self.find(name)
+
+    def _hub_spec(self, name: str) -> ModelSpec:
+        repo, _, revision = name.partition("@")
+        known = next(
+            (spec for spec in self.models.values() if isinstance(spec.source, HubSource) and spec.source.repo == repo),
+            None,
+        )
+        if known is not None and isinstance(known.source, HubSource):
+            source = known.source.model_copy(update={"revision": revision or known.source.revision})
+            return described(known.model_copy(update={"name": name, "source": source}))
+        return described(ModelSpec(name=name, source=HubSource(kind="hub", repo=repo, revision=revision or "main")))
+
+    def _where(self) -> str:
+        return self.files[-1].name if self.files else "models.yaml"
+
+
+def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | None = None) -> GenerationRequest:
+    """The request as it will be painted: every None filled from the model's defaults, the seed drawn.
+
+    A start picture gives its own size, where one can `measure` it. None stays where a field does not apply.
+    Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
+    """
+    check_needs(request)
+    defaults = spec.defaults
+    chosen: dict[str, Any] = {
+        "model": spec.name,
+        "negative_prompt": "",
+        "prompt_template": defaults.prompt_template,
+        "prompt_syntax": "a1111" if spec.kind.conditioning == "text" else "plain",
+        "width": defaults.width,
+        "height": defaults.height,
+        "steps": defaults.steps,
+        "guidance_scale": defaults.guidance_scale,
+        "scheduler": defaults.scheduler,
+        "eta": 0.0,
+    }
+    if request.refiner is not None:
+        chosen["refiner_start"] = DEFAULT_REFINER_START
+    typed = {name: value for name, value in request if value is not None}
+    if "seed" not in typed:
+        chosen["seed"] = secrets.randbelow(2**32)
+    if request.variation_strength is not None and request.variation_seed is None:
+        chosen["variation_seed"] = secrets.randbelow(2**32)
+    from_start = start_filled(request, step=spec.kind.size_step, cell=spec.kind.cell, measure=measure)
+    pinned = controls_filled(request, spec.kind, model=spec.name)
+    pinned |= image_prompts_filled(request, spec.kind, model=spec.name)
+    resolved = request.model_copy(update={**chosen, **typed, **from_start, **pinned, "model": spec.name})
+    for side, pixels in zip(("width", "height"), resolved.final_size, strict=True):
+        problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)
+        if problem is not None:
+            raise UsageError(f"{side}: {problem}")
+    if math.prod(resolved.final_size) > MAX_PIXELS:
+        width, height = resolved.final_size
+        raise UsageError(f"a picture of {width}x{height} would have more than {MAX_PIXELS:,} pixels")
+    _check_process(resolved, spec)
+    _check_condition(resolved, spec)
+    _check_refiner(resolved)
+    if resolved.embeddings:
+        resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(resolved.embeddings)})
+    if resolved.prompt_syntax == "a1111":
+        _check_syntax(resolved)
+    shares = (resolved.strength, resolved.upscale and resolved.upscale.strength)
+    for name, share, steps in zip(("strength", "upscale"), shares, resolved.passes, strict=False):
+        if steps < 1:
+            raise UsageError(f"{name}: {share:g} of {resolved.steps} steps leaves no step to paint")
+    check_parts(resolved)
+    if spec.kind.inpaints and not resolved.masked:
+        raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
+    if resolved.watermark is not None:
+        width, height = resolved.final_size
+        room = watermark_room(width, height)
+        if len(resolved.watermark.encode()) > room:
+            raise UsageError(f"watermark: a picture of {width}x{height} pixels has room for {room} bytes")
+    for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
+        if getattr(resolved, name) is not None and not resolved.guided:
+            raise UsageError(f"{name} has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1")
+    if resolved.eta and not SCHEDULERS[known(resolved.scheduler)].uses_eta:
+        raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
+    return resolved
+
+
+def _size_problem(side: int, kind: ModelKind) -> str | None:
+    """What is wrong with a width or height for a kind of model."""
+    if side < kind.smallest_size:
+        return f"should be greater than or equal to {kind.smallest_size}, not {side}"
+    if side % kind.size_step:
+        return f"should be a multiple of {kind.size_step}, not {side}"
+    return None
+
+
+def _check_process(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for a scheduler of another process than the model's, and for what goes with diffusion alone."""
+    process, scheduler = spec.kind.process, known(request.scheduler)
+    if SCHEDULERS[scheduler].process != process:
+        trained = "with flow matching" if process == "flow" else "as a diffusion model"
+        raise UsageError(
+            f"the {scheduler} scheduler does not go with {spec.name}, which was trained {trained}; "
+            f"those that do: {', '.join(schedulers_for(process))}"
+        )
+    if process == "flow":
+        for name in ("refiner", "loras", "controls", "ip_adapters", "embeddings", "pag_scale"):
+            if getattr(request, name):
+                raise UsageError(f"{name}: sdcli has none for {spec.name} yet, which was trained with flow matching")
+
+
+def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for a prompt, a negative prompt or a guidance scale that the model has no use for."""
+    kind, scale = spec.kind, request.guidance_scale
+    if kind.conditioning == "none" and (request.painted_prompt or request.negative_prompt):
+        asked = request.painted_prompt or request.negative_prompt
+        raise UsageError(f"{spec.name} paints without a prompt; {asked!r} would have no effect")
+    if kind.conditioning != "text":
+        unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": ((),)}
+        for name, without_effect in unread.items():
+            if getattr(request, name) not in without_effect:
+                raise UsageError(f"{name} has no effect with {spec.name}, which has no text encoder")
+    elif request.prompt_syntax == "plain" and request.embeddings:
+        raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
+    if not kind.can_be_guided and (scale != 1 or request.guided or request.negative_prompt):
+        reason = "paints without a prompt" if kind.conditioning == "none" else "always paints a class, never none"
+        raise UsageError(f"{spec.name} {reason}, so it cannot be guided: no negative prompt, and a guidance scale of 1")
+    if request.negative_prompt and not request.guided:
+        raise UsageError(f"a negative prompt has no effect at guidance scale {scale:g}; use one above 1")
+    if kind.conditioning == "class":
+        kind.label(request.painted_prompt)
+        if request.negative_prompt:
+            kind.label(request.negative_prompt)
+
+
+def _check_refiner(request: GenerationRequest) -> None:
+    """Raise UsageError for what does not go with a refiner."""
+    if request.refiner is None:
+        return
+    if not SCHEDULERS[known(request.scheduler)].begins_anywhere:
+        raise UsageError(
+            f"the {request.scheduler} scheduler cannot begin in the middle, as a refiner does; use another"
+        )
+    if request.masked:
+        raise UsageError("a refiner paints the whole picture, so it goes without --mask and --extend")
+
+
+def _check_syntax(request: GenerationRequest) -> None:
+    """Raise UsageError for what a prompt asks for in vain: AND without guidance, an embedding that it does not name."""
+    steps = known(request.steps)
+    prompts = syntax.subprompts(request.painted_prompt, steps=steps)
+    if len(prompts) > 1 and not request.guided:
+        raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
+    negative = syntax.subprompts(known(request.negative_prompt), steps=steps, compose=False) if request.guided else ()
+    words = [known(embedding.token) for embedding in request.embeddings]
+    unused = sorted(set(words) - syntax.used((*prompts, *negative), words))
+    if unused:
+        raise UsageError(f"embeddings: no prompt has the word {unused[0]!r}, so its vectors would have no effect")
+
+
+def load_registry(models_file: Path | None = None) -> Registry:
+    """The packaged models.yaml, overlaid by the user's file and then by `models_file` (or $SDCLI_MODELS_FILE).
+
+    Raises NotFound, or UsageError with one sentence that names file, entry and field.
+    """
+    files = [packaged_registry_file()]
+    if user_registry_file().exists():
+        files.append(user_registry_file())
+    extra = models_file or (Path(os.environ["SDCLI_MODELS_FILE"]) if os.environ.get("SDCLI_MODELS_FILE") else None)
+    if extra is not None:
+        files.append(extra)
+    default, named_by, models, controlnets = None, files[0], {}, {}
+    for file in files:
+        read = read_registry_file(file)
+        models.update(read.models)
+        controlnets.update(read.controlnets)
+        if read.default is not None:
+            default, named_by = read.default, file
+    if default is None:
+        raise UsageError(f"{files[0]}: default: missing")
+    if default not in models:
+        raise UsageError(f"{named_by}: default: there is no model {default!r}{did_you_mean(default, models)}")
+    return Registry(default=default, models=models, controlnets=controlnets, files=tuple(files))
+
+
+class RegistryFile(NamedTuple):
+    """What one registry file says; entries by name."""
+
+    default: str | None
+    models: dict[str, ModelSpec]
+    controlnets: dict[str, ControlNetSpec]
+
+
+def read_registry_file(file: Path) -> RegistryFile:
+    """Read and check one registry file. Raises NotFound and UsageError."""
+    data = read_yaml(file)
+    unknown = set(data) - {"schema", "default", "models", "controlnets"}
+    if unknown:
+        raise UsageError(
+            f"{file}: unknown key {min(unknown)!r}; a registry has schema, default, models and controlnets"
+        )
+    if data.get("schema", 1) != 1:
+        raise UsageError(f"{file}: schema: {data['schema']!r} is not 1, the only one this sdcli knows")
+    default = data.get("default")
+    if default is not None and not isinstance(default, str):
+        raise UsageError(f"{file}: default: should be the name of a model")
+    return RegistryFile(
+        default,
+        {name: _spec(file, name, entry) for name, entry in _entries(file, data, "models")},
+        {name: _controlnet_spec(file, name, entry) for name, entry in _entries(file, data, "controlnets")},
+    )
+
+
+def _entries(file: Path, data: dict[str, Any], section: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    entries = data.get(section) or {}
+    if not isinstance(entries, dict):
+        raise UsageError(f"{file}: {section}: should be a mapping of names to entries")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise UsageError(f"{file}: {section}.{name}: should be a mapping")
+        yield str(name), entry
+
+
+def _controlnet_spec(file: Path, name: str, entry: dict[str, Any]) -> ControlNetSpec:
+    try:
+        spec = ControlNetSpec.model_validate({"name": name, **entry})
+    except ValidationError as error:
+        raise UsageError(f"{file}: controlnets.{name}.{first_problem(error)}") from None
+    return spec.model_copy(update={"source": _beside(file, spec.source)})
+
+
+def _spec(file: Path, name: str, entry: dict[str, Any]) -> ModelSpec:
+    try:
+        spec = ModelSpec(**dict(ModelEntry.model_validate({"name": name, **entry})))
+    except ValidationError as error:
+        raise UsageError(f"{file}: models.{name}.{first_problem(error)}") from None
+    if spec.defaults.scheduler not in SCHEDULERS:
+        hint = did_you_mean(spec.defaults.scheduler, SCHEDULERS)
+        raise UsageError(f"{file}: models.{name}.defaults.scheduler: no scheduler {spec.defaults.scheduler!r}{hint}")
+    return _of_family(spec.model_copy(update={"source": _beside(file, spec.source)}))
+
+
+def _beside(file: Path, source: Source) -> Source:
+    """A source whose path, if it has one, counts from the file's folder."""
+    if not isinstance(source, FolderSource | FileSource):
+        return source
+    return source.model_copy(update={"path": (file.parent / expanded(source.path)).absolute()})
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a few lines of them can mean gigabytes) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key_node.value!r} is there twice")
+            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A small YAML mapping, hostile input included. Raises NotFound and UsageError."""
+    try:
+        if file.stat().st_size > MAX_REGISTRY_BYTES:
+            raise UsageError(f"{file}: larger than {MAX_REGISTRY_BYTES // 1024} KiB, which no registry is")
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except FileNotFoundError:
+        raise NotFound(f"no models file {file}") from None
+    except OSError as error:
+        raise NotFound(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: is not UTF-8 text") from None
+    except RecursionError:
+        raise UsageError(f"{file}: is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"{file}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{file}: should be a mapping, not a {type(data).__name__}")
+    return data
+
+
+def packaged_registry_file() -> Path:
+    """models.yaml as shipped: inside an installed wheel, or at the top of a checkout."""
+    inside = PACKAGE / "models.yaml"
+    return inside if inside.exists() else PACKAGE.parent / "models.yaml"
+
+
+def user_registry_file() -> Path:
+    """The user's own overlay, `models.yaml` in the configuration folder (XDG_CONFIG_HOME on Linux)."""
+    return platformdirs.user_config_path("sdcli") / "models.yaml"
+
+
+def _renamed(spec: ModelSpec, taken: Container[str]) -> ModelSpec:
+    """The spec of a path under a name that is found again as that path: `./tiny`, where there is a model `tiny`."""
+    return spec.model_copy(update={"name": f"./{spec.name}"}) if spec.name in taken else spec
+
+
+def spec_of_folder(path: Path) -> ModelSpec:
+    """A spec for a diffusers folder on disk. Raises NotFound where it is none, UsageError and BadWeights."""
+    if not (path / "model_index.json").is_file():
+        raise NotFound(
+            f"{path} is no diffusers model: it has no model_index.json "
+            "(expected beside it: unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
+        )
+    return described(ModelSpec(name=str(path), source=FolderSource(kind="folder", path=path.resolve())))
+
+
+def described(spec: ModelSpec) -> ModelSpec:
+    """The spec with what its folder or file says: its kind, and the defaults that the entry leaves open.
+
+    Another source, or one that is not there or damaged (loading it says so), leaves the spec as it is; so does a
+    repository of the hub that is not in the cache. Raises NotFound, UsageError and BadWeights.
+    """
+    if isinstance(spec.source, FileSource):
+        layout = layout_in(spec.source.path)
+        typed = spec.defaults.model_dump(exclude_unset=True)
+        defaults = ModelDefaults(**{**(layout.defaults if layout is not None else {}), **typed})
+        family = layout.family if layout is not None else spec.family
+        return spec.model_copy(update={"family": family, "defaults": defaults})
+    try:
+        folder = _folder_described(spec.source)
+    except (BadWeights, NotFound, UsageError):
+        if not isinstance(spec.source, HubSource):
+            raise
+        folder = None  # `models pull` mends what the cache has
+    if folder is None:
+        return _of_family(spec)
+    own = {**_usual_defaults(folder), **_own_defaults(folder)}
+    typed = spec.defaults.model_dump(exclude_unset=True)
+    two = "text_encoder_2" in folder.layout.components
+    family = ("sd3" if folder.kind.process == "flow" else "sdxl") if two else spec.family
+    defaults = ModelDefaults(**{**own, **typed})
+    return spec.model_copy(update={"kind": folder.kind, "family": family, "defaults": defaults})
+
+
+def _folder_described(source: Source) -> ModelFolder | None:
+    """What the small files of a diffusers folder say, also of one in the hub's cache. Raises what reading it raises."""
+    match source:
+        case FolderSource(path=path):
+            pass
+        case HubSource():
+            path = snapshot_folder(source)
+        case _:
+            return None
+    return read_model_folder(path) if (path / "model_index.json").is_file() else None
+
+
+def _of_family(spec: ModelSpec) -> ModelSpec:
+    """The spec with what its family says, where nothing else does: of a model of the hub there is only the name."""
+    if spec.family != "sd3" or not isinstance(spec.source, HubSource):
+        return spec
+    typed = spec.defaults.model_dump(exclude_unset=True)
+    return spec.model_copy(update={"kind": SD3_KIND, "defaults": ModelDefaults(**{**SD3_DEFAULTS, **typed})})
+
+
+def _usual_defaults(folder: ModelFolder) -> dict[str, Any]:
+    """What suits a folder that has no sdcli.json: the size it was trained on, and for DDPM-like models few steps."""
+    width, height = folder.size or (folder.kind.size_step * 8,) * 2
+    if folder.kind.process == "flow":
+        return {**SD3_DEFAULTS, "width": width, "height": height}
+    if folder.kind.conditioning == "text":
+        return {"width": width, "height": height} if folder.size is not None else {}
+    return {"width": width, "height": height, "steps": 50, "guidance_scale": 1.0, "scheduler": "ddim"}
+
+
+def _own_defaults(folder: ModelFolder) -> dict[str, Any]:
+    """The defaults in a folder's sdcli.json, checked as those of models.yaml are. Raises UsageError."""
+    try:
+        checked = ModelDefaults.model_validate(folder.defaults).model_dump(exclude_unset=True)
+        parse_request({name: value for name, value in checked.items() if name != "dtype"})
+    except ValidationError as error:
+        raise UsageError(f"{folder.defaults_file}: defaults.{first_problem(error)}") from None
+    except UsageError as error:
+        raise UsageError(f"{folder.defaults_file}: defaults.{error}") from None
+    for side in {"width", "height"} & set(checked):
+        problem = _size_problem(checked[side], folder.kind)
+        if problem is not None:
+            raise UsageError(f"{folder.defaults_file}: defaults.{side}: {problem}")
+    return checked
+
+
+def pickle_refused(path: Path | str) -> str:
+    """The sentence for a pickle, which can run code when it is opened."""
+    stem = Path(path).with_suffix(".safetensors")
+    return (
+        f"{path} is a pickle, which can run any code when opened; sdcli reads safetensors only. "
+        f"Convert it in a sandboxed process: sdcli models convert {path} {stem}"
+    )

@@ -1,0 +1,170 @@
+"""Files and folders as typed -> the files in them, in a stable order, each with a name for what is made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path, PurePosixPath
+
+from sdcli.errors import BadPicture, NotFound, UsageError
+from sdcli.generation.filenames import numbered
+from sdcli.generation.settings import explains
+from sdcli.io.files import expanded, sha256
+
+MAX_FILE_BYTES = 512 * 1024 * 1024
+"""The largest picture file that is read."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to work on. `name` is a relative path without suffix, and no other file of the run has the same."""
+
+    path: Path
+    name: PurePosixPath
+
+
+def input_files(arguments: Sequence[Path], *, suffixes: frozenset[str], kind: str) -> Iterator[InputFile]:
+    """The files that were typed, and those with a known suffix in the folders that were typed, sub-folders included.
+
+    A folder is read when its turn comes, one sub-folder at a time and sorted. Of `a.png` and `a.jpg` side by side
+    neither is called `a`: the names keep the suffix. A file that is typed need not exist; whoever reads it will say so.
+    Raises NotFound for a folder that cannot be read or has no such file, before the first file; a sub-folder that
+    cannot be read comes as if it were a file.
+    """
+    for argument in arguments:
+        if argument.is_dir() and next(_in_folder(argument, suffixes), None) is None:
+            raise NotFound(f"the folder {argument} holds no {kind} ({', '.join(sorted(suffixes))})")
+    typed = Counter(_stem(path.name) for path in arguments if not path.is_dir())
+    names = Names()
+    for argument in arguments:
+        if not argument.is_dir():
+            yield InputFile(argument, names.claim(PurePosixPath(_name(argument.name, typed))))
+            continue
+        for path, relative in _in_folder(argument, suffixes):
+            yield InputFile(path, names.claim(relative))
+
+
+class Names:
+    """Names that are given out once; letters in upper and lower case count as equal, as on macOS and Windows."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def claim(self, name: PurePosixPath) -> PurePosixPath:
+        """The name, or where it is taken `name-2`, `name-3`, ..."""
+        number, free = 1, name
+        while str(free).casefold() in self._taken:
+            number += 1
+            free = PurePosixPath(str(numbered(name.with_name(f"{name.name}.x"), number))[: -len(".x")])
+        self._taken.add(str(free).casefold())
+        return free
+
+
+def read_input(path: str) -> bytes:
+    """The bytes of a picture or latent file, or of stdin for `-`, which is read once.
+
+    Raises NotFound, BadPicture for what is no ordinary file or too large, and UsageError where stdin is a terminal.
+    """
+    if path == "-":
+        return stdin_bytes()
+    file = expanded(path)
+    check_readable(file)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
+
+
+def input_digest(path: str) -> str:
+    """The SHA-256 of what `read_input` reads, 64 hex digits. Raises what that raises."""
+    if path == "-":
+        return hashlib.sha256(stdin_bytes()).hexdigest()
+    file = expanded(path)
+    check_readable(file)
+    try:
+        return digest_of(file)
+    except OSError as error:
+        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
+
+
+def check_same_file(digest: str, recorded: str | None, *, what: str) -> None:
+    """Raise UsageError where a record says that `what` was another file; digests are SHA-256 in hex."""
+    if recorded not in (None, digest):
+        raise UsageError(
+            f"{what} is another file than the one that was painted with "
+            f"(sha256 {digest[:12]}, recorded {str(recorded)[:12]})"
+        )
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits; it is read once, until its size or time is another. Raises OSError."""
+    facts = path.stat()
+    return _digest(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    return sha256(path)
+
+
+@cache
+def stdin_bytes() -> bytes:
+    """All of stdin, the same bytes at every call. Raises UsageError for a terminal, and BadPicture for too many."""
+    if sys.stdin.isatty():
+        raise UsageError("- reads a picture from stdin, and nothing is piped in")
+    data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise BadPicture(f"stdin holds more than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+    return data
+
+
+def check_readable(path: Path) -> None:
+    """Refuse what is no ordinary file before it is opened: reading a pipe would wait for ever.
+
+    Raises NotFound and BadPicture.
+    """
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise BadPicture(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if path.is_dir():
+        raise BadPicture(f"{path} is a folder, not a file")
+    if not path.is_file():
+        raise BadPicture(f"{path} is no ordinary file")
+    if size > MAX_FILE_BYTES:
+        raise BadPicture(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, more than is read here")
+
+
+def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, PurePosixPath]]:
+    unreadable: list[Path] = []
+
+    def refused(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise NotFound(f"cannot read the folder {folder}: {error.strerror}")
+        unreadable.append(Path(error.filename))
+
+    for root, folders, files in os.walk(folder, onerror=refused):
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or explains(name)))
+        files = [name for name in files if not (name.startswith(".") or explains(Path(name).stem))]
+        known = sorted(name for name in files if Path(name).suffix.lower() in suffixes)
+        stems = Counter(_stem(name) for name in known)
+        below = PurePosixPath(Path(root).relative_to(folder).as_posix())
+        for name in known:
+            yield Path(root, name), below / _name(name, stems)
+    for path in unreadable:
+        yield path, PurePosixPath(path.relative_to(folder).as_posix())
+
+
+def _name(name: str, stems: Counter[str]) -> str:
+    return name if stems[_stem(name)] > 1 else Path(name).stem
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem.casefold()

@@ -1,0 +1,262 @@
+"""Prompt files -> jobs: txt, JSONL and CSV, line by line; a bad line is a value, not an end."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdcli.errors import NotFound, SdcliError, UsageError
+from sdcli.generation.resolve.init_image import Measure
+from sdcli.generation.resolve.loras import find_loras
+from sdcli.models.registry import Registry, resolve
+from sdcli.request.schema import MAX_SEED, GenerationRequest, canonical, field_name, is_list, known, parse_request
+from sdcli.request.wildcards import MAX_COMBINATIONS, Wildcards
+
+KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
+"""kohya's one-letter options of a prompt line (`a cat --n dog --s 20`)."""
+OWN = ("custom_id", "num_images", "n")
+"""What an entry may say beside the fields of its request."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry of a prompt file, or why it is none."""
+
+    number: int
+    fields: Mapping[str, Any]
+    """Some of OWN, and those of the request under their own names."""
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to paint. `index` counts from 1 over the whole run."""
+
+    index: int
+    request: GenerationRequest
+    """Resolved: as it will be painted."""
+    custom_id: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class BadJob:
+    """An entry that cannot be painted, and the error that says why."""
+
+    index: int
+    error: SdcliError
+    custom_id: str | None = None
+    line: int | None = None
+
+
+def read_lines(source: str) -> Iterator[Line]:
+    """The entries of a prompt file, or of stdin for `-`. Raises NotFound."""
+    for line in _entries(source):
+        own = {name: value for name, value in line.fields.items() if field_name(name) in OWN}
+        asked = {name: value for name, value in line.fields.items() if name not in own}
+        fields = {field_name(name): value for name, value in own.items()}
+        try:
+            yield replace(line, fields={**fields, **canonical(asked)})
+        except UsageError as error:
+            yield replace(line, fields=fields, problem=str(error))
+
+
+def _entries(source: str) -> Iterator[Line]:
+    """The same, the fields as they are named there."""
+    if source == "-":
+        data = sys.stdin.buffer.read()
+        kind = "jsonl" if data.lstrip()[:1] == b"{" else "txt"
+    else:
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise NotFound(f"cannot read the prompts file {source}: {error.strerror}") from None
+        kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}.get(
+            Path(source).suffix.lower(), "txt"
+        )
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if kind == "csv":
+        yield from _csv_lines(data)
+        return
+    parse = _json_line if kind == "jsonl" else _text_line
+    for number, raw in enumerate(data.split(b"\n"), start=1):
+        try:
+            text = raw.decode().strip()
+        except UnicodeDecodeError:
+            yield Line(number, {}, problem="is not UTF-8 text")
+            continue
+        if text and not (kind == "txt" and text.startswith("#")):
+            try:
+                yield Line(number, parse(text))
+            except UsageError as error:
+                yield Line(number, {}, problem=str(error))
+
+
+def _text_line(text: str) -> dict[str, Any]:
+    """`a cat --n dog --steps 20`: kohya's letters and A1111's words; what stands before the first is the prompt."""
+    prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", text)
+    fields: dict[str, Any] = {"prompt": prompt.strip()} if prompt.strip() else {}
+    for option in options:
+        name, _, value = option.strip().partition(" ")
+        value = value.strip()
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        if not value:
+            raise UsageError(f"--{name} has no value")
+        field = field_name(KOHYA.get(name, name))
+        if is_list(field):
+            fields.setdefault(field, []).append(value)
+        elif field in fields:
+            raise UsageError(f"{field} is given twice")
+        else:
+            fields[field] = value
+    return fields
+
+
+def _json_line(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UsageError("should be a JSON object")
+    return fields
+
+
+def _csv_lines(data: bytes) -> Iterator[Line]:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        yield Line(data[: error.start].count(b"\n") + 1, {}, problem="is not UTF-8 text")
+        return
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                yield Line(rows.line_num, {}, problem="has another number of cells than the header")
+            else:
+                yield Line(rows.line_num, {name.strip(): cell for name, cell in row.items() if cell != ""})
+    except csv.Error as error:
+        yield Line(rows.line_num, {}, problem=f"is not CSV ({error})")
+
+
+DYNAMIC = ("prompt", "negative_prompt")
+"""The fields of a request in which choices are made."""
+
+
+def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wildcards) -> Iterator[Line]:
+    """A line for each combination of the choices in each line's prompts."""
+    for line in lines:
+        texts = {name: str({**typed, **line.fields}.get(name) or "") for name in DYNAMIC}
+        try:
+            several = [wildcards.all(text) for text in texts.values()]
+            count = math.prod(map(len, several))
+            if count > MAX_COMBINATIONS:
+                raise UsageError(f"the prompts have {count:,} combinations; it may be up to {MAX_COMBINATIONS:,}")
+        except UsageError as error:
+            yield replace(line, problem=line.problem or str(error))
+            continue
+        for some in itertools.product(*several):
+            drawn = {name: text for name, text in zip(DYNAMIC, some, strict=True) if texts[name]}
+            yield replace(line, fields={**line.fields, **drawn})
+
+
+def expand(
+    lines: Iterable[Line],
+    typed: Mapping[str, Any],
+    registry: Registry,
+    *,
+    num_images: int,
+    base_seed: int,
+    measure: Measure | None = None,
+    lora_dir: Path | None = None,
+    wildcards: Wildcards | None = None,
+) -> Iterator[Job | BadJob]:
+    """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
+
+    Of pictures with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
+    files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
+    picture are made by its seed.
+
+    An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
+    file gets the same seeds again when it was reordered or extended in between.
+    """
+    seen: Counter[str] = Counter()
+    index = 0
+    for line in lines:
+        fields = dict(line.fields)
+        custom_id = fields.pop("custom_id", None)
+        custom_id = None if custom_id is None else str(custom_id)
+        try:
+            if line.problem is not None:
+                raise UsageError(line.problem)
+            count = _count(fields.pop("num_images", fields.pop("n", num_images)))
+            given = {**typed, **fields}
+            asked = parse_request(given)
+            spec = registry.find(asked.model)
+            if given.get("prompt") is None and spec.kind.conditioning != "none":
+                raise UsageError("has no prompt")
+            spec.require_supported()
+            for control in asked.controls:
+                registry.find_controlnet(control.model)
+            key = asked.key()
+            seen[key] += 1
+            if asked.seed is None:
+                asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
+            if asked.variation_strength is not None and asked.variation_seed is None:
+                asked = asked.changed(variation_seed=drawn_seed(base_seed, f"{key}:variation", seen[key]))
+            if asked.refiner is not None:
+                registry.find(asked.refiner).require_supported()
+            counted = "seed" if asked.variation_strength is None else "variation_seed"
+            first = known(getattr(asked, counted))
+            if first + count - 1 > MAX_SEED:
+                raise UsageError(f"{counted}: {count} pictures from seed {first} pass the largest seed, {MAX_SEED}")
+            own: list[dict[str, Any]] = [{counted: first + offset} for offset in range(count)]
+            if wildcards is None:
+                resolved = find_loras(resolve(asked, spec, measure=measure), lora_dir)
+                requests = [resolved.model_copy(update=fields) for fields in own]
+            else:
+                drawn = [_drawn(asked.changed(**fields), wildcards) for fields in own]
+                requests = [find_loras(resolve(request, spec, measure=measure), lora_dir) for request in drawn]
+        except SdcliError as error:
+            index += 1
+            prefix = f"line {line.number}: " if line.number else ""
+            yield BadJob(index, type(error)(f"{prefix}{error}"), custom_id, line.number or None)
+            continue
+        for request in requests:
+            index += 1
+            yield Job(index, request, custom_id, line.number or None)
+
+
+def _drawn(asked: GenerationRequest, wildcards: Wildcards) -> GenerationRequest:
+    """The request of one picture, its choices made by its seed."""
+    texts = {name: text for name in DYNAMIC if (text := getattr(asked, name))}
+    seed = known(asked.seed)
+    return asked.changed(**{name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()})
+
+
+def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:
+    """A 32-bit seed that is the same for the same base seed, request and occurrence."""
+    digest = hashlib.sha256(f"{base_seed}:{key}:{occurrence}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _count(value: Any) -> int:
+    try:
+        count = int(value)
+    except (OverflowError, TypeError, ValueError):
+        count = 0
+    if not 1 <= count <= 100_000:
+        raise UsageError(f"num_images: should be a number from 1 to 100000, not {value!r}")
+    return count

@@ -1,0 +1,367 @@
+"""The request: what is asked of the painter, one flat value that means the same in flags, JSON and pictures."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sdcli.errors import UsageError
+from sdcli.request.fields import (
+    Control,
+    EmbeddingRef,
+    Extend,
+    FileRef,
+    ImagePrompt,
+    Interval,
+    LoraRef,
+    Upscale,
+    plain_unicode,
+    with_prompt,
+)
+from sdcli.request.prompt_syntax import wrapped
+from sdcli.request.schedulers import SCHEDULERS
+
+SCHEMA = 2
+"""1 had no prompt syntax: brackets were text."""
+MAX_SEED = 2**63 - 1
+T = TypeVar("T")
+
+ALIASES = {
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "num_inference_steps": "steps",
+    "sampler": "scheduler",
+    "negative": "negative_prompt",
+    "text": "prompt",
+    "lora": "loras",
+    "control": "controls",
+    "embedding": "embeddings",
+    "ip_adapter": "ip_adapters",
+}
+"""What other tools call our fields; accepted wherever a request is read as data."""
+
+
+MAX_WATERMARK_BYTES = 32
+
+
+class GenerationRequest(BaseModel):
+    """One picture, or as much of its description as was asked for.
+
+    A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
+    `registry.resolve` fills what every picture has (prompt, model, seed, size, steps, guidance scale, scheduler, eta)
+    and what goes with a field that was given; a feature that nobody asked for stays None. The result, as painted, is
+    what a picture's metadata holds.
+    """
+
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_version: int = Field(SCHEMA, alias="schema", description="the version of this layout")
+    prompt: str = Field("", description="what to paint")
+    negative_prompt: str | None = Field(None, description="what to keep out; needs a guidance scale above 1")
+    prompt_template: str | None = Field(
+        None, description="wraps the prompt before the text encoder sees it: '{prompt}, glossy style'"
+    )
+    prompt_syntax: Literal["a1111", "plain"] | None = Field(
+        None,
+        description="how prompts are read; a1111: (word:1.3), [a:b:0.5], [a|b], AND, BREAK, any length; "
+        "plain: text, cut to the text encoder's length",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
+        "as A1111 counts (diffusers calls that 1); SDXL and Stable Diffusion 3 were trained with 2",
+    )
+    embeddings: tuple[EmbeddingRef, ...] = Field(
+        (),
+        description="a textual inversion embedding, whose vectors stand for its word in a prompt (by default the "
+        "file's name); may be repeated",
+    )
+    model: str | None = Field(None, description="a name from models.yaml, a folder, a .safetensors file or owner/name")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="where the noise starts; drawn and told if not given")
+    width: int | None = Field(None, ge=8, le=8192, description="pixels; for most models a multiple of 8")
+    height: int | None = Field(None, ge=8, le=8192, description="pixels; for most models a multiple of 8")
+    steps: int | None = Field(None, ge=1, le=1000, description="denoising steps")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="how strongly to follow the prompt; 1 is off"
+    )
+    scheduler: str | None = Field(None, description="how to denoise; `--scheduler help` lists them")
+    eta: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="noise added by ddim: 0 none, 1 as much as ddpm"
+    )
+    guidance_end: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="the guidance scale of the last step, reached evenly"
+    )
+    guidance_rescale: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="how far to bring contrast back that guidance adds; 0 is off"
+    )
+    guidance_interval: Interval | None = Field(
+        None, description="guide only in this part of the steps, such as 0.2-0.8; the others take half the time"
+    )
+    pag_scale: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="how strongly to avoid what the network paints when it attends to nothing around; 0 is off",
+    )
+    variation_seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="the seed of other noise to mix in; drawn and told if not given"
+    )
+    variation_strength: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="how much of the other noise: 0 none, 1 nothing else"
+    )
+    init_image: FileRef | None = Field(
+        None, description="a picture or latent file to begin with; - reads a picture from stdin"
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="how much of the start picture is noise: 1 all of it"
+    )
+    mask: FileRef | None = Field(None, description="a picture: where it is white is painted anew, black is kept")
+    mask_blur: float | None = Field(
+        None, ge=0, le=256, allow_inf_nan=False, description="pixels over which the new fades into the kept"
+    )
+    invert_mask: bool | None = Field(None, description="paint anew where the mask is black")
+    extend: Extend | None = Field(None, description="new canvas around the start picture, as left=64,top=32")
+    upscale: Upscale | None = Field(
+        None, description="paint again, enlarged: 2x, 2x:0.5 (the strength) or 2x:0.5:latent"
+    )
+
+    controls: tuple[Control, ...] = Field(
+        (),
+        description="a ControlNet and what it sees: canny:MODEL=photo.jpg draws the map, MODEL=edges.png is one; "
+        "may be given several times",
+    )
+    guess_mode: bool | None = Field(
+        None, description="let the ControlNets alone say what to paint: they guide the prompt's half, not the other"
+    )
+    ip_adapters: tuple[ImagePrompt, ...] = Field(
+        (),
+        description="an IP-Adapter and the picture that prompts through it, beside the text: "
+        "adapter.safetensors=photo.jpg:0.6 (the weight); may be given several times",
+    )
+    refiner: str | None = Field(
+        None, description="an SDXL model that takes over for the last steps; named like a model"
+    )
+    refiner_start: float | None = Field(
+        None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
+    )
+
+    watermark: str | None = Field(None, min_length=1, description="a short text to hide in the picture's colours")
+    loras: tuple[LoraRef, ...] = Field(
+        (),
+        description="a LoRA, its weight, and one for the text encoder where that differs; may be given several times",
+    )
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_schema(cls, value: int) -> int:
+        if value != SCHEMA:
+            raise ValueError(f"schema {value} is newer than this sdcli, which knows {SCHEMA}")
+        return value
+
+    @field_validator("prompt", "negative_prompt", "prompt_template", "model", "refiner")
+    @classmethod
+    def _plain_unicode(cls, value: str | None) -> str | None:
+        return None if value is None else plain_unicode(value)
+
+    @field_validator("loras", "embeddings", "controls", "ip_adapters", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("watermark")
+    @classmethod
+    def _short(cls, value: str | None) -> str | None:
+        if value is not None and (len(value.encode()) > MAX_WATERMARK_BYTES or not value.isprintable()):
+            raise ValueError(f"should be a line of at most {MAX_WATERMARK_BYTES} bytes")
+        return value
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _template_has_prompt(cls, value: str | None) -> str | None:
+        return None if value is None else with_prompt(value)
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, value: str | None) -> str | None:
+        if value is not None and value not in SCHEDULERS:
+            raise ValueError(f"no scheduler {value!r}{did_you_mean(value, SCHEDULERS)} (--scheduler help lists them)")
+        return value
+
+    @property
+    def painted_prompt(self) -> str:
+        """The text that the text encoder sees: the prompt inside its template, or each of those that AND joins."""
+        template = self.prompt_template or "{prompt}"
+        if self.prompt_syntax == "plain":
+            return template.replace("{prompt}", self.prompt)
+        return wrapped(self.prompt, template)
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on; at a scale of 1 or less there is no unconditional half."""
+        return max(self.guidance_scale or 0, self.guidance_end or 0) > 1
+
+    @property
+    def masked(self) -> bool:
+        """Whether a part of the start picture is kept as it is."""
+        return self.mask is not None or self.extend is not None
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The denoising steps of a resolved request: of its one pass, or of two where it is upscaled."""
+        strengths = (self.strength or 1, *([self.upscale.strength] if self.upscale is not None else []))
+        return tuple(int(known(self.steps) * strength) for strength in strengths)
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of the finished picture of a resolved request; an enlarged one has multiples of 8."""
+        width, height = known(self.width), known(self.height)
+        if self.upscale is None:
+            return width, height
+        factor = self.upscale.factor
+        return round(width * factor / 8) * 8, round(height * factor / 8) * 8
+
+    def typed(self) -> dict[str, Any]:
+        """The fields that were given, without those left to the model; JSON-ready."""
+        fields = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return {name: value for name, value in fields.items() if value != []}
+
+    def key(self) -> str:
+        """64 hex digits that are equal for equal requests, whatever they were read from."""
+        canonical = json.dumps(self.typed(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def changed(self, **fields: Any) -> GenerationRequest:
+        """The same request with some fields changed, checked again. Raises UsageError."""
+        return parse_request({**self.typed(), **fields})
+
+
+def known(value: T | None) -> T:
+    """A field of a resolved request, in which no None is left."""
+    assert value is not None, "the request is not resolved"
+    return value
+
+
+def field_name(name: str) -> str:
+    """Our name of a field that may be called as other tools do, or written with dashes."""
+    plain = name.replace("-", "_")
+    return ALIASES.get(plain, plain)
+
+
+def is_list(field: str) -> bool:
+    """Whether a field of the request holds several entries; its singular is an alias, for one of them."""
+    info = GenerationRequest.model_fields.get(field)
+    return info is not None and get_origin(info.annotation) is tuple
+
+
+def canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-like fields under our own names; the values stay as they are.
+
+    `size: "WxH"` becomes width and height, and `guidance_scale: "7..3"`, which falls from 7 to 3, a guidance end, too.
+    Raises UsageError for a field that a request does not have, or that has two values.
+    """
+    known = {info.alias or name for name, info in GenerationRequest.model_fields.items()}
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        field = field_name(name)
+        named = {field: value}
+        if field == "size":
+            named = {} if value is None else dict(zip(("width", "height"), parse_size(str(value)), strict=True))
+        elif field == "guidance_scale" and isinstance(value, str) and ".." in value:
+            first, _, last = value.partition("..")
+            named = {field: first, "guidance_end": last}
+        elif field not in known:
+            raise UsageError(f"a request has no field {name!r}{did_you_mean(field, known)}")
+        for one in named:
+            if one in found:
+                raise UsageError(f"{one} is given twice")
+        found |= named
+    return found
+
+
+NEEDS = {
+    "strength": ("init_image",),
+    "mask": ("init_image",),
+    "extend": ("init_image",),
+    "mask_blur": ("mask", "extend"),
+    "invert_mask": ("mask",),
+    "variation_seed": ("variation_strength",),
+    "guess_mode": ("controls",),
+    "refiner_start": ("refiner",),
+}
+"""A field has an effect only beside one of these."""
+
+
+def check_needs(request: GenerationRequest) -> None:
+    """Raise UsageError for a field that has no effect, because what it needs is not there."""
+    for name, others in NEEDS.items():
+        value = getattr(request, name)
+        if value is None or value is False:
+            continue
+        if all(getattr(request, other) in (None, ()) for other in others):
+            raise UsageError(f"{flag_of(name)} has no effect without {' or '.join(map(flag_of, others))}")
+
+
+def flag_of(field: str) -> str:
+    """A field's flag; that of a list is typed once for each entry."""
+    return f"--{(field.removesuffix('s') if is_list(field) else field).replace('_', '-')}"
+
+
+def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
+    """A request from JSON-like fields, named as `canonical` reads them; None is what was not said.
+
+    Raises UsageError with one sentence that names the field.
+    """
+    said = {name: value for name, value in canonical(fields).items() if value is not None}
+    try:
+        return GenerationRequest.model_validate(migrate(said))
+    except ValidationError as error:
+        raise UsageError(first_problem(error)) from None
+
+
+def migrate(fields: dict[str, Any]) -> dict[str, Any]:
+    """A request of an older schema as one of this schema: what schema 1 painted must be painted the same."""
+    if fields.get("schema") in (1, "1"):
+        return {"prompt_syntax": "plain", **fields, "schema": SCHEMA}
+    return fields
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`"512x768"` -> (512, 768), width first. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,5})\s*[xX×*]\s*(\d{1,5})\s*", text)
+    if not match:
+        raise UsageError(f"a size is WIDTHxHEIGHT in pixels, such as 512x512, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def first_problem(error: ValidationError) -> str:
+    """Pydantic's first complaint as a sentence: `steps: should be at least 1, not 0`."""
+    detail = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = detail.get("input")
+    shown = (
+        f", not {given!r}" if isinstance(given, (int, float)) or (isinstance(given, str) and len(given) < 60) else ""
+    )
+    if detail["type"] == "value_error":
+        shown = ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def watermark_room(width: int, height: int) -> int:
+    """How many bytes of text a picture of that many pixels can carry: a bit in 8x8 pixels, each three times over."""
+    return max(0, width // 8 * (height // 8) // (3 * 8) - 2)
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """`"; did you mean 'sd15'?"`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

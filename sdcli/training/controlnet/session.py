@@ -1,0 +1,216 @@
+"""`sdcli train-controlnet` from its settings to a task: which model, which pictures, which maps belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from sdcli.data.cache.keys import CachedLatents
+from sdcli.data.conditioning_images import Maps, with_maps_of_column, with_maps_of_folder
+from sdcli.data.records import PictureSet
+from sdcli.diffusion.attention.sliced import use_plain_small_attention
+from sdcli.errors import UsageError
+from sdcli.images.pixels import from_pixels
+from sdcli.models.controlnet import load_controlnet
+from sdcli.models.loader import LoadedModel
+from sdcli.models.registry import Registry
+from sdcli.training import model_parts
+from sdcli.training.controlnet.task import ControlNetTask, new_controlnet
+from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.inputs.image_data import PictureData, examine_data, examined, list_data
+from sdcli.training.inputs.precompute import computes_in_half, encoded_captions, encoded_pictures, frozen_text_encoder
+from sdcli.training.inputs.sources import Latents, Pixels, WithMaps
+from sdcli.training.memory import controlnet_memory
+from sdcli.training.objective import NoiseSchedule
+from sdcli.training.sample_images import SampleSheet
+from sdcli.training.session import Built, Session, fingerprint
+from sdcli.training.settings import ControlNetSettings
+from sdcli.training.unet.task import Objective
+
+MOST_SAMPLES = 8
+"""Pictures on a sample sheet where no prompts were given, each with its map."""
+
+
+class ControlNetSession(Session[ControlNetSettings]):
+    """See `Session`."""
+
+    command: ClassVar[str] = "train-controlnet"
+    kind: ClassVar[type[ControlNetSettings]] = ControlNetSettings
+
+    def __init__(self, data: str, run: Path, settings: ControlNetSettings, registry: Registry) -> None:
+        super().__init__(data, run, settings)
+        self._registry = registry
+
+    def build(self) -> Generator[Event, None, Built]:
+        settings = self.settings
+        if "=" in str(self.run):
+            raise UsageError(f"{self.run} has a = in its name, and --control RUN=IMAGE could not tell it apart")
+        pictures, maps = self._listed()
+        yield Preparing("loading the model", 0)
+        model = self._model()
+        defaults = model.spec.defaults
+        resolution = settings.target_size((defaults.width, defaults.height))
+        data = yield from examine_data(
+            self.data,
+            pictures,
+            settings,
+            resolution=resolution,
+            size_step=model.spec.kind.size_step,
+            captions=settings.caption_dropout < 1,
+        )
+        data, map_digests = yield from self._paired(data, maps)
+        controlnet = self._controlnet(model)
+        half = computes_in_half(settings=settings, device=self.accelerator.device)
+        with self.accelerator.main_process_first():
+            source = yield from encoded_pictures(data, settings, model, half=half)
+            conditions = yield from encoded_captions(
+                data, settings, model, template=model.spec.defaults.prompt_template
+            )
+        if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
+            data = data.only(source.cached.items)
+            model.vae.to("cpu")  # wanted for sample pictures alone from here on
+        shown = None  # the pixels of the pictures themselves, which a preprocessor makes maps of
+        if maps is not None or not isinstance(source, Pixels):
+            shown = Pixels(maps or data.pictures, data.framing, settings.seed, flip=settings.random_flip)
+        task = ControlNetTask(
+            networks={"controlnet": controlnet},
+            unet=self._frozen_unet(model, controlnet),
+            autocast=self.accelerator.autocast,
+            objective=Objective.of(NoiseSchedule.from_config(model.scheduler_config), settings),
+            order=data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer),
+            source=WithMaps(source, shown, settings.preprocessor or "none"),
+            conditions=conditions,
+            seed=settings.seed,
+            learning_rates={"controlnet": settings.learning_rate},
+            held_out=data.validation(),
+            frozen_text_encoder=frozen_text_encoder(model, conditions, half=half),
+            vae=model.vae,
+            name_of=lambda index: data.pictures[index].name,
+        )
+        task.painter = self._painter(model, task, data, resolution)
+        averaged = "_ema" if settings.use_ema else ""
+        return Built(
+            task=task,
+            samples=len(task.order),
+            links={
+                "controlnet": f"controlnet{averaged}",
+                **({"raw/controlnet": "controlnet"} if settings.use_ema else {}),
+            },
+            write_frozen=lambda run: None,
+            memory_bytes=controlnet_memory(task, settings, size=data.largest()),
+            facts={
+                "data": self.data,
+                "pictures": len(data.trained),
+                "held_out": len(data.held_out),
+                "dropped": data.dropped,
+                "data_fingerprint": fingerprint({**data.contents(), "": map_digests}),
+                "buckets": data.buckets(),
+                "trained_parameters": sum(p.numel() for p in controlnet.parameters()),
+                "base": {part: model.identity(part) for part in ("unet", "vae", "text_encoder")},
+            },
+        )
+
+    # The data
+
+    def _listed(self) -> tuple[PictureSet, Maps | None]:
+        """The pictures, and their maps where these are not made of them."""
+        settings = self.settings
+        pictures = list_data(self.data, settings)
+        if pictures.kind != "pictures":
+            raise UsageError(f"{self.data} holds latents; a ControlNet is trained on pictures and their maps")
+        if settings.preprocessor is not None:
+            return pictures, None
+        if settings.conditioning_data_dir is not None:
+            return with_maps_of_folder(pictures, settings.conditioning_data_dir)
+        return with_maps_of_column(
+            pictures,
+            settings.conditioning_image_column,
+            data=self.data,
+            image_column=settings.image_column,
+            split=settings.split,
+        )
+
+    def _paired(
+        self, data: PictureData, maps: Maps | None
+    ) -> Generator[Event, None, tuple[PictureData, dict[str, str]]]:
+        """Without the pictures that have no map that can be used; and the digests of the maps, by the pictures' names.
+
+        Raises UsageError where none is left.
+        """
+        if maps is None:
+            return data, {}
+        found = yield from examined(maps.listed, self.settings, what="maps")
+        reasons = {one.name: one.reason for one in found.dropped}
+        whole = set(found.used.tolist())
+        digests: dict[str, str] = {}
+        paired = []
+        for index in data.used.tolist():
+            name, place = data.pictures[index].name, int(maps.places[index])
+            if place in whole:
+                paired.append(index)
+                digests[name] = found.digests[place]
+            else:
+                reason = f"its map {reasons.get(maps[index].name, 'cannot be used')}" if place >= 0 else "has no map"
+                yield Noted(f"dropped {name}: {reason}", warning=True)
+        if not paired:
+            raise UsageError(f"no picture of {self.data} has a map that can be used")
+        return data.only(np.array(paired)), digests
+
+    # The networks
+
+    def _model(self) -> LoadedModel:
+        spec = self._registry.find(self.settings.model)
+        if spec.kind.conditioning != "text" or spec.kind.space != "latent":
+            raise UsageError(f"{spec.name} takes no captions, and ControlNets are made for models that do")
+        if spec.kind.inpaints:
+            raise UsageError(f"{spec.name} is an inpainting model; a ControlNet is trained with its plain sister")
+        return model_parts.load_to_train(spec, device=str(self.accelerator.device))
+
+    def _controlnet(self, model: LoadedModel) -> nn.Module:
+        """The network to train, with gradients."""
+        if self.settings.controlnet is None:
+            network = new_controlnet(model, seed=self.settings.seed)
+        else:
+            network = load_controlnet(self._registry.find_controlnet(self.settings.controlnet), model).network
+        if self.settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network.requires_grad_(True)
+
+    def _frozen_unet(self, model: LoadedModel, controlnet: nn.Module) -> nn.Module:
+        """The UNet as it takes part: without gradients of its own, but they pass through its second half."""
+        settings, unet = self.settings, model.unet.requires_grad_(False)
+        if computes_in_half(settings=settings, device=self.accelerator.device):
+            for network in (unet, controlnet):
+                use_plain_small_attention(network)
+        if settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        if settings.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        return unet
+
+    def _painter(
+        self, model: LoadedModel, task: ControlNetTask, data: PictureData, resolution: tuple[int, int]
+    ) -> SampleSheet:
+        """Paints what held-out maps say, or those of trained pictures where none are held out, at the resolution."""
+        settings = self.settings
+        pool = data.held_out if len(data.held_out) else data.trained
+        count = len(settings.sample_prompts) or min(MOST_SAMPLES, len(pool))
+        chosen = [int(pool[number * len(pool) // count]) for number in range(count)]
+        captions = [(data.pictures[index].captions or ("",))[0] for index in chosen]
+        return SampleSheet(
+            name=str(self.run),
+            prompts=settings.sample_prompts or captions,
+            defaults=model_parts.painting_defaults(
+                model.spec.defaults, resolution=resolution, guided=True, prompt_template=settings.prompt_template
+            ),
+            scheduler_config=model.scheduler_config,
+            frozen={"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder},
+            tokenizer=model.tokenizer,
+            steps=settings.sample_steps,
+            maps=[from_pixels(task.source.fixed(index, resolution)["map"]) for index in chosen],
+        )

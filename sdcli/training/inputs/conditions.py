@@ -1,0 +1,84 @@
+"""What a sample is painted under: text states, token ids, a class, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sdcli.data.cache.keys import CachedTexts
+from sdcli.data.records import PictureSet
+from sdcli.encoders.tokenizer import ClipTokenizer
+from sdcli.io import rng
+from sdcli.training.inputs.captions import CaptionRules
+from sdcli.training.task import Draw
+
+
+class Conditions(Protocol):
+    """The condition part of an item. Both methods are pure functions of their arguments."""
+
+    def item(self, draw: Draw) -> dict[str, Tensor]: ...
+
+    def fixed(self, index: int) -> dict[str, Tensor]:
+        """The condition without anything random, for validation."""
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """For networks that paint without a condition."""
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        return {}
+
+    def fixed(self, index: int) -> dict[str, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions as text states `hidden` [L, D] from the cache, or as token `ids` [L] for an encoder in the loop."""
+
+    pictures: PictureSet
+    rules: CaptionRules
+    seed: int
+    states: CachedTexts | None = None
+    """None tokenizes instead."""
+    tokenizer: ClipTokenizer | None = None
+    ignored: bool = False
+    """Every caption is empty: unconditional training of a network that wants text."""
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        captions = () if self.ignored else self.pictures[draw.index].captions
+        return self._encoded(self.rules.text(captions, seed=self.seed, counter=draw.counter))
+
+    def fixed(self, index: int) -> dict[str, Tensor]:
+        captions = () if self.ignored else self.pictures[index].captions
+        return self._encoded(self.rules.wrapped(captions[0]) if captions else "")
+
+    def _encoded(self, text: str) -> dict[str, Tensor]:
+        if self.states is not None:
+            return {"hidden": self.states[text].float()}
+        assert self.tokenizer is not None
+        return {"ids": torch.tensor(self.tokenizer(text).ids)}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes as `label`, a number; the number after the last class means none, for guidance."""
+
+    pictures: PictureSet
+    numbers: Mapping[str, int]
+    seed: int
+    dropout: float = 0.1
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        dropped = rng.scalars(self.seed, draw.counter, "caption").random() < self.dropout
+        return {"label": torch.tensor(len(self.numbers))} if dropped else self.fixed(draw.index)
+
+    def fixed(self, index: int) -> dict[str, Tensor]:
+        label = self.pictures[index].label
+        assert label is not None
+        return {"label": torch.tensor(self.numbers[label])}

@@ -1,0 +1,189 @@
+"""From DATA to the pictures of a run: examined, framed, split into trained and held-out ones, and put in order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sdcli.data.buckets import Framing, bucket_sizes
+from sdcli.data.examine import Examination, examination, look
+from sdcli.data.records import PictureSet
+from sdcli.data.sources import open_pictures
+from sdcli.errors import UsageError
+from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.inputs.order import Order
+from sdcli.training.settings import PictureSettings, cache_folder
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """The usable pictures of a run."""
+
+    pictures: PictureSet
+    framing: Framing
+    trained: np.ndarray
+    """int64 indices into `pictures`"""
+    held_out: np.ndarray
+    sizes: dict[int, tuple[int, int]]
+    """Each usable picture's bucket, by index."""
+    digests: tuple[str, ...]
+    """The SHA-256 of each picture's bytes, by index."""
+    dropped: int
+
+    def only(self, usable: np.ndarray) -> PictureData:
+        """Without the pictures that turned out later to be unusable. Raises UsageError where nothing is left."""
+        trained = np.intersect1d(self.trained, usable)
+        if not len(trained):
+            raise UsageError("no picture could be encoded")
+        held_out = np.intersect1d(self.held_out, usable)
+        lost = len(self.trained) + len(self.held_out) - len(trained) - len(held_out)
+        return replace(self, trained=trained, held_out=held_out, dropped=self.dropped + lost)
+
+    @property
+    def used(self) -> np.ndarray:
+        """Trained and held-out ones, in the order of the set."""
+        return np.sort(np.concatenate([self.trained, self.held_out]))
+
+    def largest(self) -> tuple[int, int]:
+        """The width and height of the largest bucket."""
+        return max({self.sizes[int(index)] for index in self.used}, key=lambda size: size[0] * size[1])
+
+    def validation(self) -> list[tuple[int, tuple[int, int]]]:
+        """The held-out pictures with their buckets."""
+        return [(int(index), self.sizes[int(index)]) for index in self.held_out]
+
+    def order(self, *, batch: int, seed: int, buffer: int) -> Order:
+        """The order of the trained ones, for steps of `batch` samples."""
+        buckets: dict[tuple[int, int] | None, list[int]] = {}
+        for index in self.trained.tolist():
+            buckets.setdefault(self.sizes[index], []).append(index)
+        blocks, window = None, self.pictures.shuffle_window
+        if window is not None:  # further apart, and shards would be read again and again
+            buffer = min(buffer, window)
+        if self.pictures.streamed:
+            blocks = np.array([self.pictures[index].block for index in range(len(self.pictures))])
+        return Order(
+            {size: np.array(indices) for size, indices in buckets.items()}, batch, seed, blocks=blocks, buffer=buffer
+        )
+
+    def contents(self) -> dict[str, Any]:
+        """What every usable picture is, by its name: a resumed run must find the same."""
+        named = ((self.pictures[int(index)], self.digests[int(index)]) for index in self.used)
+        return {item.name: (digest, item.captions) for item, digest in named}
+
+    def buckets(self) -> dict[str, int]:
+        """How many trained pictures each bucket has, by its size: `512x768`."""
+        return dict(Counter("{}x{}".format(*self.sizes[index]) for index in self.trained.tolist()))
+
+    def texts(self) -> list[tuple[str, ...]]:
+        """The captions of every usable picture."""
+        return [self.pictures[int(index)].captions for index in self.used]
+
+
+def list_data(data: str, settings: PictureSettings) -> PictureSet:
+    """The pictures of DATA, listed and not yet read. Raises NotFound, UsageError, Offline and BadLatents."""
+    return open_pictures(
+        data,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        caption_extension=settings.caption_extension,
+        split=settings.split,
+    )
+
+
+def examine_data(
+    data: str,
+    pictures: PictureSet,
+    settings: PictureSettings,
+    *,
+    resolution: tuple[int, int],
+    size_step: int,
+    captions: bool,
+) -> Generator[Event, None, PictureData]:
+    """Look at every picture of DATA; yields progress, and a note for everything that is not used.
+
+    `captions` says that each picture must have one. Raises UsageError where nothing is left or captions are missing.
+    """
+    if pictures.kind == "latents":
+        _refuse_framing(settings, data)
+    framing = _framing(settings, resolution, size_step=size_step)
+    found = yield from examined(pictures, settings, what="pictures")
+    for line in found.report():
+        yield Noted(line, warning=line.lstrip().startswith(("dropped", "note")))
+    used = found.used
+    if not len(used):
+        raise UsageError(f"{data} holds no picture that can be used")
+    if settings.max_train_samples is not None:
+        used = used[: settings.max_train_samples]
+    if captions:
+        _require_captions(pictures, used, data)
+    held_out = _held_out(pictures, used, settings.validation_split)
+    size_of = {
+        int(index): (int(width), int(height))
+        if pictures.kind == "latents"
+        else framing.bucket_for((int(width), int(height)))
+        for index, (width, height) in zip(found.used, found.sizes[found.used], strict=True)
+    }
+    return PictureData(
+        pictures=pictures,
+        framing=framing,
+        trained=np.setdiff1d(used, held_out),
+        held_out=held_out,
+        sizes=size_of,
+        digests=found.digests,
+        dropped=len(found.dropped),
+    )
+
+
+def examined(pictures: PictureSet, settings: PictureSettings, *, what: str) -> Generator[Event, None, Examination]:
+    """Look at every picture, or at what `what` calls them; yields progress."""
+    seen = []
+    for one in look(pictures, memory=cache_folder(settings.cache_dir) / "examined"):
+        seen.append(one)
+        if len(seen) % 100 == 0 or len(seen) == len(pictures):
+            yield Preparing(f"examining {what}", len(seen), len(pictures))
+    return examination(pictures, seen)
+
+
+def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:
+    for side in resolution:
+        if side % size_step or side < size_step:
+            raise UsageError(f"--resolution: should be a multiple of {size_step}, not {side}")
+    if not settings.enable_bucket:
+        return Framing((resolution,), settings.random_crop)
+    step = settings.bucket_reso_steps or max(size_step, min(resolution) // 8 // size_step * size_step)
+    if step % size_step:
+        raise UsageError(f"--bucket-reso-steps: should be a multiple of {size_step}, not {step}")
+    buckets = bucket_sizes(resolution, step=step, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso)
+    return Framing(buckets, settings.random_crop)
+
+
+def _refuse_framing(settings: PictureSettings, data: str) -> None:
+    """Latents have the size that they were encoded at."""
+    framed = {"resolution", "random_crop", "random_flip", "enable_bucket"}
+    for name in sorted(framed):
+        if getattr(settings, name):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect on {data}, which holds latents")
+
+
+def _require_captions(pictures: PictureSet, used: np.ndarray, data: str) -> None:
+    without = [pictures[int(index)].name for index in used if not pictures[int(index)].captions]
+    if without:
+        shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        raise UsageError(
+            f"{len(without)} of {len(used)} pictures in {data} have no caption ({shown}); "
+            "caption them, or train without: --unconditional, or --caption-dropout 1"
+        )
+
+
+def _held_out(pictures: PictureSet, used: np.ndarray, share: float) -> np.ndarray:
+    """The validation pictures: chosen by their names alone, so that every run on this data holds out the same."""
+    count = int(len(used) * share)
+    digests = [hashlib.blake2b(pictures[int(index)].name.encode(errors="surrogateescape")).digest() for index in used]
+    chosen = sorted(range(len(used)), key=lambda place: digests[place])[:count]
+    return np.sort(used[np.array(chosen, dtype=np.int64)])

@@ -1,0 +1,123 @@
+"""Where a sample's picture comes from: pixels read and framed anew, or latents from the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sdcli.data.buckets import Framing, frame
+from sdcli.data.cache.keys import CachedLatents, EncodedLatents, sample_latents
+from sdcli.data.records import Item
+from sdcli.images.pixels import from_pixels, picture_from_bytes, to_pixels
+from sdcli.io import rng
+from sdcli.request.fields import Preprocessor
+from sdcli.training.task import Draw
+from sdcli.vae.latent_space import in_pixel_space
+
+
+class Readable(Protocol):
+    """Pictures by index: what there is to a `PictureSet`, and to the maps that belong to one."""
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+    def read(self, index: int, /) -> bytes: ...
+
+
+class Source(Protocol):
+    """The picture part of an item. Both methods are pure functions of their arguments."""
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        """`x0` [C, h, w], what the denoiser learns to paint, or `pixels` [3, H, W] in 0..1 for an encoder."""
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The same without anything random, for validation: cut in the middle, not mirrored, the mean latents."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures read from their files; the crop and the flip of a sample are counted randomness."""
+
+    pictures: Readable
+    framing: Framing
+    seed: int
+    flip: bool = False
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        assert draw.size is not None
+        crop = rng.scalars(self.seed, draw.counter, "crop")
+        return {"pixels": self._framed(draw.index, draw.size, at=self.framing.place(crop), flip=self._flipped(draw))}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {"pixels": self._framed(index, size, at=(0.5, 0.5), flip=False)}
+
+    def _flipped(self, draw: Draw) -> bool:
+        return self.flip and flipped(self.seed, draw.counter)
+
+    def _framed(self, index: int, size: tuple[int, int], *, at: tuple[float, float], flip: bool) -> Tensor:
+        picture = picture_from_bytes(self.pictures.read(index), name=self.pictures[index].name)
+        return to_pixels(frame(picture, size, at=at, flip=flip))
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """Pixels as what the denoiser paints: -1..1, grey (C = 1, the mean of the channels) or in colour."""
+
+    pixels: Pixels
+    channels: int
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        return {"x0": in_pixel_space(self.pixels.item(draw)["pixels"], channels=self.channels)}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {"x0": in_pixel_space(self.pixels.fixed(index, size)["pixels"], channels=self.channels)}
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents from the cache, or from files of `sdcli encode`: each sample is drawn from the VAE's distribution."""
+
+    cached: CachedLatents | EncodedLatents
+    scaling: float
+    seed: int
+    flip: bool = False
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        mean, log_variance = self.cached[draw.index, self.flip and flipped(self.seed, draw.counter)]
+        noise = rng.noise(self.seed, draw.counter, "posterior", mean.shape)
+        return {"x0": sample_latents(mean, log_variance, noise, self.scaling)}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        mean, _ = self.cached[index, False]
+        return {"x0": mean.float() * self.scaling}
+
+
+@dataclass(frozen=True)
+class WithMaps:
+    """A source whose items have a `map` [3, H, W] in 0..1 too, framed and mirrored as the picture is."""
+
+    source: Source
+    maps: Pixels | None
+    """What the maps are, or are made of; None where that is the source's own pixels. Framed and mirrored as those."""
+    preprocessor: Preprocessor = "none"
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        item = self.source.item(draw)
+        return {**item, "map": self._map(item if self.maps is None else self.maps.item(draw))}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        item = self.source.fixed(index, size)
+        return {**item, "map": self._map(item if self.maps is None else self.maps.fixed(index, size))}
+
+    def _map(self, framed: dict[str, Tensor]) -> Tensor:
+        if self.preprocessor == "none":
+            return framed["pixels"]
+        from sdcli.images.preprocessors import PREPROCESSORS  # scipy takes 0.6 s
+
+        return to_pixels(PREPROCESSORS[self.preprocessor](from_pixels(framed["pixels"])))
+
+
+def flipped(seed: int, counter: int) -> bool:
+    """Whether a sample is mirrored; every second one is."""
+    return rng.scalars(seed, counter, "flip").random() < 0.5

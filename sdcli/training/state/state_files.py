@@ -1,0 +1,303 @@
+"""The state of optimizers as tensors (safetensors) and JSON, bit for bit and without pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdcli.errors import BadOutput, BadWeights, UsageError
+from sdcli.io.weights import check_header
+from sdcli.training.state.checkpoint import check_finite
+
+Tensors = dict[str, Tensor]
+HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Settings of a parameter group that say how a step is computed, not what: those of the resuming machine stay."""
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[Tensors, dict[str, Any]]:
+    """An optimizer's state as (tensors, JSON); `names` are its parameters' names, in the order of its groups.
+
+    A tensor is called `<what>.<parameter>` (`exp_avg.down.0.weight`); it is the live one, not a copy, so it must be
+    written before the next step. Numbers, the groups' settings and the shapes are in the JSON.
+    Raises BadOutput for NaN and infinity, and UsageError for a state that is more than tensors and numbers.
+    """
+    optimizer = _own(optimizer)
+    parameters = _named(optimizer, names)
+    if len(optimizer.state.keys() - set(parameters.values())):
+        raise _unsaveable(optimizer, "a state of no parameter")
+    tensors: Tensors = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    on_cpu: list[str] = []
+    for name, parameter in parameters.items():
+        for what, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{what}.{name}"] = value.detach()
+                if value.device.type == "cpu" != parameter.device.type:
+                    on_cpu.append(f"{what}.{name}")
+            else:
+                numbers.setdefault(name, {})[what] = _plain(value, f"{what} of {name}", optimizer)
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        settings = {}
+        for what, value in group.items():
+            if what == "params":
+                continue
+            if isinstance(value, Tensor):
+                tensors[f"group {index}.{what}"] = value.detach()
+            else:
+                settings[what] = _plain(value, f"{what} of a parameter group", optimizer)
+        groups.append({"parameters": len(group["params"]), "settings": settings})
+    check_finite(tensors)
+    facts = {
+        "optimizer": type(optimizer).__name__,
+        "parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
+        "device": next((parameter.device.type for parameter in parameters.values()), "cpu"),
+        "on_cpu": on_cpu,
+        "groups": groups,
+        "numbers": numbers,
+        "tensors": {name: _kind(tensor) for name, tensor in tensors.items()},
+    }
+    return tensors, facts
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Give an optimizer the state that `optimizer_tensors` took, bit for bit, and its groups their settings.
+
+    Unlike torch's `load_state_dict` it keeps every dtype. Tensors come to lie where their parameters are, in their
+    memory layout; those that were on the CPU beside parameters that were not (`step`) stay there. They become the
+    state itself and are not copied.
+    Raises BadWeights where the optimizer, its parameters' names or shapes, or the tensors are others than were saved,
+    and for NaN and infinity; the optimizer is unchanged then.
+    """
+    optimizer = _own(optimizer)
+    parameters = _named(optimizer, names)
+    try:
+        _check(optimizer, parameters, tensors, facts)
+        settings = [_settings(group, index, tensors, facts) for index, group in enumerate(optimizer.param_groups)]
+        entries, numbers = _entries(facts), facts["numbers"]
+        if not set(entries) | set(numbers) <= set(parameters):
+            raise ValueError("a state of no parameter")
+        state = {
+            name: {**numbers.get(name, {}), **_state(parameters[name], group, entries.get(name, ()), tensors, facts)}
+            for name, group in zip(names, _groups(optimizer), strict=True)
+        }
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise BadWeights(f"the optimizer's state is not laid out as sdcli writes it: {error!r}") from None
+    for group, changed in zip(optimizer.param_groups, settings, strict=True):
+        group.update(changed)
+    optimizer.state.clear()
+    for name, values in state.items():
+        if values:
+            optimizer.state[parameters[name]] = values
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, and the folder it stands in; for the inside of a checkpoint, which does the syncing.
+
+    Tensors that share memory are written apart. Raises OSError and SafetensorError, which `save_checkpoint` turns into
+    CannotWrite.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # by the module's name, so that a test can let it fail
+    safetensors.torch.save_file(_apart(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes several metadata entries in an order that changes from process to process; sort them.
+
+    So equal content is equal bytes, and a resumed run can be compared with another by its files' digests.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if len(header.get("__metadata__", {})) < 2:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        spelled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(spelled) <= size:
+            file.seek(8)
+            file.write(spelled.ljust(size))
+
+
+def read_state(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, in their own dtypes, and its metadata. Raises BadWeights."""
+    check_header(path)
+    try:
+        # pread, not mmap: see weights.read_tensors
+        with safe_open(path, framework="pt", backend="pread") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadWeights(f"{path} is damaged: {error}") from None
+
+
+# Optimizers
+
+
+def _own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, or itself."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The group of each parameter, in order."""
+    return [group for group in optimizer.param_groups for _ in group["params"]]
+
+
+def _named(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(names) != len(parameters) or len(set(names)) != len(names):
+        raise ValueError(f"{len(set(names))} different names for the {len(parameters)} parameters of an optimizer")
+    return dict(zip(names, parameters, strict=True))
+
+
+def _plain(value: Any, place: str, optimizer: torch.optim.Optimizer) -> Any:
+    """A number, text, None, or a list of them, for JSON; tuples become lists, and tuples again by `_like`."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return _jsonable(value, place)
+        case list() | tuple() if not any(isinstance(inner, Tensor) for inner in value):
+            return [_plain(inner, place, optimizer) for inner in value]
+    raise _unsaveable(optimizer, f"a {type(value).__name__} as {place}")
+
+
+def _unsaveable(optimizer: torch.optim.Optimizer, what: str) -> UsageError:
+    return UsageError(
+        f"the optimizer {type(optimizer).__name__} keeps {what}; only those whose state is one tensor or number of "
+        "each kind per parameter can be saved"
+    )
+
+
+def _jsonable(value: Any, place: str) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise BadOutput(f"{place} is {value}; it is not saved") from None
+    return value
+
+
+def _check(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> None:
+    """Refuse a state that is of another optimizer, of other parameters, or not whole. Raises BadWeights."""
+    if facts["optimizer"] != type(optimizer).__name__:
+        raise BadWeights(f"the saved state is of the optimizer {facts['optimizer']}, not {type(optimizer).__name__}")
+    saved: dict[str, list[int]] = facts["parameters"]
+    if list(saved) != list(parameters):
+        strange = [name for name in saved if name not in parameters] + [
+            name for name in parameters if name not in saved
+        ]
+        which = f"first {strange[0]}" if strange else "in another order"
+        raise BadWeights(
+            f"the optimizer's state is of {len(saved)} parameters, and the run trains {len(parameters)} others: {which}"
+        )
+    for name, parameter in parameters.items():
+        if saved[name] != list(parameter.shape):
+            raise BadWeights(
+                f"the optimizer's state of {name} is for the shape {saved[name]}, the parameter has "
+                f"{list(parameter.shape)}"
+            )
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if [group["parameters"] for group in facts["groups"]] != sizes:
+        raise BadWeights(f"the optimizer's state has other parameter groups than the run's {sizes}")
+    expected: dict[str, list[Any]] = facts["tensors"]
+    for name in (*expected, *tensors):
+        if name not in tensors or name not in expected:
+            raise BadWeights(f"the optimizer's state {'lacks' if name in expected else 'has an unknown'} {name}")
+        if expected[name] != _kind(tensors[name]):
+            raise BadWeights(f"the optimizer's {name} is {_kind(tensors[name])}, and was {expected[name]} when saved")
+    try:
+        check_finite(tensors)
+    except BadOutput as error:
+        raise BadWeights(f"the optimizer's state is damaged: {error}") from None
+
+
+def _kind(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def _settings(
+    group: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings that a group had when it was saved, but for `HOW`; a learning rate that is a tensor stays one."""
+    start = f"group {index}."
+    saved = {what: _like(value, group.get(what)) for what, value in facts["groups"][index]["settings"].items()}
+    saved |= {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    for what, value in saved.items():
+        present = group.get(what)
+        if isinstance(value, Tensor) and isinstance(present, Tensor):
+            saved[what] = value.to(present.device)
+    return {what: value for what, value in saved.items() if what not in HOW}
+
+
+def _like(value: Any, present: Any) -> Any:
+    """JSON knows no tuples: what is one in the optimizer (`betas`) becomes one again."""
+    return tuple(value) if isinstance(value, list) and isinstance(present, tuple) else value
+
+
+def _state(
+    parameter: Tensor,
+    group: Mapping[str, Any],
+    entries: Sequence[tuple[str, str]],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """One parameter's tensors on their devices; `entries` are pairs (what, key in `tensors`)."""
+    values: dict[str, Tensor] = {}
+    for what, key in entries:
+        same_device = facts["device"] == parameter.device.type
+        on_cpu = key in facts["on_cpu"] if same_device else _counts_on_cpu(what, group)
+        values[what] = tensors[key] if on_cpu else _laid_out(tensors[key], parameter)
+    return values
+
+
+def _entries(facts: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Parameter name -> (what, key) of each of its tensors."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for key in facts["tensors"]:
+        what, _, name = key.partition(".")
+        if not what.startswith("group "):
+            found.setdefault(name, []).append((what, key))
+    return found
+
+
+def _counts_on_cpu(what: str, group: Mapping[str, Any]) -> bool:
+    """Where torch wants the count of steps when a state comes from another kind of device."""
+    return what == "step" and not (group.get("capturable") or group.get("fused"))
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """On the parameter's device, and in its memory layout (channels_last), which fused kernels insist on."""
+    if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor.to(parameter.device)
+    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+# Files
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Contiguous tensors that share no memory, as safetensors wants them; copied only if need be."""
+    seen: set[tuple[torch.device, int]] = set()
+    apart: Tensors = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        packed = tensor.detach().contiguous()
+        if packed.data_ptr() == tensor.data_ptr() and place in seen and tensor.numel():
+            packed = packed.clone()
+        seen.add(place)
+        apart[name] = packed
+    return apart

@@ -1,0 +1,222 @@
+"""Captions to train a text encoder on, from a file of them or a picture data set; alternatives stay together."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdcli.data.records import Dropped, Unusable, captions_of_value
+from sdcli.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick_column
+from sdcli.encoders.tokenizer import END, START
+from sdcli.errors import NotFound, UsageError
+from sdcli.io.files import expanded
+
+MAX_FIELD = 2**20
+"""Letters of a CSV field."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts in their order, and which of them are alternatives: they describe one picture, so they mean the same."""
+
+    texts: tuple[str, ...]
+    groups: tuple[int, ...]
+    """A number for each text, counting from 0; alternatives share theirs and stand side by side."""
+    dropped: tuple[Dropped, ...] = ()
+
+    @property
+    def has_alternatives(self) -> bool:
+        """Whether any group has two texts."""
+        return bool(self.groups) and self.groups[-1] + 1 < len(self.groups)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An entry of a file: where it stands, its caption or list of captions, and the picture it speaks of, if any."""
+
+    name: str
+    value: Any
+    picture: str | None = None
+
+
+def read_captions(
+    source: str | Path, *, caption_column: str | None = None, caption_extension: str = ".txt", split: str = "train"
+) -> Captions:
+    """Captions from a .txt (one a line), .jsonl, .csv or .parquet file, or from whatever `open_pictures` takes.
+
+    In tables the column is `caption_column`, else text or caption; a cell may hold a list of alternatives, and rows
+    that name the same picture (file_name, image_path or image) are alternatives too. A broken line is dropped, with
+    its reason; repeats within a group and blank lines just go. Raises NotFound, and UsageError where not one is left.
+    """
+    path = expanded(source)
+    one_file = not path.is_dir() and not re.search(r"[*?\[{]", str(source))
+    rows: Iterator[_Row | Dropped]
+    match path.suffix.lower() if one_file else "":
+        case ".txt":
+            rows = _text_rows(path)
+        case ".jsonl" | ".ndjson":
+            rows = _json_rows(path, caption_column)
+        case ".csv":
+            rows = _csv_rows(path, caption_column)
+        case ".parquet":
+            rows = _parquet_rows(path, caption_column)
+        case _:
+            if path.is_file():
+                raise UsageError(
+                    f"{path} is no file of captions: those are .txt, .jsonl, .csv and .parquet, or a folder of pictures"
+                )
+            rows = _picture_rows(source, caption_column, caption_extension, split)
+    return _grouped(rows, source=str(source))
+
+
+def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
+    groups: dict[str, dict[str, None]] = {}  # picture, or place in the file -> its captions, each once
+    dropped: list[Dropped] = []
+    for row in rows:
+        if isinstance(row, Dropped):
+            dropped.append(row)
+            continue
+        try:
+            found = captions_of_value(row.value)
+            if not found:
+                raise Unusable("has no caption")
+            if any(START in text or END in text for text in found):
+                raise Unusable(f"its caption holds {START} or {END}, which mark where texts begin and end")
+        except Unusable as problem:
+            dropped.append(Dropped(row.name, str(problem)))
+            continue
+        key = row.name if row.picture is None else f"picture {row.picture}"
+        groups.setdefault(key, {}).update(dict.fromkeys(found))
+    if not groups:
+        why = f" ({len(dropped)} dropped; first {dropped[0].name}: {dropped[0].reason})" if dropped else ""
+        raise UsageError(f"{source} holds no captions{why}")
+    return Captions(
+        texts=tuple(text for group in groups.values() for text in group),
+        groups=tuple(number for number, group in enumerate(groups.values()) for _ in group),
+        dropped=tuple(dropped),
+    )
+
+
+# One reader for each kind of file
+
+
+def _text_rows(path: Path) -> Iterator[_Row | Dropped]:
+    for number, line in _lines(path):
+        yield _Row(f"{path.name} line {number}", line)
+
+
+def _json_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
+    for number, line in _lines(path):
+        name = f"{path.name} line {number}"
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict):
+            # Lines need not have the same keys, so every line is asked anew.
+            column = asked or next((column for column in CAPTION_COLUMNS if column in values), None)
+            yield _Row(name, values.get(column) if column is not None else None, _picture(values))
+        else:
+            yield Dropped(name, "is no JSON object")
+
+
+def _csv_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        # What is not UTF-8 survives as surrogates, so that it costs its own row only.
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = csv.DictReader(file, restkey="\0")
+            column = _column(asked, _header(rows, path), path)
+            while True:
+                try:
+                    values = next(rows, None)
+                except csv.Error as error:
+                    yield Dropped(f"{path.name} line {rows.line_num}", f"is no CSV ({error})")
+                    continue
+                if values is None:
+                    return
+                name = f"{path.name} line {rows.line_num}"
+                if "\0" in values:
+                    yield Dropped(name, "has more fields than the header; a caption with commas must stand in quotes")
+                else:
+                    yield _Row(name, values[column], _picture(values))
+    except OSError as error:
+        raise NotFound(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _header(rows: csv.DictReader[str], path: Path) -> Sequence[str]:
+    try:
+        return rows.fieldnames or ()
+    except csv.Error as error:
+        raise UsageError(f"{path} is no CSV file: {error}") from None
+
+
+def _parquet_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
+    """Row group by row group, so that a damaged one costs itself only."""
+    from sdcli.data.parquet import pyarrow_modules
+
+    arrow, parquet = pyarrow_modules()
+    if not path.is_file():
+        raise NotFound(f"no file {path}")
+    try:
+        with parquet.ParquetFile(path) as file:
+            column = _column(asked, file.schema_arrow.names, path)
+            texts = [field.name for field in file.schema_arrow if arrow.types.is_string(field.type)]
+            columns = [column, *(name for name in FILE_COLUMNS if name in texts and name != column)]
+            first = 1
+            for number in range(file.num_row_groups):
+                count = file.metadata.row_group(number).num_rows
+                try:
+                    group = file.read_row_group(number, columns=columns).to_pylist()
+                except (arrow.ArrowException, OSError, ValueError) as error:
+                    yield Dropped(f"{path.name} rows {first} to {first + count - 1}", f"are damaged: {error}")
+                    group = []
+                for place, values in enumerate(group, start=first):
+                    yield _Row(f"{path.name} row {place}", values[column], _picture(values))
+                first += count
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise UsageError(f"{path} is no parquet file that can be read: {error}") from None
+
+
+def _picture_rows(source: str | Path, column: str | None, extension: str, split: str) -> Iterator[_Row | Dropped]:
+    from sdcli.data.sources import open_pictures
+
+    pictures = open_pictures(source, caption_column=column, caption_extension=extension, split=split)
+    yield from pictures.dropped
+    for index in range(len(pictures)):
+        item = pictures[index]
+        yield _Row(item.name, item.captions)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank; what is not UTF-8 comes as surrogates."""
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield number, raw.decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise NotFound(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _column(asked: str | None, present: Sequence[str], path: Path) -> str:
+    column = pick_column(asked, CAPTION_COLUMNS, present, source=str(path), what="--caption-column")
+    if column is None:
+        raise UsageError(
+            f"{path} has no column {' or '.join(CAPTION_COLUMNS)} (it has {', '.join(present) or 'none'}); "
+            "--caption-column names another"
+        )
+    return column
+
+
+def _picture(values: dict[Any, Any]) -> str | None:
+    """Which picture a row speaks of."""
+    found = next((values[name] for name in FILE_COLUMNS if values.get(name)), None)
+    return found if isinstance(found, str) else None

@@ -1,0 +1,117 @@
+"""`sdcli train-text-encoder` from its settings to a task: captions, vocabulary, network, teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from sdcli.encoders.clip import ClipTextConfig
+from sdcli.encoders.tokenizer import ClipTokenizer
+from sdcli.models.loader import LoadedModel
+from sdcli.models.registry import Registry
+from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
+from sdcli.training.session import Built, Session, fingerprint
+from sdcli.training.settings import TextSettings, cache_folder
+from sdcli.training.text_encoder.caption_files import Captions, read_captions
+from sdcli.training.text_encoder.task import (
+    TextEncoderTask,
+    TrainedTextEncoder,
+    continued_text_encoder,
+    new_text_encoder,
+    parse_objectives,
+)
+from sdcli.training.text_encoder.teachers import KeptVectors, open_teacher
+from sdcli.training.text_encoder.vocabulary import train_vocabulary
+
+
+class TextSession(Session[TextSettings]):
+    """See `Session`."""
+
+    command: ClassVar[str] = "train-text-encoder"
+    kind: ClassVar[type[TextSettings]] = TextSettings
+
+    def __init__(self, data: str, run: Path, settings: TextSettings, registry: Registry) -> None:
+        super().__init__(data, run, settings)
+        self._registry = registry
+
+    def build(self) -> Generator[Event, None, Built]:
+        settings = self.settings
+        objectives = parse_objectives(settings.objective, teacher=settings.teacher is not None)
+        captions = read_captions(
+            self.data,
+            caption_column=settings.caption_column,
+            caption_extension=settings.caption_extension,
+            split=settings.split,
+        )
+        if captions.dropped:
+            examples = "; ".join(f"{one.name}: {one.reason}" for one in captions.dropped[:3])
+            yield Noted(f"{len(captions.dropped):,} captions are not used ({examples})")
+        yield Preparing("learning the vocabulary" if settings.model is None else "loading the model", 0)
+        model, encoder, tokenizer = self._network(captions)
+        task = TextEncoderTask(
+            captions=captions,
+            tokenizer=tokenizer,
+            encoder=encoder,
+            objectives=objectives,
+            batch=self.batch,
+            seed=settings.seed,
+            learning_rate=settings.learning_rate,
+            vectors=(yield from self._vectors(captions)),
+            validation_split=settings.validation_split,
+            word_dropout=settings.word_dropout,
+            temperature=settings.temperature,
+            continued=model is not None,
+        )
+        trained = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+        files = ModelFiles.around(model, trained=trained, averaged=("text_encoder",) if settings.use_ema else ())
+        parameters = sum(p.numel() for network in task.networks.values() for p in network.parameters())
+        width = encoder.config.hidden_size
+        return Built(
+            task=task,
+            samples=len(task.order),
+            links=files.links(),
+            write_frozen=files.write,
+            memory_bytes=parameters * 4 * (5 if settings.use_ema else 4)
+            + settings.train_batch_size * tokenizer.max_length * width * 4 * 30 * encoder.config.num_hidden_layers,
+            facts={
+                "data": self.data,
+                "captions": len(captions.texts),
+                "dropped": len(captions.dropped),
+                "held_out": len(task.held_out),
+                "vocabulary": encoder.config.vocab_size,
+                "trained_parameters": parameters,
+                "data_fingerprint": fingerprint({str(place): text for place, text in enumerate(captions.texts)}),
+            },
+        )
+
+    def _network(self, captions: Captions) -> tuple[LoadedModel | None, TrainedTextEncoder, ClipTokenizer]:
+        """The model to go on with (None from nothing), its text encoder, and the tokenizer."""
+        settings = self.settings
+        if settings.model is not None:
+            model = load_to_train(self._registry.find(settings.model), device="cpu", needs="text_encoder")
+            tokenizer = tokenizer_of(model)
+            return model, continued_text_encoder(model.text_encoder, tokenizer), tokenizer
+        tokenizer = train_vocabulary(captions.texts, size=settings.vocab_size, max_length=settings.max_length)
+        config = ClipTextConfig(
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_hidden_layers,
+            num_attention_heads=settings.num_attention_heads,
+            intermediate_size=settings.intermediate_size or 4 * settings.hidden_size,
+        )
+        return None, new_text_encoder(config, tokenizer, seed=settings.seed), tokenizer
+
+    def _vectors(self, captions: Captions) -> Generator[Event, None, torch.Tensor | None]:
+        """What the teacher says of each caption; kept in the cache, filled by the first process."""
+        settings = self.settings
+        if settings.teacher is None:
+            return None
+        with self.accelerator.main_process_first():
+            teacher = open_teacher(settings.teacher.expanduser(), device=self.accelerator.device)
+            kept = KeptVectors.of(teacher, cache_folder(settings.cache_dir) / "teachers")
+            for done, total in kept.learn(teacher, captions.texts):
+                yield Preparing("asking the teacher", done, total)
+        return kept.vectors(captions.texts)

@@ -1,0 +1,240 @@
+"""`sdcli train-unet`: teach a UNet to take noise away, from latents or pixels, under text, classes or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from sdcli.data.cache.keys import sample_latents
+from sdcli.io import rng
+from sdcli.io.lean_diffusers import VAE
+from sdcli.training.inputs.conditions import Conditions
+from sdcli.training.inputs.order import Order
+from sdcli.training.inputs.sources import Source
+from sdcli.training.lora import LoraShape, merged_tensors, write_lora
+from sdcli.training.objective import (
+    NoiseSchedule,
+    add_noise,
+    diffusion_loss,
+    perturbed,
+    snr_weights,
+    target,
+    timestep,
+    timesteps,
+    training_noise,
+)
+from sdcli.training.settings import DenoiserSettings
+from sdcli.training.state.state_files import write_tensors
+from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
+from sdcli.vae.autoencoder import cell, moments, scaling_factor
+
+VALIDATION_TIMES = 4
+"""Noise levels that every held-out picture is validated at, spread over all of them."""
+VALIDATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the noise schedule and how noise and timesteps are drawn and weighed."""
+
+    schedule: NoiseSchedule
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    stratified: bool = True
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, settings: DenoiserSettings) -> Objective:
+        return cls(
+            schedule,
+            snr_gamma=settings.snr_gamma,
+            noise_offset=settings.noise_offset,
+            input_perturbation=settings.input_perturbation,
+            stratified=settings.stratified_timesteps,
+        )
+
+
+@dataclass
+class UnetTask:
+    """See `task.Task`. `networks` holds "unet", and "text_encoder" when that is trained along."""
+
+    networks: dict[str, nn.Module]
+    objective: Objective
+    order: Order
+    source: Source
+    conditions: Conditions
+    seed: int
+    learning_rates: Mapping[str, float]
+    held_out: Sequence[tuple[int, tuple[int, int]]] = ()
+    """Indices of the validation pictures, each with its size."""
+    frozen_text_encoder: nn.Module | None = None
+    """Encodes `ids` where text states are not cached."""
+    vae: VAE | None = None
+    """Encodes `pixels` where latents are not cached; None in pixel space."""
+    loras: Mapping[str, LoraShape] = field(default_factory=dict)
+    """The networks that are trained as LoRAs."""
+    painter: Callable[[Networks, int, Path], list[Path]] | None = None
+    name_of: Callable[[int], str] = str
+    averaged: tuple[str, ...] = field(init=False)
+    phases: Sequence[Phase] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.averaged = tuple(self.networks)
+        groups = [
+            {
+                "name": name,
+                "params": {key: p for key, p in network.named_parameters() if p.requires_grad},
+                "lr": self.learning_rates[name],
+            }
+            for name, network in self.networks.items()
+        ]
+        self.phases = (Phase(next(iter(self.networks)), groups, self.loss),)
+
+    # Samples
+
+    def draws(self, step: int) -> list[Draw]:
+        return self.order.draws(step)
+
+    def item_name(self, index: int) -> str:
+        return self.name_of(index)
+
+    def item(self, draw: Draw) -> dict[str, Any]:
+        """`x0` [C, h, w] or `pixels` [3, H, W]; `noise` like x0; `t`; the condition."""
+        item = {**self.source.item(draw), **self.conditions.item(draw)}
+        shape = self._shape(item)
+        item["t"] = torch.tensor(self._timestep(draw.counter))
+        item["noise"] = training_noise(self.seed, draw.counter, shape, noise_offset=self.objective.noise_offset)
+        if self.objective.input_perturbation:
+            item["input_noise"] = perturbed(
+                item["noise"], self.seed, draw.counter, input_perturbation=self.objective.input_perturbation
+            )
+        if "pixels" in item:
+            item["posterior"] = rng.noise(self.seed, draw.counter, "posterior", shape)
+        return item
+
+    def collate(self, items: list[dict[str, Any]]) -> Batch:
+        return default_collate(items)
+
+    # The loss
+
+    def loss(self, networks: Networks, batch: Batch) -> Losses:
+        return Losses(self.losses(networks, batch).mean())
+
+    def losses(self, networks: Networks, batch: Batch, *, weighted: bool = True) -> Tensor:
+        """The mean squared error of each sample, float32 [B]; weighted by min-SNR where that is asked for."""
+        objective = self.objective
+        x0 = batch["x0"] if "x0" in batch else self._encoded(batch["pixels"], batch.get("posterior"))
+        noised = add_noise(
+            objective.schedule, x0, batch["input_noise"] if "input_noise" in batch else batch["noise"], batch["t"]
+        )
+        output = self.predicted(networks, noised, batch)
+        weights = None
+        if weighted and objective.snr_gamma is not None:
+            weights = snr_weights(objective.schedule, batch["t"], objective.snr_gamma)
+        return diffusion_loss(output, target(objective.schedule, x0, batch["noise"], batch["t"]), weights)
+
+    def predicted(self, networks: Networks, noised: Tensor, batch: Batch) -> Tensor:
+        """What the denoiser makes of noised latents [B, C, h, w] at `t`, under the batch's condition."""
+        output: Tensor = networks["unet"](noised, batch["t"], **self.condition(networks, batch), return_dict=False)[0]
+        return output
+
+    def condition(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """The condition by the names that diffusers' networks take it under."""
+        if "label" in batch:
+            return {"class_labels": batch["label"]}
+        if "hidden" in batch:
+            return {"encoder_hidden_states": batch["hidden"]}
+        if "ids" not in batch:
+            return {}
+        if "text_encoder" in networks:
+            return {"encoder_hidden_states": networks["text_encoder"](batch["ids"])}
+        assert self.frozen_text_encoder is not None
+        with torch.no_grad():
+            return {"encoder_hidden_states": self.frozen_text_encoder(batch["ids"]).float()}
+
+    @torch.no_grad()
+    def _encoded(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1 -> scaled latents; without noise the mean of the VAE's distribution."""
+        assert self.vae is not None
+        mean, log_variance = moments(self.vae, pixels)
+        if log_variance is not None and noise is not None:
+            return sample_latents(mean, log_variance, noise.cpu(), scaling_factor(self.vae)).to(pixels.device)
+        return (mean * scaling_factor(self.vae)).to(pixels.device)
+
+    def _timestep(self, counter: int) -> int:
+        total = len(self.objective.schedule.alphas_cumprod)
+        if not self.objective.stratified:
+            return int(timestep(self.seed, counter, total))
+        step, place = divmod(counter, self.order.batch)
+        return int(timesteps(self.seed, step, self.order.batch, total)[place])
+
+    def _shape(self, item: Mapping[str, Tensor]) -> tuple[int, ...]:
+        if "x0" in item:
+            return tuple(item["x0"].shape)
+        assert self.vae is not None
+        height, width = item["pixels"].shape[1:]
+        factor = cell(self.vae)
+        return int(self.vae.config.latent_channels), height // factor, width // factor
+
+    # Validation: the same pictures, noise and timesteps in every run, so that curves can be compared
+
+    def validate(self, networks: Networks) -> dict[str, float]:
+        """The mean loss over the held-out pictures, and that of each noise level from clean (0) to pure noise."""
+        if not self.held_out:
+            return {}
+        total = len(self.objective.schedule.alphas_cumprod)
+        levels = [int((level + 0.5) * total / VALIDATION_TIMES) for level in range(VALIDATION_TIMES)]
+        device = next(next(iter(networks.values())).parameters()).device
+        sums = torch.zeros(VALIDATION_TIMES)
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index, size in self.held_out:
+            by_size.setdefault(size, []).append(index)
+        for size, indices in by_size.items():
+            for start in range(0, len(indices), VALIDATION_BATCH):
+                some = indices[start : start + VALIDATION_BATCH]
+                items = [{**self.source.fixed(index, size), **self.conditions.fixed(index)} for index in some]
+                fixed = {name: value.to(device) for name, value in self.collate(items).items()}
+                if "x0" not in fixed:  # encoded once for all levels
+                    fixed["x0"] = self._encoded(fixed["pixels"], None)
+                for level, t in enumerate(levels):
+                    noise = [rng.noise(level, index, "validation", fixed["x0"].shape[1:]) for index in some]
+                    batch = {"t": torch.full((len(some),), t).to(device), "noise": torch.stack(noise).to(device)}
+                    sums[level] += self.losses(networks, {**fixed, **batch}, weighted=False).sum().cpu()
+        means = sums / len(self.held_out)
+        return {
+            "loss": float(means.mean()),
+            **{f"loss_level_{level}": float(value) for level, value in enumerate(means)},
+        }
+
+    def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
+        return self.painter(networks, step, folder) if self.painter is not None else []
+
+    # Files
+
+    def save(self, folder: Path, networks: Networks, averages: Mapping[str, nn.Module]) -> None:
+        """`unet/` (a LoRA merged into it), `unet_ema/`, `text_encoder/` ..., and a LoRA's own files."""
+        for suffix, some in (("", networks), ("_ema", averages)):
+            for name, network in some.items():
+                tensors = merged_tensors(network) if name in self.loras else network.state_dict()
+                write_network(folder / f"{name}{suffix}", network, tensors)
+        if self.loras:
+            lora = {name: averages.get(name, networks[name]) for name in self.loras}
+            write_lora(folder, lora, self.loras)
+
+
+def write_network(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """A sub-folder that diffusers (or transformers, for a text encoder) loads: config.json and the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(network, "save_config"):
+        network.save_config(folder)  # type: ignore[operator]
+        write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    else:
+        from sdcli.training.text_encoder.task import write_text_encoder
+
+        write_text_encoder(folder, network, tensors)

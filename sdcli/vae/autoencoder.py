@@ -1,0 +1,161 @@
+"""Latents: the noise they start from, and the VAE between them and pixels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sdcli.errors import OutOfMemory
+from sdcli.io.devices import free_caches, free_memory, out_of_memory
+from sdcli.io.lean_diffusers import VAE, AutoencoderTiny
+from sdcli.models.layout import cell_of
+
+TILE = 64
+"""Latent cells a side of a tile (512 pixels with Stable Diffusion's VAE)."""
+
+Moments = tuple[Tensor, Tensor | None]
+"""Mean and log variance of latents, not scaled; see `moments`."""
+
+
+def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per picture: its noise depends on its seed alone, not on batch, neighbours or device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise [B, *shape], float32 on the CPU, one draw per generator."""
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+
+@torch.inference_mode()
+def moments(vae: VAE, pixels: Tensor, *, tiled: bool = False) -> Moments:
+    """Pixels [B, 3, H, W] in 0..1 -> mean and log variance of their latents, each [B, C, H/8, W/8], not scaled.
+
+    Both float32 on the CPU; the log variance is cut to -30..20, as diffusers' `DiagonalGaussianDistribution` does, and
+    None for a VAE without a distribution (AutoencoderTiny).
+    """
+    parameter = next(vae.parameters())
+    with _tiles(vae) if tiled else contextlib.nullcontext():
+        encoded = vae.encode((pixels * 2 - 1).to(parameter))
+    if isinstance(vae, AutoencoderTiny):
+        return encoded.latents.float().cpu(), None
+    return encoded.latent_dist.mean.float().cpu(), encoded.latent_dist.logvar.float().cpu()
+
+
+def moments_with_fallbacks(vae: VAE, pixels: Sequence[Tensor]) -> tuple[Moments, tuple[str, ...]]:
+    """The `moments` of pixels [3, H, W] of equal size, and what had to be done for them: one by one, tiles.
+
+    Raises OutOfMemory.
+    """
+    tiled = not fits_in_memory(vae, *pixels[0].shape[1:])
+    notes: tuple[str, ...] = ("encoded in tiles: the whole picture would not fit into memory",) if tiled else ()
+    found = _try_moments(vae, pixels, tiled=tiled)
+    if found is None and len(pixels) > 1:
+        singles = [moments_with_fallbacks(vae, [one]) for one in pixels]
+        means, logvars = zip(*(moments for moments, _ in singles), strict=True)
+        halved = f"batch of {len(pixels)} encoded one by one: out of memory"
+        notes = (halved, *dict.fromkeys(note for _, theirs in singles for note in theirs))
+        return (torch.cat(means), None if logvars[0] is None else torch.cat(logvars)), notes
+    if found is None and not tiled:
+        notes = ("encoded in tiles: out of memory",)
+        found = _try_moments(vae, pixels, tiled=True)
+    if found is None:
+        raise OutOfMemory("out of memory while encoding a single picture, even in tiles; try a smaller --size")
+    return found, notes
+
+
+def _try_moments(vae: VAE, pixels: Sequence[Tensor], *, tiled: bool) -> Moments | None:
+    try:
+        # in the layout that diffusers' image processor gives, to which convolutions round bit for bit alike
+        return moments(vae, torch.stack(list(pixels)).contiguous(memory_format=torch.channels_last), tiled=tiled)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_caches()
+    return None
+
+
+@torch.inference_mode()
+def drawn(vae: VAE, moments: Moments, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Moments -> scaled latents [B, C, H/8, W/8], float32 on the CPU.
+
+    The mean of the VAE's distribution, or a sample drawn with one CPU generator per picture. A VAE without a
+    distribution (AutoencoderTiny) has only the mean; there the generators have no effect.
+    """
+    latents, logvar = moments
+    if logvar is not None and generators is not None:
+        # the exponential where and as the VAE computes: in half precision it rounds differently
+        std = torch.exp(0.5 * logvar.to(next(vae.parameters()))).float().cpu()
+        _, channels, height, width = latents.shape
+        latents = latents + std * initial_noise(generators, (channels, height, width))
+    return scaled(vae, latents)
+
+
+@torch.inference_mode()
+def decode(vae: VAE, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    """Scaled latents [B, C, h, w] -> pixels [B, 3, 8h, 8w] in 0..1, float32 on the CPU; NaN stays NaN."""
+    parameter = next(vae.parameters())
+    with _tiles(vae) if tiled else contextlib.nullcontext():
+        pixels = vae.decode(unscaled(vae, latents).to(parameter), return_dict=False)[0]
+    return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def scaled(vae: VAE, latents: Tensor) -> Tensor:
+    """The VAE's own latents as a network is to see them: a mean of about 0 and a standard deviation of about 1."""
+    return (latents - shift_factor(vae)) * scaling_factor(vae)
+
+
+def unscaled(vae: VAE, latents: Tensor) -> Tensor:
+    """The inverse of `scaled`."""
+    return latents / scaling_factor(vae) + shift_factor(vae)
+
+
+def scaling_factor(vae: VAE) -> float:
+    """What the VAE's own latents are multiplied by, so that their standard deviation is about 1."""
+    return float(vae.config.scaling_factor)
+
+
+def shift_factor(vae: VAE) -> float:
+    """What is taken off the VAE's own latents before that; 0 for all but newer ones, such as Stable Diffusion 3's."""
+    return float(vae.config.get("shift_factor") or 0)
+
+
+def latent_channels(vae: VAE) -> int:
+    """C of the latents [B, C, h, w] that the VAE makes and takes."""
+    return int(vae.config.latent_channels)
+
+
+def cell(vae: VAE) -> int:
+    """Pixels a side that become one cell of the latents; 8 for the VAE of Stable Diffusion."""
+    return cell_of(vae.config)
+
+
+def has_distribution(vae: VAE) -> bool:
+    """Whether there are samples to draw; AutoencoderTiny knows only one latent per picture."""
+    return not isinstance(vae, AutoencoderTiny)
+
+
+def fits_in_memory(vae: VAE, height: int, width: int) -> bool:
+    """Whether decoding height x width pixels in one piece should fit into the free memory; encoding needs less.
+
+    The widest layers hold about five buffers of `block_out_channels[1]` channels at full size
+    (measured: 1.2 GB for 512x512 in float32).
+    """
+    parameter = next(vae.parameters())
+    channels = vae.config.block_out_channels[1] if not isinstance(vae, AutoencoderTiny) else 64
+    need = height * width * channels * parameter.element_size() * 5
+    return need < 0.8 * free_memory(parameter.device)
+
+
+@contextlib.contextmanager
+def _tiles(vae: VAE, tile: int = TILE) -> Iterator[None]:
+    """Let the VAE work in overlapping tiles of at most `tile` latent cells a side."""
+    before = (vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size)
+    vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = True, tile, tile * cell(vae)
+    try:
+        yield
+    finally:
+        vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = before

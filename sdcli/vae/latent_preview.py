@@ -1,0 +1,37 @@
+"""A quick look at latents: their picture for little work, good enough to watch it come along."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdcli.vae.latent_space import PixelSpace, Space
+
+FEW_CELLS = 256
+"""Latents that are decoded as they are; 16x16 is a picture of 128x128."""
+
+
+def glance(space: Space, x: Tensor) -> Tensor:
+    """x [C, h, w] -> pixels [3, H, W] in 0..1 on the CPU: one for each cell of latents with many, else all of them.
+
+    A latent's colour is nearly a linear function of it. The function is fitted to these very latents, by least squares
+    between a reduced copy of at most FEW_CELLS and what the VAE makes of that.
+    """
+    _, height, width = x.shape
+    if isinstance(space, PixelSpace) or height * width <= FEW_CELLS:
+        return space.decode(x[None])[0].nan_to_num(0)
+    factor = math.ceil(math.sqrt(height * width / FEW_CELLS))
+    few = (max(1, height // factor), max(1, width // factor))
+    reduced = functional.adaptive_avg_pool2d(x, few)
+    colours = functional.adaptive_avg_pool2d(space.decode(reduced[None])[0].nan_to_num(0), few)
+    linear = torch.linalg.lstsq(_with_one(reduced), colours.flatten(1).T).solution
+    return (_with_one(x) @ linear).T.unflatten(1, (height, width)).clamp(0, 1)
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """x [C, h, w] -> [h w, C + 1], a row for each cell and a 1 behind it."""
+    rows = x.float().cpu().flatten(1).T
+    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)

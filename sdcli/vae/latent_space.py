@@ -1,0 +1,188 @@
+"""Where a model denoises, on the latents of a VAE or on the pixels themselves: the shape of x, its way to pixels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sdcli.errors import BadOutput, OutOfMemory
+from sdcli.io.devices import free_caches, out_of_memory
+from sdcli.io.lean_diffusers import VAE
+from sdcli.models.loader import LoadedModel
+from sdcli.vae import autoencoder
+
+Tell = Callable[[str], None]
+"""Hears, in a sentence, what had to be done because memory ran out or numbers went wrong."""
+
+
+def quiet(note: str) -> None:
+    """A `Tell` that nobody hears."""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The latents of a VAE, scaled to a standard deviation of about 1."""
+
+    vae: VAE
+    black_is_wrong: ClassVar[bool] = True
+    """A picture that is black all over comes of a VAE that overflowed."""
+    _moments: WeakTensorKeyDictionary = field(
+        default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
+    )
+    """Of pixels that someone holds, with what had to be done for them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What decoding computes in."""
+        return next(self.vae.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where decoding computes."""
+        return next(self.vae.parameters()).device
+
+    def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
+        """(C, h, w) of x for a picture of that many pixels."""
+        cell = autoencoder.cell(self.vae)
+        return self.channels, height // cell, width // cell
+
+    @property
+    def channels(self) -> int:
+        """C of x."""
+        return autoencoder.latent_channels(self.vae)
+
+    @property
+    def draws(self) -> bool:
+        """Whether encoding draws from the generators."""
+        return autoencoder.has_distribution(self.vae)
+
+    def encode(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, tell: Tell = quiet) -> Tensor:
+        """Pixels [3, H, W] in 0..1, of equal size -> x [B, C, h, w], float32 on the CPU: samples of what the VAE says.
+
+        One by one, so that none depends on its neighbours, and what is still known of the same tensor is not computed
+        again. `tell` hears what had to be done for it. Raises OutOfMemory.
+        """
+        rows = []
+        for one, generator in zip(pixels, generators, strict=True):
+            if one not in self._moments:
+                self._moments[one] = autoencoder.moments_with_fallbacks(self.vae, [one])
+            moments, notes = self._moments[one]
+            for note in notes:
+                tell(note)
+            rows.append(autoencoder.drawn(self.vae, moments, [generator]))
+        return torch.cat(rows)
+
+    def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
+        """x [B, C, h, w] -> pixels [B, 3, H, W] in 0..1, float32 on the CPU; NaN stays NaN."""
+        return autoencoder.decode(self.vae, x, tiled=tiled)
+
+    def fits_in_memory(self, x: Tensor) -> bool:
+        """Whether decoding x [C, h, w] in one piece should fit into the free memory."""
+        cell = autoencoder.cell(self.vae)
+        return autoencoder.fits_in_memory(self.vae, x.shape[1] * cell, x.shape[2] * cell)
+
+    def moved(self, **to: Any) -> LatentSpace:
+        """The same with a copy of the VAE on another device or in another dtype."""
+        return replace(self, vae=copy.deepcopy(self.vae).to(**to))
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """Pixels in -1..1, of one channel (grey) or three (RGB); Ho et al. 2020, arXiv 2006.11239."""
+
+    channels: int
+    black_is_wrong: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype] = torch.float32
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
+        """(C, H, W): x is the picture."""
+        return self.channels, height, width
+
+    def encode(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, tell: Tell = quiet) -> Tensor:
+        """Pixels [3, H, W] in 0..1 -> x [B, 1 or 3, H, W]."""
+        return torch.stack([in_pixel_space(picture, channels=self.channels) for picture in pixels])
+
+    def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
+        """x [B, 1 or 3, H, W] -> pixels [B, 3, H, W] in 0..1, float32 on the CPU; NaN stays NaN."""
+        pixels = (x.float().cpu() / 2 + 0.5).clamp(0, 1)
+        return pixels.expand(-1, 3, -1, -1)
+
+    def fits_in_memory(self, x: Tensor) -> bool:
+        """Always: there is nothing to compute."""
+        return True
+
+    def moved(self, **to: Any) -> PixelSpace:
+        """The same: there is nothing to move."""
+        return self
+
+
+Space = LatentSpace | PixelSpace
+
+
+def in_pixel_space(pixels: Tensor, *, channels: int) -> Tensor:
+    """Pixels [3, H, W] in 0..1 -> x_0 [C, H, W] in -1..1; grey (C = 1) is the mean of the channels."""
+    chosen = pixels.mean(dim=0, keepdim=True) if channels == 1 else pixels
+    return chosen * 2 - 1
+
+
+def space_of(model: LoadedModel) -> Space:
+    """The space that a model was trained in."""
+    if model.spec.kind.space == "pixel":
+        return PixelSpace(model.unet.config.in_channels)
+    return LatentSpace(model.vae)
+
+
+def decode_with_fallbacks(
+    space: Space, latents: Tensor, *, tiled: bool = False, may_be_black: bool = False
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
+
+    `tiled` asks for tiles from the start. A black picture of a VAE counts as a failure, unless it `may_be_black`: then
+    only NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
+    """
+    if not latents.isfinite().all():
+        raise BadOutput("the latents are not finite (NaN); try --dtype float32")
+    may_be_black = may_be_black or not space.black_is_wrong
+    notes: tuple[str, ...] = ()
+    if not tiled and not space.fits_in_memory(latents):
+        tiled = True
+        notes = ("decoded in tiles: the whole picture would not fit into memory",)
+    pixels = _try_decode(space, latents, tiled=tiled)
+    if pixels is None and not tiled:
+        notes = ("decoded in tiles: out of memory",)
+        pixels = _try_decode(space, latents, tiled=True)
+    if pixels is None and space.device.type != "cpu":
+        notes = (*notes, "decoded on the CPU: out of memory")
+        pixels = _try_decode(space.moved(device="cpu"), latents.cpu(), tiled=True)
+    if pixels is None:
+        raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
+    if wrong(pixels, may_be_black=may_be_black) and space.dtype != torch.float32:
+        notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
+        pixels = _try_decode(space.moved(dtype=torch.float32), latents, tiled=tiled)
+    if pixels is None or wrong(pixels, may_be_black=may_be_black):
+        kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
+        raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
+    return pixels, notes
+
+
+def wrong(pixels: Tensor, *, may_be_black: bool = False) -> bool:
+    """Whether a decoded picture is no picture: NaN somewhere, or black everywhere."""
+    return not bool(pixels.isfinite().all()) or (float(pixels.max()) == 0.0 and not may_be_black)
+
+
+def _try_decode(space: Space, latents: Tensor, *, tiled: bool) -> Tensor | None:
+    try:
+        return space.decode(latents[None], tiled=tiled)[0]
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_caches()
+    return None

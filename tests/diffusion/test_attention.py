@@ -1,0 +1,87 @@
+"""The attention of half precision on the CPU: as good as torch's own, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sdcli.diffusion.attention.sliced import (
+    PlainSmallAttention,
+    SlicedSelfAttention,
+    sliced_attention,
+    use_plain_small_attention,
+)
+from sdcli.diffusion.painter import Painter
+from sdcli.diffusion.pipeline import paint
+from sdcli.models.loader import load_model
+from sdcli.models.registry import load_registry, resolve
+from sdcli.request.schema import GenerationRequest
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1024, 40), (576, 80), (300, 160)])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_it_is_attention_up_to_the_rounding_of_half_precision(tokens: int, size: int, offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(2, tokens, 3, size, generator=generator).bfloat16() for _ in range(3))
+    keys = keys + offset * torch.randn(size, generator=generator).bfloat16()
+    exact = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (queries, keys, values))).transpose(
+        1, 2
+    )
+    error = (sliced_attention(queries, keys, values).float() - exact).square().mean().sqrt()
+    assert error / exact.square().mean().sqrt() < 0.01
+
+
+def test_in_float32_it_is_exact_attention() -> None:
+    queries, keys, values = (torch.randn(1, 700, 2, 16) for _ in range(3))
+    exact = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (queries, keys, values))).transpose(1, 2)
+    assert torch.allclose(sliced_attention(queries, keys, values), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "sliced"), [("float32", False), ("bfloat16", True)])
+def test_only_half_precision_on_the_cpu_uses_it(dtype: str, sliced: bool) -> None:
+    model = load_model(load_registry().find("starter"), device="cpu", dtype=dtype)
+    kinds = {name: isinstance(p, SlicedSelfAttention) for name, p in model.unet.attn_processors.items()}
+    assert all(kinds[name] is sliced for name in kinds if ".attn1." in name)
+    assert not any(kinds[name] for name in kinds if ".attn2." in name)
+
+
+def test_a_picture_in_half_precision_stays_close_to_float32() -> None:
+    spec = load_registry().find("starter")
+    finals = []
+    for dtype in ("float32", "bfloat16"):
+        request = GenerationRequest(prompt="a castle", seed=3, width=256, height=256, steps=4)
+        *_, last = paint(Painter.of(load_model(spec, device="cpu", dtype=dtype)), [resolve(request, spec)])
+        finals.append(last.latents)
+    error = (finals[0] - finals[1]).square().mean().sqrt() / finals[0].square().mean().sqrt()
+    assert error < 0.03
+
+
+def test_plain_attention_has_the_same_pictures_and_gradients() -> None:
+    unet = load_model(load_registry().find("tiny"), device="cpu", dtype="float32").unet.requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
+    states = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
+
+    def output_and_gradients() -> list[torch.Tensor]:
+        unet.zero_grad()
+        output = unet(sample, torch.tensor([3, 700]), states, return_dict=False)[0]
+        output.square().mean().backward()
+        return [output.detach(), *(parameter.grad.clone() for parameter in unet.parameters())]
+
+    usual = output_and_gradients()
+    use_plain_small_attention(unet)
+    assert all(isinstance(processor, PlainSmallAttention) for processor in unet.attn_processors.values())
+    for one, other in zip(usual, output_and_gradients(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "plain"), [(64, 64, True), (128, 32, True), (256, 32, False), (64, 256, False)]
+)
+def test_only_few_tokens_are_mixed_plainly(queries: int, keys: int, plain: bool) -> None:
+    asked: list[str] = []
+    processor = PlainSmallAttention(lambda *_, **__: asked.append("usual"))
+    processor._plain = lambda *_, **__: asked.append("plain")
+    processor(None, torch.zeros(1, queries, 8), torch.zeros(1, keys, 8))
+    assert asked == ["plain" if plain else "usual"]

@@ -1,0 +1,138 @@
+"""diffusers' StableDiffusionPipeline is the oracle: with equal weights and seeds our latents are the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from sdcli.diffusion.painter import Painter
+from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.scheduler_factory import make_scheduler
+from sdcli.io.files import PACKAGE
+from sdcli.models.loader import load_model
+from sdcli.models.registry import load_registry, resolve, spec_of_folder
+from sdcli.request.schedulers import schedulers_for
+from sdcli.request.schema import GenerationRequest
+from tests.schedulers import DIFFUSION_SCHEDULERS
+from tests.tiny import save_tiny_pipeline
+
+PROMPTS = ["an astronaut riding a horse", "a red apple"]
+NEGATIVES = ["blurry", ""]
+SEEDS = [11, 42]
+
+
+def ours(painter: Painter, **fields: Any) -> Tensor:
+    requests = [
+        resolve(GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **fields), painter.model.spec)
+        for prompt, negative, seed in zip(PROMPTS, NEGATIVES, SEEDS, strict=True)
+    ]
+    *_, last = paint(painter, requests)
+    return last.latents
+
+
+def theirs(pipeline: StableDiffusionPipeline, scheduler: str, config: Any, **fields: Any) -> Tensor:
+    pipeline.scheduler = make_scheduler(scheduler, config)
+    template = fields.pop("prompt_template", "{prompt}")
+    encoded = [
+        pipeline.encode_prompt(template.replace("{prompt}", prompt), "cpu", 1, fields["guidance_scale"] > 1, negative)
+        for prompt, negative in zip(PROMPTS, NEGATIVES, strict=True)
+    ]
+    return pipeline(
+        prompt_embeds=torch.cat([positive for positive, _ in encoded]),
+        negative_prompt_embeds=torch.cat([n for _, n in encoded]) if fields["guidance_scale"] > 1 else None,
+        num_inference_steps=fields.pop("steps"),
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+        **fields,
+    ).images
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> tuple[Painter, StableDiffusionPipeline]:
+    painter = Painter.of(load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu"))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return painter, pipeline
+
+
+@pytest.fixture(scope="module")
+def starter() -> tuple[Painter, StableDiffusionPipeline]:
+    painter = Painter.of(load_model(load_registry().find("starter"), dtype="float32", device="cpu"))
+    pipeline = StableDiffusionPipeline.from_pretrained(PACKAGE / "starter", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return painter, pipeline
+
+
+@pytest.mark.parametrize("scheduler", schedulers_for("diffusion"))
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_latents_equal_diffusers_bit_for_bit_with_every_scheduler(
+    tiny: tuple[Painter, StableDiffusionPipeline],
+    scheduler: str,
+    guidance_scale: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    painter, pipeline = tiny
+    if guidance_scale == 1.0:
+        monkeypatch.setattr("tests.diffusion.test_parity.NEGATIVES", ["", ""])
+    fields = {"width": 64, "height": 96, "steps": 5, "guidance_scale": guidance_scale}
+    expected = theirs(pipeline, scheduler, painter.model.scheduler_config, **fields)
+    assert torch.equal(ours(painter, scheduler=scheduler, **fields), expected)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_eta_equals_diffusers(tiny: tuple[Painter, StableDiffusionPipeline], eta: float) -> None:
+    painter, pipeline = tiny
+    fields = {"width": 64, "height": 64, "steps": 4, "guidance_scale": 5.0, "eta": eta}
+    expected = theirs(pipeline, "ddim", painter.model.scheduler_config, **fields)
+    assert torch.equal(ours(painter, scheduler="ddim", **fields), expected)
+
+
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
+def test_the_starter_equals_diffusers_bit_for_bit(
+    starter: tuple[Painter, StableDiffusionPipeline], scheduler: str
+) -> None:
+    """v-prediction, zero terminal SNR, trailing spacing and an AutoencoderTiny: the other half of the settings."""
+    painter, pipeline = starter
+    fields = {"width": 64, "height": 64, "steps": 4, "guidance_scale": 5.0}
+    template = painter.model.spec.defaults.prompt_template
+    expected = theirs(pipeline, scheduler, painter.model.scheduler_config, prompt_template=template, **fields)
+    assert torch.equal(ours(painter, scheduler=scheduler, **fields), expected)
+
+
+@pytest.mark.parametrize("model", ["tiny", "starter"])
+def test_decoded_pixels_equal_diffusers(model: str, request: pytest.FixtureRequest) -> None:
+    painter, pipeline = request.getfixturevalue(model)
+    channels = pipeline.vae.config.latent_channels
+    latents = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    expected = pipeline.image_processor.postprocess(decoded, output_type="pt")[0]
+    assert torch.equal(painter.space.decode(latents[:1])[0], expected)
+
+
+def test_a_distilled_unet_takes_the_guidance_scale_as_an_input(tmp_path: Path) -> None:
+    folder = save_tiny_pipeline(tmp_path / "lcm", time_cond_proj_dim=32)
+    painter = Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    request = resolve(
+        GenerationRequest(prompt="a cat", seed=1, width=64, height=64, steps=3, guidance_scale=8.0, scheduler="lcm"),
+        painter.model.spec,
+    )
+    *_, last = paint(painter, [request])
+    pipeline.scheduler = make_scheduler("lcm", painter.model.scheduler_config)
+    expected = pipeline(
+        "a cat",
+        width=64,
+        height=64,
+        num_inference_steps=3,
+        guidance_scale=8.0,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+    ).images
+    assert torch.equal(last.latents, expected)

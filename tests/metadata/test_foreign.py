@@ -1,0 +1,293 @@
+"""Other tools' records: A1111's text round trips, the others map as far as they do, and hostile ones do no harm."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sdcli.metadata.foreign import Foreign, a1111_text, load_json, parse_a1111, read_a1111, read_foreign
+from sdcli.request.schedulers import SCHEDULERS
+from sdcli.request.schema import MAX_SEED, GenerationRequest
+
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60) | st.lists(
+    st.sampled_from(
+        ["a cat", "\n", ",", '"', "Steps: 3", "Steps: 1, Seed: 2, Size: 3x4", ": ", "🐈", "שלום", " ", "\\", "{x}"]
+    ),
+    max_size=8,
+).map("".join)
+
+REQUESTS = st.builds(
+    GenerationRequest,
+    prompt=TEXTS,
+    negative_prompt=TEXTS,
+    seed=st.integers(0, MAX_SEED),
+    width=st.integers(2, 1024).map(lambda eighth: eighth * 8),
+    height=st.integers(2, 1024).map(lambda eighth: eighth * 8),
+    steps=st.integers(1, 1000),
+    guidance_scale=st.floats(0, 100) | st.integers(0, 100).map(float),
+    scheduler=st.sampled_from(sorted(SCHEDULERS)),
+    eta=st.just(0.0),
+    model=st.sampled_from(["starter", "owner/name@main", "a: b, c"]),
+)
+
+PLAIN = GenerationRequest(
+    prompt="a cat", negative_prompt="", model="starter", seed=7, width=512, height=768, steps=20, guidance_scale=7.5,
+    scheduler="dpmpp-2m-karras", eta=0.0, prompt_template="{prompt}",
+)  # fmt: skip
+
+
+def as_the_text_keeps_it(prompt: str) -> str:
+    """What A1111's text can carry of a prompt: stripped lines, without blank ones at the start."""
+    return "\n".join(line.strip() for line in prompt.split("\n")).lstrip("\n")
+
+
+def names_a_negative(text: str) -> bool:
+    return any(line.strip().startswith("Negative prompt:") for line in text.split("\n"))
+
+
+@given(REQUESTS)
+@example(PLAIN.changed(prompt="Steps: 3, Sampler: Euler, Seed: 4\nSteps: 5"))
+@example(PLAIN.changed(prompt="", negative_prompt="\n\nbad"))
+@example(PLAIN.changed(prompt="a\r\n b\n\n", negative_prompt='"quoted", \\'))
+def test_a_request_written_as_a1111_text_is_read_back_the_same(request: GenerationRequest) -> None:
+    if names_a_negative(request.prompt) or names_a_negative(request.negative_prompt):
+        return  # ambiguous in the text itself
+    foreign = read_a1111(a1111_text(request, version="1.0", model_hash="0123456789"))
+    expected = request.changed(
+        prompt=as_the_text_keeps_it(request.prompt),
+        negative_prompt=as_the_text_keeps_it(request.negative_prompt),
+        prompt_template="{prompt}",
+    )
+    assert foreign.request.typed() | {"model": request.model, "eta": 0.0} == expected.typed()
+
+
+def test_the_text_is_the_one_a1111_writes() -> None:
+    assert a1111_text(PLAIN.changed(negative_prompt="a dog"), version="1.0", model_hash="0123456789") == (
+        "a cat\nNegative prompt: a dog\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, "
+        "Size: 512x768, Model hash: 0123456789, Model: starter, RNG: CPU, Version: sdcli 1.0"
+    )
+
+
+def test_the_text_holds_the_prompt_inside_its_template_and_whole_numbers_without_a_point() -> None:
+    text = a1111_text(PLAIN.changed(prompt_template="{prompt}, glossy", guidance_scale=7.0), version="1.0")
+    assert text.startswith("a cat, glossy\nSteps: 20,")
+    assert "CFG scale: 7, " in text
+
+
+def test_a1111_would_not_take_its_own_automatic_schedule_for_ours() -> None:
+    assert "Sampler: DPM++ 2M, Schedule type: Uniform," in a1111_text(PLAIN.changed(scheduler="dpmpp-2m"), version="1")
+    assert "Sampler: Euler a, Schedule type: Automatic," in a1111_text(PLAIN.changed(scheduler="euler-a"), version="1")
+
+
+def test_eta_survives_where_the_scheduler_uses_it() -> None:
+    text = a1111_text(PLAIN.changed(scheduler="ddim", eta=0.5), version="1")
+    assert read_a1111(text).request.eta == 0.5
+
+
+def test_a_model_of_another_tool_is_told_and_not_asked_for() -> None:
+    foreign = read_a1111("a cat\nSteps: 20, Sampler: Euler a, Seed: 1, Model hash: abc, Model: deliberate_v2")
+    assert foreign.request.model is None
+    assert foreign.unmapped == {"Model hash": "abc", "Model": "deliberate_v2"}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "scheduler"),
+    [
+        ("Sampler: DPM++ 2M Karras", "dpmpp-2m-karras"),
+        ("Sampler: DPM++ 2M, Schedule type: Karras", "dpmpp-2m-karras"),
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp-2m-karras"),
+        ("Sampler: DPM++ 2M", "dpmpp-2m"),
+        ("Sampler: Euler a, Schedule type: Automatic", "euler-a"),
+        ("Sampler: PLMS", "pndm"),
+        ("Sampler: DPM++ 2M SDE Exponential", None),
+        ("Sampler: Euler, Schedule type: Karras", None),
+        ("Sampler: Restart", None),
+    ],
+)
+def test_samplers_of_all_ages_are_understood_or_left(pairs: str, scheduler: str | None) -> None:
+    foreign = read_a1111(f"a cat\nSteps: 20, {pairs}, Seed: 1")
+    assert foreign.request.scheduler == scheduler
+    assert ("Sampler" in foreign.unmapped) == (scheduler is None)
+
+
+def test_fewer_than_three_pairs_are_part_of_the_prompt() -> None:
+    assert parse_a1111("a cat\nSteps: 3, Seed: 4") == ("a cat\nSteps: 3, Seed: 4", "", {})
+
+
+def test_prompts_of_several_lines_and_quoted_values_are_read() -> None:
+    prompt, negative, pairs = parse_a1111(
+        'a cat\non a mat\nNegative prompt: ugly,\nblurry\nSteps: 20, Lora hashes: "a: 1, b: 2", Odd: "x, Size: 64x64'
+    )
+    assert (prompt, negative) == ("a cat\non a mat", "ugly,\nblurry")
+    assert pairs == {"Steps": "20", "Lora hashes": "a: 1, b: 2", "Odd": '"x', "Size": "64x64"}
+
+
+def test_values_that_are_not_valid_here_are_kept_aside() -> None:
+    foreign = read_a1111("a cat\nSteps: 0, Sampler: Euler, CFG scale: nan, Seed: -1, Size: 500x512")
+    assert foreign.request == GenerationRequest(
+        prompt="a cat", negative_prompt="", prompt_template="{prompt}", height=512, scheduler="euler"
+    )
+    assert foreign.unmapped == {"steps": "0", "guidance_scale": "nan", "seed": "-1", "width": "500"}
+
+
+@pytest.mark.parametrize("line", ["a" * 1_000_000, 'ab: "' + '\\"' * 400_000, 'ab:"x,' * 100_000, " " * 1_000_000])
+def test_a_hostile_line_is_read_in_linear_time(line: str) -> None:
+    started = time.monotonic()
+    read_a1111(f"cat\n{line}")
+    assert time.monotonic() - started < 5  # a quadratic reader takes hours
+
+
+# ComfyUI
+
+
+def graph(**changed: Any) -> dict[str, Any]:
+    nodes = {
+        "3": {
+            "class_type": "KSampler",
+            "inputs": {
+                "seed": 42, "steps": 20, "cfg": 8.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0,
+                "model": ["10", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0],
+            },
+        },
+        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5.safetensors"}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 768, "batch_size": 1}},
+        "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["4", 1]}},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "a dog", "clip": ["4", 1]}},
+        "10": {"class_type": "LoraLoader", "inputs": {"lora_name": "ink", "model": ["4", 0], "clip": ["4", 1]}},
+    }  # fmt: skip
+    return nodes | changed
+
+
+def read_graph(nodes: Any) -> Foreign:
+    foreign = read_foreign({"prompt": json.dumps(nodes)})
+    assert foreign is not None
+    assert foreign.tool == "comfyui"
+    return foreign
+
+
+def test_a_comfyui_graph_is_followed_from_its_sampler() -> None:
+    foreign = read_graph(graph())
+    assert foreign.request == GenerationRequest(
+        prompt="a cat", negative_prompt="a dog", prompt_template="{prompt}", seed=42, width=512, height=768, steps=20,
+        guidance_scale=8.0, scheduler="dpmpp-2m-karras",
+    )  # fmt: skip
+    assert foreign.unmapped == {"model": "v1-5.safetensors", "loras": ["ink"]}
+
+
+def test_comfyui_texts_are_found_through_other_nodes_and_links() -> None:
+    nodes = graph()
+    nodes["3"]["inputs"] |= {"positive": ["20", 0], "negative": ["20", 1], "seed": ["22", 0]}
+    nodes["20"] = {"class_type": "ControlNetApplyAdvanced", "inputs": {"positive": ["21", 0], "negative": ["7", 0]}}
+    nodes["21"] = {"class_type": "ConditioningSetArea", "inputs": {"conditioning": ["6", 0]}}
+    nodes["22"] = {"class_type": "PrimitiveInt", "inputs": {"value": 99}}
+    nodes["6"]["inputs"]["text"] = ["23", 0]
+    nodes["23"] = {"class_type": "PrimitiveString", "inputs": {"value": "a linked cat"}}
+    request = read_graph(nodes).request
+    assert (request.prompt, request.negative_prompt, request.seed) == ("a linked cat", "a dog", 99)
+
+
+def test_of_two_comfyui_samplers_the_one_with_the_empty_latent_counts() -> None:
+    nodes = graph()
+    second = {**nodes["3"]["inputs"], "seed": 1, "denoise": 0.5, "latent_image": ["3", 0]}
+    foreign = read_graph({"1": {"class_type": "KSampler", "inputs": second}, **nodes})
+    assert foreign.request.seed == 42
+    assert foreign.unmapped["other_samplers"] == ["1"]
+
+
+def test_comfyui_graphs_that_do_not_map_leave_what_they_are() -> None:
+    nodes = graph()
+    nodes["3"]["inputs"] |= {"sampler_name": "res_multistep", "denoise": 0.6, "seed": 2**64 - 1, "positive": ["9", 0]}
+    foreign = read_graph(nodes)
+    assert foreign.request.scheduler is None
+    assert foreign.unmapped | {"positive": [], "sampler_name": "res_multistep", "denoise": 0.6} == foreign.unmapped
+    assert foreign.unmapped["seed"] == 2**64 - 1
+    assert read_graph({"1": {"class_type": "SomethingElse", "inputs": {}}}).request is None
+
+
+def test_a_comfyui_graph_that_goes_in_circles_ends() -> None:
+    nodes = graph()
+    nodes["3"]["inputs"] |= {"positive": ["30", 0], "model": ["30", 0], "seed": ["30", 0]}
+    loop = ["30", 0]
+    nodes["30"] = {"class_type": "Reroute", "inputs": {"conditioning": loop, "model": loop, "seed": loop}}
+    assert read_graph(nodes).request.seed is None
+
+
+# InvokeAI
+
+
+def test_invokeai_records_map() -> None:
+    record = {
+        "generation_mode": "txt2img", "positive_prompt": "a cat", "negative_prompt": "a dog", "width": 512,
+        "height": 512, "seed": 5, "cfg_scale": 7.5, "steps": 30, "scheduler": "dpmpp_2m_k", "clip_skip": None,
+        "model": {"name": "Deliberate", "hash": "blake3:1"},
+    }  # fmt: skip
+    foreign = read_foreign({"invokeai_metadata": json.dumps(record)})
+    assert foreign.tool == "invokeai"
+    assert foreign.request == GenerationRequest(
+        prompt="a cat", negative_prompt="a dog", prompt_template="{prompt}", seed=5, width=512, height=512, steps=30,
+        guidance_scale=7.5, scheduler="dpmpp-2m-karras",
+    )  # fmt: skip
+    assert foreign.unmapped == {"generation_mode": "txt2img", "model": {"name": "Deliberate", "hash": "blake3:1"}}
+
+
+def test_an_unknown_invokeai_scheduler_is_left() -> None:
+    foreign = read_foreign({"invokeai_metadata": json.dumps({"seed": 5, "scheduler": "kdpm_2_a_k"})})
+    assert foreign.unmapped == {"scheduler": "kdpm_2_a_k"}
+
+
+def test_old_invokeai_records_map_with_their_bracketed_negative_prompt() -> None:
+    image = {
+        "prompt": [{"prompt": "a cat [ugly] on a mat [blurry]", "weight": 1}], "steps": 50, "cfg_scale": 7.5,
+        "height": 512, "width": 640, "seed": 9, "sampler": "k_euler_a", "type": "txt2img",
+    }  # fmt: skip
+    foreign = read_foreign({"sd-metadata": json.dumps({"model_weights": "sd-1.5", "image": image})})
+    assert foreign.request == GenerationRequest(
+        prompt="a cat  on a mat", negative_prompt="ugly blurry", prompt_template="{prompt}", seed=9, width=640,
+        height=512, steps=50, guidance_scale=7.5, scheduler="euler-a",
+    )  # fmt: skip
+    assert foreign.unmapped == {"model_weights": "sd-1.5", "type": "txt2img"}
+
+
+# hostile records
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+INPUTS = ["seed", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image"]
+INPUTS += ["model", "text", "width", "height", "conditioning", "value", "ckpt_name", "lora_name", "batch_size"]
+NODE = st.fixed_dictionaries(
+    {
+        "class_type": st.sampled_from(["KSampler", "KSamplerAdvanced", "CLIPTextEncode", "X"]) | JSON,
+        "inputs": st.dictionaries(
+            st.sampled_from(INPUTS), JSON | st.tuples(st.sampled_from("123"), st.just(0)).map(list), max_size=9
+        ),
+    }
+)
+FIELDS = ["positive_prompt", "negative_prompt", "seed", "steps", "cfg_scale", "scheduler", "width", "image", "prompt"]
+RECORDS = st.one_of(
+    st.dictionaries(st.sampled_from("123"), NODE), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=9), JSON
+)
+
+
+@given(RECORDS)
+def test_any_json_at_all_is_read_without_an_error_and_stays_json(record: Any) -> None:
+    for key in ("prompt", "invokeai_metadata", "sd-metadata", "parameters"):
+        foreign = read_foreign({key: json.dumps(record)})
+        if foreign is not None:
+            json.dumps(foreign.unmapped, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "[" * 70 + "]" * 70, "NaN", "[1e999]", "1" * 5000, "\ud800"]
+)
+def test_bad_json_is_refused_with_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        load_json(text)
+    assert read_foreign({"prompt": text, "invokeai_metadata": text, "sd-metadata": text}) is None

@@ -1,0 +1,663 @@
+"""Models without a prompt, with classes, and without a VAE: painted as diffusers does, through the one pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel
+from PIL import Image
+from torch import Tensor
+
+from sdcli.diffusion import init_latents
+from sdcli.diffusion.painter import Painter
+from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.scheduler_factory import make_scheduler
+from sdcli.errors import BadOutput, BadWeights, NotFound, SdcliError, UsageError
+from sdcli.generation.codec import Codec
+from sdcli.generation.engine import Engine, Result, paint_pictures
+from sdcli.generation.journal import Journal
+from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.verify import verify_picture
+from sdcli.images.pixels import from_pixels
+from sdcli.metadata.record import read_picture
+from sdcli.models.layout import LAYOUTS
+from sdcli.models.loader import LoadedModel, load_model, model_in_memory
+from sdcli.models.registry import ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.models.sources import FolderSource
+from sdcli.request.jobs import BadJob, Job, expand, read_lines
+from sdcli.request.schema import GenerationRequest
+from tests.cli.test_startup import HEAVY, RUNNER
+from tests.conftest import REPOSITORY, Run
+from tests.schedulers import DIFFUSION_SCHEDULERS
+
+SEEDS = [11, 42]
+ANIMALS = ["cat", "dog", "red fox"]
+
+
+def micro_unet(**changes: Any) -> UNet2DModel:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        **{
+            "sample_size": 28,
+            "in_channels": 1,
+            "out_channels": 1,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "attention_head_dim": 8,
+            **changes,
+        }
+    )
+    return unet.eval()
+
+
+def micro_vae(**changes: Any) -> AutoencoderKL:
+    torch.manual_seed(1)
+    depth = len(changes.setdefault("block_out_channels", (8, 8, 16, 16)))
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        norm_num_groups=4,
+        **changes,
+    )
+    return vae.eval()
+
+
+def save_pixel_model(folder: Path, *, classes: list[str] | None = None, **unet: Any) -> Path:
+    DDPMPipeline(micro_unet(**unet), DDPMScheduler()).save_pretrained(folder)
+    if classes is not None:
+        (folder / "classes.json").write_text(json.dumps(classes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One micro model of every kind."""
+    root = tmp_path_factory.mktemp("models")
+    grey = save_pixel_model(root / "grey")
+    colour = save_pixel_model(root / "colour", in_channels=3, out_channels=3, sample_size=32)
+    digits = save_pixel_model(root / "digits", sample_size=8)
+    save_pixel_model(root / "animals", classes=ANIMALS, num_class_embeds=4)
+    save_pixel_model(root / "strict", classes=ANIMALS, num_class_embeds=3)
+    save_pixel_model(root / "numbers", num_class_embeds=30)
+    latent = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    LDMPipeline(micro_vae(), micro_unet(**latent), scheduler).save_pretrained(root / "latents")
+    LDMPipeline(micro_vae(), micro_unet(**latent, num_class_embeds=4), scheduler).save_pretrained(
+        root / "latent-animals"
+    )
+    (root / "latent-animals" / "classes.json").write_text(json.dumps(ANIMALS))
+    assert {grey.name, colour.name, digits.name} < {path.name for path in root.iterdir()}
+    return {path.name: path for path in root.iterdir()}
+
+
+def painter_of(folder: Path) -> Painter:
+    return Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+
+
+def requests_for(painter: Painter, *prompts: str, **fields: Any) -> list[GenerationRequest]:
+    return [
+        resolve(GenerationRequest(prompt=prompt, seed=seed, **fields), painter.model.spec)
+        for prompt, seed in zip(prompts or ("", ""), SEEDS, strict=True)
+    ]
+
+
+def painted(painter: Painter, *prompts: str, **fields: Any) -> Tensor:
+    *_, last = paint(painter, requests_for(painter, *prompts, **fields))
+    return last.latents
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+@torch.inference_mode()
+def by_hand(
+    unet: UNet2DModel, scheduler: Any, *, steps: int, size: tuple[int, int], labels: Any = None, scale: float = 1.0
+) -> Tensor:
+    """diffusers' parts in the plainest loop; `labels` are (unconditional, conditional) rows."""
+    own = generators()
+    x = torch.cat([torch.randn((1, unet.config.in_channels, *size), generator=generator) for generator in own])
+    scheduler.set_timesteps(steps)
+    x = x * scheduler.init_noise_sigma
+    extra = {"generator": own} if "generator" in scheduler.step.__code__.co_varnames else {}
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        if labels is None:
+            output = unet(scaled, t).sample
+        elif scale > 1:
+            rows = unet(torch.cat([scaled, scaled]), t, class_labels=torch.tensor([*labels[0], *labels[1]])).sample
+            without, with_class = rows.chunk(2)
+            output = without + scale * (with_class - without)
+        else:
+            output = unet(scaled, t, class_labels=torch.tensor(labels[1])).sample
+        x = scheduler.step(output, t, x, **extra).prev_sample
+    return x
+
+
+# The oracle: diffusers
+
+
+@pytest.mark.parametrize("name", ["grey", "colour", "digits"])
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+def test_pixels_equal_diffusers_own_pipelines_bit_for_bit(folders: dict[str, Path], name: str, scheduler: str) -> None:
+    oracle = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[scheduler].from_pretrained(folders[name])
+    oracle.set_progress_bar_config(disable=True)
+    expected = oracle(batch_size=2, generator=generators(), num_inference_steps=4, output_type="pt").images
+    painter = painter_of(folders[name])
+    x = painted(painter, scheduler=scheduler, steps=4)
+    assert x.shape == expected.shape
+    found = torch.cat([painter.space.decode(one[None]) for one in x])
+    assert torch.equal(found, expected.expand(-1, 3, -1, -1))
+
+
+def test_ddim_eta_equals_diffusers_own_pipeline(folders: dict[str, Path]) -> None:
+    oracle = DDIMPipeline.from_pretrained(folders["grey"])
+    oracle.set_progress_bar_config(disable=True)
+    expected = oracle(batch_size=2, generator=generators(), eta=0.7, num_inference_steps=4, output_type="pt").images
+    found = painted(painter_of(folders["grey"]), scheduler="ddim", steps=4, eta=0.7)
+    assert torch.equal((found / 2 + 0.5).clamp(0, 1), expected)
+
+
+@pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
+def test_x_equals_a_plain_loop_of_diffusers_parts_with_every_scheduler(
+    folders: dict[str, Path], scheduler: str
+) -> None:
+    painter = painter_of(folders["grey"])
+    unet = UNet2DModel.from_pretrained(folders["grey"] / "unet")
+    expected = by_hand(unet, make_scheduler(scheduler, painter.model.scheduler_config), steps=4, size=(20, 36))
+    assert torch.equal(painted(painter, scheduler=scheduler, steps=4, width=36, height=20), expected)
+
+
+@pytest.mark.parametrize(
+    ("negatives", "scale", "labels"),
+    [
+        (("", ""), 1.0, ((3, 3), (2, 0))),
+        (("", ""), 3.0, ((3, 3), (2, 0))),
+        (("dog", ""), 3.0, ((1, 3), (2, 0))),
+    ],
+)
+def test_guidance_by_classes_equals_a_plain_loop(
+    folders: dict[str, Path], negatives: tuple[str, str], scale: float, labels: Any
+) -> None:
+    painter = painter_of(folders["animals"])
+    requests = [
+        resolve(
+            GenerationRequest(
+                prompt=prompt, negative_prompt=negative, seed=seed, guidance_scale=scale, steps=3, scheduler="ddpm"
+            ),
+            painter.model.spec,
+        )
+        for prompt, negative, seed in zip(["red fox", "0"], negatives, SEEDS, strict=True)
+    ]
+    *_, last = paint(painter, requests)
+    unet = UNet2DModel.from_pretrained(folders["animals"] / "unet")
+    scheduler = DDPMScheduler.from_pretrained(folders["animals"] / "scheduler")
+    assert torch.equal(last.latents, by_hand(unet, scheduler, steps=3, size=(28, 28), labels=labels, scale=scale))
+
+
+def test_pictures_of_latents_equal_diffusers_own_pipeline(folders: dict[str, Path]) -> None:
+    """diffusers loads an AutoencoderKL as LDMPipeline's `vqvae`, and so do we."""
+    oracle = LDMPipeline.from_pretrained(folders["latents"])
+    oracle.set_progress_bar_config(disable=True)
+    expected = oracle(batch_size=2, generator=generators(), num_inference_steps=4, output_type="np").images
+    painter = painter_of(folders["latents"])
+    x = painted(painter, steps=4)
+    assert x.shape == (2, 4, 8, 8)
+    with torch.inference_mode():
+        together = painter.space.decode(x)
+    assert np.array_equal(together.permute(0, 2, 3, 1).numpy(), expected)
+    assert torch.allclose(painter.space.decode(x[:1])[0], together[0], atol=1e-5)
+
+
+def test_latents_of_classes_are_guided_too(folders: dict[str, Path]) -> None:
+    painter = painter_of(folders["latent-animals"])
+    unet = UNet2DModel.from_pretrained(folders["latent-animals"] / "unet")
+    scheduler = DDIMScheduler.from_pretrained(folders["latent-animals"] / "scheduler")
+    expected = by_hand(unet, scheduler, steps=3, size=(8, 8), labels=((3, 3), (0, 1)), scale=2.0)
+    assert torch.equal(painted(painter, "cat", "dog", steps=3, guidance_scale=2.0), expected)
+
+
+# What may be asked
+
+
+def test_the_model_s_own_size_is_the_default(folders: dict[str, Path], tiny_folder: Path) -> None:
+    sizes = {name: spec_of_folder(folder).defaults for name, folder in folders.items()}
+    assert {name: (size.width, size.height) for name, size in sizes.items()} == {
+        "grey": (28, 28), "colour": (32, 32), "digits": (8, 8), "animals": (28, 28), "strict": (28, 28),
+        "numbers": (28, 28), "latents": (64, 64), "latent-animals": (64, 64),
+    }  # fmt: skip
+    assert {(d.steps, d.guidance_scale, d.scheduler) for d in sizes.values()} == {(50, 1.0, "ddim")}
+    text = spec_of_folder(tiny_folder).defaults
+    assert (text.width, text.height, text.steps, text.guidance_scale) == (64, 64, 25, 7.5)
+
+
+def test_an_oblong_model_paints_oblong_pictures(tmp_path: Path) -> None:
+    spec = spec_of_folder(save_pixel_model(tmp_path / "oblong", sample_size=(12, 20)))
+    assert (spec.defaults.width, spec.defaults.height) == (20, 12)
+
+
+def test_a_vae_that_halves_twice_makes_pictures_of_four_pixels_a_cell(tmp_path: Path) -> None:
+    latent = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
+    vae = micro_vae(block_out_channels=(8, 8, 16))
+    LDMPipeline(vae, micro_unet(**latent), DDIMScheduler()).save_pretrained(tmp_path / "small")
+    painter = painter_of(tmp_path / "small")
+    x = painted(painter, steps=2)
+    assert x.shape == (2, 4, 8, 8)
+    assert painter.space.decode(x).shape[1:] == (3, 32, 32)
+    assert painter.model.spec.kind.size_step == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("grey", {"width": 29}, "width: should be a multiple of 2, not 29"),
+        ("latents", {"height": 72}, "height: should be a multiple of 16, not 72"),
+        ("grey", {"prompt": "a cat"}, "paints without a prompt; 'a cat' would have no effect"),
+        ("grey", {"negative_prompt": "a cat"}, "paints without a prompt"),
+        ("grey", {"prompt_template": "{prompt} in oil"}, "paints without a prompt"),
+        ("grey", {"guidance_scale": 3}, "paints without a prompt, so it cannot be guided"),
+        ("grey", {"eta": 0.5, "scheduler": "euler"}, "eta has no effect"),
+        ("strict", {"prompt": "cat", "guidance_scale": 2}, "always paints a class, never none, so it cannot be guided"),
+        ("strict", {"prompt": "cat", "negative_prompt": "dog"}, "cannot be guided"),
+        ("strict", {"prompt": ""}, r"the prompt names no class \(the model's classes: cat, dog, red fox\)"),
+        ("animals", {"prompt": "red fax"}, "no class 'red fax'; did you mean 'red fox'"),
+        ("animals", {"prompt": "3"}, "no class '3'"),
+        ("animals", {"prompt": "-1"}, "no class '-1'"),
+        ("animals", {"prompt": "cat", "negative_prompt": "dog"}, "no effect at guidance scale 1; use one above 1"),
+        ("animals", {"prompt": "cat", "negative_prompt": "x", "guidance_scale": 2}, "no class 'x'"),
+        ("numbers", {"prompt": "30"}, "0, 1, 2, 3, .*, 19 and 10 more"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_before_anything_is_loaded(
+    folders: dict[str, Path], name: str, fields: dict[str, Any], sentence: str
+) -> None:
+    spec = spec_of_folder(folders[name])
+    with pytest.raises(UsageError, match=sentence):
+        resolve(GenerationRequest(**fields), spec)
+
+
+def test_a_class_is_asked_for_by_its_name_or_its_number() -> None:
+    from sdcli.models.layout import ModelKind
+
+    kind = ModelKind("class", classes=("2", "cat", "dog"), null_label=3)
+    assert [kind.label(prompt) for prompt in ("cat", " cat ", "dog", "1", "0", "")] == [1, 1, 2, 1, 0, 3]
+    assert kind.label("2") == 0, "a name goes before a number"
+
+
+def test_more_steps_than_levels_of_noise_are_refused(tmp_path: Path) -> None:
+    DDPMPipeline(micro_unet(), DDPMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path / "short")
+    painter = painter_of(tmp_path / "short")
+    assert painted(painter, steps=10).isfinite().all()
+    with pytest.raises(UsageError, match=r"11 steps are too many: .* was trained with 10 levels of noise"):
+        painted(painter, steps=11)
+
+
+def test_a_black_picture_of_pixels_is_a_picture_and_nan_is_none(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter = painter_of(folders["grey"])
+    (request, _) = requests_for(painter, steps=1)
+    for value, ends in ((-1.0, "painted"), (float("nan"), "refused")):
+        monkeypatch.setattr(init_latents, "initial_noise", lambda _, shape, value=value: torch.full((1, *shape), value))
+        monkeypatch.setattr(type(painter.model.unet), "forward", lambda *_, **__: (torch.zeros(1, 1, 28, 28),))
+        if ends == "painted":
+            (picture,) = paint_pictures(painter, [request])
+            assert float(picture.pixels.max()) < 0.5
+        else:
+            with pytest.raises(BadOutput):
+                paint_pictures(painter, [request])
+
+
+# Networks in memory
+
+
+def in_memory(folder: Path, **changes: Any) -> LoadedModel:
+    return model_in_memory(
+        ModelSpec(name="a run", source=FolderSource(kind="folder", path=folder)),
+        scheduler_config=DDPMScheduler().config,
+        unet=micro_unet(**changes),
+    )
+
+
+def test_networks_in_memory_paint_what_their_folder_paints(folders: dict[str, Path], tmp_path: Path) -> None:
+    painter, trained = painter_of(folders["grey"]), Painter.of(in_memory(tmp_path / "not there yet"))
+    fields = {"steps": 3, "scheduler": "ddpm", "width": 28, "height": 28, "guidance_scale": 1}
+    ours = paint_pictures(trained, requests_for(trained, **fields))
+    theirs = paint_pictures(painter, requests_for(painter, **fields))
+    assert [picture.batch_size for picture in ours] == [2, 2]
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
+    assert trained.model.weights() == {"unet": "memory"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classes_and_latents_of_networks_in_memory_are_read_off_their_configurations() -> None:
+    model = model_in_memory(
+        ModelSpec(name="a run", source=FolderSource(kind="folder", path=Path("nowhere"))),
+        scheduler_config=DDIMScheduler(clip_sample=False).config,
+        classes=ANIMALS,
+        unet=micro_unet(in_channels=4, out_channels=4, num_class_embeds=4),
+        vae=micro_vae(),
+    )
+    painter = Painter.of(model)
+    fields = {"steps": 2, "width": 64, "height": 32, "guidance_scale": 2, "scheduler": "ddim"}
+    first, second = paint_pictures(painter, requests_for(painter, "cat", "dog", **fields), batch_size=1)
+    assert first.pixels.shape == (3, 32, 64)
+    assert (first.batch_size, second.batch_index) == (1, 0)
+    with pytest.raises(BadWeights, match="names 2 classes, and its UNet has 4"):
+        model_in_memory(model.spec, scheduler_config={}, classes=["a", "b"], unet=micro_unet(num_class_embeds=4))
+
+
+def test_a_part_in_memory_takes_the_place_of_the_loaded_one(folders: dict[str, Path]) -> None:
+    painter = painter_of(folders["grey"])
+    other = micro_unet()
+    for parameter in other.parameters():
+        parameter.data *= 1.5
+    trained = Painter.of(painter.model.with_parts(unet=other, identity="a run, step 7"))
+    assert not torch.equal(painted(painter, steps=2), painted(trained, steps=2))
+    assert trained.model.identity("unet") == "a run, step 7"
+    assert painter.model.identity("unet").startswith("sha256:")
+
+
+def test_text_models_paint_with_a_trained_unet_as_well(tiny_folder: Path) -> None:
+    import copy
+
+    model = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
+    same = Painter.of(model.with_parts(unet=copy.deepcopy(model.unet)))
+    requests = requests_for(same, "a cat", "a dog", steps=2)
+    pairs = zip(paint_pictures(Painter.of(model), requests), paint_pictures(same, requests), strict=True)
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in pairs)
+
+
+def test_dropout_is_off_while_sample_pictures_are_painted_and_on_again_after(tmp_path: Path) -> None:
+    model = in_memory(tmp_path, dropout=0.5)
+    painter = Painter.of(model)
+    request = requests_for(painter, steps=2, width=28, height=28, guidance_scale=1)[:1]
+    expected = paint_pictures(painter, request)[0].pixels
+    model.unet.train()
+    model.unet.mid_block.eval()
+    modes = [module.training for module in model.unet.modules()]
+    assert torch.equal(paint_pictures(painter, request)[0].pixels, expected)
+    assert [module.training for module in model.unet.modules()] == modes
+    assert all(parameter.requires_grad for parameter in model.unet.parameters()), "training goes on"
+
+
+def test_training_goes_on_after_painting(tmp_path: Path) -> None:
+    painter = Painter.of(in_memory(tmp_path))
+    paint_pictures(painter, requests_for(painter, steps=1, width=28, height=28, guidance_scale=1))
+    loss = painter.model.unet(torch.zeros(1, 1, 28, 28), 3).sample.square().mean()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in painter.model.unet.parameters())
+
+
+# Folders
+
+
+def damaged(source: Path, target: Path, file: str, text: str) -> Path:
+    shutil.copytree(source, target)
+    (target / file).write_text(text)
+    return target
+
+
+def unet_config(**changes: Any) -> str:
+    return json.dumps({**micro_unet().config, "_class_name": "UNet2DModel", **changes})
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "error", "sentence"),
+    [
+        ("sdcli.json", '{"schema": 2}', UsageError, "schema: 2 is not 1"),
+        ("sdcli.json", "{}", UsageError, "schema: None is not 1"),
+        ("sdcli.json", '{"schema": true}', UsageError, "schema: True is not 1"),
+        ("sdcli.json", '{"schema": 1, "default": {}}', UsageError, "unknown key 'default'"),
+        ("sdcli.json", '{"schema": 1, "defaults": []}', UsageError, "defaults: should be an object"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"colour": 1}}', UsageError, "defaults.colour"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"steps": "many"}}', UsageError, "defaults.steps"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"steps": 1e9}}', UsageError, "defaults.steps"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"guidance_scale": NaN}}', UsageError, "defaults.guidance_scale"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"guidance_scale": Infinity}}', UsageError, "defaults.guidance"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"scheduler": "eulr"}}', UsageError, "did you mean 'euler'"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"prompt_template": "x"}}', UsageError, "prompt_template: has no"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"width": 29}}', UsageError, "width: should be a multiple of 2"),
+        ("sdcli.json", '{"schema": 1, "defaults": {"dtype": "int8"}}', UsageError, "defaults.dtype"),
+        ("sdcli.json", "[" * 100_000, BadWeights, "cannot be read"),
+        ("sdcli.json", " " * 2**21, BadWeights, "larger than any configuration"),
+        ("sdcli.json", "[]", BadWeights, "should hold a JSON object"),
+        ("classes.json", "{}", BadWeights, "should hold a JSON list"),
+        ("classes.json", '["cat", "dog"]', BadWeights, "names 2 classes, and its UNet has 4"),
+        ("classes.json", '["cat", "dog", 3]', BadWeights, "'3' is no name of a class"),
+        ("classes.json", '["cat", "dog", ""]', BadWeights, "is no name of a class"),
+        ("classes.json", '["cat", "dog", "\\u001b[2J"]', BadWeights, "is no name of a class"),
+        ("classes.json", '["cat", "dog", "dog"]', BadWeights, "'dog' is there twice"),
+        ("unet/config.json", unet_config(num_class_embeds=10**12), BadWeights, "cannot have 1000000000000 classes"),
+        ("unet/config.json", unet_config(class_embed_type="timestep"), UsageError, "takes classes as 'timestep'"),
+        ("unet/config.json", unet_config(in_channels=4, out_channels=4), UsageError, "takes 4 channels; pictures have"),
+        ("unet/config.json", unet_config(out_channels=2), UsageError, "takes 1 channels and gives 2"),
+        ("unet/config.json", unet_config(block_out_channels="many"), BadWeights, "describes no network"),
+        ("unet/config.json", unet_config(_class_name="UNet2DConditionModel"), BadWeights, "is of a 'UNet2DCondition"),
+        ("unet/config.json", unet_config(_class_name=["UNet2DModel"]), BadWeights, "is of a"),
+        ("model_index.json", '{"_class_name": "DiTPipeline"}', UsageError, "is a DiTPipeline; sdcli paints with"),
+        ("model_index.json", '{"_class_name": ["x"]}', UsageError, "sdcli paints with"),
+        ("model_index.json", '{"_class_name": "DDPMPipeline"}', BadWeights, "names None as its unet"),
+    ],
+)  # fmt: skip
+def test_hostile_folders_are_told_in_a_sentence(
+    folders: dict[str, Path], tmp_path: Path, file: str, text: str, error: type[SdcliError], sentence: str
+) -> None:
+    folder = damaged(folders["animals"], tmp_path / "hostile", file, text)
+    with pytest.raises(SdcliError) as refused:
+        spec_of_folder(folder)
+    assert type(refused.value) is error
+    assert sentence in str(refused.value)
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_vq_model_is_told_from_a_vae(folders: dict[str, Path], tmp_path: Path) -> None:
+    index = json.loads((folders["latents"] / "model_index.json").read_text())
+    index["vqvae"] = ["diffusers", "VQModel"]
+    folder = damaged(folders["latents"], tmp_path / "vq", "model_index.json", json.dumps(index))
+    with pytest.raises(BadWeights, match="names 'VQModel' as its vqvae; known: AutoencoderKL, AutoencoderTiny"):
+        spec_of_folder(folder)
+
+
+def test_a_folder_that_is_incomplete_says_what_is_missing(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["grey"], tmp_path / "half")
+    (tmp_path / "half" / "unet" / "config.json").unlink()
+    with pytest.raises(NotFound, match=r"unet/config\.json; the model is incomplete"):
+        spec_of_folder(tmp_path / "half")
+
+
+@pytest.mark.parametrize("sample_size", [0, -8, 10**9, True, "28", [28], [28, "28"], {"a": 1}, None])
+def test_a_nonsensical_sample_size_is_passed_over(folders: dict[str, Path], tmp_path: Path, sample_size: Any) -> None:
+    folder = damaged(folders["grey"], tmp_path / "odd", "unet/config.json", unet_config(sample_size=sample_size))
+    defaults = spec_of_folder(folder).defaults
+    assert (defaults.width, defaults.height) == (16, 16)
+
+
+def test_a_folder_s_own_defaults_lie_between_the_usual_ones_and_those_of_an_entry(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    own = {"schema": 1, "defaults": {"steps": 7, "scheduler": "ddpm", "width": 16, "dtype": "float32"}}
+    folder = damaged(folders["animals"], tmp_path / "run", "sdcli.json", json.dumps(own))
+    defaults = spec_of_folder(folder).defaults
+    assert (defaults.steps, defaults.scheduler, defaults.width, defaults.height) == (7, "ddpm", 16, 28)
+    assert (defaults.guidance_scale, defaults.dtype) == (1.0, "float32")
+    (tmp_path / "models.yaml").write_text(
+        "models: {pets: {source: {kind: folder, path: run}, defaults: {steps: 3, height: 20}}}\n"
+    )
+    spec = load_registry(tmp_path / "models.yaml").find("pets")
+    assert spec.kind.classes == tuple(ANIMALS)
+    assert (spec.defaults.steps, spec.defaults.scheduler, spec.defaults.width, spec.defaults.height) == (
+        3, "ddpm", 16, 20,
+    )  # fmt: skip
+    assert load_model(spec, device="cpu").spec == spec
+
+
+def test_a_text_folder_may_have_its_own_defaults(tiny_folder: Path, tmp_path: Path) -> None:
+    own = {"schema": 1, "defaults": {"prompt_template": "{prompt}, in oil", "guidance_scale": 3}}
+    spec = spec_of_folder(damaged(tiny_folder, tmp_path / "run", "sdcli.json", json.dumps(own)))
+    assert resolve(GenerationRequest(prompt="a cat"), spec).painted_prompt == "a cat, in oil"
+    assert (spec.defaults.guidance_scale, spec.defaults.width) == (3, 64)
+
+
+@pytest.mark.parametrize("key", ["kind", "classes"])
+def test_an_entry_of_models_yaml_cannot_claim_what_only_a_folder_says(tmp_path: Path, key: str) -> None:
+    (tmp_path / "models.yaml").write_text(f"models: {{a: {{source: {{kind: hub, repo: a/b}}, {key}: [x]}}}}\n")
+    with pytest.raises(UsageError, match=rf"models\.a\.{key}"):
+        load_registry(tmp_path / "models.yaml")
+
+
+@pytest.mark.parametrize(
+    ("width", "sentence"),
+    [(100, "should be a multiple of 8, not 100"), (8, "should be greater than or equal to 16, not 8")],
+)
+def test_an_entry_of_models_yaml_has_a_size_that_its_latents_can_have(
+    tmp_path: Path, width: int, sentence: str
+) -> None:
+    (tmp_path / "models.yaml").write_text(
+        f"models: {{a: {{source: {{kind: hub, repo: a/b}}, defaults: {{width: {width}}}}}}}\n"
+    )
+    with pytest.raises(UsageError, match=rf"models\.a\.defaults\.width: {sentence}"):
+        load_registry(tmp_path / "models.yaml")
+
+
+def test_every_layout_is_a_pipeline_of_diffusers() -> None:
+    import diffusers
+
+    assert all(hasattr(diffusers, name) for name in LAYOUTS)
+
+
+# As a user types it
+
+
+@pytest.fixture
+def command(sdcli: Run) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        result = sdcli("generate", *arguments, "--device", "cpu")
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run
+
+
+def test_an_unconditional_model_paints_without_a_prompt(
+    command: Callable[..., Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    lines = command("-m", folders["grey"], "-n", "3", "--seed", "5", "--steps", "2", "--json").stdout.splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [5, 6, 7]
+    path = tmp_path / json.loads(lines[1])["path"]
+    with Image.open(path) as image:
+        assert (image.size, image.mode) == ((28, 28), "RGB")
+        red, green, blue = image.split()
+    assert red.tobytes() == green.tobytes() == blue.tobytes(), "grey is saved with equal channels"
+    info = read_picture(path)
+    assert info.record is not None
+    assert (info.record.request.prompt, info.record.request.width) == ("", 28)
+    assert list(info.record.provenance["weights"]) == ["unet"]
+    registry = load_registry()
+    for line in lines:
+        assert verify_picture(tmp_path / json.loads(line)["path"], registry, RunSettings(device="cpu")).identical
+    asked = command("--from", path, "--dry-run").stdout
+    assert json.loads(asked) == info.record.request.typed()
+    assert "paints without a prompt" in command("a cat", "-m", folders["grey"], code=2).stderr
+
+
+def test_lines_of_a_file_need_no_prompt_and_are_resumed(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text('{"seed": 1}\n{"width": 32, "num_images": 2}\n{"prompt": "a cat"}\n')
+    registry, typed = load_registry(), {"model": str(folders["grey"]), "steps": 2}
+
+    def run() -> list[Result]:
+        lines = read_lines(str(tmp_path / "jobs.jsonl"))
+        *jobs, bad = expand(lines, typed, registry, num_images=1, base_seed=5)
+        assert isinstance(bad, BadJob)
+        assert "line 3: " in str(bad.error)
+        engine = Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=tmp_path, resume=True))
+        good = [job for job in jobs if isinstance(job, Job)]
+        events = engine.paint_all(good, journal=Journal.open(tmp_path))
+        return [event for event in events if isinstance(event, Result)]
+
+    first = run()
+    assert sorted(result.status for result in first) == ["done", "done", "done"]
+    lost = first[-1].path
+    assert lost is not None
+    before = lost.read_bytes()
+    lost.unlink()
+    assert sorted(result.status for result in run()) == ["done", "skipped", "skipped"]
+    assert lost.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_class_is_the_prompt(command: Callable[..., Any], folders: dict[str, Path], tmp_path: Path) -> None:
+    typed = ("-m", folders["latent-animals"], "--seed", "1", "--steps", "2", "--guidance-scale", "2")
+    command("red fox", "2", *typed, "--dtype", "float32", "--batch-size", "1", "-o", "{index}.png")
+    named, numbered = (Image.open(tmp_path / f"{index}.png").tobytes() for index in (1, 2))
+    assert named == numbered
+    painter = painter_of(folders["latent-animals"])
+    request = GenerationRequest(prompt="red fox", seed=1, steps=2, guidance_scale=2)
+    (picture,) = paint_pictures(painter, [resolve(request, painter.model.spec)])
+    assert from_pixels(picture.pixels).tobytes() == named, "a trainer's picture is the one that generate paints"
+    assert "name a class: cat, dog, red fox" in command(*typed, code=2).stderr
+    assert "did you mean 'red fox'" in command("red fax", *typed, code=2).stderr
+
+
+def test_a_dry_run_tells_everything_and_loads_nothing_heavy(folders: dict[str, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RUNNER, json.dumps(HEAVY), "generate", "-m", str(folders["grey"]), "--dry-run"]
+    env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    request = json.loads(done.stdout)
+    assert (request["width"], request["steps"], request["scheduler"], request["prompt"]) == (28, 50, "ddim", "")
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
+@pytest.mark.slow
+def test_a_model_without_a_vae_neither_encodes_nor_decodes(
+    sdcli: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
+    encoded = sdcli("encode", "x.png", "-m", folders["grey"], "-o", "x.safetensors")
+    assert encoded.returncode == 2, encoded.stderr
+    assert "has no VAE: it paints on pixels, not on latents" in encoded.stderr
+    with pytest.raises(UsageError, match="has no text encoder: it paints without text"):
+        load_model(spec_of_folder(folders["latents"]), parts=("text_encoder",), device="cpu")
+
+
+def test_latents_of_an_unconditional_model_are_encoded_and_decoded(folders: dict[str, Path], tmp_path: Path) -> None:
+    codec = Codec.load(spec_of_folder(folders["latents"]), RunSettings(device="cpu"))
+    latents, _ = codec.encode([torch.rand(3, 64, 64)], seeds=None)
+    picture, _ = codec.decode(latents[0])
+    assert (tuple(latents.shape), picture.size) == ((1, 4, 8, 8), (64, 64))
+
+
+# The laws
+
+
+@pytest.mark.parametrize("name", ["animals", "latent-animals"])
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_a_picture_does_not_depend_on_its_batch(folders: dict[str, Path], name: str, scheduler: str) -> None:
+    painter = painter_of(folders[name])
+    requests = requests_for(painter, "cat", "dog", steps=3, scheduler=scheduler, guidance_scale=2.0)
+    together = paint_pictures(painter, requests, batch_size=2)
+    alone = paint_pictures(painter, requests, batch_size=1)
+    for a, b in zip(together, alone, strict=True):
+        assert (a.batch_size, b.batch_size) == (2, 1)
+        assert float((a.pixels - b.pixels).abs().max()) <= 2 / 255
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 8), (10, 14), (28, 30), (64, 16)])
+def test_pixels_are_painted_in_any_size_the_unet_can_halve(folders: dict[str, Path], width: int, height: int) -> None:
+    painter = painter_of(folders["digits"])
+    assert painted(painter, steps=1, width=width, height=height).shape == (2, 1, height, width)

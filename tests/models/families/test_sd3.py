@@ -1,0 +1,388 @@
+"""Stable Diffusion 3: diffusers' StableDiffusion3Pipeline and its Img2Img and Inpaint pipelines are the oracles."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdcli.diffusion import init_latents
+from sdcli.diffusion.init_image import measure
+from sdcli.diffusion.painter import Painter
+from sdcli.diffusion.pipeline import paint, scheduler_for
+from sdcli.diffusion.x0_prediction import seen_and_guessed
+from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
+from sdcli.generation.codec import Codec
+from sdcli.generation.engine import Engine, Result
+from sdcli.generation.forward_process import ForwardProcess
+from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.verify import verify_picture
+from sdcli.images.metrics import distance
+from sdcli.images.pixels import from_pixels
+from sdcli.metadata.record import parameters_text, read_picture
+from sdcli.models import loader
+from sdcli.models.hub.download import first_missing
+from sdcli.models.loader import load_model
+from sdcli.models.registry import SD3_DEFAULTS, load_registry, resolve, spec_of_folder
+from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.schema import GenerationRequest, parse_request
+from sdcli.training.model_parts import load_to_train, refuse_shifted
+from sdcli.vae import autoencoder
+from sdcli.vae.latent_files import LatentRecord, latent_bytes, read_latents
+from tests.hub_server import cached
+from tests.tiny import save_tiny_sd3
+
+PROMPTS = ["an astronaut riding a horse", "a red apple"]
+NEGATIVES = ["blurry", ""]
+SEEDS = [11, 42]
+SMALL = {"width": 64, "height": 96, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """With T5 or without it, by whether it is there."""
+    root = tmp_path_factory.mktemp("sd3")
+    whole, small = save_tiny_sd3(root / "whole"), root / "small"
+    shutil.copytree(whole, small, ignore=shutil.ignore_patterns("*_3"))
+    absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    index = json.loads((whole / "model_index.json").read_text())
+    (small / "model_index.json").write_text(json.dumps({**index, **absent}))
+    return {True: whole, False: small}
+
+
+@pytest.fixture(scope="module")
+def painters(folders: dict[bool, Path]) -> dict[bool, Painter]:
+    return {t5: of_folder(folder) for t5, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def pipelines(folders: dict[bool, Path]) -> dict[bool, StableDiffusion3Pipeline]:
+    whole = StableDiffusion3Pipeline.from_pretrained(folders[True], dtype=torch.float32)
+    for encoder in (whole.text_encoder, whole.text_encoder_2, whole.text_encoder_3):
+        for parameter in encoder.parameters():  # of a mapped file, at odd addresses, where products round differently
+            parameter.data = parameter.data.clone()
+    small = StableDiffusion3Pipeline(**{**whole.components, "text_encoder_3": None, "tokenizer_3": None})
+    for pipeline in (whole, small):
+        pipeline.set_progress_bar_config(disable=True)
+    return {True: whole, False: small}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    colours = torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))
+    from_pixels(colours).save(tmp_path / "start.png")
+    return tmp_path / "start.png"
+
+
+def of_folder(folder: Path) -> Painter:
+    return Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+
+
+def ours(painter: Painter, **fields: Any) -> Tensor:
+    *_, last = paint(painter, resolved(painter, **fields))
+    return last.latents
+
+
+def resolved(painter: Painter, **fields: Any) -> list[GenerationRequest]:
+    negatives = fields.pop("negatives", NEGATIVES)
+    asked = [
+        parse_request({"prompt": prompt, "negative_prompt": negative, "seed": seed, **fields})
+        for prompt, negative, seed in zip(PROMPTS, negatives, SEEDS, strict=True)
+    ]
+    return [resolve(request, painter.model.spec, measure=measure) for request in asked]
+
+
+@torch.no_grad()
+def theirs(pipeline: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
+    """Each prompt is encoded alone; with gradients T5 would round otherwise."""
+    guided = fields["guidance_scale"] > 1
+    encoded = [
+        pipeline.encode_prompt(prompt, None, None, negative_prompt=no, do_classifier_free_guidance=guided)
+        for prompt, no in zip(PROMPTS, negatives, strict=True)
+    ]
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    states = {
+        name: None if tensors[0] is None else torch.cat(tensors)
+        for name, tensors in zip(names, zip(*encoded, strict=True), strict=True)
+    }
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    given = {"generator": generators, "num_inference_steps": fields.pop("steps"), "output_type": "latent"}
+    return pipeline(**states, **given, **fields).images
+
+
+@pytest.mark.parametrize("t5", [True, False])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_latents_equal_diffusers_bit_for_bit_with_and_without_t5(
+    painters: dict[bool, Painter], pipelines: dict[bool, Any], guidance_scale: float, t5: bool
+) -> None:
+    fields = {**SMALL, "guidance_scale": guidance_scale, "negatives": NEGATIVES if guidance_scale > 1 else ["", ""]}
+    assert torch.equal(ours(painters[t5], **fields), theirs(pipelines[t5], **fields))
+
+
+def test_a_picture_hardly_depends_on_its_batch(painters: dict[bool, Painter]) -> None:
+    requests = resolved(painters[True], **SMALL)
+    (*_, both), *singles = (list(paint(painters[True], some)) for some in (requests, requests[:1], requests[1:]))
+    for together, (*_, alone) in zip(both.latents, singles, strict=True):
+        assert (together - alone.latents[0]).abs().max() < 1e-5 * together.abs().max()
+
+
+def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
+    painters: dict[bool, Painter], pipelines: dict[bool, Any], start: Path
+) -> None:
+    pipeline = quiet(StableDiffusion3Img2ImgPipeline, pipelines[False])
+    fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
+    picture = Image.open(start)
+    expected = theirs(pipeline, image=[picture, picture], width=64, height=96, **fields)
+    assert torch.equal(ours(painters[False], **fields, init_image=str(start)), expected)
+
+
+def test_a_mask_gives_diffusers_latents_bit_for_bit(
+    painters: dict[bool, Painter], pipelines: dict[bool, Any], start: Path, tmp_path: Path
+) -> None:
+    mask = Image.new("L", (64, 96))
+    mask.paste(255, (32, 0, 64, 96))
+    mask.save(tmp_path / "mask.png")
+    pipeline = quiet(StableDiffusion3InpaintPipeline, pipelines[False])
+    fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
+    pictures = {"image": [Image.open(start)] * 2, "mask_image": [mask] * 2}
+    expected = theirs(pipeline, **pictures, width=64, height=96, **fields)
+    given = {"init_image": str(start), "mask": str(tmp_path / "mask.png")}
+    assert torch.equal(ours(painters[False], **fields, **given), expected)
+
+
+def quiet(kind: Any, pipeline: Any) -> Any:
+    made = kind(**pipeline.components)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_the_vae_shifts_its_latents_as_in_diffusers(
+    painters: dict[bool, Painter], pipelines: dict[bool, Any], start: Path, tmp_path: Path
+) -> None:
+    painter, vae = painters[True], pipelines[True].vae
+    latents = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    expected = pipelines[True].image_processor.postprocess(decoded, output_type="pt")[0]
+    assert torch.equal(painter.space.decode(latents)[0], expected)
+    own = torch.randn((1, 16, 12, 8), generator=torch.Generator().manual_seed(1))
+    shifted = autoencoder.scaled(painter.model.vae, own)
+    assert torch.equal(shifted, (own - 0.0609) * 1.5305)
+    assert torch.allclose(autoencoder.unscaled(painter.model.vae, shifted), own, atol=1e-6)
+
+
+def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
+    painters: dict[bool, Painter], tmp_path: Path
+) -> None:
+    painter, file = painters[False], tmp_path / "start.safetensors"
+    codec = Codec.load(painter.model.spec, RunSettings(device="cpu"))
+    own, _ = codec.encode([torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))], seeds=None)
+    scaled = autoencoder.scaled(painter.model.vae, own)
+    apart = distance(codec.decode(own[0])[0], from_pixels(painter.space.decode(scaled)[0]))
+    assert apart is not None
+    assert apart.largest <= 1
+    record = LatentRecord(model="m", vae="v", scaling_factor=1.5305, sample="mean", source=())
+    file.write_bytes(latent_bytes(own, record))
+    request = resolve(parse_request({"init_image": str(file), "seed": 1}), painter.model.spec, measure=measure)
+    assert request.final_size == (64, 96)
+    assert torch.equal(init_latents._latents(painter.space, request, (16, 12, 8)), scaled)
+    save_file({"latents": scaled.contiguous()}, file)
+    plain = read_latents(file, scaled=True).unscaled(codec.scaling_factor, codec.shift_factor)
+    assert torch.allclose(plain, own, atol=1e-6)
+
+
+def test_the_last_guess_is_the_picture_and_the_first_look_the_noise(painters: dict[bool, Painter]) -> None:
+    painter = painters[False]
+    requests = resolved(painter, **SMALL)
+    scheduler = scheduler_for(painter.model, requests[0])
+    first, *_, last = paint(painter, requests)
+    assert torch.equal(seen_and_guessed(scheduler, first)[0], first.x)
+    assert torch.allclose(seen_and_guessed(scheduler, last)[1], last.latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip_skip", [2, 3])
+def test_clip_skip_counts_from_the_end_as_for_sdxl(
+    painters: dict[bool, Painter], pipelines: dict[bool, Any], clip_skip: int
+) -> None:
+    inputs = told(painters[True], "a cat", clip_skip=clip_skip)
+    with torch.no_grad():
+        expected, _, pooled, _ = pipelines[True].encode_prompt("a cat", None, None, clip_skip=clip_skip - 2)
+    assert torch.equal(inputs["encoder_hidden_states"], expected)
+    assert torch.equal(inputs["pooled_projections"], pooled)
+
+
+def test_t5_reads_the_words_without_their_weights_and_behind_all_chunks(painters: dict[bool, Painter]) -> None:
+    plain, weighted = (
+        told(painters[True], text)["encoder_hidden_states"] for text in ("a cat, red", "a (cat:1.5), [red]")
+    )
+    assert not torch.equal(plain[:, :77], weighted[:, :77])
+    assert torch.equal(plain[:, 77:], weighted[:, 77:])
+    long = told(painters[True], " ".join(["cat"] * 76))["encoder_hidden_states"]
+    assert long.shape[1] == 2 * 77 + 256
+    assert not told(painters[False], "a cat")["encoder_hidden_states"][:, 77:].any()
+
+
+def told(painter: Painter, prompt: str, **fields: Any) -> dict[str, Tensor]:
+    request = resolve(parse_request({"prompt": prompt, "seed": 1, **SMALL, **fields}), painter.model.spec)
+    return dict(painter.encode([request], guided=False, steps=4).at(1).inputs)
+
+
+def test_the_t5_tokenizer_is_transformers_also_where_it_cuts(
+    painters: dict[bool, Painter], pipelines: dict[bool, Any]
+) -> None:
+    tokenizer = painters[True].model.tokenizer_3
+    assert tokenizer is not None
+    for text in ("", "a (cat), 7 Dogs", "cat " * 300):
+        expected = pipelines[True].tokenizer_3(text, padding="max_length", max_length=256, truncation=True)
+        assert tokenizer(text) == expected.input_ids
+
+
+def test_t5_in_float16_keeps_its_widest_sums_in_float32(folders: dict[bool, Path]) -> None:
+    network = loader._from_folder(folders[True], torch.float16).network("text_encoder_3")
+    numbers = {name: parameter.dtype for name, parameter in network.named_parameters()}
+    assert {name for name, number in numbers.items() if number == torch.float32} == {
+        name for name in numbers if ".wo." in name
+    }
+
+
+def test_a_picture_is_recorded_and_verifies(folders: dict[bool, Path], tmp_path: Path) -> None:
+    registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
+    fields = {**SMALL, "prompt": "a cat", "model": str(folders[True])}
+    (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
+    assert isinstance(job, Job)
+    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).paint_all([job])
+    assert isinstance(done, Result)
+    assert done.path is not None
+    record = read_picture(done.path).record
+    assert record is not None
+    assert set(record.provenance["weights"]) == {"text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae"}
+    assert "Sampler: Flow Euler" in parameters_text(record)
+    assert verify_picture(done.path, registry, run).identical
+
+
+def test_in_half_precision_it_paints_too(folders: dict[bool, Path]) -> None:
+    painter = Painter.of(load_model(spec_of_folder(folders[True]), dtype="bfloat16", device="cpu"))
+    assert ours(painter, **SMALL).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"scheduler": "ddim"}, "those that do: flow-euler"),
+        ({"refiner": "sdxl-refiner"}, "refiner: sdcli has none for"),
+        ({"loras": ["x.safetensors"]}, "loras: sdcli has none for"),
+        ({"embeddings": ["x.safetensors"]}, "embeddings: sdcli has none for"),
+        ({"pag_scale": 3.0}, "pag_scale: sdcli has none for"),
+        ({"eta": 0.5}, "eta has no effect"),
+        ({"width": 72}, "multiple of 16"),
+        ({"width": 64, "height": 208}, "at most 192 pixels"),
+        ({"upscale": "3x"}, "at most 192 pixels"),
+        ({"clip_skip": 4}, "has 3 layers"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(painters: dict[bool, Painter], fields: dict[str, Any], sentence: str) -> None:
+    asked = parse_request({"prompt": "a cat", "seed": 1, **SMALL, **fields})
+    with pytest.raises(UsageError, match=sentence):
+        painters[False].encode.shape(resolve(asked, painters[False].model.spec))
+
+
+def test_its_scheduler_is_refused_for_diffusion_models(tiny_folder: Path) -> None:
+    asked = GenerationRequest(prompt="a cat", seed=1, scheduler="flow-euler")
+    with pytest.raises(UsageError, match="was trained as a diffusion model; those that do: ddpm"):
+        resolve(asked, spec_of_folder(tiny_folder))
+
+
+def test_other_commands_refuse_it(painters: dict[bool, Painter]) -> None:
+    model = painters[False].model
+    with pytest.raises(UsageError, match="sd3 family, which sdcli paints with but does not train yet"):
+        load_to_train(model.spec, device="cpu")
+    with pytest.raises(UsageError, match="shifts its latents"):
+        refuse_shifted(model)
+    with pytest.raises(UsageError, match="trained with flow matching"):
+        ForwardProcess.of(model.spec, RunSettings())
+    with pytest.raises(UsageError, match="jointly, so there are no maps"):
+        painters[False].encode.read(resolved(painters[False])[0])
+    with pytest.raises(UsageError, match="both of the sdxl family"):
+        Painter.of(model, refiner=model)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("transformer/config.json", {"patch_size": "2"}, "cannot have patches of '2'"),
+        ("transformer/config.json", {"in_channels": 4}, "takes 4 channels and its VAE makes 16"),
+        ("transformer/config.json", {"pos_embed_max_size": None}, "describes no network"),
+        ("transformer/config.json", {"num_layers": 3}, "lacks"),
+        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "asks for use_dynamic_shifting"),
+        ("scheduler/scheduler_config.json", {"shift": "much"}, "describes no noise schedule"),
+        ("text_encoder_2/config.json", {"projection_dim": 8}, "has shape"),
+        ("text_encoder_3/config.json", {"d_model": 32}, "has shape"),
+        ("text_encoder_3/config.json", {"num_heads": "many"}, "describes no network"),
+        ("tokenizer_3/tokenizer.json", {"model": None}, "no usable T5 tokenizer"),
+    ],
+)
+def test_a_broken_folder_is_told_in_a_sentence(
+    folders: dict[bool, Path], tmp_path: Path, file: str, change: dict[str, Any], sentence: str
+) -> None:
+    shutil.copytree(folders[True], tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(SdcliError, match=sentence):
+        ours(of_folder(tmp_path / "model"), **SMALL)
+
+
+def test_text_encoders_of_another_width_are_told(folders: dict[bool, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders[False], tmp_path / "model")
+    other = save_tiny_sd3(tmp_path / "other", t5=False, joint_attention_dim=32)
+    shutil.rmtree(tmp_path / "model/transformer")
+    shutil.copytree(other / "transformer", tmp_path / "model/transformer")
+    with pytest.raises(BadWeights, match="does not fit its text encoders"):
+        ours(of_folder(tmp_path / "model"), **SMALL)
+
+
+def test_a_single_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    tensors = {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(2, 2)}
+    save_file(tensors, tmp_path / "sd3.safetensors")
+    with pytest.raises(UsageError, match="as a diffusers folder"):
+        load_model(load_registry().find(str(tmp_path / "sd3.safetensors")), device="cpu")
+
+
+def test_a_model_of_the_hub_has_its_kind_before_it_is_there() -> None:
+    spec = load_registry().find("sd3-medium")
+    request = resolve(GenerationRequest(prompt="a cat", seed=1), spec)
+    assert {name: getattr(request, name) for name in SD3_DEFAULTS} == SD3_DEFAULTS
+    with pytest.raises(UsageError, match="multiple of 16"):
+        resolve(GenerationRequest(prompt="a cat", seed=1, width=1000), spec)
+
+
+def test_a_repository_in_the_cache_is_of_the_family_that_its_files_say(folders: dict[bool, Path]) -> None:
+    name = "somebody/finetune"
+    assert load_registry().find(name).kind.process == "diffusion"
+    cached(name, folders[False])
+    spec = load_registry().find(name)
+    assert (spec.family, spec.kind) == ("sd3", spec_of_folder(folders[False]).kind)
+    assert resolve(GenerationRequest(prompt="a cat", seed=1), spec).scheduler == "flow-euler"
+    assert load_model(spec, device="cpu", parts=("vae",)).spec.kind.process == "flow"
+
+
+@pytest.mark.parametrize(
+    "file", ["transformer/config.json", "text_encoder_3/model.safetensors", "tokenizer_3/tokenizer.json"]
+)
+def test_a_partial_download_names_what_is_missing(folders: dict[bool, Path], tmp_path: Path, file: str) -> None:
+    spec = spec_of_folder(folders[True])
+    assert first_missing(folders[True], spec) is None
+    assert first_missing(folders[False], spec) is None
+    shutil.copytree(folders[True], tmp_path / "model")
+    (tmp_path / "model" / file).unlink()
+    assert first_missing(tmp_path / "model", spec) == file
+    if file.startswith("tokenizer"):
+        with pytest.raises(NotFound, match="the tokenizer needs it"):
+            of_folder(tmp_path / "model")

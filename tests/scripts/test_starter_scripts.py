@@ -1,0 +1,489 @@
+"""The scripts that make the starter's data and judge it, on a few drawn sprites and without a network."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from sdcli.data.sources import open_pictures
+from sdcli.training.settings import TextSettings, UnetSettings, VaeSettings, settings_from
+from tests.conftest import REPOSITORY
+
+SCRIPTS = REPOSITORY / "scripts" / "starter"
+NAMES = (
+    "words", "scenes", "judge", "evaluate", "texts", "wordnet", "meanings", "synonyms", "sprites", "assemble", "parts",
+    "train",
+)  # fmt: skip
+
+THINGS = [
+    ("horse", "animals-nature", "animal-mammal", "brown"),
+    ("dog", "animals-nature", "animal-mammal", "orange"),
+    ("cat", "animals-nature", "animal-mammal", "grey"),
+    ("ewe", "animals-nature", "animal-mammal", "silver"),
+    ("astronaut", "people-body", "person-role", "white"),
+    ("cook", "people-body", "person-role", "pink"),
+    ("robot", "smileys-emotion", "face-costume", "blue"),
+    ("red apple", "food-drink", "food-fruit", "red"),
+    ("banana", "food-drink", "food-fruit", "yellow"),
+    ("automobile", "travel-places", "transport-ground", "red"),
+    ("bicycle", "travel-places", "transport-ground", "green"),
+    ("house", "travel-places", "place-building", "tan"),
+    ("full moon", "travel-places", "sky-weather", "gold"),
+    ("star", "travel-places", "sky-weather", "yellow"),
+    ("hammer", "objects", "tool", "purple"),
+    ("tulip", "animals-nature", "plant-flower", "magenta"),
+    ("grinning face", "smileys-emotion", "face-smiling", "gold"),
+]
+STYLES = ("fluent-emoji", "fluent-emoji-flat", "noto", "twemoji")
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    """The scripts as modules, found beside each other as Python finds them when it runs one."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in NAMES:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What sprites.py would have written: a disc or a square for each thing and style."""
+    folder = tmp_path_factory.mktemp("work")
+    pixels, lines = [], []
+    for number, (label, group, subgroup, colour) in enumerate(THINGS):
+        for style in STYLES[: 3 if label == "cook" else 4]:
+            image = Image.new("RGBA", (128, 128))
+            draw = ImageDraw.Draw(image)
+            (draw.ellipse if number % 2 else draw.rectangle)((10, 4 * (number % 8), 117, 117), fill=colour)
+            pixels.append(np.frombuffer(image.convert("RGBa").tobytes(), np.uint8).reshape(128, 128, 4))
+            facts = {"label": label, "style": style, "group": group, "subgroup": subgroup}
+            lines.append(json.dumps(facts | {"tags": ["puppy", "thing", label.split()[-1]]}))
+    np.save(folder / "sprites.npy", np.stack(pixels))
+    (folder / "sprites.json").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_scene_depends_on_its_seed_and_number_alone(scripts: dict[str, ModuleType], work: Path) -> None:
+    first, again = scripts["scenes"].Composer(work), scripts["scenes"].Composer(work)
+    [first.scene(3, number) for number in range(20)]
+    for number in (19, 4):
+        scene, picture = first.scene(3, number)
+        same, same_picture = again.scene(3, number)
+        assert scene.captions == same.captions
+        assert np.array_equal(picture, same_picture)
+    assert not np.array_equal(first.scene(3, 1)[1], first.scene(4, 1)[1])
+
+
+def test_no_caption_has_a_word_that_measures_meaning_or_a_combination_that_is_held_out(
+    scripts: dict[str, ModuleType], work: Path
+) -> None:
+    scenes, words = scripts["scenes"], scripts["words"]
+    composer, source = scenes.Composer(work), random.Random(0)
+    held = 0
+    for kind in scenes.KINDS:
+        for _ in range(300):
+            scene = composer.plan(kind, source)
+            assert 1 <= len(scene.captions) <= 3
+            assert len(set(scene.captions)) == len(scene.captions)
+            for caption in scene.captions:
+                assert not words.NEVER.search(caption), caption
+                assert caption == caption.strip()
+                assert "  " not in caption
+            labels = scene.labels
+            if kind == "pair":
+                assert not words.held_out(*sorted(labels))
+            elif kind == "ride":
+                assert not words.held_out(labels[0], "rides", labels[1])
+                assert labels != ("astronaut", "horse")
+            elif kind == "place":
+                assert not words.held_out(labels[0], scene.place)
+            elif kind == "count":
+                assert len(set(labels)) == 1
+                assert not words.held_out(labels[0], str(len(labels)))
+                assert len(scene.placed) == len(labels) == int(scene.said)
+            elif kind == "recoloured":
+                assert not words.held_out(labels[0], scene.said)
+                assert all(scene.said in caption for caption in scene.captions)
+    for a in THINGS:
+        held += sum(words.held_out(a[0], place) for place in scenes.PLACES)
+    assert 5 < held < 40, "about every tenth of 187"
+
+
+def test_the_held_out_style_is_never_drawn(scripts: dict[str, ModuleType], work: Path) -> None:
+    composer, source = scripts["scenes"].Composer(work), random.Random(1)
+    styles = [json.loads(line)["style"] for line in (work / "sprites.json").read_text().splitlines()]
+    drawn = {
+        styles[placed.sprite]
+        for kind in scripts["scenes"].KINDS
+        for _ in range(100)
+        for placed in composer.plan(kind, source).placed
+    }
+    assert drawn == set(STYLES[:3])
+
+
+def test_pictures_show_what_the_scene_says(scripts: dict[str, ModuleType], work: Path) -> None:
+    scenes = scripts["scenes"]
+    composer, source = scenes.Composer(work), random.Random(2)
+    for _ in range(30):
+        picture = composer.draw(composer.plan("plain", source), source)
+        assert picture.shape == (128, 128, 3)
+        assert picture.dtype == np.uint8
+        assert (picture[0, 0] == 255).all(), "white behind it"
+    for _ in range(30):
+        scene = composer.plan("recoloured", source)
+        hue = scenes.HUES[scene.said][0]
+        pixels = Image.fromarray(composer.draw(scene, source)).convert("HSV").crop((54, 54, 74, 74))
+        found = np.asarray(pixels)[..., 0].astype(float).mean() * 360 / 256
+        assert abs((found - hue + 180) % 360 - 180) < 25, (scene, found)
+
+
+def test_a_laid_sprite_has_no_rim_of_another_colour(scripts: dict[str, ModuleType], work: Path) -> None:
+    """Resizing premultiplied colours as if they were not would darken or lighten the edge."""
+    scenes = scripts["scenes"]
+    sprite = np.zeros((128, 128, 4), np.uint8)
+    sprite[30:90, 30:90] = 255
+    canvas = scenes.plain((255, 255, 255))
+    scenes.lay(canvas, sprite, 64, 64, 70.3)
+    assert np.allclose(canvas, 255, atol=1.01), "white on white stays white"
+    before = canvas.copy()
+    scenes.lay(canvas, sprite, -300, 64, 40)
+    assert np.array_equal(canvas, before), "beside the canvas there is nothing to draw"
+
+
+def test_shards_are_read_by_the_trainers_and_a_longer_set_goes_on_from_a_shorter_one(
+    tmp_path: Path, work: Path, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = scripts["scenes"]
+    monkeypatch.setattr(scenes, "SHARD", 8)
+    for job in scenes.jobs(work, tmp_path, seed=5, count=16):
+        scenes.shard(job)
+    pictures = open_pictures(tmp_path)
+    assert len(pictures) == 16
+    scene, drawn = scenes.Composer(work).scene(5, 9)
+    assert pictures[9].captions == scene.captions
+    (number,) = [n for n in range(16) if pictures[n].name.endswith("00500000009")]
+    with tarfile.open(tmp_path / "005-00001.tar") as tar:
+        assert np.array_equal(np.asarray(Image.open(tar.extractfile("00500000009.png"))), drawn)  # type: ignore[arg-type]
+    assert number == 9
+    assert [job.start for job in scenes.jobs(work, tmp_path, seed=5, count=24)] == [16]
+    crop = scenes.liveliest(drawn, 32, random.Random(0))
+    assert crop.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "plural"),
+    [("dog", "dogs"), ("mouse", "mice"), ("fox", "foxes"), ("cherry", "cherries"), ("cup of tea", "cups of tea"),
+     ("bus", "buses"), ("french fries", "french fries"), ("wine glass", "wine glasses"), ("sheep", "sheep"),
+     ("house with a garden", "houses with a garden"), ("monkey", "monkeys"), ("star", "stars")],
+)  # fmt: skip
+def test_plurals(scripts: dict[str, ModuleType], name: str, plural: str) -> None:
+    assert scripts["words"].several(name) == plural
+
+
+def test_texts_of_the_text_encoder_have_the_words_that_captions_leave_out(
+    scripts: dict[str, ModuleType], work: Path, tmp_path: Path
+) -> None:
+    texts = scripts["texts"]
+    wordnet = small_wordnet(tmp_path / "dict")
+    assert scripts["wordnet"].counts(wordnet) == {"dog": 42}
+    lines = list(texts.dictionary(wordnet, random.Random(0)))
+    assert {"dog", "domestic dog"} <= set(lines)
+    assert any(re.fullmatch(r"an? (domestic )?dog riding an? (domestic )?dog", line) for line in lines)
+    names = texts.names(scripts["scenes"].Composer(work))
+    assert {"a puppy", "puppies", "a car", "red apples"} <= set(names)
+
+
+def small_wordnet(folder: Path) -> Path:
+    """A few lines in WordNet's format."""
+    folder.mkdir()
+    (folder / "data.noun").write_text(
+        "  1 This software and database is being provided to you\n"
+        '02084071 05 n 02 dog 0 domestic_dog 0 001 @ 02083346 n 0000 | a member of the genus Canis; "the dog barked"\n'
+        "02083346 05 n 02 canine 0 canid 0 000 | any of various fissiped mammals\n"
+        "00023271 09 n 01 cognition 0 000 | the psychological result of perception\n"
+        "09616922 18 n 01 dog(a) 0 000 | someone who is morally reprehensible\n"
+    )
+    (folder / "index.noun").write_text(
+        "  1 This software and database is being provided to you\n"
+        "canid n 1 1 ~ 1 0 02083346\n"
+        "canine n 1 1 ~ 1 0 02083346\n"
+        "cognition n 1 0 1 0 00023271\n"
+        "dog n 2 1 @ 2 1 02084071 09616922\n"
+        "domestic_dog n 1 1 @ 1 0 02084071\n"
+    )
+    (folder / "data.adj").write_text("00001740 00 a 01 able 0 000 | having the necessary means\n")
+    (folder / "data.verb").write_text("00001740 29 v 01 breathe 0 000 | draw air into the lungs\n")
+    (folder / "cntlist.rev").write_text("dog%1:05:00:: 1 42\nbark%2:32:00:: 1 3\n")
+    return folder
+
+
+def test_wordnet_tells_synonyms_and_the_next_wider_word(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    nouns = scripts["wordnet"].Nouns(small_wordnet(tmp_path / "dict"))
+    assert nouns.said_fully("dog") == "dog, domestic dog, canine"
+    assert nouns.thing("dogs") == nouns.thing("dog"), "a plural"
+    assert nouns.said_fully("cognition") == "cognition", "no thing"
+    assert nouns.said_fully("zebra") == "zebra", "not in this dictionary"
+    meant = scripts["meanings"].alone("domestic dog", nouns)
+    full = "domestic dog, dog, canine"
+    assert set(meant) == {"domestic dog", "a domestic dog", "domestic dogs"}
+    assert set(meant.values()) == {("a domestic dog", full, f"{full}, a member of the genus canis")}
+
+
+def test_a_meaning_is_the_mean_of_what_the_teacher_says(scripts: dict[str, ModuleType]) -> None:
+    table = {"a": torch.tensor([1.0, 0]), "b": torch.tensor([0, 1.0])}
+    found = scripts["meanings"].meanings(lambda texts: torch.stack([table[text] for text in texts]), {
+        "x": ("a",), "y": ("a", "b"), "z": ("b", "a", "b"),
+    })  # fmt: skip
+    wanted = torch.tensor([[1, 0], [0.5**0.5, 0.5**0.5], [0.2**0.5, 0.8**0.5]])
+    assert torch.allclose(found, wanted, atol=1e-3)
+
+
+def test_a_synonym_is_near_to_its_name_and_a_caption_has_it_in_its_place(
+    scripts: dict[str, ModuleType], work: Path
+) -> None:
+    composer, synonyms = scripts["scenes"].Composer(work), scripts["synonyms"]
+    names = [name for concept in composer.concepts for name in concept.names]
+    words = ["poodle", "arabian", "tabby", "nothing", "dog", "green", "dog house", "police dog"]
+    texts = list(dict.fromkeys(scripts["words"].one(text) for text in (*names, *words)))
+    rows = {text: row for row, text in enumerate(texts)}
+    vectors = torch.eye(len(texts))
+    near = {
+        "poodle": "dog",
+        "arabian": "horse",
+        "tabby": "cat",
+        "green": "dog",
+        "dog house": "dog",
+        "police dog": "dog",
+    }
+    for word, name in near.items():
+        row = rows[scripts["words"].one(word)]
+        vectors[row] = torch.nn.functional.normalize(vectors[row] + 3 * vectors[rows[f"a {name}"]], dim=0)
+    found = synonyms.synonyms(composer, words, rows, vectors)
+    assert found == {"dog": ("poodle", "police dog"), "horse": ("arabian",), "cat": ("tabby",)}
+
+    assert ["an horse", "an arabian"] in list(synonyms.words(found, {}))  # the word alone makes the difference
+    assert list(synonyms.words(found, {"tabby": 3})).count(["cats", "tabbies"]) == synonyms.USUAL
+    assert list(synonyms.words(found, {})).count(["dogs", "poodles", "police dogs"]) == 1
+    lists = list(synonyms.captions(composer, found, {}, random.Random(1), 300))
+    assert len(lists) == 300
+    both = [pair for pair in lists if len(pair) == 2]
+    assert len(both) > 30
+    for first, other in both:
+        said = next(word for words in found.values() for word in words if word in other)
+        name = next(name for name, words in found.items() if said in words)
+        assert other.replace(said, name, 1) == first
+        assert not re.search(r"\ba arabian|\ban (poodle|police|tabby)", other)
+
+
+def test_prompts_ask_for_what_was_trained_and_for_what_was_held_out(scripts: dict[str, ModuleType], work: Path) -> None:
+    evaluate, words = scripts["evaluate"], scripts["words"]
+    prompts = evaluate.Prompts(scripts["scenes"].Composer(work))
+    asked = list(prompts.combined())
+    assert [one.prompt for one in asked] == [one.prompt for one in evaluate.Prompts(prompts.composer).combined()]
+    groups = {one.group for one in asked}
+    assert {
+        "colours",
+        "held-out colours",
+        "riding",
+        "held-out riding",
+        "two objects",
+        "counts",
+        "backgrounds",
+    } <= groups
+    assert asked[-1].prompt == "an astronaut riding a horse"
+    assert not {one.prompt for one in asked if one.group == "riding"} & {asked[-1].prompt}
+    unseen = list(prompts.synonyms())
+    assert {one.prompt for one in unseen} == {words.one(word) for word in words.UNSEEN}
+    puppy = next(one for one in unseen if one.prompt == "a puppy")
+    assert puppy.things == (frozenset({prompts.numbers["dog"]}),)
+
+
+@pytest.mark.slow
+def test_the_judge_learns_the_sprites_and_its_report_names_the_held_out_style(
+    scripts: dict[str, ModuleType], work: Path
+) -> None:
+    judge = scripts["judge"]
+    trained = judge.trained(work, steps=160, count=600, batch=32)
+    seen_styles = judge.accuracy(trained, work, "fluent-emoji", each=40)
+    assert seen_styles["objects top-1"] > 50, "17 things: chance is 6 %"
+    assert seen_styles["backgrounds"] > 15, "23 backgrounds: chance is 4 %"
+    assert set(seen_styles) >= {"objects top-5", "pair: both", "ride: both", "counts", "colours"}
+
+
+def test_frechet_distance_and_diversity_have_their_closed_forms(scripts: dict[str, ModuleType]) -> None:
+    evaluate = scripts["evaluate"]
+    a = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0))
+    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet(a, a + 2) == pytest.approx(20, abs=1e-4), "5 means apart by 2 each"
+    scaled = evaluate.frechet(a, (a - a.mean(0)) * 3 + a.mean(0))
+    assert scaled == pytest.approx(float(torch.cov(a.T).trace()) * 4, rel=1e-4), "(3 - 1)^2 of the variance"
+    same = torch.ones(2, 3, 8)
+    assert evaluate.diversity(same) == pytest.approx(0, abs=1e-6)
+    across = torch.eye(8)[None, :2]
+    assert evaluate.diversity(across) == pytest.approx(1)
+
+
+def test_groups_count_what_they_ask_for(scripts: dict[str, ModuleType]) -> None:
+    evaluate, judge = scripts["evaluate"], scripts["judge"]
+    asked = [
+        evaluate.Asked("objects", "a cat", (frozenset({2}),), 1),
+        evaluate.Asked("two objects", "a cat and a dog", (frozenset({2}), frozenset({1})), 3),
+        evaluate.Asked("counts", "two cats", (frozenset({2}),), count=2),
+        evaluate.Asked("colours", "a red cat", (frozenset({2}),), colour="red"),
+        evaluate.Asked("backgrounds", "a cat in the snow", (frozenset({2}),), place="snow"),
+    ]
+    order = torch.tensor([[1, 2, 0, 3, 4, 5]] * 5)
+    seen = judge.Seen(
+        features=torch.zeros(5, 2),
+        things=order,
+        count=torch.tensor([1, 1, 2, 1, 1]),
+        place=torch.tensor([judge.PLACE_NAMES.index("snow")] * 5),
+        colour=torch.tensor([judge.COLOUR_NAMES.index("blue")] * 5),
+    )
+    order = torch.tensor([[2, 0, 0, 0], [0, 0, 0, 1]])
+    parts = {1: judge.Seen(seen.features, order, seen.count, seen.place, seen.colour)}
+    assert evaluate.table(asked, seen, parts, 1)["two objects"] == 0, "the dog is the fourth guess"
+    parts[1].things[1] = torch.tensor([0, 1, 0, 0])
+    assert evaluate.table(asked, seen, parts, 1) == {
+        "objects top-1": 0, "objects top-5": 100, "two objects": 100, "counts": 100, "colours": 0, "backgrounds": 100,
+    }  # fmt: skip
+
+
+def test_sprites_keep_things_and_leave_variants_and_letters(scripts: dict[str, ModuleType]) -> None:
+    sprites = scripts["sprites"]
+
+    def kept(label: str, group: str, subgroup: str) -> bool:
+        return bool(sprites.is_concept(sprites.emoji.Emoji("1F600", group, label, ()), subgroup))
+
+    assert kept("cat", "animals-nature", "animal-mammal")
+    assert kept("astronaut", "people-body", "person-role")
+    assert kept("person biking", "people-body", "person-sport")
+    assert kept("alarm clock", "travel-places", "time")
+    assert kept("red circle", "symbols", "geometric")
+    assert not kept("man astronaut", "people-body", "person-role")
+    assert not kept("woman biking", "people-body", "person-sport")
+    assert not kept("one o’clock", "travel-places", "time")
+    assert not kept("small blue diamond", "symbols", "geometric")
+    assert not kept("Japanese “here” button", "symbols", "alphanum")
+    assert not kept("flag: France", "flags", "country-flag")
+
+
+@pytest.mark.slow
+def test_every_script_says_what_it_does() -> None:
+    for path in sorted(SCRIPTS.glob("*.py")):
+        if "def main()" in path.read_text():
+            done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert "usage" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_recipe_in_miniature_makes_a_model_folder_in_two_goes(
+    scripts: dict[str, ModuleType], work: Path, tmp_path: Path
+) -> None:
+    """The steps of a recipe one after the other, ended in between; diffusers loads what comes out."""
+    for name in ("sprites.npy", "sprites.json"):
+        (tmp_path / name).write_bytes((work / name).read_bytes())
+    recipe = REPOSITORY / "recipes" / "starter" / "mini"
+    command = [sys.executable, SCRIPTS / "train.py", tmp_path, "--recipe", recipe]
+    first = subprocess.run([*command, "--max-minutes", "0.01"], capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert "the time is over" in first.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "+" not in again.stderr, "everything is done"
+    out = tmp_path / "model"
+    scripts["assemble"].assemble(tmp_path / "runs" / "unet-2", out)
+    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a cat", height=32, width=32, num_inference_steps=2).images[0]
+    assert picture.size == (32, 32)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "vae"
+    run.mkdir(parents=True)
+    (run / "settings.yaml").touch()
+    step = {"train": "vae", "data": "crops"}
+    assert "--resume" not in scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
+    (run / "checkpoint-500").mkdir()
+    assert "--resume" in scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
+
+
+def test_a_step_begins_with_a_run_or_with_the_embedded_model(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    for model, given in (("unet-1", str(tmp_path / "runs" / "unet-1")), ("starter", "starter")):
+        step = {"train": "unet", "run": "unet-2", "data": "scenes-2", "model": model}
+        line = scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
+        assert line[line.index("--model") + 1] == given
+
+
+def test_every_recipe_names_settings_that_there_are() -> None:
+    for plan in sorted((REPOSITORY / "recipes" / "starter").glob("*/plan.toml")):
+        steps = tomllib.loads(plan.read_text())["step"]
+        runs = [step.get("run", step["train"]) for step in steps if "train" in step]
+        assert sorted(path.stem for path in plan.parent.glob("*.toml") if path != plan) == sorted(runs)
+        for step in steps:
+            if "train" in step:
+                kind = {"vae": VaeSettings, "text-encoder": TextSettings, "unet": UnetSettings}[step["train"]]
+                settings_from(kind, {}, config=plan.parent / f"{step.get('run', step['train'])}.toml")
+            else:
+                assert (SCRIPTS / step["script"]).exists()
+
+
+def test_what_is_packed_is_small_and_unpacks_to_what_train_needs(
+    scripts: dict[str, ModuleType], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = scripts["parts"]
+    source, out, again = tmp_path / "work", tmp_path / "out", tmp_path / "again"
+    shutil.copytree(work, source)
+    (source / "texts.txt").write_text("a cat\n" * 1000)
+    (source / "done").mkdir()
+    for name in ("vae", "scenes-crops"):
+        (source / "done" / name).touch()
+    run = source / "runs" / "vae"
+    (run / "vae").mkdir(parents=True)
+    (run / "checkpoint-1").mkdir()
+    (run / "checkpoint-1" / "state.bin").write_bytes(b"x" * 10_000)
+    (run / "model_index.json").write_text(json.dumps({"_class_name": "X", "vae": ["diffusers", "AutoencoderTiny"]}))
+    (run / "vae" / "config.json").write_text("{}")
+    save_file({"w": torch.tensor([[0.5, 1 / 3]])}, run / "vae" / "diffusion_pytorch_model.safetensors")
+    monkeypatch.setattr(parts, "CHUNK", 20_000)
+    out.mkdir()
+    parts.pack(source, out)
+    sizes = [path.stat().st_size for path in out.iterdir()]
+    assert max(sizes) <= 20_000
+    assert sum(sizes) < (source / "sprites.npy").stat().st_size / 10
+    again.mkdir()
+    parts.unpack(out, again)
+    assert np.array_equal(np.load(again / "sprites.npy"), np.load(source / "sprites.npy"))
+    for name in ("sprites.json", "texts.txt", "runs/vae/model_index.json", "runs/vae/vae/config.json"):
+        assert (again / name).read_bytes() == (source / name).read_bytes()
+    tensors = load_file(again / "runs" / "vae" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert tensors["w"].dtype == torch.float16
+    assert torch.equal(tensors["w"], torch.tensor([[0.5, 1 / 3]]).half())
+    assert [path.name for path in (again / "done").iterdir()] == ["vae"], "shards are made again"
+    assert not (again / "runs" / "vae" / "checkpoint-1").exists()
