@@ -55,7 +55,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random-sd15", help="a registry name or a diffusers folder")
-    parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=512, help="side of the image in pixels")
     parser.add_argument("--steps", type=int, default=3, help="denoising steps to time, after one to warm up")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once")
     parser.add_argument("--rounds", type=int, default=3)
@@ -101,12 +101,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], float]:
     """The timed steps and the decode of our own pipeline."""
-    from sdcli.diffusion.painter import Painter
-    from sdcli.diffusion.pipeline import paint
+    from sdcli.diffusion.pipeline import Pipeline
+    from sdcli.diffusion.sampling import sample
     from sdcli.models.registry import resolve
     from sdcli.request.schema import GenerationRequest
 
-    painter = Painter.of(model)
+    pipeline = Pipeline.of(model)
     request = GenerationRequest(
         prompt="an astronaut riding a horse",
         width=arguments.size,
@@ -117,14 +117,14 @@ def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], f
         seed=0,
     )
     ticks, latents = [], None
-    for step in paint(painter, [resolve(request, model.spec)] * arguments.batch):
+    for step in sample(pipeline, [resolve(request, model.spec)] * arguments.batch):
         wait(model.device)
         ticks.append(time.perf_counter())
         latents = step.latents
-    painter.space.decode(latents[:1])
+    pipeline.space.decode(latents[:1])
     started = time.perf_counter()
-    for picture in latents:
-        painter.space.decode(picture[None])
+    for image in latents:
+        pipeline.space.decode(image[None])
     return differences(ticks), time.perf_counter() - started
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What the features of `generate` cost: one picture with each, beside a plain one, in turns, in one warm process.
+"""What the features of `generate` cost: one image with each, beside a plain one, in turns, in one warm process.
 
 The ratio counts, the seconds belong to the machine; on a CPU they are the process's own, so that a busy machine changes
-them little. Painting, decoding and saving are in, loading the model is not; start pictures, LoRAs and ControlNets are
+them little. Painting, decoding and saving are in, loading the model is not; start images, LoRAs and ControlNets are
 read once, in a first round that does not count.
 
     python scripts/bench_features.py                                        # the starter at its own size and steps
@@ -59,7 +59,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="starter", help="a registry name or a diffusers folder")
-    parser.add_argument("--size", type=int, help="side of the picture in pixels (the model's own)")
+    parser.add_argument("--size", type=int, help="side of the image in pixels (the model's own)")
     parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
@@ -97,12 +97,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
     spec = registry.find(arguments.model)
     output = OutputSettings(outdir=Path(), template="picture.png", overwrite=True)
     engine = Engine(registry, RunSettings(device=arguments.device, dtype=arguments.dtype), output)
-    painter = engine.load(spec)
+    pipeline = engine.load(spec)
     size = arguments.size or spec.defaults.width
     asked = {"model": arguments.model, "prompt": PROMPT, "seed": 1, "size": f"{size}x{size}"}
     asked |= {"steps": arguments.steps} if arguments.steps else {}
-    make_files(painter.model, size)
-    clock = time.process_time if painter.model.device.type == "cpu" else time.perf_counter
+    make_files(pipeline.model, size)
+    clock = time.process_time if pipeline.model.device.type == "cpu" else time.perf_counter
 
     def turn(name: str) -> float:
         request = resolve(parse_request({**asked, **FEATURES[name]}), spec, measure=measure)
@@ -113,12 +113,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
         )
         watched = Preview(to_file(Path("preview.png"))) if name.startswith("--preview") else None
         began = clock()
-        for event in engine.paint_all([Job(1, request)]):
+        for event in engine.generate_all([Job(1, request)]):
             if isinstance(event, Progress) and watched is not None:
                 watched.step(event)
             elif isinstance(event, Result) and event.error is not None:
                 raise event.error
-        if painter.model.device.type == "cuda":
+        if pipeline.model.device.type == "cuda":
             torch.cuda.synchronize()
         return clock() - began
 
@@ -135,7 +135,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def make_files(model: Any, size: int) -> None:
-    """A start picture, a mask, and an embedding, a LoRA and a ControlNet of small random weights that fit the model."""
+    """A start image, a mask, and an embedding, a LoRA and a ControlNet of small random weights that fit the model."""
     import torch
     from diffusers import ControlNetModel
     from PIL import Image, ImageDraw

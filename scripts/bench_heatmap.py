@@ -2,7 +2,7 @@
 """What attention maps cost: denoising steps of one UNet with and without them, in turns, in one process.
 
 The ratio counts, the seconds belong to the machine; on a CPU they are the process's own, so that a busy machine changes
-them little. Small networks on small pictures pay the most: there the maps are a large part of a layer's work.
+them little. Small networks on small images pay the most: there the maps are a large part of a layer's work.
 
     python scripts/bench_heatmap.py                                    # random-sd15, 512x512, guided
     python scripts/bench_heatmap.py --model starter --size 128 --steps 20
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random-sd15", help="a registry name or a diffusers folder")
-    parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=512, help="side of the image in pixels")
     parser.add_argument("--steps", type=int, default=1, help="denoising steps in a turn")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of turns")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once")

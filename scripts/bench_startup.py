@@ -1,7 +1,7 @@
 """Measure how long commands take from nothing to their end, as whole processes, beside the shortest diffusers script.
 
-The commands that compute nothing stand beside `python -c pass`, the ones that paint beside a diffusers script that
-paints the same picture. Every round runs each command once, so that a slow moment of the machine hits all alike.
+The commands that compute nothing stand beside `python -c pass`, the ones that generate beside a diffusers script that
+generates the same image. Every round runs each command once, so that a slow moment of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTER = ROOT / "sdcli" / "starter"
 PROMPT = "an astronaut riding a horse"
 
-# The same picture by hand, at the starter's own defaults.
+# The same image by hand, at the starter's own defaults.
 DEFAULTS = load_registry().find("starter").defaults
 DIFFUSERS = f"""
 import torch
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained({str(STARTER)!r}, dtype=torch.float32)
 settings = dict(num_inference_steps={DEFAULTS.steps}, guidance_scale={DEFAULTS.guidance_scale})
-picture = pipe("{PROMPT}", generator=torch.Generator("cpu").manual_seed(0), **settings).images[0]
-picture.save("picture.png")
+image = pipe("{PROMPT}", generator=torch.Generator("cpu").manual_seed(0), **settings).images[0]
+image.save("picture.png")
 """
 
 SDCLI = [sys.executable, "-m", "sdcli"]
@@ -58,7 +58,7 @@ BUDGETS = {
     "generate --dry-run": 0.4,
     "generate (tiny)": 3.0,
 }
-"""Seconds that a command may take; what paints with the starter may take 0.7 of the diffusers script."""
+"""Seconds that a command may take; what generates with the starter may take 0.7 of the diffusers script."""
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Measure training: sdcli beside diffusers' own train_text_to_image loop, written out plainly, on the same work.
 
-Each contender runs in a process of its own, in turns, on the same model, pictures, batch and precision:
+Each contender runs in a process of its own, in turns, on the same model, images, batch and precision:
 
   bare              forward, backward, clip and AdamW step on fixed tensors: what cannot be saved
   sdcli             `sdcli train-unet` from its cache of latents and text states, with its log
   diffusers-cached  the loop of diffusers' script on latents and text states held in memory
-  diffusers         the loop as it is: pictures read and encoded, captions encoded, in every step
+  diffusers         the loop as it is: images read and encoded, captions encoded, in every step
 
 Prints seconds a step (the median over the steps of all rounds), samples/s and the peak memory of the process.
 """
@@ -54,7 +54,7 @@ def main() -> None:
         print(json.dumps({"seconds": seconds, "memory": memory}))
         return
     with tempfile.TemporaryDirectory() as work:
-        make_pictures(Path(work) / "pictures", options.resolution, count=max(8, 2 * options.batch))
+        make_images(Path(work) / "pictures", options.resolution, count=max(8, 2 * options.batch))
         results = compare(options, Path(work))
     report(options, results)
 
@@ -114,8 +114,8 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> N
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def make_pictures(folder: Path, size: int, *, count: int) -> None:
-    """Pictures of noise with captions, a little larger than they are trained at."""
+def make_images(folder: Path, size: int, *, count: int) -> None:
+    """Images of noise with captions, a little larger than they are trained at."""
     import numpy as np
     from PIL import Image
 
@@ -124,7 +124,7 @@ def make_pictures(folder: Path, size: int, *, count: int) -> None:
     for number in range(count):
         small = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(small).resize((size + 40, size + 40)).save(folder / f"{number:04}.jpg", quality=92)
-        (folder / f"{number:04}.txt").write_text(f"a picture of thing number {number}")
+        (folder / f"{number:04}.txt").write_text(f"an image of thing number {number}")
 
 
 # The contenders; each returns seconds a step and the peak memory in bytes
@@ -232,7 +232,7 @@ def _diffusers(options: argparse.Namespace, *, cached: bool) -> tuple[list[float
 
 
 class Parts:
-    """The same networks and pictures for every contender but sdcli, which loads its own."""
+    """The same networks and images for every contender but sdcli, which loads its own."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from sdcli.models.loader import load_model
@@ -269,7 +269,7 @@ class Parts:
         return latents * vae.config.scaling_factor, self.model.text_encoder(ids.to(self.model.device))
 
     def loaded_batches(self) -> Any:
-        """Pictures read, resized, cut and flipped by a DataLoader, captions tokenized."""
+        """Images read, resized, cut and flipped by a DataLoader, captions tokenized."""
         from torch.utils.data import DataLoader
 
         while True:
@@ -297,16 +297,16 @@ class Parts:
         files = sorted((self.options.work / "pictures").glob("*.jpg"))
         size, tokenizer = self.options.resolution, self.model.tokenizer
 
-        class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        class Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
             def __len__(self) -> int:
                 return len(files)
 
             def __getitem__(self, index: int) -> tuple[Any, Any]:
-                picture = ImageOps.fit(Image.open(files[index]).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+                image = ImageOps.fit(Image.open(files[index]).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
                 assert tokenizer is not None
-                return to_pixels(picture), torch.tensor(tokenizer(files[index].with_suffix(".txt").read_text()).ids)
+                return to_pixels(image), torch.tensor(tokenizer(files[index].with_suffix(".txt").read_text()).ids)
 
-        return Pictures()
+        return Images()
 
 
 def timed(step: Any, options: argparse.Namespace) -> list[float]:

@@ -1,9 +1,9 @@
-"""Run every command of docs/cookbook.md, in a folder of its own, so that the page shows what they really paint.
+"""Run every command of docs/cookbook.md, in a folder of its own, so that the page shows what they really generate.
 
     python scripts/make_cookbook.py [FOLDER]
 
 Without FOLDER it is docs/cookbook, which is made anew; FOLDER must not be there yet. What the page does not show is
-removed in the end. Ends with the exit code of the first command that fails, and with 1 where the page shows a picture
+removed in the end. Ends with the exit code of the first command that fails, and with 1 where the page shows an image
 that no command made.
 """
 
@@ -37,10 +37,10 @@ def main() -> None:
         code = subprocess.run([sys.executable, "-m", *command], cwd=folder, check=False).returncode
         if code:
             sys.exit(code)
-    missing = [name for name in pictures() if not (folder / name).is_file()]
+    missing = [name for name in images() if not (folder / name).is_file()]
     if missing:
         sys.exit(f"the page shows what no command made: {', '.join(missing)}")
-    shown = {folder / name for name in pictures()}
+    shown = {folder / name for name in images()}
     for path in folder.rglob("*"):
         if path.is_file() and path not in shown:
             path.unlink()
@@ -51,8 +51,8 @@ def commands() -> list[list[str]]:
     return [shlex.split(line[2:]) for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("$ ")]
 
 
-def pictures() -> list[str]:
-    """The pictures that the page shows, relative to the folder."""
+def images() -> list[str]:
+    """The images that the page shows, relative to the folder."""
     return re.findall(r"!\[\]\(cookbook/([^)]+)\)", PAGE.read_text(encoding="utf-8"))
 
 

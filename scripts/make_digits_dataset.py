@@ -1,4 +1,4 @@
-"""Make class folders of handwritten digits to train on: scikit-learn's 1797 pictures of 8x8, OUT/0 to OUT/9.
+"""Make class folders of handwritten digits to train on: scikit-learn's 1797 images of 8x8, OUT/0 to OUT/9.
 
 They are in scikit-learn itself (pip install scikit-learn), so nothing is downloaded. Each is a grey PNG; the 17 levels
 are spread over 0 to 255. For a pixel-space DDPM:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def write(images: np.ndarray, labels: np.ndarray, out: Path, *, size: int, method: Image.Resampling) -> None:
-    """Write pictures [n, 8, 8] of levels 0..16 into a folder for each label [n], numbered in their order."""
+    """Write images [n, 8, 8] of levels 0..16 into a folder for each label [n], numbered in their order."""
     numbers: Counter[int] = Counter()
     for levels, label in zip(images, labels.tolist(), strict=True):
         grey = Image.fromarray((levels * (255 / LEVELS)).round().astype(np.uint8))

@@ -1,8 +1,8 @@
-"""Make a folder of captioned pictures from emoji, to train on: emoji drawings and their names from npm packages.
+"""Make a folder of captioned images from emoji, to train on: emoji drawings and their names from npm packages.
 
 The drawings come from an @iconify-json package, names and tags from emojibase-data; `npm pack` fetches both, nothing
 else uses the network. Or fetch them yourself and give the folder with --packages. The drawings are SVG; resvg-py makes
-pictures of them. It is needed for this script alone:
+images of them. It is needed for this script alone:
 
     pip install resvg-py
     python scripts/make_emoji_dataset.py emoji --groups animals-nature,food-drink
@@ -92,7 +92,7 @@ def main() -> None:
         "--captions",
         choices=["metadata", "txt"],
         default="metadata",
-        help="metadata: metadata.jsonl with all wordings; txt: a .txt beside each picture, a wording a line",
+        help="metadata: metadata.jsonl with all wordings; txt: a .txt beside each image, a wording a line",
     )
     parser.add_argument("--limit", type=int, help="at most so many concepts, spread evenly over the groups")
     parser.add_argument(
@@ -237,7 +237,7 @@ def svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
 
 
 def plain_code(code: str) -> str:
-    """A code without the mark that asks for a coloured picture, which packages write or leave out as they like."""
+    """A code without the mark that asks for a coloured image, which packages write or leave out as they like."""
     return code.lower().replace("-fe0f", "")
 
 
@@ -247,15 +247,15 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"['.]", "", plain)).strip("-")
 
 
-# Pictures
+# Images
 
 
 def rasterised(drawing: Drawing, *, size: int, margin: float, transparent: bool) -> Image.Image | None:
-    """A drawing as a square picture: cropped to what is visible, centred; None where nothing is visible."""
+    """A drawing as a square image: cropped to what is visible, centred; None where nothing is visible."""
     try:
         import resvg_py  # type: ignore[import-not-found]
     except ImportError:
-        sys.exit("the drawings are SVG, and resvg-py makes pictures of them: pip install resvg-py")
+        sys.exit("the drawings are SVG, and resvg-py makes images of them: pip install resvg-py")
     data = resvg_py.svg_to_bytes(svg_string=drawing.svg, width=size * OVERSAMPLING, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(data))) as image:
         whole = image.convert("RGBA")
@@ -296,11 +296,11 @@ COLOUR_WORDS = {
 }
 
 
-def colour_of(picture: Image.Image) -> str | None:
-    """The colour that nearly all of the picture has, if there is one that everybody would call so."""
+def colour_of(image: Image.Image) -> str | None:
+    """The colour that nearly all of the image has, if there is one that everybody would call so."""
     seen: Counter[str] = Counter()
     coloured = 0
-    shades = picture.convert("RGBA").resize((32, 32), Image.Resampling.BOX)
+    shades = image.convert("RGBA").resize((32, 32), Image.Resampling.BOX)
     data = shades.tobytes()
     for red, green, blue, alpha in (data[at : at + 4] for at in range(0, len(data), 4)):
         hue, saturation, value = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
@@ -387,7 +387,7 @@ UNCOUNTED = {
     "tennis", "wood", "yarn",
 }  # fmt: skip
 """Names that take no article."""
-TEMPLATES = ("a picture of {}", "an emoji of {}", "clip art of {}", "a drawing of {}", "an icon of {}")
+TEMPLATES = ("an image of {}", "an emoji of {}", "clip art of {}", "a drawing of {}", "an icon of {}")
 
 
 def wordings(drawing: Drawing, colour: str | None, *, name_style: bool) -> list[str]:
@@ -456,14 +456,14 @@ def write(
     captions: str,
     hold_out: float,
 ) -> None:
-    """Write pictures, captions and SOURCES.md."""
+    """Write images, captions and SOURCES.md."""
     several = len({drawing.style for drawing in drawn}) > 1
     lines: dict[Path, list[str]] = {}
     names: set[str] = set()
     blank = 0
     for drawing in drawn:
-        picture = rasterised(drawing, size=size, margin=margin, transparent=transparent)
-        if picture is None:
+        image = rasterised(drawing, size=size, margin=margin, transparent=transparent)
+        if image is None:
             blank += 1
             continue
         folder = out / split_of(drawing.emoji.label, hold_out)
@@ -471,9 +471,9 @@ def write(
         if name in names:  # "keycap: *" and "keycap: #"
             name = f"{name}-{drawing.emoji.code.lower()}"
         names.add(name)
-        texts = wordings(drawing, colour_of(picture), name_style=several)
+        texts = wordings(drawing, colour_of(image), name_style=several)
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        picture.save(folder / "pictures" / f"{name}.png")
+        image.save(folder / "pictures" / f"{name}.png")
         if captions == "txt":
             (folder / "pictures" / f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
         else:
@@ -485,7 +485,7 @@ def write(
         f"# Sources\n\nMade by scripts/make_emoji_dataset.py from these npm packages, rasterised at {size} pixels:\n\n"
     )
     (out / "SOURCES.md").write_text(title + "\n".join(sources) + "\n", encoding="utf-8")
-    count = f"{len(drawn) - blank} pictures of {len({drawing.emoji for drawing in drawn})} emoji"
+    count = f"{len(drawn) - blank} images of {len({drawing.emoji for drawing in drawn})} emoji"
     print(count + (f"; {blank} drawings show nothing and were left out" if blank else ""), file=sys.stderr)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Ten pictures in one style, for a LoRA: some of a captioned set, as white drawings on deep blue.
+"""Ten images in one style, for a LoRA: some of a captioned set, as white drawings on deep blue.
 
 python scripts/make_emoji_dataset.py emoji --style fluent-emoji --size 128
 python scripts/make_style_dataset.py emoji cyanotype
@@ -24,19 +24,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.out.exists():
         sys.exit(f"{options.out} is there already")
-    rows = [json.loads(line) for line in (options.pictures / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (options.images / "metadata.jsonl").read_text().splitlines()]
     options.out.mkdir(parents=True)
     for row in rows[:: max(1, len(rows) // options.count)][: options.count]:
-        picture = Image.open(options.pictures / row["file_name"]).convert("RGB")
+        image = Image.open(options.images / row["file_name"]).convert("RGB")
         name = Path(row["file_name"]).stem
-        cyanotype(picture).save(options.out / f"{name}.png")
+        cyanotype(image).save(options.out / f"{name}.png")
         caption = row["text"][0] if isinstance(row["text"], list) else row["text"]
         (options.out / f"{name}.txt").write_text(f"{caption}, cyanotype style\n")
 
 
-def cyanotype(picture: Image.Image) -> Image.Image:
+def cyanotype(image: Image.Image) -> Image.Image:
     """The old photographic print of plants: what was dark becomes white, what was light a deep blue."""
-    grey = ImageOps.autocontrast(ImageOps.grayscale(picture))
+    grey = ImageOps.autocontrast(ImageOps.grayscale(image))
     return ImageOps.colorize(grey, black=(255, 255, 255), mid=(120, 170, 225), white=(16, 42, 120))
 
 

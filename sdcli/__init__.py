@@ -1,3 +1,3 @@
-"""sdcli paints pictures from text with latent diffusion models; `pipeline.py` is the place to start reading."""
+"""sdcli generates images from text with latent diffusion models; `pipeline.py` is the place to start reading."""
 
 __version__ = "0.1.0"

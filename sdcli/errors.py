@@ -36,7 +36,7 @@ class OutOfMemory(SdcliError):
 
 
 class BadOutput(SdcliError):
-    """The numbers went wrong (NaN, an all-black picture), or a picture is not what it should be."""
+    """The numbers went wrong (NaN, an all-black image), or an image is not what it should be."""
 
     exit_code = 6
 
@@ -73,8 +73,8 @@ class BadWeights(SdcliError):
     """A model's files are there, and are damaged, incomplete or of another kind than expected."""
 
 
-class BadPicture(SdcliError):
-    """An input picture cannot be read, or is too large to be read safely."""
+class BadImage(SdcliError):
+    """An input image cannot be read, or is too large to be read safely."""
 
 
 class BadLatents(SdcliError):
@@ -100,24 +100,24 @@ def same_for_all(errors: Sequence[SdcliError], *, of: int) -> bool:
 
 
 def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
-    """After a batch of `of` pictures: the one error of them all, or, where others may be done, SomeFailed."""
+    """After a batch of `of` images: the one error of them all, or, where others may be done, SomeFailed."""
     if same_for_all(errors, of=of):
         raise errors[0]
     if errors:
-        raise SomeFailed(f"{len(errors)} of {of} pictures failed")
+        raise SomeFailed(f"{len(errors)} of {of} images failed")
 
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
-    1: "another failure (a damaged model file, an unreadable picture)",
+    1: "another failure (a damaged model file, an unreadable image)",
     2: "wrong usage: an option or a request that cannot be honoured",
     3: "a model or a file was not found",
     4: "offline, and what is needed is not in the cache",
     5: "out of memory after every fall-back",
-    6: "bad output: NaN or all black, a picture that was flagged or did not verify, or a PSNR below --min-psnr",
+    6: "bad output: NaN or all black, an image that was flagged or did not verify, or a PSNR below --min-psnr",
     7: "some items of a batch failed, the others are done",
     8: "cannot write the output",
-    130: "interrupted (Ctrl-C); finished pictures are kept",
-    143: "terminated (SIGTERM); finished pictures are kept",
+    130: "interrupted (Ctrl-C); finished images are kept",
+    143: "terminated (SIGTERM); finished images are kept",
 }
 """What each exit code means; the README's table and `sdcli --help` are made from it."""

@@ -149,8 +149,8 @@ def save_tiny_ip_adapter(
 
 def save_tiny_pipeline(folder: Path, **changes: Any) -> Path:
     """Write a micro model in the diffusers layout and return its folder."""
-    pipeline = StableDiffusionPipeline(**tiny_parts(**changes), requires_safety_checker=False)
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    reference = StableDiffusionPipeline(**tiny_parts(**changes), requires_safety_checker=False)
+    reference.save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the trainers share: small captioned pictures, and a training command run in this process."""
+"""What the tests of the trainers share: small captioned images, and a training command run in this process."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ QUICK: dict[str, Any] = {
 }
 
 
-def captioned_pictures(folder: Path, count: int = 6, *, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> Path:
-    """`count` pictures of noise in colours of their own, each with a .txt of two captions."""
+def captioned_images(folder: Path, count: int = 6, *, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> Path:
+    """`count` images of noise in colours of their own, each with a .txt of two captions."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for number in range(count):
         width, height = sizes[number % len(sizes)]
         pixels = generator.integers(0, 255, (height, width, 3), dtype=np.uint8) // 2 + np.uint8(20 * number % 120)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture number {number}\nthe {number}th picture\n")
+        (folder / f"{number}.txt").write_text(f"picture number {number}\nthe {number}th image\n")
     return folder
 
 
-def class_pictures(folder: Path, classes: Sequence[str] = ("cat", "dog"), *, each: int = 3, size: int = 16) -> Path:
-    """Class folders of grey pictures."""
+def class_images(folder: Path, classes: Sequence[str] = ("cat", "dog"), *, each: int = 3, size: int = 16) -> Path:
+    """Class folders of grey images."""
     generator = np.random.default_rng(1)
     for place, name in enumerate(classes):
         (folder / name).mkdir(parents=True)

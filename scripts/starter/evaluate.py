@@ -1,12 +1,12 @@
-"""Measure a starter model: paint prompts in groups and let the judge say whether what was asked for is there.
+"""Measure a starter model: generate prompts in groups and let the judge say whether what was asked for is there.
 
     python scripts/starter/evaluate.py WORK MODEL --out WORK/evaluation
 
 MODEL is anything that `sdcli generate --model` takes. The judge is trained first unless WORK/judge.pt is there, and its
-accuracy on real scenes is printed before anything else. Then `sdcli generate` paints every prompt with seeds 0 to 3 at
-the model's own steps and guidance. OUT, which should be another one for another model, gets the pictures; table.md and
-figures.json: percent of the pictures of a group that show what was asked for, the VAE's PSNR, the Frechet distance to
-real sprites in the judge's features beside that of real ones among themselves, and how far the pictures of a prompt lie
+accuracy on real scenes is printed before anything else. Then `sdcli generate` runs every prompt with seeds 0 to 3 at
+the model's own steps and guidance. OUT, which should be another one for another model, gets the images; table.md and
+figures.json: percent of the images of a group that show what was asked for, the VAE's PSNR, the Frechet distance to
+real sprites in the judge's features beside that of real ones among themselves, and how far the images of a prompt lie
 apart; and a grid for each group: its first prompts, seed 0, whatever they look like.
 """
 
@@ -45,7 +45,7 @@ GRID = 48
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requested:
     """A prompt and what must be there."""
 
     group: str
@@ -60,12 +60,12 @@ class Asked:
 
     @property
     def windows(self) -> tuple[tuple[int, int], ...]:
-        """Where the judge looks for two things; nothing where it looks at the whole picture."""
+        """Where the judge looks for two things; nothing where it looks at the whole image."""
         kind = self.group.removeprefix("held-out ")
         return {"two objects": BESIDE, "riding": ABOVE}.get(kind, ())
 
     def found(self, seen: Seen, row: int) -> bool:
-        """Whether a picture shows what its group asks for. `seen` is of windows where it has some."""
+        """Whether an image shows what its group asks for. `seen` is of windows where it has some."""
         if self.windows:
             return seen.find_both(row, [set(thing) for thing in self.things], self.among)
         if self.count is not None:
@@ -90,30 +90,30 @@ class Prompts:
             for name in concept.names:
                 self._named.setdefault(name, set()).add(number)
 
-    def all(self) -> list[Asked]:
+    def all(self) -> list[Requested]:
         return [*self.objects(120), *self.synonyms(), *self.combined(), *self.sentences()]
 
-    def every_object(self) -> list[Asked]:
+    def every_object(self) -> list[Requested]:
         """Every concept once, by its usual name."""
-        return [Asked("every object", one(c.name), (self._thing(c),), 1) for c in self.concepts]
+        return [Requested("every object", one(c.name), (self._thing(c),), 1) for c in self.concepts]
 
-    def objects(self, count: int) -> Iterator[Asked]:
+    def objects(self, count: int) -> Iterator[Requested]:
         for concept in self.source.sample(self.concepts, count):
-            yield Asked("objects", one(concept.name), (self._thing(concept),), 1)
+            yield Requested("objects", one(concept.name), (self._thing(concept),), 1)
 
-    def synonyms(self) -> Iterator[Asked]:
+    def synonyms(self) -> Iterator[Requested]:
         for word, labels in UNSEEN.items():
             thing = frozenset(self.numbers[label] for label in labels if label in self.numbers)
-            yield Asked("unseen synonyms", one(word), (thing,))
+            yield Requested("unseen synonyms", one(word), (thing,))
 
-    def combined(self) -> Iterator[Asked]:
+    def combined(self) -> Iterator[Requested]:
         """Combinations of the training, then held-out ones, and what everybody tries first."""
         yield from self._combinations("", 32, new=False)
         yield from self._combinations("held-out ", 16, new=True)
         both = (self._thing(self._of("astronaut")), self._thing(self._of("horse")))
-        yield Asked("held-out riding", FIRST_TRIED, both, PAIR_AMONG)
+        yield Requested("held-out riding", FIRST_TRIED, both, PAIR_AMONG)
 
-    def _combinations(self, name: str, each: int, *, new: bool) -> Iterator[Asked]:
+    def _combinations(self, name: str, each: int, *, new: bool) -> Iterator[Requested]:
         """Colours, counts, backgrounds, two objects and riding, `each` of them."""
         roles = self.composer.roles
         popular = {role: [c for c in of_role if c.popular] for role, of_role in roles.items()}
@@ -121,11 +121,11 @@ class Prompts:
         countable = popular["animals"] + popular["food"] + popular["vehicles"]
         things = countable + popular["objects"]
         for c, colour in self._drawn(coloured, list(HUES), each, lambda c, x: held_out(c.label, x) == new):
-            yield Asked(f"{name}colours", one(f"{colour} {_without_colour(c)}"), (self._thing(c),), colour=colour)
+            yield Requested(f"{name}colours", one(f"{colour} {_without_colour(c)}"), (self._thing(c),), colour=colour)
         for c, number in self._drawn(countable, [2, 3, 4], each, lambda c, n: held_out(c.label, str(n)) == new):
-            yield Asked(f"{name}counts", f"{NUMBERS[number][0]} {several(c.name)}", (self._thing(c),), count=number)
+            yield Requested(f"{name}counts", f"{NUMBERS[number][0]} {several(c.name)}", (self._thing(c),), count=number)
         for c, place in self._drawn(popular["ground"], list(PLACES), each, lambda c, p: held_out(c.label, p) == new):
-            yield Asked(f"{name}backgrounds", f"{one(c.name)} {PLACES[place][0]}", (self._thing(c),), place=place)
+            yield Requested(f"{name}backgrounds", f"{one(c.name)} {PLACES[place][0]}", (self._thing(c),), place=place)
 
         def beside(a: Concept, b: Concept) -> bool:
             return _apart(a, b) and held_out(*sorted((a.label, b.label))) == new
@@ -135,14 +135,14 @@ class Prompts:
 
         for a, b in self._drawn(things, things, each, beside):
             both = (self._thing(a), self._thing(b))
-            yield Asked(f"{name}two objects", f"{one(a.name)} and {one(b.name)}", both, PAIR_AMONG)
+            yield Requested(f"{name}two objects", f"{one(a.name)} and {one(b.name)}", both, PAIR_AMONG)
         for a, b in self._drawn(popular["riders"], popular["mounts"], each, rides):
             both = (self._thing(a), self._thing(b))
-            yield Asked(f"{name}riding", f"{one(a.name)} riding {one(b.name)}", both, PAIR_AMONG)
+            yield Requested(f"{name}riding", f"{one(a.name)} riding {one(b.name)}", both, PAIR_AMONG)
 
-    def sentences(self) -> Iterator[Asked]:
+    def sentences(self) -> Iterator[Requested]:
         for sentence, labels in LISTS["sentences"].items():
-            yield Asked("free sentences", sentence, tuple(self._thing(self._of(label)) for label in labels))
+            yield Requested("free sentences", sentence, tuple(self._thing(self._of(label)) for label in labels))
 
     def _thing(self, concept: Concept) -> frozenset[int]:
         """The concepts that share the usual name: "a moon" may be full or a crescent."""
@@ -180,8 +180,8 @@ def _without_colour(concept: Concept) -> str:
 # Painting
 
 
-def painted(model: str, asked: Sequence[Asked], out: Path, *, seeds: int) -> np.ndarray:
-    """Paint with `sdcli generate`; uint8 [prompts, seeds, 128, 128, 3]. What is there already is not painted again."""
+def painted(model: str, asked: Sequence[Requested], out: Path, *, seeds: int) -> np.ndarray:
+    """Run `sdcli generate`; uint8 [prompts, seeds, 128, 128, 3]. Existing images are not generated again."""
     out.mkdir(parents=True, exist_ok=True)
     jobs = out / "jobs.jsonl"
     lines = [
@@ -216,15 +216,15 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def diversity(features: Tensor) -> float:
-    """1 - the mean cosine between the pictures of one prompt, over prompts; features [prompts, seeds, D]."""
+    """1 - the mean cosine between the images of one prompt, over prompts; features [prompts, seeds, D]."""
     unit = torch.nn.functional.normalize(features, dim=2)
     seeds = range(features.shape[1])
     return float(torch.stack([1 - (unit[:, a] * unit[:, b]).sum(1) for a, b in combinations(seeds, 2)]).mean())
 
 
-def real_pictures(composer: Composer, asked: Sequence[Asked], *, seed: int) -> np.ndarray:
+def real_images(composer: Composer, asked: Sequence[Requested], *, seed: int) -> np.ndarray:
     """Real sprites of what was asked for, in the default style on white: uint8 [n, 128, 128, 3]."""
-    source, pictures = random.Random(seed), []
+    source, images = random.Random(seed), []
     for one_asked in asked:
         concept = composer.concepts[min(one_asked.things[0])]
         sprite = sprite_of(concept, "fluent-emoji")
@@ -232,8 +232,8 @@ def real_pictures(composer: Composer, asked: Sequence[Asked], *, seed: int) -> n
         if sprite is not None:
             at = (64 + source.uniform(-3, 3), 64 + source.uniform(-3, 3))
             lay(canvas, composer.sprites[sprite], *at, SIDE * source.uniform(0.82, 0.94))
-        pictures.append(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
-    return np.stack(pictures)
+        images.append(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
+    return np.stack(images)
 
 
 def round_trip(composer: Composer, model: str, *, count: int = 200) -> float:
@@ -244,16 +244,16 @@ def round_trip(composer: Composer, model: str, *, count: int = 200) -> float:
     for place in random.Random(2).sample(drawn, min(count, len(drawn))):
         canvas = plain((255, 255, 255))
         lay(canvas, composer.sprites[place], 64, 64, SIDE * 0.9)
-        picture = judging.as_tensor((canvas + 0.5).astype(np.uint8)[None])
-        mean, _ = moments(vae, picture)
-        found.append(psnr(decode(vae, mean * scaling_factor(vae)), picture))
+        image = judging.as_tensor((canvas + 0.5).astype(np.uint8)[None])
+        mean, _ = moments(vae, image)
+        found.append(psnr(decode(vae, mean * scaling_factor(vae)), image))
     return float(torch.cat(found).mean())
 
 
-def table(asked: Sequence[Asked], seen: Seen, seen_in_windows: Mapping[int, Seen], seeds: int) -> dict[str, float]:
+def table(asked: Sequence[Requested], seen: Seen, seen_in_windows: Mapping[int, Seen], seeds: int) -> dict[str, float]:
     """Percent found by group; objects also by the first five guesses.
 
-    `seen_in_windows`: number of a prompt that asks for two things -> what the windows of its pictures show.
+    `seen_in_windows`: number of a prompt that asks for two things -> what the windows of its images show.
     """
     found: dict[str, list[bool]] = {}
     for number, one_asked in enumerate(asked):
@@ -274,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="what sprites.py wrote")
     parser.add_argument("model", help="what `sdcli generate --model` takes")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for pictures and figures")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for images and figures")
     parser.add_argument("--every-object", action="store_true", help="paint every concept once, and nothing else")
     chosen = parser.parse_args()
     judge = judging.load_judge(chosen.work)
@@ -283,10 +283,10 @@ def main() -> None:
     prompts = Prompts(composer)
     asked = prompts.every_object() if chosen.every_object else prompts.all()
     seeds = 1 if chosen.every_object else SEEDS
-    pictures = painted(chosen.model, asked, chosen.out / "pictures", seeds=seeds)
-    seen = judging.look(judge, judging.shrunk(pictures.reshape(-1, SIDE, SIDE, 3)))
+    images = painted(chosen.model, asked, chosen.out / "pictures", seeds=seeds)
+    seen = judging.look(judge, judging.shrunk(images.reshape(-1, SIDE, SIDE, 3)))
     parts = {
-        number: judging.look(judge, judging.windows(pictures[number], one_asked.windows))
+        number: judging.look(judge, judging.windows(images[number], one_asked.windows))
         for number, one_asked in enumerate(asked)
         if one_asked.windows
     }
@@ -294,9 +294,9 @@ def main() -> None:
     figures["VAE round trip of held-out sprites, dB"] = round_trip(composer, chosen.model)
     objects = [number for number, one_asked in enumerate(asked) if one_asked.group in ("objects", "every object")]
     features = seen.features.reshape(len(asked), seeds, -1)[objects]
-    real = [real_pictures(composer, [asked[number] for number in objects], seed=seed) for seed in range(2 * seeds)]
+    real = [real_images(composer, [asked[number] for number in objects], seed=seed) for seed in range(2 * seeds)]
     real_features = [judging.look(judge, judging.shrunk(one_set)).features for one_set in real]
-    figures["distance to real pictures"] = frechet(features.flatten(0, 1), torch.cat(real_features[:seeds]))
+    figures["distance to real images"] = frechet(features.flatten(0, 1), torch.cat(real_features[:seeds]))
     figures["distance of real ones among themselves"] = frechet(
         torch.cat(real_features[seeds:]), torch.cat(real_features[:seeds])
     )
@@ -309,7 +309,7 @@ def main() -> None:
     (chosen.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     for group in dict.fromkeys(one_asked.group for one_asked in asked):
         rows = [number for number, one_asked in enumerate(asked) if one_asked.group == group][:GRID]
-        shown = [Image.fromarray(pictures[number, 0]) for number in rows]
+        shown = [Image.fromarray(images[number, 0]) for number in rows]
         sheet = contact_sheet(shown, columns=8, labels=[asked[number].prompt for number in rows])
         sheet.save(chosen.out / f"{group.replace(' ', '-')}.png")
     for number, one_asked in enumerate(asked):

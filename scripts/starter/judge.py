@@ -1,11 +1,11 @@
-"""The judge of the starter's pictures: a small network that names what a picture shows, trained on real sprites.
+"""The judge of the starter's images: a small network that names what an image shows, trained on real sprites.
 
     python scripts/starter/judge.py WORK
 
 trains it and writes WORK/judge.pt. It sees scenes in the three trained styles, never one in the fourth (twemoji), and
 tells which things are there, how many, what colour the thing was given and what the background is. `report` says how
-well it does that on scenes that it has not seen. It judges pictures of 128x128 by their 64x64 mean, and where two
-things should be, by a window of 80x80 around either: in the whole picture it finds both in only 70 % of real ones.
+well it does that on scenes that it has not seen. It judges images of 128x128 by their 64x64 mean, and where two
+things should be, by a window of 80x80 around either: in the whole image it finds both in only 70 % of real ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UNKNOWN = -100
 
 @dataclass(frozen=True)
 class Truth:
-    """What there is to see in B pictures."""
+    """What there is to see in B images."""
 
     things: Tensor
     """float32 [B, concepts]: the share of each thing among the things that are there."""
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in 0..1 -> features [B, 768] and the logits of the four questions."""
+    """Images [B, 3, 64, 64] in 0..1 -> features [B, 768] and the logits of the four questions."""
 
     def __init__(self, concepts: int, widths: Sequence[int] = (32, 64, 128, 256, 384)) -> None:
         super().__init__()
@@ -84,13 +84,13 @@ class Judge(nn.Module):
         self.place = nn.Linear(features, len(PLACE_NAMES))
         self.colour = nn.Linear(features, len(COLOUR_NAMES))
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """[B, 768]: mean and maximum over the picture."""
-        states = self.last(self.blocks(self.stem(pictures * 2 - 1)))
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 768]: mean and maximum over the image."""
+        states = self.last(self.blocks(self.stem(images * 2 - 1)))
         return torch.cat([states.mean(dim=(2, 3)), states.amax(dim=(2, 3))], dim=1)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found = self.features(pictures)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = self.features(images)
         return self.things(found), self.count(found), self.place(found), self.colour(found)
 
 
@@ -103,13 +103,13 @@ def scenes(
     """Scenes of (seed, kind) as uint8 [n, 128, 128, 3], and what is in them."""
     composer = Composer(work, styles=styles, shares=[1] * len(styles))
     numbers = {concept.label: number for number, concept in enumerate(composer.concepts)}
-    pictures = np.empty((len(jobs), SIDE, SIDE, 3), np.uint8)
+    images = np.empty((len(jobs), SIDE, SIDE, 3), np.uint8)
     things = torch.zeros(len(jobs), len(numbers))
     answers = torch.full((3, len(jobs)), UNKNOWN)
     for row, (seed, kind) in enumerate(jobs):
         source = random.Random(seed)
         scene = composer.plan(kind, source)
-        pictures[row] = composer.draw(scene, source)
+        images[row] = composer.draw(scene, source)
         for label in scene.labels:
             things[row, numbers[label]] += 1 / len(scene.labels)
         if len(set(scene.labels)) == 1:
@@ -120,18 +120,18 @@ def scenes(
             answers[2, row] = COLOUR_NAMES.index(scene.placed[0].colour)
         elif len(scene.labels) == 1 and hue is not None:
             answers[2, row] = COLOUR_NAMES.index(hue[1])
-    return pictures, Truth(things, *answers)
+    return images, Truth(things, *answers)
 
 
 def _small_scenes(work: Path, jobs: Sequence[tuple[int, str]]) -> tuple[np.ndarray, Truth]:
-    pictures, truth = scenes(work, jobs)
-    return shrunk(pictures), truth
+    images, truth = scenes(work, jobs)
+    return shrunk(images), truth
 
 
-def shrunk(pictures: np.ndarray) -> np.ndarray:
+def shrunk(images: np.ndarray) -> np.ndarray:
     """uint8 [n, 128, 128, 3] -> [n, 64, 64, 3], the mean of four pixels each."""
-    count, height, width, _ = pictures.shape
-    parts = pictures.reshape(count, SEEN, height // SEEN, SEEN, width // SEEN, 3)
+    count, height, width, _ = images.shape
+    parts = images.reshape(count, SEEN, height // SEEN, SEEN, width // SEEN, 3)
     return (parts.mean(axis=(2, 4)) + 0.5).astype(np.uint8)
 
 
@@ -144,23 +144,21 @@ def many_scenes(work: Path, count: int, *, seed: int) -> tuple[np.ndarray, Truth
     with Pool() as pool:
         parts = list(pool.imap(partial(_small_scenes, work), chunks))
     truths = [truth for _, truth in parts]
-    return np.concatenate([pictures for pictures, _ in parts]), Truth(
+    return np.concatenate([images for images, _ in parts]), Truth(
         *(torch.cat([getattr(truth, name) for truth in truths]) for name in ("things", "count", "place", "colour"))
     )
 
 
-def varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, 64, 64] moved by a few pixels, some softened, some noisy: as a decoder's are."""
-    moves = torch.randint(-3, 4, (len(pictures), 2), generator=generator)
-    padded = F.pad(pictures, (3, 3, 3, 3), mode="replicate")
+def varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [B, 3, 64, 64] moved by a few pixels, some softened, some noisy: as a decoder's are."""
+    moves = torch.randint(-3, 4, (len(images), 2), generator=generator)
+    padded = F.pad(images, (3, 3, 3, 3), mode="replicate")
     moved = torch.stack(
         [one[:, 3 + y : 3 + y + SEEN, 3 + x : 3 + x + SEEN] for one, (y, x) in zip(padded, moves.tolist(), strict=True)]
     )
     soft = F.interpolate(F.avg_pool2d(moved, 2), scale_factor=2.0, mode="bilinear")
-    share = torch.rand(len(pictures), 1, 1, 1, generator=generator) ** 2
-    noise = (
-        torch.randn(moved.shape, generator=generator) * 0.05 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
-    )
+    share = torch.rand(len(images), 1, 1, 1, generator=generator) ** 2
+    noise = torch.randn(moved.shape, generator=generator) * 0.05 * torch.rand(len(images), 1, 1, 1, generator=generator)
     return (moved + share * (soft - moved) + noise).clamp(0, 1)
 
 
@@ -170,7 +168,7 @@ def varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
 def trained(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int = 128, seed: int = 3) -> Judge:
     """A judge after so many steps on `count` scenes: AdamW with a cosine, bfloat16."""
     torch.manual_seed(seed)
-    pictures, truth = many_scenes(work, count, seed=seed)
+    images, truth = many_scenes(work, count, seed=seed)
     judge = Judge(truth.things.shape[1])
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.02)
     generator = torch.Generator().manual_seed(seed)
@@ -178,8 +176,8 @@ def trained(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int =
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
-        rows = torch.randint(len(pictures), (batch,), generator=generator)
-        seen = varied(as_tensor(pictures[rows.numpy()]), generator)
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        seen = varied(as_tensor(images[rows.numpy()]), generator)
         with torch.autocast("cpu", torch.bfloat16):
             answers = [answer.float() for answer in judge(seen)]
         loss = loss_of(answers, truth.rows(rows))
@@ -203,14 +201,14 @@ def loss_of(answers: Sequence[Tensor], truth: Truth) -> Tensor:
     )
 
 
-def as_tensor(pictures: np.ndarray) -> Tensor:
+def as_tensor(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> [B, 3, H, W] in 0..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge says of n pictures."""
+    """What the judge says of n images."""
 
     features: Tensor
     things: Tensor
@@ -221,20 +219,20 @@ class Seen:
     colour: Tensor
 
     def find_both(self, row: int, wanted: Sequence[set[int]], among: int) -> bool:
-        """Whether each of these is among the first ones of one of the two windows of picture `row` (see `windows`)."""
+        """Whether each of these is among the first ones of one of the two windows of image `row` (see `windows`)."""
         return all(any(self.finds(2 * row + part, one, among) for part in (0, 1)) for one in wanted)
 
     def finds(self, row: int, wanted: set[int], among: int) -> bool:
-        """Whether one of these concepts is among the first ones of a picture."""
+        """Whether one of these concepts is among the first ones of an image."""
         return bool(wanted & set(self.things[row, :among].tolist()))
 
 
 @torch.inference_mode()
-def look(judge: Judge, pictures: np.ndarray) -> Seen:
+def look(judge: Judge, images: np.ndarray) -> Seen:
     """uint8 [n, 64, 64, 3] -> what is there."""
     parts = []
-    for start in range(0, len(pictures), 256):
-        features = judge.features(as_tensor(pictures[start : start + 256]))
+    for start in range(0, len(images), 256):
+        features = judge.features(as_tensor(images[start : start + 256]))
         things = judge.things(features).argsort(dim=1, descending=True)
         rest = [head(features).argmax(dim=1) for head in (judge.count, judge.place, judge.colour)]
         parts.append([features, things, *rest])
@@ -250,9 +248,9 @@ BESIDE, ABOVE = ((36, 60), (92, 68)), ((64, 34), (64, 84))
 """The windows' centres in pixels for things side by side, and one above the other."""
 
 
-def windows(pictures: np.ndarray, centres: Sequence[tuple[int, int]]) -> np.ndarray:
-    """uint8 [n, 128, 128, 3] -> [windows * n, 64, 64, 3], the windows of each picture one after the other."""
-    padded = np.pad(pictures, ((0, 0), (WINDOW // 2, WINDOW // 2), (WINDOW // 2, WINDOW // 2), (0, 0)), mode="edge")
+def windows(images: np.ndarray, centres: Sequence[tuple[int, int]]) -> np.ndarray:
+    """uint8 [n, 128, 128, 3] -> [windows * n, 64, 64, 3], the windows of each image one after the other."""
+    padded = np.pad(images, ((0, 0), (WINDOW // 2, WINDOW // 2), (WINDOW // 2, WINDOW // 2), (0, 0)), mode="edge")
     parts = np.stack([padded[:, y : y + WINDOW, x : x + WINDOW] for x, y in centres], axis=1)
     smaller = F.interpolate(as_tensor(parts.reshape(-1, WINDOW, WINDOW, 3)), SEEN, mode="area")
     return (smaller * 255 + 0.5).byte().permute(0, 2, 3, 1).numpy()
@@ -263,11 +261,11 @@ def accuracy(judge: Judge, work: Path, style: str, *, each: int = 300, seed: int
     found = {}
     for place, kind in enumerate(("plain", "pair", "ride", "count", "place", "recoloured")):
         jobs = [((seed * 100 + place) * 10**6 + number, kind) for number in range(each)]
-        pictures, truth = scenes(work, jobs, [style])
+        images, truth = scenes(work, jobs, [style])
         if kind in ("pair", "ride"):
-            seen = look(judge, windows(pictures, ABOVE if kind == "ride" else BESIDE))
+            seen = look(judge, windows(images, ABOVE if kind == "ride" else BESIDE))
         else:
-            seen = look(judge, shrunk(pictures))
+            seen = look(judge, shrunk(images))
         wanted = [set(row.nonzero().flatten().tolist()) for row in truth.things]
         if kind == "plain":
             for name, among in (("objects top-1", 1), ("objects top-5", 5)):

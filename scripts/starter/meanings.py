@@ -5,7 +5,7 @@
 A sentence encoder knows few rare words ("brolly" it takes for broccoli), a dictionary all of them, but no likeness. So
 the meaning of a noun is the mean of three of the teacher's vectors: of the noun itself, of the noun with WordNet's
 synonyms and next wider word behind it, and of these with what WordNet says it is. Writes WORK/meanings.npz: such
-vectors for the names of the things that are painted and for WordNet's words, each in several forms (synonyms.py).
+vectors for the names of the things that are generated and for WordNet's words, each in several forms (synonyms.py).
 
 The dictionary comes from Debian's package wordnet-base, as in texts.py; the teacher is a package of PyPI.
 """

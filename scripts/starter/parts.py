@@ -25,7 +25,7 @@ from PIL import Image
 CHUNK = 15 * 2**20
 """Bytes a file."""
 COLUMNS = 96
-"""Sprites in a row of the packed picture; WebP takes at most 16,383 pixels a side."""
+"""Sprites in a row of the packed image; WebP takes at most 16,383 pixels a side."""
 SMALL_FILES = ("sprites.json", "texts.txt")
 MADE_AGAIN = "scenes"
 """Steps whose shards are not carried."""
@@ -93,7 +93,7 @@ def put(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def sprites_as_webp(sprites: np.ndarray) -> bytes:
-    """uint8 [n, S, S, 4] -> one lossless picture; behind the last sprite there is nothing."""
+    """uint8 [n, S, S, 4] -> one lossless image; behind the last sprite there is nothing."""
     count, side = sprites.shape[:2]
     rows = -(-count // COLUMNS)
     padded = np.zeros((rows * COLUMNS, side, side, 4), np.uint8)

@@ -1,4 +1,4 @@
-"""Compose the starter's training pictures from sprites, each with its caption in several wordings.
+"""Compose the starter's training images from sprites, each with its caption in several wordings.
 
     python scripts/starter/scenes.py WORK WORK/scenes --count 100000 --seed 1
 
@@ -71,8 +71,8 @@ PAIRED = ("animals", "food", "vehicles", "objects", "people", "plants")
 NUMBERS = {2: ("two", "two", "a pair of", "2"), 3: ("three", "three", "3"), 4: ("four", "four", "4")}
 MOODS = ("cute", "little", "beautiful", "big", "nice", "funny", "small", "happy")
 FRAMES = (
-    "a picture of {}", "clip art of {}", "an illustration of {}", "a drawing of {}", "an icon of {}", "a cartoon of {}",
-    "an image of {}", "a painting of {}", "a photo of {}",
+    "an image of {}", "clip art of {}", "an illustration of {}", "a drawing of {}", "an icon of {}", "a cartoon of {}",
+    "an image of {}", "a generating of {}", "a photo of {}",
 )  # fmt: skip
 
 MOUNTS = re.compile(
@@ -177,7 +177,7 @@ class Composer:
         }  # fmt: skip
 
     def scene(self, seed: int, number: int, kinds: Mapping[str, int] = KINDS) -> tuple[Scene, np.ndarray]:
-        """Scene `number` of a seed, by the shares of its kinds, with its picture, uint8 [128, 128, 3]."""
+        """Scene `number` of a seed, by the shares of its kinds, with its image, uint8 [128, 128, 3]."""
         source = random.Random(f"{seed}/{number}")
         kind = source.choices(list(kinds), list(kinds.values()))[0]
         scene = self.plan(kind, source)
@@ -192,7 +192,7 @@ class Composer:
                 return planned
 
     def draw(self, scene: Scene, source: random.Random) -> np.ndarray:
-        """The picture of a scene, uint8 [128, 128, 3]."""
+        """The image of a scene, uint8 [128, 128, 3]."""
         canvas = scene.backdrop.draw(source)
         for placed in scene.placed:
             sprite = self.sprites[placed.sprite]
@@ -609,11 +609,11 @@ def shard(job: Job) -> Path:
     partial = job.path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(start, start + count):
-            scene, picture = composer.scene(seed, number, job.kinds)
+            scene, image = composer.scene(seed, number, job.kinds)
             if crop is not None:
-                picture = liveliest(picture, crop, random.Random(f"crop {seed}/{number}"))
+                image = liveliest(image, crop, random.Random(f"crop {seed}/{number}"))
             png = io.BytesIO()
-            Image.fromarray(picture).save(png, "PNG", compress_level=1)
+            Image.fromarray(image).save(png, "PNG", compress_level=1)
             key = f"{seed:03d}{number:08d}"
             for suffix, data in (("png", png.getvalue()), ("txt", "\n".join(scene.captions).encode())):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
@@ -623,11 +623,11 @@ def shard(job: Job) -> Path:
     return job.path
 
 
-def liveliest(picture: np.ndarray, side: int, source: random.Random) -> np.ndarray:
+def liveliest(image: np.ndarray, side: int, source: random.Random) -> np.ndarray:
     """The square window with the most contrast of three drawn ones: a VAE learns nothing from white paper."""
     free = SIDE - side
     spots = [(source.randint(0, free), source.randint(0, free)) for _ in range(3)]
-    windows = [picture[y : y + side, x : x + side] for x, y in spots]
+    windows = [image[y : y + side, x : x + side] for x, y in spots]
     return max(windows, key=lambda window: float(window.std()))
 
 

@@ -1,9 +1,9 @@
-"""Measure how fast the embedded model paints: a whole process, within a batch, and its VAE alone.
+"""Measure how fast the embedded model generates: a whole process, within a batch, and its VAE alone.
 
     python scripts/starter/speed.py --rounds 5
 
-prints medians beside what is wanted of them on two cores, and beside the shortest diffusers script that paints the
-same picture (of scripts/bench_startup.py). Machines are noisy: look at the ratios within one run.
+prints medians beside what is wanted of them on two cores, and beside the shortest diffusers script that generates the
+same image (of scripts/bench_startup.py). Machines are noisy: look at the ratios within one run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time and the machine's name here")
     chosen = parser.parse_args()
     one = COMMANDS["generate (starter)"]
-    several = f"{BATCH} pictures"
+    several = f"{BATCH} images"
     commands = {WHOLE: one, several: [*one, "-n", str(BATCH)], BY_HAND: COMMANDS[BY_HAND]}
     seconds = measure(commands, rounds=chosen.rounds)
     pairs = zip(seconds[WHOLE], seconds.pop(several), strict=True)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def of_the_vae(rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of encoding and of decoding one picture, each the median of ten in a row."""
+    """Seconds of encoding and of decoding one image, each the median of ten in a row."""
     vae = load_model(load_registry().find("starter"), device="cpu", dtype="float32", parts=("vae",)).parts["vae"]
     pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     latents = moments(vae, pixels)[0]

@@ -1,4 +1,4 @@
-"""Draw the sprites that the starter's training pictures are composed of: emoji in four styles, from npm packages.
+"""Draw the sprites that the starter's training images are composed of: emoji in four styles, from npm packages.
 
     pip install resvg-py
     python scripts/starter/sprites.py WORK
@@ -46,7 +46,7 @@ SYMBOLS = frozenset(
         "musical note",
     ]
 )
-"""Symbols that are pictures of something; the others are letters and signs."""
+"""Symbols that are images of something; the others are letters and signs."""
 GEOMETRIC = re.compile(
     r"^(red|orange|yellow|green|blue|purple|brown|black|white|large|diamond)(?!.*(small|medium|button))"
 )
@@ -76,12 +76,12 @@ def main() -> None:
     with Pool() as pool:
         drawn = pool.map(sprite, drawings, chunksize=16)
     lines, pixels = [], []
-    for drawing, picture in zip(drawings, drawn, strict=True):
-        if picture is not None:
+    for drawing, image in zip(drawings, drawn, strict=True):
+        if image is not None:
             one = drawing.emoji
             facts = {"label": one.label, "style": drawing.style, "group": one.group, "tags": one.tags}
             lines.append(json.dumps(facts | {"subgroup": subgroups[one.code]}, ensure_ascii=False) + "\n")
-            pixels.append(picture)
+            pixels.append(image)
     np.save(work / "sprites.npy", np.stack(pixels))
     (work / "sprites.json").write_text("".join(lines), encoding="utf-8")
     sources = "".join(f"{emoji.source(packages, name)}\n" for name in wanted)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def is_concept(one: emoji.Emoji, subgroup: str | None) -> bool:
-    """Whether an emoji is a thing that people ask for a picture of, and that can be told from the others."""
+    """Whether an emoji is a thing that people ask for an image of, and that can be told from the others."""
     if subgroup == "geometric":
         return bool(GEOMETRIC.search(one.label))
     if one.group == "symbols":
@@ -102,11 +102,9 @@ def is_concept(one: emoji.Emoji, subgroup: str | None) -> bool:
 
 def sprite(drawing: emoji.Drawing) -> np.ndarray | None:
     """A drawing as uint8 [128, 128, 4], premultiplied RGBA; None where nothing is visible."""
-    picture = emoji.rasterised(drawing, size=SIDE, margin=0.0, transparent=True)
+    image = emoji.rasterised(drawing, size=SIDE, margin=0.0, transparent=True)
     # "RGBa" is Pillow's name for premultiplied; tobytes keeps it so.
-    return (
-        None if picture is None else np.frombuffer(picture.convert("RGBa").tobytes(), np.uint8).reshape(SIDE, SIDE, 4)
-    )
+    return None if image is None else np.frombuffer(image.convert("RGBa").tobytes(), np.uint8).reshape(SIDE, SIDE, 4)
 
 
 if __name__ == "__main__":

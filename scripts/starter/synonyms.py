@@ -3,7 +3,7 @@
     python scripts/starter/synonyms.py WORK
 
 reads WORK/meanings.npz (meanings.py) and writes WORK/synonyms.jsonl: lists of captions, the first in words that the
-starter has learned to paint, the others the same with a word of WordNet in the place of a name, where that name is the
+starter has learned, the others the same with a word of WordNet in the place of a name, where that name is the
 nearest of all in meaning; words of two parts only where they are usual. Names and captions of scenes without another
 word are there, too, so that they stay what they are. No word is favoured for being asked for in evaluate.py.
 """

@@ -3,7 +3,7 @@
     python scripts/starter/texts.py WORK
 
 writes WORK/texts.txt, a text a line, for `sdcli train-text-encoder WORK/texts.txt --teacher ...`: names, plurals and
-tags of the things that are painted (several times, so that they weigh more), captions of scenes, WordNet's nouns,
+tags of the things that are generated (several times, so that they weigh more), captions of scenes, WordNet's nouns,
 adjectives and verbs with their glosses, and captions in which nouns of WordNet stand for the things. So words that no
 caption has get their meaning from the teacher. The dictionary comes from Debian's package wordnet-base, which
 `apt-get download` fetches into WORK/packages unless it is there (or give its folder with --wordnet).

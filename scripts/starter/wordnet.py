@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 THINGS = {"05": 6, "06": 6, "08": 2, "13": 5, "15": 1, "17": 3, "18": 4, "20": 3, "27": 1}
-"""WordNet's files of nouns that can be painted (animal, artifact, body, food, location, object, person, plant,
+"""WordNet's files of nouns that can be generated (animal, artifact, body, food, location, object, person, plant,
 substance), and how often captions are made of them."""
 
 
@@ -88,7 +88,7 @@ class Nouns:
         return found
 
     def thing(self, word: str) -> Synset | None:
-        """What a word, or its plural, means when it is painted: its most usual meaning that is a thing."""
+        """What a word, or its plural, means when it is generated: its most usual meaning that is a thing."""
         for known in (word, word.removesuffix("s")):
             if known in self._index:
                 meanings = (self.synsets[offset] for offset in self._index[known])

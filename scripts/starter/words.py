@@ -1,4 +1,4 @@
-"""What people call the things that the starter paints: names, other words about them, articles and plurals."""
+"""What people call the things that the starter generates: names, other words about them, articles and plurals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from make_emoji_dataset import COLOUR_WORDS, with_article
 
 LISTS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 UNSEEN: dict[str, list[str]] = LISTS["unseen"]
-"""Word that no caption has -> the labels of what a picture of it may show."""
+"""Word that no caption has -> the labels of what an image of it may show."""
 NEVER = re.compile(rf"\b({'|'.join(map(re.escape, UNSEEN))})(s|es)?\b", re.IGNORECASE)
 ALREADY_SEVERAL = re.compile(
     r"([^s]s|fries|teeth|people|mail|money|bread|fire|rice|bacon|cheese|popcorn|snow|fog|wind|"

@@ -29,11 +29,11 @@ COMMANDS = {
     "encode": "Latents",
     "decode": "Latents",
     "noise": "Latents",
-    "info": "Pictures",
-    "control-map": "Pictures",
-    "compare": "Pictures",
-    "grid": "Pictures",
-    "gallery": "Pictures",
+    "info": "Images",
+    "control-map": "Images",
+    "compare": "Images",
+    "grid": "Images",
+    "gallery": "Images",
     "models": "Models",
     "selftest": "Models",
 }
@@ -48,7 +48,7 @@ _EXITS = "  ".join(
 
 app = typer.Typer(
     name="sdcli",
-    help="Paint pictures from text with latent diffusion models, and train them.",
+    help="Paint images from text with latent diffusion models, and train them.",
     epilog=f"Exit codes: {_EXITS.rstrip(',')}.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""The `compare` command: how far apart two pictures are, and what their records say differently."""
+"""The `compare` command: how far apart two images are, and what their records say differently."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from sdcli.images.metrics import Distance
     from sdcli.metadata.compare import Differences
-    from sdcli.metadata.record import PictureInfo
+    from sdcli.metadata.record import ImageInfo
 
 LONGEST_LINE = 100
 """Letters of two values on one line; longer ones stand one below the other."""
 
 
 def command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A PNG, JPEG or WebP picture.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="A PNG, JPEG or WebP image.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
     diff: Annotated[
         Path | None,
@@ -46,9 +46,9 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Say how far apart two pictures are, and what their records say differently.
+    """Say how far apart two images are, and what their records say differently.
 
-    Of the pixels: the largest and the mean difference of their levels (0 to 255), PSNR and SSIM; both pictures as they
+    Of the pixels: the largest and the mean difference of their levels (0 to 255), PSNR and SSIM; both images as they
     are shown, in RGB, transparent parts on white. Of the records: the fields of the requests, other tools' too, and the
     facts of the runs.
     """
@@ -59,20 +59,20 @@ def command(
         check_new_png(diff, flag="--diff", overwrite=overwrite)
 
     from sdcli.images.metrics import distance, similarity
-    from sdcli.images.pixels import open_picture
+    from sdcli.images.pixels import open_image
     from sdcli.metadata.compare import differing_facts, differing_request
-    from sdcli.metadata.record import read_picture
+    from sdcli.metadata.record import read_image
 
-    infos = read_picture(a), read_picture(b)
-    pictures = open_picture(a), open_picture(b)
-    apart, ssim = distance(*pictures), similarity(*pictures)
+    infos = read_image(a), read_image(b)
+    images = open_image(a), open_image(b)
+    apart, ssim = distance(*images), similarity(*images)
     if diff is not None and apart is None and min_psnr is None:
-        raise UsageError(f"--diff needs pictures of equal size; {a} is {_size(pictures[0])}, {b} {_size(pictures[1])}")
+        raise UsageError(f"--diff needs pictures of equal size; {a} is {_size(images[0])}, {b} {_size(images[1])}")
     factor = 1.0
     if diff is not None and apart is not None:
-        factor = _write_difference(diff, pictures, apart, overwrite=overwrite)
+        factor = _write_difference(diff, images, apart, overwrite=overwrite)
     request, facts = differing_request(*infos), differing_facts(*infos)
-    sides = [_facts(info, picture) for info, picture in zip(infos, pictures, strict=True)]
+    sides = [_facts(info, image) for info, image in zip(infos, images, strict=True)]
     lines = [*map(_side, sides), _pixels(apart, ssim), *_table("request", request), *_table("provenance", facts)]
     console.result(
         "\n".join(lines),
@@ -91,29 +91,29 @@ def command(
     if diff is not None and apart is not None:
         console.say(f"{diff} shows the differences {factor:g} times as large")
     if min_psnr is not None and apart is None:
-        raise BadOutput("the pictures differ in size, so there is no PSNR to be at least --min-psnr")
+        raise BadOutput("the images differ in size, so there is no PSNR to be at least --min-psnr")
     if min_psnr is not None and apart is not None and apart.psnr < min_psnr:
         raise BadOutput(f"the PSNR is {apart.psnr:.2f} dB, less than --min-psnr {min_psnr:g}")
 
 
 def _write_difference(
-    path: Path, pictures: tuple[Image.Image, Image.Image], apart: Distance, *, overwrite: bool
+    path: Path, images: tuple[Image.Image, Image.Image], apart: Distance, *, overwrite: bool
 ) -> float:
     """Write |a - b|, amplified, and return how many times."""
-    from sdcli.metadata.compare import difference_picture
-    from sdcli.metadata.record import picture_bytes
+    from sdcli.metadata.compare import difference_image
+    from sdcli.metadata.record import image_bytes
 
     factor = 255 / apart.largest if apart.largest else 1.0
-    picture = difference_picture(*pictures, factor=factor)
-    write_whole(path, picture_bytes(picture, "png", None), overwrite=overwrite)
+    image = difference_image(*images, factor=factor)
+    write_whole(path, image_bytes(image, "png", None), overwrite=overwrite)
     return factor
 
 
-def _facts(info: PictureInfo, picture: Image.Image) -> dict[str, Any]:
+def _facts(info: ImageInfo, image: Image.Image) -> dict[str, Any]:
     return {
         "path": str(info.path),
-        "width": picture.width,
-        "height": picture.height,
+        "width": image.width,
+        "height": image.height,
         "format": info.format,
         "source": info.source,
     }
@@ -124,8 +124,8 @@ def _side(facts: dict[str, Any]) -> str:
     return f"{facts['path']}: {facts['width']}x{facts['height']} {facts['format']}, {known}"
 
 
-def _size(picture: Image.Image) -> str:
-    return f"{picture.width}x{picture.height}"
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
 
 
 def _pixels(apart: Distance | None, ssim: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`sdcli dataset`: look at training pictures before they are trained on, and pack them into shards."""
+"""`sdcli dataset`: look at training images before they are trained on, and pack them into shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.progress import shown_progress
-from sdcli.errors import BadPicture, SdcliError, UsageError
+from sdcli.errors import BadImage, SdcliError, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import load_registry
 from sdcli.request.schema import parse_size
@@ -21,31 +21,31 @@ from sdcli.training.settings import cache_folder
 if TYPE_CHECKING:
     from sdcli.data.buckets import BucketFill, Framing
     from sdcli.data.examine import Examination
-    from sdcli.data.records import PictureSet
+    from sdcli.data.records import ImageSet
 
 app = typer.Typer(
-    help="Look at training pictures before they are trained on, and pack them into shards.", no_args_is_help=True
+    help="Look at training images before they are trained on, and pack them into shards.", no_args_is_help=True
 )
 
 TINY = 64
-"""Pictures with a shorter side than this are worth a remark."""
+"""Images with a shorter side than this are worth a remark."""
 
 DataArg = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A folder of pictures, parquet files or tar shards, a pattern (shards/{00000..00099}.tar), or owner/name.",
+        help="A folder of images, parquet files or tar shards, a pattern (shards/{00000..00099}.tar), or owner/name.",
     ),
 ]
 SplitOpt = Annotated[str, typer.Option("--split", help="train, validation, test, or all.")]
 ImageColumnOpt = Annotated[
-    str | None, typer.Option("--image-column", metavar="NAME", help="The column with pictures, or their file names.")
+    str | None, typer.Option("--image-column", metavar="NAME", help="The column with images, or their file names.")
 ]
 CaptionColumnOpt = Annotated[
     str | None, typer.Option("--caption-column", metavar="NAME", help="The column with captions (text, caption).")
 ]
 CaptionExtensionOpt = Annotated[
-    str, typer.Option("--caption-extension", metavar=".EXT", help="What caption files beside pictures end in.")
+    str, typer.Option("--caption-extension", metavar=".EXT", help="What caption files beside images end in.")
 ]
 ResolutionOpt = Annotated[
     str | None, typer.Option("--resolution", metavar="N or WxH", help="Show the aspect-ratio buckets for this size.")
@@ -54,10 +54,10 @@ BucketStepOpt = Annotated[
     int, typer.Option("--bucket-reso-steps", min=8, help="Sides of buckets are multiples of this.")
 ]
 BatchSizeOpt = Annotated[
-    int | None, typer.Option("--train-batch-size", min=1, help="Show how many pictures a batch of this size repeats.")
+    int | None, typer.Option("--train-batch-size", min=1, help="Show how many images a batch of this size repeats.")
 ]
 WorkersOpt = Annotated[
-    int | None, typer.Option("--workers", min=1, max=256, help="Threads that read pictures (one per CPU).")
+    int | None, typer.Option("--workers", min=1, max=256, help="Threads that read images (one per CPU).")
 ]
 
 
@@ -77,26 +77,26 @@ def check(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Look at every picture and caption, and say what is wrong; exit 1 where pictures or captions would be lost.
+    """Look at every image and caption, and say what is wrong; exit 1 where images or captions would be lost.
 
-    Nothing is changed. Duplicates, tiny pictures and buckets that repeat pictures are told and are no failure.
+    Nothing is changed. Duplicates, tiny images and buckets that repeat images are told and are no failure.
     """
     from sdcli.data.duplicates import same_bytes, similar
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
     framing = _framing(resolution, bucket_reso_steps, train_batch_size)
-    pictures = _open(data, split, image_column, caption_column, caption_extension)
-    found = _examined(pictures, console, workers)
+    images = _open(data, split, image_column, caption_column, caption_extension)
+    found = _examined(images, console, workers)
     lost_captions = 0 if unconditional else len(found.uncaptioned)
     equal = same_bytes(found.digests, found.used)
     alike = similar(found.looks, found.sizes, found.digests, found.used)
-    captions = Counter(pictures[index].captions for index in _every(found) if pictures[index].captions)
-    repeated = {texts: count for texts, count in captions.items() if count > 1} if not pictures.classes else {}
-    tiny = [index for index in _every(found) if 0 < found.sizes[index].min() < TINY and pictures.kind == "pictures"]
+    captions = Counter(images[index].captions for index in _every(found) if images[index].captions)
+    repeated = {texts: count for texts, count in captions.items() if count > 1} if not images.classes else {}
+    tiny = [index for index in _every(found) if 0 < found.sizes[index].min() < TINY and images.kind == "pictures"]
     fills = _fills(found, framing, train_batch_size)
     problems = _problems(len(found.dropped), lost_captions, len(found.used))
     if json:
-        names = lambda groups: [[pictures[index].name for index in group] for group in groups]  # noqa: E731
+        names = lambda groups: [[images[index].name for index in group] for group in groups]  # noqa: E731
         console.result(
             "",
             ok=not problems,
@@ -105,7 +105,7 @@ def check(
             equal=names(equal),
             similar=names(alike),
             repeated_captions=[{"captions": list(texts), "pictures": count} for texts, count in repeated.items()],
-            tiny=[pictures[index].name for index in tiny],
+            tiny=[images[index].name for index in tiny],
             buckets=[_bucket_row(fill) for fill in fills],
         )
     else:
@@ -113,13 +113,13 @@ def check(
             console.result(line)
         for text, groups in (("equal byte for byte", equal), ("nearly alike", alike)):
             if groups:
-                shown = "; ".join(" = ".join(pictures[index].name for index in group[:3]) for group in groups[:3])
-                console.result(f"  note {sum(map(len, groups)):,} pictures are {text}: {shown}")
+                shown = "; ".join(" = ".join(images[index].name for index in group[:3]) for group in groups[:3])
+                console.result(f"  note {sum(map(len, groups)):,} images are {text}: {shown}")
         if repeated:
             texts, count = max(repeated.items(), key=lambda entry: entry[1])
             console.result(f"  note {sum(repeated.values()):,} share their caption; {count:,} have {texts[0]!r}")
         if tiny:
-            shown = ", ".join(pictures[index].name for index in tiny[:3])
+            shown = ", ".join(images[index].name for index in tiny[:3])
             console.result(f"  note {len(tiny):,} are less than {TINY} pixels wide or high: {shown}")
         for line in _bucket_lines(fills, train_batch_size):
             console.result(line)
@@ -146,7 +146,7 @@ def stats(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Print the sizes of the pictures, their buckets and classes, and how long the captions are.
+    """Print the sizes of the images, their buckets and classes, and how long the captions are.
 
     With -m MODEL captions are also counted in the tokens of its text encoder, which cuts longer ones.
     """
@@ -157,10 +157,10 @@ def stats(
         from sdcli.encoders.tokenizer import load_tokenizer, tokenizer_folder
 
         tokenizer = load_tokenizer(tokenizer_folder(load_registry(models_file).find(model)))
-    pictures = _open(data, split, image_column, caption_column, caption_extension)
-    found = _examined(pictures, console, workers)
-    captions = [caption for index in _every(found) for caption in pictures[index].captions]
-    classes = Counter(label for index in _every(found) if (label := pictures[index].label) is not None)
+    images = _open(data, split, image_column, caption_column, caption_extension)
+    found = _examined(images, console, workers)
+    captions = [caption for index in _every(found) for caption in images[index].captions]
+    classes = Counter(label for index in _every(found) if (label := images[index].label) is not None)
     words = _spread([len(caption.split()) for caption in captions])
     tokens: dict[str, Any] | None = None
     if tokenizer is not None:
@@ -207,12 +207,12 @@ def shard(
     shard_size: Annotated[
         float, typer.Option("--shard-size", min=0.02, metavar="MB", help="A shard's most megabytes.")
     ] = 500.0,
-    shard_pictures: Annotated[int, typer.Option("--shard-pictures", min=1, help="A shard's most pictures.")] = 10_000,
+    shard_pictures: Annotated[int, typer.Option("--shard-pictures", min=1, help="A shard's most images.")] = 10_000,
     shuffle: Annotated[
         bool | None,
         typer.Option(
             "--shuffle/--no-shuffle",
-            help="Mix the pictures, so that every shard is like the whole; so it is unless DATA is a stream.",
+            help="Mix the images, so that every shard is like the whole; so it is unless DATA is a stream.",
             show_default=False,
         ),
     ] = None,
@@ -222,9 +222,9 @@ def shard(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Pack the pictures that can be used into WebDataset tar shards, each with its captions, class and name.
+    """Pack the images that can be used into WebDataset tar shards, each with its captions, class and name.
 
-    Equal pictures give equal shards, byte for byte. DIR appears with all its shards, or not at all.
+    Equal images give equal shards, byte for byte. DIR appears with all its shards, or not at all.
     """
     from sdcli.data.webdataset import write_shards
     from sdcli.io.rng import permutation
@@ -233,19 +233,19 @@ def shard(
     target, folder = expanded(output).resolve(), expanded(data).resolve()
     if folder.is_dir() and target.is_relative_to(folder):
         raise UsageError(f"{output} lies in {data}, where nothing is ever written; choose another folder")
-    pictures = _open(data, split, image_column, caption_column, caption_extension)
-    if pictures.kind != "pictures":
-        raise UsageError(f"{data} holds latents; shards hold pictures")
-    found = _examined(pictures, console, workers)
+    images = _open(data, split, image_column, caption_column, caption_extension)
+    if images.kind != "pictures":
+        raise UsageError(f"{data} holds latents; shards hold images")
+    found = _examined(images, console, workers)
     for line in found.report():
         console.say(line)
     if not len(found.used):
-        raise BadPicture(f"{data} has no picture that can be used")
-    mixed = not pictures.streamed if shuffle is None else shuffle
+        raise BadImage(f"{data} has no image that can be used")
+    mixed = not images.streamed if shuffle is None else shuffle
     order = found.used[permutation(seed, 0, "shard", len(found.used))] if mixed else found.used
     shards = list(
         write_shards(
-            pictures,
+            images,
             target,
             indices=order.tolist(),
             max_bytes=round(shard_size * 1e6),
@@ -254,23 +254,23 @@ def shard(
     )
     for written in shards:  # told when all are there: until then none is
         path = str(output / written.name)
-        console.result(path, path=path, pictures=written.pictures, bytes=written.size)
+        console.result(path, path=path, pictures=written.images, bytes=written.size)
 
 
 # What the commands share
 
 
-def _open(data: str, split: str, image: str | None, caption: str | None, extension: str) -> PictureSet:
-    from sdcli.data.sources import open_pictures
+def _open(data: str, split: str, image: str | None, caption: str | None, extension: str) -> ImageSet:
+    from sdcli.data.sources import open_images
 
-    return open_pictures(data, image_column=image, caption_column=caption, caption_extension=extension, split=split)
+    return open_images(data, image_column=image, caption_column=caption, caption_extension=extension, split=split)
 
 
-def _examined(pictures: PictureSet, console: Console, workers: int | None) -> Examination:
+def _examined(images: ImageSet, console: Console, workers: int | None) -> Examination:
     from sdcli.data.examine import examination, look
 
-    seen = look(pictures, memory=cache_folder() / "examined", workers=workers)
-    return examination(pictures, shown_progress(seen, len(pictures), console))
+    seen = look(images, memory=cache_folder() / "examined", workers=workers)
+    return examination(images, shown_progress(seen, len(images), console))
 
 
 def _every(found: Examination) -> list[int]:
@@ -280,7 +280,7 @@ def _every(found: Examination) -> list[int]:
 def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
     problems = [f"{dropped:,} dropped"] if dropped else []
     problems += [f"{uncaptioned:,} without a caption (--unconditional allows that)"] if uncaptioned else []
-    return problems or ([] if used else ["no pictures"])
+    return problems or ([] if used else ["no images"])
 
 
 # Buckets
@@ -312,7 +312,7 @@ def _bucket_row(fill: BucketFill) -> dict[str, Any]:
     return {
         "width": width,
         "height": height,
-        "pictures": fill.pictures,
+        "pictures": fill.images,
         "repeats": fill.repeats,
         "enlarged": fill.enlarged,
     }
@@ -322,13 +322,13 @@ def _bucket_lines(fills: Sequence[BucketFill], batch_size: int | None) -> Iterat
     if not fills:
         return
     repeats = sum(fill.repeats for fill in fills)
-    about = f"; batches of {batch_size} repeat {repeats:,} pictures an epoch" if batch_size is not None else ""
+    about = f"; batches of {batch_size} repeat {repeats:,} images an epoch" if batch_size is not None else ""
     yield f"buckets: {len(fills)}{about}"
     for fill in fills:
         width, height = fill.size
         enlarged = f", {fill.enlarged:,} smaller than it" if fill.enlarged else ""
         repeated = f", {fill.repeats} repeated" if batch_size is not None and fill.repeats else ""
-        yield f"  {fill.pictures:>8,}  {width}x{height}{repeated}{enlarged}"
+        yield f"  {fill.images:>8,}  {width}x{height}{repeated}{enlarged}"
 
 
 # Numbers

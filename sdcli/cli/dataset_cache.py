@@ -1,4 +1,4 @@
-"""`sdcli dataset cache`: encode pictures and captions once, before training does it."""
+"""`sdcli dataset cache`: encode images and captions once, before training does it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SomeFailed, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import ModelSpec, load_registry
-from sdcli.training.settings import PictureSettings, cache_folder, settings_from
+from sdcli.training.settings import ImageSettings, cache_folder, settings_from
 
 if TYPE_CHECKING:
     from sdcli.cli.ui.training_progress import TrainingDisplay
     from sdcli.data.cache.fill import CacheProgress
-    from sdcli.training.inputs.image_data import PictureData
+    from sdcli.training.inputs.image_data import ImageData
 
-DATA, SHAPE, RUN = "Data", "Pictures", "The run"
+DATA, SHAPE, RUN = "Data", "Images", "The run"
 SHOWN = 10
-"""Dropped pictures that are named on the terminal; --json has all."""
+"""Dropped images that are named on the terminal; --json has all."""
 
 
 def command(
@@ -54,7 +54,7 @@ def command(
         ),
     ] = None,
     random_flip: Annotated[
-        bool, typer.Option("--random-flip", rich_help_panel=SHAPE, help="Encode mirrored pictures as well.")
+        bool, typer.Option("--random-flip", rich_help_panel=SHAPE, help="Encode mirrored images as well.")
     ] = False,
     enable_bucket: Annotated[
         bool,
@@ -96,7 +96,7 @@ def command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once (1 on the CPU, else 8)."
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Images at once (1 on the CPU, else 8)."
         ),
     ] = None,
     workers: WorkersOpt = None,
@@ -108,10 +108,10 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Encode every picture and caption once, and keep latents and text states for training.
+    """Encode every image and caption once, and keep latents and text states for training.
 
-    A record is found by what it was made of (the picture's bytes, the size, the VAE, the number format), so training
-    with the same settings finds all of them, and one new picture costs one encode. Stop it at any time; the next run
+    A record is found by what it was made of (the image's bytes, the size, the VAE, the number format), so training
+    with the same settings finds all of them, and one new image costs one encode. Stop it at any time; the next run
     goes on. --dtype auto is float32 here; training with --mixed-precision bf16 on a CPU looks for bfloat16.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
@@ -128,7 +128,7 @@ def command(
         "caption_extension": caption_extension,
         "cache_dir": cache_dir,
     }
-    settings = settings_from(PictureSettings, {name: value for name, value in typed.items() if value is not None})
+    settings = settings_from(ImageSettings, {name: value for name, value in typed.items() if value is not None})
     spec = load_registry(models_file).find(model)
     if spec.kind.space != "latent":
         raise UsageError(f"{spec.name} works on pixels, without a VAE; there is nothing to encode")
@@ -144,7 +144,7 @@ def command(
     _refuse_inside(folder, data)
     with TrainingDisplay(console) as display:
         found = _opened(data, settings, spec, display, console)
-        if found.pictures.kind != "pictures":
+        if found.images.kind != "pictures":
             raise UsageError(f"{data} holds latents already; training reads them as they are")
         parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.kind.conditioning == "text" else ("vae",)
         console.say(f"loading {spec.name}")
@@ -152,7 +152,7 @@ def command(
         loaded = load_model(spec, device=device, dtype=number, offline=offline, parts=parts)
         with TensorStore(folder, LATENTS) as latents, TensorStore(folder, TEXTS) as states:
             filling = fill_latents(
-                found.pictures,
+                found.images,
                 found.used,
                 [found.sizes[int(index)] for index in found.used],
                 model=loaded,
@@ -163,7 +163,7 @@ def command(
                 workers=workers,
                 stop=stop,
             )
-            of_pictures = _shown(filling, "encoding pictures", display, console)
+            of_pictures = _shown(filling, "encoding images", display, console)
             of_texts = None
             if "text_encoder" in parts:
                 template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
@@ -180,22 +180,20 @@ def _refuse_inside(folder: Path, data: str) -> None:
 
 
 def _opened(
-    data: str, settings: PictureSettings, spec: ModelSpec, display: TrainingDisplay, console: Console
-) -> PictureData:
-    """The pictures as training would take them."""
+    data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingDisplay, console: Console
+) -> ImageData:
+    """The images as training would take them."""
     from sdcli.training.events import Noted
     from sdcli.training.inputs.image_data import examine_data, list_data
 
     resolution = settings.target_size((spec.defaults.width, spec.defaults.height))
-    pictures = list_data(data, settings)
-    opening = examine_data(
-        data, pictures, settings, resolution=resolution, size_step=spec.kind.size_step, captions=False
-    )
+    images = list_data(data, settings)
+    opening = examine_data(data, images, settings, resolution=resolution, size_step=spec.kind.size_step, captions=False)
     while True:
         try:
             event = next(opening)
         except StopIteration as ended:
-            found: PictureData = ended.value
+            found: ImageData = ended.value
             return found
         if isinstance(event, Noted):
             console.say(event.text)
@@ -203,7 +201,7 @@ def _opened(
             display.show(event)
 
 
-def _texts(found: PictureData, *, prefix: str, template: str) -> list[str]:
+def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:
     """Every text that training can draw; the empty one for dropped captions is always among them."""
     from sdcli.training.inputs.captions import CaptionRules
 
@@ -227,9 +225,9 @@ def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingDisplay
 
 
 def _report(
-    console: Console, folder: Path, found: PictureData, of_pictures: CacheProgress, of_texts: CacheProgress | None
+    console: Console, folder: Path, found: ImageData, of_pictures: CacheProgress, of_texts: CacheProgress | None
 ) -> None:
-    """The figures on stdout. Raises SomeFailed where pictures were dropped."""
+    """The figures on stdout. Raises SomeFailed where images were dropped."""
     assert of_pictures.latents is not None
     late = of_pictures.latents.dropped
     for one in late[:SHOWN]:
@@ -254,7 +252,7 @@ def _report(
         console.say(f"the cache in {folder} has {size / 1e6:,.1f} MB")
     if dropped:
         total = len(found.used) + found.dropped
-        raise SomeFailed(f"{dropped:,} of {total:,} pictures were dropped; the others are in the cache")
+        raise SomeFailed(f"{dropped:,} of {total:,} images were dropped; the others are in the cache")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -1,4 +1,4 @@
-"""`sdcli decode`: latent files to pictures."""
+"""`sdcli decode`: latent files to images."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def command(
         bool, typer.Option("--tile", help="Decode in tiles, for little memory; chosen alone where it must be.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The one picture to write.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The one image to write.")
     ] = None,
-    outdir: Annotated[Path | None, typer.Option("--outdir", help="The folder for the pictures (outputs).")] = None,
+    outdir: Annotated[Path | None, typer.Option("--outdir", help="The folder for the images (outputs).")] = None,
     image_format: Annotated[
         ImageFormat | None, typer.Option("--format", help="File format (png).", show_default=False)
     ] = None,
@@ -69,7 +69,7 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Decode latents to pictures. Each path is printed as soon as its picture is on the disk.
+    """Decode latents to images. Each path is printed as soon as its image is on the disk.
 
     Without -m the model that the file names is taken. --dtype auto is float32 here, the one that loses nothing.
     """
@@ -77,7 +77,7 @@ def command(
     if output is not None and outdir is not None:
         raise UsageError("either -o or --outdir, not both")
     if output is not None and (len(latents) > 1 or latents[0].is_dir()):
-        raise UsageError("-o names a single picture; several files need --outdir")
+        raise UsageError("-o names a single image; several files need --outdir")
     format = _format(output, image_format)
     registry = load_registry(models_file)
     if model is not None:
@@ -102,7 +102,7 @@ def command(
     count = 0
     for event in decode_all(files, registry, run, settings, model=model, stop=stop):
         if count == 1 and alone and errors:
-            console.warn(str(errors[0]))  # it is not the only picture, so it does not end the process
+            console.warn(str(errors[0]))  # it is not the only image, so it does not end the process
         count += 1
         errors += [event.error] if event.error is not None else []
         _report(event, console, told=alone and count == 1)
@@ -114,14 +114,14 @@ def _format(output: Path | None, image_format: ImageFormat | None) -> ImageForma
         return image_format or "png"
     named = SUFFIXES.get(output.suffix.lower())
     if named is None:
-        raise UsageError(f"-o names no picture: {output.name!r} should end in {', '.join(SUFFIXES)}")
+        raise UsageError(f"-o names no image: {output.name!r} should end in {', '.join(SUFFIXES)}")
     if image_format not in (None, named):
         raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
     return cast(ImageFormat, named)
 
 
 def _report(event: Decoded, console: Console, *, told: bool) -> None:
-    """One picture as one line; a failure's sentence goes to stderr, where nobody else tells it."""
+    """One image as one line; a failure's sentence goes to stderr, where nobody else tells it."""
     for note in event.notes:
         console.warn(note)
     fields = {"status": event.status, "source": str(event.source), "index": event.index}

@@ -1,4 +1,4 @@
-"""`sdcli encode`: pictures to latent files."""
+"""`sdcli encode`: images to latent files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from sdcli.request.schema import parse_size
 if TYPE_CHECKING:
     from sdcli.generation.codec import Encoded
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-INPUT, OUTPUT, RUN = "The pictures", "Output", "The run"
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+INPUT, OUTPUT, RUN = "The images", "Output", "The run"
 
 
 def command(
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="Pictures, or folders of them.")
+        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="Images, or folders of them.")
     ],
     model: ModelOpt = None,
     size: Annotated[
@@ -44,7 +44,7 @@ def command(
             "--size",
             metavar="WxH",
             rich_help_panel=INPUT,
-            help="Bring every picture to this size; without it the middle is cut out at multiples of the VAE's cell, "
+            help="Bring every image to this size; without it the middle is cut out at multiples of the VAE's cell, "
             "mostly 8.",
         ),
     ] = None,
@@ -53,7 +53,7 @@ def command(
         typer.Option(
             "--fit",
             rich_help_panel=INPUT,
-            help="How a picture of other proportions gets --size (crop); pad adds black.",
+            help="How an image of other proportions gets --size (crop); pad adds black.",
             show_default=False,
         ),
     ] = None,
@@ -76,9 +76,7 @@ def command(
     ] = None,
     pack: Annotated[
         bool,
-        typer.Option(
-            "--pack", rich_help_panel=OUTPUT, help="One file a batch (16 pictures), instead of one a picture."
-        ),
+        typer.Option("--pack", rich_help_panel=OUTPUT, help="One file a batch (16 images), instead of one an image."),
     ] = False,
     half: Annotated[
         bool, typer.Option("--half", rich_help_panel=OUTPUT, help="Store 16-bit numbers; half the size.")
@@ -86,7 +84,7 @@ def command(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", rich_help_panel=OUTPUT, help="Replace files made of other pictures or with other settings."
+            "--overwrite", rich_help_panel=OUTPUT, help="Replace files made of other images or with other settings."
         ),
     ] = False,
     check: Annotated[
@@ -96,7 +94,7 @@ def command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once (1).", show_default=False
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Images at once (1).", show_default=False
         ),
     ] = None,
     device: DeviceOpt = "auto",
@@ -107,7 +105,7 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Encode pictures to latents: .safetensors files that say how they were made, and that ComfyUI reads.
+    """Encode images to latents: .safetensors files that say how they were made, and that ComfyUI reads.
 
     Each path is printed as soon as its file is on the disk. A second run skips what is there already. The numbers are
     the VAE's own, not multiplied by its scaling factor. --dtype auto is float32 here, the one that loses nothing.
@@ -120,11 +118,11 @@ def command(
     if output is not None and outdir is not None:
         raise UsageError("either -o or --outdir, not both")
     if output is not None and not pack and (len(images) > 1 or images[0].is_dir()):
-        raise UsageError("-o names a single file; several pictures need --outdir, or --pack")
+        raise UsageError("-o names a single file; several images need --outdir, or --pack")
     if output is not None and output.suffix.lower() not in (".safetensors", ".latent"):
         raise UsageError(f"latents go into a .safetensors file (or .latent, for ComfyUI), not {output.name!r}")
     spec = load_registry(models_file).find(model)
-    files = input_files(images, suffixes=PICTURES, kind="pictures")
+    files = input_files(images, suffixes=IMAGES, kind="pictures")
     stop = GracefulStop(console).install()
 
     from sdcli.generation.codec import Codec, EncodeSettings, check_output, encode_all
@@ -158,7 +156,7 @@ def command(
         printed = event.path if event.error is None else printed
     if decibels:
         mean = sum(decibels) / len(decibels)
-        text = f"mean PSNR {_decibels(mean)} over {len(decibels)} pictures"
+        text = f"mean PSNR {_decibels(mean)} over {len(decibels)} images"
         console.result(text, status="summary", pictures=len(decibels), mean_psnr=_finite(mean))
     raise_for(errors, of=count)
 
@@ -171,7 +169,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _report(event: Encoded, console: Console, *, alone: bool) -> None:
-    """One picture as one line: the path, with --check the decibels behind it; a failure's sentence goes to stderr."""
+    """One image as one line: the path, with --check the decibels behind it; a failure's sentence goes to stderr."""
     for note in event.notes:
         console.warn(f"{event.source}: {note}")
     fields = {"status": event.status, "source": str(event.source)}

@@ -1,4 +1,4 @@
-"""`sdcli gallery`: a folder of pictures as a web page to look through, filter and compare."""
+"""`sdcli gallery`: a folder of images as a web page to look through, filter and compare."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", readable=False, help="A folder of pictures, sub-folders included.")
+        Path, typer.Argument(metavar="DIR", readable=False, help="A folder of images, sub-folders included.")
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page (DIR/gallery.html).")
@@ -33,11 +33,11 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Write one HTML page that shows the pictures of a folder with their settings, and print its path.
+    """Write one HTML page that shows the images of a folder with their settings, and print its path.
 
-    It works offline: filters by prompt, model and seed, sorting, two pictures side by side, and the command that paints
-    a picture again. Thumbnails and settings, also those of A1111, ComfyUI and InvokeAI, are inside the page; the large
-    view loads the pictures from where they are. What cannot be read is left out.
+    Works offline: filters by prompt, model and seed, sorting, two images side by side, and the command that generates
+    an image again. Thumbnails and settings, also those of A1111, ComfyUI and InvokeAI, are inside the page; the large
+    view loads the images from where they are. What cannot be read is left out.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     target = output if output is not None else folder / "gallery.html"
@@ -51,9 +51,9 @@ def command(
 
         paths = [file.path for file in input_files([folder], suffixes=frozenset(SUFFIXES), kind="pictures")]
         entries = shown_progress(look(paths), len(paths), console)
-        pictures = _readable(entries, folder, target, console, errors, alone=len(paths) == 1)
+        images = _readable(entries, folder, target, console, errors, alone=len(paths) == 1)
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.writelines(page(folder.resolve().name, pictures))
+            file.writelines(page(folder.resolve().name, images))
         if len(errors) == len(paths):
             raise_for(errors, of=len(paths))  # there is nothing to show, and no page
     shown = len(paths) - len(errors)
@@ -64,7 +64,7 @@ def command(
 def _readable(
     entries: Iterable[Entry], folder: Path, target: Path, console: Console, errors: list[SdcliError], *, alone: bool
 ) -> Iterator[dict[str, Any]]:
-    """What the page says of each picture; those that cannot be read are told at once, and added to `errors`."""
+    """What the page says of each image; those that cannot be read are told at once, and added to `errors`."""
     from sdcli.metadata.gallery import described
 
     for entry in entries:

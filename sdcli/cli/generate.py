@@ -1,4 +1,4 @@
-"""`sdcli generate`: paint pictures from prompts, prompt files and earlier pictures."""
+"""`sdcli generate`: generate images from prompts, prompt files and earlier images."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ from sdcli.request.schema import canonical, known, parse_size
 from sdcli.request.sweep import Axis, parse_axis, swept
 from sdcli.request.wildcards import Wildcards
 
-INPUT, PICTURE, OUTPUT, EXPLAIN, RUN = "Prompts", "The picture", "Output", "How it came about", "The run"
+INPUT, IMAGE, OUTPUT, EXPLAIN, RUN = "Prompts", "The image", "Output", "How it came about", "The run"
 
 
 @request_options
 def command(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to paint; several prompts are several jobs.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to generate; several prompts are several jobs.")
     ] = None,
     prompts_file: Annotated[
         str | None,
@@ -67,7 +67,7 @@ def command(
     ] = None,
     from_image: Annotated[
         Path | None,
-        typer.Option("--from", metavar="IMAGE", rich_help_panel=INPUT, help="Begin with the settings of a picture."),
+        typer.Option("--from", metavar="IMAGE", rich_help_panel=INPUT, help="Begin with the settings of an image."),
     ] = None,
     without: Annotated[
         str | None,
@@ -87,7 +87,7 @@ def command(
         typer.Option(
             "--dynamic-prompts",
             rich_help_panel=INPUT,
-            help="Make the choices in prompts, as {red|blue} or {2$$a|b|c}, by each picture's seed.",
+            help="Make the choices in prompts, as {red|blue} or {2$$a|b|c}, by each image's seed.",
         ),
     ] = False,
     wildcards: Annotated[
@@ -105,9 +105,7 @@ def command(
     ] = False,
     num_images: Annotated[
         int,
-        typer.Option(
-            "--num-images", "-n", min=1, rich_help_panel=PICTURE, help="Pictures per prompt: seed, seed+1, ..."
-        ),
+        typer.Option("--num-images", "-n", min=1, rich_help_panel=IMAGE, help="Images per prompt: seed, seed+1, ..."),
     ] = 1,
     sweep: Annotated[
         list[str] | None,
@@ -119,7 +117,7 @@ def command(
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", metavar="WxH", rich_help_panel=PICTURE, help="Width and height, as 512x768.")
+        str | None, typer.Option("--size", metavar="WxH", rich_help_panel=IMAGE, help="Width and height, as 512x768.")
     ] = None,
     output: Annotated[
         str | None,
@@ -132,7 +130,7 @@ def command(
         ),
     ] = None,
     outdir: Annotated[
-        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the pictures (outputs).")
+        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the images (outputs).")
     ] = None,
     image_format: Annotated[
         ImageFormat | None,
@@ -149,7 +147,7 @@ def command(
     ] = None,
     overwrite: OverwriteOpt = False,
     no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", rich_help_panel=OUTPUT, help="Write no settings into the pictures.")
+        bool, typer.Option("--no-metadata", rich_help_panel=OUTPUT, help="Write no settings into the images.")
     ] = False,
     resume: Annotated[
         bool,
@@ -161,7 +159,7 @@ def command(
             "--trace",
             metavar="N|STEP,STEP,...|all",
             rich_help_panel=EXPLAIN,
-            help="Write the denoising beside each picture: a strip of N steps, or of these, and an animation.",
+            help="Write the denoising beside each image: a strip of N steps, or of these, and an animation.",
         ),
     ] = None,
     trace_format: Annotated[
@@ -176,7 +174,7 @@ def command(
             "--heatmap",
             metavar="WORD,WORD,...|all",
             rich_help_panel=EXPLAIN,
-            help="Write beside each picture where these words, or phrases, of its prompt were attended to.",
+            help="Write beside each image where these words, or phrases, of its prompt were attended to.",
         ),
     ] = None,
     preview: Annotated[
@@ -185,16 +183,16 @@ def command(
             "--preview",
             metavar="FILE.png|terminal",
             rich_help_panel=EXPLAIN,
-            help="Show how the pictures come along, in a file that is replaced or on the terminal.",
+            help="Show how the images come along, in a file that is replaced or on the terminal.",
         ),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--show", rich_help_panel=EXPLAIN, help="Show finished pictures on the terminal, too.")
+        bool, typer.Option("--show", rich_help_panel=EXPLAIN, help="Show finished images on the terminal, too.")
     ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Pictures at once (auto).", show_default=False
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Images at once (auto).", show_default=False
         ),
     ] = None,
     device: DeviceOpt = "auto",
@@ -217,7 +215,9 @@ def command(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", rich_help_panel=RUN, help="Print the resolved requests as JSON and paint nothing."),
+        typer.Option(
+            "--dry-run", rich_help_panel=RUN, help="Print the resolved requests as JSON and generate nothing."
+        ),
     ] = False,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
@@ -227,7 +227,7 @@ def command(
     *,
     typed: dict[str, Any],
 ) -> None:
-    """Paint pictures. Each path is printed as soon as the picture is on the disk."""
+    """Paint images. Each path is printed as soon as the image is on the disk."""
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     if typed.get("scheduler") == "help":
         for name, entry in SCHEDULERS.items():
@@ -277,9 +277,9 @@ def command(
         others += [output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt]
         if from_image is None or any(others):
             raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
-        from sdcli.generation.verify import verify_picture
+        from sdcli.generation.verify import verify_image
 
-        verdict = verify_picture(from_image, registry, run)
+        verdict = verify_image(from_image, registry, run)
         console.result(verdict.sentence(), **verdict.as_dict())
         verdict.raise_if_different()
         return
@@ -345,9 +345,9 @@ def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], 
     if not prompts and "prompt" not in typed:
         kind = registry.find(typed.get("model")).kind
         if kind.conditioning == "class":
-            raise UsageError(f"nothing to paint; name a class: {kind.listed_classes}")
+            raise UsageError(f"nothing to generate; name a class: {kind.listed_classes}")
         if kind.conditioning == "text":
-            raise UsageError('nothing to paint; try: sdcli generate "an astronaut riding a horse"')
+            raise UsageError('nothing to generate; try: sdcli generate "an astronaut riding a horse"')
     return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
 
 
@@ -365,7 +365,7 @@ def _with_choices(
 
 
 def _may_choose(choices: Wildcards, text: str) -> bool:
-    """Whether a prompt has a choice in it; one that is malformed is told where its line is painted."""
+    """Whether a prompt has a choice in it; one that is malformed is told where its line is generated."""
     try:
         return choices.has_choices(text)
     except UsageError:
@@ -373,7 +373,7 @@ def _may_choose(choices: Wildcards, text: str) -> bool:
 
 
 def _measure(start: FileRef, cell: int) -> tuple[int, int]:
-    """`start_pictures.measure`, which is imported only where there is a start picture."""
+    """`start_images.measure`, which is imported only where there is a start image."""
     from sdcli.diffusion.init_image import measure
 
     return measure(start, cell)
@@ -401,7 +401,7 @@ def _paint(
     preview: str | None,
     show: bool,
 ) -> None:
-    """Paint what can be painted, and lay it out on the sheet of a sweep.
+    """Paint what can be generated, and lay it out on the sheet of a sweep.
 
     What is wrong with a request or the folder, and what is not downloaded, is told before torch is imported.
     """
@@ -432,11 +432,11 @@ def _paint(
     engine = Engine(registry, run, settings, stop=stop)
     renderable = best_renderable() if show else None
     paths: dict[int, Path] = {}
-    with ProgressDisplay(console, pictures=preview == TERMINAL) as display:
+    with ProgressDisplay(console, images=preview == TERMINAL) as display:
         watched = None
         if preview is not None:
-            watched = Preview(display.picture if preview == TERMINAL else to_file(Path(preview)), warn=console.warn)
-        for event in engine.paint_all(good, journal=journal):
+            watched = Preview(display.image if preview == TERMINAL else to_file(Path(preview)), warn=console.warn)
+        for event in engine.generate_all(good, journal=journal):
             if isinstance(event, Phase):
                 display.phase(event)
             elif isinstance(event, Progress):
@@ -452,9 +452,9 @@ def _paint(
                 report(event, console)
                 paths[event.job.index] = known(event.path)
                 if renderable is not None and event.status == "done":
-                    from sdcli.images.pixels import open_picture
+                    from sdcli.images.pixels import open_image
 
-                    display.show(renderable(open_picture(known(event.path))))
+                    display.show(renderable(open_image(known(event.path))))
     if sheet is not None and paths:
         sheet.write(paths, settings, console)
     raise_for(errors, of=len(jobs))

@@ -1,4 +1,4 @@
-"""The `grid` command: finished pictures on one contact sheet, labelled by what tells them apart."""
+"""The `grid` command: finished images on one contact sheet, labelled by what tells them apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
-from sdcli.errors import BadPicture, NotFound, SdcliError, raise_for
+from sdcli.errors import BadImage, NotFound, SdcliError, raise_for
 from sdcli.generation.filenames import SUFFIXES
 from sdcli.images.sheet_labels import SHORT, labels_of, parse_fields
 from sdcli.io.files import check_new_png
@@ -21,13 +21,13 @@ LABEL_LINES = 3
 def command(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="PNG, JPEG or WebP pictures; folders of them."),
+        typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="PNG, JPEG or WebP images; folders of them."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet: a .png file.")],
     columns: Annotated[
         int | None,
         typer.Option(
-            "--columns", min=1, help="Pictures in a row; without it as many as there are rows.", show_default=False
+            "--columns", min=1, help="Images in a row; without it as many as there are rows.", show_default=False
         ),
     ] = None,
     label: Annotated[
@@ -36,7 +36,7 @@ def command(
             "--label",
             metavar="FIELDS",
             help=f"What stands below each: some of {', '.join(SHORT)} with commas between, or none. "
-            "Without it what differs between the pictures, or else their names.",
+            "Without it what differs between the images, or else their names.",
             show_default=False,
         ),
     ] = None,
@@ -46,10 +46,10 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Lay finished pictures out on one sheet, each with a label, and print the sheet's path.
+    """Lay finished images out on one sheet, each with a label, and print the sheet's path.
 
-    The labels come from the pictures' own records, other tools' too. What is on the sheet stands in its text chunk
-    `sdcli-sheet`. A picture that cannot be read is reported, and the others are laid out.
+    The labels come from the images' own records, other tools' too. What is on the sheet stands in its text chunk
+    `sdcli-sheet`. An image that cannot be read is reported, and the others are laid out.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     check_new_png(output, flag="-o", overwrite=overwrite)
@@ -60,32 +60,32 @@ def command(
         if file.path.resolve() != output.resolve()  # the sheet of an earlier run, in the folder that it shows
     ]
     if not files:
-        raise NotFound(f"there is no picture but {output}, which is to be written")
+        raise NotFound(f"there is no image but {output}, which is to be written")
 
     from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
     from sdcli.images.pixels import as_shown
-    from sdcli.metadata.record import picture_and_info
+    from sdcli.metadata.record import image_and_info
 
-    shown, pictures, errors, largest = [], [], list[SdcliError](), (0, 0)
+    shown, loaded, errors, largest = [], [], list[SdcliError](), (0, 0)
     for file in files:
         try:
-            with picture_and_info(file.path) as (image, info):
-                picture = as_shown(image)
-        except (BadPicture, NotFound) as error:
+            with image_and_info(file.path) as (opened, info):
+                image = as_shown(opened)
+        except (BadImage, NotFound) as error:
             if len(files) > 1:
                 console.warn(str(error))
             errors.append(error)
             continue
         shown.append((file, info.request))
-        pictures.append(picture)
-        largest = max(largest[0], picture.width), max(largest[1], picture.height)
-        check_size(len(pictures), largest, label_lines=LABEL_LINES, enlarge=enlarge)
-    if not pictures:
+        loaded.append(image)
+        largest = max(largest[0], image.width), max(largest[1], image.height)
+        check_size(len(loaded), largest, label_lines=LABEL_LINES, enlarge=enlarge)
+    if not loaded:
         raise_for(errors, of=len(files))
     labels = None
     if label != "none":
         labels = labels_of([str(file.name) for file, _ in shown], [request for _, request in shown], fields=fields)
-    sheet = contact_sheet(pictures, columns=columns, labels=labels, label_lines=LABEL_LINES, enlarge=enlarge)
+    sheet = contact_sheet(loaded, columns=columns, labels=labels, label_lines=LABEL_LINES, enlarge=enlarge)
     requests = [request.typed() if request is not None else None for _, request in shown]
     on_it = [{"name": file.path.name, "request": request} for (file, _), request in zip(shown, requests, strict=True)]
     write_sheet(output, sheet, {"pictures": on_it}, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""The `info` command: what a picture says about how it was made, or a copy of it that says nothing."""
+"""The `info` command: what an image says about how it was made, or a copy of it that says nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sdcli.errors import Interrupted, SdcliError, SomeFailed, UsageError
 from sdcli.io.files import write_whole
 
 if TYPE_CHECKING:
-    from sdcli.metadata.record import PictureInfo
+    from sdcli.metadata.record import ImageInfo
 
 SUFFIXES = {"png": {".png"}, "jpeg": {".jpg", ".jpeg"}, "webp": {".webp"}}
 TOOLS = {"sdcli": "sdcli", "a1111": "A1111's text", "comfyui": "ComfyUI", "invokeai": "InvokeAI"}
 
 
 def command(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP pictures.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP images.")],
     strip: Annotated[
         bool, typer.Option("--strip", help="Write a copy without any metadata (NAME-stripped) and print its path.")
     ] = False,
@@ -36,7 +36,7 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Print how pictures were made, as far as they say: sdcli's own record, or A1111's, ComfyUI's, InvokeAI's.
+    """Print how images were made, as far as they say: sdcli's own record, or A1111's, ComfyUI's, InvokeAI's.
 
     --strip writes a copy without metadata instead; nothing is encoded again, so its pixels are the same.
     """
@@ -64,19 +64,19 @@ def command(
                 raise
             console.warn(str(error))
     if failed:
-        raise SomeFailed(f"{failed} of {len(images)} pictures could not be {'stripped' if strip else 'read'}")
+        raise SomeFailed(f"{failed} of {len(images)} images could not be {'stripped' if strip else 'read'}")
 
 
 def _show(path: Path, console: Console, *, watermark: bool) -> None:
-    from sdcli.metadata.record import read_picture
+    from sdcli.metadata.record import read_image
 
-    info = read_picture(path)
+    info = read_image(path)
     found: dict[str, str | None] = {}
     if watermark:
-        from sdcli.images.pixels import open_picture
+        from sdcli.images.pixels import open_image
         from sdcli.images.watermark import watermark_of
 
-        found["watermark"] = watermark_of(open_picture(path))
+        found["watermark"] = watermark_of(open_image(path))
     provenance = info.record.provenance if info.record is not None else None
     console.result(
         "\n".join([_described(info), *(f"  {name}: {text or 'none'}" for name, text in found.items())]),
@@ -95,17 +95,17 @@ def _show(path: Path, console: Console, *, watermark: bool) -> None:
 
 
 def _strip(path: Path, output: Path | None, console: Console, *, overwrite: bool) -> None:
-    from sdcli.metadata.record import read_picture, strip
+    from sdcli.metadata.record import read_image, strip
 
-    info = read_picture(path)
+    info = read_image(path)
     if output is not None and output.suffix.lower() not in SUFFIXES[info.format]:
-        raise UsageError(f"the copy of {path} is a {info.format} picture, and {output.name!r} is no name for one")
+        raise UsageError(f"the copy of {path} is a {info.format} image, and {output.name!r} is no name for one")
     copy = output if output is not None else path.with_name(f"{path.stem}-stripped{path.suffix}")
     write_whole(copy, strip(path.read_bytes()), overwrite=overwrite)
     console.result(str(copy), path=str(path), status="ok", stripped=str(copy))
 
 
-def _described(info: PictureInfo) -> str:
+def _described(info: ImageInfo) -> str:
     """A paragraph for people: one line of facts, then the request, the run, and what was not understood."""
     known = f"record: {TOOLS[info.source]}" if info.source is not None else "says nothing about how it was made"
     lines = [f"{info.path}: {info.width}x{info.height} {info.format}, {known}"]

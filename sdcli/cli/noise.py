@@ -1,4 +1,4 @@
-"""The `noise` command: what a model's forward process makes of a picture, timestep by timestep."""
+"""The `noise` command: what a model's forward process makes of an image, timestep by timestep."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ STEPS = 8
 """Timesteps where none are chosen."""
 MOST_COLUMNS = 10
 SMALL = 64
-"""Pixels a side; smaller pictures are enlarged towards it."""
+"""Pixels a side; smaller images are enlarged towards it."""
 
 
 def command(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture; its middle, at the model's own size.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image; its middle, at the model's own size.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The strip: a .png file.")],
     model: ModelOpt = None,
     at: Annotated[
@@ -64,9 +64,9 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Show what noise does to a picture before a model learns to undo it: the forward process, step by step.
+    """Show what noise does to an image before a model learns to undo it: the forward process, step by step.
 
-    The picture is encoded with the model's VAE, mixed with noise as at each timestep t of training, and decoded. Below
+    The image is encoded with the model's VAE, mixed with noise as at each timestep t of training, and decoded. Below
     each stand t, alpha-bar (the share of the signal's variance that is left) and the signal-to-noise ratio.
     --curves draws both, and beta, over all timesteps. Models without a VAE noise the pixels themselves.
     """
@@ -85,14 +85,14 @@ def command(
 
     from sdcli.generation.forward_process import ForwardProcess
     from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
-    from sdcli.images.pixels import open_picture, to_pixels
+    from sdcli.images.pixels import open_image, to_pixels
 
-    picture = open_picture(image)
+    opened = open_image(image)
     console.say(f"loading {spec.name}")
     process = ForwardProcess.of(spec, RunSettings(device=device, dtype=dtype, offline=offline))
     timesteps = asked if asked is not None else process.spread(steps or min(STEPS, len(process)))
     process.check(timesteps)
-    fitted = process.fitted(picture)
+    fitted = process.fitted(opened)
     enlarge = max(1, SMALL // fitted.width)
     check_size(len(timesteps), fitted.size, label_lines=3, enlarge=enlarge)
     x0, notes = process.encode(to_pixels(fitted))

@@ -1,4 +1,4 @@
-"""The `plot` command: the curves of training runs as a picture."""
+"""The `plot` command: the curves of training runs as an image."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sdcli.training.run_log import Log, read_log
 
 FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 LONGEST_NAME = 48
-"""Characters of a run's name that the picture shows."""
+"""Characters of a run's name that the image shows."""
 
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders of the training commands.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The picture: a .png, .svg or .pdf file.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The image: a .png, .svg or .pdf file.")
     ] = Path("curves.png"),
     metric: Annotated[str, typer.Option("--metric", help="Which logged figure the large panel shows.")] = "loss",
     smooth: Annotated[
@@ -33,7 +33,7 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Draw the curves of one or several training runs, and print the picture's path.
+    """Draw the curves of one or several training runs, and print the image's path.
 
     The loss while training (smoothed, and faintly as it is) and in validation; below it learning rate, gradient norm
     and samples/s. A run may still be training. Of a resumed run, steps that were done twice count once.
@@ -41,7 +41,7 @@ def command(
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     format = FORMATS.get(output.suffix.lower())
     if format is None:
-        raise UsageError(f"-o names no picture: {output.name!r} should end in {', '.join(FORMATS)}")
+        raise UsageError(f"-o names no image: {output.name!r} should end in {', '.join(FORMATS)}")
     logs = [_read(run, metric, console) for run in runs]
     check_new(output, overwrite=overwrite)
 
@@ -85,7 +85,7 @@ def _facts(run: Path, log: Log, metric: str) -> dict[str, Any]:
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """What each run is called in the picture: its folder's name, and as many parents as tell it from the others."""
+    """What each run is called in the image: its folder's name, and as many parents as tell it from the others."""
     paths = [run.absolute().parts for run in runs]
     depth = 1
     while depth < max(map(len, paths)) and len({parts[-depth:] for parts in paths}) < len(set(paths)):

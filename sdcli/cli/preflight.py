@@ -1,4 +1,4 @@
-"""What keeps a job from being painted, as far as it is known without torch: told at once, not after loading a model."""
+"""Errors of jobs that can be found without torch, reported before a model is loaded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Preflight:
         self._controlnet = cache(partial(_absence, registry.find_controlnet))
 
     def refusal(self, job: Job | BadJob) -> SdcliError | None:
-        """Why it cannot be painted: it is not understood, too large for its file, or what it needs is not here.
+        """Why it cannot be generated: it is not understood, too large for its file, or what it needs is not here.
 
-        With --resume nobody asks for models: what an earlier run painted needs none.
+        With --resume nobody asks for models: what an earlier run generated needs none.
         """
         if isinstance(job, BadJob):
             return job.error
         request, image_format = job.request, self._output.format
         if max(request.final_size) > MAX_SIDE[image_format]:
             width, height = request.final_size
-            return UsageError(f"a picture of {width}x{height} is too long for {image_format}; use png")
+            return UsageError(f"an image of {width}x{height} is too long for {image_format}; use png")
         if self._output.resume:
             return None
         models = (self._model(name) for name in (request.model, request.refiner) if name is not None)

@@ -1,4 +1,4 @@
-"""The sheet of a sweep: the pictures of all combinations in their order, an empty place for each that failed."""
+"""The sheet of a sweep: the images of all combinations in their order, an empty place for each that failed."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class SweepSheet:
         check_size(len(self.places), (max(widths), max(heights)), label_lines=LABEL_LINES)
 
     def write(self, paths: Mapping[int, Path], settings: OutputSettings, console: Console) -> None:
-        """Lay out the pictures, whose files are named by the index of their job, and print the sheet's path."""
+        """Lay out the images, whose files are named by the index of their job, and print the sheet's path."""
         from sdcli.images.contact_sheet import contact_sheet, empty, write_sheet
-        from sdcli.images.pixels import open_picture
+        from sdcli.images.pixels import open_image
 
         files = [paths.get(place.index) for place in self.places]
         requests = [place.request if isinstance(place, Job) else None for place in self.places]
         labels = labels_of([str(file or "failed") for file in files], requests)
-        pictures = [open_picture(file) if file is not None else empty((1, 1)) for file in files]
-        sheet = contact_sheet(pictures, columns=self.columns, labels=labels, label_lines=LABEL_LINES)
+        images = [open_image(file) if file is not None else empty((1, 1)) for file in files]
+        sheet = contact_sheet(images, columns=self.columns, labels=labels, label_lines=LABEL_LINES)
         on_it = [
             {"name": str(file or ""), "request": request.typed() if request is not None else None}
             for file, request in zip(files, requests, strict=True)

@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Show how a model reads a prompt: its tokens and their weights, the chunks, and what is told at which step.
 
-    Nothing is painted, and only the model's tokenizer is loaded. The model's prompt template is applied.
+    Nothing is generated, and only the model's tokenizer is loaded. The model's prompt template is applied.
     """
     spec = load_registry(models_file).find(model)
     if spec.kind.conditioning != "text":
@@ -54,7 +54,7 @@ def command(
 
     tokenizer = load_tokenizer(tokenizer_folder(spec))
     read: dict[str, Any] = {"steps": known(request.steps), "syntax": known(request.prompt_syntax)}
-    rows = [("prompt", part) for part in subprompts(request.painted_prompt, **read)]
+    rows = [("prompt", part) for part in subprompts(request.full_prompt, **read)]
     if negative_prompt is not None:
         rows += [("negative prompt", part) for part in subprompts(negative_prompt, compose=False, **read)]
     texts = [text for role, part in rows for text in _texts(role, part, tokenizer, syntax=read["syntax"])]
@@ -66,7 +66,7 @@ def command(
 
 
 def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer, *, syntax: str) -> list[dict[str, Any]]:
-    """Each text of a prompt with the steps that it paints, [first, last] of each stretch; JSON-ready."""
+    """Each text of a prompt with the steps that it generates, [first, last] of each stretch; JSON-ready."""
     stretches: dict[str, list[list[int]]] = {}
     first = 1
     for last, text in part.texts:

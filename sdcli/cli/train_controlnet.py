@@ -24,10 +24,10 @@ command = Trainer(
     ControlNetSettings,
     _open,
     data_metavar="DATA",
-    data_help="Captioned pictures: a folder, parquet files, tar shards (with braces), or a hub data set.",
-).command("""Train a ControlNet, which guides a model by a map: edges, strokes, depth, whatever is beside the pictures.
+    data_help="Captioned images: a folder, parquet files, tar shards (with braces), or a hub data set.",
+).command("""Train a ControlNet, which guides a model by a map: edges, strokes, depth, whatever is beside the images.
 
 The maps come from the column conditioning_image of metadata.jsonl or parquet files, from --conditioning-data-dir (the
-same names in another folder), or with --preprocessor canny from the pictures themselves. The model stays as it is.
-`sdcli generate -m MODEL --control RUN=MAP.png` paints with the result, and diffusers loads RUN/controlnet.
+same names in another folder), or with --preprocessor canny from the images themselves. The model stays as it is.
+`sdcli generate -m MODEL --control RUN=MAP.png` generates with the result, and diffusers loads RUN/controlnet.
 """)

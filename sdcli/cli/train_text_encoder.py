@@ -24,7 +24,7 @@ command = Trainer(
     TextSettings,
     _open,
     data_metavar="CAPTIONS",
-    data_help="A .txt (a caption a line), .jsonl, .csv or .parquet file, or a data set of pictures.",
+    data_help="A .txt (a caption a line), .jsonl, .csv or .parquet file, or a data set of images.",
 ).command("""Train a text encoder on captions; `train-unet --text-encoder RUN` builds on it.
 
 It learns to predict the next word, to find alternative captions alike, what a sentence encoder says of them, or other

@@ -1,4 +1,4 @@
-"""`sdcli train-unet`: train or fine-tune the denoiser on captioned pictures."""
+"""`sdcli train-unet`: train or fine-tune the denoiser on captioned images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ command = Trainer(
     UnetSettings,
     _open,
     data_metavar="DATA",
-    data_help="A folder of captioned pictures, parquet files, tar shards (with braces), latents, or a hub data set.",
-).command("""Train a UNet on pictures, so that `sdcli generate -m RUN` paints like them.
+    data_help="A folder of captioned images, parquet files, tar shards (with braces), latents, or a hub data set.",
+).command("""Train a UNet on images, so that `sdcli generate -m RUN` generates like them.
 
 RUN is a model folder after every checkpoint. Ctrl-C finishes the step and saves; --resume goes on exactly there.
 """)

@@ -88,7 +88,7 @@ class Trainer(Generic[S]):
             typed: dict[str, Any],
         ) -> None:
             registry = load_registry(models_file)
-            asked = Asked(data, output, config, resume, dry_run, prove_resume, typed, registry, models_file)
+            asked = Requested(data, output, config, resume, dry_run, prove_resume, typed, registry, models_file)
             train(self, asked, Console(quiet=quiet, verbose=verbose, json=as_json))
 
         argument = typer.Argument(metavar=self.data_metavar, help=self.data_help, show_default=False)
@@ -98,7 +98,7 @@ class Trainer(Generic[S]):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requested:
     """What was typed beside the settings."""
 
     data: str | None
@@ -112,7 +112,7 @@ class Asked:
     models_file: Path | None = None
 
 
-def train(trainer: Trainer[S], asked: Asked, console: Console) -> None:
+def train(trainer: Trainer[S], asked: Requested, console: Console) -> None:
     """Carry out one training command, from what was typed to the last checkpoint."""
     data, run, settings = _resolved(trainer, asked)
     if asked.prove_resume:
@@ -169,7 +169,7 @@ class _AlreadySaid(SdcliError):
         self.exit_code = code
 
 
-def _resolved(trainer: Trainer[S], asked: Asked) -> tuple[str, Path, S]:
+def _resolved(trainer: Trainer[S], asked: Requested) -> tuple[str, Path, S]:
     from sdcli.training.run_folder import recorded
 
     typed = dict(asked.typed)

@@ -1,4 +1,4 @@
-"""From a picture of any size to one of a training size: aspect-ratio buckets, and the cut."""
+"""From an image of any size to one of a training size: aspect-ratio buckets, and the cut."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUCKET_STEP = 64
 
 @dataclass(frozen=True)
 class Framing:
-    """The sizes that pictures are brought to, and where they are cut."""
+    """The sizes that images are brought to, and where they are cut."""
 
     buckets: tuple[Size, ...]
     """Every size that occurs; a single one where no aspect-ratio buckets are wanted."""
@@ -30,9 +30,9 @@ class Framing:
             raise UsageError("there must be at least one bucket")
 
     def bucket_for(self, size: Size) -> Size:
-        """The bucket whose aspect ratio is nearest to the picture's (by the ratio of the two; of equals the largest).
+        """The bucket whose aspect ratio is nearest to the image's (by the ratio of the two; of equals the largest).
 
-        It depends on the picture's proportions only, and a picture lying on its side gets the bucket on its side.
+        It depends on the image's proportions only, and an image lying on its side gets the bucket on its side.
         """
         width, height = size
 
@@ -74,10 +74,10 @@ def bucket_sizes(
 
 
 def frame(image: Image.Image, size: Size, *, at: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Image.Image:
-    """An RGB picture of exactly `size`: resized with Lanczos until it covers the size, then cut.
+    """An RGB image of exactly `size`: resized with Lanczos until it covers the size, then cut.
 
     `at` says where, 0..1 from left to right and from top to bottom; (0.5, 0.5) cuts out the middle. The cut lies on
-    whole pixels, so a picture that needs no resizing keeps its pixels. `flip` mirrors what was cut out.
+    whole pixels, so an image that needs no resizing keeps its pixels. `flip` mirrors what was cut out.
     """
     width, height = size
     scale = max(width / image.width, height / image.height)
@@ -91,17 +91,17 @@ def frame(image: Image.Image, size: Size, *, at: tuple[float, float] = (0.5, 0.5
 
 @dataclass(frozen=True)
 class BucketFill:
-    """How many pictures fall into a bucket, and how many must be seen again to fill its last batch."""
+    """How many images fall into a bucket, and how many must be seen again to fill its last batch."""
 
     size: Size
-    pictures: int
+    images: int
     repeats: int
     enlarged: int
-    """Pictures that are smaller than the bucket and would be blown up."""
+    """Images that are smaller than the bucket and would be blown up."""
 
 
 def bucket_fills(framing: Framing, sizes: Iterable[Size], *, batch_size: int) -> list[BucketFill]:
-    """The buckets that pictures of these sizes fill, the fullest first."""
+    """The buckets that images of these sizes fill, the fullest first."""
     counts: dict[Size, list[int]] = {}
     for size in sizes:
         bucket = framing.bucket_for(size)
@@ -109,4 +109,4 @@ def bucket_fills(framing: Framing, sizes: Iterable[Size], *, batch_size: int) ->
         count[0] += 1
         count[1] += size[0] < bucket[0] or size[1] < bucket[1]
     fills = [BucketFill(size, count, -count % batch_size, enlarged) for size, (count, enlarged) in counts.items()]
-    return sorted(fills, key=lambda fill: (-fill.pictures, fill.size))
+    return sorted(fills, key=lambda fill: (-fill.images, fill.size))

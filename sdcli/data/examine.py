@@ -1,4 +1,4 @@
-"""Looks at every picture of a set once, before step 1: which can be used, which not and why; remembers what it saw."""
+"""Looks at every image of a set once, before step 1: which can be used, which not and why; remembers what it saw."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ import numpy as np
 from PIL import Image
 
 from sdcli.data.folders import LatentFiles
-from sdcli.data.records import Dropped, PictureSet, Remark
-from sdcli.errors import BadLatents, BadPicture, CannotWrite, NotFound
-from sdcli.images.pixels import picture_from_bytes
+from sdcli.data.records import Dropped, ImageSet, Remark
+from sdcli.errors import BadImage, BadLatents, CannotWrite, NotFound
+from sdcli.images.pixels import image_from_bytes
 from sdcli.io.files import write_whole
 
 SCHEMA = 1
 """To be raised when the same bytes may be judged otherwise than before: what was remembered is then not used."""
 EXAMPLES = 3
-"""How many pictures a line of the report names."""
+"""How many images a line of the report names."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one picture turned out to be."""
+    """What one image turned out to be."""
 
     index: int
     size: tuple[int, int] = (0, 0)
@@ -46,24 +46,24 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """A set of pictures, every one of them looked at."""
+    """A set of images, every one of them looked at."""
 
     source: str
     used: np.ndarray
-    """int64 [m]: the indices of the pictures that can be used, rising."""
+    """int64 [m]: the indices of the images that can be used, rising."""
     sizes: np.ndarray
-    """int32 [n, 2]: width and height in pixels of every picture, upright; 0 for those that are not used."""
+    """int32 [n, 2]: width and height in pixels of every image, upright; 0 for those that are not used."""
     digests: tuple[str, ...]
-    """[n] The SHA-256 of each picture's bytes, in hexadecimal; empty for those that are not used."""
+    """[n] The SHA-256 of each image's bytes, in hexadecimal; empty for those that are not used."""
     looks: np.ndarray
     """uint64 [n]: difference hashes."""
     dropped: tuple[Dropped, ...]
     """What is not used: found while listing, or while looking."""
     uncaptioned: np.ndarray
-    """int64: the indices of used pictures without a caption."""
+    """int64: the indices of used images without a caption."""
     remarks: tuple[Remark, ...]
     smallest: str = ""
-    """The name of the used picture with the fewest pixels."""
+    """The name of the used image with the fewest pixels."""
     uncaptioned_examples: tuple[str, ...] = ()
 
     def report(self) -> list[str]:
@@ -97,28 +97,28 @@ class Examination:
         }
 
 
-def examine(pictures: PictureSet, *, memory: Path | None = None, workers: int | None = None) -> Examination:
-    """Look at every picture and say what was found; see `look` for the arguments."""
-    return examination(pictures, look(pictures, memory=memory, workers=workers))
+def examine(images: ImageSet, *, memory: Path | None = None, workers: int | None = None) -> Examination:
+    """Look at every image and say what was found; see `look` for the arguments."""
+    return examination(images, look(images, memory=memory, workers=workers))
 
 
-def look(pictures: PictureSet, *, memory: Path | None = None, workers: int | None = None) -> Iterator[Seen]:
-    """Decode every picture once, in threads, and yield what was seen, in order of the index; for a progress display.
+def look(images: ImageSet, *, memory: Path | None = None, workers: int | None = None) -> Iterator[Seen]:
+    """Decode every image once, in threads, and yield what was seen, in order of the index; for a progress display.
 
     `memory` is a folder of the caller's, where what was seen is kept by name and by what changes with the bytes (size
     and time of change, place in the shard): a second run looks only at what is new. It is never in the user's data; if
     it cannot be written, the next run just takes as long as this one. `workers`: threads, by default one per CPU.
-    Raises Offline where streamed pictures cannot be fetched.
+    Raises Offline where streamed images cannot be fetched.
     """
-    remembered = _Memory.read(memory, pictures.source) if memory is not None else _Memory(None)
+    remembered = _Memory.read(memory, images.source) if memory is not None else _Memory(None)
     count = workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="examine")
     waiting: deque[Future[Seen]] = deque()
     complete = False
     try:
-        for index in range(len(pictures)):
-            waiting.append(pool.submit(_seen, pictures, index, remembered))
-            if len(waiting) >= 4 * count:  # bounded, so that only a few pictures are held
+        for index in range(len(images)):
+            waiting.append(pool.submit(_seen, images, index, remembered))
+            if len(waiting) >= 4 * count:  # bounded, so that only a few images are held
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -128,42 +128,42 @@ def look(pictures: PictureSet, *, memory: Path | None = None, workers: int | Non
         remembered.write(complete=complete)
 
 
-def examination(pictures: PictureSet, seen: Iterable[Seen]) -> Examination:
-    """Sum up what `look` saw of all pictures."""
-    number = len(pictures)
+def examination(images: ImageSet, seen: Iterable[Seen]) -> Examination:
+    """Sum up what `look` saw of all images."""
+    number = len(images)
     sizes, looks = np.zeros((number, 2), dtype=np.int32), np.zeros(number, dtype=np.uint64)
-    digests, dropped = [""] * number, list(pictures.dropped)
+    digests, dropped = [""] * number, list(images.dropped)
     uncaptioned: list[int] = []
     examples: list[str] = []
     for one in seen:
         if one.reason:
-            dropped.append(Dropped(pictures[one.index].name, one.reason))
+            dropped.append(Dropped(images[one.index].name, one.reason))
             continue
         sizes[one.index], looks[one.index], digests[one.index] = one.size, one.look, one.digest
-        item = pictures[one.index]
+        item = images[one.index]
         if not item.captions:
             uncaptioned.append(one.index)
             examples += [item.name] if len(examples) < EXAMPLES else []
     used = np.flatnonzero(sizes[:, 0])
-    smallest = pictures[int(used[_areas(sizes[used]).argmin()])].name if len(used) else ""
+    smallest = images[int(used[_areas(sizes[used]).argmin()])].name if len(used) else ""
     return Examination(
-        source=pictures.source,
+        source=images.source,
         used=used.astype(np.int64),
         sizes=sizes,
         digests=tuple(digests),
         looks=looks,
         dropped=tuple(dropped),
         uncaptioned=np.array(uncaptioned, dtype=np.int64),
-        remarks=pictures.remarks,
+        remarks=images.remarks,
         smallest=smallest,
         uncaptioned_examples=tuple(examples),
     )
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits that say, for 8x8 places of a picture, whether it gets darker to the right.
+    """64 bits that say, for 8x8 places of an image, whether it gets darker to the right.
 
-    Pictures that were only resized or compressed again differ in a few bits. (dHash, N. Krawetz, "Kind of Like That",
+    Images that were only resized or compressed again differ in a few bits. (dHash, N. Krawetz, "Kind of Like That",
     hackerfactor.com 2013.)
     """
     grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=np.int16)
@@ -174,33 +174,33 @@ def difference_hash(image: Image.Image) -> int:
 # Looking at one
 
 
-def _seen(pictures: PictureSet, index: int, memory: _Memory) -> Seen:
-    name = pictures[index].name
+def _seen(images: ImageSet, index: int, memory: _Memory) -> Seen:
+    name = images[index].name
     try:
-        key = f"{name}\n{pictures.stamp(index)}"
+        key = f"{name}\n{images.stamp(index)}"
         known = memory.recall(key, index)
         if known is not None:
             return known
-        data = pictures.read(index)
+        data = images.read(index)
     except NotFound:
         return Seen(index, reason="is not there any more")
-    except BadPicture as error:
+    except BadImage as error:
         return Seen(index, reason=_reason(str(error), name))
-    seen = _look_at(pictures, index, data, name)
+    seen = _look_at(images, index, data, name)
     memory.keep(key, seen)
     return seen
 
 
-def _look_at(pictures: PictureSet, index: int, data: bytes, name: str) -> Seen:
+def _look_at(images: ImageSet, index: int, data: bytes, name: str) -> Seen:
     digest = hashlib.sha256(data).hexdigest()
     try:
-        if isinstance(pictures, LatentFiles):
-            pictures.read_latents(index)
-            width, height = (int(side) for side in pictures.sizes[index])
-            place = int(pictures.places[index])
+        if isinstance(images, LatentFiles):
+            images.read_latents(index)
+            width, height = (int(side) for side in images.sizes[index])
+            place = int(images.places[index])
             return Seen(index, (width, height), digest if place < 0 else f"{digest}:{place}")
-        image = picture_from_bytes(data, name=name)
-    except (BadPicture, BadLatents, NotFound) as error:
+        image = image_from_bytes(data, name=name)
+    except (BadImage, BadLatents, NotFound) as error:
         return Seen(index, digest=digest, reason=_reason(str(error), name))
     except MemoryError:
         return Seen(index, digest=digest, reason="is too large for the memory that is there")
@@ -218,7 +218,7 @@ def _reason(sentence: str, name: str) -> str:
 
 
 class _Memory:
-    """What was seen of a source's pictures, by name and stamp; kept in one file of the memory folder."""
+    """What was seen of a source's images, by name and stamp; kept in one file of the memory folder."""
 
     def __init__(self, path: Path | None, known: dict[str, list[Any]] | None = None) -> None:
         self._path = path
@@ -251,7 +251,7 @@ class _Memory:
         self._changed = True
 
     def write(self, *, complete: bool) -> None:
-        """Keep what is new; after a complete look, entries of pictures that are gone fall out."""
+        """Keep what is new; after a complete look, entries of images that are gone fall out."""
         if self._path is None or not self._changed:
             return
         seen = self._current if complete else self._known | self._current

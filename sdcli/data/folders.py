@@ -1,4 +1,4 @@
-"""Loose files in folders: pictures with a metadata table, with caption files or in class folders; latent files."""
+"""Loose files in folders: images with a metadata table, with caption files or in class folders; latent files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from sdcli.data.records import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     UNREAD_SUFFIXES,
     Dropped,
     Item,
@@ -29,7 +29,7 @@ from sdcli.data.records import (
     without_repeats,
 )
 from sdcli.data.tables import TABLE_NAMES, Row, Table, read_table
-from sdcli.errors import BadLatents, BadPicture, NotFound, UsageError
+from sdcli.errors import BadImage, BadLatents, NotFound, UsageError
 from sdcli.vae.latent_files import LatentFile, LatentRecord, read_latents, read_record
 
 LATENT_SUFFIXES = frozenset({".safetensors", ".latent"})
@@ -49,7 +49,7 @@ class Tree:
     """The files of a folder and its sub-folders by kind: relative paths with slashes, sorted, hidden ones left out."""
 
     root: Path
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     latents: tuple[str, ...] = ()
     tars: tuple[str, ...] = ()
     parquets: tuple[str, ...] = ()
@@ -61,12 +61,12 @@ class Tree:
 
 @dataclass(frozen=True, eq=False)
 class LooseFiles(Listed):
-    """Pictures that are files of their own."""
+    """Images that are files of their own."""
 
     root: Path = field(kw_only=True)
 
     def read(self, index: int) -> bytes:
-        """The picture's bytes. Raises NotFound and BadPicture."""
+        """The image's bytes. Raises NotFound and BadPicture."""
         return read_file(self.root / self.items[index].name)
 
     def stamp(self, index: int) -> str:
@@ -96,7 +96,7 @@ class LatentFiles(Listed):
         return read_file(self._path(index))
 
     def read_latents(self, index: int) -> LatentFile:
-        """The latents [1, C, h, w] of one picture, finite float32. Raises NotFound and BadLatents."""
+        """The latents [1, C, h, w] of one image, finite float32. Raises NotFound and BadLatents."""
         path, place = self._path(index), max(0, int(self.places[index]))
         file = read_latents(path)
         if place >= len(file.latents):
@@ -125,7 +125,7 @@ def scan(root: Path) -> Tree:
         suffix = PurePosixPath(base).suffix.lower()
         if base in TABLE_NAMES:
             kinds["tables"].append(name)
-        elif suffix in PICTURE_SUFFIXES:
+        elif suffix in IMAGE_SUFFIXES:
             kinds["pictures"].append(name)
         elif suffix in LATENT_SUFFIXES:
             kinds["latents"].append(name)
@@ -170,7 +170,7 @@ def _walk(root: Path, dropped: list[Dropped]) -> Iterator[str]:
                 pending.append((entry.path, f"{name}/", above | {identity}))
             elif is_file:
                 yield name
-            elif PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES | LATENT_SUFFIXES | {".tar", ".parquet"}:
+            elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES | LATENT_SUFFIXES | {".tar", ".parquet"}:
                 dropped.append(Dropped(name, "is a link to nothing" if entry.is_symlink() else "is no ordinary file"))
 
 
@@ -232,7 +232,7 @@ def _check_split(split: str, there: set[str], source: str) -> None:
         raise UsageError(f"{source} has no split {split!r}; it has {', '.join(sorted(there))} (--split)")
 
 
-# Pictures
+# Images
 
 
 def open_folder(
@@ -244,8 +244,8 @@ def open_folder(
     caption_extension: str = ".txt",
     split: str = "train",
 ) -> LooseFiles:
-    """The pictures of a folder, with captions from its metadata tables, from caption files, or from class folders."""
-    chosen, below = split_by_folder(tree.pictures, split=split, source=source)
+    """The images of a folder, with captions from its metadata tables, from caption files, or from class folders."""
+    chosen, below = split_by_folder(tree.images, split=split, source=source)
     tables = _tables_of(tree, chosen, image_column=image_column, caption_column=caption_column)
     beside = _caption_files(tree.others, caption_extension)
     if tables and any(table.has_captions for table in tables.values()) and caption_column is None:
@@ -286,7 +286,7 @@ class _Listing:
 def _tables_of(
     tree: Tree, chosen: Sequence[str], *, image_column: str | None, caption_column: str | None
 ) -> dict[str, Table]:
-    """The metadata tables that stand in the chosen pictures' folders or above them. Raises UsageError, BadPicture."""
+    """The metadata tables that stand in the chosen images' folders or above them. Raises UsageError, BadPicture."""
     folders = {str(above) for name in chosen for above in PurePosixPath(name).parents}
     names = [name for name in tree.tables if str(PurePosixPath(name).parent) in folders]
     for folder, count in Counter(str(PurePosixPath(name).parent) for name in names).items():
@@ -299,14 +299,14 @@ def _tables_of(
     }
 
 
-def named_in_tables(pictures: LooseFiles, column: str, *, image_column: str | None, required: bool) -> dict[str, str]:
-    """Picture -> the picture that its row names in another column, as paths relative to the set's root.
+def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None, required: bool) -> dict[str, str]:
+    """Image -> the image that its row names in another column, as paths relative to the set's root.
 
     Empty where no table has such a column and it is not `required`. Raises UsageError and BadPicture.
     """
-    tree = scan(pictures.root)
-    known, found = set(tree.pictures), {}
-    tables = _tables_of(tree, [item.name for item in pictures], image_column=image_column, caption_column=None)
+    tree = scan(images.root)
+    known, found = set(tree.images), {}
+    tables = _tables_of(tree, [item.name for item in images], image_column=image_column, caption_column=None)
     for name, own in tables.items():
         folder = PurePosixPath(name).parent
         try:
@@ -317,7 +317,7 @@ def named_in_tables(pictures: LooseFiles, column: str, *, image_column: str | No
             continue
         other_of = {row.place: row.file for row in others.rows}
         for row in own.rows:
-            with contextlib.suppress(Unusable):  # listing the pictures, or looking at the maps, tells of it
+            with contextlib.suppress(Unusable):  # listing the images, or looking at the maps, tells of it
                 target = other_of.get(row.place)
                 found.update(
                     {} if target is None else {_target(folder, row.file, known): _target(folder, target, known)}
@@ -328,10 +328,10 @@ def named_in_tables(pictures: LooseFiles, column: str, *, image_column: str | No
 def _listed_in_tables(
     tree: Tree, chosen: Sequence[str], tables: dict[str, Table], beside: dict[str, str], listing: _Listing
 ) -> list[Item]:
-    """The pictures that rows speak of, in the order of their names; several rows of one picture are alternatives."""
+    """The images that rows speak of, in the order of their names; several rows of one image are alternatives."""
     from_files = not any(table.has_captions for table in tables.values())
     rows: dict[str, list[Row]] = {}
-    wanted, known = set(chosen), set(tree.pictures)
+    wanted, known = set(chosen), set(tree.images)
     for name, table in tables.items():
         listing.dropped += table.dropped
         folder = PurePosixPath(name).parent
@@ -345,32 +345,32 @@ def _listed_in_tables(
                 rows.setdefault(target, []).append(row)
             elif target not in known:
                 there = os.path.lexists(tree.root / target)
-                reason = "it is no picture that is read" if there else "there is no such file"
+                reason = "it is no image that is read" if there else "there is no such file"
                 listing.drop(row.file, f"is listed in {name} ({row.place}), but {reason}")
     items = []
-    for picture in chosen:
-        item = _item_of_rows(picture, rows.get(picture, []), " or ".join(tables), listing)
-        if item is not None and from_files and _stem(picture) in beside:
-            item = _with_caption_file(tree.root, item, beside[_stem(picture)], listing)
+    for image in chosen:
+        item = _item_of_rows(image, rows.get(image, []), " or ".join(tables), listing)
+        if item is not None and from_files and _stem(image) in beside:
+            item = _with_caption_file(tree.root, item, beside[_stem(image)], listing)
         items += [item] if item is not None else []
     return items
 
 
-def _item_of_rows(picture: str, rows: Sequence[Row], tables: str, listing: _Listing) -> Item | None:
+def _item_of_rows(image: str, rows: Sequence[Row], tables: str, listing: _Listing) -> Item | None:
     if not rows:
-        listing.drop(picture, f"has no row in {tables}")
+        listing.drop(image, f"has no row in {tables}")
         return None
     problem = next((row.problem for row in rows if row.problem), None)
     labels = {row.label for row in rows if row.label is not None}
     if problem is None and len(labels) > 1:
         problem = f"is listed as {' and as '.join(sorted(labels))}"
     if problem is not None:
-        listing.drop(picture, problem)
+        listing.drop(image, problem)
         return None
     if len(rows) > 1:
-        listing.remark(picture, "is listed in several rows; their captions are alternatives")
+        listing.remark(image, "is listed in several rows; their captions are alternatives")
     captions = without_repeats(caption for row in rows for caption in row.captions)
-    return Item(picture, captions, next(iter(labels), None))
+    return Item(image, captions, next(iter(labels), None))
 
 
 def _target(folder: PurePosixPath, file: str, known: set[str]) -> str:
@@ -419,7 +419,7 @@ def _with_caption_file(root: Path, item: Item, file: str, listing: _Listing) -> 
     except Unusable as problem:
         listing.drop(item.name, str(problem))
         return None
-    except (BadPicture, NotFound) as error:
+    except (BadImage, NotFound) as error:
         listing.drop(item.name, f"its caption cannot be read: {error}")
         return None
     if not captions:
@@ -428,9 +428,9 @@ def _with_caption_file(root: Path, item: Item, file: str, listing: _Listing) -> 
 
 
 def _class_of(names: Sequence[str], *, below: int) -> Callable[[str], str | None]:
-    """How to find a picture's class: the first folder in which the paths differ, as in torchvision's ImageFolder.
+    """How to find an image's class: the first folder in which the paths differ, as in torchvision's ImageFolder.
 
-    `below` leading folders are splits. Where a picture lies in no folder there are no classes at all.
+    `below` leading folders are splits. Where an image lies in no folder there are no classes at all.
     """
     folders = [name.split("/")[below:-1] for name in names]
     if not folders or not all(folders):
@@ -476,7 +476,7 @@ def _base(name: str) -> str:
 def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", split: str = "train") -> LatentFiles:
     """The latent files of a folder, each with a caption file beside it, or in class folders.
 
-    A file that holds several has a caption file for each picture it was made of, named as that picture was.
+    A file that holds several has a caption file for each image it was made of, named as that image was.
     Raises BadLatents where they were made by different VAEs, UsageError for a split that is not there.
     """
     chosen, below = split_by_folder(tree.latents, split=split, source=source)
@@ -492,7 +492,7 @@ def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", sp
         if record is None:
             listing.drop(name, "does not say by which VAE it was made; `sdcli encode` writes files that do")
         elif not record.source:
-            listing.drop(name, "does not say of which pictures it was made")
+            listing.drop(name, "does not say of which images it was made")
         else:
             records[name] = record
     makers = {(record.vae, record.scaling_factor): name for name, record in records.items()}

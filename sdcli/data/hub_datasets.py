@@ -32,7 +32,7 @@ class HubFiles:
 def open_hub(
     data: str, *, image_column: str | None = None, caption_column: str | None = None, split: str = "train"
 ) -> ParquetRows:
-    """The pictures of a data set on the hub, read row group by row group when they are needed; nothing is stored.
+    """The images of a data set on the hub, read row group by row group when they are needed; nothing is stored.
 
     Raises Offline, NotFound (no such data set), and UsageError (no such split or column, or a package is missing).
     """

@@ -1,4 +1,4 @@
-"""Pictures in parquet files, as Hugging Face's datasets writes them: local or streamed, read by row group."""
+"""Images in parquet files, as Hugging Face's datasets writes them: local or streamed, read by row group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sdcli.data.records import (
     read_file,
 )
 from sdcli.data.tables import CAPTION_COLUMNS, LABEL_COLUMN, pick_column, pyarrow_modules
-from sdcli.errors import BadPicture, NotFound, Offline, UsageError, first_line
+from sdcli.errors import BadImage, NotFound, Offline, UsageError, first_line
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes", "pixel_values")
 RETRY_PAUSES = (1.0, 4.0, 15.0)
@@ -48,7 +48,7 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class ParquetRows(Listed):
-    """Pictures that are rows of parquet files; a block is a row group."""
+    """Images that are rows of parquet files; a block is a row group."""
 
     files: tuple[str, ...] = field(kw_only=True)
     """Local paths, or URLs that fsspec can open."""
@@ -60,7 +60,7 @@ class ParquetRows(Listed):
     """int32 [n, 3]: file, row group in the file, row in the group."""
     remote: bool = field(default=False, kw_only=True)
     row_bytes: float = field(default=1.0, kw_only=True)
-    """How large an average row's picture is."""
+    """How large an average row's image is."""
     group_rows: int = field(default=1, kw_only=True)
     """The rows of the largest row group."""
     groups: _Groups = field(default_factory=lambda: _Groups(), kw_only=True, repr=False)
@@ -75,10 +75,10 @@ class ParquetRows(Listed):
         return max(1, int(HELD_BYTES / self.row_bytes) - self.group_rows)
 
     def read(self, index: int) -> bytes:
-        """The bytes in the picture's cell.
+        """The bytes in the image's cell.
 
-        Raises BadPicture, NotFound, and Offline where the network fails several times: a picture that could not be
-        fetched is no broken picture, and must not be passed over as one.
+        Raises BadPicture, NotFound, and Offline where the network fails several times: an image that could not be
+        fetched is no broken image, and must not be passed over as one.
         """
         name = self.items[index].name
         file, group, row = (int(number) for number in self.rows[index])
@@ -86,7 +86,7 @@ class ParquetRows(Listed):
         if isinstance(cell, dict):
             return self._bytes_of(cell, name, self.files[file])
         if not isinstance(cell, bytes):
-            raise BadPicture(f"{name}: holds no picture")
+            raise BadImage(f"{name}: holds no image")
         return cell
 
     def _column(self, name: str, file: str, group: int, column: str) -> Any:
@@ -97,7 +97,7 @@ class ParquetRows(Listed):
                 raise NotFound(f"{name}: no file {file}") from None
             except Exception as error:  # pyarrow, fsspec and the network fail in a dozen ways
                 if not self.remote:
-                    raise BadPicture(f"{name}: cannot be read: {first_line(error)}") from None
+                    raise BadImage(f"{name}: cannot be read: {first_line(error)}") from None
                 if pause is None:
                     raise Offline(f"{name}: cannot be fetched from {file}: {first_line(error)}") from None
                 self.groups.forget(file)
@@ -109,11 +109,11 @@ class ParquetRows(Listed):
             return bytes(cell["bytes"])
         path = cell.get("path")
         if not path:
-            raise BadPicture(f"{name}: holds no picture")
+            raise BadImage(f"{name}: holds no image")
         folder = os.path.dirname(os.path.abspath(file))
         target = os.path.normpath(os.path.join(folder, path))
         if self.remote or os.path.isabs(path) or not target.startswith(os.path.join(folder, "")):
-            raise BadPicture(f"{name}: holds no picture, only the path of one ({path})")
+            raise BadImage(f"{name}: holds no image, only the path of one ({path})")
         return read_file(Path(target))
 
     def stamp(self, index: int) -> str:
@@ -174,7 +174,7 @@ def open_rows(
     features: Mapping[str, Any] | None = None,
     dropped: Sequence[Dropped] = (),
 ) -> ParquetRows:
-    """List the rows of parquet files: captions and labels are read, pictures are not.
+    """List the rows of parquet files: captions and labels are read, images are not.
 
     `names` are what people call the files. `features` are Hugging Face's, for files that do not hold them. A file that
     cannot be read is dropped. Raises UsageError for a column that is not there, or where pyarrow is missing.
@@ -267,11 +267,11 @@ def _columns(
     image = pick_column(image_column, usual, schema.names, source=name, what="--image-column")
     if image is None:
         raise UsageError(
-            f"{name} has no column of pictures that can be told (it has {', '.join(schema.names)}); "
+            f"{name} has no column of images that can be told (it has {', '.join(schema.names)}); "
             "--image-column names it"
         )
     if image not in typed:
-        raise UsageError(f"{name}: its column {image!r} holds {schema.field(image).type}, not the bytes of pictures")
+        raise UsageError(f"{name}: its column {image!r} holds {schema.field(image).type}, not the bytes of images")
     named = {column: features[column] for column in schema.names if _feature_type(features.get(column)) == "ClassLabel"}
     label = LABEL_COLUMN if LABEL_COLUMN in schema.names else next(iter(named), None) if len(named) == 1 else None
     class_names = named[label].get("names") if label in named else None

@@ -1,4 +1,4 @@
-"""What every source of training pictures becomes: an indexed set of items, whose bytes are read on demand."""
+"""What every source of training images becomes: an indexed set of items, whose bytes are read on demand."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from sdcli.errors import BadPicture, NotFound
+from sdcli.errors import BadImage, NotFound
 from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"})
-"""Pictures that sdcli does not read; they are told as dropped, not passed over."""
+"""Images that sdcli does not read; they are told as dropped, not passed over."""
 MAX_CAPTION_BYTES = 1024**2
 
 Kind = Literal["pictures", "latents"]
@@ -23,7 +23,7 @@ Kind = Literal["pictures", "latents"]
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a set, without its bytes."""
+    """One image of a set, without its bytes."""
 
     name: str
     """For people, and unique: a relative path, `00003.tar:000030042`, `train-00001.parquet:17`."""
@@ -37,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A picture, or a whole file, that is not used, and why: a reason that reads well after `name: `."""
+    """An image, or a whole file, that is not used, and why: a reason that reads well after `name: `."""
 
     name: str
     reason: str
@@ -45,7 +45,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something about a picture that is used: worth telling, and perhaps not meant."""
+    """Something about an image that is used: worth telling, and perhaps not meant."""
 
     name: str
     text: str
@@ -53,8 +53,8 @@ class Remark:
     """Whether a caption is lost by it."""
 
 
-class PictureSet(Protocol):
-    """Captioned pictures of any source. It can be pickled, takes little memory, and holds no open files by itself."""
+class ImageSet(Protocol):
+    """Captioned images of any source. It can be pickled, takes little memory, and holds no open files by itself."""
 
     @property
     def source(self) -> str:
@@ -62,7 +62,7 @@ class PictureSet(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """Pictures; or latents, which have `read_latents` as well (`folders.LatentFiles`)."""
+        """Images; or latents, which have `read_latents` as well (`folders.LatentFiles`)."""
 
     @property
     def streamed(self) -> bool:
@@ -89,7 +89,7 @@ class PictureSet(Protocol):
     def __getitem__(self, index: int, /) -> Item: ...
 
     def read(self, index: int, /) -> bytes:
-        """The bytes of the picture's file. Raises BadPicture and NotFound, each with a sentence."""
+        """The bytes of the image's file. Raises BadPicture and NotFound, each with a sentence."""
 
     def stamp(self, index: int, /) -> str:
         """What changes when the bytes do, found without reading them. Raises BadPicture and NotFound."""
@@ -124,7 +124,7 @@ class Items:
 
     names: Strings
     captions: Strings
-    """Each picture's captions, joined by newlines, which no caption has."""
+    """Each image's captions, joined by newlines, which no caption has."""
     labels: np.ndarray
     """int32 [n], places in `classes`; -1 for none."""
     blocks: np.ndarray
@@ -254,20 +254,20 @@ def captioned_by_class(items: Sequence[Item]) -> list[Item]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a loose picture. Raises NotFound and BadPicture."""
+    """The bytes of a loose image. Raises NotFound and BadPicture."""
     check_readable(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:
         raise NotFound(f"no file {path}") from None
     except OSError as error:
-        raise BadPicture(f"cannot read {path}: {error.strerror or error}") from None
+        raise BadImage(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def read_part(path: Path, *, offset: int, size: int, name: str) -> bytes:
     """`size` bytes at `offset` of a file. Raises NotFound and BadPicture, whose sentences begin with `name`."""
     if size > MAX_FILE_BYTES:
-        raise BadPicture(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+        raise BadImage(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no image here is")
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
@@ -277,9 +277,9 @@ def read_part(path: Path, *, offset: int, size: int, name: str) -> bytes:
     except FileNotFoundError:
         raise NotFound(f"{name}: no file {path}") from None
     except OSError as error:
-        raise BadPicture(f"{name}: cannot read {path}: {error.strerror or error}") from None
+        raise BadImage(f"{name}: cannot read {path}: {error.strerror or error}") from None
     if len(data) < size:
-        raise BadPicture(f"{name}: is cut short; {path} has become smaller")
+        raise BadImage(f"{name}: is cut short; {path} has become smaller")
     return bytes(data)
 
 
@@ -290,5 +290,5 @@ def file_stamp(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"no file {path}") from None
     except OSError as error:
-        raise BadPicture(f"cannot read {path}: {error.strerror or error}") from None
+        raise BadImage(f"cannot read {path}: {error.strerror or error}") from None
     return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"

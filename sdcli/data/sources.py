@@ -1,4 +1,4 @@
-"""What the user calls DATA -> a picture set: a folder, a file, a pattern, or a data set of the hub."""
+"""What the user calls DATA -> an image set: a folder, a file, a pattern, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import NamedTuple
 from sdcli.data.folders import LATENT_SUFFIXES, Tree, open_folder, open_latents, scan, split_by_name
 from sdcli.data.hub_datasets import HUB_DATA, open_hub
 from sdcli.data.parquet import open_rows
-from sdcli.data.records import PICTURE_SUFFIXES, Dropped, PictureSet, file_stamp
+from sdcli.data.records import IMAGE_SUFFIXES, Dropped, ImageSet, file_stamp
 from sdcli.data.webdataset import expand_braces, open_shards
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
 
 LOOKED_FOR = (
-    f"pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), tar shards (.tar), parquet files (.parquet) "
+    f"pictures ({', '.join(sorted(IMAGE_SUFFIXES))}), tar shards (.tar), parquet files (.parquet) "
     "or latents (.safetensors)"
 )
 
@@ -30,17 +30,17 @@ class Columns(NamedTuple):
     caption_column: str | None
 
 
-def open_pictures(
+def open_images(
     data: str | Path,
     *,
     image_column: str | None = None,
     caption_column: str | None = None,
     caption_extension: str = ".txt",
     split: str = "train",
-) -> PictureSet:
-    """The captioned pictures that `data` stands for, listed and not yet read; nothing is ever written there.
+) -> ImageSet:
+    """The captioned images that `data` stands for, listed and not yet read; nothing is ever written there.
 
-    - a folder of pictures: with metadata.jsonl, .csv or .parquet (Hugging Face's imagefolder), with a caption file
+    - a folder of images: with metadata.jsonl, .csv or .parquet (Hugging Face's imagefolder), with a caption file
       beside each (kohya; each line is an alternative), or in class folders;
     - a folder, file or pattern of parquet files (Hugging Face's datasets) or of tar shards (WebDataset as img2dataset
       writes it): `shards/{00000..00099}.tar`, `data/train-*.parquet`;
@@ -70,12 +70,12 @@ def open_pictures(
     raise NotFound(f"there is no folder or file {source}{advice}")
 
 
-def _open_folder(root: Path, *, source: str, extension: str, split: str, columns: Columns) -> PictureSet:
+def _open_folder(root: Path, *, source: str, extension: str, split: str, columns: Columns) -> ImageSet:
     tree = scan(root)
     beside_tars = {PurePosixPath(name).with_suffix("") for name in tree.tars}
     parquets = [name for name in tree.parquets if PurePosixPath(name).with_suffix("") not in beside_tars]
     kinds = {
-        "pictures": tree.pictures,
+        "pictures": tree.images,
         "tar shards": tree.tars,
         "parquet files": parquets,  # those that img2dataset writes beside its shards say nothing more
         "latents": tree.latents,
@@ -89,7 +89,7 @@ def _open_folder(root: Path, *, source: str, extension: str, split: str, columns
             f"{source} holds {found}: which are meant? Give a pattern for shards or parquet files "
             f"('{source}/*.tar'), or a sub-folder of one kind"
         )
-    if tree.pictures:
+    if tree.images:
         return open_folder(tree, source=source, caption_extension=extension, split=split, **columns._asdict())
     if tree.latents:
         _refuse_columns(columns, source, "latents")
@@ -108,7 +108,7 @@ def _open_files(
     columns: Columns,
     dropped: Sequence[Dropped],
     names: Sequence[str] | None = None,
-) -> PictureSet:
+) -> ImageSet:
     """Shards or parquet files, all of one kind."""
     names = _short_names(files) if names is None else names
     suffixes = {PurePosixPath(file).suffix.lower() for file in files}
@@ -127,7 +127,7 @@ def _open_files(
         _refuse_columns(columns, source, "tar shards")
         paths = [Path(file) for file in files]
         return open_shards(paths, names=names, source=source, caption_extension=extension, dropped=dropped)
-    if suffixes & (PICTURE_SUFFIXES | LATENT_SUFFIXES | {".jsonl", ".csv"}):
+    if suffixes & (IMAGE_SUFFIXES | LATENT_SUFFIXES | {".jsonl", ".csv"}):
         raise UsageError(f"{source} names single files; give the folder in which they lie")
     raise UsageError(f"{source} is no folder, and neither tar shards nor parquet files; looked for {LOOKED_FOR}")
 
@@ -156,7 +156,7 @@ def _short_names(files: Sequence[str]) -> list[str]:
 
 def _extension(typed: str) -> str:
     extension = typed if typed.startswith(".") else f".{typed}"
-    if len(extension) < 2 or "/" in extension or extension.lower() in PICTURE_SUFFIXES | {".json", ".tar"}:
+    if len(extension) < 2 or "/" in extension or extension.lower() in IMAGE_SUFFIXES | {".json", ".tar"}:
         raise UsageError(f"{typed!r} cannot be the extension of caption files (.txt is usual)")
     return extension
 

@@ -1,4 +1,4 @@
-"""Metadata tables beside pictures (metadata.jsonl, .csv, .parquet): their rows, and what is wrong with some."""
+"""Metadata tables beside images (metadata.jsonl, .csv, .parquet): their rows, and what is wrong with some."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.data.records import Dropped, Unusable, captions_of_value, label_of_value
-from sdcli.errors import BadPicture, UsageError
+from sdcli.errors import BadImage, UsageError
 from sdcli.request.schema import did_you_mean
 
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -30,7 +30,7 @@ class Row:
     captions: tuple[str, ...]
     label: str | None
     problem: str = ""
-    """Why its picture cannot be used."""
+    """Why its image cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
             case _:
                 lines = list(_parquet_rows(path, name, columns))
     except OSError as error:
-        raise BadPicture(f"cannot read {path}: {error.strerror or error}") from None
+        raise BadImage(f"cannot read {path}: {error.strerror or error}") from None
     present = sorted({column for _, values in lines for column in values})
     file_column = pick_column(image_column, FILE_COLUMNS, present, source=name, what="--image-column")
     if lines and file_column is None:
         raise UsageError(
-            f"{name} has no column {' or '.join(FILE_COLUMNS)} that names the pictures "
+            f"{name} has no column {' or '.join(FILE_COLUMNS)} that names the images "
             f"(it has {', '.join(present) or 'none'}); --image-column names another"
         )
     text_column = pick_column(caption_column, CAPTION_COLUMNS, present, source=name, what="--caption-column")
@@ -146,7 +146,7 @@ def _parquet_rows(path: Path, name: str, columns: Sequence[str | None]) -> Itera
             names = file.schema_arrow.names
             table = file.read(columns=[column for column in names if column in columns])
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise BadPicture(f"{name} is no parquet file that can be read: {error}") from None
+        raise BadImage(f"{name} is no parquet file that can be read: {error}") from None
     present = dict.fromkeys(names)
     for number, values in enumerate(table.to_pylist(), start=1):
         yield f"row {number}", {**present, **values}

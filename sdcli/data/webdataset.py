@@ -1,4 +1,4 @@
-"""WebDataset tar shards: found by their members' headers alone, pictures read in place; and how shards are written."""
+"""WebDataset tar shards: found by their members' headers alone, images read in place; and how shards are written."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import IO, Any
 import numpy as np
 
 from sdcli.data.records import (
+    IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
-    PICTURE_SUFFIXES,
     UNREAD_SUFFIXES,
     Dropped,
+    ImageSet,
     Item,
     Items,
     Listed,
-    PictureSet,
     Remark,
     Unusable,
     captioned_by_class,
@@ -47,11 +47,11 @@ MAX_PATTERN = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class TarShards(Listed):
-    """Pictures that are members of tar files; a block is a shard."""
+    """Images that are members of tar files; a block is a shard."""
 
     files: tuple[Path, ...] = field(kw_only=True)
     offsets: np.ndarray = field(kw_only=True)
-    """int64 [n]: where each picture begins in its shard."""
+    """int64 [n]: where each image begins in its shard."""
     lengths: np.ndarray = field(kw_only=True)
     """int64 [n]: bytes."""
 
@@ -60,7 +60,7 @@ class TarShards(Listed):
         return True
 
     def read(self, index: int) -> bytes:
-        """The picture's bytes, read in place. Raises NotFound and BadPicture."""
+        """The image's bytes, read in place. Raises NotFound and BadPicture."""
         item = self.items[index]
         return read_part(
             self.files[item.block], offset=int(self.offsets[index]), size=int(self.lengths[index]), name=item.name
@@ -101,7 +101,7 @@ def open_shards(
     caption_extension: str = ".txt",
     dropped: Sequence[Dropped] = (),
 ) -> TarShards:
-    """List the pictures of tar shards in img2dataset's layout: `key.jpg`, `key.txt`, `key.json` with a `caption`.
+    """List the images of tar shards in img2dataset's layout: `key.jpg`, `key.txt`, `key.json` with a `caption`.
 
     Only headers and captions are read. `names` are what people call the shards. A shard that is cut short or damaged
     is used as far as it goes, and what is missing is dropped.
@@ -117,8 +117,8 @@ def open_shards(
             remarks += shard.remarks
             for sample in shard.samples:
                 items.append(Item(sample.name, sample.captions, sample.label, block))
-                offsets.append(sample.picture.offset)
-                lengths.append(sample.picture.size)
+                offsets.append(sample.image.offset)
+                lengths.append(sample.image.size)
     return TarShards(
         source,
         Items.of(captioned_by_class(items)),
@@ -133,7 +133,7 @@ def open_shards(
 @dataclass(frozen=True)
 class _Sample:
     name: str
-    picture: Member
+    image: Member
     captions: tuple[str, ...]
     label: str | None
 
@@ -155,7 +155,7 @@ def _index(path: Path, name: str, caption_extension: str) -> _Shard:
     except OSError as error:
         return _Shard(dropped=[Dropped(name, f"cannot be read: {error.strerror or error}")])
     if not shard.samples and not shard.dropped:
-        shard.dropped.append(Dropped(name, "holds no pictures"))
+        shard.dropped.append(Dropped(name, "holds no images"))
     return shard
 
 
@@ -195,14 +195,14 @@ def _drop_incomplete(groups: Groups, name: str, shard: _Shard) -> None:
 def _add_sample(
     file: IO[bytes], name: str, members: dict[str, list[Member]], shard: _Shard, caption_extension: str
 ) -> None:
-    pictures = [member for suffix in members if suffix in PICTURE_SUFFIXES for member in members[suffix]]
-    if not pictures:
+    images = [member for suffix in members if suffix in IMAGE_SUFFIXES for member in members[suffix]]
+    if not images:
         unread = sorted(set(members) & UNREAD_SUFFIXES)
-        reason = f"is of a kind that is not read ({unread[0]})" if unread else "is a sample without a picture"
+        reason = f"is of a kind that is not read ({unread[0]})" if unread else "is a sample without an image"
         shard.dropped.append(Dropped(name, reason))
         return
-    for other in pictures[1:]:
-        shard.dropped.append(Dropped(f"{name}{other.name[other.name.rindex('.') :]}", "is a second picture of its key"))
+    for other in images[1:]:
+        shard.dropped.append(Dropped(f"{name}{other.name[other.name.rindex('.') :]}", "is a second image of its key"))
     try:
         record = _record(file, members)
         captions: tuple[str, ...] = ()
@@ -217,7 +217,7 @@ def _add_sample(
     except Unusable as problem:
         shard.dropped.append(Dropped(name, str(problem)))
         return
-    shard.samples.append(_Sample(name, pictures[0], captions, label))
+    shard.samples.append(_Sample(name, images[0], captions, label))
 
 
 def _record(file: IO[bytes], members: dict[str, list[Member]]) -> dict[str, Any]:
@@ -370,22 +370,22 @@ class WrittenShard:
     """A shard that is whole on the disk, in the folder that will get its name when all are."""
 
     name: str
-    pictures: int
+    images: int
     size: int
 
 
 def write_shards(
-    pictures: PictureSet,
+    images: ImageSet,
     folder: Path,
     *,
     indices: Iterable[int],
     max_bytes: int = 500 * 1000**2,
     max_pictures: int = 10_000,
 ) -> Iterator[WrittenShard]:
-    """Write pictures to `folder/00000.tar`, ... in the order of `indices`, and yield each shard when it is done.
+    """Write images to `folder/00000.tar`, ... in the order of `indices`, and yield each shard when it is done.
 
-    Equal pictures give equal bytes. The folder appears with all its shards, or not at all: it is written under another
-    name and renamed at the end. A shard exceeds `max_bytes` only where a single picture does.
+    Equal images give equal bytes. The folder appears with all its shards, or not at all: it is written under another
+    name and renamed at the end. A shard exceeds `max_bytes` only where a single image does.
     Raises AlreadyExists where the folder is there and not empty, CannotWrite, and what reading raises.
     """
     folder = Path(os.path.abspath(folder))
@@ -398,7 +398,7 @@ def write_shards(
     except OSError as error:
         raise CannotWrite(f"cannot make the folder {unfinished}: {error.strerror}") from None
     try:
-        samples = _samples(pictures, indices)
+        samples = _samples(images, indices)
         pending = next(samples, None)
         number = 0
         while pending is not None:
@@ -430,10 +430,10 @@ def write_shards(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _samples(pictures: PictureSet, indices: Iterable[int]) -> Iterator[list[tuple[str, bytes]]]:
-    """(member, bytes) of the picture, its captions and its record, for one picture after the other."""
+def _samples(images: ImageSet, indices: Iterable[int]) -> Iterator[list[tuple[str, bytes]]]:
+    """(member, bytes) of the image, its captions and its record, for one image after the other."""
     for number, index in enumerate(indices):
-        item, data = pictures[index], pictures.read(index)
+        item, data = images[index], images.read(index)
         key = f"{number:09d}"
         record: dict[str, str] = {"name": item.name}
         if item.captions:
@@ -465,7 +465,7 @@ def _suffix_of(data: bytes, name: str) -> str:
         if data.startswith(start):
             return suffix
     suffix = PurePosixPath(name).suffix.lower()
-    return suffix if suffix in PICTURE_SUFFIXES else ".png"
+    return suffix if suffix in IMAGE_SUFFIXES else ".png"
 
 
 def _sweep(folder: Path) -> None:

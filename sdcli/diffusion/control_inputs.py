@@ -1,4 +1,4 @@
-"""What the ControlNets of a batch see, as the requests ask: their pictures as maps of the size that is painted."""
+"""What the ControlNets of a batch see, as the requests ask: their images as maps of the size that is generated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdcli.diffusion.controlnet import ActiveControl
 from sdcli.generation.resolve.init_image import read_identified
-from sdcli.images.pixels import picture_from_bytes, to_pixels
+from sdcli.images.pixels import image_from_bytes, to_pixels
 from sdcli.models.controlnet import controlnet_of
 from sdcli.models.loader import LoadedModel
 from sdcli.request.fields import FileRef, Preprocessor
@@ -18,7 +18,7 @@ from sdcli.request.schema import GenerationRequest, known
 
 
 def controls_for(model: LoadedModel, requests: Sequence[GenerationRequest]) -> list[ActiveControl]:
-    """The controls of a pass, at the size that the requests have in it; they differ in their pictures alone.
+    """The controls of a pass, at the size that the requests have in it; they differ in their images alone.
 
     Raises NotFound, BadPicture and UsageError for the files that the requests name.
     """
@@ -37,9 +37,9 @@ def controls_for(model: LoadedModel, requests: Sequence[GenerationRequest]) -> l
 
 
 @lru_cache(maxsize=16)
-def _map(image: FileRef, preprocessor: Preprocessor, size: tuple[int, int]) -> Tensor:
+def _map(ref: FileRef, preprocessor: Preprocessor, size: tuple[int, int]) -> Tensor:
     """[3, H, W] in 0..1."""
     from sdcli.images.preprocessors import control_map  # scipy takes 0.6 s
 
-    picture = picture_from_bytes(read_identified(image), name=image.path)
-    return to_pixels(control_map(picture, preprocessor, size))
+    image = image_from_bytes(read_identified(ref), name=ref.path)
+    return to_pixels(control_map(image, preprocessor, size))

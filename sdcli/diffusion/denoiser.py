@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from sdcli.diffusion.attention.perturbed import perturbed
 from sdcli.diffusion.controlnet import ActiveControl, Residuals, residuals_along, with_its_last_rows
-from sdcli.diffusion.painter import Painter
+from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.predict import (
     Predict,
     composed,
@@ -29,7 +29,7 @@ from sdcli.request.schema import GenerationRequest, known
 
 
 def predict_for(
-    painter: Painter,
+    pipeline: Pipeline,
     requests: Sequence[GenerationRequest],
     start: Start,
     *,
@@ -37,7 +37,7 @@ def predict_for(
     controls: Sequence[ActiveControl] = (),
 ) -> Predict:
     """The network under the requests' prompts: guided from outside, guided by an input of its own, or not at all."""
-    shared, unet = requests[0], painter.model.unet
+    shared, unet = requests[0], pipeline.model.unet
     scale_size = unet.config.get("time_cond_proj_dim")
 
     def controlling() -> Callable[[Condition], Residuals]:
@@ -56,17 +56,17 @@ def predict_for(
         return start.around_network(stepwise(predict_at, by_step) if conditions.changes else predict_at(1))
 
     def plain(residuals: Callable[[Condition], Residuals]) -> Predict:
-        return network(painter.encode(requests, guided=False, steps=steps), residuals)
+        return network(pipeline.encode(requests, guided=False, steps=steps), residuals)
 
     for request in requests:
-        check_guidance(painter, request)
+        check_guidance(pipeline, request)
     residuals, away = controlling(), None
     if shared.pag_scale:
         residuals, again = with_its_last_rows(residuals)
-        away = perturbed(plain(lambda _: again), unet, name=painter.model.spec.name), shared.pag_scale
+        away = perturbed(plain(lambda _: again), unet, name=pipeline.model.spec.name), shared.pag_scale
     if scale_size is not None or not shared.guided:
         return plain(residuals) if away is None else guided_away(plain(residuals), *away)
-    conditions = painter.encode(requests, guided=True, steps=steps)
+    conditions = pipeline.encode(requests, guided=True, steps=steps)
     both = network(conditions, residuals)
     if conditions.weights:
         both = composed(both, conditions.weights)
@@ -80,17 +80,17 @@ def predict_for(
     return only_within(predict, outside, timesteps=start.timesteps[part.start : part.stop])
 
 
-def check_guidance(painter: Painter, request: GenerationRequest) -> None:
+def check_guidance(pipeline: Pipeline, request: GenerationRequest) -> None:
     """Raise UsageError for guidance that does not go with a resolved request's prompt, or with the network.
 
     One that takes the scale as an input has no unconditional half.
     """
-    joined = painter.encode([request], guided=request.guided, steps=request.passes[0]).weights
+    joined = pipeline.encode([request], guided=request.guided, steps=request.passes[0]).weights
     if joined and request.pag_scale:
         raise UsageError("pag_scale does not go with AND: there is no one prompt to perturb")
-    if painter.model.unet.config.get("time_cond_proj_dim") is None:
+    if pipeline.model.unet.config.get("time_cond_proj_dim") is None:
         return
-    name = painter.model.spec.name
+    name = pipeline.model.spec.name
     if joined:
         raise UsageError(f"{name} was distilled without guidance, so AND would have no effect")
     asked = {

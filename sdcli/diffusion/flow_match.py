@@ -10,7 +10,7 @@ from torch import Tensor
 from sdcli.errors import BadWeights
 
 _UNKNOWN = ("use_dynamic_shifting", "use_beta_sigmas", "invert_sigmas")
-"""Settings of other families' models: shifts by the picture's size, scipy's noise levels, time that runs backwards."""
+"""Settings of other families' models: shifts by the image's size, scipy's noise levels, time that runs backwards."""
 
 
 class FlowMatchEulerDiscreteScheduler(diffusers_scheduling.FlowMatchEulerDiscreteScheduler):

@@ -1,4 +1,4 @@
-"""Start pictures as tensors: fitted to the request's size, on their canvas, with the mask of what is painted anew."""
+"""Start images as tensors: fitted to the request's size, on their canvas, with the mask of what is generated anew."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdcli.errors import UsageError
 from sdcli.generation.resolve.init_image import identified, is_latents, read_identified
-from sdcli.images.pixels import fit, picture_from_bytes, to_pixels
+from sdcli.images.pixels import fit, image_from_bytes, to_pixels
 from sdcli.io.files import expanded
 from sdcli.request.fields import Extend, FileRef
 from sdcli.request.schema import GenerationRequest, known
@@ -20,18 +20,18 @@ from sdcli.vae.latent_files import LatentFile, read_latents
 
 
 @dataclass(frozen=True)
-class StartPicture:
+class StartImage:
     """What a request begins with. `pixels` [3, H, W] in 0..1."""
 
     pixels: Tensor
     mask: Tensor | None = None
-    """[1, H, W], 1 where it is painted anew and 0 where it is kept; None where all of it is painted."""
+    """[1, H, W], 1 where it is generated anew and 0 where it is kept; None where all of it is generated."""
     fade: Tensor | None = None
-    """[1, H, W] in 0..1, how much of the new there is in the finished picture: 0 wherever the mask is."""
+    """[1, H, W] in 0..1, how much of the new there is in the finished image: 0 wherever the mask is."""
 
     @cached_property
     def without_masked(self) -> Tensor:
-        """The pixels, grey where they are painted anew."""
+        """The pixels, grey where they are generated anew."""
         return self.pixels if self.mask is None else torch.where(self.mask > 0, 0.5, self.pixels)
 
     def pasted(self, painted: Tensor) -> Tensor:
@@ -41,20 +41,20 @@ class StartPicture:
 
 @lru_cache(maxsize=256)
 def measure(ref: FileRef, cell: int) -> tuple[int, int]:
-    """Width and height in pixels of a picture, or of what latents [C, h, w] of cells of `cell` pixels will be.
+    """Width and height in pixels of an image, or of what latents [C, h, w] of cells of `cell` pixels will be.
 
     Raises what reading raises.
     """
     if is_latents(ref):
         _, height, width = start_latents(ref).latents[0].shape
         return width * cell, height * cell
-    return _picture(ref).size
+    return _image(ref).size
 
 
-def start_picture(request: GenerationRequest) -> StartPicture:
-    """The start picture of a resolved request. Raises NotFound, BadPicture and UsageError for the files it names."""
-    assert request.init_image is not None, "the request has no start picture"
-    return _start_picture(
+def start_image(request: GenerationRequest) -> StartImage:
+    """The start image of a resolved request. Raises NotFound, BadPicture and UsageError for the files it names."""
+    assert request.init_image is not None, "the request has no start image"
+    return _start_image(
         request.init_image,
         request.mask,
         extend=request.extend,
@@ -80,22 +80,22 @@ def start_latents(ref: FileRef) -> LatentFile:
 
 
 @lru_cache(maxsize=16)  # as many as an automatic batch has
-def _start_picture(
-    image: FileRef, mask: FileRef | None, *, extend: Extend | None, inverted: bool, blur: float, size: tuple[int, int]
-) -> StartPicture:
+def _start_image(
+    ref: FileRef, mask: FileRef | None, *, extend: Extend | None, inverted: bool, blur: float, size: tuple[int, int]
+) -> StartImage:
     inner = size if extend is None else (size[0] - extend.left - extend.right, size[1] - extend.top - extend.bottom)
-    picture = _picture(image)
+    image = _image(ref)
     if mask is not None:
-        masked = _picture(mask)
-        if masked.size != picture.size:
-            raise UsageError(f"the mask is {_shown(masked)} pixels, the start picture {_shown(picture)}")
+        masked = _image(mask)
+        if masked.size != image.size:
+            raise UsageError(f"the mask is {_shown(masked)} pixels, the start image {_shown(image)}")
         white = fit(masked, inner).convert("L").point(lambda level: 255 * (level >= 128))
         white = ImageChops.invert(white) if inverted else white
     else:
         white = Image.new("L", inner, 0)
-    pixels = to_pixels(fit(picture, inner))
+    pixels = to_pixels(fit(image, inner))
     if mask is None and extend is None:
-        return StartPicture(pixels)
+        return StartImage(pixels)
     if extend is not None:
         border = ((extend.top, extend.bottom), (extend.left, extend.right))
         pixels = torch.from_numpy(np.pad(pixels.numpy(), ((0, 0), *border), mode="edge"))
@@ -104,15 +104,15 @@ def _start_picture(
     if not hard.any():
         colour, remedy = ("white", "without") if inverted else ("black", "with")
         raise UsageError(
-            f"the mask is {colour} all over, so nothing would be painted; {remedy} --invert-mask all of it would be"
+            f"the mask is {colour} all over, so nothing would be generated; {remedy} --invert-mask all of it would be"
         )
     # half of the blurred edge lies in what is kept: the fade begins where the other half does
     soft = (2 * _levels(white.filter(ImageFilter.GaussianBlur(blur))) - 1).clamp(0, 1) * hard if blur else hard
-    return StartPicture(pixels, hard, soft)
+    return StartImage(pixels, hard, soft)
 
 
-def _picture(ref: FileRef) -> Image.Image:
-    return picture_from_bytes(read_identified(ref), name=ref.path)
+def _image(ref: FileRef) -> Image.Image:
+    return image_from_bytes(read_identified(ref), name=ref.path)
 
 
 def _levels(image: Image.Image) -> Tensor:

@@ -1,134 +1,54 @@
-"""START HERE: a batch of requests in, denoising steps and pictures out.
-
-prompt -> condition (CLIP hidden states; or the label of a class, or nothing) -> denoising loop over latents -> VAE ->
-pixels. A model without a VAE denoises the pixels themselves; a refiner (SDXL) takes the end of the loop over.
-"""
+"""What generates: a loaded model with its encoding of prompts, its space, and a refiner where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from sdcli.diffusion.control_inputs import controls_for
-from sdcli.diffusion.controlnet import ActiveControl
-from sdcli.diffusion.denoiser import check_guidance, predict_for
-from sdcli.diffusion.init_latents import check_start, start_enlarged, start_for
-from sdcli.diffusion.loop import Step, denoise
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.predict import Predict, scaled_input, taking_turns
-from sdcli.diffusion.scheduler_factory import Advance, advance_with, make_scheduler
-from sdcli.diffusion.start import Start, from_step, steps_before
-from sdcli.errors import BadOutput, UsageError
+from sdcli.encoders.clip_vision import ImagePrompting
+from sdcli.encoders.conditioning import Encode, encoding_of
+from sdcli.errors import UsageError
+from sdcli.models.ip_adapter import IpAdapter, with_ip_adapters
 from sdcli.models.loader import LoadedModel
-from sdcli.request.schema import GenerationRequest, known
-from sdcli.vae.autoencoder import generators_for
-from sdcli.vae.latent_space import Tell, quiet
+from sdcli.vae.latent_space import Space, space_of
 
 
-def paint(painter: Painter, requests: Sequence[GenerationRequest], *, tell: Tell = quiet) -> Iterator[Step]:
-    """Denoise one batch. The requests are resolved and equal in all that `engine.plan` groups by.
+@dataclass(frozen=True)
+class Pipeline:
+    """A loaded model with its encoding of prompts and its space, ready for any number of batches."""
 
-    Yields every step; the last one's `latents` [B, C, h, w] are the finished pictures, ready for the space to decode.
-    What is to be upscaled is denoised twice, and the steps of the second pass count from 0 again. The requests' LoRAs
-    are merged into the painter's model already. `tell` hears what had to be done where memory ran out.
-    Raises UsageError for what the model cannot do, and BadOutput as soon as no picture's latents are finite any more.
-    """
-    if requests[0].loras != tuple(applied.ref for applied in painter.model.loras):
-        raise UsageError(f"{painter.model.spec.name} was loaded with other LoRAs than the request asks for")
-    if tuple(one.adapting for one in requests[0].ip_adapters) != painter.model.ip_adapters:
-        raise UsageError(f"{painter.model.spec.name} was loaded with other IP-Adapters than the request asks for")
-    generators = generators_for([known(request.seed) for request in requests])
-    scheduler = scheduler_for(painter.model, requests[0])
-    run: dict[str, Any] = {"generators": generators, "tell": tell}
-    start = start_for(painter.model, painter.space, requests, scheduler=scheduler, **run)
-    first, *second = requests[0].passes
-    finished = yield from _denoised(painter, requests, start, scheduler, generators, steps=first)
-    for steps in second:
-        scheduler = scheduler_for(painter.model, requests[0])
-        start = start_enlarged(finished, painter.space, requests[0], scheduler=scheduler, **run)
-        size = dict(zip(("width", "height"), requests[0].final_size, strict=True))
-        enlarged = [request.model_copy(update=size) for request in requests]
-        yield from _denoised(painter, enlarged, start, scheduler, generators, steps=steps)
+    model: LoadedModel
+    encode: Encode
+    space: Space
+    refiner: Pipeline | None = None
+    """Ends what this one begins; without a VAE of its own."""
 
+    @classmethod
+    def of(cls, model: LoadedModel, *, refiner: LoadedModel | None = None) -> Pipeline:
+        """Raises UsageError for a refiner that does not go with the model, and for one that is to begin."""
+        if model.is_sdxl and "text_encoder" not in model.parts:
+            raise UsageError(f"{model.spec.name} is a refiner, which ends what another model began: --refiner")
+        return cls(model, encoding_of(model), space_of(model)).with_refiner(refiner)
 
-def check_picture(painter: Painter, request: GenerationRequest) -> None:
-    """Raise now what `paint` would raise for this picture alone, and for all that are painted with it.
+    def with_refiner(self, refiner: LoadedModel | None) -> Pipeline:
+        """The same model with another refiner, or none. Raises UsageError for one that does not go with it."""
+        if refiner is None:
+            return replace(self, refiner=None)
+        if not (self.model.is_sdxl and refiner.is_sdxl):
+            other = refiner if self.model.is_sdxl else self.model
+            raise UsageError(f"a refiner and its model are both of the sdxl family, and {other.spec.name} is not")
+        return replace(self, refiner=Pipeline(refiner, encoding_of(refiner), self.space))
 
-    That are UsageError, NotFound, BadPicture and BadLatents, for the files that it names and for its guidance.
-    """
-    check_start(painter.space, request)
-    controls_for(painter.model, [request])
-    check_guidance(painter, request)
+    def with_model(self, model: LoadedModel) -> Pipeline:
+        """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
+        return replace(Pipeline.of(model), refiner=self.refiner)
 
+    def with_ip_adapters(self, adapters: Sequence[IpAdapter]) -> Pipeline:
+        """The same with IP-Adapters on the model, which are shown the requests' images; the refiner does without."""
+        encode = ImagePrompting(self.encode, tuple(adapter.look for adapter in adapters))
+        return replace(self, model=with_ip_adapters(self.model, adapters), encode=encode)
 
-def _denoised(
-    painter: Painter,
-    requests: Sequence[GenerationRequest],
-    start: Start,
-    scheduler: Any,
-    generators: Sequence[torch.Generator],
-    *,
-    steps: int,
-) -> Generator[Step, None, Tensor]:
-    """The loop from one start to its end; returns the last latents."""
-    x, controls = start.x, controls_for(painter.model, requests)
-    predict, advance, timesteps = _run_of(
-        painter, requests, start, scheduler, generators, steps=steps, controls=controls
-    )
-    for step in denoise(predict, start.around_advance(advance), x, timesteps):
-        x = step.latents
-        if not x.isfinite().flatten(1).all(dim=1).any():
-            raise BadOutput(f"the latents are no longer finite (NaN) after step {step.index + 1} of {step.count}")
-        yield step
-    return x
-
-
-def _run_of(
-    painter: Painter,
-    requests: Sequence[GenerationRequest],
-    start: Start,
-    scheduler: Any,
-    generators: Sequence[torch.Generator],
-    *,
-    steps: int,
-    controls: Sequence[ActiveControl],
-) -> tuple[Predict, Advance, Tensor]:
-    """What the loop runs, and over which timesteps; with a refiner, the last of them are the refiner's.
-
-    Controls are made for the model, so the refiner does without them.
-    Raises UsageError where one of the two would have no step to do.
-    """
-    shared, refiner = requests[0], painter.refiner
-    if refiner is None:
-        predict = scaled_input(predict_for(painter, requests, start, steps=steps, controls=controls), scheduler)
-        return predict, advance_with(scheduler, generators, eta=known(shared.eta)), start.timesteps
-    part, refining = known(shared.refiner_start), scheduler_for(refiner.model, shared)
-    before = steps_before(scheduler, start.timesteps, part)
-    rest = from_step(refining, steps_before(refining, refining.timesteps, part))
-    if not before or not len(rest):
-        idle = refiner.model.spec.name if before else painter.model.spec.name
-        raise UsageError(f"refiner_start {part:g} of {shared.steps} steps leaves {idle} no step to paint")
-    start = replace(start, timesteps=torch.cat([start.timesteps[:before], rest]))
-    for control in shared.controls if shared.upscale is None else ():  # another pass may have the steps it asks for
-        if not any(control.is_active(index, len(start.timesteps)) for index in range(before)):
-            raise UsageError(f"controls: {control.model} has a say in the refiner's steps alone, where nothing asks it")
-    turns = (
-        _run_of(replace(one, refiner=None), requests, start, sampler, generators, steps=steps, controls=theirs)
-        for one, sampler, theirs in ((painter, scheduler, controls), (refiner, refining, ()))
-    )
-    (first, first_advance, timesteps), (last, last_advance, _) = turns
-    return taking_turns(first, last, after=before), taking_turns(first_advance, last_advance, after=before), timesteps
-
-
-def scheduler_for(model: LoadedModel, request: GenerationRequest) -> Any:
-    """The request's scheduler with the model's noise schedule, its timesteps set. Raises UsageError for too many."""
-    scheduler, steps = make_scheduler(known(request.scheduler), model.scheduler_config), known(request.steps)
-    levels = scheduler.config.num_train_timesteps
-    if steps > levels:
-        raise UsageError(f"{steps} steps are too many: {model.spec.name} was trained with {levels} levels of noise")
-    scheduler.set_timesteps(steps, device=model.device)
-    return scheduler
+    def weights(self) -> dict[str, str]:
+        """The identity of every loaded part, the refiner's too."""
+        ends = self.refiner.weights() if self.refiner is not None else {}
+        return {**self.model.weights(), **{f"refiner_{part}": identity for part, identity in ends.items()}}

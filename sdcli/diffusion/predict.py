@@ -77,7 +77,7 @@ def guided_away(predict: Predict, worse: Predict, scale: float) -> Predict:
 def composed(predict: Predict, weights: Sequence[Sequence[float]]) -> Predict:
     """Several prompts as one, uncond + sum_i w_i (cond_i - uncond); Liu et al. 2022, arXiv 2206.01714, equation 11.
 
-    `weights` has for each prompt a weight a picture. `predict` must have been made for the unconditional rows and then
+    `weights` has for each prompt a weight an image. `predict` must have been made for the unconditional rows and then
     those of each prompt; the result is what `guided` takes: x twice in, the unconditional and one conditional half out.
     """
 

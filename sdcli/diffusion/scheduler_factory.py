@@ -55,7 +55,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def advance_with(scheduler: Any, generators: Sequence[torch.Generator], *, eta: float) -> Advance:
-    """The scheduler's step as a function; fresh noise comes from each picture's own CPU generator, in float32."""
+    """The scheduler's step as a function; fresh noise comes from each image's own CPU generator, in float32."""
     accepted = inspect.signature(scheduler.step).parameters
     extras = {"generator": list(generators), "eta": eta}
     extras = {name: value for name, value in extras.items() if name in accepted}

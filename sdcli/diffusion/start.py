@@ -28,7 +28,7 @@ def from_noise(noise: Tensor, scheduler: Any) -> Start:
     return Start(noise * scheduler.init_noise_sigma, remaining(scheduler, 1))
 
 
-def from_known(known: Tensor, noise: Tensor, scheduler: Any, *, strength: float) -> Start:
+def from_latents(known: Tensor, noise: Tensor, scheduler: Any, *, strength: float) -> Start:
     """The last timesteps, from x_0 = `known` with noise on it; SDEdit, Meng et al. 2021, arXiv 2108.01073.
 
     `strength` (0..1) is the share of the steps that are done: int(strength * steps) of them, which must not be 0.
@@ -84,7 +84,7 @@ def with_channels(predict: Predict, more: Tensor) -> Predict:
 
 
 def mixed(noise: Tensor, others: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
-    """Noise [B, C, h, w] turned towards another noise of each picture: by 0 not at all, by 1 wholly; see `slerp`."""
+    """Noise [B, C, h, w] turned towards another noise of each image: by 0 not at all, by 1 wholly; see `slerp`."""
     rows = zip(noise, others, strengths, strict=True)
     return torch.stack([slerp(row, other, strength) if strength else row for row, other, strength in rows])
 

@@ -1,4 +1,4 @@
-"""What a step says of the finished picture: x_t as the network saw it, and the x_0 that its answer means."""
+"""What a step says of the finished image: x_t as the network saw it, and the x_0 that its answer means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdcli.errors import UsageError
 
 
 @torch.inference_mode()
-def seen_and_guessed(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:
+def x_t_and_x0(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:
     """x_t at the scale of a network's input, and the guess of x_0, each [B, C, h, w] float32.
 
     A scheduler's x_t is signal x_0 + noise epsilon; networks are trained where the squares of the two add up to 1, and
@@ -51,7 +51,7 @@ def _level(scheduler: Any, step: Step) -> tuple[Tensor, Tensor]:
     if not hasattr(scheduler, "sigmas"):
         alpha_bar = scheduler.alphas_cumprod.to(step.x.device)[step.t.long()]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    # steps that were left out, as for a start picture, are the first ones; not so where a refiner does some of them
+    # steps that were left out, as for a start image, are the first ones; not so where a refiner does some of them
     place, times = len(scheduler.timesteps) - step.count + step.index, scheduler.timesteps
     if not 0 <= place < len(times) or times[place] != step.t:
         place = int((times == step.t).nonzero()[0])

@@ -1,8 +1,8 @@
 """The CLIP text encoder: token ids in, hidden states out.
 
 The same networks as transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`, bit for bit (tests/test_clip.py),
-written out because importing those classes takes 1.7 s on a 2-core AMD EPYC, which is longer than painting a small
-picture. Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision": a causal,
+written out because importing those classes takes 1.7 s on a 2-core AMD EPYC, which is longer than generating a small
+image. Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision": a causal,
 pre-norm transformer.
 """
 

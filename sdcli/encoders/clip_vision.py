@@ -1,4 +1,4 @@
-"""Pictures as prompts: a CLIP vision encoder, and the encoding of prompts that adds what it sees to the text."""
+"""Images as prompts: a CLIP vision encoder, and the encoding of prompts that adds what it sees to the text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from sdcli.encoders.condition import IMAGES, Condition, Conditions
 from sdcli.encoders.conditioning import Encode
 from sdcli.encoders.token_words import Context
-from sdcli.errors import BadPicture, BadWeights, first_line
+from sdcli.errors import BadImage, BadWeights, first_line
 from sdcli.generation.resolve.init_image import read_identified
-from sdcli.images.pixels import picture_from_bytes
+from sdcli.images.pixels import image_from_bytes
 from sdcli.io.weights import empty_network, fill, read_tensors, shards
 from sdcli.models.layout import read_json_object
 from sdcli.models.loader import files_digest, in_background
@@ -26,7 +26,7 @@ from sdcli.request.schema import GenerationRequest
 
 CONFIG = "config.json"
 LONGEST = 64
-"""How many times longer than wide a picture may be: the encoder sees the square in its middle, enlarged."""
+"""How many times longer than wide an image may be: the encoder sees the square in its middle, enlarged."""
 _SETTINGS = (
     *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
     *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
@@ -35,28 +35,28 @@ _SETTINGS = (
 
 
 class ImageEncoder:
-    """A CLIP vision encoder in memory. It remembers the pictures that it was shown last."""
+    """A CLIP vision encoder in memory. It remembers the images that it was shown last."""
 
     def __init__(self, network: Any, *, folder: Path, identity: Future[str]) -> None:
         self.network, self.folder, self.identity = network, folder, identity
         self.pixels = lru_cache(maxsize=64)(self._pixels)
         self.embedding = lru_cache(maxsize=64)(self._embedding)
 
-    def _pixels(self, image: FileRef) -> Tensor:
+    def _pixels(self, ref: FileRef) -> Tensor:
         """[1, 3, S, S], normalised as CLIP was trained. Raises NotFound, BadPicture and UsageError."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        picture, side = picture_from_bytes(read_identified(image), name=image.path), self.network.config.image_size
-        if max(picture.size) > LONGEST * min(picture.size):
-            shape = f"{picture.width}x{picture.height}"
-            raise BadPicture(f"{image}: is {shape} pixels; a picture that prompts is at most {LONGEST} times as long")
-        pixels: Tensor = CLIPImageProcessorPil(size=side, crop_size=side)(picture, return_tensors="pt").pixel_values
+        image, side = image_from_bytes(read_identified(ref), name=ref.path), self.network.config.image_size
+        if max(image.size) > LONGEST * min(image.size):
+            shape = f"{image.width}x{image.height}"
+            raise BadImage(f"{ref}: is {shape} pixels; an image that prompts is at most {LONGEST} times as long")
+        pixels: Tensor = CLIPImageProcessorPil(size=side, crop_size=side)(image, return_tensors="pt").pixel_values
         return pixels
 
     @torch.inference_mode()
     def _embedding(self, image: FileRef | None, *, whole: bool) -> Tensor:
-        """[1, P] of a whole picture, or [1, T, D] of its patches before the last layer; without one, as in training:
-        zeros, or the patches of a picture that is zero. Raises what `pixels` raises.
+        """[1, P] of a whole image, or [1, T, D] of its patches before the last layer; without one, as in training:
+        zeros, or the patches of an image that is zero. Raises what `pixels` raises.
         """
         config, parameter = self.network.config, next(self.network.parameters())
         if image is None and whole:
@@ -70,25 +70,25 @@ class ImageEncoder:
 
 @dataclass(frozen=True)
 class Look:
-    """What one IP-Adapter sees of a picture."""
+    """What one IP-Adapter sees of an image."""
 
     encoder: ImageEncoder
     whole: bool
 
     def __call__(self, images: Sequence[FileRef | None]) -> Tensor:
-        """[B, 1, P] or [B, 1, T, D]; each picture is encoded alone, so that it does not depend on its batch."""
+        """[B, 1, P] or [B, 1, T, D]; each image is encoded alone, so that it does not depend on its batch."""
         return torch.stack([self.encoder.embedding(image, whole=self.whole) for image in images])
 
 
 @dataclass(frozen=True)
 class ImagePrompting:
-    """An encoding of prompts that adds, for each IP-Adapter, what it sees of the request's picture."""
+    """An encoding of prompts that adds, for each IP-Adapter, what it sees of the request's image."""
 
     encode: Encode
     looks: tuple[Look, ...]
 
     def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
-        """The text's conditions with `image_embeds:N`; the unconditional rows see no picture."""
+        """The text's conditions with `image_embeds:N`; the unconditional rows see no image."""
         conditions = self.encode(requests, guided=guided, steps=steps)
         nothing = [None] * len(requests) if guided else []
 
@@ -107,7 +107,7 @@ class ImagePrompting:
         return Conditions(at, changes=conditions.changes, weights=conditions.weights)
 
     def shape(self, request: GenerationRequest) -> Hashable:
-        """That of the text. Raises also what reading the request's pictures raises."""
+        """That of the text. Raises also what reading the request's images raises."""
         for look, one in zip(self.looks, request.ip_adapters, strict=True):
             look.encoder.pixels(one.image)
         return self.encode.shape(request)

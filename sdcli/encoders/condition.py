@@ -1,4 +1,4 @@
-"""The condition: what the denoiser is told beside x and the timestep, one row a picture; and how it changes."""
+"""The condition: what the denoiser is told beside x and the timestep, one row an image; and how it changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Condition:
     `encoder_hidden_states` [B, L, D] of a text encoder, or `class_labels` [B] int64, or nothing at all; SDXL adds
     `text_embeds` [B, P], of the whole text, and `time_ids` [B, 6] float32, sizes in pixels (the refiner [B, 5]).
     Stable Diffusion 3 adds `pooled_projections` [B, P] of the whole text.
-    Each IP-Adapter adds `image_embeds:N`, [B, 1, P] of a whole picture or [B, 1, T, D] of its patches.
+    Each IP-Adapter adds `image_embeds:N`, [B, 1, P] of a whole image or [B, 1, T, D] of its patches.
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Conditions:
     """What a batch is told over its steps.
 
     A condition has the unconditional rows first, where the batch is guided, then those of the prompts; where they are
-    several that AND joins, first the first one of each picture, then the second one, ...
+    several that AND joins, first the first one of each image, then the second one, ...
     """
 
     at: Callable[[int], Condition]
@@ -54,4 +54,4 @@ class Conditions:
     changes: bool = False
     """Whether the steps differ."""
     weights: tuple[tuple[float, ...], ...] = ()
-    """Of each prompt that AND joins, a weight a picture; empty where there is nothing to compose."""
+    """Of each prompt that AND joins, a weight an image; empty where there is nothing to compose."""

@@ -56,22 +56,22 @@ def encoding_of(model: LoadedModel) -> Encode:
 
 @dataclass(frozen=True)
 class _Script:
-    """What the text encoder reads for one picture."""
+    """What the text encoder reads for one image."""
 
     prompts: tuple[SubPrompt, ...]
     """Those that AND joins."""
     negative: SubPrompt
     length: int
-    """Chunks of the longest text, the negative one's too where the picture is guided; the others are padded to it."""
+    """Chunks of the longest text, the negative one's too where the image is guided; the others are padded to it."""
     syntax: str
     clip_skip: int
     size: tuple[int, int]
-    """Height and width of the picture."""
+    """Height and width of the image."""
     embeddings: tuple[EmbeddingRef, ...]
 
 
 class TextEncoding:
-    """Encodes prompts with one model, each chunk alone and once: a picture does not depend on its neighbours."""
+    """Encodes prompts with one model, each chunk alone and once: an image does not depend on its neighbours."""
 
     usual_clip_skip: ClassVar[int] = 1
 
@@ -109,7 +109,7 @@ class TextEncoding:
         )
 
     def shape(self, request: GenerationRequest) -> Hashable:
-        """How many chunks and prompts there are: those of other pictures must not pad this one's."""
+        """How many chunks and prompts there are: those of other images must not pad this one's."""
         scripts = [self._script(request, steps=steps) for steps in request.passes]
         return tuple((script.length, len(script.prompts)) for script in scripts)
 
@@ -119,13 +119,13 @@ class TextEncoding:
         script = scripts[0]
         texts = {tuple(text for prompt in one.prompts for _, text in prompt.texts) for one in scripts}
         if len(texts) > 1 or len({one.length for one in scripts}) > 1 or len(*texts) > len(script.prompts):
-            raise UsageError(f"the words of {request.painted_prompt!r} change over the steps, so none has a place")
+            raise UsageError(f"the words of {request.full_prompt!r} change over the steps, so none has a place")
         chunked = [self._chunks(text, script.syntax, script.embeddings) for text in texts.pop()]
         padded = [(*chunks, *[EMPTY] * (script.length - len(chunks))) for chunks in chunked]
         return Context(
             ids=tuple(token for chunks in padded for chunk in chunks for token in self._tokenizer.framed(chunk.ids)),
             embeddings=self._embeddings(script.embeddings).tokens,
-            cut=self._tokenizer(request.painted_prompt).cut if script.syntax == "plain" else "",
+            cut=self._tokenizer(request.full_prompt).cut if script.syntax == "plain" else "",
         )
 
     def _script(self, request: GenerationRequest, *, steps: int) -> _Script:
@@ -133,7 +133,7 @@ class TextEncoding:
         skip, layers = request.clip_skip or self.usual_clip_skip, self._layers
         if skip > layers:
             raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
-        prompts = subprompts(request.painted_prompt, steps=steps, syntax=syntax)
+        prompts = subprompts(request.full_prompt, steps=steps, syntax=syntax)
         (negative,) = subprompts(known(request.negative_prompt), steps=steps, syntax=syntax, compose=False)
         texts = {text for prompt in (*prompts, *([negative] if request.guided else [])) for _, text in prompt.texts}
         length = max(len(self._chunks(text, syntax, embeddings)) for text in texts)
@@ -245,9 +245,9 @@ class JoinedEncoding(TextEncoding):
 
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What SDXL's refiner is told of the picture, and of what guidance leads away from; diffusers' defaults."""
+"""What SDXL's refiner is told of the image, and of what guidance leads away from; diffusers' defaults."""
 TOP_LEFT = (0, 0)
-"""Where the picture was cut from its original: nowhere, so its subject stays whole."""
+"""Where the image was cut from its original: nowhere, so its subject stays whole."""
 
 
 class SdxlEncoding(JoinedEncoding):
@@ -298,16 +298,16 @@ class Sd3Encoding(JoinedEncoding):
         self._t5_once = lru_cache(maxsize=64)(self._t5)
 
     def shape(self, request: GenerationRequest) -> Hashable:
-        """As of any text; and the transformer has places for pictures up to a size."""
+        """As of any text; and the transformer has places for images up to a size."""
         config = self._model.unet.config
         most = config.pos_embed_max_size * config.patch_size * self._model.spec.kind.cell
         if max(request.final_size) > most:
-            raise UsageError(f"{self._model.spec.name} paints pictures of at most {most} pixels a side")
+            raise UsageError(f"{self._model.spec.name} generates images of at most {most} pixels a side")
         return super().shape(request)
 
     def read(self, request: GenerationRequest) -> Context:
-        """Raises UsageError: words are attended to together with the picture."""
-        raise UsageError(f"{request.model} attends to words and picture jointly, so there are no maps of its words")
+        """Raises UsageError: words are attended to together with the image."""
+        raise UsageError(f"{request.model} attends to words and image jointly, so there are no maps of its words")
 
     def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
         inputs = super()._row(text, script, negative=negative).inputs
@@ -339,7 +339,7 @@ class ClassEncoding:
     def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
         """`class_labels` [rows], int64. Raises UsageError for an unknown class."""
         names = [known(request.negative_prompt) for request in requests] if guided else []
-        names += [request.painted_prompt for request in requests]
+        names += [request.full_prompt for request in requests]
         labels = torch.tensor([self._kind.label(name) for name in names], device=self._device)
         return Conditions(lambda step: Condition({"class_labels": labels}))
 
@@ -349,11 +349,11 @@ class ClassEncoding:
 
     def read(self, request: GenerationRequest) -> Context:
         """Raises UsageError: a class is no word."""
-        raise UsageError(f"{request.model} paints a class, so there are no words")
+        raise UsageError(f"{request.model} generates a class, so there are no words")
 
 
 class NoEncoding:
-    """The encoding of a model that paints without a prompt."""
+    """The encoding of a model that generates without a prompt."""
 
     def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
         """Nothing at any step."""
@@ -365,4 +365,4 @@ class NoEncoding:
 
     def read(self, request: GenerationRequest) -> Context:
         """Raises UsageError: there is no prompt."""
-        raise UsageError(f"{request.model} paints without words")
+        raise UsageError(f"{request.model} generates without words")

@@ -11,7 +11,7 @@ from sdcli.request.prompt_syntax import Span, units
 
 @dataclass(frozen=True)
 class Context:
-    """What the network attends to for one picture, token by token."""
+    """What the network attends to for one image, token by token."""
 
     ids: tuple[int, ...]
     """Of every chunk, start, end and padding included; where AND joins prompts, as many of each, one after another."""

@@ -1,4 +1,4 @@
-"""Pictures -> latent files, and back: the two streams behind `sdcli encode` and `sdcli decode`, a file at a time."""
+"""Images -> latent files, and back: the two streams behind `sdcli encode` and `sdcli decode`, a file at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdcli.diffusion.painter import Painter
+from sdcli.diffusion.pipeline import Pipeline
 from sdcli.errors import (
+    BadImage,
     BadLatents,
     BadOutput,
-    BadPicture,
     NotFound,
     OutOfMemory,
     SdcliError,
@@ -29,9 +29,9 @@ from sdcli.errors import (
 )
 from sdcli.generation.settings import MAX_PIXELS, MAX_SIDE, SUFFIX_OF, ImageFormat, RunSettings
 from sdcli.images.metrics import distance
-from sdcli.images.pixels import Fit, fit, from_pixels, open_picture, to_pixels
+from sdcli.images.pixels import Fit, fit, from_pixels, open_image, to_pixels
 from sdcli.io.files import AlreadyExists, check_folder, check_new, sweep, write_whole
-from sdcli.metadata.record import picture_bytes
+from sdcli.metadata.record import image_bytes
 from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec, Registry
 from sdcli.request.input_files import InputFile, Names, input_digest
@@ -40,13 +40,13 @@ from sdcli.vae.latent_files import LatentFile, LatentRecord, Source, latent_byte
 from sdcli.vae.latent_space import decode_with_fallbacks
 
 PACK = 16
-"""Pictures in a packed file, where no batch size says otherwise."""
+"""Images in a packed file, where no batch size says otherwise."""
 MAX_PACK = 256
-"""Pictures in a packed file that was named with -o: they are all held until it is written."""
+"""Images in a packed file that was named with -o: they are all held until it is written."""
 MAX_NAME_BYTES = 255
-"""What file systems take as a name; a picture may have one so long that no longer suffix fits behind it."""
+"""What file systems take as a name; an image may have one so long that no longer suffix fits behind it."""
 
-_OF_ONE_ITEM = (BadPicture, BadLatents, BadOutput, NotFound, OutOfMemory, UsageError, AlreadyExists)
+_OF_ONE_ITEM = (BadImage, BadLatents, BadOutput, NotFound, OutOfMemory, UsageError, AlreadyExists)
 """Failures that concern one file; the rest of the batch goes on."""
 
 Status = Literal["done", "skipped", "failed"]
@@ -54,13 +54,13 @@ Status = Literal["done", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How pictures become latents, and where these go."""
+    """How images become latents, and where these go."""
 
     outdir: Path = Path("latents")
     output: Path | None = None
     """The one file for everything, instead of a folder."""
     pack: bool = False
-    """One file per batch instead of one per picture."""
+    """One file per batch instead of one per image."""
     size: tuple[int, int] | None = None
     fit: Fit = "crop"
     sample_seed: int | None = None
@@ -73,21 +73,21 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of one picture; `path` is whole on the disk when this is yielded."""
+    """What became of one image; `path` is whole on the disk when this is yielded."""
 
     status: Status
     source: Path
     path: Path | None = None
     facts: Source | None = None
     psnr: float | None = None
-    """Decibels between the fitted picture and its round trip, infinite where they are equal; only when checked."""
+    """Decibels between the fitted image and its round trip, infinite where they are equal; only when checked."""
     notes: tuple[str, ...] = ()
     error: SdcliError | None = None
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How latents become pictures, and where these go."""
+    """How latents become images, and where these go."""
 
     outdir: Path = Path("outputs")
     output: Path | None = None
@@ -117,7 +117,7 @@ class Decoded:
 class Codec:
     """A model's VAE at work on its own, unscaled latents: files hold these, exactly as they are."""
 
-    painter: Painter
+    pipeline: Pipeline
     scaling_factor: float
     shift_factor: float
 
@@ -129,55 +129,55 @@ class Codec:
         factor, shift = autoencoder.scaling_factor(model.vae), autoencoder.shift_factor(model.vae)
         # nothing is multiplied, so nothing is rounded
         model.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-        return cls(Painter.of(model), factor, shift)
+        return cls(Pipeline.of(model), factor, shift)
 
     @property
     def spec(self) -> ModelSpec:
-        return self.painter.model.spec
+        return self.pipeline.model.spec
 
     @property
     def dtype(self) -> str:
         """What the VAE computes in."""
-        return str(self.painter.model.dtype).removeprefix("torch.")
+        return str(self.pipeline.model.dtype).removeprefix("torch.")
 
     @property
     def cell(self) -> int:
         """Pixels a side that become one cell of the latents."""
-        return autoencoder.cell(self.painter.model.vae)
+        return autoencoder.cell(self.pipeline.model.vae)
 
     @cached_property
     def vae_identity(self) -> str:
         """Which weights the VAE has; see `LoadedModel.identity`."""
-        return self.painter.model.identity("vae")
+        return self.pipeline.model.identity("vae")
 
     def encode(self, pixels: Sequence[Tensor], *, seeds: Sequence[int] | None) -> tuple[Tensor, tuple[str, ...]]:
         """Pixels [3, H, W] of equal size -> unscaled latents [B, C, H/cell, W/cell], float32, and what that took.
 
-        The mean, or a sample with one seed per picture. Raises OutOfMemory.
+        The mean, or a sample with one seed per image. Raises OutOfMemory.
         """
-        vae = self.painter.model.vae
+        vae = self.pipeline.model.vae
         moments, notes = autoencoder.moments_with_fallbacks(vae, pixels)
         return autoencoder.drawn(vae, moments, None if seeds is None else autoencoder.generators_for(seeds)), notes
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
-        """Unscaled latents [C, h, w] -> a picture, and what had to be done for it. Raises OutOfMemory and BadOutput."""
-        on_device = latents.to(self.painter.model.device)
-        pixels, notes = decode_with_fallbacks(self.painter.space, on_device, tiled=tiled, may_be_black=True)
+        """Unscaled latents [C, h, w] -> an image, and what had to be done for it. Raises OutOfMemory and BadOutput."""
+        on_device = latents.to(self.pipeline.model.device)
+        pixels, notes = decode_with_fallbacks(self.pipeline.space, on_device, tiled=tiled, may_be_black=True)
         return from_pixels(pixels), notes
 
 
-# Pictures -> latents
+# Images -> latents
 
 
 def encode_all(
     files: Iterable[InputFile], codec: Codec, settings: EncodeSettings, *, stop: Stop = lambda: None
 ) -> Iterator[Encoded]:
-    """Encode pictures and write latent files, holding one batch of them at a time.
+    """Encode images and write latent files, holding one batch of them at a time.
 
     A file that an earlier run wrote from the same bytes with the same VAE and settings is skipped.
-    Raises what `stop` answers, and CannotWrite for what concerns every picture.
+    Raises what `stop` answers, and CannotWrite for what concerns every image.
     """
-    if settings.sample_seed is not None and not autoencoder.has_distribution(codec.painter.model.vae):
+    if settings.sample_seed is not None and not autoencoder.has_distribution(codec.pipeline.model.vae):
         raise UsageError(f"the VAE of {codec.spec.name} has no distribution to draw from; leave --sample out")
     if settings.size is not None and any(side % codec.cell for side in settings.size):
         raise UsageError(f"--size takes multiples of {codec.cell} with the VAE of {codec.spec.name}")
@@ -199,7 +199,7 @@ def encode_all(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A picture as the VAE will see it; `path` is where its latents go, unless they are packed."""
+    """An image as the VAE will see it; `path` is where its latents go, unless they are packed."""
 
     source: Path
     path: Path | None
@@ -208,7 +208,7 @@ class _Fitted:
 
 
 def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitted | Encoded:
-    """One picture, fitted; or what became of it already: skipped or failed."""
+    """One image, fitted; or what became of it already: skipped or failed."""
     path = None if settings.pack else settings.output or settings.outdir / _file_name(file.name, ".safetensors")
     try:
         digest = input_digest(str(file.path))
@@ -218,10 +218,10 @@ def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitte
                 return _skipped(file.path, path, 0, record, codec, settings)
             if not settings.overwrite:
                 raise AlreadyExists(
-                    f"{path} exists already, made of another picture than {file.path} or with other settings; "
+                    f"{path} exists already, made of another image than {file.path} or with other settings; "
                     "--overwrite replaces it"
                 )
-        image = open_picture(file.path)
+        image = open_image(file.path)
         fitted = _fitted(file.path, image, codec, settings)
     except _OF_ONE_ITEM as error:
         return Encoded("failed", file.path, path, error=error)
@@ -240,14 +240,14 @@ def _prepared(file: InputFile, codec: Codec, settings: EncodeSettings) -> _Fitte
 def _fitted(path: Path, image: Image.Image, codec: Codec, settings: EncodeSettings) -> Image.Image:
     try:
         return fit(image, settings.size, how=settings.fit, cell=codec.cell)
-    except BadPicture as error:
-        raise BadPicture(f"{path}: {error}") from None
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
 
 
 def _batches(prepared: Iterable[_Fitted | Encoded], settings: EncodeSettings) -> Iterator[list[_Fitted] | Encoded]:
     """Neighbours of equal size together, as many as a batch or a packed file holds.
 
-    Only neighbours, since waiting for more of each size would hold ever more pictures in memory.
+    Only neighbours, since waiting for more of each size would hold ever more images in memory.
     """
     one_file = settings.pack and settings.output is not None
     limit = MAX_PACK if one_file else settings.batch_size or (PACK if settings.pack else 1)
@@ -257,11 +257,11 @@ def _batches(prepared: Iterable[_Fitted | Encoded], settings: EncodeSettings) ->
             yield item
             continue
         if batch and one_file and len(batch) == limit:
-            raise UsageError(f"one file holds at most {MAX_PACK} pictures; without -o, --pack writes several files")
+            raise UsageError(f"one file holds at most {MAX_PACK} images; without -o, --pack writes several files")
         if batch and item.image.size != batch[0].image.size and one_file:
             theirs, ours = _shown(item.image.size), _shown(batch[0].image.size)
             problem = f"{item.source} is {theirs} pixels, the others in this file {ours}; --size makes them equal"
-            yield Encoded("failed", item.source, error=BadPicture(problem))
+            yield Encoded("failed", item.source, error=BadImage(problem))
             continue
         if batch and (item.image.size != batch[0].image.size or len(batch) == limit):
             yield batch
@@ -304,7 +304,7 @@ def _write_pack(batch: list[_Fitted], path: Path, codec: Codec, settings: Encode
                 return
             if not settings.overwrite:
                 raise AlreadyExists(
-                    f"{path} exists already, and holds other pictures or settings; --overwrite replaces it"
+                    f"{path} exists already, and holds other images or settings; --overwrite replaces it"
                 )
         latents, notes = _encode(batch, codec, settings)
         _check_finite(latents)
@@ -337,14 +337,14 @@ def _encode(batch: list[_Fitted], codec: Codec, settings: EncodeSettings) -> tup
 
 
 def seed_of(seed: int, sha256: str) -> int:
-    """The seed of one picture's sample: of the run's seed and the picture's bytes, not of its place in the folder."""
+    """The seed of one image's sample: of the run's seed and the image's bytes, not of its place in the folder."""
     return int.from_bytes(hashlib.sha256(f"{seed} {sha256}".encode()).digest()[:7])
 
 
 def _psnr_of(image: Image.Image, stored: Tensor, codec: Codec) -> float:
     decoded, _ = codec.decode(stored.float())
     apart = distance(image, decoded)
-    assert apart is not None, "they are of one size: the picture was cut to whole cells"
+    assert apart is not None, "they are of one size: the image was cut to whole cells"
     return apart.psnr
 
 
@@ -379,7 +379,7 @@ def _skipped(
 ) -> Encoded:
     decibels = None
     if settings.check:
-        image = _fitted(source, open_picture(source), codec, settings)
+        image = _fitted(source, open_image(source), codec, settings)
         decibels = _psnr_of(image, read_latents(path).latents[index], codec)
     return Encoded("skipped", source, path, record.source[index], decibels)
 
@@ -394,7 +394,7 @@ def _shown(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-# Latents -> pictures
+# Latents -> images
 
 
 def decode_all(
@@ -406,10 +406,10 @@ def decode_all(
     model: str | None = None,
     stop: Stop = lambda: None,
 ) -> Iterator[Decoded]:
-    """Decode latent files and write a picture for each latent in them, holding one file at a time.
+    """Decode latent files and write an image for each latent in them, holding one file at a time.
 
     Without a `model`, that of the file's record is taken where the registry knows it, else the default one.
-    Raises what `stop` answers, what loading a model raises, and CannotWrite for what concerns every picture.
+    Raises what `stop` answers, what loading a model raises, and CannotWrite for what concerns every image.
     """
     codec: Codec | None = None
     names = Names()
@@ -454,7 +454,7 @@ def _decoded(
     try:
         check_new(path, overwrite=settings.overwrite)
         image, more = codec.decode(latents, tiled=settings.tiled)
-        write_whole(path, picture_bytes(image, settings.format, None), overwrite=settings.overwrite)
+        write_whole(path, image_bytes(image, settings.format, None), overwrite=settings.overwrite)
     except _OF_ONE_ITEM as error:
         return Decoded("failed", source, index, path, notes=notes, error=error)
     return Decoded(
@@ -476,7 +476,7 @@ def _model_of(
 
 def _check_fits(path: Path, latents: Tensor, codec: Codec, settings: DecodeSettings) -> None:
     count, channels, height, width = latents.shape
-    wanted = autoencoder.latent_channels(codec.painter.model.vae)
+    wanted = autoencoder.latent_channels(codec.pipeline.model.vae)
     if channels != wanted:
         raise BadLatents(
             f"{path} has latents of {channels} channels; the VAE of {codec.spec.name} takes {wanted} "
@@ -484,11 +484,11 @@ def _check_fits(path: Path, latents: Tensor, codec: Codec, settings: DecodeSetti
         )
     height, width = height * codec.cell, width * codec.cell
     if height * width > MAX_PIXELS:
-        raise BadLatents(f"{path} would be a picture of more than {MAX_PIXELS:,} pixels")
+        raise BadLatents(f"{path} would be an image of more than {MAX_PIXELS:,} pixels")
     if max(height, width) > MAX_SIDE[settings.format]:
         raise UsageError(f"{path} would be {width}x{height} pixels, too long for {settings.format}; use png")
     if count > 1 and settings.output is not None:
-        raise UsageError(f"{path} holds {count} pictures; -o names a single one, --outdir a folder")
+        raise UsageError(f"{path} holds {count} images; -o names a single one, --outdir a folder")
 
 
 def _short(identity: str) -> str:

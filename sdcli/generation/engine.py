@@ -19,15 +19,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sdcli
-from sdcli.diffusion.init_image import start_picture
+from sdcli.diffusion.init_image import start_image
 from sdcli.diffusion.loop import Step
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import check_picture, paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import check_image, sample
 from sdcli.encoders.clip_vision import ImageEncoder
 from sdcli.errors import (
+    BadImage,
     BadLatents,
     BadOutput,
-    BadPicture,
     BadWeights,
     NotFound,
     Offline,
@@ -37,9 +37,9 @@ from sdcli.errors import (
     UsageError,
     stop_if_asked,
 )
-from sdcli.generation.filenames import is_literal, numbered, picture_name
+from sdcli.generation.filenames import image_name, is_literal, numbered
 from sdcli.generation.journal import Journal
-from sdcli.generation.observers.observer import File, Watch, Watcher, check, glimpse, watches
+from sdcli.generation.observers.observer import File, Observe, Observer, check, observers_for, preview_image
 from sdcli.generation.resolve.init_image import is_latents
 from sdcli.generation.resolve.loras import lora_name
 from sdcli.generation.settings import SUFFIX_OF, OutputSettings, RunSettings
@@ -47,7 +47,7 @@ from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.images.watermark import marked
 from sdcli.io.devices import free_caches, out_of_memory
 from sdcli.io.files import AlreadyExists, check_new, sweep, write_whole
-from sdcli.metadata.record import Record, picture_bytes, pixels_digest
+from sdcli.metadata.record import Record, image_bytes, pixels_digest
 from sdcli.models.controlnet import ControlNet, load_controlnet, with_controlnets
 from sdcli.models.hub.download import folder_of
 from sdcli.models.ip_adapter import load_ip_adapters
@@ -76,9 +76,9 @@ class Progress:
 
     index: int
     count: int
-    pictures: int
+    images: int
     look: Callable[[], Image.Image | None]
-    """What the pictures look like now, by the network's guess; takes time, and gives None where memory runs out."""
+    """What the images look like now, by the network's guess; takes time, and gives None where memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class Result:
     fallbacks: tuple[str, ...] = ()
     error: SdcliError | None = None
     beside: tuple[Path, ...] = ()
-    """The files that explain the picture."""
+    """The files that explain the image."""
 
 
 Event = Phase | Progress | Note | Result
 
-_OF_ONE_PICTURE = (UsageError, NotFound, BadWeights, BadPicture, BadLatents, BadOutput, OutOfMemory)
-"""Failures that concern one picture, or those denoised with it; the rest of the batch goes on."""
+_OF_ONE_IMAGE = (UsageError, NotFound, BadWeights, BadImage, BadLatents, BadOutput, OutOfMemory)
+"""Failures that concern one image, or those denoised with it; the rest of the batch goes on."""
 
 
 _OF_LOADING = (BadWeights, NotFound, Offline, UsageError)
@@ -113,8 +113,8 @@ _OF_LOADING = (BadWeights, NotFound, Offline, UsageError)
 
 
 @dataclass(frozen=True)
-class Painted:
-    """One decoded picture with what its record needs beside the request."""
+class DecodedImage:
+    """One decoded image with what its record needs beside the request."""
 
     job: Job
     pixels: Tensor
@@ -136,22 +136,22 @@ class Engine:
     run: RunSettings
     output: OutputSettings
     stop: Stop = lambda: None
-    _painter: Painter | None = None
+    _pipeline: Pipeline | None = None
     _checker: tuple[ModelSpec, SafetyChecker | None] | None = None
-    _with_loras: Painter | None = None
+    _with_loras: Pipeline | None = None
     """Of the same model, which it shares the untouched weights with."""
     _controlnets: dict[str, ControlNet] = field(default_factory=dict)
     """Of the same model, by the names that requests have for them."""
-    _with_ip_adapters: tuple[Painter, Painter] | None = None
+    _with_ip_adapters: tuple[Pipeline, Pipeline] | None = None
     """A painter of the same model without any, and with some."""
     _image_encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     """Theirs, by their folders."""
     _names: set[str] = field(default_factory=set)
 
-    def paint_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
+    def generate_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
         """Paint every job and save it. With a journal, jobs that it knows as finished are skipped.
 
-        Batches are planned over all jobs, finished ones included, so that a resumed run paints what is missing in
+        Batches are planned over all jobs, finished ones included, so that a resumed run generates what is missing in
         the same company, and with that to the same bytes, as an uninterrupted one.
         Raises what `stop` answers, and what concerns every job (no such model and all want it, cannot write).
         """
@@ -188,36 +188,36 @@ class Engine:
             if models in absent:
                 yield from _failed(batch, wanted, absent[models])
             else:
-                yield from self._paint_batch(batch, wanted, there, journal, started=started)
+                yield from self._run_batch(batch, wanted, there, journal, started=started)
         stop_if_asked(self.stop)
 
-    def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Painter:
+    def load(self, spec: ModelSpec, loras: tuple[LoraRef, ...] = (), *, refiner: ModelSpec | None = None) -> Pipeline:
         """The painter of a model with some LoRAs merged into it, and a refiner; the last one of each stays warm."""
         how: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
-        if self._painter is None or self._painter.model.spec != spec:
-            if self._painter is not None:
-                self._painter = self._with_loras = None
+        if self._pipeline is None or self._pipeline.model.spec != spec:
+            if self._pipeline is not None:
+                self._pipeline = self._with_loras = None
                 self._controlnets, self._with_ip_adapters, self._image_encoders = {}, None, {}
                 gc.collect()
-            self._painter = Painter.of(load_model(spec, **how))
-        if _specs(self._painter) != (spec, refiner):
-            if self._painter.refiner is not None:
+            self._pipeline = Pipeline.of(load_model(spec, **how))
+        if _specs(self._pipeline) != (spec, refiner):
+            if self._pipeline.refiner is not None:
                 self._refine(None)
                 gc.collect()
             if refiner is not None:
                 self._refine(load_model(refiner, leave_out={"vae"}, **how))
         if not loras:
-            return self._painter
+            return self._pipeline
         if self._with_loras is None or tuple(one.ref for one in self._with_loras.model.loras) != loras:
             self._with_loras = self._with_ip_adapters = None
             gc.collect()
-            self._with_loras = self._painter.with_model(
-                with_loras(self._painter.model, loras, folder=self.run.lora_dir)
+            self._with_loras = self._pipeline.with_model(
+                with_loras(self._pipeline.model, loras, folder=self.run.lora_dir)
             )
         return self._with_loras
 
     def _refine(self, model: LoadedModel | None) -> None:
-        self._painter = known(self._painter).with_refiner(model)
+        self._pipeline = known(self._pipeline).with_refiner(model)
         if self._with_loras is not None:
             self._with_loras = self._with_loras.with_refiner(model)
 
@@ -226,49 +226,49 @@ class Engine:
         refiner = self.registry.find(request.refiner) if request.refiner is not None else None
         return self.registry.find(request.model), refiner
 
-    def painter_for(self, request: GenerationRequest) -> Painter:
+    def pipeline_for(self, request: GenerationRequest) -> Pipeline:
         """The painter of a resolved request, its ControlNets among the model's parts; the last ones stay warm.
 
         Raises what finding and loading its models, LoRAs, IP-Adapters and ControlNets raises.
         """
         spec, refiner = self._specs_for(request)
-        painter = self.load(spec, request.loras, refiner=refiner)
-        painter = self._listening(painter, tuple(one.adapting for one in request.ip_adapters))
+        pipeline = self.load(spec, request.loras, refiner=refiner)
+        pipeline = self._listening(pipeline, tuple(one.adapting for one in request.ip_adapters))
         wanted = {one.model for one in request.controls}
         if not wanted:
-            return painter
+            return pipeline
         self._controlnets = {name: held for name, held in self._controlnets.items() if name in wanted}
         for name in sorted(wanted - set(self._controlnets)):
-            self._controlnets[name] = load_controlnet(self.registry.find_controlnet(name), painter.model)
-        return replace(painter, model=with_controlnets(painter.model, self._controlnets))
+            self._controlnets[name] = load_controlnet(self.registry.find_controlnet(name), pipeline.model)
+        return replace(pipeline, model=with_controlnets(pipeline.model, self._controlnets))
 
-    def _listening(self, painter: Painter, asked: tuple[tuple[FileRef, float], ...]) -> Painter:
+    def _listening(self, pipeline: Pipeline, asked: tuple[tuple[FileRef, float], ...]) -> Pipeline:
         """The painter with IP-Adapters; the last ones and their image encoders stay warm. Raises what they raise."""
         if not asked:
-            return painter
+            return pipeline
         held = self._with_ip_adapters
-        if held is None or held[0] is not painter or held[1].model.ip_adapters != asked:
+        if held is None or held[0] is not pipeline or held[1].model.ip_adapters != asked:
             self._with_ip_adapters = held = None
             gc.collect()
-            adapters = load_ip_adapters(asked, painter.model, encoders=self._image_encoders)
+            adapters = load_ip_adapters(asked, pipeline.model, encoders=self._image_encoders)
             self._image_encoders = {one.look.encoder.folder: one.look.encoder for one in adapters}
-            self._with_ip_adapters = held = painter, painter.with_ip_adapters(adapters)
+            self._with_ip_adapters = held = pipeline, pipeline.with_ip_adapters(adapters)
         return held[1]
 
-    def paint_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | Painted]:
-        """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out."""
-        return paint_batch(self.painter_for(batch[0].request), batch, wanted, watches(self.output))
+    def run_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | DecodedImage]:
+        """Denoise one batch and decode the `wanted` images of it, falling back when memory runs out."""
+        return run_batch(self.pipeline_for(batch[0].request), batch, wanted, observers_for(self.output))
 
     def _load_for(self, request: GenerationRequest) -> Iterator[Phase]:
         """Make what many requests share warm: the model, its refiner and its safety checker."""
         spec, refiner = self._specs_for(request)
-        if self._painter is None or _specs(self._painter) != (spec, refiner):
+        if self._pipeline is None or _specs(self._pipeline) != (spec, refiner):
             yield Phase("load", request.model or "")
         self.load(spec, refiner=refiner)
         self._checker_of(spec)
         stop_if_asked(self.stop)
 
-    def _paint_batch(
+    def _run_batch(
         self,
         batch: Sequence[Job],
         wanted: set[int],
@@ -277,31 +277,31 @@ class Engine:
         *,
         started: float,
     ) -> Iterator[Event]:
-        """Paint the `wanted` of a batch. Of those whose pictures are `there` only what explains them is missing."""
+        """Paint the `wanted` of a batch. Of those whose images are `there` only what explains them is missing."""
         warm = self._with_loras
         try:
-            painter = self.painter_for(batch[0].request)
+            pipeline = self.pipeline_for(batch[0].request)
         except _OF_LOADING as error:  # of what these requests add alone
             yield from _failed(batch, wanted, error)
             return
-        checker = self._checker_of(painter.model.spec)
-        for text in lora_notes(painter.model) if self._with_loras is not warm else ():
+        checker = self._checker_of(pipeline.model.spec)
+        for text in lora_notes(pipeline.model) if self._with_loras is not warm else ():
             yield Note(text)
         fitting = []
         for job in batch:
             try:
-                notes = prompt_notes(painter, job, strict=self.run.strict_prompt)
-                check_picture(painter, job.request)
+                notes = prompt_notes(pipeline, job, strict=self.run.strict_prompt)
+                check_image(pipeline, job.request)
                 fitting.append(job)
                 if job.index in wanted:
                     yield from map(Note, notes)
-                    check(painter, job.request, self.output)
-            except _OF_ONE_PICTURE as error:
+                    check(pipeline, job.request, self.output)
+            except _OF_ONE_IMAGE as error:
                 if job.index in wanted:
                     yield Result("failed", job, error=error)
                 wanted = wanted - {job.index}  # what only cannot be explained stays company for the others
-        for event in paint_batch(painter, fitting, wanted, watches(self.output), checker):
-            if not isinstance(event, Painted):
+        for event in run_batch(pipeline, fitting, wanted, observers_for(self.output), checker):
+            if not isinstance(event, DecodedImage):
                 yield event
                 continue
             share = (time.monotonic() - started) / len(wanted)
@@ -309,17 +309,17 @@ class Engine:
             again = path is not None
             try:
                 if checker is not None and checker.flags(from_pixels(event.pixels)):
-                    yield Result("flagged", event.job, error=_flagged_by(painter))
+                    yield Result("flagged", event.job, error=_flagged_by(pipeline))
                     continue
                 if path is None:
                     yield Phase("save")
-                    path = self._save(event, painter, journal)
+                    path = self._save(event, pipeline, journal)
                 result = Result("done", event.job, path=path, seconds=share, fallbacks=event.fallbacks)
                 if self.output.beside(path):
                     yield Phase("explain")
                     result = self._explained(result, event.beside, overwrite=again or self.output.overwrite)
                 yield result
-            except _OF_ONE_PICTURE as error:
+            except _OF_ONE_IMAGE as error:
                 yield Result("failed", event.job, error=error)
 
     def _checker_of(self, spec: ModelSpec) -> SafetyChecker | None:
@@ -331,21 +331,21 @@ class Engine:
             self._checker = spec, load_safety_checker(folder) if folder is not None else None
         return self._checker[1]
 
-    def _save(self, painted: Painted, painter: Painter, journal: Journal | None) -> Path:
-        """Write one picture under a name that is free, or that may be overwritten."""
+    def _save(self, painted: DecodedImage, pipeline: Pipeline, journal: Journal | None) -> Path:
+        """Write one image under a name that is free, or that may be overwritten."""
         image = from_pixels(painted.pixels)
         request, output = painted.job.request, self.output
         facts = provenance(
-            painter,
+            pipeline,
             batch={"size": painted.batch_size, "index": painted.batch_index},
             fallbacks=painted.fallbacks,
             pixels=pixels_digest(image),
         )
-        data = picture_bytes(image, output.format, Record(request, facts) if output.metadata else None)
+        data = image_bytes(image, output.format, Record(request, facts) if output.metadata else None)
         size = dict(zip(("width", "height"), request.final_size, strict=True))
         own = {"index": painted.job.index, "custom_id": painted.job.custom_id or "none"}
         fields = {**request.model_dump(), **size, **own}
-        name = picture_name(output.template, fields, suffix=SUFFIX_OF[output.format])
+        name = image_name(output.template, fields, suffix=SUFFIX_OF[output.format])
         for number in itertools.count(1):
             candidate = numbered(name, number)
             if str(candidate).lower() in self._names:
@@ -365,42 +365,46 @@ class Engine:
         raise AssertionError("unreachable")
 
     def _explained(self, result: Result, files: Iterable[File], *, overwrite: bool) -> Result:
-        """The result with what explains its picture written beside it; who has the picture's name has theirs, too."""
+        """The result with what explains its image written beside it; who has the image's name has theirs, too."""
         path, written = known(result.path), []
         try:
             for suffix, data in files:
                 written.append(path.parent / f"{path.stem}{suffix}")
                 write_whole(written[-1], data, overwrite=overwrite)
         except (BadOutput, OutOfMemory, UsageError) as error:
-            text = f"{path} is painted, but not all that explains it: {error}"
+            text = f"{path} is generated, but not all that explains it: {error}"
             return replace(result, status="failed", error=type(error)(text))
         return replace(result, beside=tuple(written))
 
 
-def paint_batch(
-    painter: Painter,
+def run_batch(
+    pipeline: Pipeline,
     batch: Sequence[Job],
     wanted: set[int],
-    watched_by: Sequence[Watch] = (),
+    observed_by: Sequence[Observe] = (),
     checker: SafetyChecker | None = None,
-) -> Iterator[Event | Painted]:
-    """Denoise one batch and decode the `wanted` pictures of it, falling back when memory runs out.
+) -> Iterator[Event | DecodedImage]:
+    """Denoise one batch and decode the `wanted` images of it, falling back when memory runs out.
 
-    Pictures whose prompts come to other lengths are denoised apart, each with its like. What fails is the pictures that
+    Images whose prompts come to other lengths are denoised apart, each with its like. What fails is the images that
     are denoised together: a Result says so of each, and the others go on. The `checker` hides what it flags from those
-    who look on; what it says of the pictures is the caller's to ask.
+    who look on; what it says of the images is the caller's to ask.
     """
     alike: dict[Hashable, list[Job]] = {}
     for job in batch:
-        alike.setdefault(painter.encode.shape(job.request), []).append(job)
+        alike.setdefault(pipeline.encode.shape(job.request), []).append(job)
     for jobs in alike.values():
-        yield from _paint_alike(painter, jobs, wanted, watched_by, checker)
+        yield from _run_alike(pipeline, jobs, wanted, observed_by, checker)
 
 
-def _paint_alike(
-    painter: Painter, batch: list[Job], wanted: set[int], watched_by: Sequence[Watch], checker: SafetyChecker | None
-) -> Iterator[Event | Painted]:
-    decode = partial(_decoded_anyhow, painter)
+def _run_alike(
+    pipeline: Pipeline,
+    batch: list[Job],
+    wanted: set[int],
+    observed_by: Sequence[Observe],
+    checker: SafetyChecker | None,
+) -> Iterator[Event | DecodedImage]:
+    decode = partial(_decoded_anyhow, pipeline)
     pieces = [batch]
     fallbacks: tuple[str, ...] = ()
     while pieces:
@@ -411,23 +415,23 @@ def _paint_alike(
         requests = [job.request for job in piece]
         step, crowded = None, False
         told: list[str] = []
-        watchers: list[Watcher] = []
+        observers: list[Observer] = []
         try:
             yield Phase("encode")
             guided, passes = requests[0].guided, list(requests[0].passes)
-            painter.encode(requests, guided=guided, steps=passes[0]).at(1)  # `paint` finds it done
-            denoising = partial(Phase, "denoise", f"{len(piece)} pictures" if len(piece) > 1 else "")
+            pipeline.encode(requests, guided=guided, steps=passes[0]).at(1)  # `generate` finds it done
+            denoising = partial(Phase, "denoise", f"{len(piece)} images" if len(piece) > 1 else "")
             yield denoising(passes.pop(0))
             with contextlib.ExitStack() as stack:
-                watchers += [stack.enter_context(watch(painter, requests, decode)) for watch in watched_by]
-                for step in paint(painter, requests, tell=told.append):
-                    for watcher in watchers:
-                        watcher.see(step)
-                    look = partial(_glimpse, painter, requests, step, checker)
+                observers += [stack.enter_context(observe(pipeline, requests, decode)) for observe in observed_by]
+                for step in sample(pipeline, requests, report=told.append):
+                    for observer in observers:
+                        observer.see(step)
+                    look = partial(_preview_image, pipeline, requests, step, checker)
                     yield Progress(step.index, step.count, len(piece), look)
                     if passes and step.index + 1 == step.count:
                         yield denoising(passes.pop(0))
-        except _OF_ONE_PICTURE as error:
+        except _OF_ONE_IMAGE as error:
             yield from (Result("failed", job, error=error) for job in asked_for)
             continue
         except Exception as error:
@@ -435,16 +439,16 @@ def _paint_alike(
                 raise
             crowded = True
         if crowded or step is None:  # outside `except`: the exception would keep the memory alive
-            watchers.clear()
+            observers.clear()
             free_caches()
             if len(piece) == 1:
-                alone = OutOfMemory("out of memory while denoising a single picture; try a smaller --size")
+                alone = OutOfMemory("out of memory while denoising a single image; try a smaller --size")
                 yield Result("failed", piece[0], error=alone)
                 continue
             half = (len(piece) + 1) // 2
             pieces = [piece[:half], piece[half:], *pieces]
             fallbacks = (*fallbacks, f"batch of {len(piece)} halved: out of memory while denoising")
-            yield Note(f"out of memory with {len(piece)} pictures at once; going on with {half}")
+            yield Note(f"out of memory with {len(piece)} images at once; going on with {half}")
             continue
         latents = step.latents
         told = list(dict.fromkeys(told))
@@ -454,27 +458,27 @@ def _paint_alike(
             if job.index not in wanted:
                 continue
             try:
-                pixels, notes = decode_with_fallbacks(painter.space, latents[position])
+                pixels, notes = decode_with_fallbacks(pipeline.space, latents[position])
                 pixels = finished(job.request, pixels)
-            except _OF_ONE_PICTURE as error:
+            except _OF_ONE_IMAGE as error:
                 yield Result("failed", job, error=error)
                 continue
             for note in notes:
                 yield Note(note)
-            beside = _explanation(watchers, position, pixels)
-            yield Painted(job, pixels, len(piece), position, (*fallbacks, *told, *notes), beside)
+            beside = _explanation(observers, position, pixels)
+            yield DecodedImage(job, pixels, len(piece), position, (*fallbacks, *told, *notes), beside)
 
 
-def _explanation(watchers: Sequence[Watcher], position: int, pixels: Tensor) -> Iterator[File]:
-    for watcher in watchers:
-        yield from watcher.files(position, pixels)
+def _explanation(observers: Sequence[Observer], position: int, pixels: Tensor) -> Iterator[File]:
+    for observer in observers:
+        yield from observer.files(position, pixels)
 
 
-def _glimpse(
-    painter: Painter, requests: Sequence[GenerationRequest], step: Step, checker: SafetyChecker | None
+def _preview_image(
+    pipeline: Pipeline, requests: Sequence[GenerationRequest], step: Step, checker: SafetyChecker | None
 ) -> Image.Image | None:
     try:
-        return glimpse(painter, requests, step, checker)
+        return preview_image(pipeline, requests, step, checker)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -482,43 +486,43 @@ def _glimpse(
     return None
 
 
-def _decoded_anyhow(painter: Painter, latents: Tensor) -> Tensor:
-    """The pixels of latents that need not be a picture yet, whatever had to be done for them."""
-    return decode_with_fallbacks(painter.space, latents, may_be_black=True)[0]
+def _decoded_anyhow(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """The pixels of latents that need not be an image yet, whatever had to be done for them."""
+    return decode_with_fallbacks(pipeline.space, latents, may_be_black=True)[0]
 
 
-def _flagged_by(painter: Painter) -> BadOutput:
-    name = painter.model.spec.name
-    return BadOutput(f"the safety checker of {name} flagged the picture, so it was not saved (--safety off saves it)")
+def _flagged_by(pipeline: Pipeline) -> BadOutput:
+    name = pipeline.model.spec.name
+    return BadOutput(f"the safety checker of {name} flagged the image, so it was not saved (--safety off saves it)")
 
 
 def finished(request: GenerationRequest, pixels: Tensor) -> Tensor:
     """What is done to decoded pixels [3, H, W]: what a mask keeps is laid over them, and a watermark is put in.
 
-    Raises BadOutput for a watermark that the picture cannot carry.
+    Raises BadOutput for a watermark that the image cannot carry.
     """
     if request.masked:
-        pixels = start_picture(request).pasted(pixels)
+        pixels = start_image(request).pasted(pixels)
     if request.watermark is not None:
         pixels = to_pixels(marked(from_pixels(pixels), request.watermark))
     return pixels
 
 
-def paint_pictures(
-    painter: Painter, requests: Sequence[GenerationRequest], *, batch_size: int | None = None
-) -> list[Painted]:
-    """Paint resolved requests with a painter that is at hand, and return the pictures in their order; no files.
+def generate_images(
+    pipeline: Pipeline, requests: Sequence[GenerationRequest], *, batch_size: int | None = None
+) -> list[DecodedImage]:
+    """Paint resolved requests with a painter that is at hand, and return the images in their order; no files.
 
-    The way of a trainer to its sample pictures: the batches and fall-backs are those of `sdcli generate`, so a picture
-    has the same pixels as one that `generate` paints with these weights, device, dtype and batch size. The networks
-    are in evaluation mode meanwhile. Raises what is wrong with a picture: UsageError, BadOutput and OutOfMemory.
+    The way of a trainer to its sample images: the batches and fall-backs are those of `sdcli generate`, so an image
+    has the same pixels as one that `generate` generates with these weights, device, dtype and batch size. The networks
+    are in evaluation mode meanwhile. Raises what is wrong with an image: UsageError, BadOutput and OutOfMemory.
     """
     jobs = [Job(index, request) for index, request in enumerate(requests)]
-    painted: dict[int, Painted] = {}
-    with evaluating(painter.model.parts.values()):
-        for batch in plan(jobs, RunSettings(device=painter.model.device.type, batch_size=batch_size)):
-            for event in paint_batch(painter, batch, {job.index for job in batch}):
-                if isinstance(event, Painted):
+    painted: dict[int, DecodedImage] = {}
+    with evaluating(pipeline.model.parts.values()):
+        for batch in plan(jobs, RunSettings(device=pipeline.model.device.type, batch_size=batch_size)):
+            for event in run_batch(pipeline, batch, {job.index for job in batch}):
+                if isinstance(event, DecodedImage):
                     painted[event.job.index] = event
                 elif isinstance(event, Result) and event.error is not None:
                     raise event.error
@@ -538,16 +542,16 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-PER_PICTURE = {
+PER_IMAGE = {
     *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
     *("init_image", "mask", "mask_blur", "invert_mask", "extend", "watermark"),
     *("controls", "ip_adapters"),
 }
-"""The fields in which the requests of one batch may differ; controls and IP-Adapters in their pictures alone."""
+"""The fields in which the requests of one batch may differ; controls and IP-Adapters in their images alone."""
 
 
 def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
-    """Batches of jobs that can be denoised together: their requests differ in what `PER_PICTURE` names alone.
+    """Batches of jobs that can be denoised together: their requests differ in what `PER_IMAGE` names alone.
 
     The same jobs always give the same batches; models come in the order of their first job, and so do what goes with
     them, LoRAs and ControlNets.
@@ -555,7 +559,7 @@ def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         r = job.request
-        shared = tuple(value for name, value in r if name not in PER_PICTURE)
+        shared = tuple(value for name, value in r if name not in PER_IMAGE)
         controls = tuple(one.model_copy(update={"image": None}) for one in r.controls)
         adapting = tuple(one.adapting for one in r.ip_adapters)
         groups.setdefault((shared, r.masked, is_latents(r.init_image), controls, adapting), []).append(job)
@@ -583,30 +587,30 @@ def _weights(job: Job) -> tuple[Any, ...]:
 
 
 def automatic_batch_size(pixels: int, *, device: str) -> int:
-    """Pictures per batch: from size and device alone, not from what is free now, so that it is always the same.
+    """Images per batch: from size and device alone, not from what is free now, so that it is always the same.
 
-    A CPU is busy with one 512x512 picture, and gains from batches only for small ones; a GPU needs several.
+    A CPU is busy with one 512x512 image, and gains from batches only for small ones; a GPU needs several.
     """
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     room = 16 * 512 * 512 if on_gpu else 8 * 128 * 128
     return max(1, min(16 if on_gpu else 8, room // pixels))
 
 
-def _specs(painter: Painter) -> tuple[ModelSpec, ModelSpec | None]:
-    return painter.model.spec, painter.refiner.model.spec if painter.refiner is not None else None
+def _specs(pipeline: Pipeline) -> tuple[ModelSpec, ModelSpec | None]:
+    return pipeline.model.spec, pipeline.refiner.model.spec if pipeline.refiner is not None else None
 
 
-def prompt_notes(painter: Painter, job: Job, *, strict: bool) -> list[str]:
+def prompt_notes(pipeline: Pipeline, job: Job, *, strict: bool) -> list[str]:
     """What the text encoder will not see of a job's prompts, which is nothing unless they are plain.
 
     Raises UsageError instead with `strict`, and for what the model's text encoder cannot do.
     """
-    painter.encode.shape(job.request)
-    tokenizer = painter.model.tokenizer
+    pipeline.encode.shape(job.request)
+    tokenizer = pipeline.model.tokenizer
     if tokenizer is None:
         return []
     notes = []
-    for kind, text in (("prompt", job.request.painted_prompt), ("negative prompt", job.request.negative_prompt or "")):
+    for kind, text in (("prompt", job.request.full_prompt), ("negative prompt", job.request.negative_prompt or "")):
         tokens = tokenizer(text)
         if tokens.cut and job.request.prompt_syntax == "plain":
             cut = tokens.cut if len(tokens.cut) <= 100 else f"{tokens.cut[:60]} ... {tokens.cut[-30:]}"
@@ -629,14 +633,14 @@ def lora_notes(model: LoadedModel) -> list[str]:
     ]
 
 
-def provenance(painter: Painter, **facts: Any) -> dict[str, Any]:
-    """The facts of a run that belong into a picture's record. No times: the same request gives the same bytes."""
-    model = painter.model
+def provenance(pipeline: Pipeline, **facts: Any) -> dict[str, Any]:
+    """The facts of a run that belong into an image's record. No times: the same request gives the same bytes."""
+    model = pipeline.model
     return {
         "sdcli": sdcli.__version__,
         "model": model.spec.name,
         "origin": model.spec.origin(),
-        "weights": painter.weights(),
+        "weights": pipeline.weights(),
         **({"loras": [_lora_facts(one) for one in model.loras]} if model.loras else {}),
         "torch": torch.__version__,
         "diffusers": importlib.metadata.version("diffusers"),

@@ -41,7 +41,7 @@ def output_settings(output: str | None, outdir: Path | None, image_format: Image
 
 
 def check_output(output: OutputSettings) -> None:
-    """Raise CannotWrite or AlreadyExists now for what would fail after minutes of painting."""
+    """Raise CannotWrite or AlreadyExists now for what would fail after minutes of generating."""
     check_folder(output.outdir)
     for path in known_paths(output):
         check_new(path, overwrite=output.overwrite)
@@ -51,8 +51,8 @@ def known_paths(output: OutputSettings) -> list[Path]:
     """The files that will be written, as far as their names are known beforehand."""
     if not is_literal(output.template):
         return []
-    picture = output.outdir / picture_name(output.template, {}, suffix=SUFFIX_OF[output.format])
-    return [picture, *output.beside(picture)]
+    image = output.outdir / image_name(output.template, {}, suffix=SUFFIX_OF[output.format])
+    return [image, *output.beside(image)]
 
 
 def check_template(template: str) -> None:
@@ -75,8 +75,8 @@ def is_literal(template: str) -> bool:
     return all(field is None for _, field, _, _ in string.Formatter().parse(template))
 
 
-def picture_name(template: str, fields: Mapping[str, Any], *, suffix: str) -> PurePosixPath:
-    """A relative path for one picture; `suffix` (".png") is added unless the template has it.
+def image_name(template: str, fields: Mapping[str, Any], *, suffix: str) -> PurePosixPath:
+    """A relative path for one image; `suffix` (".png") is added unless the template has it.
 
     Raises UsageError where the path would leave the output folder.
     """

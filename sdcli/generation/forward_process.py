@@ -1,4 +1,4 @@
-"""The forward process of a model on one picture: to x_0, noised to chosen timesteps, and back to pictures."""
+"""The forward process of a model on one image: to x_0, noised to chosen timesteps, and back to images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Notes = tuple[str, ...]
 Encode = Callable[[Tensor], tuple[Tensor, Notes]]
 """Pixels [3, H, W] in 0..1 -> x_0 [C, h, w], float32 on the CPU; of a VAE the mean of its distribution."""
 Decode = Callable[[Tensor], tuple[Image.Image, Notes]]
-"""x [C, h, w] -> a picture."""
+"""x [C, h, w] -> an image."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class ForwardProcess:
         """T, how many timesteps there are."""
         return len(self.betas)
 
-    def fitted(self, picture: Image.Image) -> Image.Image:
-        """The middle of an RGB picture at the size that the model paints where it is not told another."""
-        return fit(picture, (self.spec.defaults.width, self.spec.defaults.height))
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """The middle of an RGB image at the size that the model generates where it is not told another."""
+        return fit(image, (self.spec.defaults.width, self.spec.defaults.height))
 
     def noised(self, x0: Tensor, timesteps: Sequence[int], *, seed: int) -> Tensor:
         """x_0 [C, h, w] -> x_t [N, C, h, w] with one noise for all: that which `generate` begins with for the seed."""
@@ -115,4 +115,4 @@ def _in_latents(spec: ModelSpec, run: RunSettings) -> tuple[LoadedModel, Encode,
         latents, notes = codec.encode([pixels], seeds=None)
         return latents[0] * codec.scaling_factor, notes
 
-    return codec.painter.model, encode, lambda x: codec.decode(x / codec.scaling_factor)
+    return codec.pipeline.model, encode, lambda x: codec.decode(x / codec.scaling_factor)

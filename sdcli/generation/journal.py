@@ -1,4 +1,4 @@
-"""What a batch has finished: an append-only file beside the pictures, written before each picture appears."""
+"""What a batch has finished: an append-only file beside the images, written before each image appears."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class Journal:
         return self._base_seeds.get(source)
 
     def begin_run(self, source: str, base_seed: int) -> None:
-        """Note the base seed of a run, on the disk with its first picture: a run without any replaces no other's."""
+        """Note the base seed of a run, on the disk with its first image: a run without any replaces no other's."""
         self._base_seeds[source] = base_seed
         self._begun = {"source": source, "base_seed": base_seed}
 
     def finished(self, request_key: str, *, taken: set[str]) -> str | None:
-        """The path, relative to the folder, of a whole picture of this request that is not in `taken` yet."""
+        """The path, relative to the folder, of a whole image of this request that is not in `taken` yet."""
         for path, digest in self._finished.get(request_key, ()):
             file = self.folder / path
             if path not in taken and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest:
@@ -69,7 +69,7 @@ class Journal:
         return None
 
     def note(self, request_key: str, path: str, data: bytes) -> None:
-        """Say that a picture of this request is about to appear at `path` with these bytes."""
+        """Say that an image of this request is about to appear at `path` with these bytes."""
         if self._begun is not None:
             self._append(self._begun)
             self._begun = None

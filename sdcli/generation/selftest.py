@@ -20,10 +20,10 @@ from sdcli.errors import Interrupted, SdcliError
 from sdcli.generation.codec import Codec, DecodeSettings, EncodeSettings, decode_all, encode_all
 from sdcli.generation.engine import Engine, Result
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
-from sdcli.images.pixels import open_picture, to_pixels
+from sdcli.generation.verify import verify_image
+from sdcli.images.pixels import open_image, to_pixels
 from sdcli.io.devices import cpu_has_bfloat16, free_memory, pick_dtype
-from sdcli.metadata.record import read_picture
+from sdcli.metadata.record import read_image
 from sdcli.models.registry import Registry, packaged_registry_file, read_registry_file
 from sdcli.request.input_files import InputFile
 from sdcli.request.jobs import Job, Line, expand
@@ -42,7 +42,7 @@ class Check:
 
 
 def checks(run: RunSettings) -> Iterator[Check]:
-    """Try every part once, in the order of a picture's journey. A failure is yielded, not raised."""
+    """Try every part once, in the order of an image's journey. A failure is yielded, not raised."""
     with tempfile.TemporaryDirectory(prefix="sdcli-selftest-") as folder:
         trial = _Trial(Path(folder), replace(run, offline=True))
         steps: dict[str, Callable[[], None]] = {
@@ -96,7 +96,7 @@ def _memory(device: torch.device) -> dict[str, int | None]:
 
 @dataclass
 class _Trial:
-    """One picture on its way through everything; each step stands on the files of those before."""
+    """One image on its way through everything; each step stands on the files of those before."""
 
     folder: Path
     run: RunSettings
@@ -105,32 +105,32 @@ class _Trial:
         file = packaged_registry_file()  # without the user's own, which may be what is broken
         self.registry = Registry(default="tiny", models=read_registry_file(file)[1], files=(file,))
         self.engine = Engine(self.registry, self.run, OutputSettings(outdir=self.folder, template="first"))
-        self.picture, self.again = self.folder / "first.png", self.folder / "second.png"
+        self.image, self.again = self.folder / "first.png", self.folder / "second.png"
         self.latents, self.decoded = self.folder / "first.safetensors", self.folder / "decoded.png"
 
     def generate(self) -> None:
         self._paint("first")
-        with Image.open(self.picture) as image:
+        with Image.open(self.image) as image:
             image.load()
 
     def repetition(self) -> None:
         self._paint("second")
-        _expect(self.picture.read_bytes() == self.again.read_bytes(), "the same request gave other bytes")
+        _expect(self.image.read_bytes() == self.again.read_bytes(), "the same request gave other bytes")
 
     def metadata(self) -> None:
-        record = read_picture(self.picture).record
+        record = read_image(self.image).record
         _expect(record is not None and record.request == self._job().request, "the record is not the request")
 
     def verify(self) -> None:
-        verdict = verify_picture(self.picture, self.registry, self.run)
+        verdict = verify_image(self.image, self.registry, self.run)
         _expect(verdict.identical, verdict.sentence())
 
     def encode(self) -> None:
         codec, settings = self._codec(), EncodeSettings(output=self.latents)
-        (event,) = encode_all([InputFile(self.picture, PurePosixPath("first"))], codec, settings)
+        (event,) = encode_all([InputFile(self.image, PurePosixPath("first"))], codec, settings)
         if event.error is not None:
             raise event.error
-        expected, _ = codec.encode([to_pixels(open_picture(self.picture))], seeds=None)
+        expected, _ = codec.encode([to_pixels(open_image(self.image))], seeds=None)
         stored = read_latents(self.latents).latents
         _expect(torch.equal(stored, expected), "the file holds other latents than the VAE made")
 
@@ -141,8 +141,8 @@ class _Trial:
         if event.error is not None:
             raise event.error
         expected, _ = self._codec().decode(read_latents(self.latents).latents[0])
-        same = open_picture(self.decoded).tobytes() == expected.tobytes()
-        _expect(same, "the file holds another picture than the VAE made")
+        same = open_image(self.decoded).tobytes() == expected.tobytes()
+        _expect(same, "the file holds another image than the VAE made")
 
     def _job(self) -> Job:
         (job,) = expand([Line(0, {"prompt": PROMPT})], {"seed": SEED}, self.registry, num_images=1, base_seed=SEED)
@@ -151,7 +151,7 @@ class _Trial:
 
     def _paint(self, name: str) -> None:
         self.engine.output = OutputSettings(outdir=self.folder, template=name)
-        (result,) = (event for event in self.engine.paint_all([self._job()]) if isinstance(event, Result))
+        (result,) = (event for event in self.engine.generate_all([self._job()]) if isinstance(event, Result))
         if result.error is not None:
             raise result.error
 

@@ -1,4 +1,4 @@
-"""How a run is carried out: nothing in here is meant to change a picture (that is `request.py`)."""
+"""How a run is carried out: nothing in here is meant to change an image (that is `request.py`)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class RunSettings:
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
-    """Pictures per batch; None lets the engine decide from size and device, the same way every time."""
+    """Images per batch; None lets the engine decide from size and device, the same way every time."""
     offline: bool = False
     safety: Literal["auto", "off"] = "auto"
-    """Whether a model's own safety checker looks at the pictures, where it ships one."""
+    """Whether a model's own safety checker looks at the images, where it ships one."""
     strict_prompt: bool = False
     """Refuse a prompt that does not fit the text encoder, instead of saying what was cut."""
     lora_dir: Path | None = None
@@ -37,7 +37,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """Which steps of the denoising are kept beside a picture, and in what form they move."""
+    """Which steps of the denoising are kept beside an image, and in what form they move."""
 
     steps: int | tuple[int, ...] | None = 8
     """So many, evenly spread; or these, counted from 1; None is all of them."""
@@ -61,7 +61,7 @@ _STEPS = re.compile(r"[0-9]{1,4}(?:,[0-9]{1,4})*,?")
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Where and in what form pictures are written."""
+    """Where and in what form images are written."""
 
     outdir: Path = Path("outputs")
     template: str = DEFAULT_TEMPLATE
@@ -74,20 +74,20 @@ class OutputSettings:
     heatmap: tuple[str, ...] | None = None
     """The words and phrases whose attention maps are written; empty for every word, None for no maps."""
 
-    def beside(self, picture: Path) -> list[Path]:
-        """The files that stand beside a picture that is finished; where there are more, these are the last ones."""
+    def beside(self, image: Path) -> list[Path]:
+        """The files that stand beside an image that is finished; where there are more, these are the last ones."""
         suffixes = [".trace.png", f".trace.{self.trace.format}"] if self.trace is not None else []
         suffixes += [".heatmap/index.html"] if self.heatmap is not None else []
-        return [picture.parent / f"{picture.stem}{suffix}" for suffix in suffixes]
+        return [image.parent / f"{image.stem}{suffix}" for suffix in suffixes]
 
 
 def explains(stem: str) -> bool:
-    """Whether a file or folder of that name, without its last suffix, is what explains a picture beside it."""
+    """Whether a file or folder of that name, without its last suffix, is what explains an image beside it."""
     return stem.endswith((".trace", ".heatmap"))
 
 
 MAX_PIXELS = 8192 * 8192
-"""Of the largest picture that is painted or read."""
+"""Of the largest image that is generated or read."""
 MAX_SIDE: dict[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
 """Pixels a side that the formats, and the libraries that write them, can hold."""
 SUFFIX_OF: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}

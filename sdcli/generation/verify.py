@@ -1,4 +1,4 @@
-"""Paint a picture again from its own record, and say whether it is identical, or what differs."""
+"""Paint an image again from its own record, and say whether it is identical, or what differs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from PIL import Image
 
 from sdcli.errors import BadOutput, SdcliError, UsageError
-from sdcli.generation.engine import Engine, Painted, provenance
+from sdcli.generation.engine import DecodedImage, Engine, provenance
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
-from sdcli.metadata.record import pixels_digest, read_picture
+from sdcli.metadata.record import pixels_digest, read_image
 from sdcli.models.registry import Registry
 from sdcli.request.jobs import Job
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of painting a picture again."""
+    """What came of generating an image again."""
 
     path: str
     identical: bool
@@ -30,7 +30,7 @@ class Verdict:
     psnr: float | None
     """Decibels; None for equal pixels or other sizes."""
     edited: bool
-    """The file's own pixels are no longer those that were painted (lossless formats only)."""
+    """The file's own pixels are no longer those that were generated (lossless formats only)."""
     differences: tuple[str, ...]
     """Weights, versions, device and dtype that are not what the record says."""
 
@@ -39,7 +39,7 @@ class Verdict:
         if self.identical and not self.edited:
             return f"{self.path}: identical"
         if self.identical:
-            return f"{self.path}: painted again as recorded, but the file was edited since"
+            return f"{self.path}: generated again as recorded, but the file was edited since"
         size = (
             f"pixels differ by up to {self.max_difference} of 255" if self.max_difference is not None else "other size"
         )
@@ -52,17 +52,17 @@ class Verdict:
         return asdict(self)
 
     def raise_if_different(self) -> None:
-        """Raises BadOutput unless the picture is identical."""
+        """Raises BadOutput unless the image is identical."""
         if not self.identical or self.edited:
-            raise BadOutput("the picture did not verify")
+            raise BadOutput("the image did not verify")
 
 
-def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
-    """Paint the request in a picture's record, in a batch of the recorded size and at the same place in it.
+def verify_image(path: Path, registry: Registry, run: RunSettings) -> Verdict:
+    """Paint the request in an image's record, in a batch of the recorded size and at the same place in it.
 
-    Raises UsageError for a picture without an sdcli record, and what painting raises.
+    Raises UsageError for an image without an sdcli record, and what generating raises.
     """
-    info = read_picture(path)
+    info = read_image(path)
     if info.record is None:
         raise UsageError(f"{path} holds no sdcli record, so there is nothing to verify against")
     facts = info.record.provenance
@@ -75,15 +75,15 @@ def verify_picture(path: Path, registry: Registry, run: RunSettings) -> Verdict:
     engine = Engine(registry, replace(run, batch_size=size), OutputSettings())
     jobs = [Job(index, info.record.request) for index in range(size)]
     painted = None
-    for event in engine.paint_batch(jobs, {position}):
+    for event in engine.run_batch(jobs, {position}):
         error = getattr(event, "error", None)
         if isinstance(error, SdcliError):
             raise error
-        painted = event if isinstance(event, Painted) else painted
+        painted = event if isinstance(event, DecodedImage) else painted
     assert painted is not None
     now = from_pixels(painted.pixels)
-    painter = engine.painter_for(info.record.request)
-    return _compare(path, facts, now, provenance(painter, fallbacks=painted.fallbacks))
+    pipeline = engine.pipeline_for(info.record.request)
+    return _compare(path, facts, now, provenance(pipeline, fallbacks=painted.fallbacks))
 
 
 def _compare(path: Path, then: dict[str, Any], image: Image.Image, now: dict[str, Any]) -> Verdict:

@@ -1,4 +1,4 @@
-"""Many pictures on one: a grid on white with a label under each, as a PNG that says what is on it."""
+"""Many images on one: a grid on white with a label under each, as a PNG that says what is on it."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ GAP = 8
 FONT_SIZE = 12
 LINE_HEIGHT = 15
 LABEL_WIDTH = 96
-"""Pixels that a cell with a label has at least, however small its picture is."""
+"""Pixels that a cell with a label has at least, however small its image is."""
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     *,
     columns: int | None = None,
     labels: Sequence[str] | None = None,
     label_lines: int = 2,
     enlarge: int = 1,
 ) -> Image.Image:
-    """Pictures of any mode and size -> one RGB picture, row by row, each centred in a cell that fits the largest.
+    """Images of any mode and size -> one RGB image, row by row, each centred in a cell that fits the largest.
 
     Without `columns` the sheet is about as wide as high. Transparent parts are white. Labels are wrapped into
     `label_lines` lines, also where they have line breaks, and cut. `enlarge` shows each pixel as so many a side.
-    Raises ValueError for no pictures, or other labels than pictures.
+    Raises ValueError for no images, or other labels than images.
     """
-    if not pictures:
-        raise ValueError("a contact sheet needs a picture")
-    if labels is not None and len(labels) != len(pictures):
-        raise ValueError(f"there are {len(labels)} labels for {len(pictures)} pictures")
-    shown = [_on_white(picture, enlarge) for picture in pictures]
+    if not images:
+        raise ValueError("a contact sheet needs an image")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
+    shown = [_on_white(image, enlarge) for image in images]
     columns = min(columns or math.ceil(math.sqrt(len(shown))), len(shown))
     rows = math.ceil(len(shown) / columns)
-    width = max(LABEL_WIDTH if labels else 1, *(picture.width for picture in shown))
-    height = max(picture.height for picture in shown)
+    width = max(LABEL_WIDTH if labels else 1, *(image.width for image in shown))
+    height = max(image.height for image in shown)
     font = ImageFont.load_default(FONT_SIZE)
     wrapped = [_wrapped(label, font, width, label_lines) for label in labels or ()]
     below = max((len(lines) for lines in wrapped), default=0) * LINE_HEIGHT
     across, down = width + GAP, height + below + GAP
     sheet = Image.new("RGB", (GAP + columns * across, GAP + rows * down), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, picture in enumerate(shown):
+    for number, image in enumerate(shown):
         left, top = GAP + number % columns * across, GAP + number // columns * down
-        sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
+        sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
         for line, text in enumerate(wrapped[number] if wrapped else ()):
             middle = left + (width - font.getlength(text)) / 2
             draw.text((middle, top + height + line * LINE_HEIGHT), text, fill="black", font=font)
@@ -66,16 +66,16 @@ def contact_sheet(
 
 
 def empty(size: tuple[int, int]) -> Image.Image:
-    """A white picture, for a place where there is none."""
+    """A white image, for a place where there is none."""
     return Image.new("RGB", size, "white")
 
 
 def check_size(count: int, largest: tuple[int, int], *, label_lines: int = 2, enlarge: int = 1) -> None:
-    """Raise UsageError where pictures, the largest of that width and height, make a sheet too large to be read."""
+    """Raise UsageError where images, the largest of that width and height, make a sheet too large to be read."""
     width, height = (side * enlarge for side in largest)
     if count * (max(width, LABEL_WIDTH) + GAP) * (height + label_lines * LINE_HEIGHT + GAP) > MAX_PIXELS:
         raise UsageError(
-            f"{count} pictures of up to {width}x{height} pixels are too many for one sheet of {MAX_PIXELS:,} pixels"
+            f"{count} images of up to {width}x{height} pixels are too many for one sheet of {MAX_PIXELS:,} pixels"
         )
 
 
@@ -96,11 +96,11 @@ def sheet_bytes(sheet: Image.Image, settings: Mapping[str, Any]) -> bytes:
     return data.getvalue()
 
 
-def _on_white(picture: Image.Image, enlarge: int) -> Image.Image:
-    if picture.has_transparency_data:
-        solid = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid)
-    shown = picture.convert("RGB")
+def _on_white(image: Image.Image, enlarge: int) -> Image.Image:
+    if image.has_transparency_data:
+        solid = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid)
+    shown = image.convert("RGB")
     if enlarge == 1:
         return shown
     return shown.resize((shown.width * enlarge, shown.height * enlarge), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""Opens picture files that may be hostile: allowed formats only, bombs refused, every failure one sentence."""
+"""Opens image files that may be hostile: allowed formats only, bombs refused, every failure one sentence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from sdcli.errors import BadPicture, SdcliError
+from sdcli.errors import BadImage, SdcliError
 from sdcli.generation.settings import MAX_PIXELS
 
 OWN_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -19,7 +19,7 @@ OWN_FORMATS = ("PNG", "JPEG", "WEBP")
 
 @contextlib.contextmanager
 def opened(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMATS) -> Iterator[Image.Image]:
-    """A picture, not yet decoded; whatever goes wrong in the block, on a hostile file too, is a BadPicture.
+    """An image, not yet decoded; whatever goes wrong in the block, on a hostile file too, is a BadPicture.
 
     Its sentence lacks the file's name: the caller puts `path: ` before it.
     """
@@ -34,11 +34,11 @@ def opened(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMATS) -
     except SdcliError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadPicture(f"has more than {MAX_PIXELS:,} pixels, too many to be read safely") from None
+        raise BadImage(f"has more than {MAX_PIXELS:,} pixels, too many to be read safely") from None
     except UnidentifiedImageError:
-        raise BadPicture(f"is no {_listed(formats)} picture") from None
+        raise BadImage(f"is no {_listed(formats)} image") from None
     except Exception as error:  # Pillow's readers fail in a dozen ways on damaged files
-        raise BadPicture(f"cannot be read: {str(error) or type(error).__name__}") from None
+        raise BadImage(f"cannot be read: {str(error) or type(error).__name__}") from None
 
 
 def _listed(formats: tuple[str, ...]) -> str:

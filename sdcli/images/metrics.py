@@ -1,4 +1,4 @@
-"""How near a picture is to another: of RGB pictures, and of batches of pixels [B, C, H, W] in 0..1 as float64 [B]."""
+"""How near an image is to another: of RGB images, and of batches of pixels [B, C, H, W] in 0..1 as float64 [B]."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ WINDOW = 11
 """Pixels a side that SSIM needs."""
 SIGMA = 1.5
 BEST_PSNR = 100.0
-"""Decibels that equal pictures get in place of infinity, so that a mean over pictures stays a number."""
+"""Decibels that equal images get in place of infinity, so that a mean over images stays a number."""
 BAND = 2**17
-"""Windows at once: the SSIM of a large picture needs no more memory than that of a small one."""
+"""Windows at once: the SSIM of a large image needs no more memory than that of a small one."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two RGB pictures of equal size are, over all channels of all pixels."""
+    """How far apart two RGB images of equal size are, over all channels of all pixels."""
 
     largest: int
     """Levels, 0..255."""
     mean: float
     """Levels, 0..255: the mean absolute difference."""
     psnr: float
-    """Decibels, of a peak of 255; infinite for equal pictures."""
+    """Decibels, of a peak of 255; infinite for equal images."""
 
 
 def distance(a: Image.Image, b: Image.Image) -> Distance | None:
-    """The distance of two RGB pictures, exact up to its last rounding; None where their sizes differ."""
+    """The distance of two RGB images, exact up to its last rounding; None where their sizes differ."""
     if a.size != b.size:
         return None
     counts = np.array(ImageChops.difference(a, b).histogram()).reshape(3, 256).sum(axis=0)
@@ -49,7 +49,7 @@ def distance(a: Image.Image, b: Image.Image) -> Distance | None:
 
 
 def similarity(a: Image.Image, b: Image.Image) -> float | None:
-    """The structural similarity of two RGB pictures, see `ssim`; None for other sizes, or less than a window."""
+    """The structural similarity of two RGB images, see `ssim`; None for other sizes, or less than a window."""
     if a.size != b.size or min(a.size) < WINDOW:
         return None
     windows, total, band = a.height - WINDOW + 1, 0.0, max(1, BAND // a.width)
@@ -61,20 +61,20 @@ def similarity(a: Image.Image, b: Image.Image) -> float | None:
 
 
 def psnr(pixels: Tensor, other: Tensor) -> Tensor:
-    """The peak signal-to-noise ratio of each picture in decibels, -10 log10 of the mean squared error; at most 100."""
+    """The peak signal-to-noise ratio of each image in decibels, -10 log10 of the mean squared error; at most 100."""
     squared = (pixels.double() - other.double()).square().flatten(1).mean(dim=1)
     return -10 * squared.clamp(min=10 ** (-BEST_PSNR / 10)).log10()
 
 
 def ssim(pixels: Tensor, other: Tensor) -> Tensor:
-    """The structural similarity of each picture, -1..1, 1 for equal ones; the mean over channels and windows.
+    """The structural similarity of each image, -1..1, 1 for equal ones; the mean over channels and windows.
 
     Wang et al. 2004 (doi 10.1109/TIP.2003.819861), eq. 13 and section III-C: Gaussian windows of 11x11 pixels, sigma
-    1.5, those inside the picture only; K1 = 0.01, K2 = 0.03. In float64, as variances are differences of near numbers.
-    Raises ValueError for pictures smaller than a window.
+    1.5, those inside the image only; K1 = 0.01, K2 = 0.03. In float64, as variances are differences of near numbers.
+    Raises ValueError for images smaller than a window.
     """
     if min(pixels.shape[2:]) < WINDOW:
-        raise ValueError(f"SSIM needs pictures of at least {WINDOW} pixels a side")
+        raise ValueError(f"SSIM needs images of at least {WINDOW} pixels a side")
     x, y = pixels.double(), other.double()
     c1, c2 = 0.01**2, 0.03**2
     mean_x, mean_y = _windowed(x), _windowed(y)
@@ -87,9 +87,9 @@ def ssim(pixels: Tensor, other: Tensor) -> Tensor:
 
 
 def _windowed(x: Tensor) -> Tensor:
-    """The Gaussian mean over every window inside the picture; the window is a product, so one axis after the other.
+    """The Gaussian mean over every window inside the image; the window is a product, so one axis after the other.
 
-    As a sum of shifted pictures: in float64 torch's convolution takes several times as long on a CPU.
+    As a sum of shifted images: in float64 torch's convolution takes several times as long on a CPU.
     """
     weights = torch.exp(-(torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2).square() / (2 * SIGMA**2))
     for axis in (3, 2):

@@ -1,4 +1,4 @@
-"""Picture files -> RGB pictures -> pixels and back; and a picture fitted to a size."""
+"""Image files -> RGB images -> pixels and back; and an image fitted to a size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sdcli.errors import BadPicture, SdcliError
+from sdcli.errors import BadImage, SdcliError
 from sdcli.images.image_files import OWN_FORMATS, opened
 from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
@@ -22,22 +22,22 @@ CELL = 8
 """Pixels a side that become one cell of the latents of Stable Diffusion's VAEs."""
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture file -> its first frame as RGB, upright, transparent parts on white, decoded whole.
+def open_image(path: Path) -> Image.Image:
+    """An image file -> its first frame as RGB, upright, transparent parts on white, decoded whole.
 
-    Raises NotFound, and BadPicture for what is truncated, damaged, too large, or no picture.
+    Raises NotFound, and BadPicture for what is truncated, damaged, too large, or no image.
     """
     check_readable(path)
     return _decoded(path, name=str(path))
 
 
-def picture_from_bytes(data: bytes, *, name: str) -> Image.Image:
-    """The bytes of a picture file -> the picture, with the care of `open_picture`; `name` is for the sentence.
+def image_from_bytes(data: bytes, *, name: str) -> Image.Image:
+    """The bytes of an image file -> the image, with the care of `open_image`; `name` is for the sentence.
 
     Raises BadPicture.
     """
     if len(data) > MAX_FILE_BYTES:
-        raise BadPicture(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+        raise BadImage(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no image here is")
     return _decoded(io.BytesIO(data), name=name)
 
 
@@ -46,17 +46,17 @@ def _decoded(file: Path | io.BytesIO, *, name: str) -> Image.Image:
         with opened(file, formats=READABLE) as image:
             image.load()
             return as_shown(image)
-    except BadPicture as error:
-        raise BadPicture(f"{name}: {error}") from None
+    except BadImage as error:
+        raise BadImage(f"{name}: {error}") from None
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """A decoded picture as RGB, upright, transparent parts on white; the given one stays as it is."""
+    """A decoded image as RGB, upright, transparent parts on white; the given one stays as it is."""
     return _rgb(_upright(image))
 
 
 def fit(image: Image.Image, size: tuple[int, int] | None, *, how: Fit = "crop", cell: int = CELL) -> Image.Image:
-    """The picture at `size` (width, height): its middle cut out, padded with black, or stretched; Lanczos.
+    """The image at `size` (width, height): its middle cut out, padded with black, or stretched; Lanczos.
 
     Without a size nothing is resized: the middle is cut out at the nearest smaller multiples of a cell, in pixels.
     Raises BadPicture for one that is smaller than a cell.
@@ -64,7 +64,7 @@ def fit(image: Image.Image, size: tuple[int, int] | None, *, how: Fit = "crop", 
     if size is None:
         width, height = (side // cell * cell for side in image.size)
         if not width or not height:
-            raise BadPicture(f"is {image.width}x{image.height} pixels; at least {cell}x{cell} are needed")
+            raise BadImage(f"is {image.width}x{image.height} pixels; at least {cell}x{cell} are needed")
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
     match how:
@@ -77,12 +77,12 @@ def fit(image: Image.Image, size: tuple[int, int] | None, *, how: Fit = "crop", 
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture -> pixels [3, H, W], float32 in 0..1."""
+    """An RGB image -> pixels [3, H, W], float32 in 0..1."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
 
 
 def from_pixels(pixels: Tensor) -> Image.Image:
-    """Pixels [3, H, W] in 0..1 -> an RGB picture, rounded as diffusers' VaeImageProcessor does."""
+    """Pixels [3, H, W] in 0..1 -> an RGB image, rounded as diffusers' VaeImageProcessor does."""
     return Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
@@ -91,7 +91,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except SdcliError:
         raise
-    except Exception:  # damaged EXIF is no reason to refuse the picture, and fails in a dozen ways
+    except Exception:  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
         return image
 
 
@@ -101,7 +101,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         levels = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
         return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise BadPicture("holds floating-point numbers, whose black and white are not known")
+        raise BadImage("holds floating-point numbers, whose black and white are not known")
     if image.has_transparency_data:
         solid = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")

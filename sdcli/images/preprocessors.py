@@ -1,4 +1,4 @@
-"""Pictures -> the maps that ControlNets are told what to paint with: edges, strokes, blurs, colours, depth.
+"""Images -> the maps that ControlNets are told what to generate with: edges, strokes, blurs, colours, depth.
 
 All of it needs no network of its own. White lines on black, as the ControlNets of Zhang et al. 2023 (arXiv 2302.05543)
 were trained with; lengths are shares of the shorter side, so that a map says the same at any size, but for edges, which
@@ -25,58 +25,58 @@ BLOCKS = 8
 """Blocks of the palette along the shorter side: 64 pixels each at 512, as T2I-Adapter's colour maps have."""
 
 
-def control_map(picture: Image.Image, preprocessor: Preprocessor, size: tuple[int, int] | None) -> Image.Image:
-    """An RGB picture -> the RGB map that a ControlNet sees, at `size` (width, height); its middle is cut out.
+def control_map(image: Image.Image, preprocessor: Preprocessor, size: tuple[int, int] | None) -> Image.Image:
+    """An RGB image -> the RGB map that a ControlNet sees, at `size` (width, height); its middle is cut out.
 
-    Without a size it is the picture's own, cut to multiples of 8. Raises BadPicture for a smaller one.
+    Without a size it is the image's own, cut to multiples of 8. Raises BadPicture for a smaller one.
     """
-    return PREPROCESSORS[preprocessor](fit(picture, size))
+    return PREPROCESSORS[preprocessor](fit(image, size))
 
 
-def canny(picture: Image.Image) -> Image.Image:
+def canny(image: Image.Image) -> Image.Image:
     """Thin white edges on black; Canny 1986, "A Computational Approach to Edge Detection"."""
-    return _grey(_edges(_levels(picture), sigma=1.0))
+    return _grey(_edges(_levels(image), sigma=1.0))
 
 
-def scribble(picture: Image.Image) -> Image.Image:
+def scribble(image: Image.Image) -> Image.Image:
     """Thick white strokes on black, along the edges of large things alone."""
-    side = min(picture.size)
-    edges = _edges(_levels(picture), sigma=max(1.0, side / 170))
+    side = min(image.size)
+    edges = _edges(_levels(image), sigma=max(1.0, side / 170))
     return _grey(ndimage.gaussian_filter(edges, max(0.6, side / 256)) > 0.15)
 
 
-def softedge(picture: Image.Image) -> Image.Image:
-    """Edges as grey slopes, brighter where the picture changes more; slopes of three scales, the largest of each."""
-    levels = _levels(picture)
+def softedge(image: Image.Image) -> Image.Image:
+    """Edges as grey slopes, brighter where the image changes more; slopes of three scales, the largest of each."""
+    levels = _levels(image)
     slopes = [_slope(ndimage.gaussian_filter(levels, sigma))[0] * sigma**0.5 for sigma in (1.0, 2.0, 4.0)]
     soft = np.max(slopes, axis=0)
     return _grey(np.sqrt(_stretched(soft, lowest=0.0)))
 
 
-def blur(picture: Image.Image) -> Image.Image:
-    """The picture without its detail: a Gaussian of a 32nd of the shorter side."""
-    return picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 32))
+def blur(image: Image.Image) -> Image.Image:
+    """The image without its detail: a Gaussian of a 32nd of the shorter side."""
+    return image.filter(ImageFilter.GaussianBlur(min(image.size) / 32))
 
 
-def tile(picture: Image.Image) -> Image.Image:
-    """The picture from an eighth of its pixels: what a tile model adds detail to."""
-    small = picture.resize(_shrunk(picture, 8), Image.Resampling.BOX)
-    return small.resize(picture.size, Image.Resampling.BICUBIC)
+def tile(image: Image.Image) -> Image.Image:
+    """The image from an eighth of its pixels: what a tile model adds detail to."""
+    small = image.resize(_shrunk(image, 8), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
-def palette(picture: Image.Image) -> Image.Image:
+def palette(image: Image.Image) -> Image.Image:
     """Blocks, each of the mean colour of what is there."""
-    blocks = picture.resize(_shrunk(picture, min(picture.size) / BLOCKS), Image.Resampling.BOX)
-    return blocks.resize(picture.size, Image.Resampling.NEAREST)
+    blocks = image.resize(_shrunk(image, min(image.size) / BLOCKS), Image.Resampling.BOX)
+    return blocks.resize(image.size, Image.Resampling.NEAREST)
 
 
-def depth(picture: Image.Image) -> Image.Image:
+def depth(image: Image.Image) -> Image.Image:
     """A depth map that is at hand, near parts bright, stretched over all levels; a level one is black."""
-    return _grey(_stretched(_levels(picture)))
+    return _grey(_stretched(_levels(image)))
 
 
 PREPROCESSORS: Mapping[Preprocessor, Callable[[Image.Image], Image.Image]] = {
-    "none": lambda picture: picture,
+    "none": lambda image: image,
     "canny": canny,
     "scribble": scribble,
     "softedge": softedge,
@@ -123,13 +123,13 @@ def _stretched(levels: np.ndarray, *, lowest: float | None = None) -> Levels:
     return (levels - low) / span if span > 1e-6 else np.zeros_like(levels)
 
 
-def _shrunk(picture: Image.Image, factor: float) -> tuple[int, int]:
-    width, height = (max(1, round(side / factor)) for side in picture.size)
+def _shrunk(image: Image.Image, factor: float) -> tuple[int, int]:
+    width, height = (max(1, round(side / factor)) for side in image.size)
     return width, height
 
 
-def _levels(picture: Image.Image) -> Levels:
-    return np.asarray(picture.convert("L"), dtype=np.float64) / 255
+def _levels(image: Image.Image) -> Levels:
+    return np.asarray(image.convert("L"), dtype=np.float64) / 255
 
 
 def _grey(levels: np.ndarray) -> Image.Image:

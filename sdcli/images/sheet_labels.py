@@ -1,4 +1,4 @@
-"""Short labels for finished pictures side by side: what tells them apart, or the fields that were asked for."""
+"""Short labels for finished images side by side: what tells them apart, or the fields that were asked for."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def parse_fields(text: str) -> tuple[str, ...]:
 def labels_of(
     names: Sequence[str], requests: Sequence[GenerationRequest | None], *, fields: Sequence[str] | None = None
 ) -> list[str]:
-    """A label for each picture, by its name and its request as far as one is known.
+    """A label for each image, by its name and its request as far as one is known.
 
     Without `fields` it says what differs between the requests; where there is nothing to say, the name. A field that a
-    request does not have is left out of its label. Raises UsageError for fields of which no picture has one.
+    request does not have is left out of its label. Raises UsageError for fields of which no image has one.
     """
     if fields is None:
         known = [request for request in requests if request is not None]

@@ -1,6 +1,6 @@
-"""An invisible text in a picture's colours, which survives light editing, for those who must mark what is generated.
+"""An invisible text in an image's colours, which survives light editing, for those who must mark what is generated.
 
-The scheme is `dwtDct` of the library invisible-watermark, with which Stable Diffusion's own scripts mark pictures, so
+The scheme is `dwtDct` of the library invisible-watermark, with which Stable Diffusion's own scripts mark images, so
 its decoder reads the bits: in every 4x4 block of the chroma U at half size, the largest value is moved to a quarter (0)
 or three quarters (1) of its interval of 36. A checksum follows the text, so that reading needs to know nothing.
 """
@@ -27,7 +27,7 @@ _WAYS = np.array([[0.0, -0.395, 2.032], [-2.294, -2.294, 0.0]])
 
 
 def marked(image: Image.Image, text: str) -> Image.Image:
-    """The picture (RGB) with a text in it. Raises BadOutput where it would not be read back."""
+    """The image (RGB) with a text in it. Raises BadOutput where it would not be read back."""
     bits = _bits(text)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     blocks = _blocks(pixels)
@@ -53,12 +53,12 @@ def marked(image: Image.Image, text: str) -> Image.Image:
         best = np.where(keep, tried, best)
     result = Image.fromarray(best.astype(np.uint8))
     if watermark_of(result) != text:
-        raise BadOutput("the picture cannot carry a watermark: its colours leave no room; nothing was saved")
+        raise BadOutput("the image cannot carry a watermark: its colours leave no room; nothing was saved")
     return result
 
 
 def watermark_of(image: Image.Image) -> str | None:
-    """The text that `marked` put into a picture of the same size; None where there is none."""
+    """The text that `marked` put into an image of the same size; None where there is none."""
     read = _read_bits(np.asarray(image.convert("RGB"), dtype=np.float64))
     for size in range(3, MAX_WATERMARK_BYTES + 3):
         count = size * 8

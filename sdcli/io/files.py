@@ -54,9 +54,9 @@ def check_new(path: Path, *, overwrite: bool) -> None:
 
 
 def check_new_png(path: Path, *, flag: str, overwrite: bool) -> None:
-    """`check_new` for a picture that `flag` names. Raises UsageError for another suffix than .png."""
+    """`check_new` for an image that `flag` names. Raises UsageError for another suffix than .png."""
     if path.suffix.lower() != ".png":
-        raise UsageError(f"{flag} names no PNG picture: {path.name!r} should end in .png")
+        raise UsageError(f"{flag} names no PNG image: {path.name!r} should end in .png")
     check_new(path, overwrite=overwrite)
 
 

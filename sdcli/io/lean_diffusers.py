@@ -2,8 +2,9 @@
 
 Measured on a 2-core AMD EPYC: `import torch` takes 1.0 s, the UNet class 2.4 s on top, and 0.4 s inside `lean_imports`.
 The rest goes to packages whose `__init__` imports every model family, to `torch._dynamo` (for one decorator),
-and to transformers, peft and scipy.stats (for features painting does not use). Inside the block those are absent, which
-diffusers allows for; after it everything is as before, so that other code in the process imports the real ones.
+and to transformers, peft and scipy.stats (for features that generation does not use). Inside the block they are
+absent, which diffusers allows for; after it everything is as before, so that other code in the process imports the real
+ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other tools' records of how a picture was made: A1111's, written and read; ComfyUI's and InvokeAI's, read as data."""
+"""Other tools' records of how an image was made: A1111's, written and read; ComfyUI's and InvokeAI's, read as data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Foreign:
 
 
 def read_foreign(texts: Mapping[str, str]) -> Foreign | None:
-    """The first record that is understood among a picture's texts (by their key); None where there is none.
+    """The first record that is understood among an image's texts (by their key); None where there is none.
 
     Never raises, whatever the texts hold.
     """
@@ -71,7 +71,7 @@ def a1111_text(
     model_hash: str | None = None,
     lora_hashes: Mapping[str, str] | None = None,
 ) -> str:
-    """The `parameters` text of a request as painted, as the webui writes it; LoRAs are tags behind the prompt.
+    """The `parameters` text of a request as generated, as the webui writes it; LoRAs are tags behind the prompt.
 
     `model_hash` is the first 10 hex digits of the weights' SHA-256, `lora_hashes` holds the first 12 of each LoRA's
     tensors, by its name. Numbers are written as the webui's sliders give
@@ -102,7 +102,7 @@ def a1111_text(
     }
     line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in pairs.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    prompt = " ".join([request.painted_prompt, *map(tag, request.loras)])
+    prompt = " ".join([request.full_prompt, *map(tag, request.loras)])
     return f"{prompt}{negative}\n{line}".strip()
 
 
@@ -192,7 +192,7 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
     """The `Key: value` pairs of a line: a key is a word character, then words, spaces, `-` and `/`.
 
     Walks run by run, in linear time: one expression for the whole pair (the webui's) takes quadratic time on a long
-    line without a colon, which is minutes for a hostile picture.
+    line without a colon, which is minutes for a hostile image.
     """
     position = 0
     while run := _RUN.search(line, position):
@@ -242,7 +242,7 @@ def read_comfyui(text: str) -> Foreign | None:
     samplers = [key for key, node in nodes.items() if node["class_type"] in ("KSampler", "KSamplerAdvanced")]
     if not samplers:
         return Foreign("comfyui", None, {"nodes": sorted({node["class_type"] for node in nodes.values()})})
-    # Of several samplers the one that starts from an empty latent made the picture; the others refine it.
+    # Of several samplers the one that starts from an empty latent made the image; the others refine it.
     chosen = next((key for key in samplers if "width" in _linked(nodes, key, "latent_image")), samplers[0])
     unmapped: dict[str, Any] = {}
     if len(samplers) > 1:
@@ -422,7 +422,7 @@ READERS: dict[str, Callable[[str], Foreign | None]] = {
     "sd-metadata": read_old_invokeai,
     "prompt": read_comfyui,
 }
-"""The key of a picture's text -> its reader, in the order of trust where a picture has several."""
+"""The key of an image's text -> its reader, in the order of trust where an image has several."""
 
 
 def _mapped(found: dict[str, Any], unmapped: dict[str, Any]) -> GenerationRequest | None:
@@ -433,7 +433,7 @@ def _mapped(found: dict[str, Any], unmapped: dict[str, Any]) -> GenerationReques
             if isinstance(value, bool):
                 raise UsageError(f"{field}: should be no boolean")
             side = getattr(parse_request({field: value}), field)
-            if field in ("width", "height") and side % 8:  # all these tools paint on the latents of a VAE
+            if field in ("width", "height") and side % 8:  # all these tools generate on the latents of a VAE
                 raise UsageError(f"{field}: should be a multiple of 8, not {side}")
             valid[field] = value
         except UsageError:

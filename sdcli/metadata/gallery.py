@@ -1,6 +1,6 @@
-"""A folder's pictures as one web page: what each says about itself, and a thumbnail, as JSON in `gallery.html`.
+"""A folder's images as one web page: what each says about itself, and a thumbnail, as JSON in `gallery.html`.
 
-The page needs no network and no other file; only the large view loads the pictures themselves, from where they lay
+The page needs no network and no other file; only the large view loads the images themselves, from where they lay
 beside the page. It is safe with hostile metadata: JSON in ASCII in an element that is never run, `<` escaped; a script
 that makes text nodes only; and a Content-Security-Policy that allows that script, by its digest, and nothing else.
 """
@@ -26,20 +26,20 @@ from urllib.parse import quote
 from PIL import Image, ImageOps
 
 from sdcli.errors import SdcliError
-from sdcli.metadata.record import PictureInfo, picture_and_info
+from sdcli.metadata.record import ImageInfo, image_and_info
 
 THUMBNAIL = 192
 """Pixels of a thumbnail's longer side."""
 MOST_EMBEDDED = 20_000
-"""Pictures up to which thumbnails are embedded (some 4 KB each); beyond, the page shows the pictures themselves."""
+"""Images up to which thumbnails are embedded (some 4 KB each); beyond, the page shows the images themselves."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture of the page, or why it is not on it."""
+    """One image of the page, or why it is not on it."""
 
     path: Path
-    info: PictureInfo | None = None
+    info: ImageInfo | None = None
     modified: int = 0
     """Milliseconds since 1970."""
     thumbnail: bytes | None = None
@@ -48,15 +48,15 @@ class Entry:
 
 
 def look(paths: Sequence[Path]) -> Iterator[Entry]:
-    """Read every picture, in threads, and yield it in the order of `paths`."""
-    count = min(8, os.cpu_count() or 1)  # each may hold a picture of 8192x8192: a quarter of a gigabyte
+    """Read every image, in threads, and yield it in the order of `paths`."""
+    count = min(8, os.cpu_count() or 1)  # each may hold an image of 8192x8192: a quarter of a gigabyte
     thumbnails = len(paths) <= MOST_EMBEDDED
     pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="gallery")
     waiting: deque[Future[Entry]] = deque()
     try:
         for path in paths:
             waiting.append(pool.submit(_entry, path, thumbnails))
-            if len(waiting) >= 4 * count:  # bounded, so that only a few pictures are held
+            if len(waiting) >= 4 * count:  # bounded, so that only a few images are held
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -65,7 +65,7 @@ def look(paths: Sequence[Path]) -> Iterator[Entry]:
 
 
 def described(entry: Entry, *, name: str, page: Path, command: str | None) -> dict[str, Any]:
-    """What the page says of a picture that was read, JSON-ready; `page` is where the page will be.
+    """What the page says of an image that was read, JSON-ready; `page` is where the page will be.
 
     Every value of a record is a text: JavaScript's numbers cannot hold every seed.
     """
@@ -86,18 +86,18 @@ def described(entry: Entry, *, name: str, page: Path, command: str | None) -> di
     }
 
 
-def page(title: str, pictures: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The page in pieces, ASCII where the template is; `pictures` as `described` makes them are taken one by one."""
+def page(title: str, images: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The page in pieces, ASCII where the template is; `images` as `described` makes them are taken one by one."""
     template = resources.files("sdcli.metadata").joinpath("gallery.html").read_text(encoding="utf-8")
     for kind in ("script", "style"):
         source = re.search(rf"<{kind}>(.*?)</{kind}>", template, re.DOTALL)
         assert source is not None
         digest = base64.b64encode(hashlib.sha256(source[1].encode()).digest()).decode()
         template = template.replace(f"@{kind}@", f"sha256-{digest}")
-    before, _, after = template.partition("@pictures@")
+    before, _, after = template.partition("@images@")
     yield before.replace("@title@", _json(title))
-    for number, picture in enumerate(pictures):
-        yield (",\n" if number else "") + _json(picture)
+    for number, image in enumerate(images):
+        yield (",\n" if number else "") + _json(image)
     yield after
 
 
@@ -127,7 +127,7 @@ def _data_url(webp: bytes) -> str:
 
 def _entry(path: Path, thumbnails: bool) -> Entry:
     try:
-        with picture_and_info(path) as (image, info):
+        with image_and_info(path) as (image, info):
             modified = path.stat().st_mtime_ns // 1_000_000
             return Entry(path, info, modified, _thumbnail(image) if thumbnails else None)
     except SdcliError as error:
@@ -140,7 +140,7 @@ def _thumbnail(image: Image.Image) -> bytes:
     mode = "RGBA" if image.has_transparency_data else "RGB"
     small = image if image.mode == mode else image.convert(mode)  # no copy where none is needed
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    with contextlib.suppress(Exception):  # damaged EXIF is no reason to refuse the picture, and fails in a dozen ways
+    with contextlib.suppress(Exception):  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
         small = ImageOps.exif_transpose(small)
     clean = Image.frombytes(small.mode, small.size, small.tobytes())  # without the profile and EXIF of its `info`
     file = io.BytesIO()

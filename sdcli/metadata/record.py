@@ -1,4 +1,4 @@
-"""Picture files and what they say about themselves: PNG, JPEG and WebP <-> request + provenance.
+"""Image files and what they say about themselves: PNG, JPEG and WebP <-> request + provenance.
 
 Where the two texts are kept, so that other tools find what they know and a plain reader finds the rest:
 
@@ -29,7 +29,7 @@ from xml.sax.saxutils import escape
 from PIL import ExifTags, Image, PngImagePlugin
 
 from sdcli import __version__
-from sdcli.errors import BadPicture, SdcliError, UsageError
+from sdcli.errors import BadImage, SdcliError, UsageError
 from sdcli.generation.settings import ImageFormat
 from sdcli.images.image_files import opened
 from sdcli.metadata.foreign import Tool, a1111_text, load_json, read_foreign
@@ -45,7 +45,7 @@ MAX_SHOWN = 500
 
 @dataclass(frozen=True)
 class Record:
-    """How a picture was made: the request as painted (no None, its own seed), and the facts of the run, JSON-ready.
+    """How an image was made: the request as generated (no None, its own seed), and the facts of the run, JSON-ready.
 
     Provenance holds no times: the same request twice must give the same file.
     """
@@ -55,8 +55,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class PictureInfo:
-    """What a picture file says about itself. `width` and `height` are pixels as stored, before any EXIF rotation."""
+class ImageInfo:
+    """What an image file says about itself. `width` and `height` are pixels as stored, before any EXIF rotation."""
 
     path: Path
     width: int
@@ -74,14 +74,14 @@ class PictureInfo:
     """What was there and could not be mapped, JSON-ready."""
 
 
-def picture_bytes(image: Image.Image, format: ImageFormat, record: Record | None) -> bytes:
-    """A picture [any mode, painted as RGB] as a whole file; equal arguments give equal bytes.
+def image_bytes(image: Image.Image, format: ImageFormat, record: Record | None) -> bytes:
+    """An image [any mode, generated as RGB] as a whole file; equal arguments give equal bytes.
 
     PNG is lossless at the quickest compression level; JPEG is of quality 95 with full colour resolution; WebP is
     lossy, of quality 95. Without a record nothing is written but pixels, whatever `image.info` holds.
     """
     pixels = image.convert("RGB")
-    # A new picture of the same pixels: Pillow would write what the old one's `info` carries (comment, profile, dpi).
+    # A new image of the same pixels: Pillow would write what the old one's `info` carries (comment, profile, dpi).
     clean = Image.frombytes("RGB", pixels.size, pixels.tobytes())
     options = _encoding(format) | (_embedded(record, format) if record is not None else {})
     file = io.BytesIO()
@@ -90,7 +90,7 @@ def picture_bytes(image: Image.Image, format: ImageFormat, record: Record | None
 
 
 def pixels_digest(image: Image.Image) -> str:
-    """`"sha256:<64 hex>"` of the size and the raw RGB bytes, row by row: equal exactly for equal pictures."""
+    """`"sha256:<64 hex>"` of the size and the raw RGB bytes, row by row: equal exactly for equal images."""
     digest = hashlib.sha256(f"RGB {image.width}x{image.height}\n".encode())
     digest.update(image.convert("RGB").tobytes())
     return f"sha256:{digest.hexdigest()}"
@@ -141,33 +141,33 @@ def parse_record(text: str) -> Record:
         raise UsageError(f"its sdcli record holds a request that is not valid: {error}") from None
 
 
-def read_picture(path: Path) -> PictureInfo:
+def read_image(path: Path) -> ImageInfo:
     """What a PNG, JPEG or WebP file says about itself. The records in it are read as data, hostile ones too.
 
     An own record that is damaged or newer is told in `unmapped["sdcli"]`, and the other texts are read instead.
-    Raises NotFound, and BadPicture for a file that is truncated, too large, or no such picture.
+    Raises NotFound, and BadPicture for a file that is truncated, too large, or no such image.
     """
-    with picture_and_info(path) as (_, info):
+    with image_and_info(path) as (_, info):
         return info
 
 
 @contextlib.contextmanager
-def picture_and_info(path: Path) -> Iterator[tuple[Image.Image, PictureInfo]]:
-    """A picture file, decoded once, with what `read_picture` says of it; raises what that raises, in the block too."""
+def image_and_info(path: Path) -> Iterator[tuple[Image.Image, ImageInfo]]:
+    """An image file, decoded once, with what `read_image` says of it; raises what that raises, in the block too."""
     check_readable(path)
     try:
         with opened(path) as image:
             image.load()
             texts, own = _texts(image)
             format = _FORMATS[str(image.format)]
-            info = PictureInfo(path, *image.size, format, parameters=texts.get("parameters"))
+            info = ImageInfo(path, *image.size, format, parameters=texts.get("parameters"))
             yield image, _info(texts, own, info)
-    except BadPicture as error:
-        raise BadPicture(f"{path}: {error}") from None
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
 
 
 def strip(data: bytes) -> bytes:
-    """The same picture without any metadata: chunks and segments are left out, nothing is encoded again.
+    """The same image without any metadata: chunks and segments are left out, nothing is encoded again.
 
     Colour profiles stay, and so does an EXIF orientation other than upright (alone): both change what is seen.
     Raises BadPicture.
@@ -181,8 +181,8 @@ def strip(data: bytes) -> bytes:
             body = b"WEBP" + b"".join(_kept_webp_chunks(data, _orientation(data)))
             return b"RIFF" + struct.pack("<I", len(body)) + body
     except (struct.error, IndexError):
-        raise BadPicture("the picture is truncated or damaged") from None
-    raise BadPicture("only PNG, JPEG and WebP pictures can be stripped")
+        raise BadImage("the image is truncated or damaged") from None
+    raise BadImage("only PNG, JPEG and WebP images can be stripped")
 
 
 # Writing
@@ -277,11 +277,11 @@ def _segment(marker: int, data: bytes) -> bytes:
 # Reading
 
 _FORMATS: dict[str, ImageFormat] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
-"""Pillow's names; MPO is a JPEG with a second picture behind it, as phones write them."""
+"""Pillow's names; MPO is a JPEG with a second image behind it, as phones write them."""
 
 
 def _texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
-    """A decoded picture's texts by their key, and sdcli's record apart."""
+    """A decoded image's texts by their key, and sdcli's record apart."""
     if isinstance(image, PngImagePlugin.PngImageFile):
         texts = {str(key): str(text) for key, text in image.text.items() if not key.startswith("XML:")}
         own = texts.pop("sdcli", None)
@@ -300,7 +300,7 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
         camera = [exif.get(tag) for tag in (ExifTags.Base.Model, ExifTags.Base.Make, ExifTags.Base.ImageDescription)]
     except SdcliError:
         raise
-    except Exception:  # damaged EXIF is no reason to refuse the picture, and fails in a dozen ways
+    except Exception:  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
         return {}
     texts = {}
     if isinstance(comment, bytes) and (text := _decoded_comment(comment)):
@@ -374,21 +374,21 @@ def _xmp_properties(packet: bytes) -> dict[str, str]:
     return found
 
 
-def _info(texts: dict[str, str], own: str | None, bare: PictureInfo) -> PictureInfo:
-    """The picture's info completed by the best of its records."""
+def _info(texts: dict[str, str], own: str | None, bare: ImageInfo) -> ImageInfo:
+    """The image's info completed by the best of its records."""
     fields = {name: getattr(bare, name) for name in ("path", "width", "height", "format", "parameters")}
     unmapped: dict[str, Any] = {}
     if own is not None:
         try:
             record = parse_record(own)
-            return PictureInfo(**fields, record=record, source="sdcli", request=record.request)
+            return ImageInfo(**fields, record=record, source="sdcli", request=record.request)
         except UsageError as error:
             unmapped["sdcli"] = str(error)
     foreign = read_foreign(texts)
     if foreign is not None:
         unmapped |= {key: _shown(value) for key, value in foreign.unmapped.items()}
-        return PictureInfo(**fields, source=foreign.tool, request=foreign.request, unmapped=unmapped)
-    return PictureInfo(**fields, unmapped=unmapped | {key: _shown(text) for key, text in texts.items()})
+        return ImageInfo(**fields, source=foreign.tool, request=foreign.request, unmapped=unmapped)
+    return ImageInfo(**fields, unmapped=unmapped | {key: _shown(text) for key, text in texts.items()})
 
 
 def _shown(value: Any) -> Any:
@@ -435,7 +435,7 @@ def _kept_jpeg_segments(data: bytes, orientation: int) -> Iterator[bytes]:
             raise IndexError
         marker = data[position + 1]
         if marker == _END:
-            yield b"\xff\xd9"  # what follows the end is no part of the picture
+            yield b"\xff\xd9"  # what follows the end is no part of the image
             return
         (length,) = struct.unpack_from(">H", data, position + 2)
         segment = data[position : position + 2 + length]
@@ -453,7 +453,7 @@ def _kept_jpeg_segments(data: bytes, orientation: int) -> Iterator[bytes]:
 
 
 def _jpeg_shows(marker: int, body: bytes) -> bool:
-    """Whether a segment is needed to show the picture as it is: all but comments and most application segments."""
+    """Whether a segment is needed to show the image as it is: all but comments and most application segments."""
     if marker in _JPEG_APPLICATIONS:
         return body.startswith(_JPEG_APPLICATIONS[marker])
     return marker != _COMMENT and not _APP0 <= marker <= _APP15

@@ -1,4 +1,4 @@
-"""IP-Adapter weights -> a UNet that attends to a picture beside the text, and the encoder that sees the picture.
+"""IP-Adapter weights -> a UNet that attends to an image beside the text, and the encoder that sees the image.
 
 Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models" (arXiv
 2308.06721). An adapter is a .safetensors file as in h94/IP-Adapter on the hub: `image_proj.*` makes tokens of what the
@@ -34,7 +34,7 @@ PART, ENCODER_PART = "ip_adapter:", "image_encoder:"
 
 @dataclass(frozen=True)
 class IpAdapter:
-    """An adapter as it was read, in the dtype of the model it was loaded for, with the encoder of its pictures."""
+    """An adapter as it was read, in the dtype of the model it was loaded for, with the encoder of its images."""
 
     ref: FileRef
     weight: float
@@ -115,14 +115,14 @@ def _of_adapter(name: str) -> str | None:
 
 
 def _seen_by(projection: Mapping[str, Tensor], *, source: Path) -> tuple[int, bool]:
-    """How many numbers of the encoder an image projection takes, and whether they are of the whole picture or of each
+    """How many numbers of the encoder an image projection takes, and whether they are of the whole image or of each
     of its patches. Raises UsageError for faces, and BadWeights for what is no IP-Adapter."""
     if "norm.weight" in projection and "proj.weight" not in projection:
         raise UsageError(f"{source} is an IP-Adapter for the embeddings of faces (FaceID), which sdcli cannot make")
     for name, whole in (("proj.weight", True), ("proj.0.weight", False), ("proj_in.weight", False)):
         if name in projection and projection[name].ndim == 2:
             return projection[name].shape[1], whole
-    raise BadWeights(f"{source} is no IP-Adapter: it has no image_proj that makes tokens of a picture")
+    raise BadWeights(f"{source} is no IP-Adapter: it has no image_proj that makes tokens of an image")
 
 
 def _check_fits(layers: Mapping[str, Tensor], model: LoadedModel, *, source: Path) -> None:

@@ -1,6 +1,6 @@
-"""What a diffusers folder says about its model without opening the weights: its parts, what it paints from, its sizes.
+"""The layout of a diffusers folder, read without opening the weights: its parts, its conditioning, its sizes.
 
-    pipeline in model_index.json    paints on        parts
+    pipeline in model_index.json    generates on        parts
     StableDiffusionPipeline         latents          unet (UNet2DConditionModel), vae, text_encoder, tokenizer
     LatentConsistencyModelPipeline  latents          the same
     LDMPipeline                     latents          unet (UNet2DModel), vae in the folder `vqvae`
@@ -10,7 +10,7 @@
     StableDiffusion3Pipeline        latents          unet (SD3Transformer2DModel) in the folder `transformer`, vae, two
                                                      text encoders and perhaps a third, text_encoder_3 and tokenizer_3
 
-Each has a scheduler as well. A UNet2DModel paints without a prompt, or, with `num_class_embeds`, from the name of a
+Each has a scheduler as well. A UNet2DModel generates without a prompt, or, with `num_class_embeds`, from the name of a
 class. diffusers' own LDMPipeline was made for a VQModel, hence its folder's name; it loads an AutoencoderKL there as
 well (and remarks on it), and uses it in the same way.
 
@@ -55,7 +55,7 @@ class Layout:
         return self.components[component][0]
 
     @property
-    def can_paint(self) -> bool:
+    def can_generate(self) -> bool:
         """Whether there is a UNet or a transformer; without one the folder only holds parts for other models."""
         return "unet" in self.components
 
@@ -110,11 +110,11 @@ LAYOUTS: dict[str, Layout] = {
     "StableDiffusionXLImg2ImgPipeline": _SDXL,
     "StableDiffusion3Pipeline": _SD3,
 }
-"""The pipelines of model_index.json that sdcli paints with."""
+"""The pipelines of model_index.json that sdcli generates with."""
 
 
 INPAINTING_CHANNELS = 5
-"""The mask and the masked picture's latents, behind those that are denoised."""
+"""The mask and the masked image's latents, behind those that are denoised."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class ModelFolder:
 def read_model_folder(path: Path) -> ModelFolder:
     """Read the small files of a diffusers folder. Raises NotFound, UsageError and BadWeights, each with a sentence."""
     layout = read_layout(path)
-    if not layout.can_paint:
+    if not layout.can_generate:
         cell = cell_of(network_config(path, layout, "vae")) if layout.has_vae else 8
         return ModelFolder(
             path,
@@ -207,7 +207,7 @@ def read_layout(path: Path) -> Layout:
     pipeline = index.get("_class_name")
     layout = LAYOUTS.get(pipeline) if isinstance(pipeline, str) else None
     if layout is None:
-        raise UsageError(f"{path} is a {pipeline}; sdcli paints with {', '.join(LAYOUTS)} so far")
+        raise UsageError(f"{path} is a {pipeline}; sdcli generates with {', '.join(LAYOUTS)} so far")
     components = dict(layout.components)
     others = [
         folder for name, (folder, _) in components.items() if name != "unet" and _named(index, folder) is not None
@@ -278,7 +278,7 @@ def kind_of(
         channels, own = unet.get("in_channels", 4), 4 if vae is None else vae.get("latent_channels", 4)
         if channels not in (own, own + INPAINTING_CHANNELS):
             raise UsageError(
-                f"{source}: its UNet takes {channels} channels; sdcli paints with those of the VAE ({own}), or with "
+                f"{source}: its UNet takes {channels} channels; sdcli generates with those of the VAE ({own}), or with "
                 f"{INPAINTING_CHANNELS} more of an inpainting model"
             )
         return ModelKind(size_step=cell, inpaints=channels != own, cell=cell)
@@ -290,9 +290,11 @@ def kind_of(
     if vae is None:
         sizes["space"] = "pixel"
         if channels not in (1, 3):
-            raise UsageError(f"{source}: its UNet takes {channels} channels; pictures have 1 (grey) or 3 (RGB)")
+            raise UsageError(f"{source}: its UNet takes {channels} channels; images have 1 (grey) or 3 (RGB)")
     if channels != out:
-        raise UsageError(f"{source}: its UNet takes {channels} channels and gives {out}, which sdcli cannot paint with")
+        raise UsageError(
+            f"{source}: its UNet takes {channels} channels and gives {out}, which sdcli cannot generate with"
+        )
     if unet.get("class_embed_type") is not None:
         raise UsageError(f"{source}: its UNet takes classes as {unet['class_embed_type']!r}, which sdcli does not know")
     rows = unet.get("num_class_embeds")
@@ -317,7 +319,7 @@ def _kind_of_transformer(transformer: Mapping[str, Any], vae: Mapping[str, Any],
         raise BadWeights(f"{source}: its transformer cannot have patches of {patch!r} cells")
     if channels != own or transformer.get("out_channels", 16) not in (channels, None):
         raise UsageError(
-            f"{source}: its transformer takes {channels} channels and its VAE makes {own}; sdcli paints with equal ones"
+            f"{source}: its transformer takes {channels} channels and its VAE makes {own}; they should be equal"
         )
     return ModelKind(size_step=cell_of(vae) * patch, process="flow", cell=cell_of(vae))
 

@@ -137,9 +137,9 @@ class LoadedModel:
         return {part: self.identity(part) for part in self.parts}
 
     def with_parts(self, *, identity: str = "memory", **networks: nn.Module) -> LoadedModel:
-        """The same model with some of its networks replaced, as they stand in memory: what a trainer paints with.
+        """The same model with some of its networks replaced, as they stand in memory: what a trainer generates with.
 
-        `identity` is what the records of pictures call their weights. The networks are of the same kind as those they
+        `identity` is what the records of images call their weights. The networks are of the same kind as those they
         replace, bare (not inside DDP), on the model's device; a text encoder is a `ClipTextEncoder`.
         """
         return replace(
@@ -160,7 +160,7 @@ def model_in_memory(
 ) -> LoadedModel:
     """A model of networks made in memory: `unet`, and `vae` and `text_encoder` (with a tokenizer) if it has them.
 
-    What it paints from, and on what, is read off the networks' own configurations; of the spec its name and defaults
+    What it generates from, and on what, is read off the networks' own configurations; of the spec its name and defaults
     are used, and its source need not exist. `classes` names the classes of a class-conditional UNet.
     Device and dtype are those of the UNet. Raises UsageError and BadWeights where the networks do not fit together.
     """
@@ -188,10 +188,10 @@ def model_in_memory(
 def _lacks(name: str, part: Part, held: Sequence[Part]) -> str:
     listed = " and ".join(NAMES[one] for one in held)
     if part == "unet":
-        return f"{name} holds a {listed} and no UNet, so it cannot paint; train-unet can build on it"
+        return f"{name} holds a {listed} and no UNet, so it cannot generate; train-unet can build on it"
     if "unet" not in held:
         return f"{name} has no {NAMES[part]}: it holds a {listed}"
-    why = "it paints on pixels, not on latents" if part == "vae" else "it paints without text"
+    why = "it generates on pixels, not on latents" if part == "vae" else "it generates without text"
     return f"{name} has no {NAMES[part]}: {why}"
 
 
@@ -502,7 +502,7 @@ def _check_ldm_names(path: Path, names: set[str], layout: SingleFileLayout) -> N
         return any(name.startswith(starts) for name in names)
 
     if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
-        raise BadWeights(f"{path} is a LoRA, not a whole model; paint with it by --lora {path}")
+        raise BadWeights(f"{path} is a LoRA, not a whole model; generate with it by --lora {path}")
     if some("model.diffusion_model.joint_blocks.", "joint_blocks."):
         raise UsageError(
             f"{path} is a Stable Diffusion 3, which sdcli reads as a diffusers folder, not as a single file"

@@ -74,7 +74,7 @@ class ModelEntry(Strict):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if not isinstance(self.source, FolderSource):  # a folder says itself which sizes it can paint
+        if not isinstance(self.source, FolderSource):  # a folder says itself which sizes it can generate
             for side in ("width", "height"):
                 problem = _size_problem(getattr(self.defaults, side), ModelKind())
                 if problem is not None:
@@ -83,7 +83,7 @@ class ModelEntry(Strict):
 
 
 class ModelSpec(ModelEntry):
-    """A model that can be asked for pictures: an entry, with what its folder says about it."""
+    """A model that can be asked for images: an entry, with what its folder says about it."""
 
     kind: ModelKind = ModelKind()
 
@@ -92,7 +92,7 @@ class ModelSpec(ModelEntry):
         return _origin(self.source)
 
     def require_supported(self) -> None:
-        """Raise UsageError for a family that sdcli cannot paint with yet; asked before anything is downloaded."""
+        """Raise UsageError for a family that sdcli cannot generate with yet; asked before anything is downloaded."""
         if self.family not in SUPPORTED_FAMILIES:
             raise UsageError(
                 f"model {self.name!r} is of the {self.family} family, which is not yet supported "
@@ -210,9 +210,9 @@ class Registry(Strict):
 
 
 def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | None = None) -> GenerationRequest:
-    """The request as it will be painted: every None filled from the model's defaults, the seed drawn.
+    """The request as it will be generated: every None filled from the model's defaults, the seed drawn.
 
-    A start picture gives its own size, where one can `measure` it. None stays where a field does not apply.
+    A start image gives its own size, where one can `measure` it. None stays where a field does not apply.
     Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
     """
     check_needs(request)
@@ -246,7 +246,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
             raise UsageError(f"{side}: {problem}")
     if math.prod(resolved.final_size) > MAX_PIXELS:
         width, height = resolved.final_size
-        raise UsageError(f"a picture of {width}x{height} would have more than {MAX_PIXELS:,} pixels")
+        raise UsageError(f"an image of {width}x{height} would have more than {MAX_PIXELS:,} pixels")
     _check_process(resolved, spec)
     _check_condition(resolved, spec)
     _check_refiner(resolved)
@@ -257,7 +257,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
     shares = (resolved.strength, resolved.upscale and resolved.upscale.strength)
     for name, share, steps in zip(("strength", "upscale"), shares, resolved.passes, strict=False):
         if steps < 1:
-            raise UsageError(f"{name}: {share:g} of {resolved.steps} steps leaves no step to paint")
+            raise UsageError(f"{name}: {share:g} of {resolved.steps} steps leaves no step to generate")
     check_parts(resolved)
     if spec.kind.inpaints and not resolved.masked:
         raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
@@ -265,7 +265,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         width, height = resolved.final_size
         room = watermark_room(width, height)
         if len(resolved.watermark.encode()) > room:
-            raise UsageError(f"watermark: a picture of {width}x{height} pixels has room for {room} bytes")
+            raise UsageError(f"watermark: an image of {width}x{height} pixels has room for {room} bytes")
     for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
         if getattr(resolved, name) is not None and not resolved.guided:
             raise UsageError(f"{name} has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1")
@@ -301,9 +301,9 @@ def _check_process(request: GenerationRequest, spec: ModelSpec) -> None:
 def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
     """Raise UsageError for a prompt, a negative prompt or a guidance scale that the model has no use for."""
     kind, scale = spec.kind, request.guidance_scale
-    if kind.conditioning == "none" and (request.painted_prompt or request.negative_prompt):
-        asked = request.painted_prompt or request.negative_prompt
-        raise UsageError(f"{spec.name} paints without a prompt; {asked!r} would have no effect")
+    if kind.conditioning == "none" and (request.full_prompt or request.negative_prompt):
+        asked = request.full_prompt or request.negative_prompt
+        raise UsageError(f"{spec.name} generates without a prompt; {asked!r} would have no effect")
     if kind.conditioning != "text":
         unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": ((),)}
         for name, without_effect in unread.items():
@@ -312,12 +312,12 @@ def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
     elif request.prompt_syntax == "plain" and request.embeddings:
         raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
     if not kind.can_be_guided and (scale != 1 or request.guided or request.negative_prompt):
-        reason = "paints without a prompt" if kind.conditioning == "none" else "always paints a class, never none"
+        reason = "paints without a prompt" if kind.conditioning == "none" else "always generates a class, never none"
         raise UsageError(f"{spec.name} {reason}, so it cannot be guided: no negative prompt, and a guidance scale of 1")
     if request.negative_prompt and not request.guided:
         raise UsageError(f"a negative prompt has no effect at guidance scale {scale:g}; use one above 1")
     if kind.conditioning == "class":
-        kind.label(request.painted_prompt)
+        kind.label(request.full_prompt)
         if request.negative_prompt:
             kind.label(request.negative_prompt)
 
@@ -331,13 +331,13 @@ def _check_refiner(request: GenerationRequest) -> None:
             f"the {request.scheduler} scheduler cannot begin in the middle, as a refiner does; use another"
         )
     if request.masked:
-        raise UsageError("a refiner paints the whole picture, so it goes without --mask and --extend")
+        raise UsageError("a refiner generates the whole image, so it goes without --mask and --extend")
 
 
 def _check_syntax(request: GenerationRequest) -> None:
     """Raise UsageError for what a prompt asks for in vain: AND without guidance, an embedding that it does not name."""
     steps = known(request.steps)
-    prompts = syntax.subprompts(request.painted_prompt, steps=steps)
+    prompts = syntax.subprompts(request.full_prompt, steps=steps)
     if len(prompts) > 1 and not request.guided:
         raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
     negative = syntax.subprompts(known(request.negative_prompt), steps=steps, compose=False) if request.guided else ()

@@ -1,7 +1,7 @@
-"""The safety checker that some models ship: whether it flags a finished picture.
+"""The safety checker that some models ship: whether it flags a finished image.
 
 The network is diffusers' `StableDiffusionSafetyChecker`, which would blacken what it flags; here its answer alone is
-used. It runs on the CPU in float32, a picture at a time.
+used. It runs on the CPU in float32, an image at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True)
 class SafetyChecker:
-    """A loaded checker with the side and the colours of the pictures it looks at."""
+    """A loaded checker with the side and the colours of the images it looks at."""
 
     network: Any
     side: int
@@ -32,7 +32,7 @@ class SafetyChecker:
 
     @torch.inference_mode()
     def flags(self, image: Image.Image) -> bool:
-        """Whether the picture shows what the checker was made to find."""
+        """Whether the image shows what the checker was made to find."""
         scale = self.side / min(image.size)
         size = [max(self.side, round(length * scale)) for length in image.size]
         resized = image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC)
@@ -69,7 +69,7 @@ def load_safety_checker(folder: Path) -> SafetyChecker | None:
     except Interrupted:
         raise
     except Exception as error:  # transformers fails in a dozen ways on damaged files
-        raise BadWeights(f"{checker}: {first_line(error)}; --safety off paints without it") from None
+        raise BadWeights(f"{checker}: {first_line(error)}; --safety off generates without it") from None
     preprocessor = folder / "feature_extractor" / "preprocessor_config.json"
     stated = read_json_object(preprocessor) if preprocessor.is_file() else {}
     mean, std = tuple(stated.get("image_mean") or MEAN), tuple(stated.get("image_std") or STD)

@@ -29,7 +29,7 @@ class Part(BaseModel):
 
 
 class FileRef(Part):
-    """A file to read, and which one it was: painting again refuses another file under the same name."""
+    """A file to read, and which one it was: generating again refuses another file under the same name."""
 
     path: str = Field(min_length=1)
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
@@ -59,7 +59,7 @@ class EmbeddingRef(FileRef):
 
 
 class Extend(Part):
-    """Pixels of new canvas on each side of a start picture."""
+    """Pixels of new canvas on each side of a start image."""
 
     left: int = Field(0, ge=0, le=8192)
     top: int = Field(0, ge=0, le=8192)
@@ -84,7 +84,7 @@ class Extend(Part):
 
 
 class Upscale(Part):
-    """A second pass over the finished picture, enlarged."""
+    """A second pass over the finished image, enlarged."""
 
     factor: float = Field(gt=1, le=8)
     strength: float = Field(0.5, gt=0, le=1)
@@ -141,7 +141,7 @@ class LoraRef(Part):
     text_weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
     """For the text encoders; where it is not given, the UNet's."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
-    """Filled by `loras.find_loras`; painting again refuses another file under the same name."""
+    """Filled by `loras.find_loras`; generating again refuses another file under the same name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -170,9 +170,9 @@ class LoraRef(Part):
 
 
 MapMaker = Literal["canny", "scribble", "softedge", "blur", "tile", "palette", "depth"]
-"""What makes the map of a picture; `control_maps.py` has them."""
+"""What makes the map of an image; `control_maps.py` has them."""
 Preprocessor = Literal["none", MapMaker]
-"""The same, or `none`, which takes the picture as it is."""
+"""The same, or `none`, which takes the image as it is."""
 _PREPROCESSORS = "|".join(get_args(Preprocessor))
 _CONTROL = re.compile(
     rf"(?:(?P<preprocessor>{_PREPROCESSORS}):)?(?P<model>[^=]+)=(?P<image>.+?)"
@@ -228,7 +228,7 @@ _IMAGE_PROMPT = re.compile(rf"(?P<adapter>[^=]+)=(?P<image>.+?)(?::(?P<weight>{_
 
 
 class ImagePrompt(Part):
-    """One IP-Adapter of a request and the picture that it prompts with, `ADAPTER=IMAGE[:WEIGHT]`."""
+    """One IP-Adapter of a request and the image that it prompts with, `ADAPTER=IMAGE[:WEIGHT]`."""
 
     adapter: FileRef
     """A .safetensors file; one with = in its name has no spelling."""
@@ -253,7 +253,7 @@ class ImagePrompt(Part):
 
     @property
     def adapting(self) -> tuple[FileRef, float]:
-        """What it asks of the model, whatever the picture is."""
+        """What it asks of the model, whatever the image is."""
         return self.adapter, self.weight
 
     def __str__(self) -> str:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 
-from sdcli.errors import BadPicture, NotFound, UsageError
+from sdcli.errors import BadImage, NotFound, UsageError
 from sdcli.generation.filenames import numbered
 from sdcli.generation.settings import explains
 from sdcli.io.files import expanded, sha256
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
-"""The largest picture file that is read."""
+"""The largest image file that is read."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Names:
 
 
 def read_input(path: str) -> bytes:
-    """The bytes of a picture or latent file, or of stdin for `-`, which is read once.
+    """The bytes of an image or latent file, or of stdin for `-`, which is read once.
 
     Raises NotFound, BadPicture for what is no ordinary file or too large, and UsageError where stdin is a terminal.
     """
@@ -77,7 +77,7 @@ def read_input(path: str) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
+        raise BadImage(f"cannot read {path}: {error.strerror}") from None
 
 
 def input_digest(path: str) -> str:
@@ -89,14 +89,14 @@ def input_digest(path: str) -> str:
     try:
         return digest_of(file)
     except OSError as error:
-        raise BadPicture(f"cannot read {path}: {error.strerror}") from None
+        raise BadImage(f"cannot read {path}: {error.strerror}") from None
 
 
 def check_same_file(digest: str, recorded: str | None, *, what: str) -> None:
     """Raise UsageError where a record says that `what` was another file; digests are SHA-256 in hex."""
     if recorded not in (None, digest):
         raise UsageError(
-            f"{what} is another file than the one that was painted with "
+            f"{what} is another file than the one that was generated with "
             f"(sha256 {digest[:12]}, recorded {str(recorded)[:12]})"
         )
 
@@ -116,10 +116,10 @@ def _digest(path: Path, size: int, changed_ns: int) -> str:
 def stdin_bytes() -> bytes:
     """All of stdin, the same bytes at every call. Raises UsageError for a terminal, and BadPicture for too many."""
     if sys.stdin.isatty():
-        raise UsageError("- reads a picture from stdin, and nothing is piped in")
+        raise UsageError("- reads an image from stdin, and nothing is piped in")
     data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
-        raise BadPicture(f"stdin holds more than {MAX_FILE_BYTES // 1024**2} MiB, which no picture here is")
+        raise BadImage(f"stdin holds more than {MAX_FILE_BYTES // 1024**2} MiB, which no image here is")
     return data
 
 
@@ -133,13 +133,13 @@ def check_readable(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"no file {path}") from None
     except (OSError, ValueError) as error:
-        raise BadPicture(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise BadImage(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
-        raise BadPicture(f"{path} is a folder, not a file")
+        raise BadImage(f"{path} is a folder, not a file")
     if not path.is_file():
-        raise BadPicture(f"{path} is no ordinary file")
+        raise BadImage(f"{path} is no ordinary file")
     if size > MAX_FILE_BYTES:
-        raise BadPicture(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, more than is read here")
+        raise BadImage(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, more than is read here")
 
 
 def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, PurePosixPath]]:

@@ -41,18 +41,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to paint. `index` counts from 1 over the whole run."""
+    """One image to generate. `index` counts from 1 over the whole run."""
 
     index: int
     request: GenerationRequest
-    """Resolved: as it will be painted."""
+    """Resolved: as it will be generated."""
     custom_id: str | None = None
     line: int | None = None
 
 
 @dataclass(frozen=True)
 class BadJob:
-    """An entry that cannot be painted, and the error that says why."""
+    """An entry that cannot be generated, and the error that says why."""
 
     index: int
     error: SdcliError
@@ -183,11 +183,11 @@ def expand(
     lora_dir: Path | None = None,
     wildcards: Wildcards | None = None,
 ) -> Iterator[Job | BadJob]:
-    """Lines -> resolved jobs. A line's own fields win over the `typed` options; each picture gets its own seed.
+    """Lines -> resolved jobs. A line's own fields win over the `typed` options; each image gets its own seed.
 
-    Of pictures with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
+    Of images with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
     files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
-    picture are made by its seed.
+    image are made by its seed.
 
     An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
     file gets the same seeds again when it was reordered or extended in between.
@@ -221,7 +221,7 @@ def expand(
             counted = "seed" if asked.variation_strength is None else "variation_seed"
             first = known(getattr(asked, counted))
             if first + count - 1 > MAX_SEED:
-                raise UsageError(f"{counted}: {count} pictures from seed {first} pass the largest seed, {MAX_SEED}")
+                raise UsageError(f"{counted}: {count} images from seed {first} pass the largest seed, {MAX_SEED}")
             own: list[dict[str, Any]] = [{counted: first + offset} for offset in range(count)]
             if wildcards is None:
                 resolved = find_loras(resolve(asked, spec, measure=measure), lora_dir)
@@ -240,7 +240,7 @@ def expand(
 
 
 def _drawn(asked: GenerationRequest, wildcards: Wildcards) -> GenerationRequest:
-    """The request of one picture, its choices made by its seed."""
+    """The request of one image, its choices made by its seed."""
     texts = {name: text for name in DYNAMIC if (text := getattr(asked, name))}
     seed = known(asked.seed)
     return asked.changed(**{name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()})

@@ -41,10 +41,10 @@ class SubPrompt:
 
     weight: float
     texts: tuple[tuple[int, str], ...]
-    """(last step, text), ascending; the last one's step is that of the picture. Steps count from 1."""
+    """(last step, text), ascending; the last one's step is that of the image. Steps count from 1."""
 
     def at(self, step: int) -> str:
-        """The text that paints a step."""
+        """The text that generates a step."""
         return next(text for last, text in self.texts if step <= last)
 
 
@@ -71,7 +71,7 @@ EMPTY = Chunk()
 
 
 def subprompts(prompt: str, *, steps: int, syntax: str = "a1111", compose: bool = True) -> tuple[SubPrompt, ...]:
-    """What paints each of the steps; one part, or with `compose` as many as AND joins. In plain syntax all is text.
+    """What generates each of the steps; one part, or with `compose` as many as AND joins. In plain syntax all is text.
 
     Raises UsageError for more than MAX_PARTS of them, for absurd weights, and where editing and alternation spell out
     more than MAX_SPELLED characters.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Process = Literal["diffusion", "flow"]
-"""How a model was trained to paint: against the noise of diffusion, or along the straight paths of flow matching."""
+"""How a model was trained to generate: against the noise of diffusion, or along the straight paths of flow matching."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Scheduler:
     uses_eta: bool = False
     uses_scipy: bool = False
     stochastic: bool = False
-    """Draws fresh noise at every step (from the picture's own generator)."""
+    """Draws fresh noise at every step (from the image's own generator)."""
     begins_anywhere: bool = True
     """Whether diffusers' class is right from a step in the middle on; a refiner begins there."""
     process: Process = "diffusion"

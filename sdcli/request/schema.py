@@ -1,4 +1,4 @@
-"""The request: what is asked of the painter, one flat value that means the same in flags, JSON and pictures."""
+"""The request: what is asked of the painter, one flat value that means the same in flags, JSON and images."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ MAX_WATERMARK_BYTES = 32
 
 
 class GenerationRequest(BaseModel):
-    """One picture, or as much of its description as was asked for.
+    """One image, or as much of its description as was asked for.
 
-    A field is here if and only if changing it is meant to change the picture. `None` means "the model decides";
-    `registry.resolve` fills what every picture has (prompt, model, seed, size, steps, guidance scale, scheduler, eta)
-    and what goes with a field that was given; a feature that nobody asked for stays None. The result, as painted, is
-    what a picture's metadata holds.
+    A field is here if and only if changing it is meant to change the image. `None` means "the model decides";
+    `registry.resolve` fills what every image has (prompt, model, seed, size, steps, guidance scale, scheduler, eta)
+    and what goes with a field that was given; a feature that nobody asked for stays None. The result, as generated, is
+    what an image's metadata holds.
     """
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", populate_by_name=True)
 
     schema_version: int = Field(SCHEMA, alias="schema", description="the version of this layout")
-    prompt: str = Field("", description="what to paint")
+    prompt: str = Field("", description="what to generate")
     negative_prompt: str | None = Field(None, description="what to keep out; needs a guidance scale above 1")
     prompt_template: str | None = Field(
         None, description="wraps the prompt before the text encoder sees it: '{prompt}, glossy style'"
@@ -110,7 +110,7 @@ class GenerationRequest(BaseModel):
         ge=0,
         le=100,
         allow_inf_nan=False,
-        description="how strongly to avoid what the network paints when it attends to nothing around; 0 is off",
+        description="how strongly to avoid what the network generates when it attends to nothing around; 0 is off",
     )
     variation_seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="the seed of other noise to mix in; drawn and told if not given"
@@ -119,17 +119,17 @@ class GenerationRequest(BaseModel):
         None, ge=0, le=1, allow_inf_nan=False, description="how much of the other noise: 0 none, 1 nothing else"
     )
     init_image: FileRef | None = Field(
-        None, description="a picture or latent file to begin with; - reads a picture from stdin"
+        None, description="an image or latent file to begin with; - reads an image from stdin"
     )
     strength: float | None = Field(
-        None, gt=0, le=1, allow_inf_nan=False, description="how much of the start picture is noise: 1 all of it"
+        None, gt=0, le=1, allow_inf_nan=False, description="how much of the start image is noise: 1 all of it"
     )
-    mask: FileRef | None = Field(None, description="a picture: where it is white is painted anew, black is kept")
+    mask: FileRef | None = Field(None, description="an image: where it is white is generated anew, black is kept")
     mask_blur: float | None = Field(
         None, ge=0, le=256, allow_inf_nan=False, description="pixels over which the new fades into the kept"
     )
     invert_mask: bool | None = Field(None, description="paint anew where the mask is black")
-    extend: Extend | None = Field(None, description="new canvas around the start picture, as left=64,top=32")
+    extend: Extend | None = Field(None, description="new canvas around the start image, as left=64,top=32")
     upscale: Upscale | None = Field(
         None, description="paint again, enlarged: 2x, 2x:0.5 (the strength) or 2x:0.5:latent"
     )
@@ -140,11 +140,11 @@ class GenerationRequest(BaseModel):
         "may be given several times",
     )
     guess_mode: bool | None = Field(
-        None, description="let the ControlNets alone say what to paint: they guide the prompt's half, not the other"
+        None, description="let the ControlNets alone say what to generate: they guide the prompt's half, not the other"
     )
     ip_adapters: tuple[ImagePrompt, ...] = Field(
         (),
-        description="an IP-Adapter and the picture that prompts through it, beside the text: "
+        description="an IP-Adapter and the image that prompts through it, beside the text: "
         "adapter.safetensors=photo.jpg:0.6 (the weight); may be given several times",
     )
     refiner: str | None = Field(
@@ -154,7 +154,7 @@ class GenerationRequest(BaseModel):
         None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
     )
 
-    watermark: str | None = Field(None, min_length=1, description="a short text to hide in the picture's colours")
+    watermark: str | None = Field(None, min_length=1, description="a short text to hide in the image's colours")
     loras: tuple[LoraRef, ...] = Field(
         (),
         description="a LoRA, its weight, and one for the text encoder where that differs; may be given several times",
@@ -197,7 +197,7 @@ class GenerationRequest(BaseModel):
         return value
 
     @property
-    def painted_prompt(self) -> str:
+    def full_prompt(self) -> str:
         """The text that the text encoder sees: the prompt inside its template, or each of those that AND joins."""
         template = self.prompt_template or "{prompt}"
         if self.prompt_syntax == "plain":
@@ -211,7 +211,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def masked(self) -> bool:
-        """Whether a part of the start picture is kept as it is."""
+        """Whether a part of the start image is kept as it is."""
         return self.mask is not None or self.extend is not None
 
     @property
@@ -222,7 +222,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def final_size(self) -> tuple[int, int]:
-        """Width and height of the finished picture of a resolved request; an enlarged one has multiples of 8."""
+        """Width and height of the finished image of a resolved request; an enlarged one has multiples of 8."""
         width, height = known(self.width), known(self.height)
         if self.upscale is None:
             return width, height
@@ -328,7 +328,7 @@ def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
 
 
 def migrate(fields: dict[str, Any]) -> dict[str, Any]:
-    """A request of an older schema as one of this schema: what schema 1 painted must be painted the same."""
+    """A request of an older schema as one of this schema: what schema 1 generated must be generated the same."""
     if fields.get("schema") in (1, "1"):
         return {"prompt_syntax": "plain", **fields, "schema": SCHEMA}
     return fields
@@ -357,7 +357,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def watermark_room(width: int, height: int) -> int:
-    """How many bytes of text a picture of that many pixels can carry: a bit in 8x8 pixels, each three times over."""
+    """How many bytes of text an image of that many pixels can carry: a bit in 8x8 pixels, each three times over."""
     return max(0, width // 8 * (height // 8) // (3 * 8) - 2)
 
 

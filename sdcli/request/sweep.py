@@ -1,4 +1,4 @@
-"""Sweeps: `steps=10,20` and `guidance-scale=1..9x3` -> every combination of the values, as lines to paint."""
+"""Sweeps: `steps=10,20` and `guidance-scale=1..9x3` -> every combination of the values, as lines to generate."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Preparing:
-    """Work before the first step goes on: `done` of `total` pictures examined, latents encoded."""
+    """Work before the first step goes on: `done` of `total` images examined, latents encoded."""
 
     what: str
-    """In a word or two that fit before a count: "examining pictures"."""
+    """In a word or two that fit before a count: "examining images"."""
     done: int
     total: int | None = None
 
@@ -56,7 +56,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Validated:
-    """The held-out pictures were measured; `figures` has at least `loss`."""
+    """The held-out images were measured; `figures` has at least `loss`."""
 
     step: int
     figures: Mapping[str, float]
@@ -73,7 +73,7 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Sample pictures were painted and written."""
+    """Sample images were generated and written."""
 
     step: int
     paths: Sequence[Path]

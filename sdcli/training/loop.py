@@ -1,7 +1,7 @@
 """The training loop: any task, stopped anywhere, gone on with exactly.
 
     for each step:  micro-batches -> loss -> gradients -> clip -> optimizer -> moving average
-                    then, when due: validate, paint samples, checkpoint
+                    then, when due: validate, generate samples, checkpoint
 
 It yields what happens (`events.py`); the caller shows it, logs it, or stops.
 """

@@ -145,7 +145,7 @@ def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> Load
     )
     if model is None or model.is_sdxl:
         family = "sd3" if flow else "sdxl"
-        raise UsageError(f"{spec.name} is of the {family} family, which sdcli paints with but does not train yet")
+        raise UsageError(f"{spec.name} is of the {family} family, which sdcli generates with but does not train yet")
     return refuse_shifted(model)
 
 
@@ -166,7 +166,7 @@ class ModelFiles:
     """`_class_name` of model_index.json; see model_folder.py."""
     scheduler_config: Mapping[str, Any]
     defaults: Mapping[str, Any]
-    """How the model likes to paint; goes into sdcli.json."""
+    """How the model likes to generate; goes into sdcli.json."""
     frozen: Mapping[str, tuple[LoadedModel, str]]
     """Sub-folder -> the model whose part it is, and the part's name (`vae`, `text_encoder`, `tokenizer`)."""
     trained: Mapping[str, str]
@@ -179,16 +179,16 @@ class ModelFiles:
     def around(cls, model: LoadedModel | None, *, trained: Mapping[str, str], averaged: tuple[str, ...]) -> ModelFiles:
         """For a trained VAE or text encoder: the rest is the model's; without one the other parts are absent."""
         pipeline, frozen = "StableDiffusionPipeline", {}
-        paints = model is not None and "unet" in model.parts
+        generates = model is not None and "unet" in model.parts
         if model is not None:
             parts = [*model.parts, *(["tokenizer"] if model.tokenizer is not None else [])]
-            pipeline = "LDMPipeline" if paints and model.tokenizer is None else "StableDiffusionPipeline"
+            pipeline = "LDMPipeline" if generates and model.tokenizer is None else "StableDiffusionPipeline"
             components = LAYOUTS[pipeline].components
             frozen = {components[part][0]: (model, part) for part in parts if part not in trained}
         return cls(
             pipeline=pipeline,
             scheduler_config=model.scheduler_config if model is not None else LATENT_SCHEDULE,
-            defaults=model.spec.defaults.model_dump() if model is not None and paints else {},
+            defaults=model.spec.defaults.model_dump() if model is not None and generates else {},
             frozen=frozen,
             trained=trained,
             averaged=averaged,
@@ -261,7 +261,7 @@ def write_part(folder: Path, model: LoadedModel, part: str) -> None:
         write_network(folder, network, network.state_dict())
 
 
-def painting_defaults(
+def generation_defaults(
     base: ModelDefaults | None, *, resolution: tuple[int, int], guided: bool, prompt_template: str | None
 ) -> dict[str, Any]:
     """What sdcli.json says: the habits of the base model, if any, at the size and with the template of training."""

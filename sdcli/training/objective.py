@@ -166,7 +166,7 @@ def snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
 def training_noise(seed: int, counter: int, shape: Sequence[int], *, noise_offset: float = 0.0) -> Tensor:
     """Standard normal noise of a sample [C, ...]; with `noise_offset` plus a normal number per channel times it.
 
-    Offset noise (Guttenberg 2023, "Diffusion with Offset Noise") lets a model change a picture's mean brightness.
+    Offset noise (Guttenberg 2023, "Diffusion with Offset Noise") lets a model change an image's mean brightness.
     """
     noise = rng.noise(seed, counter, "noise", shape)
     if noise_offset:

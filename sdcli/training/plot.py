@@ -66,7 +66,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """A run in the picture, under the name that the legend shows."""
+    """A run in the image, under the name that the legend shows."""
 
     name: str
     log: Log

@@ -1,7 +1,7 @@
 """RUN, the folder of a training run: its settings, its frozen parts, and the links that make it a model folder.
 
 RUN/settings.yaml                 the resolved settings; `--config RUN/settings.yaml` repeats the run
-RUN/model_index.json, sdcli.json  what kind of model this is, and how it likes to paint
+RUN/model_index.json, sdcli.json  what kind of model this is, and how it likes to generate
 RUN/vae, tokenizer, scheduler, …  the parts that training leaves alone
 RUN/unet -> current/unet(_ema)    the trained parts; RUN/current -> checkpoint-<step>, swapped at each checkpoint
 RUN/raw/                          with --use-ema: the same model with the weights as trained, not averaged

@@ -1,4 +1,4 @@
-"""What a UNet paints while it is being trained: fixed prompts and seeds, through the engine of `generate`."""
+"""What a UNet generates while it is being trained: fixed prompts and seeds, through the engine of `generate`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from sdcli.diffusion.painter import Painter
+from sdcli.diffusion.pipeline import Pipeline
 from sdcli.encoders.tokenizer import ClipTokenizer
-from sdcli.generation.engine import paint_pictures
+from sdcli.generation.engine import generate_images
 from sdcli.images.contact_sheet import contact_sheet, write_sheet
 from sdcli.images.pixels import from_pixels
 from sdcli.io.files import write_whole
-from sdcli.metadata.record import picture_bytes
+from sdcli.metadata.record import image_bytes
 from sdcli.models.controlnet import PART
 from sdcli.models.loader import model_in_memory
 from sdcli.models.registry import ModelDefaults, ModelSpec, resolve
@@ -27,7 +27,7 @@ from sdcli.request.schema import GenerationRequest
 from sdcli.training.task import Networks
 
 MOST = 16
-"""Pictures on a sheet where no prompts were given."""
+"""Images on a sheet where no prompts were given."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SampleSheet:
         )
         for network in self.frozen.values():
             network.to(model.device)
-        painter = Painter.of(model)
+        pipeline = Pipeline.of(model)
         requests = [
             resolve(
                 GenerationRequest(prompt=prompt, prompt_syntax="plain", seed=seed, steps=self.steps, controls=controls),
@@ -75,31 +75,31 @@ class SampleSheet:
             )
             for seed, (prompt, controls) in enumerate(zip(self.prompts, self._controls(folder), strict=True))
         ]
-        pictures = [from_pixels(painted.pixels) for painted in paint_pictures(painter, requests)]
+        images = [from_pixels(painted.pixels) for painted in generate_images(pipeline, requests)]
         labels, columns = [request.prompt for request in requests], None
         if self.maps:  # each beside what it led to
-            columns = 2 * math.ceil(math.sqrt(len(pictures) / 2))
-            pictures = [one for pair in zip(self.maps, pictures, strict=True) for one in pair]
+            columns = 2 * math.ceil(math.sqrt(len(images) / 2))
+            images = [one for pair in zip(self.maps, images, strict=True) for one in pair]
             labels = [one for label in labels for one in ("", label)]
         path = folder / f"step-{step}.png"
-        enlarge = max(1, 64 // pictures[0].width)
-        sheet = contact_sheet(pictures, labels=labels, columns=columns, enlarge=enlarge)
+        enlarge = max(1, 64 // images[0].width)
+        sheet = contact_sheet(images, labels=labels, columns=columns, enlarge=enlarge)
         settings = {"step": step, "requests": [request.model_dump(by_alias=True) for request in requests]}
         write_sheet(path, sheet, settings, overwrite=True)
         return [path]
 
     def _controls(self, folder: Path) -> list[tuple[Control, ...]]:
-        """What each picture's ControlNet sees."""
+        """What each image's ControlNet sees."""
         if not self.maps:
             return [()] * len(self.prompts)
         paths = [folder / f"map-{number}.png" for number in range(len(self.maps))]
-        for path, picture in zip(paths, self.maps, strict=True):
-            write_whole(path, picture_bytes(picture, "png", None), overwrite=True)
+        for path, image in zip(paths, self.maps, strict=True):
+            write_whole(path, image_bytes(image, "png", None), overwrite=True)
         return [(Control(model=self.name, image=FileRef(path=str(path))),) for path in paths]
 
 
 def default_prompts(captions: Sequence[tuple[str, ...]], classes: Sequence[str], *, unconditional: bool) -> list[str]:
-    """What to paint where no prompts were given: the classes, or captions spread over the data, or nothing."""
+    """What to generate where no prompts were given: the classes, or captions spread over the data, or nothing."""
     if classes:
         return [classes[number % len(classes)] for number in range(max(MOST, min(len(classes), 2 * MOST)))]
     if unconditional:

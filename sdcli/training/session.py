@@ -197,11 +197,11 @@ class Session(ABC, Generic[S]):
         run_folder.check_unchanged(before, self.settings, batch=(_batch_until(self._found, before), self.batch))
 
     def _check_same_data(self, found: Found) -> None:
-        """Other pictures or captions would be another run, whatever the seed."""
+        """Other images or captions would be another run, whatever the seed."""
         before, now = found.facts.get("data_fingerprint"), self.built.facts.get("data_fingerprint")
         if before != now:
             raise UsageError(
-                f"{self.data} is not what the run began with: pictures or captions came, went or changed. Put them "
+                f"{self.data} is not what the run began with: images or captions came, went or changed. Put them "
                 f"back, or begin a new run from this one: -m {self.run} -o ANOTHER"
             )
         base, present = found.facts.get("base", {}), self.built.facts.get("base", {})

@@ -21,7 +21,7 @@ S = TypeVar("S", bound="TrainSettings")
 
 DATA, SHAPE, STEPS, OPTIMIZER, OBJECTIVE, MODEL, WATCH, KEEP, MACHINE = (
     "Data",
-    "Pictures",
+    "Images",
     "Steps",
     "Optimizer",
     "Objective",
@@ -68,7 +68,7 @@ class TrainSettings(BaseModel):
     adam_epsilon: float = _field(1e-8, "added to the denominator", OPTIMIZER, gt=0)
     max_grad_norm: float = _field(1.0, "clip the gradients' norm to this; 0 is off", OPTIMIZER, ge=0)
 
-    use_ema: bool = _field(False, "keep a moving average of the weights, and paint with it", OPTIMIZER)
+    use_ema: bool = _field(False, "keep a moving average of the weights, and generate with it", OPTIMIZER)
     ema_decay: float = _field(0.9999, "of the moving average, at its highest", OPTIMIZER, ge=0, lt=1)
     ema_power: float = _field(
         0.75, "warm-up: the decay is 1 - (1 + step)^-power until it reaches --ema-decay", OPTIMIZER
@@ -128,22 +128,22 @@ class TrainSettings(BaseModel):
         return self
 
 
-class PictureSettings(TrainSettings):
-    """What the trainers on pictures share."""
+class ImageSettings(TrainSettings):
+    """What the trainers on images share."""
 
-    image_column: str | None = _field(None, "column with the picture, in tables", DATA)
+    image_column: str | None = _field(None, "column with the image, in tables", DATA)
     caption_column: str | None = _field(None, "column with the caption (text or caption)", DATA)
-    caption_extension: str = _field(".txt", "of caption files beside pictures", DATA)
+    caption_extension: str = _field(".txt", "of caption files beside images", DATA)
     split: str = _field("train", "of a data set that has several", DATA)
-    validation_split: float = _field(0.05, "share of the pictures that is held out for validation", DATA, ge=0, lt=1)
-    max_train_samples: int | None = _field(None, "use only so many pictures", DATA, ge=1)
+    validation_split: float = _field(0.05, "share of the images that is held out for validation", DATA, ge=0, lt=1)
+    max_train_samples: int | None = _field(None, "use only so many images", DATA, ge=1)
     shuffle_buffer: int = _field(10_000, "how far a sample of a sharded set may move", DATA, ge=1)
     cache_dir: Path | None = _field(None, "for what was computed of the data (your cache folder)", DATA)
 
     resolution: str | None = _field(None, "pixels, as 512 or 512x768 (width x height); the model's own", SHAPE)
     random_crop: bool = _field(False, "cut out anywhere, not in the middle; latents cannot be cached then", SHAPE)
-    random_flip: bool = _field(False, "mirror every second picture", SHAPE)
-    enable_bucket: bool = _field(False, "keep proportions: group pictures by aspect ratio", SHAPE)
+    random_flip: bool = _field(False, "mirror every second image", SHAPE)
+    enable_bucket: bool = _field(False, "keep proportions: group images by aspect ratio", SHAPE)
     bucket_reso_steps: int | None = _field(None, "sides of buckets are multiples of this (an eighth)", SHAPE, ge=8)
     min_bucket_reso: int | None = _field(None, "shortest side of a bucket (half the resolution)", SHAPE, ge=8)
     max_bucket_reso: int | None = _field(None, "longest side of a bucket (twice the resolution)", SHAPE, ge=8)
@@ -155,14 +155,14 @@ class PictureSettings(TrainSettings):
         return parse_size(self.resolution if "x" in self.resolution.lower() else f"{self.resolution}x{self.resolution}")
 
     @model_validator(mode="after")
-    def _every_picture_setting_has_an_effect(self) -> Self:
+    def _every_image_setting_has_an_effect(self) -> Self:
         typed = {"bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"} & self.given()
         if typed and not self.enable_bucket:
             raise ValueError(f"--{min(typed).replace('_', '-')} has no effect without --enable-bucket")
         return self
 
 
-class DenoiserSettings(PictureSettings):
+class DenoiserSettings(ImageSettings):
     """What the trainers share that teach to take noise away."""
 
     caption_dropout: float = _field(
@@ -177,10 +177,10 @@ class DenoiserSettings(PictureSettings):
     keep_tokens: int = _field(0, "parts at the front that --shuffle-caption leaves there", DATA, ge=0)
     caption_prefix: str = _field("", "put before every caption", DATA)
     prompt_template: str | None = _field(None, "wraps captions, '{prompt}, glossy style' (the model's own)", DATA)
-    cache_latents: bool = _field(True, "encode each picture once, and keep its latents", DATA)
+    cache_latents: bool = _field(True, "encode each image once, and keep its latents", DATA)
 
     snr_gamma: float | None = _field(None, "min-SNR weighting; 5 is usual", OBJECTIVE, gt=0, also=("--min-snr-gamma",))
-    noise_offset: float = _field(0.0, "noise per channel, for very dark and bright pictures", OBJECTIVE, ge=0)
+    noise_offset: float = _field(0.0, "noise per channel, for very dark and bright images", OBJECTIVE, ge=0)
     input_perturbation: float = _field(0.0, "more noise on the input than in the target", OBJECTIVE, ge=0)
     stratified_timesteps: bool = _field(True, "spread the timesteps of a step evenly", OBJECTIVE)
 
@@ -190,7 +190,7 @@ class DenoiserSettings(PictureSettings):
         WATCH,
         also=("--sample-prompt", "--validation-prompts"),
     )
-    sample_steps: int | None = _field(None, "denoising steps of sample pictures (the model's own)", WATCH, ge=1)
+    sample_steps: int | None = _field(None, "denoising steps of sample images (the model's own)", WATCH, ge=1)
 
     @model_validator(mode="after")
     def _every_caption_setting_has_an_effect(self) -> Self:
@@ -214,8 +214,8 @@ class UnetSettings(DenoiserSettings):
     text_encoder: str | None = _field(
         None, "with --from-scratch: the model whose text encoder to use (that of --model)", MODEL
     )
-    space: Literal["latent", "pixel"] = _field("latent", "pixel: no VAE, the plain DDPM on small pictures", MODEL)
-    unconditional: bool = _field(False, "no captions: learn to paint without a prompt", MODEL)
+    space: Literal["latent", "pixel"] = _field("latent", "pixel: no VAE, the plain DDPM on small images", MODEL)
+    unconditional: bool = _field(False, "no captions: learn to generate without a prompt", MODEL)
     class_conditional: bool = _field(False, "class folders' names instead of captions", MODEL)
     train_text_encoder: bool = _field(False, "train the text encoder along", MODEL)
     text_encoder_lr: float | None = _field(None, "its learning rate (that of the UNet)", MODEL, gt=0)
@@ -283,10 +283,10 @@ class ControlNetSettings(DenoiserSettings):
     )
 
     conditioning_image_column: str | None = _field(
-        None, "column with the map that belongs to the picture (conditioning_image)", DATA
+        None, "column with the map that belongs to the image (conditioning_image)", DATA
     )
-    conditioning_data_dir: str | None = _field(None, "folder with the maps, under the names of the pictures", DATA)
-    preprocessor: MapMaker | None = _field(None, "make the maps of the pictures themselves", DATA)
+    conditioning_data_dir: str | None = _field(None, "folder with the maps, under the names of the images", DATA)
+    preprocessor: MapMaker | None = _field(None, "make the maps of the images themselves", DATA)
 
     @model_validator(mode="after")
     def _every_controlnet_setting_has_an_effect(self) -> Self:
@@ -297,7 +297,7 @@ class ControlNetSettings(DenoiserSettings):
         return self
 
 
-class VaeSettings(PictureSettings):
+class VaeSettings(ImageSettings):
     """`sdcli train-vae`."""
 
     model: str | None = _field(None, "the model whose VAE to train on (default: the embedded one)", MODEL)
@@ -338,7 +338,7 @@ class TextSettings(TrainSettings):
     """`sdcli train-text-encoder`."""
 
     caption_column: str | None = _field(None, "column with the caption (text or caption)", DATA)
-    caption_extension: str = _field(".txt", "of caption files beside pictures", DATA)
+    caption_extension: str = _field(".txt", "of caption files beside images", DATA)
     split: str = _field("train", "of a data set that has several", DATA)
     validation_split: float = _field(0.05, "share of the captions that is held out for validation", DATA, ge=0, lt=1)
     cache_dir: Path | None = _field(None, "for the teacher's vectors (your cache folder)", DATA)
@@ -353,7 +353,7 @@ class TextSettings(TrainSettings):
 
     objective: tuple[str, ...] = _field(
         (),
-        "lm, contrastive, distil, distil-word (at the last word) or align (a picture's captions get the states of its "
+        "lm, contrastive, distil, distil-word (at the last word) or align (an image's captions get the states of its "
         "first one), with a weight as in lm:0.2; several times to add up (lm; distil with --teacher)",
         OBJECTIVE,
     )

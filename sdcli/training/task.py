@@ -23,7 +23,7 @@ class Draw:
     index: int
     """Which item of the data set."""
     size: tuple[int, int] | None = None
-    """Width and height of the bucket, for pictures."""
+    """Width and height of the bucket, for images."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ Moments = tuple[Tensor, Tensor | None]
 
 
 def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per picture: its noise depends on its seed alone, not on batch, neighbours or device."""
+    """One CPU generator per image: its noise depends on its seed alone, not on batch, neighbours or device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -51,7 +51,7 @@ def moments_with_fallbacks(vae: VAE, pixels: Sequence[Tensor]) -> tuple[Moments,
     Raises OutOfMemory.
     """
     tiled = not fits_in_memory(vae, *pixels[0].shape[1:])
-    notes: tuple[str, ...] = ("encoded in tiles: the whole picture would not fit into memory",) if tiled else ()
+    notes: tuple[str, ...] = ("encoded in tiles: the whole image would not fit into memory",) if tiled else ()
     found = _try_moments(vae, pixels, tiled=tiled)
     if found is None and len(pixels) > 1:
         singles = [moments_with_fallbacks(vae, [one]) for one in pixels]
@@ -63,7 +63,7 @@ def moments_with_fallbacks(vae: VAE, pixels: Sequence[Tensor]) -> tuple[Moments,
         notes = ("encoded in tiles: out of memory",)
         found = _try_moments(vae, pixels, tiled=True)
     if found is None:
-        raise OutOfMemory("out of memory while encoding a single picture, even in tiles; try a smaller --size")
+        raise OutOfMemory("out of memory while encoding a single image, even in tiles; try a smaller --size")
     return found, notes
 
 
@@ -82,7 +82,7 @@ def _try_moments(vae: VAE, pixels: Sequence[Tensor], *, tiled: bool) -> Moments 
 def drawn(vae: VAE, moments: Moments, generators: Sequence[torch.Generator] | None = None) -> Tensor:
     """Moments -> scaled latents [B, C, H/8, W/8], float32 on the CPU.
 
-    The mean of the VAE's distribution, or a sample drawn with one CPU generator per picture. A VAE without a
+    The mean of the VAE's distribution, or a sample drawn with one CPU generator per image. A VAE without a
     distribution (AutoencoderTiny) has only the mean; there the generators have no effect.
     """
     latents, logvar = moments
@@ -134,7 +134,7 @@ def cell(vae: VAE) -> int:
 
 
 def has_distribution(vae: VAE) -> bool:
-    """Whether there are samples to draw; AutoencoderTiny knows only one latent per picture."""
+    """Whether there are samples to draw; AutoencoderTiny knows only one latent per image."""
     return not isinstance(vae, AutoencoderTiny)
 
 

@@ -35,7 +35,7 @@ class _Frozen(BaseModel):
 
 
 class Source(_Frozen):
-    """The picture that one latent was made of. Sizes are pixels; `fitted` is what the VAE saw."""
+    """The image that one latent was made of. Sizes are pixels; `fitted` is what the VAE saw."""
 
     name: str
     sha256: str
@@ -61,7 +61,7 @@ class LatentRecord(_Frozen):
     sample: Literal["mean", "sample"]
     seed: int | None = None
     size: tuple[int, int] | None = None
-    """The size that was asked for; None where every picture kept its own."""
+    """The size that was asked for; None where every image kept its own."""
     dtype: str = "float32"
     """What the VAE computed in."""
     stored: Literal["float32", "float16"] = "float32"
@@ -119,7 +119,7 @@ def read_latents(path: Path, *, scaled: bool | None = None) -> LatentFile:
         latents = _checked(path, _read_tensor(path, _TENSOR, header))
         if record is not None:
             if len(record.source) not in (0, len(latents)):
-                raise BadLatents(f"{path} holds {len(latents)} latents and speaks of {len(record.source)} pictures")
+                raise BadLatents(f"{path} holds {len(latents)} latents and speaks of {len(record.source)} images")
             return LatentFile(latents=latents, scaled=record.scaled, record=record)
         return LatentFile(latents=latents if _MARKER in header else latents * (1.0 / COMFYUI_FACTOR), scaled=False)
     if len(names) != 1:

@@ -1,4 +1,4 @@
-"""A quick look at latents: their picture for little work, good enough to watch it come along."""
+"""A quick look at latents: their image for little work, good enough to watch it come along."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional
 from sdcli.vae.latent_space import PixelSpace, Space
 
 FEW_CELLS = 256
-"""Latents that are decoded as they are; 16x16 is a picture of 128x128."""
+"""Latents that are decoded as they are; 16x16 is an image of 128x128."""
 
 
-def glance(space: Space, x: Tensor) -> Tensor:
+def latent_preview(space: Space, x: Tensor) -> Tensor:
     """x [C, h, w] -> pixels [3, H, W] in 0..1 on the CPU: one for each cell of latents with many, else all of them.
 
     A latent's colour is nearly a linear function of it. The function is fitted to these very latents, by least squares

@@ -17,12 +17,12 @@ from sdcli.io.lean_diffusers import VAE
 from sdcli.models.loader import LoadedModel
 from sdcli.vae import autoencoder
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 """Hears, in a sentence, what had to be done because memory ran out or numbers went wrong."""
 
 
 def quiet(note: str) -> None:
-    """A `Tell` that nobody hears."""
+    """A `Report` that nobody hears."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LatentSpace:
 
     vae: VAE
     black_is_wrong: ClassVar[bool] = True
-    """A picture that is black all over comes of a VAE that overflowed."""
+    """An image that is black all over comes of a VAE that overflowed."""
     _moments: WeakTensorKeyDictionary = field(
         default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
     )
@@ -48,7 +48,7 @@ class LatentSpace:
         return next(self.vae.parameters()).device
 
     def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
-        """(C, h, w) of x for a picture of that many pixels."""
+        """(C, h, w) of x for an image of that many pixels."""
         cell = autoencoder.cell(self.vae)
         return self.channels, height // cell, width // cell
 
@@ -62,11 +62,13 @@ class LatentSpace:
         """Whether encoding draws from the generators."""
         return autoencoder.has_distribution(self.vae)
 
-    def encode(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, tell: Tell = quiet) -> Tensor:
+    def encode(
+        self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, report: Report = quiet
+    ) -> Tensor:
         """Pixels [3, H, W] in 0..1, of equal size -> x [B, C, h, w], float32 on the CPU: samples of what the VAE says.
 
         One by one, so that none depends on its neighbours, and what is still known of the same tensor is not computed
-        again. `tell` hears what had to be done for it. Raises OutOfMemory.
+        again. `report` hears what had to be done for it. Raises OutOfMemory.
         """
         rows = []
         for one, generator in zip(pixels, generators, strict=True):
@@ -74,7 +76,7 @@ class LatentSpace:
                 self._moments[one] = autoencoder.moments_with_fallbacks(self.vae, [one])
             moments, notes = self._moments[one]
             for note in notes:
-                tell(note)
+                report(note)
             rows.append(autoencoder.drawn(self.vae, moments, [generator]))
         return torch.cat(rows)
 
@@ -103,12 +105,14 @@ class PixelSpace:
     device: ClassVar[torch.device] = torch.device("cpu")
 
     def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
-        """(C, H, W): x is the picture."""
+        """(C, H, W): x is the image."""
         return self.channels, height, width
 
-    def encode(self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, tell: Tell = quiet) -> Tensor:
+    def encode(
+        self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, report: Report = quiet
+    ) -> Tensor:
         """Pixels [3, H, W] in 0..1 -> x [B, 1 or 3, H, W]."""
-        return torch.stack([in_pixel_space(picture, channels=self.channels) for picture in pixels])
+        return torch.stack([in_pixel_space(image, channels=self.channels) for image in pixels])
 
     def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:
         """x [B, 1 or 3, H, W] -> pixels [B, 3, H, W] in 0..1, float32 on the CPU; NaN stays NaN."""
@@ -145,7 +149,7 @@ def decode_with_fallbacks(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
 
-    `tiled` asks for tiles from the start. A black picture of a VAE counts as a failure, unless it `may_be_black`: then
+    `tiled` asks for tiles from the start. A black image of a VAE counts as a failure, unless it `may_be_black`: then
     only NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
     """
     if not latents.isfinite().all():
@@ -154,7 +158,7 @@ def decode_with_fallbacks(
     notes: tuple[str, ...] = ()
     if not tiled and not space.fits_in_memory(latents):
         tiled = True
-        notes = ("decoded in tiles: the whole picture would not fit into memory",)
+        notes = ("decoded in tiles: the whole image would not fit into memory",)
     pixels = _try_decode(space, latents, tiled=tiled)
     if pixels is None and not tiled:
         notes = ("decoded in tiles: out of memory",)
@@ -165,16 +169,16 @@ def decode_with_fallbacks(
     if pixels is None:
         raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
     if wrong(pixels, may_be_black=may_be_black) and space.dtype != torch.float32:
-        notes = (*notes, "decoded in float32: the half-precision VAE gave no picture")
+        notes = (*notes, "decoded in float32: the half-precision VAE gave no image")
         pixels = _try_decode(space.moved(dtype=torch.float32), latents, tiled=tiled)
     if pixels is None or wrong(pixels, may_be_black=may_be_black):
         kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
-        raise BadOutput(f"the decoded picture is {kind}; nothing was saved")
+        raise BadOutput(f"the decoded image is {kind}; nothing was saved")
     return pixels, notes
 
 
 def wrong(pixels: Tensor, *, may_be_black: bool = False) -> bool:
-    """Whether a decoded picture is no picture: NaN somewhere, or black everywhere."""
+    """Whether a decoded image is no image: NaN somewhere, or black everywhere."""
     return not bool(pixels.isfinite().all()) or (float(pixels.max()) == 0.0 and not may_be_black)
 
 

@@ -1,4 +1,4 @@
-"""`sdcli compare`: the distance of two pictures against its formulas, what records say differently, and how it ends."""
+"""`sdcli compare`: the distance of two images against its formulas, what records say differently, and how it ends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from sdcli.errors import BadOutput, BadPicture, NotFound, UsageError
+from sdcli.errors import BadImage, BadOutput, NotFound, UsageError
 from sdcli.images import metrics
 from sdcli.images.metrics import distance, similarity
 from sdcli.images.pixels import to_pixels
 from sdcli.io.files import AlreadyExists
-from sdcli.metadata.record import Record, picture_bytes
+from sdcli.metadata.record import Record, image_bytes
 from sdcli.request.schema import GenerationRequest
 from tests.generation.test_encode_decode import good, run
 
@@ -40,13 +40,13 @@ def noise(seed: int, size: tuple[int, int] = (40, 24)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def near(picture: Image.Image, by: int) -> Image.Image:
-    levels = np.asarray(picture).astype(int) + np.random.default_rng(9).integers(-by, by + 1, (*picture.size[::-1], 3))
+def near(image: Image.Image, by: int) -> Image.Image:
+    levels = np.asarray(image).astype(int) + np.random.default_rng(9).integers(-by, by + 1, (*image.size[::-1], 3))
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
-def save(name: str, picture: Image.Image, record: Record | None = None) -> Path:
-    Path(name).write_bytes(picture_bytes(picture, "png", record))
+def save(name: str, image: Image.Image, record: Record | None = None) -> Path:
+    Path(name).write_bytes(image_bytes(image, "png", record))
     return Path(name)
 
 
@@ -71,7 +71,7 @@ def test_the_distance_is_that_of_its_formulas() -> None:
     assert distance(a, noise(0, (24, 40))) is None
 
 
-def test_the_similarity_of_large_pictures_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_similarity_of_large_images_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = noise(0, (15, 50)), near(noise(0, (15, 50)), 60)
     whole = float(metrics.ssim(to_pixels(a)[None], to_pixels(b)[None]))
     assert 0 < whole < 0.99
@@ -108,7 +108,7 @@ def test_what_differs_is_told_of_pixels_requests_and_facts() -> None:
     assert '  weights.unet  "random:tiny:0"  ->  "random:tiny:1"' in out
 
 
-def test_a_picture_and_its_copy_are_identical() -> None:
+def test_an_image_and_its_copy_are_identical() -> None:
     save("a.png", noise(0), RECORD)
     save("copy.png", noise(0), RECORD)
     assert good("compare", "a.png", "copy.png", "--min-psnr", "inf")[2:] == [
@@ -165,7 +165,7 @@ def test_a_minimum_of_the_psnr_decides_the_exit_code() -> None:
         run("compare", "a.png", "b.png", "--min-psnr", "nan")
 
 
-def test_the_difference_picture_is_the_difference_amplified() -> None:
+def test_the_difference_image_is_the_difference_amplified() -> None:
     a, b = noise(0), near(noise(0), 5)
     save("a.png", a)
     save("b.png", b)
@@ -182,16 +182,16 @@ def test_the_difference_picture_is_the_difference_amplified() -> None:
         assert black.getbbox() is None
 
 
-def test_pictures_are_compared_as_they_are_shown() -> None:
+def test_images_are_compared_as_they_are_shown() -> None:
     """Upright, and with transparent parts on white."""
-    picture = noise(0)
-    save("a.png", picture)
+    image = noise(0)
+    save("a.png", image)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees to the right
-    picture.transpose(Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
-    clear = Image.new("RGBA", picture.size, (1, 2, 3, 0))
+    image.transpose(Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
+    clear = Image.new("RGBA", image.size, (1, 2, 3, 0))
     clear.save("clear.png")
-    save("white.png", Image.new("RGB", picture.size, "white"))
+    save("white.png", Image.new("RGB", image.size, "white"))
     for one, other in (("a.png", "turned.png"), ("clear.png", "white.png")):
         (facts,) = run("compare", one, other, "--json").json
         assert facts["identical"], (one, other)
@@ -203,9 +203,9 @@ def test_each_wrong_wish_and_broken_file_ends_with_its_own_error() -> None:
     Path("text.png").write_text("hello")
     cases = [
         (["a.png", "absent.png"], NotFound, "no file absent.png"),
-        (["cut.png", "a.png"], BadPicture, "cut.png"),
-        (["a.png", "text.png"], BadPicture, "text.png: is no PNG"),
-        (["a.png", "."], BadPicture, "is a folder"),
+        (["cut.png", "a.png"], BadImage, "cut.png"),
+        (["a.png", "text.png"], BadImage, "text.png: is no PNG"),
+        (["a.png", "."], BadImage, "is a folder"),
         (["a.png", "a.png", "--overwrite"], UsageError, "no effect without --diff"),
         (["a.png", "a.png", "--diff", "d.jpg"], UsageError, "should end in .png"),
     ]

@@ -1,4 +1,4 @@
-"""docs/cookbook.md: its commands are understood, its pictures are there, and it can be painted again."""
+"""docs/cookbook.md: its commands are understood, its images are there, and it can be generated again."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ cookbook = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cookbook)
 
 
-def test_every_picture_of_the_page_is_there() -> None:
-    assert [name for name in cookbook.pictures() if not (FOLDER / name).is_file()] == []
+def test_every_image_of_the_page_is_there() -> None:
+    assert [name for name in cookbook.images() if not (FOLDER / name).is_file()] == []
 
 
 def test_every_generate_command_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:

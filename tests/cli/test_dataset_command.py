@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sdcli.cli.dataset import app
-from sdcli.data.sources import open_pictures
-from sdcli.errors import BadPicture, CannotWrite, SdcliError, UsageError
-from tests.data.test_dataset_folders import PICTURE, folder_of, latent_file, picture_bytes, tree_digest
+from sdcli.data.sources import open_images
+from sdcli.errors import BadImage, CannotWrite, SdcliError, UsageError
+from tests.data.test_dataset_folders import IMAGE, folder_of, image_bytes, latent_file, tree_digest
 
 
 def run(*arguments: str | Path) -> Result:
@@ -21,10 +21,10 @@ def run(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    """Six captioned pictures in three sizes."""
+    """Six captioned images in three sizes."""
     files: dict[str, bytes | str] = {}
     for number, size in enumerate([(64, 64)] * 3 + [(128, 64)] * 2 + [(64, 128)]):
-        files |= {f"{number}.png": picture_bytes(number, size), f"{number}.txt": f"a picture of number {number}\nit\n"}
+        files |= {f"{number}.png": image_bytes(number, size), f"{number}.txt": f"an image of number {number}\nit\n"}
     return folder_of(tmp_path / "good", files)
 
 
@@ -35,12 +35,12 @@ def test_sound_data_pass_the_check_unchanged(good: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == f"{good}: 6 of 6 are used, 0 dropped"
     assert lines[-1] == "nothing is lost"
-    assert "buckets: 3; batches of 2 repeat 2 pictures an epoch" in lines
+    assert "buckets: 3; batches of 2 repeat 2 images an epoch" in lines
     assert tree_digest(good) == before
 
 
-def test_lost_pictures_and_captions_fail_the_check(good: Path) -> None:
-    folder_of(good, {"bad.png": b"?", "bad.txt": "x", "none.png": picture_bytes(9), "none.caption": "unread"})
+def test_lost_images_and_captions_fail_the_check(good: Path) -> None:
+    folder_of(good, {"bad.png": b"?", "bad.txt": "x", "none.png": image_bytes(9), "none.caption": "unread"})
     before = tree_digest(good)
     result = run("check", good)
     assert result.exit_code == 1
@@ -54,18 +54,18 @@ def test_lost_pictures_and_captions_fail_the_check(good: Path) -> None:
     assert tree_digest(good) != before
 
 
-def test_duplicates_and_tiny_pictures_are_told_and_are_no_failure(tmp_path: Path) -> None:
+def test_duplicates_and_tiny_images_are_told_and_are_no_failure(tmp_path: Path) -> None:
     files = {
-        "a.png": PICTURE,
+        "a.png": IMAGE,
         "a.txt": "same",
-        "b.png": PICTURE,
+        "b.png": IMAGE,
         "b.txt": "same",
-        "c.png": picture_bytes(1),
+        "c.png": image_bytes(1),
         "c.txt": "c",
     }
     result = run("check", folder_of(tmp_path, files))
     assert result.exit_code == 0
-    assert "2 pictures are equal byte for byte: a.png = b.png" in result.stdout
+    assert "2 images are equal byte for byte: a.png = b.png" in result.stdout
     assert "2 share their caption; 2 have 'same'" in result.stdout
     assert "3 are less than 64 pixels wide or high: a.png, b.png, c.png" in result.stdout
 
@@ -76,7 +76,7 @@ def test_json_is_one_object_with_everything(good: Path) -> None:
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert (found["ok"], found["used"], found["problems"]) == (False, 6, ["1 dropped"])
-    assert found["dropped"] == [{"name": "bad.png", "reason": "is no PNG, JPEG, WebP, BMP, GIF or TIFF picture"}]
+    assert found["dropped"] == [{"name": "bad.png", "reason": "is no PNG, JPEG, WebP, BMP, GIF or TIFF image"}]
     assert sum(bucket["pictures"] for bucket in found["buckets"]) == 6
 
 
@@ -101,7 +101,7 @@ def test_stats_count_sizes_words_tokens_and_buckets(good: Path) -> None:
 
 
 def test_stats_count_classes(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"dog/1.png": PICTURE, "dog/2.png": PICTURE, "cat/1.png": PICTURE})
+    root = folder_of(tmp_path, {"dog/1.png": IMAGE, "dog/2.png": IMAGE, "cat/1.png": IMAGE})
     assert json.loads(run("stats", root, "--json").stdout)["classes"] == {"cat": 1, "dog": 2}
     assert "classes: 2" in run("stats", root).stdout
 
@@ -116,8 +116,8 @@ def test_shards_hold_the_same_set(good: Path, tmp_path: Path) -> None:
     assert tree_digest(good) == before
 
     def content(root: Path) -> list[tuple[bytes, tuple[str, ...]]]:
-        pictures = open_pictures(root)
-        return [(pictures.read(index), pictures[index].captions) for index in range(len(pictures))]
+        images = open_images(root)
+        return [(images.read(index), images[index].captions) for index in range(len(images))]
 
     (good / "bad.png").unlink()
     assert content(tmp_path / "out") != content(good)
@@ -133,9 +133,9 @@ def test_shards_hold_the_same_set(good: Path, tmp_path: Path) -> None:
 
 
 def test_class_folders_keep_their_classes_in_shards(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "data", {"dog/1.png": PICTURE, "cat/1.png": picture_bytes(1)})
+    root = folder_of(tmp_path / "data", {"dog/1.png": IMAGE, "cat/1.png": image_bytes(1)})
     run("shard", root, "-o", tmp_path / "out")
-    shards = open_pictures(tmp_path / "out")
+    shards = open_images(tmp_path / "out")
     assert shards.classes == ("cat", "dog")
     assert {(shards[index].label, shards[index].captions) for index in range(2)} == {
         ("cat", ("cat",)),
@@ -152,8 +152,8 @@ def test_shards_never_overwrite_nor_go_into_the_data(good: Path, tmp_path: Path)
     inside = run("shard", good, "-o", good / "shards").exception
     assert isinstance(inside, UsageError)
     assert "nothing is ever written" in str(inside)
-    assert isinstance(run("shard", broken, "-o", tmp_path / "new").exception, BadPicture)
-    assert "shards hold pictures" in str(run("shard", latents, "-o", tmp_path / "new").exception)
+    assert isinstance(run("shard", broken, "-o", tmp_path / "new").exception, BadImage)
+    assert "shards hold images" in str(run("shard", latents, "-o", tmp_path / "new").exception)
     assert tree_digest(tmp_path) == before
 
 

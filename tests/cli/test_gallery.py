@@ -20,10 +20,10 @@ from typer.testing import CliRunner, Result
 
 from sdcli.cli.app import app
 from sdcli.cli.options.request_flags import command_line
-from sdcli.errors import BadPicture, CannotWrite, NotFound, SomeFailed, UsageError
+from sdcli.errors import BadImage, CannotWrite, NotFound, SomeFailed, UsageError
 from sdcli.io.files import AlreadyExists
 from sdcli.metadata import gallery
-from sdcli.metadata.record import Record, picture_bytes
+from sdcli.metadata.record import Record, image_bytes
 from sdcli.models.registry import load_registry, resolve
 from sdcli.request.schema import MAX_SEED, SCHEMA, GenerationRequest
 from tests.browser import Browser, browser
@@ -41,11 +41,11 @@ def request(**changes: Any) -> GenerationRequest:
     return resolve(GenerationRequest(**{"prompt": "a fox", "seed": 7, **changes}), load_registry().find("starter"))
 
 
-def paint(path: Path, *, colour: str = "teal", record: Record | None = None, **changes: Any) -> Path:
-    """A small picture with sdcli's record of a request with these changes."""
+def sample(path: Path, *, colour: str = "teal", record: Record | None = None, **changes: Any) -> Path:
+    """A small image with sdcli's record of a request with these changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = record or Record(request(**changes), {"sdcli": "0.1.0", "weights": {"unet": "sha256:0"}})
-    path.write_bytes(picture_bytes(Image.new("RGB", (48, 32), colour), "png", record))
+    path.write_bytes(image_bytes(Image.new("RGB", (48, 32), colour), "png", record))
     return path
 
 
@@ -75,7 +75,7 @@ class Parts(HTMLParser):
 
 @given(title=TEXTS, texts=st.lists(st.dictionaries(st.text(), st.text() | st.none() | st.integers()), max_size=4))
 @settings(max_examples=25)
-@example("@pictures@ @title@ @script@", [{"@pictures@": "@title@"}])
+@example("@images@ @title@ @script@", [{"@images@": "@title@"}])
 @example("</script><!--", [{"<!--<script>": "]]>&lt;\u2028"}, {"__proto__": "\ud800"}])
 def test_whatever_the_data_holds_a_parser_reads_it_back_and_sees_no_other_tag(title: str, texts: list[Any]) -> None:
     page = "".join(gallery.page(title, texts))
@@ -103,7 +103,7 @@ def test_the_policy_allows_the_page_s_own_script_and_style_by_digest_and_no_netw
 
 def test_the_page_holds_every_record_exactly_and_a_thumbnail(tmp_path: Path) -> None:
     record = Record(request(prompt=EVIL, seed=MAX_SEED), {"weights": {"unet": "sha256:0"}, "odd": EVIL})
-    paint(tmp_path / "sub" / "a#b c%.png", record=record)
+    sample(tmp_path / "sub" / "a#b c%.png", record=record)
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("parameters", "a hare\nNegative prompt: fog\nSteps: 20, Seed: 5, ENSD: 31337")
     Image.new("RGB", (600, 300)).save(tmp_path / "theirs.png", pnginfo=chunks)
@@ -129,7 +129,7 @@ def test_the_page_holds_every_record_exactly_and_a_thumbnail(tmp_path: Path) -> 
 
 
 def test_the_same_folder_gives_the_same_page_and_nothing_is_replaced_unasked(tmp_path: Path) -> None:
-    paint(tmp_path / "a.png")
+    sample(tmp_path / "a.png")
     page = tmp_path / "pages" / "all.html"
     assert run("gallery", tmp_path, "-o", page).exit_code == 0
     first = page.read_bytes()
@@ -139,10 +139,10 @@ def test_the_same_folder_gives_the_same_page_and_nothing_is_replaced_unasked(tmp
     assert Parts(first.decode()).data["pictures"][0]["url"] == "../a.png"
 
 
-def test_broken_pictures_and_circles_of_links_do_not_end_it(sdcli: Run, tmp_path: Path) -> None:
-    whole = paint(tmp_path / "in" / "deep" / "whole.png").read_bytes()
+def test_broken_images_and_circles_of_links_do_not_end_it(sdcli: Run, tmp_path: Path) -> None:
+    whole = sample(tmp_path / "in" / "deep" / "whole.png").read_bytes()
     (tmp_path / "in" / "cut.png").write_bytes(whole[:-30])
-    (tmp_path / "in" / "\x1b[31m.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "\x1b[31m.jpg").write_bytes(b"no image")
     (tmp_path / "in" / "deep" / "round").symlink_to(tmp_path / "in", target_is_directory=True)
     (tmp_path / "in" / "self.png").symlink_to("self.png")
     os.mkfifo(tmp_path / "in" / "pipe.png")
@@ -157,8 +157,8 @@ def test_broken_pictures_and_circles_of_links_do_not_end_it(sdcli: Run, tmp_path
     assert len(Parts((tmp_path / "in" / "gallery.html").read_text()).data["pictures"]) == 1
 
 
-@pytest.mark.parametrize(("count", "error"), [(1, BadPicture), (2, SomeFailed)])
-def test_without_any_picture_that_can_be_read_no_page_is_written(count: int, error: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "error"), [(1, BadImage), (2, SomeFailed)])
+def test_without_any_image_that_can_be_read_no_page_is_written(count: int, error: type, tmp_path: Path) -> None:
     for number in range(count):
         (tmp_path / f"{number}.png").touch()
     assert isinstance(run("gallery", tmp_path).exception, error)
@@ -166,13 +166,13 @@ def test_without_any_picture_that_can_be_read_no_page_is_written(count: int, err
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    picture = paint(tmp_path / "in" / "a.png")
+    image = sample(tmp_path / "in" / "a.png")
     (tmp_path / "empty").mkdir()
     assert isinstance(run("gallery", tmp_path / "nowhere").exception, NotFound)
-    assert isinstance(run("gallery", picture).exception, NotFound)
+    assert isinstance(run("gallery", image).exception, NotFound)
     assert isinstance(run("gallery", tmp_path / "empty").exception, NotFound)
-    assert isinstance(run("gallery", picture.parent, "-o", picture, "--overwrite").exception, UsageError)
-    assert isinstance(run("gallery", picture.parent, "-o", picture / "page.html").exception, CannotWrite)
+    assert isinstance(run("gallery", image.parent, "-o", image, "--overwrite").exception, UsageError)
+    assert isinstance(run("gallery", image.parent, "-o", image / "page.html").exception, CannotWrite)
     assert list((tmp_path / "empty").iterdir()) == []
 
 
@@ -197,9 +197,9 @@ def test_thumbnails_are_small_upright_and_of_the_same_colours(tmp_path: Path) ->
     assert (clear.size, clear.convert("RGBA").getpixel((8, 8))[3]) == ((16, 16), 0)  # type: ignore[index]
 
 
-def test_of_very_many_pictures_no_thumbnails_are_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_very_many_images_no_thumbnails_are_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "MOST_EMBEDDED", 1)
-    paths = [paint(tmp_path / name) for name in ("a.png", "b.png")]
+    paths = [sample(tmp_path / name) for name in ("a.png", "b.png")]
     assert [entry.thumbnail for entry in gallery.look(paths)] == [None, None]
     assert next(gallery.look(paths[:1])).thumbnail is not None
 
@@ -224,7 +224,7 @@ def enter(chromium: Browser, field: str, value: str) -> None:
 @pytest.mark.slow
 def test_hostile_metadata_is_shown_as_text_and_nothing_is_fetched(chromium: Browser, tmp_path: Path) -> None:
     record = Record(request(prompt=EVIL, negative_prompt="x" * 300_000), {EVIL: EVIL, "__proto__": {"a": [EVIL]}})
-    picture = paint(tmp_path / "javascript:alert(1)#<b>.png", record=record)
+    image = sample(tmp_path / "javascript:alert(1)#<b>.png", record=record)
     assert run("gallery", tmp_path).exit_code == 0
     chromium.open(tmp_path / "gallery.html")
     before = chromium.run("document.scripts.length")
@@ -233,24 +233,22 @@ def test_hostile_metadata_is_shown_as_text_and_nothing_is_fetched(chromium: Brow
     shown = chromium.run("[...document.querySelectorAll('#facts tr')].map(one => one.innerText)")
     assert sum("owned" in row for row in shown) == 3
     assert sum("x" * 300_000 in row for row in shown) == 1
-    assert chromium.run("$('name').textContent") == picture.name
+    assert chromium.run("$('name').textContent") == image.name
     assert chromium.run("$('painting').hidden") is True  # no argument of a command can be so long
     assert chromium.run("document.querySelectorAll('b, #facts img, #facts script').length") == 0
     assert chromium.run("[document.title, document.scripts.length]") == [tmp_path.name, before]
     chromium.run("document.querySelector('#large img').decode()")
     assert chromium.run("document.querySelector('#large img').naturalWidth") == 48
-    assert set(chromium.requests) == {(tmp_path / "gallery.html").as_uri(), picture.as_uri()}
+    assert set(chromium.requests) == {(tmp_path / "gallery.html").as_uri(), image.as_uri()}
     assert chromium.problems == []
 
 
 @pytest.mark.slow
-def test_pictures_are_filtered_sorted_opened_compared_and_their_command_copied(
-    chromium: Browser, tmp_path: Path
-) -> None:
+def test_images_are_filtered_sorted_opened_compared_and_their_command_copied(chromium: Browser, tmp_path: Path) -> None:
     big = 2**63 - 1
-    paint(tmp_path / "1.png", prompt="a red fox", seed=big, steps=9)
-    paint(tmp_path / "2.png", prompt="A fox, blue", seed=big - 1, steps=10)
-    paint(tmp_path / "3.png", record=Record(GenerationRequest(prompt="a hare", model="other", seed=9), {}))
+    sample(tmp_path / "1.png", prompt="a red fox", seed=big, steps=9)
+    sample(tmp_path / "2.png", prompt="A fox, blue", seed=big - 1, steps=10)
+    sample(tmp_path / "3.png", record=Record(GenerationRequest(prompt="a hare", model="other", seed=9), {}))
     Image.new("RGB", (8, 8)).save(tmp_path / "4.png")
     assert run("gallery", tmp_path).exit_code == 0
     chromium.open(tmp_path / "gallery.html")
@@ -299,12 +297,12 @@ def test_pictures_are_filtered_sorted_opened_compared_and_their_command_copied(
 
 
 @pytest.mark.slow
-def test_ten_thousand_pictures_are_in_the_page_and_few_in_the_document(chromium: Browser, tmp_path: Path) -> None:
-    (entry,) = gallery.look([paint(tmp_path / "a.png")])
+def test_ten_thousand_images_are_in_the_page_and_few_in_the_document(chromium: Browser, tmp_path: Path) -> None:
+    (entry,) = gallery.look([sample(tmp_path / "a.png")])
     page = tmp_path / "gallery.html"
     like = gallery.described(entry, name="", page=page, command="sdcli generate")
-    pictures = ({**like, "name": f"{n}.png", "request": {"prompt": f"fox {n}", "seed": str(n)}} for n in range(10_000))
-    page.write_text("".join(gallery.page("many", pictures)), encoding="utf-8")
+    images = ({**like, "name": f"{n}.png", "request": {"prompt": f"fox {n}", "seed": str(n)}} for n in range(10_000))
+    page.write_text("".join(gallery.page("many", images)), encoding="utf-8")
     chromium.open(page)
     most = chromium.run("""(async () => {
         let most = 0;

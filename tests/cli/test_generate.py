@@ -31,7 +31,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def whole(folder: Path) -> int:
-    """How many pictures there are; every one must decode."""
+    """How many images there are; every one must decode."""
     paths = list(folder.glob("*.png"))
     for path in paths:
         with Image.open(path) as image:
@@ -95,7 +95,7 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        ([], 2, "nothing to paint"),
+        ([], 2, "nothing to generate"),
         (["x", "--steps", "0"], 2, "--steps"),
         (["x", "--steps", "many"], 2, "--steps"),
         (["x", "--size", "100x100"], 2, "multiple of 8"),
@@ -194,7 +194,7 @@ def test_prompts_come_from_stdin_as_text_or_jsonl(sdcli: Run) -> None:
     "image_format", ["png", *(pytest.param(name, marks=pytest.mark.slow) for name in ("webp", "jpeg"))]
 )
 @pytest.mark.slow
-def test_from_paints_a_picture_again_and_verify_proves_it(sdcli: Run, tmp_path: Path, image_format: str) -> None:
+def test_from_paints_an_image_again_and_verify_proves_it(sdcli: Run, tmp_path: Path, image_format: str) -> None:
     first = sdcli("generate", "a cat", *TINY, "--format", image_format, "--scheduler", "ddpm")
     path = first.stdout.strip()
     again = sdcli("generate", "--from", path, "-o", "again", "--format", image_format, "-q")
@@ -267,12 +267,12 @@ def test_one_line_with_a_model_that_cannot_be_loaded_does_not_end_the_others(sdc
     assert [json.loads(line)["status"] for line in done.stdout.splitlines()] == ["failed", "done"]
 
 
-def test_a_picture_too_long_for_its_format_is_refused_before_it_is_painted(sdcli: Run) -> None:
+def test_an_image_too_long_for_its_format_is_refused_before_it_is_painted(sdcli: Run) -> None:
     done = sdcli("generate", "a cat", *TINY, "--size", "2560x64", "--upscale", "8x", "--format", "webp")
     assert (done.returncode, "20480x512 is too long for webp; use png" in done.stderr) == (2, True)
 
 
-def test_the_sheet_of_a_sweep_leaves_its_pictures_alone(sdcli: Run, tmp_path: Path) -> None:
+def test_the_sheet_of_a_sweep_leaves_its_images_alone(sdcli: Run, tmp_path: Path) -> None:
     done = sdcli("generate", "a", *TINY, "--size", "64x64", "--sweep", "seed=1,2", "-o", "sweep.png", "--overwrite")
     assert len(set(done.stdout.splitlines())) == 3, done.stderr
 
@@ -281,7 +281,7 @@ def test_a_dry_run_of_a_resume_shows_the_seeds_that_will_be_painted(sdcli: Run, 
     (tmp_path / "jobs.txt").write_text("a cat\n")
     options = ("generate", "--prompts-file", "jobs.txt", *TINY, "--outdir", "out")
     first = json.loads(sdcli(*options, "--json").stdout)["seed"]
-    for again in (("--device", "cuda:7"), ("--dry-run",)):  # a run that paints nothing replaces no base seed
+    for again in (("--device", "cuda:7"), ("--dry-run",)):  # a run that generates nothing replaces no base seed
         sdcli(*options, *again)
     assert json.loads(sdcli(*options, "--resume", "--dry-run").stdout)["seed"] == first
 
@@ -317,7 +317,7 @@ def test_a_closed_stdout_ends_quietly(tmp_path: Path) -> None:
         pytest.param([signal.SIGINT] * 2, 130, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_leaves_whole_pictures_and_its_exit_code(tmp_path: Path, signals: list[int], code: int) -> None:
+def test_a_signal_leaves_whole_images_and_its_exit_code(tmp_path: Path, signals: list[int], code: int) -> None:
     process = start(tmp_path, *[f"picture {n}" for n in range(400)], *TINY, "--steps", "20", "--batch-size", "1")
     assert process.stdout is not None
     process.stdout.readline()

@@ -1,4 +1,4 @@
-"""`sdcli grid`: which pictures are on the sheet, what is said below them, and how it ends."""
+"""`sdcli grid`: which images are on the sheet, what is said below them, and how it ends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from sdcli.errors import BadPicture, NotFound, SdcliError, SomeFailed, UsageError
+from sdcli.errors import BadImage, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.images.contact_sheet import FONT_SIZE, GAP, KEY, LABEL_WIDTH, _wrapped, check_size
 from sdcli.images.image_files import MAX_PIXELS
 from sdcli.images.sheet_labels import labels_of, parse_fields
 from sdcli.io.files import AlreadyExists
-from sdcli.metadata.record import Record, picture_bytes
+from sdcli.metadata.record import Record, image_bytes
 from sdcli.request.schema import GenerationRequest
 from tests.generation.test_encode_decode import good, run
 
@@ -34,13 +34,13 @@ def save(name: str, colour: str = "red", **fields: Any) -> Path:
     path = Path(name)
     path.parent.mkdir(exist_ok=True)
     record = Record(REQUEST.changed(**fields), {})
-    path.write_bytes(picture_bytes(Image.new("RGB", (16, 16), colour), "png", record))
+    path.write_bytes(image_bytes(Image.new("RGB", (16, 16), colour), "png", record))
     return path
 
 
 def labels(*arguments: str) -> list[str]:
     (facts,) = run("grid", *arguments, "-o", "sheet.png", "--overwrite", "--json").json
-    return [picture["label"] for picture in facts["pictures"]]
+    return [image["label"] for image in facts["pictures"]]
 
 
 def test_labels_say_what_differs_and_nothing_else() -> None:
@@ -66,14 +66,14 @@ def test_asked_fields_stand_in_their_order() -> None:
     assert fields == ("guidance_scale", "name", "size", "scheduler")
     assert labels_of(["a"], [REQUEST], fields=fields) == ["cfg 7.5, a, 16x16, ddim"]
     assert labels_of(["a", "b"], [REQUEST, None], fields=fields) == ["cfg 7.5, a, 16x16, ddim", "b"]
-    with pytest.raises(UsageError, match="none of the pictures says its seed or guidance scale"):
+    with pytest.raises(UsageError, match="none of the images says its seed or guidance scale"):
         labels_of(["a"], [None], fields=parse_fields("seed,cfg_scale"))
     for text in ("sead", "", "seed,", "none,seed", "__class__"):
         with pytest.raises(UsageError, match="a label has no field"):
             parse_fields(text)
 
 
-def test_pictures_and_folders_become_one_sheet() -> None:
+def test_images_and_folders_become_one_sheet() -> None:
     for k, colour in enumerate(("red", "green", "blue")):
         save(f"folder/{k}.png", colour, seed=k)
     save("black.png", "black", seed=9)
@@ -84,7 +84,7 @@ def test_pictures_and_folders_become_one_sheet() -> None:
         centres = [(middle + k % 3 * (LABEL_WIDTH + GAP), GAP + 16 + k // 3 * (32 + 15 + GAP)) for k in range(4)]
         assert [sheet.getpixel(at) for at in centres] == [(0, 0, 0), (255, 0, 0), (0, 128, 0), (0, 0, 255)]
         on_it = json.loads(sheet.text[KEY])  # type: ignore[attr-defined]
-    assert [(picture["name"], picture["request"]["seed"]) for picture in on_it["pictures"]] == [
+    assert [(image["name"], image["request"]["seed"]) for image in on_it["pictures"]] == [
         ("black.png", 9), ("0.png", 0), ("1.png", 1), ("2.png", 2)
     ]  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_labels_are_chosen_or_left_out() -> None:
         assert sheet.size == (GAP + 2 * (16 + GAP), GAP + 16 + GAP)
 
 
-def test_one_unreadable_picture_is_reported_and_the_others_are_laid_out() -> None:
+def test_one_unreadable_image_is_reported_and_the_others_are_laid_out() -> None:
     save("a.png", seed=1)
     save("b.png", seed=2)
     Path("cut.png").write_bytes(Path("a.png").read_bytes()[:60])
@@ -119,10 +119,10 @@ def test_one_unreadable_picture_is_reported_and_the_others_are_laid_out() -> Non
     assert isinstance(outcome.error, SomeFailed)
     assert "cut.png" in outcome.err
     (facts,) = outcome.json
-    assert [picture["label"] for picture in facts["pictures"]] == ["seed 1", "seed 2"]
+    assert [image["label"] for image in facts["pictures"]] == ["seed 1", "seed 2"]
     assert len(facts["failed"]) == 2
     cases: list[tuple[list[str], type[SdcliError]]] = [
-        (["cut.png"], BadPicture),
+        (["cut.png"], BadImage),
         (["absent.png"], NotFound),
         (["cut.png", "absent.png"], SomeFailed),
     ]
@@ -142,7 +142,7 @@ def test_wrong_wishes_are_refused() -> None:
 
 def test_a_sheet_too_large_to_be_read_again_is_refused_before_it_is_made() -> None:
     check_size(200, (512, 512))
-    with pytest.raises(UsageError, match=r"300 pictures of up to 512x512 pixels are too many"):
+    with pytest.raises(UsageError, match=r"300 images of up to 512x512 pixels are too many"):
         check_size(300, (512, 512))
     with pytest.raises(UsageError):
         check_size(1, (512, 512), enlarge=16)

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from sdcli.errors import BadPicture, NotFound, UsageError
+from sdcli.errors import BadImage, NotFound, UsageError
 from sdcli.generation.forward_process import ForwardProcess
 from sdcli.generation.settings import RunSettings
 from sdcli.images.contact_sheet import GAP, KEY, LABEL_WIDTH, LINE_HEIGHT
@@ -21,7 +21,7 @@ from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.io.files import AlreadyExists
 from sdcli.models.registry import spec_of_folder
 from sdcli.training.plot import draw_schedule
-from tests.generation.test_encode_decode import good, paint, run
+from tests.generation.test_encode_decode import draw, good, run
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -52,7 +52,7 @@ def process_of(folder: Path) -> ForwardProcess:
 
 
 def cells(path: str, count: int, side: int, shown: int) -> list[np.ndarray]:
-    """The pictures of a strip of one row, without their labels, each `side` pixels wide and shown `shown` wide."""
+    """The images of a strip of one row, without their labels, each `side` pixels wide and shown `shown` wide."""
     strip = Image.open(path).convert("RGB")
     width = max(shown, LABEL_WIDTH)
     assert strip.size == (GAP + count * (width + GAP), GAP + shown + 3 * LINE_HEIGHT + GAP)
@@ -62,10 +62,10 @@ def cells(path: str, count: int, side: int, shown: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_the_noised_picture_is_that_of_diffusers_bit_for_bit(schedule: Mapping[str, Any]) -> None:
+def test_the_noised_image_is_that_of_diffusers_bit_for_bit(schedule: Mapping[str, Any]) -> None:
     scheduler = DDPMScheduler(**schedule)
     process = process_of(pixel_model(schedule=schedule))
-    x0 = to_pixels(Image.open(paint(Path("a.png"), size=(20, 20)))) * 2 - 1
+    x0 = to_pixels(Image.open(draw(Path("a.png"), size=(20, 20)))) * 2 - 1
     timesteps = list(range(len(process)))
     noise = torch.randn((1, 3, 20, 20), generator=torch.Generator().manual_seed(7))
     expected = scheduler.add_noise(x0[None].expand(len(process), -1, -1, -1), noise, torch.tensor(timesteps))
@@ -93,7 +93,7 @@ def test_timesteps_are_spread_from_the_first_to_the_last() -> None:
 
 @torch.inference_mode()
 def test_the_strip_shows_what_diffusers_parts_make(tiny_folder: Path) -> None:
-    paint(Path("a.png"), size=(64, 64))
+    draw(Path("a.png"), size=(64, 64))
     (facts,) = run("noise", "a.png", "-m", tiny_folder, "--at", "0,300,999", "-o", "strip.png", "--json").json
     vae = AutoencoderKL.from_pretrained(tiny_folder / "vae").eval()
     scheduler = DDPMScheduler.from_pretrained(tiny_folder / "scheduler")
@@ -114,10 +114,10 @@ def test_the_strip_shows_what_diffusers_parts_make(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_models_without_a_vae_noise_the_pixels(channels: int) -> None:
-    picture = Image.open(paint(Path("a.png"), size=(20, 20)))
+    image = Image.open(draw(Path("a.png"), size=(20, 20)))
     folder = pixel_model(channels=channels, schedule=SCHEDULES["zero snr"])
     (facts,) = run("noise", "a.png", "-m", folder, "--at", "0,200,999", "--seed", "5", "-o", "s.png", "--json").json
-    x0 = to_pixels(picture) * 2 - 1
+    x0 = to_pixels(image) * 2 - 1
     x0 = x0.mean(dim=0, keepdim=True) if channels == 1 else x0
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
     scheduler = DDPMScheduler(**SCHEDULES["zero snr"])
@@ -128,11 +128,11 @@ def test_models_without_a_vae_noise_the_pixels(channels: int) -> None:
     assert facts["levels"][-1] == {"t": 999, "beta": 1.0, "alpha_bar": 0.0, "snr_db": None}
 
 
-def test_the_picture_is_brought_to_the_models_own_size() -> None:
+def test_the_image_is_brought_to_the_models_own_size() -> None:
     process = process_of(pixel_model())
-    wide = Image.open(paint(Path("wide.png"), size=(60, 30)))
+    wide = Image.open(draw(Path("wide.png"), size=(60, 30)))
     assert process.fitted(wide).size == (20, 20)
-    same = Image.open(paint(Path("same.png"), size=(20, 20)))
+    same = Image.open(draw(Path("same.png"), size=(20, 20)))
     assert process.fitted(same).tobytes() == same.tobytes()
 
 
@@ -157,7 +157,7 @@ def test_the_curves_are_those_of_the_schedule(schedule: Mapping[str, Any]) -> No
 
 def test_strip_and_curves_are_written_and_their_paths_printed() -> None:
     folder = pixel_model(schedule=SCHEDULES["cosine"])
-    paint(Path("a.png"))
+    draw(Path("a.png"))
     assert good("noise", "a.png", "-m", folder, "-o", "s.png", "--steps", "3", "--curves", "c.svg") == [
         "s.png",
         "c.svg",
@@ -174,7 +174,7 @@ def test_strip_and_curves_are_written_and_their_paths_printed() -> None:
 
 def test_each_wrong_wish_is_refused_with_its_sentence() -> None:
     folder = pixel_model()
-    paint(Path("a.png"))
+    draw(Path("a.png"))
     Path("text.png").write_text("hello")
     cases = [
         (["a.png", "--at", "0,1000"], UsageError, "1000 is no timestep of pixels; they are 0 to 999"),
@@ -186,7 +186,7 @@ def test_each_wrong_wish_is_refused_with_its_sentence() -> None:
         (["a.png", "--curves", "s.png"], UsageError, "name the same file"),
         (["a.png", "-o", "s.jpg"], UsageError, "should end in .png"),
         (["absent.png"], NotFound, "no file absent.png"),
-        (["text.png"], BadPicture, "text.png"),
+        (["text.png"], BadImage, "text.png"),
     ]
     for arguments, error, sentence in cases:
         outcome = run("noise", "-m", folder, "-o", "s.png", *arguments)

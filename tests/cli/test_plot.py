@@ -35,12 +35,12 @@ def _fonts(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path_factory.getbasetemp() / "matplotlib"))
 
 
-def test_one_run_becomes_one_picture_and_its_path_is_printed(sdcli: RunSdcli, tmp_path: Path) -> None:
+def test_one_run_becomes_one_image_and_its_path_is_printed(sdcli: RunSdcli, tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     done = sdcli("plot", "run")
     assert (done.returncode, done.stdout, done.stderr) == (0, "curves.png\n", "")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (1500, 1000))
+    with Image.open(tmp_path / "curves.png") as image:
+        assert (image.format, image.size) == ("PNG", (1500, 1000))
     assert sorted(os.listdir(tmp_path)) == ["curves.png", "run"]
 
     again = sdcli("plot", "run")

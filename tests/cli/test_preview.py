@@ -1,4 +1,4 @@
-"""`generate --preview` and `--show`: quick looks that are right, seldom, and change no picture."""
+"""`generate --preview` and `--show`: quick looks that are right, seldom, and change no image."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from sdcli.images.contact_sheet import KEY
 from sdcli.io.files import AlreadyExists
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
-from sdcli.vae.latent_preview import FEW_CELLS, glance
+from sdcli.vae.latent_preview import FEW_CELLS, latent_preview
 from sdcli.vae.latent_space import PixelSpace, space_of
 from tests.conftest import REPOSITORY
 from tests.generation.test_encode_decode import (
     _here,  # noqa: F401
+    draw,
     good,
-    paint,
     run,
 )
 
@@ -56,16 +56,16 @@ class Linear:
 def test_few_latents_are_decoded_as_they_are() -> None:
     space = space_of(load_model(load_registry().find("tiny"), device="cpu", dtype="float32"))
     x = torch.randn((4, 8, 6), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(glance(space, x), space.decode(x[None])[0])
+    torch.testing.assert_close(latent_preview(space, x), space.decode(x[None])[0])
     pixels = torch.rand((1, 40, 40), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    torch.testing.assert_close(glance(PixelSpace(1), pixels), PixelSpace(1).decode(pixels[None])[0])
+    torch.testing.assert_close(latent_preview(PixelSpace(1), pixels), PixelSpace(1).decode(pixels[None])[0])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (17, 90), (300, 2)])
 def test_the_colours_of_many_latents_are_those_of_a_linear_decoder(size: tuple[int, int]) -> None:
     space: Any = Linear()
     x = torch.randn((4, *size), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(glance(space, x), space.colours(x).clamp(0, 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(latent_preview(space, x), space.colours(x).clamp(0, 1), rtol=1e-3, atol=1e-3)
     (decoded,) = space.decoded
     assert decoded.shape[2] * decoded.shape[3] <= FEW_CELLS
 
@@ -73,7 +73,7 @@ def test_the_colours_of_many_latents_are_those_of_a_linear_decoder(size: tuple[i
 @pytest.mark.parametrize("value", [0.0, 1e4])
 def test_latents_that_are_all_the_same_have_a_look_too(value: float) -> None:
     space: Any = Linear()
-    seen = glance(space, torch.full((4, 40, 40), value))
+    seen = latent_preview(space, torch.full((4, 40, 40), value))
     assert seen.isfinite().all()
     assert 0 <= float(seen.min()) <= float(seen.max()) <= 1
 
@@ -113,10 +113,10 @@ def test_a_preview_that_cannot_be_written_is_told_once_and_ends_nothing() -> Non
     assert told == ["there is no preview any more: the disk is full"]
 
 
-def test_half_blocks_are_the_picture() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 20, 3), dtype=np.uint8))
+def test_half_blocks_are_the_image() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 20, 3), dtype=np.uint8))
     console = Console(width=20, height=BELOW + 7, color_system="truecolor", force_terminal=True)
-    lines = [line for line in console.render_lines(HalfBlocks(picture), pad=False) if line]
+    lines = [line for line in console.render_lines(HalfBlocks(image), pad=False) if line]
     seen = np.zeros((14, 20, 3), np.uint8)
     for row, line in enumerate(lines):
         cells = [segment.style for segment in line for _ in segment.text]
@@ -126,14 +126,14 @@ def test_half_blocks_are_the_picture() -> None:
             seen[2 * row, column] = style.color.get_truecolor()
             if style.bgcolor is not None:
                 seen[2 * row + 1, column] = style.bgcolor.get_truecolor()
-    np.testing.assert_array_equal(seen[:13], np.asarray(picture))
+    np.testing.assert_array_equal(seen[:13], np.asarray(image))
 
 
 JOB = ["generate", "a cat", "-m", "tiny", "--seed", "3", "--steps", "2"]
 
 
 @pytest.mark.slow
-def test_a_picture_is_the_same_with_a_preview_that_is_replaced() -> None:
+def test_an_image_is_the_same_with_a_preview_that_is_replaced() -> None:
     good(*JOB, "-n", "2", "-o", "plain/{index}.png")
     for folder in ("first", "second"):
         assert good(*JOB, "-n", "2", "-o", f"{folder}/{{index}}.png", "--preview", "live.png") == [
@@ -148,7 +148,7 @@ def test_a_picture_is_the_same_with_a_preview_that_is_replaced() -> None:
 
 
 def test_a_file_that_is_no_preview_is_kept() -> None:
-    for content in (paint(Path("mine.png")).read_bytes(), b"", b"\x89PNG\r\n\x1a\nbroken"):
+    for content in (draw(Path("mine.png")).read_bytes(), b"", b"\x89PNG\r\n\x1a\nbroken"):
         Path("mine.png").write_bytes(content)
         assert isinstance(run(*JOB, "-o", "a.png", "--preview", "mine.png").error, AlreadyExists)
         assert Path("mine.png").read_bytes() == content
@@ -179,7 +179,7 @@ def test_a_preview_that_cannot_be_is_refused(arguments: list[str], error: type[S
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.slow
-def test_a_terminal_shows_the_picture_and_stdout_only_its_path(tmp_path: Path) -> None:
+def test_a_terminal_shows_the_image_and_stdout_only_its_path(tmp_path: Path) -> None:
     import pty
 
     master, slave = pty.openpty()

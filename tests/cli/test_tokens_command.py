@@ -60,7 +60,7 @@ def test_nothing_is_coloured_where_stdout_is_no_terminal_and_control_characters_
     assert "\x1b[3" not in "".join(lines("a (fox)", FORCE_COLOR="1", NO_COLOR="1"))
 
 
-def test_a_prompt_is_read_whatever_else_a_picture_would_need_and_without_its_tags(tmp_path: Path) -> None:
+def test_a_prompt_is_read_whatever_else_an_image_would_need_and_without_its_tags(tmp_path: Path) -> None:
     folder = save_tiny_pipeline(tmp_path / "inpainting", in_channels=9)
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))

@@ -37,7 +37,7 @@ def trained(step: int, *, steps: int | None = 60) -> Trained:
 
 def a_run() -> list[Event]:
     return [
-        *(Preparing("examining pictures", done, 1000) for done in range(0, 1001, 50)),
+        *(Preparing("examining images", done, 1000) for done in range(0, 1001, 50)),
         Started(steps=60, start_step=10, batch=16, parameters=1_000_000, trainable=20_000),
         *(trained(step) for step in range(11, 31)),
         Validated(30, {"loss": 0.1234, "psnr": 21.5}),
@@ -57,8 +57,8 @@ def test_without_a_terminal_there_are_few_plain_lines(capsys: pytest.CaptureFixt
     assert seen.out == ""
     lines = seen.err.splitlines()
     assert lines[:3] == [
-        "examining pictures: 0 of 1,000",
-        "examining pictures: 1,000 of 1,000",
+        "examining images: 0 of 1,000",
+        "examining images: 1,000 of 1,000",
         "training 20,000 of 1,000,000 parameters, 60 steps of 16 samples, going on after step 10",
     ]
     assert re.fullmatch(
@@ -168,7 +168,7 @@ def on_a_terminal(code: str) -> tuple[str, str]:
 def test_on_a_terminal_a_bar_moves_and_rare_events_stay_above_it() -> None:
     out, shown = on_a_terminal(ON_A_TERMINAL)
     assert out == "the result\n"  # rich's live displays take stdout over, too, when one does not stop them
-    assert re.search(r"examining pictures \S+ 1000/1000", shown)
+    assert re.search(r"examining images \S+ 1000/1000", shown)
     assert re.search(r"training \S+ 60/60", shown)
     assert re.search(r"training \S+ \d\d/60 0:0\d left", shown)
     assert re.search(r"loss 0\.\d+, 4\.00 it/s, 51\.2 samples/s, waiting 2%, lr 1\.00e-04, 3\.0 GiB", shown)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets and cuts: sizes, symmetries, and nothing of a picture moved that need not move."""
+"""Aspect-ratio buckets and cuts: sizes, symmetries, and nothing of an image moved that need not move."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from sdcli.data.buckets import Framing, bucket_fills, bucket_sizes, frame
 from sdcli.errors import UsageError
 from sdcli.images.pixels import fit
-from tests.images.test_images import distance, picture
+from tests.images.test_images import distance, sample_image
 
 SQUARE = Framing(bucket_sizes((512, 512)))
 sides = st.integers(1, 10_000)
@@ -66,7 +66,7 @@ def test_the_bucket_depends_on_proportions_only(width: int, height: int, scale: 
 
 
 @given(sides, sides)
-def test_a_picture_on_its_side_gets_the_bucket_on_its_side(width: int, height: int) -> None:
+def test_an_image_on_its_side_gets_the_bucket_on_its_side(width: int, height: int) -> None:
     across, down = SQUARE.bucket_for((width, height))
     assert SQUARE.bucket_for((height, width)) == (down, across)
 
@@ -90,8 +90,8 @@ def test_a_frame_has_exactly_the_size(w: int, h: int, width: int, height: int, x
     assert frame(Image.new("RGB", (w, h)), (width, height), at=(x, y), flip=flip).size == (width, height)
 
 
-def test_a_picture_of_the_size_keeps_every_pixel_and_a_cut_keeps_those_it_takes() -> None:
-    image = picture(64, 48)
+def test_an_image_of_the_size_keeps_every_pixel_and_a_cut_keeps_those_it_takes() -> None:
+    image = sample_image(64, 48)
     assert frame(image, (64, 48)).tobytes() == image.tobytes()
     for at, left in ((0.0, 0), (0.5, 8), (1.0, 16)):
         assert frame(image, (48, 48), at=(at, 0.3)).tobytes() == image.crop((left, 0, left + 48, 48)).tobytes()
@@ -105,11 +105,11 @@ def test_the_corners_are_reached() -> None:
 
 def test_the_middle_is_what_encode_cuts_out() -> None:
     for size in ((32, 32), (24, 40), (40, 24)):
-        assert distance(frame(picture(128, 64), size), fit(picture(128, 64), size)) <= 3
+        assert distance(frame(sample_image(128, 64), size), fit(sample_image(128, 64), size)) <= 3
 
 
 def test_a_flip_is_the_mirrored_frame() -> None:
-    image = picture(60, 40)
+    image = sample_image(60, 40)
     assert frame(image, (30, 32), at=(0.2, 0.9), flip=True).tobytes() == (
         ImageOps.mirror(frame(image, (30, 32), at=(0.2, 0.9))).tobytes()
     )
@@ -124,10 +124,10 @@ def test_places_are_random_only_when_asked() -> None:
     assert all(0 <= x < 1 and 0 <= y < 1 for x, y in places)
 
 
-def test_bucket_fills_count_every_picture_once_and_what_a_batch_repeats() -> None:
+def test_bucket_fills_count_every_image_once_and_what_a_batch_repeats() -> None:
     sizes = [(512, 512)] * 5 + [(1024, 512)] * 3 + [(100, 100)]
     fills = bucket_fills(SQUARE, sizes, batch_size=4)
-    assert sum(fill.pictures for fill in fills) == 9
-    assert all((fill.pictures + fill.repeats) % 4 == 0 and 0 <= fill.repeats < 4 for fill in fills)
+    assert sum(fill.images for fill in fills) == 9
+    assert all((fill.images + fill.repeats) % 4 == 0 and 0 <= fill.repeats < 4 for fill in fills)
     square = next(fill for fill in fills if fill.size == (512, 512))
-    assert (square.pictures, square.repeats, square.enlarged) == (6, 2, 1)
+    assert (square.images, square.repeats, square.enlarged) == (6, 2, 1)

@@ -1,4 +1,4 @@
-"""Looking at every picture before step 1: what is counted, what is remembered, and which pictures are twice there."""
+"""Looking at every image before step 1: what is counted, what is remembered, and which images are twice there."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from PIL import Image
 from sdcli.data import examine as module
 from sdcli.data.duplicates import same_bytes, similar
 from sdcli.data.examine import Examination, difference_hash, examination, examine, look
-from sdcli.data.sources import open_pictures
+from sdcli.data.sources import open_images
 from sdcli.data.webdataset import write_shards
-from sdcli.errors import BadPicture
-from sdcli.images.pixels import open_picture, picture_from_bytes
-from tests.data.test_dataset_folders import PICTURE, folder_of, latent_file, picture_bytes, tree_digest
-from tests.images.test_images import bomb, picture
+from sdcli.errors import BadImage
+from sdcli.images.pixels import image_from_bytes, open_image
+from tests.data.test_dataset_folders import IMAGE, folder_of, image_bytes, latent_file, tree_digest
+from tests.images.test_images import bomb, sample_image
 
 
 def jpeg(image: Image.Image, **options: int) -> bytes:
@@ -33,40 +33,40 @@ def jpeg(image: Image.Image, **options: int) -> bytes:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Good and bad pictures, as folders have them."""
+    """Good and bad images, as folders have them."""
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = io.BytesIO()
-    picture(40, 30).save(turned, "JPEG", exif=exif)
-    whole = jpeg(picture(300, 200), quality=95)
+    sample_image(40, 30).save(turned, "JPEG", exif=exif)
+    whole = jpeg(sample_image(300, 200), quality=95)
     files = {
-        "good.png": PICTURE, "good.txt": "fine", "turned.jpg": turned.getvalue(),
+        "good.png": IMAGE, "good.txt": "fine", "turned.jpg": turned.getvalue(),
         "cut1.jpg": whole[:-200], "cut2.jpg": whole[:-305],
-        "text.png": b"hello", "empty.png": b"", "bomb.png": bomb(100_000, 100_000), "sub/none.png": picture_bytes(3),
-        "twice.png": PICTURE, "twice.txt": "again", "odd.png": PICTURE, "odd.txt": b"caf\xe9",
+        "text.png": b"hello", "empty.png": b"", "bomb.png": bomb(100_000, 100_000), "sub/none.png": image_bytes(3),
+        "twice.png": IMAGE, "twice.txt": "again", "odd.png": IMAGE, "odd.txt": b"caf\xe9",
     }  # fmt: skip
     return folder_of(tmp_path / "data", files)
 
 
-def test_every_picture_is_used_or_dropped_with_a_reason(mixed: Path) -> None:
+def test_every_image_is_used_or_dropped_with_a_reason(mixed: Path) -> None:
     before = tree_digest(mixed)
-    pictures = open_pictures(mixed)
-    found = examine(pictures, workers=2)
+    images = open_images(mixed)
+    found = examine(images, workers=2)
     assert found.used.dtype == np.int64
     assert found.sizes.dtype == np.int32
-    assert found.sizes.shape == (len(pictures), 2)
-    assert [pictures[int(index)].name for index in found.used] == [
+    assert found.sizes.shape == (len(images), 2)
+    assert [images[int(index)].name for index in found.used] == [
         "good.png",
         "sub/none.png",
         "turned.jpg",
         "twice.png",
     ]
-    sizes = {pictures[int(index)].name: tuple(found.sizes[index]) for index in found.used}
+    sizes = {images[int(index)].name: tuple(found.sizes[index]) for index in found.used}
     assert sizes["turned.jpg"] == (30, 40)
     assert {one.name for one in found.dropped} == {
         "cut1.jpg", "cut2.jpg", "text.png", "empty.png", "bomb.png", "odd.png"
     }  # fmt: skip
-    assert [pictures[int(index)].name for index in found.uncaptioned] == ["sub/none.png", "turned.jpg"]
+    assert [images[int(index)].name for index in found.uncaptioned] == ["sub/none.png", "turned.jpg"]
     assert found.smallest == "good.png"
     assert tree_digest(mixed) == before
 
@@ -74,20 +74,20 @@ def test_every_picture_is_used_or_dropped_with_a_reason(mixed: Path) -> None:
 def test_bytes_are_opened_as_files_are(mixed: Path) -> None:
     for path in mixed.rglob("*.*"):
         try:
-            expected = open_picture(path)
-        except BadPicture as error:
-            with pytest.raises(BadPicture, match=f"^{re.escape(str(error))}$"):
-                picture_from_bytes(path.read_bytes(), name=str(path))
+            expected = open_image(path)
+        except BadImage as error:
+            with pytest.raises(BadImage, match=f"^{re.escape(str(error))}$"):
+                image_from_bytes(path.read_bytes(), name=str(path))
         else:
-            assert picture_from_bytes(path.read_bytes(), name="x").tobytes() == expected.tobytes()
+            assert image_from_bytes(path.read_bytes(), name="x").tobytes() == expected.tobytes()
 
 
 def test_the_report_names_at_most_three_examples_of_each_reason(tmp_path: Path) -> None:
-    files = {f"{n}.png": b"no picture" for n in range(5)} | {"a.png": PICTURE, "b.jpg": jpeg(picture(64, 48))[:-200]}
-    found = examine(open_pictures(folder_of(tmp_path, files)), workers=1)
+    files = {f"{n}.png": b"no image" for n in range(5)} | {"a.png": IMAGE, "b.jpg": jpeg(sample_image(64, 48))[:-200]}
+    found = examine(open_images(folder_of(tmp_path, files)), workers=1)
     lines = found.report()
     assert lines[0] == f"{tmp_path}: 1 of 7 are used, 6 dropped"
-    assert lines[1] == "  dropped 5: is no PNG, JPEG, WebP, BMP, GIF or TIFF picture: 0.png, 1.png, 2.png, ..."
+    assert lines[1] == "  dropped 5: is no PNG, JPEG, WebP, BMP, GIF or TIFF image: 0.png, 1.png, 2.png, ..."
     assert lines[2].startswith("  dropped 1: cannot be read: image file is truncated")
     assert lines[3] == "  1 without a caption: a.png"
     assert lines[4] == "  sizes 12x10; the smallest is a.png"
@@ -95,32 +95,32 @@ def test_the_report_names_at_most_three_examples_of_each_reason(tmp_path: Path) 
 
 
 def test_reasons_that_differ_in_numbers_are_one_line(mixed: Path) -> None:
-    truncated = [line for line in examine(open_pictures(mixed)).report() if "truncated" in line]
+    truncated = [line for line in examine(open_images(mixed)).report() if "truncated" in line]
     assert len(truncated) == 1
     assert "dropped 2:" in truncated[0]
 
 
 def test_a_second_look_decodes_only_what_is_new(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    real = module.picture_from_bytes
+    real = module.image_from_bytes
 
     def counting(data: bytes, *, name: str) -> Image.Image:
         decoded.append(name)
         return real(data, name=name)
 
     monkeypatch.setattr(module, "picture_from_bytes", counting)
-    first = examine(open_pictures(mixed), memory=tmp_path / "memory")
-    assert len(decoded) == len(open_pictures(mixed))
+    first = examine(open_images(mixed), memory=tmp_path / "memory")
+    assert len(decoded) == len(open_images(mixed))
     decoded.clear()
-    assert_equal(examine(open_pictures(mixed), memory=tmp_path / "memory"), first)
+    assert_equal(examine(open_images(mixed), memory=tmp_path / "memory"), first)
     assert decoded == []
-    (mixed / "text.png").write_bytes(PICTURE)
+    (mixed / "text.png").write_bytes(IMAGE)
     (mixed / "empty.png").unlink()
-    folder_of(mixed, {"new.png": PICTURE})
-    changed = examine(open_pictures(mixed), memory=tmp_path / "memory")
+    folder_of(mixed, {"new.png": IMAGE})
+    changed = examine(open_images(mixed), memory=tmp_path / "memory")
     assert sorted(decoded) == ["new.png", "text.png"]
     assert len(changed.used) == 6
-    assert_equal(changed, examine(open_pictures(mixed)))
+    assert_equal(changed, examine(open_images(mixed)))
     (memory,) = (tmp_path / "memory").iterdir()
     assert "empty.png" not in memory.read_text()
 
@@ -136,27 +136,27 @@ def assert_equal(a: Examination, b: Examination) -> None:
     "content", [b"", b"{", b"[]", b'{"schema": 1}', b'{"schema": 9, "seen": {}}', b'{"schema": 1, "seen": []}']
 )
 def test_a_damaged_memory_is_no_memory(mixed: Path, tmp_path: Path, content: bytes) -> None:
-    expected = examine(open_pictures(mixed), memory=tmp_path / "memory")
+    expected = examine(open_images(mixed), memory=tmp_path / "memory")
     (memory,) = (tmp_path / "memory").iterdir()
     memory.write_bytes(content)
-    assert_equal(examine(open_pictures(mixed), memory=tmp_path / "memory"), expected)
+    assert_equal(examine(open_images(mixed), memory=tmp_path / "memory"), expected)
     entries = json.loads(memory.read_text())["seen"]
     for entry, damage in zip(
         entries.values(), itertools.cycle([[], [1], ["a", 2, "", 0, ""], [1, 2, "", -1, ""]]), strict=False
     ):
         entry[:] = damage
     memory.write_text(json.dumps({"schema": 1, "seen": entries}))
-    assert_equal(examine(open_pictures(mixed), memory=tmp_path / "memory"), expected)
+    assert_equal(examine(open_images(mixed), memory=tmp_path / "memory"), expected)
 
 
 def test_a_memory_that_cannot_be_written_costs_nothing_but_time(mixed: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert len(examine(open_pictures(mixed), memory=tmp_path / "file" / "below").used) == 4
+    assert len(examine(open_images(mixed), memory=tmp_path / "file" / "below").used) == 4
 
 
 def test_what_was_seen_before_an_interruption_is_remembered(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "data", {f"{n:03d}.png": picture_bytes(n) for n in range(50)})
-    seen = look(open_pictures(root), memory=tmp_path / "memory", workers=1)
+    root = folder_of(tmp_path / "data", {f"{n:03d}.png": image_bytes(n) for n in range(50)})
+    seen = look(open_images(root), memory=tmp_path / "memory", workers=1)
     for _ in range(10):
         next(seen)
     seen.close()
@@ -164,54 +164,54 @@ def test_what_was_seen_before_an_interruption_is_remembered(tmp_path: Path) -> N
     assert len(json.loads(memory.read_text())["seen"]) >= 10
 
 
-def test_few_pictures_are_held_while_the_caller_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = folder_of(tmp_path, {f"{n:03d}.png": PICTURE for n in range(60)})
+def test_few_images_are_held_while_the_caller_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of(tmp_path, {f"{n:03d}.png": IMAGE for n in range(60)})
     decoded: list[str] = []
-    real = module.picture_from_bytes
+    real = module.image_from_bytes
     monkeypatch.setattr(
         module, "picture_from_bytes", lambda data, *, name: (decoded.append(name), real(data, name=name))[1]
     )
-    seen = look(open_pictures(root), workers=2)
+    seen = look(open_images(root), workers=2)
     next(seen)
     assert len(decoded) <= 9
     assert [one.index for one in seen] == list(range(1, 60))
 
 
-def test_pictures_that_vanish_after_the_listing_are_dropped_and_not_remembered(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "data", {"a.png": PICTURE, "b.png": PICTURE})
-    pictures = open_pictures(root)
+def test_images_that_vanish_after_the_listing_are_dropped_and_not_remembered(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "data", {"a.png": IMAGE, "b.png": IMAGE})
+    images = open_images(root)
     (root / "a.png").unlink()
-    found = examine(pictures, memory=tmp_path / "memory")
+    found = examine(images, memory=tmp_path / "memory")
     assert [(one.name, one.reason) for one in found.dropped] == [("a.png", "is not there any more")]
-    folder_of(root, {"a.png": PICTURE})
-    assert len(examine(pictures, memory=tmp_path / "memory").used) == 2
+    folder_of(root, {"a.png": IMAGE})
+    assert len(examine(images, memory=tmp_path / "memory").used) == 2
 
 
 def test_shards_give_the_same_examination_as_their_files(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "data", {f"{n}.png": picture_bytes(n, (20 + n, 30)) for n in range(9)})
-    loose = open_pictures(root)
+    root = folder_of(tmp_path / "data", {f"{n}.png": image_bytes(n, (20 + n, 30)) for n in range(9)})
+    loose = open_images(root)
     list(write_shards(loose, tmp_path / "shards", indices=range(9), max_pictures=4))
-    from_files, from_shards = examine(loose), examine(open_pictures(tmp_path / "shards"), memory=tmp_path / "memory")
+    from_files, from_shards = examine(loose), examine(open_images(tmp_path / "shards"), memory=tmp_path / "memory")
     assert np.array_equal(from_files.sizes, from_shards.sizes)
     assert from_files.digests == from_shards.digests
-    assert_equal(from_shards, examine(open_pictures(tmp_path / "shards"), memory=tmp_path / "memory"))
+    assert_equal(from_shards, examine(open_images(tmp_path / "shards"), memory=tmp_path / "memory"))
 
 
 def test_latents_are_examined_without_a_decoder(tmp_path: Path) -> None:
     good, bad = latent_file("random:tiny:0", "a.png", "b.png"), bytearray(latent_file("random:tiny:0", "c.png"))
     bad[-4:] = b"\xff\xff\xff\x7f"  # NaN
-    found = examine(open_pictures(folder_of(tmp_path, {"good.safetensors": good, "bad.safetensors": bytes(bad)})))
+    found = examine(open_images(folder_of(tmp_path, {"good.safetensors": good, "bad.safetensors": bytes(bad)})))
     assert found.sizes[found.used].tolist() == [[32, 16], [32, 16]]
     assert [one.name for one in found.dropped] == ["bad.safetensors"]
     assert len(set(found.digests)) == 3
 
 
 def test_an_empty_examination_has_a_report(tmp_path: Path) -> None:
-    found = examine(open_pictures(folder_of(tmp_path, {"a.png": b""})))
+    found = examine(open_images(folder_of(tmp_path, {"a.png": b""})))
     assert len(found.used) == 0
     assert found.report()[0].endswith("0 of 1 are used, 1 dropped")
     assert found.as_dict()["sizes"]["median"] is None
-    assert examination(open_pictures(tmp_path), ()).smallest == ""
+    assert examination(open_images(tmp_path), ()).smallest == ""
 
 
 # Duplicates
@@ -232,14 +232,14 @@ def test_the_difference_hash_is_the_one_by_hand() -> None:
     assert difference_hash(Image.new("RGB", (50, 50), "red")) == 0
 
 
-def test_equal_and_similar_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:
+def test_equal_and_similar_images_are_found_and_others_are_not(tmp_path: Path) -> None:
     files = {f"{n:02d}.jpg": jpeg(textured(n), quality=95) for n in range(20)}
     files["a.jpg"] = files["00.jpg"]
     files["b.jpg"] = jpeg(textured(1).resize((192, 128), Image.Resampling.BICUBIC), quality=60)
     files["flat1.jpg"], files["flat2.jpg"] = jpeg(Image.new("RGB", (96, 64))), jpeg(Image.new("RGB", (96, 64), "red"))
-    pictures = open_pictures(folder_of(tmp_path, files))
-    found = examine(pictures)
-    names = lambda groups: [[pictures[index].name for index in group] for group in groups]  # noqa: E731
+    images = open_images(folder_of(tmp_path, files))
+    found = examine(images)
+    names = lambda groups: [[images[index].name for index in group] for group in groups]  # noqa: E731
     assert names(same_bytes(found.digests, found.used)) == [["00.jpg", "a.jpg"]]
     assert names(similar(found.looks, found.sizes, found.digests, found.used)) == [["01.jpg", "b.jpg"]]
 

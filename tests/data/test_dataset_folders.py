@@ -1,4 +1,4 @@
-"""Folders of pictures as people have them: tables, caption files, class folders, splits, latents, and what is wrong."""
+"""Folders of images as people have them: tables, caption files, class folders, splits, latents, and what is wrong."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdcli.data.records import Item, Items, Strings, Unusable, captions_of_file, captions_of_value
-from sdcli.data.sources import open_pictures
-from sdcli.errors import BadLatents, BadPicture, NotFound, UsageError
+from sdcli.data.sources import open_images
+from sdcli.errors import BadImage, BadLatents, NotFound, UsageError
 from sdcli.vae.latent_files import LatentRecord, Source, latent_bytes
 
 
-def picture_bytes(number: int = 0, size: tuple[int, int] = (12, 10), *, format: str = "PNG") -> bytes:
-    """A small picture, another for every number."""
+def image_bytes(number: int = 0, size: tuple[int, int] = (12, 10), *, format: str = "PNG") -> bytes:
+    """A small image, another for every number."""
     stream = io.BytesIO()
     levels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(levels).save(stream, format)
     return stream.getvalue()
 
 
-PICTURE = picture_bytes()
+IMAGE = image_bytes()
 
 
 def folder_of(root: Path, files: Mapping[str, bytes | str]) -> Path:
@@ -58,11 +58,11 @@ def tree_digest(root: Path) -> str:
 
 
 def listed(root: Path | str, **options: str) -> list[tuple[str, tuple[str, ...], str | None]]:
-    return [(item.name, item.captions, item.label) for item in open_pictures(root, **options)]  # type: ignore[arg-type, attr-defined]
+    return [(item.name, item.captions, item.label) for item in open_images(root, **options)]  # type: ignore[arg-type, attr-defined]
 
 
 def dropped(root: Path | str, **options: str) -> dict[str, str]:
-    return {one.name: one.reason for one in open_pictures(root, **options).dropped}  # type: ignore[arg-type]
+    return {one.name: one.reason for one in open_images(root, **options).dropped}  # type: ignore[arg-type]
 
 
 # Packed items
@@ -112,9 +112,9 @@ def test_what_is_no_caption_is_refused_with_a_reason() -> None:
 
 def test_caption_files_give_alternatives_also_in_nested_folders(tmp_path: Path) -> None:
     files = {
-        "a.png": PICTURE, "a.txt": "one\n\n two \r\n", "deep/er/B.JPG": PICTURE, "deep/er/B.TXT": "\ufeffbee",
-        "c.v2.webp": PICTURE, "c.v2.txt": "see", "d.png": PICTURE, ".hidden.png": PICTURE, ".cache/e.png": PICTURE,
-        "__MACOSX/f.png": PICTURE, "notes.md": "x",
+        "a.png": IMAGE, "a.txt": "one\n\n two \r\n", "deep/er/B.JPG": IMAGE, "deep/er/B.TXT": "\ufeffbee",
+        "c.v2.webp": IMAGE, "c.v2.txt": "see", "d.png": IMAGE, ".hidden.png": IMAGE, ".cache/e.png": IMAGE,
+        "__MACOSX/f.png": IMAGE, "notes.md": "x",
     }  # fmt: skip
     root = folder_of(tmp_path, files)
     assert listed(root) == [
@@ -135,9 +135,9 @@ def test_the_listing_does_not_depend_on_the_order_of_creation(tmp_path: Path, se
     assert len(expected) == 12
 
 
-def test_captions_that_cannot_be_used_drop_their_picture_with_a_reason(tmp_path: Path) -> None:
-    files = {"a.png": PICTURE, "a.txt": b"caf\xe9", "b.png": PICTURE, "b.txt": "b" * 2_000_000, "c.png": PICTURE}
-    root = folder_of(tmp_path, {**files, "c.txt": "see", "d.jpg": PICTURE, "d.png": PICTURE, "d.txt": "dee"})
+def test_captions_that_cannot_be_used_drop_their_image_with_a_reason(tmp_path: Path) -> None:
+    files = {"a.png": IMAGE, "a.txt": b"caf\xe9", "b.png": IMAGE, "b.txt": "b" * 2_000_000, "c.png": IMAGE}
+    root = folder_of(tmp_path, {**files, "c.txt": "see", "d.jpg": IMAGE, "d.png": IMAGE, "d.txt": "dee"})
     assert dropped(root) == {
         "a.png": "its caption is not UTF-8 text",
         "b.png": "its caption is larger than 1 MiB",
@@ -147,8 +147,8 @@ def test_captions_that_cannot_be_used_drop_their_picture_with_a_reason(tmp_path:
 
 
 def test_a_caption_in_another_extension_is_pointed_at(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"a.png": PICTURE, "a.caption": "hello", "b.png": PICTURE, "b.txt": "\n\n"})
-    remarks = {one.name: (one.text, one.loses) for one in open_pictures(root).remarks}
+    root = folder_of(tmp_path, {"a.png": IMAGE, "a.caption": "hello", "b.png": IMAGE, "b.txt": "\n\n"})
+    remarks = {one.name: (one.text, one.loses) for one in open_images(root).remarks}
     assert remarks["a.png"] == (
         "has no .txt caption, but a .caption file, which --caption-extension .caption would read",
         True,
@@ -157,12 +157,12 @@ def test_a_caption_in_another_extension_is_pointed_at(tmp_path: Path) -> None:
     assert listed(root, caption_extension="caption")[0] == ("a.png", ("hello",), None)
     for wrong in (".png", "", ".json"):
         with pytest.raises(UsageError, match="cannot be the extension"):
-            open_pictures(root, caption_extension=wrong)
+            open_images(root, caption_extension=wrong)
 
 
 def test_links_are_followed_but_not_in_circles_and_odd_files_never_hang(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "data", {"a.png": PICTURE, "a.txt": "ay", "sub/b.png": PICTURE})
-    folder_of(tmp_path / "other", {"c.png": PICTURE})
+    root = folder_of(tmp_path / "data", {"a.png": IMAGE, "a.txt": "ay", "sub/b.png": IMAGE})
+    folder_of(tmp_path / "other", {"c.png": IMAGE})
     (root / "sub/loop").symlink_to(root)
     (root / "linked").symlink_to(tmp_path / "other")
     (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -179,24 +179,24 @@ def test_links_are_followed_but_not_in_circles_and_odd_files_never_hang(tmp_path
     }
 
 
-def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"a.png": PICTURE, "b.avif": b"?", "c.HEIC": b"?"})
+def test_images_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, {"a.png": IMAGE, "b.avif": b"?", "c.HEIC": b"?"})
     assert set(dropped(root)) == {"b.avif", "c.HEIC"}
     assert "(.avif)" in dropped(root)["b.avif"]
 
 
 def test_names_that_are_not_utf8_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(PICTURE)
-    pictures = open_pictures(tmp_path)
-    assert pictures.read(0) == PICTURE
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(IMAGE)
+    images = open_images(tmp_path)
+    assert images.read(0) == IMAGE
 
 
 # Class folders
 
 
 def test_class_folders_give_labels_and_captions(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"dog/1.png": PICTURE, "cat/1.png": PICTURE, "cat/more/2.png": PICTURE})
-    assert open_pictures(root).classes == ("cat", "dog")
+    root = folder_of(tmp_path, {"dog/1.png": IMAGE, "cat/1.png": IMAGE, "cat/more/2.png": IMAGE})
+    assert open_images(root).classes == ("cat", "dog")
     assert listed(root) == [
         ("cat/1.png", ("cat",), "cat"),
         ("cat/more/2.png", ("cat",), "cat"),
@@ -205,44 +205,44 @@ def test_class_folders_give_labels_and_captions(tmp_path: Path) -> None:
 
 
 def test_folders_above_the_classes_are_no_classes(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"images/all/cat/1.png": PICTURE, "images/all/dog/1.png": PICTURE})
-    assert open_pictures(root).classes == ("cat", "dog")
+    root = folder_of(tmp_path, {"images/all/cat/1.png": IMAGE, "images/all/dog/1.png": IMAGE})
+    assert open_images(root).classes == ("cat", "dog")
 
 
-def test_there_are_no_classes_where_there_are_captions_or_pictures_outside_of_folders(tmp_path: Path) -> None:
-    captioned = folder_of(tmp_path / "a", {"cat/1.png": PICTURE, "dog/1.png": PICTURE, "dog/1.txt": "a dog"})
+def test_there_are_no_classes_where_there_are_captions_or_images_outside_of_folders(tmp_path: Path) -> None:
+    captioned = folder_of(tmp_path / "a", {"cat/1.png": IMAGE, "dog/1.png": IMAGE, "dog/1.txt": "a dog"})
     assert listed(captioned) == [("cat/1.png", (), None), ("dog/1.png", ("a dog",), None)]
-    loose = folder_of(tmp_path / "b", {"cat/1.png": PICTURE, "1.png": PICTURE})
+    loose = folder_of(tmp_path / "b", {"cat/1.png": IMAGE, "1.png": IMAGE})
     assert [label for *_, label in listed(loose)] == [None, None]
-    assert open_pictures(loose).classes == ()
+    assert open_images(loose).classes == ()
 
 
 # Splits
 
 
 def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
-    files = {f"{split}/{name}/1.png": PICTURE for split in ("train", "val", "test") for name in ("cat", "dog")}
+    files = {f"{split}/{name}/1.png": IMAGE for split in ("train", "val", "test") for name in ("cat", "dog")}
     root = folder_of(tmp_path, files)
     assert listed(root) == [("train/cat/1.png", ("cat",), "cat"), ("train/dog/1.png", ("dog",), "dog")]
     assert [name for name, *_ in listed(root, split="validation")] == ["val/cat/1.png", "val/dog/1.png"]
     assert len(listed(root, split="all")) == 6
-    assert open_pictures(root, split="all").classes == ("cat", "dog")
+    assert open_images(root, split="all").classes == ("cat", "dog")
     with pytest.raises(UsageError, match=r"no split 'holdout'; it has test, train, validation"):
-        open_pictures(root, split="holdout")
+        open_images(root, split="holdout")
 
 
 def test_a_folder_without_splits_is_train(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"a.png": PICTURE})
+    root = folder_of(tmp_path, {"a.png": IMAGE})
     assert listed(root) == listed(root, split="all")
     with pytest.raises(UsageError, match="it has train"):
-        open_pictures(root, split="validation")
+        open_images(root, split="validation")
 
 
 def test_a_split_beside_other_folders_is_asked_about(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {f"{name}/1.png": PICTURE for name in ("train", "tram", "bus")})
+    root = folder_of(tmp_path, {f"{name}/1.png": IMAGE for name in ("train", "tram", "bus")})
     with pytest.raises(UsageError, match="has train beside bus, tram: are they splits, or classes"):
-        open_pictures(root)
-    assert open_pictures(root, split="all").classes == ("bus", "train", "tram")
+        open_images(root)
+    assert open_images(root, split="all").classes == ("bus", "train", "tram")
 
 
 # Metadata tables
@@ -270,7 +270,7 @@ def tables(rows: list[dict[str, object]]) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
 @pytest.mark.parametrize("file_column", ["file_name", "image_path", "image"])
 @pytest.mark.parametrize("caption_column", ["text", "caption"])
-def test_a_table_says_which_captions_pictures_have(
+def test_a_table_says_which_captions_images_have(
     tmp_path: Path, kind: str, file_column: str, caption_column: str
 ) -> None:
     rows: list[dict[str, object]] = [
@@ -282,33 +282,33 @@ def test_a_table_says_which_captions_pictures_have(
         {file_column: "C:\\out.png", caption_column: "x", "other": 3},
         {file_column: "notes.md", caption_column: "x", "other": 3},
     ]  # fmt: skip
-    files = {"a.png": PICTURE, "sub/b.png": PICTURE, "c.png": PICTURE, "notes.md": "x", kind: tables(rows)[kind]}
+    files = {"a.png": IMAGE, "sub/b.png": IMAGE, "c.png": IMAGE, "notes.md": "x", kind: tables(rows)[kind]}
     root = folder_of(tmp_path / "data", files)
-    folder_of(tmp_path, {"out.png": PICTURE})
+    folder_of(tmp_path, {"out.png": IMAGE})
     assert listed(root) == [("a.png", ("é",), None), ("sub/b.png", ('a "big", grey bee',), None)]
     reasons = dropped(root)
     assert set(reasons) == {"gone.png", "../out.png", "/etc/passwd", "C:\\out.png", "notes.md", "c.png"}
     assert all("outside the folder" in reasons[name] for name in ("../out.png", "/etc/passwd", "C:\\out.png"))
     assert "there is no such file" in reasons["gone.png"]
-    assert "no picture that is read" in reasons["notes.md"]
+    assert "no image that is read" in reasons["notes.md"]
     assert reasons["c.png"] == f"has no row in {kind}"
 
 
 def test_columns_can_be_named_and_wrong_names_are_told(tmp_path: Path) -> None:
     row = {"path": "a.png", "prompt": ["one", "two"], "text": "three"}
-    root = folder_of(tmp_path, {"a.png": PICTURE, "metadata.jsonl": json.dumps(row)})
+    root = folder_of(tmp_path, {"a.png": IMAGE, "metadata.jsonl": json.dumps(row)})
     assert listed(root, image_column="path", caption_column="prompt") == [("a.png", ("one", "two"), None)]
     assert listed(root, image_column="path") == [("a.png", ("three",), None)]
     with pytest.raises(UsageError, match=r"no column file_name or image_path or image .*it has path, prompt, text"):
-        open_pictures(root)
+        open_images(root)
     with pytest.raises(UsageError, match=r"no column 'promt' \(--caption-column\); did you mean 'prompt'"):
-        open_pictures(root, image_column="path", caption_column="promt")
-    bare = folder_of(tmp_path / "bare", {"a.png": PICTURE})
+        open_images(root, image_column="path", caption_column="promt")
+    bare = folder_of(tmp_path / "bare", {"a.png": IMAGE})
     with pytest.raises(UsageError, match=r"no metadata.jsonl.*--caption-column could speak of"):
-        open_pictures(bare, caption_column="text")
+        open_images(bare, caption_column="text")
 
 
-def test_several_rows_of_a_picture_are_alternatives_and_labels_must_agree(tmp_path: Path) -> None:
+def test_several_rows_of_an_image_are_alternatives_and_labels_must_agree(tmp_path: Path) -> None:
     rows = [
         {"file_name": "a.png", "text": "one", "label": "cat"},
         {"file_name": "a.png", "text": "two"},
@@ -316,24 +316,24 @@ def test_several_rows_of_a_picture_are_alternatives_and_labels_must_agree(tmp_pa
         {"file_name": "b.png", "text": "x", "label": "cat"},
         {"file_name": "b.png", "text": "y", "label": "dog"},
     ]
-    root = folder_of(tmp_path, {"a.png": PICTURE, "b.png": PICTURE, "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    root = folder_of(tmp_path, {"a.png": IMAGE, "b.png": IMAGE, "metadata.jsonl": "\n".join(map(json.dumps, rows))})
     assert listed(root) == [("a.png", ("one", "two"), "cat")]
     assert dropped(root) == {"b.png": "is listed as cat and as dog"}
-    assert "several rows" in open_pictures(root).remarks[0].text
+    assert "several rows" in open_images(root).remarks[0].text
 
 
 def test_labels_without_captions_are_the_captions(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"a.png": PICTURE, "metadata.csv": "file_name,label\na.png,cat\n"})
+    root = folder_of(tmp_path, {"a.png": IMAGE, "metadata.csv": "file_name,label\na.png,cat\n"})
     assert listed(root) == [("a.png", ("cat",), "cat")]
 
 
-def test_damaged_lines_cost_their_own_picture_only(tmp_path: Path) -> None:
+def test_damaged_lines_cost_their_own_image_only(tmp_path: Path) -> None:
     lines = [
         b'{"file_name": "a.png", "text": "fine"}', b'{"file_name": "b.png", "text": "caf\xe9"}', b"{oops", b"[1]",
         b'{"text": "no file"}', b'{"file_name": "c.png", "text": {"a": 1}}', b"[" * 10_000,
         b'{"file_name": "d.png", "text": "\\ud800"}',
     ]  # fmt: skip
-    files = {f"{name}.png": PICTURE for name in "abcd"}
+    files = {f"{name}.png": IMAGE for name in "abcd"}
     root = folder_of(tmp_path / "jsonl", {**files, "metadata.jsonl": b"\n".join(lines)})
     assert listed(root) == [("a.png", ("fine",), None)]
     assert {name: reason for name, reason in dropped(root).items() if name != "c.png"} == {
@@ -352,13 +352,13 @@ def test_damaged_lines_cost_their_own_picture_only(tmp_path: Path) -> None:
     assert reasons["c.png"] == "its caption is not UTF-8 text"
     assert any("is no CSV" in reason for reason in reasons.values())
     root = folder_of(tmp_path / "parquet", {**files, "metadata.parquet": b"PAR1 no"})
-    with pytest.raises(BadPicture, match=r"metadata.parquet is no parquet file"):
-        open_pictures(root)
+    with pytest.raises(BadImage, match=r"metadata.parquet is no parquet file"):
+        open_images(root)
 
 
 def test_tables_stand_in_split_folders_or_above_them(tmp_path: Path) -> None:
     rows = [{"file_name": f"{split}/1.png", "text": split} for split in ("train", "test")]
-    files: dict[str, bytes | str] = {"train/1.png": PICTURE, "test/1.png": PICTURE}
+    files: dict[str, bytes | str] = {"train/1.png": IMAGE, "test/1.png": IMAGE}
     above = folder_of(tmp_path / "above", {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows))})
     row = json.dumps({"file_name": "1.png", "text": "train"})
     inside = folder_of(tmp_path / "inside", {**files, "train/metadata.jsonl": row, "test/metadata.jsonl": "{}"})
@@ -369,53 +369,53 @@ def test_tables_stand_in_split_folders_or_above_them(tmp_path: Path) -> None:
 
 def test_windows_slashes_and_other_spellings_of_accents_find_their_file(tmp_path: Path) -> None:
     rows = [{"file_name": "sub\\a.png", "text": "a"}, {"file_name": "cafe\u0301.png", "text": "b"}]
-    files = {"sub/a.png": PICTURE, "caf\u00e9.png": PICTURE}
+    files = {"sub/a.png": IMAGE, "caf\u00e9.png": IMAGE}
     root = folder_of(tmp_path, {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows))})
     assert sorted(captions for _, captions, _ in listed(root)) == [("a",), ("b",)]
 
 
 def test_what_is_ambiguous_is_asked_about(tmp_path: Path) -> None:
     row = json.dumps({"file_name": "a.png", "text": "table"})
-    root = folder_of(tmp_path / "both", {"a.png": PICTURE, "a.txt": "file", "metadata.jsonl": row})
+    root = folder_of(tmp_path / "both", {"a.png": IMAGE, "a.txt": "file", "metadata.jsonl": row})
     with pytest.raises(UsageError, match=r"in metadata.jsonl and in 1 .txt files \(a.txt\): --caption-column"):
-        open_pictures(root)
+        open_images(root)
     assert listed(root, caption_column="text") == [("a.png", ("table",), None)]
     root = folder_of(
-        tmp_path / "silent", {"a.png": PICTURE, "a.txt": "file", "metadata.csv": "file_name,label\na.png,x\n"}
+        tmp_path / "silent", {"a.png": IMAGE, "a.txt": "file", "metadata.csv": "file_name,label\na.png,x\n"}
     )
     assert listed(root) == [("a.png", ("file",), "x")]
-    root = folder_of(tmp_path / "two", {"a.png": PICTURE, "metadata.jsonl": row, "metadata.csv": "file_name\na.png\n"})
+    root = folder_of(tmp_path / "two", {"a.png": IMAGE, "metadata.jsonl": row, "metadata.csv": "file_name\na.png\n"})
     with pytest.raises(UsageError, match=r"metadata.csv and metadata.jsonl; keep the one"):
-        open_pictures(root)
-    root = folder_of(tmp_path / "kinds", {"a.png": PICTURE, "0.tar": b"", "x.parquet": b""})
+        open_images(root)
+    root = folder_of(tmp_path / "kinds", {"a.png": IMAGE, "0.tar": b"", "x.parquet": b""})
     with pytest.raises(
         UsageError, match=r"pictures \(1: a.png, ...\) and tar shards \(1: 0.tar, ...\) and parquet files"
     ):
-        open_pictures(root)
+        open_images(root)
 
 
 def test_where_there_is_nothing_it_says_what_was_looked_for(tmp_path: Path) -> None:
     empty = folder_of(tmp_path / "empty", {"readme.md": "x"})
     with pytest.raises(
-        NotFound, match=r"nothing to train on: only files of other kinds \(1\); looked for pictures \(.*\.tar.*parquet"
+        NotFound, match=r"nothing to train on: only files of other kinds \(1\); looked for images \(.*\.tar.*parquet"
     ):
-        open_pictures(empty)
+        open_images(empty)
     for missing in (tmp_path / "missing", "./missing/data", "/nowhere"):
         with pytest.raises(NotFound, match="no folder or file"):
-            open_pictures(missing)
+            open_images(missing)
     with pytest.raises(UsageError, match="give the folder"):
-        open_pictures(folder_of(tmp_path, {"one.png": PICTURE}) / "one.png")
+        open_images(folder_of(tmp_path, {"one.png": IMAGE}) / "one.png")
 
 
 def test_reading_says_what_went_wrong(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, {"a.png": PICTURE, "b.png": PICTURE})
-    pictures = pickle.loads(pickle.dumps(open_pictures(root)))
-    assert pictures.read(1) == PICTURE
-    before = pictures.stamp(0)
-    (root / "a.png").write_bytes(PICTURE + b"more")
-    assert pictures.stamp(0) != before
+    root = folder_of(tmp_path, {"a.png": IMAGE, "b.png": IMAGE})
+    images = pickle.loads(pickle.dumps(open_images(root)))
+    assert images.read(1) == IMAGE
+    before = images.stamp(0)
+    (root / "a.png").write_bytes(IMAGE + b"more")
+    assert images.stamp(0) != before
     (root / "a.png").unlink()
-    for act in (pictures.read, pictures.stamp):
+    for act in (images.read, images.stamp):
         with pytest.raises(NotFound, match=r"no file .*a.png"):
             act(0)
 
@@ -442,23 +442,23 @@ def test_latents_are_listed_with_captions_and_sizes(tmp_path: Path) -> None:
         "pack.safetensors": latent_file(vae, "x.png", "y.jpg"), "bad.safetensors": b"broken", "notes.txt": "x",
     }  # fmt: skip
     root = folder_of(tmp_path, files)
-    pictures = pickle.loads(pickle.dumps(open_pictures(root)))
-    assert pictures.kind == "latents"
-    assert (pictures.vae, pictures.scaling_factor) == (vae, 0.18215)
-    assert [(item.name, item.captions) for item in pictures] == [
+    images = pickle.loads(pickle.dumps(open_images(root)))
+    assert images.kind == "latents"
+    assert (images.vae, images.scaling_factor) == (vae, 0.18215)
+    assert [(item.name, item.captions) for item in images] == [
         ("a.safetensors", ("one", "two")),
         ("pack.safetensors:0", ()),
         ("pack.safetensors:1", ("why",)),
     ]
-    assert pictures.sizes.tolist() == [[32, 16]] * 3
+    assert images.sizes.tolist() == [[32, 16]] * 3
     assert list(dropped(root)) == ["bad.safetensors"]
     whole = torch.arange(2 * 32, dtype=torch.float32).reshape(2, 4, 2, 4)
-    assert torch.equal(pictures.read_latents(2).latents, whole[1:])
-    assert torch.equal(pictures.read_latents(0).latents, whole[:1])
-    assert pictures.read(0) == files["a.safetensors"]
+    assert torch.equal(images.read_latents(2).latents, whole[1:])
+    assert torch.equal(images.read_latents(0).latents, whole[:1])
+    assert images.read(0) == files["a.safetensors"]
 
 
 def test_latents_of_two_vaes_are_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path, {f"{n}.safetensors": latent_file(f"random:tiny:{n}", "a.png") for n in range(2)})
     with pytest.raises(BadLatents, match=r"different VAEs, 0.safetensors and 1.safetensors"):
-        open_pictures(root)
+        open_images(root)

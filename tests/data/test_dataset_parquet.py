@@ -22,16 +22,16 @@ from torch.utils.data import Dataset as TorchDataset
 from sdcli.data import hub_datasets, parquet
 from sdcli.data.hub_datasets import HUB_DATA, open_hub
 from sdcli.data.parquet import ParquetRows, open_rows
-from sdcli.data.records import PictureSet
-from sdcli.data.sources import open_pictures
-from sdcli.errors import BadPicture, NotFound, Offline, UsageError
-from tests.data.test_dataset_folders import dropped, folder_of, listed, picture_bytes
+from sdcli.data.records import ImageSet
+from sdcli.data.sources import open_images
+from sdcli.errors import BadImage, NotFound, Offline, UsageError
+from tests.data.test_dataset_folders import dropped, folder_of, image_bytes, listed
 
-PICTURES = [picture_bytes(number) for number in range(7)]
+IMAGES = [image_bytes(number) for number in range(7)]
 
 
 def hf_dataset(**columns: Any) -> Dataset:
-    """Seven pictures, made and written by the datasets library itself: the oracle."""
+    """Seven images, made and written by the datasets library itself: the oracle."""
     features = Features(
         {
             "image": Image(),
@@ -42,7 +42,7 @@ def hf_dataset(**columns: Any) -> Dataset:
             },
         }
     )
-    cells = [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate(PICTURES)]
+    cells = [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate(IMAGES)]
     return Dataset.from_dict({"image": cells, "label": [0, 1, 0, 1, 0, 1, -1], **columns}, features=features)
 
 
@@ -65,25 +65,25 @@ def pyarrow_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_are_those_of_the_datasets_library(data: Path) -> None:
-    pictures = pickle.loads(pickle.dumps(open_pictures(data)))
-    assert pictures.streamed
-    assert pictures.classes == ("cat", "dog")
-    assert [item.captions for item in pictures] == [(f"caption {n}",) for n in range(7)]
-    assert [item.label for item in pictures] == ["dog", "cat", "dog", "cat", "dog", "cat", None]
-    assert [item.block for item in pictures] == [0, 0, 1, 1, 2, 2, 3]
-    assert pictures[6].name == "data/train-00001-of-00002.parquet:2"
-    assert [pictures.read(index) for index in (5, 0, 6, 3)] == [PICTURES[index] for index in (5, 0, 6, 3)]
-    assert len({pictures.stamp(index) for index in range(7)}) == 7
+    images = pickle.loads(pickle.dumps(open_images(data)))
+    assert images.streamed
+    assert images.classes == ("cat", "dog")
+    assert [item.captions for item in images] == [(f"caption {n}",) for n in range(7)]
+    assert [item.label for item in images] == ["dog", "cat", "dog", "cat", "dog", "cat", None]
+    assert [item.block for item in images] == [0, 0, 1, 1, 2, 2, 3]
+    assert images[6].name == "data/train-00001-of-00002.parquet:2"
+    assert [images.read(index) for index in (5, 0, 6, 3)] == [IMAGES[index] for index in (5, 0, 6, 3)]
+    assert len({images.stamp(index) for index in range(7)}) == 7
 
 
 def test_a_single_file_and_a_pattern_stand_for_themselves(data: Path) -> None:
-    assert len(open_pictures(data, split="test")) == 2
-    assert len(open_pictures(data, split="all")) == 9
-    assert len(open_pictures(data / "data/test-00000-of-00001.parquet")) == 2
+    assert len(open_images(data, split="test")) == 2
+    assert len(open_images(data, split="all")) == 9
+    assert len(open_images(data / "data/test-00000-of-00001.parquet")) == 2
     assert listed(f"{data}/data/train-*.parquet")[3][0] == "train-00000-of-00002.parquet:3"
     assert len(listed(f"{data}/data/train-{{00000..00001}}-of-00002.parquet")) == 7
     with pytest.raises(UsageError, match="no split 'validation'; it has test, train"):
-        open_pictures(data, split="validation")
+        open_images(data, split="validation")
 
 
 def test_captions_may_be_lists_and_columns_of_any_name(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_captions_may_be_lists_and_columns_of_any_name(tmp_path: Path) -> None:
     assert listed(tmp_path)[0][1] == ("c",)
     assert [captions for _, captions, _ in listed(tmp_path, caption_column="long")] == [("a", "b")] * 6 + [()]
     with pytest.raises(UsageError, match=r"no column 'foto' \(--image-column\); did you mean 'photo'"):
-        open_pictures(tmp_path, image_column="foto")
-    with pytest.raises(UsageError, match="'label' holds int64, not the bytes of pictures"):
-        open_pictures(tmp_path, image_column="label")
+        open_images(tmp_path, image_column="foto")
+    with pytest.raises(UsageError, match="'label' holds int64, not the bytes of images"):
+        open_images(tmp_path, image_column="label")
 
 
 def test_labels_without_captions_are_the_captions(tmp_path: Path) -> None:
@@ -105,22 +105,22 @@ def test_labels_without_captions_are_the_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
 )
-def test_plain_bytes_are_pictures_too(tmp_path: Path, kind: pa.DataType) -> None:
-    cells = [{"bytes": data, "path": None} if pa.types.is_struct(kind) else data for data in PICTURES]
+def test_plain_bytes_are_images_too(tmp_path: Path, kind: pa.DataType) -> None:
+    cells = [{"bytes": data, "path": None} if pa.types.is_struct(kind) else data for data in IMAGES]
     pq.write_table(pa.table({"jpg": pa.array(cells, kind), "text": [str(n) for n in range(7)]}), tmp_path / "x.parquet")
-    pictures = open_pictures(tmp_path)
-    assert [pictures.read(index) for index in range(7)] == PICTURES
+    images = open_images(tmp_path)
+    assert [images.read(index) for index in range(7)] == IMAGES
 
 
-def test_a_file_without_pictures_is_a_question_not_a_guess(tmp_path: Path) -> None:
+def test_a_file_without_images_is_a_question_not_a_guess(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "x.parquet")
-    with pytest.raises(UsageError, match=r"no column of pictures that can be told \(it has a, b\)"):
-        open_pictures(tmp_path)
-    assert open_pictures(tmp_path, image_column="b").read(0) == b"y"
+    with pytest.raises(UsageError, match=r"no column of images that can be told \(it has a, b\)"):
+        open_images(tmp_path)
+    assert open_images(tmp_path, image_column="b").read(0) == b"y"
 
 
 @pytest.mark.parametrize("typed", ["{root}/x.parquet", "x.parquet", "*.parquet", "../set/x.parquet"])
-def test_rows_without_a_picture_and_paths_out_of_the_folder_are_refused(
+def test_rows_without_an_image_and_paths_out_of_the_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
     cells = [
@@ -129,21 +129,21 @@ def test_rows_without_a_picture_and_paths_out_of_the_folder_are_refused(
     ]  # fmt: skip
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     root = folder_of(tmp_path / "set", {"x": b""})
-    folder_of(tmp_path, {"b.png": PICTURES[0], "set/in/a.png": PICTURES[1]})
+    folder_of(tmp_path, {"b.png": IMAGES[0], "set/in/a.png": IMAGES[1]})
     pq.write_table(pa.table({"image": pa.array(cells, kind)}), root / "x.parquet")
     monkeypatch.chdir(root)
-    pictures = open_pictures(typed.format(root=root))
-    assert pictures.read(2) == PICTURES[1]
+    images = open_images(typed.format(root=root))
+    assert images.read(2) == IMAGES[1]
     for index in (0, 1, 5):
-        with pytest.raises(BadPicture, match=rf"x.parquet:{index}: holds no picture$"):
-            pictures.read(index)
+        with pytest.raises(BadImage, match=rf"x.parquet:{index}: holds no image$"):
+            images.read(index)
     for index in (3, 4):
-        with pytest.raises(BadPicture, match="only the path of one"):
-            pictures.read(index)
+        with pytest.raises(BadImage, match="only the path of one"):
+            images.read(index)
 
 
 def test_odd_cells_and_damaged_files_are_dropped_with_a_reason(tmp_path: Path, data: Path) -> None:
-    table = pa.table({"image": PICTURES[:3], "label": [5, 0, 1], "text": [b"caf\xe9", b"fine", b"good"]})
+    table = pa.table({"image": IMAGES[:3], "label": [5, 0, 1], "text": [b"caf\xe9", b"fine", b"good"]})
     metadata = hf_dataset().data.table.schema.metadata or {}
     written = tmp_path / "labels.parquet"
     hf_dataset().to_parquet(written)
@@ -165,11 +165,11 @@ def test_damage_inside_a_file_costs_its_own_row_group(data: Path) -> None:
     broken = bytearray(path.read_bytes())
     broken[start : start + 20] = b"\xff" * 20
     path.write_bytes(broken)
-    pictures = open_pictures(data)
-    assert len(pictures) == 7
-    with pytest.raises(BadPicture, match=r"parquet:0: cannot be read"):
-        pictures.read(0)
-    assert pictures.read(2) == PICTURES[2]
+    images = open_images(data)
+    assert len(images) == 7
+    with pytest.raises(BadImage, match=r"parquet:0: cannot be read"):
+        images.read(0)
+    assert images.read(2) == IMAGES[2]
 
 
 def test_a_row_group_is_read_once_while_it_is_held(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,49 +184,49 @@ def test_a_row_group_is_read_once_while_it_is_held(data: Path, monkeypatch: pyte
             reads.append((self._path, group))
             return self._file.read_row_group(group, columns=columns)
 
-    pictures = open_pictures(data)
-    assert isinstance(pictures, ParquetRows)
-    assert pictures.shuffle_window is not None
-    assert pictures.shuffle_window > 1000
+    images = open_images(data)
+    assert isinstance(images, ParquetRows)
+    assert images.shuffle_window is not None
+    assert images.shuffle_window > 1000
     monkeypatch.setattr(parquet, "open_parquet", Counting)
     for _ in range(3):
         for index in range(7):
-            pictures.read(index)
+            images.read(index)
     assert len(reads) == 4
     monkeypatch.setattr(parquet, "HELD_BYTES", 1)
     reads.clear()
-    again = pickle.loads(pickle.dumps(pictures))
+    again = pickle.loads(pickle.dumps(images))
     for index in (0, 1, 2, 3, 0):
         again.read(index)
     assert len(reads) == 3
 
 
 def test_many_threads_read_the_right_rows(data: Path) -> None:
-    pictures = open_pictures(data)
+    images = open_images(data)
     order = [(7 * n + n // 3) % 7 for n in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(pictures.read, order)) == [PICTURES[index] for index in order]
+        assert list(pool.map(images.read, order)) == [IMAGES[index] for index in order]
 
 
 @dataclass(frozen=True)
 class Bytes(TorchDataset[bytes]):
     """What a DataLoader's workers do."""
 
-    pictures: PictureSet
+    images: ImageSet
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> bytes:
-        return self.pictures.read(index)
+        return self.images.read(index)
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_worker_processes_read_the_right_rows_after_their_parent_did(data: Path, context: str) -> None:
-    pictures = open_pictures(data)
-    assert pictures.read(0) == PICTURES[0]
-    loader = DataLoader(Bytes(pictures), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=60)
-    assert list(loader) == PICTURES
+    images = open_images(data)
+    assert images.read(0) == IMAGES[0]
+    loader = DataLoader(Bytes(images), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=60)
+    assert list(loader) == IMAGES
 
 
 def test_urls_are_streamed_through_fsspec(data: Path) -> None:
@@ -234,24 +234,24 @@ def test_urls_are_streamed_through_fsspec(data: Path) -> None:
     for path in sorted((data / "data").glob("train-*")):
         memory.pipe(f"/repo@abc/{path.name}", path.read_bytes())
     urls = [f"memory://{name}" for name in sorted(memory.ls("/repo@abc", detail=False))]
-    pictures = open_rows(urls, names=["a", "b"], source="owner/name", stamps=urls, remote=True)
-    assert pictures[4].name == "b:0"
-    assert pictures.read(4) == PICTURES[4]
-    assert pictures.stamp(4) == f"{urls[1]}:0:0"
+    images = open_rows(urls, names=["a", "b"], source="owner/name", stamps=urls, remote=True)
+    assert images[4].name == "b:0"
+    assert images.read(4) == IMAGES[4]
+    assert images.stamp(4) == f"{urls[1]}:0:0"
 
 
 def test_class_names_may_come_from_the_data_sets_card(tmp_path: Path) -> None:
     path = str(tmp_path / "x.parquet")
-    pq.write_table(pa.table({"image": PICTURES[:3], "label": [1, 0, -1]}), path)
+    pq.write_table(pa.table({"image": IMAGES[:3], "label": [1, 0, -1]}), path)
     features = {"label": {"_type": "ClassLabel", "names": ["dog", "cat"]}}
-    pictures = open_rows([path], names=["x"], source="x", stamps=[""], features=features)
-    assert [item.label for item in pictures] == ["cat", "dog", None]
+    images = open_rows([path], names=["x"], source="x", stamps=[""], features=features)
+    assert [item.label for item in images] == ["cat", "dog", None]
     assert [label for *_, label in listed(path)] == ["1", "0", "-1"]
 
 
-def test_a_failing_network_is_tried_again_and_is_no_broken_picture(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_network_is_tried_again_and_is_no_broken_image(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [f"file://{path}" for path in sorted((data / "data").glob("train-*"))]
-    pictures = open_rows(files, names=["a", "b"], source="owner/name", stamps=files, remote=True)
+    images = open_rows(files, names=["a", "b"], source="owner/name", stamps=files, remote=True)
     opened, failures = parquet.open_parquet, iter([True, True, False, True, True, True, True])
     pauses: list[float] = []
 
@@ -262,10 +262,10 @@ def test_a_failing_network_is_tried_again_and_is_no_broken_picture(data: Path, m
 
     monkeypatch.setattr(parquet, "open_parquet", failing)
     monkeypatch.setattr("time.sleep", pauses.append)
-    assert pictures.read(0) == PICTURES[0]
+    assert images.read(0) == IMAGES[0]
     assert pauses == [1.0, 4.0]
     with pytest.raises(Offline, match=r"b:0: cannot be fetched from .*: reset"):
-        pictures.read(4)
+        images.read(4)
 
 
 # The hub
@@ -293,10 +293,10 @@ def hub(online: None, monkeypatch: pytest.MonkeyPatch, data: Path) -> Iterator[l
 
 
 def test_a_hub_id_is_resolved_by_the_datasets_library(hub: list[tuple[Any, ...]]) -> None:
-    pictures = open_pictures("owner/name")
+    images = open_images("owner/name")
     assert hub == [("hf://datasets/owner/name", None, None)]
-    assert [item.name for item in pictures][3:5] == ["train-00000-of-00002.parquet:3", "train-00001-of-00002.parquet:0"]  # type: ignore[attr-defined]
-    assert [pictures.read(index) for index in range(7)] == PICTURES
+    assert [item.name for item in images][3:5] == ["train-00000-of-00002.parquet:3", "train-00001-of-00002.parquet:0"]  # type: ignore[attr-defined]
+    assert [images.read(index) for index in range(7)] == IMAGES
     assert len(open_hub("owner/name:config@v1.0", split="test")) == 2
     assert hub[1:] == [("hf://datasets/owner/name", "config", "v1.0")]
     assert len(open_hub("owner/name", split="all")) == 9
@@ -307,21 +307,21 @@ def test_a_hub_id_is_resolved_by_the_datasets_library(hub: list[tuple[Any, ...]]
 def test_a_folder_wins_over_the_hub(
     hub: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder_of(tmp_path / "owner/name", {"a.png": PICTURES[0]})
+    folder_of(tmp_path / "owner/name", {"a.png": IMAGES[0]})
     monkeypatch.chdir(tmp_path)
-    assert open_pictures("owner/name").read(0) == PICTURES[0]
+    assert open_images("owner/name").read(0) == IMAGES[0]
     assert not hub
 
 
 def test_a_mistyped_path_is_not_looked_for_on_the_hub(
     hub: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder_of(tmp_path / "photos/cats", {"a.png": PICTURES[0]})
+    folder_of(tmp_path / "photos/cats", {"a.png": IMAGES[0]})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotFound, match=r"no folder or file photos/cat \(hf://datasets/photos/cat would be"):
-        open_pictures("photos/cat")
+        open_images("photos/cat")
     assert not hub
-    assert len(open_pictures("hf://datasets/photos/cat")) == 7
+    assert len(open_images("hf://datasets/photos/cat")) == 7
     assert hub == [("hf://datasets/photos/cat", None, None)]
 
 
@@ -329,7 +329,7 @@ def test_other_formats_are_read_from_the_hubs_parquet_copy(
     hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     parquet_builder = datasets.load_dataset_builder
-    folder_of(tmp_path / "images", {"a.png": PICTURES[0]})
+    folder_of(tmp_path / "images", {"a.png": IMAGES[0]})
 
     def two(path: str, name: str | None = None, *, revision: str | None = None) -> Any:
         if revision == "refs/convert/parquet":
@@ -368,12 +368,12 @@ def test_what_the_hub_answers_becomes_a_sentence(
 
     monkeypatch.setattr(datasets, "load_dataset_builder", failing)
     with pytest.raises(error, match=sentence):
-        open_pictures("owner/name")
+        open_images("owner/name")
 
 
 def test_offline_is_a_sentence_and_no_wait() -> None:
     with pytest.raises(Offline, match=r"no folder owner/name.*HF_HUB_OFFLINE forbids \(`hf download owner/name"):
-        open_pictures("owner/name")
+        open_images("owner/name")
 
 
 @pytest.mark.parametrize("missing", ["pyarrow", "datasets"])
@@ -389,7 +389,7 @@ def test_a_missing_package_is_told_with_what_to_install(
 
     monkeypatch.setattr(builtins, "__import__", lacking)
     with pytest.raises(UsageError, match=rf"package {missing}: pip install 'sdcli\[data\]'"):
-        open_pictures(data if missing == "pyarrow" else "owner/name")
+        open_images(data if missing == "pyarrow" else "owner/name")
 
 
 def test_ids_of_the_hub_are_told_from_paths() -> None:

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdcli.data.records import Item, Items, Listed
-from sdcli.data.sources import open_pictures
+from sdcli.data.sources import open_images
 from sdcli.data.webdataset import expand_braces, members_of, write_shards
-from sdcli.errors import BadPicture, CannotWrite, NotFound, UsageError
+from sdcli.errors import BadImage, CannotWrite, NotFound, UsageError
 from sdcli.io.files import AlreadyExists
-from tests.data.test_dataset_folders import PICTURE, dropped, folder_of, listed, picture_bytes
+from tests.data.test_dataset_folders import IMAGE, dropped, folder_of, image_bytes, listed
 
 
 def tar_bytes(members: list[tuple[str, bytes | str]], *, format: int = tarfile.USTAR_FORMAT) -> bytes:
@@ -39,20 +39,20 @@ def tar_bytes(members: list[tuple[str, bytes | str]], *, format: int = tarfile.U
 
 
 def sample(key: str, caption: str = "hello", number: int = 0) -> list[tuple[str, bytes | str]]:
-    """A picture as img2dataset writes it."""
+    """An image as img2dataset writes it."""
     record = {"caption": caption, "url": "http://x", "key": key, "status": "success"}
     return [
-        (f"{key}.jpg", picture_bytes(number, format="JPEG")),
+        (f"{key}.jpg", image_bytes(number, format="JPEG")),
         (f"{key}.txt", caption),
         (f"{key}.json", json.dumps(record)),
     ]
 
 
 class Memory(Listed):
-    """Pictures in memory, for round trips."""
+    """Images in memory, for round trips."""
 
     def read(self, index: int) -> bytes:
-        return picture_bytes(index)
+        return image_bytes(index)
 
     def stamp(self, index: int) -> str:
         return str(index)
@@ -89,8 +89,8 @@ def test_links_folders_and_devices_are_passed_over(tmp_path: Path) -> None:
             facts.type, facts.linkname, facts.size = kind, "/etc/passwd", 0
             tar.addfile(facts)
         facts = tarfile.TarInfo("b.png")
-        facts.size = len(PICTURE)
-        tar.addfile(facts, io.BytesIO(PICTURE))
+        facts.size = len(IMAGE)
+        tar.addfile(facts, io.BytesIO(IMAGE))
     assert listed(path) == [("x.tar:b", (), None)]
 
 
@@ -98,27 +98,27 @@ def test_ten_thousand_members_are_indexed_in_well_under_a_second(tmp_path: Path)
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes([(f"{number:05d}.jpg", b"x" * 600) for number in range(10_000)]))
     started = time.process_time()  # not disturbed by what else runs
-    assert len(open_pictures(path)) == 10_000
+    assert len(open_images(path)) == 10_000
     assert time.process_time() - started < 0.8
 
 
 def test_captions_come_from_txt_and_else_from_json(tmp_path: Path) -> None:
     members = [
         *sample("000000001", "a cat"),
-        ("000000002.png", PICTURE), ("000000002.json", '{"caption": "a dog", "label": "dog"}'),
-        ("sub/000000003.WEBP", PICTURE), ("sub/000000003.TXT", "one\r\ntwo\n"), ("readme", "x"),
-        ("000000004.jpg", PICTURE), ("000000005.jpg", PICTURE), ("000000005.json", '{"caption": null}'),
-        ("000000006.png", PICTURE), ("000000006.cls", "3"),
+        ("000000002.png", IMAGE), ("000000002.json", '{"caption": "a dog", "label": "dog"}'),
+        ("sub/000000003.WEBP", IMAGE), ("sub/000000003.TXT", "one\r\ntwo\n"), ("readme", "x"),
+        ("000000004.jpg", IMAGE), ("000000005.jpg", IMAGE), ("000000005.json", '{"caption": null}'),
+        ("000000006.png", IMAGE), ("000000006.cls", "3"),
     ]  # fmt: skip
     (tmp_path / "00003.tar").write_bytes(tar_bytes(members))
-    pictures = pickle.loads(pickle.dumps(open_pictures(tmp_path)))
-    assert pictures.streamed
-    assert [tuple(item.captions) for item in pictures] == [("a cat",), ("a dog",), ("one", "two"), (), (), ()]
-    assert [item.label for item in pictures] == [None, "dog", None, None, None, "3"]
-    assert pictures[0].name == "00003.tar:000000001"
-    assert pictures[2].name == "00003.tar:sub/000000003"
-    assert pictures.read(1) == PICTURE
-    assert pictures.read(0) == members[0][1]
+    images = pickle.loads(pickle.dumps(open_images(tmp_path)))
+    assert images.streamed
+    assert [tuple(item.captions) for item in images] == [("a cat",), ("a dog",), ("one", "two"), (), (), ()]
+    assert [item.label for item in images] == [None, "dog", None, None, None, "3"]
+    assert images[0].name == "00003.tar:000000001"
+    assert images[2].name == "00003.tar:sub/000000003"
+    assert images.read(1) == IMAGE
+    assert images.read(0) == members[0][1]
 
 
 def test_blocks_are_shards_and_side_tables_are_passed_over(tmp_path: Path) -> None:
@@ -126,25 +126,25 @@ def test_blocks_are_shards_and_side_tables_are_passed_over(tmp_path: Path) -> No
         (tmp_path / f"{shard:05d}.tar").write_bytes(tar_bytes(sample(f"{shard:05d}0") + sample(f"{shard:05d}1")))
         (tmp_path / f"{shard:05d}.parquet").write_bytes(b"img2dataset's own table")
         (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
-    pictures = open_pictures(tmp_path)
-    assert [pictures[index].block for index in range(6)] == [0, 0, 1, 1, 2, 2]
-    assert not pictures.dropped
-    assert len({pictures.stamp(index) for index in range(6)}) == 6
+    images = open_images(tmp_path)
+    assert [images[index].block for index in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert not images.dropped
+    assert len({images.stamp(index) for index in range(6)}) == 6
 
 
 def test_what_is_wrong_with_a_sample_costs_that_sample(tmp_path: Path) -> None:
     members = [
-        *sample("a"), ("b.txt", "no picture"), ("c.jpg", PICTURE), ("c.png", PICTURE), ("d.jpg", PICTURE),
-        ("d.jpg", PICTURE), ("e.png", PICTURE), ("e.txt", b"caf\xe9"), ("f.png", PICTURE), ("f.json", "{"),
-        ("g.png", PICTURE), ("g.json", "[]"), ("h.png", PICTURE), ("h.txt", "x" * 2_000_000), ("i.avif", b"?"),
-        ("j.png", PICTURE), ("j.json", '{"caption": 3}'),
+        *sample("a"), ("b.txt", "no image"), ("c.jpg", IMAGE), ("c.png", IMAGE), ("d.jpg", IMAGE),
+        ("d.jpg", IMAGE), ("e.png", IMAGE), ("e.txt", b"caf\xe9"), ("f.png", IMAGE), ("f.json", "{"),
+        ("g.png", IMAGE), ("g.json", "[]"), ("h.png", IMAGE), ("h.txt", "x" * 2_000_000), ("i.avif", b"?"),
+        ("j.png", IMAGE), ("j.json", '{"caption": 3}'),
     ]  # fmt: skip
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
     assert [name for name, *_ in listed(tmp_path)] == ["0.tar:a", "0.tar:c", "0.tar:d"]
     assert {name.removeprefix("0.tar:"): reason for name, reason in dropped(tmp_path).items()} == {
-        "b": "is a sample without a picture",
-        "c.png": "is a second picture of its key",
-        "d.jpg": "is a second picture of its key",
+        "b": "is a sample without an image",
+        "c.png": "is a second image of its key",
+        "d.jpg": "is a second image of its key",
         "e": "its caption is not UTF-8 text",
         "f": "its .json is damaged",
         "g": "its .json holds no object",
@@ -154,23 +154,23 @@ def test_what_is_wrong_with_a_sample_costs_that_sample(tmp_path: Path) -> None:
     }
 
 
-def test_a_shard_cut_anywhere_gives_whole_pictures_only_and_says_so(tmp_path: Path) -> None:
+def test_a_shard_cut_anywhere_gives_whole_images_only_and_says_so(tmp_path: Path) -> None:
     samples = [sample(f"{number:03d}", f"caption {number}", number) for number in range(3)]
     whole = tar_bytes([member for one in samples for member in one])
     end = whole.rstrip(b"\0")
     path = tmp_path / "0.tar"
     for length in range(0, len(end), 397):
         path.write_bytes(whole[:length])
-        pictures = open_pictures(path)
-        assert pictures.dropped, length
-        for index in range(len(pictures)):
-            number = int(pictures[index].name.rpartition(":")[2])
-            assert pictures.read(index) == samples[number][0][1]
-            if number or len(pictures) > 1:  # of the first sample alone nobody can know what it lacks
-                assert pictures[index].captions == (f"caption {number}",)
+        images = open_images(path)
+        assert images.dropped, length
+        for index in range(len(images)):
+            number = int(images[index].name.rpartition(":")[2])
+            assert images.read(index) == samples[number][0][1]
+            if number or len(images) > 1:  # of the first sample alone nobody can know what it lacks
+                assert images[index].captions == (f"caption {number}",)
     path.write_bytes(whole)
-    assert len(open_pictures(path)) == 3
-    assert not open_pictures(path).dropped
+    assert len(open_images(path)) == 3
+    assert not open_images(path).dropped
 
 
 def test_a_damaged_shard_does_not_cost_the_others(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_damaged_shard_does_not_cost_the_others(tmp_path: Path) -> None:
     assert reasons["2.tar"] == "is empty; nothing of it is used"
     assert reasons["3.tar"] == "is no tar file; nothing of it is used"
     assert "gunzip" in reasons["4.tar"]
-    assert reasons["5.tar"] == "holds no pictures"
+    assert reasons["5.tar"] == "holds no images"
 
 
 @settings(max_examples=150)
@@ -201,10 +201,10 @@ def test_no_damage_makes_more_than_a_sentence(tmp_path_factory: pytest.TempPathF
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.mktemp("fuzz") / "0.tar"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    pictures = open_pictures(path)
-    for index in range(len(pictures)):
-        with contextlib.suppress(BadPicture):
-            pictures.read(index)
+    images = open_images(path)
+    for index in range(len(images)):
+        with contextlib.suppress(BadImage):
+            images.read(index)
 
 
 def test_a_hostile_size_neither_hangs_nor_allocates(tmp_path: Path) -> None:
@@ -224,13 +224,13 @@ def test_a_hostile_size_neither_hangs_nor_allocates(tmp_path: Path) -> None:
 def test_a_shard_that_shrinks_after_the_listing_is_told(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(tar_bytes(sample("a")))
-    pictures = open_pictures(path)
+    images = open_images(path)
     path.write_bytes(b"x" * 600)
-    with pytest.raises(BadPicture, match=r"0.tar:a: is cut short"):
-        pictures.read(0)
+    with pytest.raises(BadImage, match=r"0.tar:a: is cut short"):
+        images.read(0)
     path.unlink()
     with pytest.raises(NotFound, match=r"0.tar:a: no file"):
-        pictures.read(0)
+        images.read(0)
 
 
 # Splits and patterns
@@ -243,7 +243,7 @@ def test_shards_of_a_split_are_chosen_by_their_names(tmp_path: Path) -> None:
     assert dropped(tmp_path) == {"odd.tar": "belongs to no split, while other files do"}
     assert [name for name, *_ in listed(tmp_path, split="validation")] == ["val/00000.tar:a"]
     with pytest.raises(UsageError, match="no split 'test'; it has train, validation"):
-        open_pictures(tmp_path, split="test")
+        open_images(tmp_path, split="test")
 
 
 def test_braces_are_expanded_as_bash_does() -> None:
@@ -270,9 +270,9 @@ def test_patterns_name_shards_and_missing_ones_are_dropped(tmp_path: Path) -> No
     assert dropped(pattern) == {f"{tmp_path}/00002.tar": "there is no such file"}
     assert listed(f"{tmp_path}/*.tar") == listed(tmp_path)
     with pytest.raises(NotFound, match="no file is called"):
-        open_pictures(f"{tmp_path}/{{5..9}}.tar")
+        open_images(f"{tmp_path}/{{5..9}}.tar")
     with pytest.raises(UsageError, match="--caption-column is for tables"):
-        open_pictures(tmp_path, caption_column="text")
+        open_images(tmp_path, caption_column="text")
 
 
 # Writing
@@ -289,27 +289,27 @@ sets = st.lists(
 
 @settings(max_examples=40)
 @given(sets, st.integers(1, 5))
-def test_a_round_trip_gives_the_same_pictures_captions_and_labels(
+def test_a_round_trip_gives_the_same_images_captions_and_labels(
     tmp_path_factory: pytest.TempPathFactory, items: list[Item], limit: int
 ) -> None:
-    pictures, root = Memory("memory", Items.of(items)), tmp_path_factory.mktemp("shards")
-    shards = list(write_shards(pictures, root / "a", indices=range(len(items)), max_pictures=limit))
-    assert [shard.pictures for shard in shards[:-1]] == [limit] * (len(shards) - 1)
-    back = open_pictures(root / "a")
+    images, root = Memory("memory", Items.of(items)), tmp_path_factory.mktemp("shards")
+    shards = list(write_shards(images, root / "a", indices=range(len(items)), max_pictures=limit))
+    assert [shard.images for shard in shards[:-1]] == [limit] * (len(shards) - 1)
+    back = open_images(root / "a")
     assert not back.dropped
     assert len(back) == len(items)
     for index, item in enumerate(items):
         assert back[index].captions == item.captions
         assert back[index].label == item.label
-        assert back.read(index) == pictures.read(index)
+        assert back.read(index) == images.read(index)
         assert back[index].block == index // limit
 
 
-def test_equal_pictures_give_equal_bytes_and_shards_keep_to_their_size(tmp_path: Path) -> None:
-    pictures = Memory("memory", Items.of([Item(f"{n}.png", (f"c{n}",)) for n in range(40)]))
-    first = list(write_shards(pictures, tmp_path / "a", indices=range(40), max_bytes=30_000))
+def test_equal_images_give_equal_bytes_and_shards_keep_to_their_size(tmp_path: Path) -> None:
+    images = Memory("memory", Items.of([Item(f"{n}.png", (f"c{n}",)) for n in range(40)]))
+    first = list(write_shards(images, tmp_path / "a", indices=range(40), max_bytes=30_000))
     time.sleep(0.01)
-    list(write_shards(pictures, tmp_path / "b", indices=range(40), max_bytes=30_000))
+    list(write_shards(images, tmp_path / "b", indices=range(40), max_bytes=30_000))
     assert len(first) > 1
     for shard in first:
         data = (tmp_path / "a" / shard.name).read_bytes()
@@ -318,24 +318,24 @@ def test_equal_pictures_give_equal_bytes_and_shards_keep_to_their_size(tmp_path:
         with tarfile.open(tmp_path / "a" / shard.name) as tar:
             record = json.load(tar.extractfile(next(name for name in tar.getnames() if name.endswith(".json"))))  # type: ignore[arg-type]
         assert set(record) == {"name", "caption"}
-    assert sum(shard.pictures for shard in first) == 40
-    tiny = list(write_shards(pictures, tmp_path / "c", indices=range(3), max_bytes=1))
-    assert [shard.pictures for shard in tiny] == [1, 1, 1]
+    assert sum(shard.images for shard in first) == 40
+    tiny = list(write_shards(images, tmp_path / "c", indices=range(3), max_bytes=1))
+    assert [shard.images for shard in tiny] == [1, 1, 1]
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    pictures = Memory("memory", Items.of([Item("a.png", ())]))
+    images = Memory("memory", Items.of([Item("a.png", ())]))
     folder_of(tmp_path / "full", {"x": "y"})
     with pytest.raises(AlreadyExists, match="new folder"):
-        next(write_shards(pictures, tmp_path / "full", indices=[0]))
+        next(write_shards(images, tmp_path / "full", indices=[0]))
     (tmp_path / "empty").mkdir()
-    list(write_shards(pictures, tmp_path / "empty", indices=[0]))
+    list(write_shards(images, tmp_path / "empty", indices=[0]))
     assert os.listdir(tmp_path / "empty") == ["00000.tar"]
     with pytest.raises(IndexError):
-        list(write_shards(pictures, tmp_path / "new", indices=[0, 7]))
+        list(write_shards(images, tmp_path / "new", indices=[0, 7]))
     (tmp_path / "file").write_text("x")
     with pytest.raises(CannotWrite):
-        list(write_shards(pictures, tmp_path / "file" / "below", indices=[0]))
+        list(write_shards(images, tmp_path / "file" / "below", indices=[0]))
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full"]
 
 
@@ -344,14 +344,14 @@ import sys
 from pathlib import Path
 from sdcli.data.webdataset import write_shards
 from sdcli.data.sources import open_pictures
-pictures = open_pictures(sys.argv[1])
-for shard in write_shards(pictures, Path(sys.argv[2]), indices=list(range(len(pictures))) * 100000, max_pictures=1):
+images = open_pictures(sys.argv[1])
+for shard in write_shards(images, Path(sys.argv[2]), indices=list(range(len(images))) * 100000, max_pictures=1):
     print(shard.name, flush=True)
 """
 
 
 def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path: Path) -> None:
-    data, target = folder_of(tmp_path / "data", {"a.png": PICTURE}), tmp_path / "out" / "shards"
+    data, target = folder_of(tmp_path / "data", {"a.png": IMAGE}), tmp_path / "out" / "shards"
     process = subprocess.Popen([sys.executable, "-c", KILLED, data, target], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "00000.tar\n"
@@ -360,8 +360,8 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path: Path
     process.stdout.close()
     (left,) = target.parent.iterdir()
     assert left.name.endswith("-shards.tmp")
-    pictures = open_pictures(data)
-    list(write_shards(pictures, target, indices=[0]))
+    images = open_images(data)
+    list(write_shards(images, target, indices=[0]))
     assert [path.name for path in target.parent.iterdir()] == ["shards"]
 
 
@@ -372,9 +372,9 @@ from sdcli.data.webdataset import write_shards
 from sdcli.data.sources import open_pictures
 from sdcli.errors import CannotWrite
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-pictures = open_pictures(sys.argv[1])
+images = open_pictures(sys.argv[1])
 try:
-    list(write_shards(pictures, Path(sys.argv[2]), indices=[0] * 40))
+    list(write_shards(images, Path(sys.argv[2]), indices=[0] * 40))
 except CannotWrite as error:
     print(error)
 """
@@ -383,7 +383,7 @@ except CannotWrite as error:
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 700, 20_000])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, room: int) -> None:
-    data, target = folder_of(tmp_path / "data", {"a.png": PICTURE}), tmp_path / "out" / "shards"
+    data, target = folder_of(tmp_path / "data", {"a.png": IMAGE}), tmp_path / "out" / "shards"
     command = [sys.executable, "-c", FULL, data, target, str(room)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

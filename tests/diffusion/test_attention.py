@@ -12,8 +12,8 @@ from sdcli.diffusion.attention.sliced import (
     sliced_attention,
     use_plain_small_attention,
 )
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry, resolve
 from sdcli.request.schema import GenerationRequest
@@ -46,18 +46,18 @@ def test_only_half_precision_on_the_cpu_uses_it(dtype: str, sliced: bool) -> Non
     assert not any(kinds[name] for name in kinds if ".attn2." in name)
 
 
-def test_a_picture_in_half_precision_stays_close_to_float32() -> None:
+def test_an_image_in_half_precision_stays_close_to_float32() -> None:
     spec = load_registry().find("starter")
     finals = []
     for dtype in ("float32", "bfloat16"):
         request = GenerationRequest(prompt="a castle", seed=3, width=256, height=256, steps=4)
-        *_, last = paint(Painter.of(load_model(spec, device="cpu", dtype=dtype)), [resolve(request, spec)])
+        *_, last = sample(Pipeline.of(load_model(spec, device="cpu", dtype=dtype)), [resolve(request, spec)])
         finals.append(last.latents)
     error = (finals[0] - finals[1]).square().mean().sqrt() / finals[0].square().mean().sqrt()
     assert error < 0.03
 
 
-def test_plain_attention_has_the_same_pictures_and_gradients() -> None:
+def test_plain_attention_has_the_same_images_and_gradients() -> None:
     unet = load_model(load_registry().find("tiny"), device="cpu", dtype="float32").unet.requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from sdcli.cli.control_map import command as save_map
 from sdcli.diffusion.init_image import measure
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
-from sdcli.errors import BadPicture, BadWeights, NotFound, Offline, SdcliError, UsageError
-from sdcli.generation.engine import Engine, paint_pictures, plan
+from sdcli.errors import BadImage, BadWeights, NotFound, Offline, SdcliError, UsageError
+from sdcli.generation.engine import Engine, generate_images, plan
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
+from sdcli.generation.verify import verify_image
 from sdcli.images.preprocessors import PREPROCESSORS, control_map
 from sdcli.io.files import AlreadyExists
 from sdcli.models.controlnet import load_controlnet, with_controlnets
@@ -52,7 +52,7 @@ NAMES = ("one", "two")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """Two ControlNets for the micro model, `one` and `two`; three pictures of 64x48, and mask.png."""
+    """Two ControlNets for the micro model, `one` and `two`; three images of 64x48, and mask.png."""
     folder = tmp_path_factory.mktemp("control")
     for seed, name in enumerate(NAMES, start=1):
         save_tiny_controlnet(folder / name, tiny_folder, seed=seed)
@@ -75,8 +75,8 @@ def loaded(model: Path, files: Path) -> LoadedModel:
 
 
 @cache
-def painter(model: Path, files: Path) -> Painter:
-    return Painter.of(loaded(model, files))
+def pipeline(model: Path, files: Path) -> Pipeline:
+    return Pipeline.of(loaded(model, files))
 
 
 @cache
@@ -84,25 +84,27 @@ def oracle(model: Path, files: Path, kind: type, nets: tuple[str, ...]) -> Any:
     plain = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     controls = [ControlNetModel.from_pretrained(files / name) for name in nets]
     controlnet = controls[0] if len(controls) == 1 else MultiControlNetModel(controls)
-    pipeline = kind(**plain.components, controlnet=controlnet, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    reference = kind(**plain.components, controlnet=controlnet, requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    return reference
 
 
-def resolved(painter: Painter, **fields: Any) -> GenerationRequest:
+def resolved(pipeline: Pipeline, **fields: Any) -> GenerationRequest:
     asked = parse_request({"prompt": "a cat", "seed": 3, "steps": STEPS, "width": 64, "height": 48, **fields})
-    return resolve(asked, painter.model.spec, measure=measure)
+    return resolve(asked, pipeline.model.spec, measure=measure)
 
 
-def ours(painter: Painter, *, seeds: list[int] = SEEDS, **fields: Any) -> Tensor:
-    *_, last = paint(painter, [resolved(painter, seed=seed, **fields) for seed in seeds])
+def ours(pipeline: Pipeline, *, seeds: list[int] = SEEDS, **fields: Any) -> Tensor:
+    *_, last = sample(pipeline, [resolved(pipeline, seed=seed, **fields) for seed in seeds])
     return last.latents
 
 
-def theirs(painter: Painter, pipeline: Any, scheduler: str, *, scale: float, seeds: list[int], **given: Any) -> Tensor:
-    pipeline.scheduler = make_scheduler(scheduler, painter.model.scheduler_config)
-    positive, negative = pipeline.encode_prompt("a cat", "cpu", 1, True)
-    return pipeline(  # type: ignore[no-any-return]
+def theirs(
+    pipeline: Pipeline, reference: Any, scheduler: str, *, scale: float, seeds: list[int], **given: Any
+) -> Tensor:
+    reference.scheduler = make_scheduler(scheduler, pipeline.model.scheduler_config)
+    positive, negative = reference.encode_prompt("a cat", "cpu", 1, True)
+    return reference(  # type: ignore[no-any-return]
         prompt_embeds=positive.repeat(len(seeds), 1, 1),
         negative_prompt_embeds=negative.repeat(len(seeds), 1, 1) if scale > 1 else None,
         num_inference_steps=STEPS,
@@ -118,10 +120,13 @@ def theirs(painter: Painter, pipeline: Any, scheduler: str, *, scale: float, see
 def test_a_control_gives_diffusers_latents_bit_for_bit(
     tiny_folder: Path, files: Path, scheduler: str, part: tuple[float, float]
 ) -> None:
-    own, pipeline = painter(tiny_folder, files), oracle(tiny_folder, files, StableDiffusionControlNetPipeline, ("one",))
+    own, reference = (
+        pipeline(tiny_folder, files),
+        oracle(tiny_folder, files, StableDiffusionControlNetPipeline, ("one",)),
+    )
     expected = theirs(
         own,
-        pipeline,
+        reference,
         scheduler,
         scale=5.0,
         seeds=[7],
@@ -139,14 +144,14 @@ def test_a_control_gives_diffusers_latents_bit_for_bit(
 def test_two_controls_over_a_batch_give_diffusers_latents_bit_for_bit(
     tiny_folder: Path, files: Path, scale: float, guess: bool
 ) -> None:
-    own, pipeline = painter(tiny_folder, files), oracle(tiny_folder, files, StableDiffusionControlNetPipeline, NAMES)
+    own, reference = pipeline(tiny_folder, files), oracle(tiny_folder, files, StableDiffusionControlNetPipeline, NAMES)
     expected = theirs(
         own,
-        pipeline,
+        reference,
         "ddim",
         scale=scale,
         seeds=SEEDS,
-        image=[[Image.open(files / f"{name}.png") for name in "ab"]] * 2,  # each picture's own
+        image=[[Image.open(files / f"{name}.png") for name in "ab"]] * 2,  # each image's own
         controlnet_conditioning_scale=[0.5, 1.5],
         control_guidance_start=[0.0, 0.4],
         control_guidance_end=[0.6, 1.0],
@@ -157,12 +162,12 @@ def test_two_controls_over_a_batch_give_diffusers_latents_bit_for_bit(
     assert torch.equal(got, expected)
 
 
-def test_a_control_of_a_start_picture_gives_diffusers_latents_bit_for_bit(tiny_folder: Path, files: Path) -> None:
-    own = painter(tiny_folder, files)
-    pipeline = oracle(tiny_folder, files, StableDiffusionControlNetImg2ImgPipeline, ("one",))
+def test_a_control_of_a_start_image_gives_diffusers_latents_bit_for_bit(tiny_folder: Path, files: Path) -> None:
+    own = pipeline(tiny_folder, files)
+    reference = oracle(tiny_folder, files, StableDiffusionControlNetImg2ImgPipeline, ("one",))
     start, seen = Image.open(files / "start.png"), Image.open(files / "a.png")
     given = {"image": start, "control_image": seen, "strength": 0.6, "control_guidance_end": 0.5}
-    expected = theirs(own, pipeline, "euler", scale=5.0, seeds=[7], controlnet_conditioning_scale=1.0, **given)
+    expected = theirs(own, reference, "euler", scale=5.0, seeds=[7], controlnet_conditioning_scale=1.0, **given)
     fields = {"init_image": f"{files}/start.png", "strength": 0.6, "controls": f"{files}/one={files}/a.png@-0.5"}
     assert torch.equal(ours(own, seeds=[7], scheduler="euler", guidance_scale=5.0, **fields), expected)
 
@@ -172,11 +177,11 @@ def test_a_control_behind_a_mask_gives_diffusers_latents_bit_for_bit(
     tiny_folder: Path, files: Path, tmp_path: Path, channels: int
 ) -> None:
     model = tiny_folder if channels == 4 else save_tiny_pipeline(tmp_path / "inpainting", in_channels=9)
-    own = painter(model, files)
-    pipeline = oracle(model, files, StableDiffusionControlNetInpaintPipeline, ("one",))
+    own = pipeline(model, files)
+    reference = oracle(model, files, StableDiffusionControlNetInpaintPipeline, ("one",))
     expected = theirs(
         own,
-        pipeline,
+        reference,
         "ddim",
         scale=5.0,
         seeds=[7],
@@ -198,14 +203,14 @@ def test_a_control_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_
     model = load_model(spec_of_folder(folder), dtype="float32", device="cpu")
     net = str(save_tiny_controlnet(tmp_path / "net", folder))
     registry = load_registry()
-    own = Painter.of(with_controlnets(model, {net: load_controlnet(registry.find_controlnet(net), model)}))
+    own = Pipeline.of(with_controlnets(model, {net: load_controlnet(registry.find_controlnet(net), model)}))
     plain = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
     projection = plain.text_encoder_2.text_projection.weight  # see tests/models/families/test_sdxl.py
     projection.data = projection.data.clone()
-    pipeline = StableDiffusionXLControlNetPipeline(**plain.components, controlnet=ControlNetModel.from_pretrained(net))
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler("euler", model.scheduler_config)
-    expected = pipeline(
+    reference = StableDiffusionXLControlNetPipeline(**plain.components, controlnet=ControlNetModel.from_pretrained(net))
+    reference.set_progress_bar_config(disable=True)
+    reference.scheduler = make_scheduler("euler", model.scheduler_config)
+    expected = reference(
         "a cat",
         negative_prompt="a dog",
         image=Image.open(files / "a.png"),
@@ -225,9 +230,9 @@ def test_a_control_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_
 
 def test_a_control_of_a_distilled_model_gives_diffusers_latents(files: Path, tmp_path: Path) -> None:
     model = save_tiny_pipeline(tmp_path / "lcm", time_cond_proj_dim=32)
-    own, pipeline = painter(model, files), oracle(model, files, StableDiffusionControlNetPipeline, ("one",))
-    pipeline.scheduler = make_scheduler("lcm", own.model.scheduler_config)
-    expected = pipeline(
+    own, reference = pipeline(model, files), oracle(model, files, StableDiffusionControlNetPipeline, ("one",))
+    reference.scheduler = make_scheduler("lcm", own.model.scheduler_config)
+    expected = reference(
         "a cat",
         image=Image.open(files / "a.png"),
         num_inference_steps=STEPS,
@@ -244,7 +249,7 @@ def test_a_control_of_a_distilled_model_gives_diffusers_latents(files: Path, tmp
 def test_a_control_keeps_its_steps_when_the_prompt_changes_or_is_composed(
     tiny_folder: Path, files: Path, scheduler: str, guess: bool | None
 ) -> None:
-    own, control = painter(tiny_folder, files), f"{files}/one={files}/a.png@0.2-0.7"
+    own, control = pipeline(tiny_folder, files), f"{files}/one={files}/a.png@0.2-0.7"
     given = {"seeds": [7], "scheduler": scheduler, "controls": control, "guess_mode": guess, "guidance_scale": 5.0}
     plain = ours(own, prompt="a cat", **given)
     assert not torch.equal(ours(own, prompt="a cat", pag_scale=2.0, **given), plain)
@@ -256,14 +261,14 @@ def test_a_network_with_zero_convolutions_changes_nothing(tiny_folder: Path, fil
     model = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
     ControlNetModel.from_unet(model.unet).save_pretrained(tmp_path / "new")
     new = load_controlnet(load_registry().find_controlnet(str(tmp_path / "new")), model)
-    own = Painter.of(with_controlnets(model, {str(tmp_path / "new"): new}))
+    own = Pipeline.of(with_controlnets(model, {str(tmp_path / "new"): new}))
     assert torch.equal(ours(own, controls=f"{tmp_path}/new={files}/a.png"), ours(own))
 
 
 def test_a_second_pass_sees_the_map_at_its_own_size(
     tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = painter(tiny_folder, files)
+    own = pipeline(tiny_folder, files)
     network, sizes = own.model.parts[f"controlnet:{files}/one"], []
     forward = network.forward
 
@@ -280,7 +285,7 @@ def test_a_second_pass_sees_the_map_at_its_own_size(
 def test_perturbed_attention_asks_no_control_again(
     tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, calls = painter(tiny_folder, files), []
+    own, calls = pipeline(tiny_folder, files), []
     network = own.model.parts[f"controlnet:{files}/one"]
     forward = network.forward
     monkeypatch.setattr(network, "forward", lambda *given, **rest: calls.append(1) or forward(*given, **rest))
@@ -288,13 +293,13 @@ def test_perturbed_attention_asks_no_control_again(
     assert len(calls) == STEPS
 
 
-def test_each_picture_of_a_batch_has_its_own_map(tiny_folder: Path, files: Path) -> None:
-    own = painter(tiny_folder, files)
+def test_each_image_of_a_batch_has_its_own_map(tiny_folder: Path, files: Path) -> None:
+    own = pipeline(tiny_folder, files)
     requests = [resolved(own, controls=f"{files}/one={files}/{name}.png") for name in "ab"]
     assert len(plan([Job(n, request) for n, request in enumerate(requests)], RunSettings(batch_size=2))) == 1
-    together = paint_pictures(own, requests, batch_size=2)
+    together = generate_images(own, requests, batch_size=2)
     for n, request in enumerate(requests):
-        company = paint_pictures(own, [request, request], batch_size=2)[0]
+        company = generate_images(own, [request, request], batch_size=2)[0]
         assert (together[n].pixels - company.pixels).abs().max() < 2 / 255
     assert not torch.equal(together[0].pixels, together[1].pixels)
 
@@ -445,7 +450,7 @@ def test_what_would_have_no_effect_is_refused(
 ) -> None:
     monkeypatch.chdir(files)
     with pytest.raises(kind, match=problem):
-        resolved(painter(tiny_folder, files), **fields)
+        resolved(pipeline(tiny_folder, files), **fields)
 
 
 def test_lines_of_a_prompt_file_may_have_several_controls(
@@ -463,37 +468,35 @@ def test_lines_of_a_prompt_file_may_have_several_controls(
     assert "line 2: no ControlNet 'three'" in str(bad.error)
 
 
-def test_a_picture_that_cannot_be_read_fails_alone(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_fails_alone(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((files / "a.png").read_bytes()[:200])
-    with pytest.raises(BadPicture, match=r"cut\.png"):
-        ours(painter(tiny_folder, files), controls=f"{files}/one={tmp_path}/cut.png")
+    with pytest.raises(BadImage, match=r"cut\.png"):
+        ours(pipeline(tiny_folder, files), controls=f"{files}/one={tmp_path}/cut.png")
 
 
-def test_another_picture_under_the_same_name_is_not_painted_from(
-    tiny_folder: Path, files: Path, tmp_path: Path
-) -> None:
-    own, path = painter(tiny_folder, files), tmp_path / "map.png"
+def test_another_image_under_the_same_name_is_not_painted_from(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
+    own, path = pipeline(tiny_folder, files), tmp_path / "map.png"
     Image.new("RGB", (64, 48), "red").save(path)
     request = resolved(own, controls=f"{files}/one={path}")
     assert parse_request(request.typed()) == request
     Image.new("RGB", (64, 48), "blue").save(path)
-    with pytest.raises(UsageError, match=r"map\.png is another file than the one that was painted with"):
-        next(paint(own, [request]))
+    with pytest.raises(UsageError, match=r"map\.png is another file than the one that was generated with"):
+        next(sample(own, [request]))
 
 
 def test_the_engine_keeps_what_goes_on_and_lets_the_rest_go(tiny_folder: Path, files: Path) -> None:
     engine = Engine(load_registry(), RunSettings(device="cpu"), OutputSettings())
     asked = {name: GenerationRequest(model=str(tiny_folder), controls=(f"{files}/{name}=x",)) for name in NAMES}  # type: ignore[arg-type]
     both = asked["one"].model_copy(update={"controls": asked["one"].controls + asked["two"].controls})
-    first = engine.painter_for(asked["one"]).model.parts
-    second = engine.painter_for(both).model.parts
-    third = engine.painter_for(asked["two"]).model.parts
+    first = engine.pipeline_for(asked["one"]).model.parts
+    second = engine.pipeline_for(both).model.parts
+    third = engine.pipeline_for(asked["two"]).model.parts
     one, two = (f"controlnet:{files}/{name}" for name in NAMES)
     assert second[one] is first[one]
     assert third[two] is second[two]
     assert one not in third
     assert not [
-        name for name in engine.painter_for(GenerationRequest(model=str(tiny_folder))).model.parts if ":" in name
+        name for name in engine.pipeline_for(GenerationRequest(model=str(tiny_folder))).model.parts if ":" in name
     ]
 
 
@@ -505,7 +508,7 @@ def test_a_painted_control_is_recorded_and_verified(tiny_folder: Path, files: Pa
     assert done.returncode == 0, done.stderr
     weights = json.loads(Image.open(tmp_path / "a.png").text["sdcli"])["provenance"]["weights"]  # type: ignore[attr-defined]
     assert weights[f"controlnet:{files}/one"].startswith("sha256:")
-    assert verify_picture(tmp_path / "a.png", load_registry(), RunSettings(device="cpu")).identical
+    assert verify_image(tmp_path / "a.png", load_registry(), RunSettings(device="cpu")).identical
 
 
 # Maps
@@ -515,11 +518,11 @@ def test_each_preprocessor_has_a_map_of_the_asked_size() -> None:
     assert set(PREPROCESSORS) == set(get_args(Preprocessor))
     noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     for name in get_args(Preprocessor):
-        for picture in (Image.fromarray(noise), Image.new("RGB", (1, 1)), Image.new("RGB", (9, 3000), "white")):
+        for image in (Image.fromarray(noise), Image.new("RGB", (1, 1)), Image.new("RGB", (9, 3000), "white")):
             for size in ((64, 48), (8, 8)):
-                made = control_map(picture, name, size)
+                made = control_map(image, name, size)
                 assert (made.size, made.mode) == (size, "RGB")
-                assert made.tobytes() == control_map(picture, name, size).tobytes()
+                assert made.tobytes() == control_map(image, name, size).tobytes()
 
 
 def square() -> Image.Image:
@@ -543,14 +546,14 @@ def test_canny_draws_one_closed_thin_line_around_a_square() -> None:
 
 
 def test_maps_say_what_they_should() -> None:
-    picture = square()
-    maps = {name: np.asarray(control_map(picture, name, (128, 96))).astype(float) for name in PREPROCESSORS}
+    image = square()
+    maps = {name: np.asarray(control_map(image, name, (128, 96))).astype(float) for name in PREPROCESSORS}
     flat = Image.new("RGB", (64, 64), (10, 200, 30))
     for name in ("canny", "scribble", "softedge", "depth"):
         assert not np.asarray(control_map(flat, name, (64, 64))).any()
     for name in ("blur", "tile", "palette"):
         assert np.asarray(control_map(flat, name, (64, 64))).tobytes() == flat.tobytes()
-    assert np.abs(maps["none"] - np.asarray(picture)).max() == 0
+    assert np.abs(maps["none"] - np.asarray(image)).max() == 0
     assert (maps["scribble"] > 0).sum() > 2 * (maps["canny"] > 0).sum()
     assert maps["softedge"][48, 31:33].min() > 4 * maps["softedge"][48, 64].max()
     assert len(np.unique(maps["palette"].reshape(-1, 3), axis=0)) <= 8 * 11
@@ -559,9 +562,9 @@ def test_maps_say_what_they_should() -> None:
         assert np.abs(np.diff(maps[name], axis=1)).max() < np.abs(np.diff(maps["none"], axis=1)).max() / 2
 
 
-def test_a_saved_map_paints_as_the_picture_it_was_made_of(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
+def test_a_saved_map_paints_as_the_image_it_was_made_of(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
     save_map("canny", str(files / "a.png"), tmp_path / "edges.png", size="64x48")
-    own = painter(tiny_folder, files)
+    own = pipeline(tiny_folder, files)
     drawn = ours(own, seeds=[7], controls=f"canny:{files}/one={files}/a.png")
     assert torch.equal(ours(own, seeds=[7], controls=f"{files}/one={tmp_path}/edges.png"), drawn)
     with pytest.raises(AlreadyExists):

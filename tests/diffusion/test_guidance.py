@@ -1,4 +1,4 @@
-"""Guidance beside the plain one: perturbed attention equals diffusers' pipeline, and leaves the network as it was."""
+"""Guidance beside the plain one: perturbed attention equals diffusers' reference, and leaves the network as it was."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from torch import Tensor
 
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import UsageError
 from sdcli.models.layout import ModelKind
@@ -22,19 +22,19 @@ from sdcli.request.schema import parse_request
 from tests.tiny import save_tiny_pipeline
 
 
-def latents(painter: Painter, **fields: Any) -> Tensor:
+def latents(pipeline: Pipeline, **fields: Any) -> Tensor:
     asked = {"prompt": "a cat", "seed": 7, "steps": 4, "width": 64, "height": 64, **fields}
-    *_, last = paint(painter, [resolve(parse_request(asked), painter.model.spec)])
+    *_, last = sample(pipeline, [resolve(parse_request(asked), pipeline.model.spec)])
     return last.latents
 
 
 @pytest.fixture(scope="module")
-def painter(tiny_folder: Path) -> Painter:
-    return Painter.of(load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu"))
+def pipeline(tiny_folder: Path) -> Pipeline:
+    return Pipeline.of(load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu"))
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_folder: Path) -> Any:
+def reference(tiny_folder: Path) -> Any:
     plain = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
     made = StableDiffusionPAGPipeline(**plain.components, requires_safety_checker=False, pag_applied_layers=["mid"])
     made.set_progress_bar_config(disable=True)
@@ -46,49 +46,49 @@ def pipeline(tiny_folder: Path) -> Any:
     "guidance", [{"guidance_scale": 5.0}, {"guidance_scale": 5.0, "guidance_rescale": 0.6}, {"guidance_scale": 1.0}]
 )
 def test_perturbed_attention_equals_diffusers(
-    painter: Painter, pipeline: Any, scheduler: str, guidance: dict[str, float]
+    pipeline: Pipeline, reference: Any, scheduler: str, guidance: dict[str, float]
 ) -> None:
-    pipeline.scheduler = make_scheduler(scheduler, painter.model.scheduler_config)
-    expected = pipeline(
+    reference.scheduler = make_scheduler(scheduler, pipeline.model.scheduler_config)
+    expected = reference(
         "a cat", num_inference_steps=4, width=64, height=64, generator=torch.Generator().manual_seed(7),
         output_type="latent", pag_scale=3.0, **guidance,
     ).images  # fmt: skip
-    got = latents(painter, scheduler=scheduler, pag_scale=3.0, **guidance)
+    got = latents(pipeline, scheduler=scheduler, pag_scale=3.0, **guidance)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_scale_of_zero_is_no_guidance_and_the_network_stays_as_it_was(painter: Painter) -> None:
-    before = latents(painter)
-    assert not torch.equal(latents(painter, pag_scale=3.0), before)
-    assert torch.equal(latents(painter, pag_scale=0), before)
-    assert torch.equal(latents(painter), before)
+def test_a_scale_of_zero_is_no_guidance_and_the_network_stays_as_it_was(pipeline: Pipeline) -> None:
+    before = latents(pipeline)
+    assert not torch.equal(latents(pipeline, pag_scale=3.0), before)
+    assert torch.equal(latents(pipeline, pag_scale=0), before)
+    assert torch.equal(latents(pipeline), before)
 
 
-def test_perturbed_attention_is_refused_where_it_means_nothing(painter: Painter, tmp_path: Path) -> None:
+def test_perturbed_attention_is_refused_where_it_means_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not go with AND"):
-        latents(painter, prompt="a cat AND a dog", pag_scale=3.0)
+        latents(pipeline, prompt="a cat AND a dog", pag_scale=3.0)
     folder = save_tiny_pipeline(tmp_path / "no-middle", mid_block_type=None)
-    other = Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+    other = Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
     with pytest.raises(UsageError, match="no self-attention in the middle"):
         latents(other, pag_scale=3.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_table_says_how_often_a_scheduler_asks_the_network(painter: Painter, name: str) -> None:
-    scheduler = make_scheduler(name, painter.model.scheduler_config)
+def test_the_table_says_how_often_a_scheduler_asks_the_network(pipeline: Pipeline, name: str) -> None:
+    scheduler = make_scheduler(name, pipeline.model.scheduler_config)
     scheduler.set_timesteps(7)
     assert len(scheduler.timesteps) == SCHEDULERS[name].calls(7)
 
 
-def test_an_interval_without_a_step_is_refused(painter: Painter) -> None:
+def test_an_interval_without_a_step_is_refused(pipeline: Pipeline) -> None:
     asked = parse_request({"prompt": "a cat", "steps": 4, "scheduler": "euler", "guidance_interval": "0.55-0.7"})
     with pytest.raises(UsageError, match=r"0.55-0.7 of 4 steps leaves guidance no step"):
-        resolve(asked, painter.model.spec)
-    assert resolve(asked.changed(scheduler="heun"), painter.model.spec).guidance_interval is not None
+        resolve(asked, pipeline.model.spec)
+    assert resolve(asked.changed(scheduler="heun"), pipeline.model.spec).guidance_interval is not None
 
 
-def test_the_last_scale_alone_is_guidance_and_has_one_spelling(painter: Painter) -> None:
-    spec = painter.model.spec.model_copy(update={"kind": ModelKind(conditioning="none")})
+def test_the_last_scale_alone_is_guidance_and_has_one_spelling(pipeline: Pipeline) -> None:
+    spec = pipeline.model.spec.model_copy(update={"kind": ModelKind(conditioning="none")})
     with pytest.raises(UsageError, match="cannot be guided"):
         resolve(parse_request({"guidance_scale": 1, "guidance_end": 5}), spec)
     with pytest.raises(UsageError, match="guidance_end is given twice"):

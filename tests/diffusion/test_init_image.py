@@ -1,4 +1,4 @@
-"""Start pictures, masks, new canvas, variations, second passes: parity with diffusers, and what must stay as it is."""
+"""Start images, masks, new canvas, variations, second passes: parity with diffusers, and what must stay as it is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 from torch import Tensor
 
-from sdcli.diffusion.init_image import measure, start_picture
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.init_image import measure, start_image
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.diffusion.start import slerp
-from sdcli.errors import BadOutput, BadPicture, NotFound, UsageError
-from sdcli.generation.engine import paint_pictures, plan
+from sdcli.errors import BadImage, BadOutput, NotFound, UsageError
+from sdcli.generation.engine import generate_images, plan
 from sdcli.generation.resolve.init_image import identified
 from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import from_pixels
@@ -59,25 +59,25 @@ def nine_channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def loaded(folder: Path, oracle: type) -> tuple[Painter, Any]:
-    painter = Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+def loaded(folder: Path, oracle: type) -> tuple[Pipeline, Any]:
+    pipeline = Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
     plain = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipeline = oracle(**plain.components, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return painter, pipeline
+    reference = oracle(**plain.components, requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    return pipeline, reference
 
 
-def ours(painter: Painter, *, seeds: list[int] = SEEDS, **fields: Any) -> Tensor:
-    spec = painter.model.spec
+def ours(pipeline: Pipeline, *, seeds: list[int] = SEEDS, **fields: Any) -> Tensor:
+    spec = pipeline.model.spec
     asked = [parse_request({"prompt": "a cat", "seed": seed, "steps": STEPS, **fields}) for seed in seeds]
-    *_, last = paint(painter, [resolve(one, spec, measure=measure) for one in asked])
+    *_, last = sample(pipeline, [resolve(one, spec, measure=measure) for one in asked])
     return last.latents
 
 
-def theirs(painter: Painter, pipeline: Any, scheduler: str, *, seeds: list[int] = SEEDS, **arguments: Any) -> Tensor:
-    pipeline.scheduler = make_scheduler(scheduler, painter.model.scheduler_config)
-    positive, negative = pipeline.encode_prompt("a cat", "cpu", 1, True)
-    return pipeline(  # type: ignore[no-any-return]
+def theirs(pipeline: Pipeline, reference: Any, scheduler: str, *, seeds: list[int] = SEEDS, **arguments: Any) -> Tensor:
+    reference.scheduler = make_scheduler(scheduler, pipeline.model.scheduler_config)
+    positive, negative = reference.encode_prompt("a cat", "cpu", 1, True)
+    return reference(  # type: ignore[no-any-return]
         prompt_embeds=positive.repeat(len(seeds), 1, 1),
         negative_prompt_embeds=negative.repeat(len(seeds), 1, 1),
         num_inference_steps=STEPS,
@@ -90,14 +90,14 @@ def theirs(painter: Painter, pipeline: Any, scheduler: str, *, seeds: list[int] 
 
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
+def test_a_start_image_gives_diffusers_latents_bit_for_bit(
     tiny_folder: Path, files: Path, scheduler: str, strength: float
 ) -> None:
-    painter, pipeline = loaded(tiny_folder, StableDiffusionImg2ImgPipeline)
-    picture = Image.open(files / "picture.png")
-    expected = theirs(painter, pipeline, scheduler, image=picture, strength=strength)
+    pipeline, reference = loaded(tiny_folder, StableDiffusionImg2ImgPipeline)
+    image = Image.open(files / "picture.png")
+    expected = theirs(pipeline, reference, scheduler, image=image, strength=strength)
     given = {"init_image": str(files / "picture.png"), "strength": strength, "scheduler": scheduler}
-    assert torch.equal(ours(painter, guidance_scale=5.0, **given), expected)
+    assert torch.equal(ours(pipeline, guidance_scale=5.0, **given), expected)
 
 
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
@@ -106,32 +106,32 @@ def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
 def test_a_mask_gives_diffusers_latents_bit_for_bit(
     tiny_folder: Path, nine_channels: Path, files: Path, scheduler: str, strength: float, channels: int
 ) -> None:
-    painter, pipeline = loaded(tiny_folder if channels == 4 else nine_channels, StableDiffusionInpaintPipeline)
-    picture, mask = (Image.open(files / name) for name in ("picture.png", "mask.png"))
-    more = {"image": picture, "mask_image": mask, "strength": strength, "width": 64, "height": 48}
-    # one picture: for several, diffusers encodes the start once, with the first one's generator
-    expected = theirs(painter, pipeline, scheduler, seeds=[7], **more)
+    pipeline, reference = loaded(tiny_folder if channels == 4 else nine_channels, StableDiffusionInpaintPipeline)
+    image, mask = (Image.open(files / name) for name in ("picture.png", "mask.png"))
+    more = {"image": image, "mask_image": mask, "strength": strength, "width": 64, "height": 48}
+    # one image: for several, diffusers encodes the start once, with the first one's generator
+    expected = theirs(pipeline, reference, scheduler, seeds=[7], **more)
     given = {"init_image": str(files / "picture.png"), "mask": str(files / "mask.png"), "strength": strength}
-    assert torch.equal(ours(painter, seeds=[7], guidance_scale=5.0, scheduler=scheduler, **given), expected)
+    assert torch.equal(ours(pipeline, seeds=[7], guidance_scale=5.0, scheduler=scheduler, **given), expected)
 
 
-def painted(painter: Painter, **fields: Any) -> Image.Image:
+def painted(pipeline: Pipeline, **fields: Any) -> Image.Image:
     request = resolve(
-        parse_request({"prompt": "a cat", "seed": 3, "steps": 4, **fields}), painter.model.spec, measure=measure
+        parse_request({"prompt": "a cat", "seed": 3, "steps": 4, **fields}), pipeline.model.spec, measure=measure
     )
-    (one,) = paint_pictures(painter, [request])
+    (one,) = generate_images(pipeline, [request])
     return from_pixels(one.pixels)
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Painter:
-    return Painter.of(load_model(load_registry().find("tiny"), device="cpu"))
+def tiny() -> Pipeline:
+    return Pipeline.of(load_model(load_registry().find("tiny"), device="cpu"))
 
 
 @pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("blur", [0, 5])
 def test_what_a_mask_keeps_is_the_same_to_the_bit_and_the_rest_is_not(
-    tiny: Painter, files: Path, inverted: bool, blur: int
+    tiny: Pipeline, files: Path, inverted: bool, blur: int
 ) -> None:
     given = {"init_image": str(files / "picture.png"), "mask": str(files / "mask.png")}
     result = np.asarray(painted(tiny, **given, invert_mask=inverted, mask_blur=blur))
@@ -141,22 +141,22 @@ def test_what_a_mask_keeps_is_the_same_to_the_bit_and_the_rest_is_not(
     assert (result[:, anew] != before[:, anew]).mean() > 0.5
 
 
-def test_new_canvas_surrounds_the_picture_which_stays_as_it_is(tiny: Painter, files: Path) -> None:
+def test_new_canvas_surrounds_the_image_which_stays_as_it_is(tiny: Pipeline, files: Path) -> None:
     result = painted(tiny, init_image=str(files / "picture.png"), extend="left=16,bottom=8")
     assert result.size == (64 + 16, 48 + 8)
     assert result.crop((16, 0, 80, 48)).tobytes() == Image.open(files / "picture.png").tobytes()
 
 
 @pytest.mark.slow
-def test_a_latent_file_starts_as_the_picture_that_it_was_encoded_from(
-    tiny: Painter, files: Path, tmp_path: Path, sdcli: Any
+def test_a_latent_file_starts_as_the_image_that_it_was_encoded_from(
+    tiny: Pipeline, files: Path, tmp_path: Path, sdcli: Any
 ) -> None:
     done = sdcli("encode", files / "picture.png", "-m", "tiny", "-o", tmp_path / "x.safetensors", "-q")
     assert done.returncode == 0, done.stderr
     fields = {"prompt": "a cat", "seed": 3, "steps": 4, "init_image": str(tmp_path / "x.safetensors")}
     request = resolve(parse_request(fields), tiny.model.spec, measure=measure)
     assert (request.width, request.height, request.strength) == (64, 48, 0.8)
-    *_, last = paint(tiny, [request])
+    *_, last = sample(tiny, [request])
     assert last.latents.shape == (1, 4, 6, 8)
     with pytest.raises(UsageError, match="keep their size"):
         resolve(parse_request({**fields, "width": 128}), tiny.model.spec, measure=measure)
@@ -170,23 +170,23 @@ def test_a_start_is_read_again_only_where_it_has_changed(files: Path, tmp_path: 
     (tmp_path / "a").write_bytes(b"one")
     first = identified(FileRef(path=str(tmp_path / "a")))
     (tmp_path / "a").write_bytes(b"other")
-    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
+    with pytest.raises(UsageError, match="is another file than the one that was generated with"):
         identified(first)
 
 
-def test_a_picture_does_not_depend_on_the_other_starts_of_its_batch(tiny: Painter, files: Path) -> None:
+def test_an_image_does_not_depend_on_the_other_starts_of_its_batch(tiny: Pipeline, files: Path) -> None:
     given = {"steps": 4, "width": 64, "height": 48, "strength": 0.7}
     starts = [str(files / "picture.png"), str(files / "mask.png")]
     asked = [parse_request({"seed": n, "init_image": start, **given}) for n, start in enumerate(starts)]
     requests = [resolve(one, tiny.model.spec) for one in asked]
-    together = paint_pictures(tiny, requests, batch_size=2)
+    together = generate_images(tiny, requests, batch_size=2)
     for n, request in enumerate(requests):
-        company = paint_pictures(tiny, [request, request], batch_size=2)[0]
+        company = generate_images(tiny, [request, request], batch_size=2)[0]
         assert (together[n].pixels - company.pixels).abs().max() < 2 / 255
 
 
-def test_what_many_pictures_begin_with_is_encoded_once(
-    tiny: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_many_images_begin_with_is_encoded_once(
+    tiny: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
     moments = autoencoder.moments
@@ -196,12 +196,12 @@ def test_what_many_pictures_begin_with_is_encoded_once(
     given = {"prompt": "a cat", "init_image": str(tmp_path / "start.png"), "mask": str(tmp_path / "mask.png")}
     asked = [parse_request({**given, "steps": 2, "seed": seed}) for seed in range(3)]
     requests = [resolve(one, tiny.model.spec, measure=measure) for one in asked]
-    paint_pictures(tiny, requests, batch_size=2)
+    generate_images(tiny, requests, batch_size=2)
     assert len(calls) == 1
 
 
 def test_a_start_that_needs_too_much_memory_is_encoded_in_tiles(
-    tiny: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moments = autoencoder.moments
 
@@ -213,8 +213,8 @@ def test_a_start_that_needs_too_much_memory_is_encoded_in_tiles(
     monkeypatch.setattr(autoencoder, "moments", crowded)
     Image.new("RGB", (64, 64), "orange").save(tmp_path / "start.png")
     asked = parse_request({"prompt": "a cat", "init_image": str(tmp_path / "start.png"), "steps": 2, "seed": 1})
-    (picture,) = paint_pictures(tiny, [resolve(asked, tiny.model.spec, measure=measure)])
-    assert picture.fallbacks == ("encoded in tiles: out of memory",)
+    (image,) = generate_images(tiny, [resolve(asked, tiny.model.spec, measure=measure)])
+    assert image.fallbacks == ("encoded in tiles: out of memory",)
 
 
 def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path) -> None:
@@ -226,7 +226,7 @@ def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path
     assert [[job.index for job in batch] for batch in batches] == [[0, 3], [1], [2]]
 
 
-def test_a_variation_goes_from_one_seed_to_the_other(tiny: Painter) -> None:
+def test_a_variation_goes_from_one_seed_to_the_other(tiny: Pipeline) -> None:
     plain, other = painted(tiny), painted(tiny, seed=8)
     variations = [painted(tiny, variation_seed=8, variation_strength=share) for share in (0, 0.3, 1)]
     assert variations[0].tobytes() == plain.tobytes()
@@ -251,17 +251,17 @@ def test_several_variations_count_their_own_seed() -> None:
     ]
 
 
-def test_a_second_pass_is_the_first_picture_enlarged_and_painted_on(tiny: Painter, tmp_path: Path) -> None:
+def test_a_second_pass_is_the_first_image_enlarged_and_painted_on(tiny: Pipeline, tmp_path: Path) -> None:
     assert painted(tiny, upscale="2x:0.5").size == (128, 128)
     assert painted(tiny, upscale="1.5x:1:latent").size == (96, 96)
-    *steps, last = paint(tiny, [resolve(parse_request({"seed": 3, "upscale": "2x:0.5"}), tiny.model.spec)])
+    *steps, last = sample(tiny, [resolve(parse_request({"seed": 3, "upscale": "2x:0.5"}), tiny.model.spec)])
     assert [step.index for step in steps] + [last.index] == [0, 1, 2, 3, 0, 1]
     assert last.latents.shape == (1, 4, 16, 16)
     plain = painted(tiny)
     assert painted(tiny, upscale="2x:0.25").resize((64, 64)).tobytes() != plain.tobytes()
 
 
-def test_a_first_pass_that_is_no_picture_is_not_painted_on(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_pass_that_is_no_image_is_not_painted_on(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = LatentSpace.decode
 
     def broken(space: LatentSpace, x: Tensor, **how: Any) -> Tensor:
@@ -274,13 +274,13 @@ def test_a_first_pass_that_is_no_picture_is_not_painted_on(tiny: Painter, monkey
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_rescale_equals_diffusers(tiny_folder: Path, rescale: float) -> None:
-    painter, pipeline = loaded(tiny_folder, StableDiffusionPipeline)
-    expected = theirs(painter, pipeline, "ddim", guidance_rescale=rescale, width=64, height=64)
-    got = ours(painter, guidance_scale=5.0, guidance_rescale=rescale, scheduler="ddim", width=64, height=64)
+    pipeline, reference = loaded(tiny_folder, StableDiffusionPipeline)
+    expected = theirs(pipeline, reference, "ddim", guidance_rescale=rescale, width=64, height=64)
+    got = ours(pipeline, guidance_scale=5.0, guidance_rescale=rescale, scheduler="ddim", width=64, height=64)
     assert torch.equal(got, expected)
 
 
-def test_guidance_over_all_steps_and_a_level_schedule_are_plain_guidance(tiny: Painter) -> None:
+def test_guidance_over_all_steps_and_a_level_schedule_are_plain_guidance(tiny: Pipeline) -> None:
     plain = painted(tiny, guidance_scale=5.0)
     assert painted(tiny, guidance_scale="5..5").tobytes() == plain.tobytes()
     assert painted(tiny, guidance_scale=5.0, guidance_interval="0-1").tobytes() == plain.tobytes()
@@ -289,7 +289,7 @@ def test_guidance_over_all_steps_and_a_level_schedule_are_plain_guidance(tiny: P
 
 
 def test_outside_its_interval_guidance_computes_no_unconditional_half(
-    tiny: Painter, monkeypatch: pytest.MonkeyPatch
+    tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
     forward = tiny.model.unet.forward
@@ -310,7 +310,7 @@ REFUSED = [
     ({"init_image": "picture.png", "invert_mask": True}, "--invert-mask has no effect without --mask"),
     ({"init_image": "picture.png", "strength": 0.1, "steps": 4}, "leaves no step"),
     ({"init_image": "picture.png", "extend": "left=9"}, "left should be a multiple of 8"),
-    ({"init_image": "picture.png", "extend": "left=8", "width": 64}, "makes the picture 72x48"),
+    ({"init_image": "picture.png", "extend": "left=8", "width": 64}, "makes the image 72x48"),
     ({"init_image": "picture.png", "extend": "left=8", "upscale": "2x"}, "--upscale does not go with"),
     ({"init_image": "picture.png", "extend": "up=8"}, "extend: is written as left=64,top=32"),
     ({"init_image": "picture.png", "extend": "left=0"}, "extend: adds nothing"),
@@ -325,7 +325,7 @@ REFUSED = [
     ({"variation_seed": 0}, "--variation-seed has no effect without --variation-strength"),
     ({"variation_seed": 3, "variation_strength": 0}, None),
     ({"init_image": "picture.png", "mask_blur": 0}, "--mask-blur has no effect without --mask or --extend"),
-    ({"width": 8192, "height": 8192, "upscale": "2x"}, "a picture of 16384x16384 would have more than"),
+    ({"width": 8192, "height": 8192, "upscale": "2x"}, "an image of 16384x16384 would have more than"),
 ]
 
 
@@ -348,32 +348,32 @@ def test_an_inpainting_model_needs_a_mask(nine_channels: Path) -> None:
         resolve(GenerationRequest(prompt="a cat"), spec_of_folder(nine_channels))
 
 
-def test_broken_starts_are_told_apart(tiny: Painter, files: Path, tmp_path: Path) -> None:
-    picture = str(files / "picture.png")
+def test_broken_starts_are_told_apart(tiny: Pipeline, files: Path, tmp_path: Path) -> None:
+    image = str(files / "picture.png")
     Image.new("L", (64, 48)).save(tmp_path / "black.png")
     Image.new("L", (32, 48), 255).save(tmp_path / "narrow.png")
     (tmp_path / "cut.png").write_bytes((files / "picture.png").read_bytes()[:200])
     with pytest.raises(UsageError, match="the mask is black all over"):
-        painted(tiny, init_image=picture, mask=str(tmp_path / "black.png"))
+        painted(tiny, init_image=image, mask=str(tmp_path / "black.png"))
     Image.new("L", (64, 48), 255).save(tmp_path / "white.png")
     with pytest.raises(UsageError, match=r"the mask is white all over, .* without --invert-mask"):
-        painted(tiny, init_image=picture, mask=str(tmp_path / "white.png"), invert_mask=True)
-    with pytest.raises(UsageError, match="the mask is 32x48 pixels, the start picture 64x48"):
-        painted(tiny, init_image=picture, mask=str(tmp_path / "narrow.png"))
-    with pytest.raises(BadPicture, match=r"cut\.png"):
+        painted(tiny, init_image=image, mask=str(tmp_path / "white.png"), invert_mask=True)
+    with pytest.raises(UsageError, match="the mask is 32x48 pixels, the start image 64x48"):
+        painted(tiny, init_image=image, mask=str(tmp_path / "narrow.png"))
+    with pytest.raises(BadImage, match=r"cut\.png"):
         painted(tiny, init_image=str(tmp_path / "cut.png"))
     with pytest.raises(NotFound, match=r"none\.png"):
         painted(tiny, init_image=str(tmp_path / "none.png"))
 
 
-def test_another_picture_under_the_same_name_is_not_painted_from(tiny: Painter, tmp_path: Path) -> None:
+def test_another_image_under_the_same_name_is_not_painted_from(tiny: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "start.png"
     Image.new("RGB", (64, 64), "red").save(path)
     request = resolve(parse_request({"init_image": str(path)}), tiny.model.spec, measure=measure)
     assert parse_request(request.typed()) == request
     Image.new("RGB", (64, 64), "blue").save(path)
-    with pytest.raises(UsageError, match=r"start\.png is another file than the one that was painted with"):
-        start_picture(request)
+    with pytest.raises(UsageError, match=r"start\.png is another file than the one that was generated with"):
+        start_image(request)
 
 
 @pytest.mark.slow

@@ -24,13 +24,13 @@ from torch import Tensor
 from sdcli.cli.options.request_flags import request_arguments
 from sdcli.diffusion.attention.maps import AttentionMaps
 from sdcli.diffusion.attention.sliced import SlicedSelfAttention
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
-from sdcli.errors import BadPicture, BadWeights, NotFound, SdcliError, UsageError
+from sdcli.errors import BadImage, BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.engine import Engine, plan
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
+from sdcli.generation.verify import verify_image
 from sdcli.models.registry import load_registry, resolve
 from sdcli.request.fields import ImagePrompt
 from sdcli.request.jobs import Job, read_lines
@@ -44,7 +44,7 @@ KINDS = ("plain", "plus", "full")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """A folder as h94/IP-Adapter has it, with adapters of each kind for the micro model, and two pictures."""
+    """A folder as h94/IP-Adapter has it, with adapters of each kind for the micro model, and two images."""
     folder = tmp_path_factory.mktemp("ip-adapter")
     for seed, kind in enumerate(KINDS, start=1):
         save_tiny_ip_adapter(folder / "models", tiny_folder, kind=kind, seed=seed)
@@ -66,25 +66,25 @@ def resolved(model: Path, **fields: Any) -> GenerationRequest:
 
 def ours(model: Path, *requests: dict[str, Any], **fields: Any) -> Tensor:
     asked = [resolved(model, **fields, **request) for request in requests or ({},)]
-    *_, last = paint(engine().painter_for(asked[0]), asked)
+    *_, last = sample(engine().pipeline_for(asked[0]), asked)
     return last.latents
 
 
 def oracle(model: Path, files: Path, kind: type, *names: str, **more: Any) -> Any:
-    pipeline = kind.from_pretrained(model, dtype=torch.float32, **more)  # type: ignore[attr-defined]
+    reference = kind.from_pretrained(model, dtype=torch.float32, **more)  # type: ignore[attr-defined]
     listed = [f"{name}.safetensors" for name in names]
-    pipeline.load_ip_adapter(files, subfolder=["models"] * len(names), weight_name=listed)
-    pipeline.set_progress_bar_config(disable=True)
-    second = getattr(pipeline, "text_encoder_2", None)
-    for projection in (pipeline.image_encoder.visual_projection, *([second.text_projection] if second else [])):
+    reference.load_ip_adapter(files, subfolder=["models"] * len(names), weight_name=listed)
+    reference.set_progress_bar_config(disable=True)
+    second = getattr(reference, "text_encoder_2", None)
+    for projection in (reference.image_encoder.visual_projection, *([second.text_projection] if second else [])):
         projection.weight.data = projection.weight.data.clone()  # where a file is mapped to, rounding differs
-    return pipeline
+    return reference
 
 
-def theirs(model: Path, pipeline: Any, *, scale: float, seeds: list[int] | None = None, **given: Any) -> Tensor:
+def theirs(model: Path, reference: Any, *, scale: float, seeds: list[int] | None = None, **given: Any) -> Tensor:
     seeds = seeds or [3]
-    pipeline.scheduler = make_scheduler("ddim", engine().load(load_registry().find(str(model))).model.scheduler_config)
-    return pipeline(  # type: ignore[no-any-return]
+    reference.scheduler = make_scheduler("ddim", engine().load(load_registry().find(str(model))).model.scheduler_config)
+    return reference(  # type: ignore[no-any-return]
         prompt=["a cat"] * len(seeds),
         num_inference_steps=STEPS,
         guidance_scale=scale,
@@ -98,11 +98,11 @@ def theirs(model: Path, pipeline: Any, *, scale: float, seeds: list[int] | None 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_prompt_gives_diffusers_latents_bit_for_bit(tiny_folder: Path, files: Path, kind: str) -> None:
-    pipeline = oracle(tiny_folder, files, StableDiffusionPipeline, kind)
-    pipeline.set_ip_adapter_scale(0.7)
+    reference = oracle(tiny_folder, files, StableDiffusionPipeline, kind)
+    reference.set_ip_adapter_scale(0.7)
     image = Image.open(files / "a.png")
     for scale in (1.0, 5.0):
-        expected = theirs(tiny_folder, pipeline, scale=scale, ip_adapter_image=image)
+        expected = theirs(tiny_folder, reference, scale=scale, ip_adapter_image=image)
         got = ours(
             tiny_folder, ip_adapters=f"{files}/models/{kind}.safetensors={files}/a.png:0.7", guidance_scale=scale
         )
@@ -110,30 +110,28 @@ def test_an_image_prompt_gives_diffusers_latents_bit_for_bit(tiny_folder: Path, 
     assert not torch.equal(got, ours(tiny_folder, guidance_scale=5.0))
 
 
-def test_pictures_of_one_batch_are_prompted_by_two_adapters_and_their_own_images(
-    tiny_folder: Path, files: Path
-) -> None:
-    pipeline = oracle(tiny_folder, files, StableDiffusionPipeline, "plain", "plus")
-    pipeline.set_ip_adapter_scale([0.7, 1.5])
+def test_images_of_one_batch_are_prompted_by_two_adapters_and_their_own_images(tiny_folder: Path, files: Path) -> None:
+    reference = oracle(tiny_folder, files, StableDiffusionPipeline, "plain", "plus")
+    reference.set_ip_adapter_scale([0.7, 1.5])
     a, b = (Image.open(files / f"{name}.png") for name in "ab")
-    embeds = [pipeline.prepare_ip_adapter_image_embeds(images, None, "cpu", 1, True) for images in ([a, b], [b, a])]
+    embeds = [reference.prepare_ip_adapter_image_embeds(images, None, "cpu", 1, True) for images in ([a, b], [b, a])]
     rows = [torch.stack([one[row] for row in (0, 1) for one in pair]) for pair in zip(*embeds, strict=True)]
-    # diffusers repeats what is given for each picture of the batch, so it cannot be given one each
-    pipeline.prepare_ip_adapter_image_embeds = lambda *_: rows
-    expected = theirs(tiny_folder, pipeline, scale=5.0, seeds=[7, 8], ip_adapter_image=[a, b])
+    # diffusers repeats what is given for each image of the batch, so it cannot be given one each
+    reference.prepare_ip_adapter_image_embeds = lambda *_: rows
+    expected = theirs(tiny_folder, reference, scale=5.0, seeds=[7, 8], ip_adapter_image=[a, b])
     plain, plus = (f"{files}/models/{kind}.safetensors=" for kind in ("plain", "plus"))
-    pictures = [(f"{files}/a.png", f"{files}/b.png", 7), (f"{files}/b.png", f"{files}/a.png", 8)]
-    requests = [{"ip_adapters": [f"{plain}{one}:0.7", f"{plus}{two}:1.5"], "seed": seed} for one, two, seed in pictures]
+    prompts = [(f"{files}/a.png", f"{files}/b.png", 7), (f"{files}/b.png", f"{files}/a.png", 8)]
+    requests = [{"ip_adapters": [f"{plain}{one}:0.7", f"{plus}{two}:1.5"], "seed": seed} for one, two, seed in prompts]
     assert torch.equal(ours(tiny_folder, *requests, guidance_scale=5.0), expected)
 
 
 def test_an_image_prompt_beside_a_control_gives_diffusers_latents_bit_for_bit(tiny_folder: Path, files: Path) -> None:
     net = save_tiny_controlnet(files / "net", tiny_folder)
-    pipeline = oracle(
+    reference = oracle(
         tiny_folder, files, StableDiffusionControlNetPipeline, "plain", controlnet=ControlNetModel.from_pretrained(net)
     )
     control, image = (Image.open(files / f"{name}.png") for name in "ab")
-    expected = theirs(tiny_folder, pipeline, scale=5.0, image=control.resize((64, 48)), ip_adapter_image=image)
+    expected = theirs(tiny_folder, reference, scale=5.0, image=control.resize((64, 48)), ip_adapter_image=image)
     control.resize((64, 48)).save(files / "map.png")
     given = {"controls": f"{net}={files}/map.png", "ip_adapters": f"{files}/models/plain.safetensors={files}/b.png"}
     assert torch.equal(ours(tiny_folder, guidance_scale=5.0, **given), expected)
@@ -143,19 +141,19 @@ def test_an_image_prompt_beside_a_control_gives_diffusers_latents_bit_for_bit(ti
 def test_an_image_prompt_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_path: Path) -> None:
     model = save_tiny_sdxl(tmp_path / "sdxl")
     adapter = save_tiny_ip_adapter(tmp_path / "models", model)
-    pipeline = oracle(model, tmp_path, StableDiffusionXLPipeline, "plain", add_watermarker=False)
-    expected = theirs(model, pipeline, scale=5.0, ip_adapter_image=Image.open(files / "a.png"))
+    reference = oracle(model, tmp_path, StableDiffusionXLPipeline, "plain", add_watermarker=False)
+    expected = theirs(model, reference, scale=5.0, ip_adapter_image=Image.open(files / "a.png"))
     got = ours(model, guidance_scale=5.0, ip_adapters=f"{adapter}={files}/a.png")
     assert torch.equal(got, expected)
 
 
-def test_a_later_picture_without_an_adapter_is_as_before(tiny_folder: Path, files: Path) -> None:
+def test_a_later_image_without_an_adapter_is_as_before(tiny_folder: Path, files: Path) -> None:
     before = ours(tiny_folder)
     prompts = f"{files}/models/plus.safetensors={files}/a.png"
     assert not torch.equal(ours(tiny_folder, ip_adapters=prompts), before)
     assert torch.equal(ours(tiny_folder), before)
     with pytest.raises(UsageError, match="was loaded with other IP-Adapters"):
-        next(iter(paint(engine().painter_for(resolved(tiny_folder)), [resolved(tiny_folder, ip_adapters=prompts)])))
+        next(iter(sample(engine().pipeline_for(resolved(tiny_folder)), [resolved(tiny_folder, ip_adapters=prompts)])))
 
 
 def test_an_image_prompt_is_of_the_prompt_alone_whatever_becomes_of_the_text(tiny_folder: Path, files: Path) -> None:
@@ -167,7 +165,7 @@ def test_an_image_prompt_is_of_the_prompt_alone_whatever_becomes_of_the_text(tin
     assert torch.equal(ours(tiny_folder, guidance_interval="0-1", **given), plain)
 
 
-def test_the_picture_weighs_more_the_larger_its_weight(tiny_folder: Path, files: Path) -> None:
+def test_the_image_weighs_more_the_larger_its_weight(tiny_folder: Path, files: Path) -> None:
     plain = ours(tiny_folder)
     adapter = f"{files}/models/plain.safetensors={files}/a.png"
     apart = [float((ours(tiny_folder, ip_adapters=f"{adapter}:{w}") - plain).norm()) for w in (1e-4, 1e-3, 1e-2)]
@@ -177,9 +175,9 @@ def test_the_picture_weighs_more_the_larger_its_weight(tiny_folder: Path, files:
 def test_the_maps_of_words_are_those_of_the_text_alone(tiny_folder: Path, files: Path) -> None:
     def maps(**fields: Any) -> Tensor:
         request = resolved(tiny_folder, **fields)
-        own = engine().painter_for(request)
+        own = engine().pipeline_for(request)
         with AttentionMaps(1).watching(own.model.unet) as watched:
-            for _ in paint(own, [request]):
+            for _ in sample(own, [request]):
                 watched.step((6, 8))
         return next(iter(watched._sums.values()))
 
@@ -193,13 +191,13 @@ def test_the_maps_of_words_are_those_of_the_text_alone(tiny_folder: Path, files:
 
 def test_half_precision_on_the_cpu_keeps_its_own_self_attention(tiny_folder: Path, files: Path) -> None:
     request = resolved(tiny_folder, ip_adapters=f"{files}/models/plus.safetensors={files}/a.png")
-    own = engine("bfloat16").painter_for(request)
+    own = engine("bfloat16").pipeline_for(request)
     processors = own.model.unet.attn_processors
     layers = [name for name in processors if name.endswith("attn1.processor")]
     assert layers
     assert all(isinstance(processors[name], SlicedSelfAttention) for name in layers)
     assert {parameter.dtype for parameter in own.model.unet.parameters()} == {torch.bfloat16}
-    *_, last = paint(own, [request])
+    *_, last = sample(own, [request])
     assert last.latents.isfinite().all()
 
 
@@ -211,22 +209,24 @@ def test_jobs_that_differ_in_their_images_alone_are_one_batch(tiny_folder: Path,
     assert [[job.index for job in batch] for batch in batches] == [[0, 1], [2], [3]]
 
 
-def test_a_picture_with_an_image_prompt_paints_again_from_its_record(
+def test_an_image_with_an_image_prompt_paints_again_from_its_record(
     tiny_folder: Path, files: Path, tmp_path: Path
 ) -> None:
     adapter = save_tiny_ip_adapter(tmp_path / "models", tiny_folder)
     (tmp_path / "seen.png").write_bytes((files / "a.png").read_bytes())
     request = resolved(tiny_folder, ip_adapters=f"{adapter}={tmp_path}/seen.png:0.6")
     run, output = RunSettings(device="cpu", dtype="float32", safety="off"), OutputSettings(outdir=tmp_path / "out")
-    (result,) = [e for e in Engine(load_registry(), run, output).paint_all([Job(1, request)]) if hasattr(e, "status")]
+    (result,) = [
+        e for e in Engine(load_registry(), run, output).generate_all([Job(1, request)]) if hasattr(e, "status")
+    ]
     assert result.path is not None, result.error
-    assert verify_picture(result.path, load_registry(), run).sentence().endswith(": identical")
+    assert verify_image(result.path, load_registry(), run).sentence().endswith(": identical")
     again = GenerationRequest.model_validate(request.model_dump())
     Image.new("RGB", (8, 8)).save(tmp_path / "seen.png")
-    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
+    with pytest.raises(UsageError, match="is another file than the one that was generated with"):
         resolve(again, load_registry().find(str(tiny_folder)))
     save_tiny_ip_adapter(tmp_path / "models", tiny_folder, seed=5)
-    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
+    with pytest.raises(UsageError, match="is another file than the one that was generated with"):
         resolve(again, load_registry().find(str(tiny_folder)))
 
 
@@ -271,8 +271,8 @@ def test_lines_of_a_prompt_file_have_image_prompts_too(tmp_path: Path) -> None:
 # Files
 
 
-def loaded(model: Path, files: Path, adapter: Path) -> Painter:
-    return engine().painter_for(resolved(model, ip_adapters=f"{adapter}={files}/a.png"))
+def loaded(model: Path, files: Path, adapter: Path) -> Pipeline:
+    return engine().pipeline_for(resolved(model, ip_adapters=f"{adapter}={files}/a.png"))
 
 
 def changed(adapter: Path, **tensors: Tensor | None) -> Path:
@@ -358,22 +358,22 @@ def test_the_first_encoder_that_fits_is_taken(tiny_folder: Path, files: Path, tm
     for weights in shared.glob("*.safetensors"):
         weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(BadWeights, match="is a pickle"):
-        Engine(load_registry(), RunSettings(device="cpu"), OutputSettings()).painter_for(
+        Engine(load_registry(), RunSettings(device="cpu"), OutputSettings()).pipeline_for(
             resolved(tiny_folder, ip_adapters=f"{adapter}={files}/a.png")
         )
 
 
-def test_a_picture_that_cannot_be_seen_fails_alone(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_seen_fails_alone(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
     adapter = f"{files}/models/plain.safetensors"
     Image.new("RGB", (1, 900)).save(tmp_path / "long.png")
-    (tmp_path / "text.png").write_text("no picture")
-    pictures = [str(tmp_path / "long.png"), str(tmp_path / "text.png"), f"{files}/a.png"]
-    jobs = [Job(n, resolved(tiny_folder, ip_adapters=f"{adapter}={one}")) for n, one in enumerate(pictures)]
-    painter = engine("float32")
-    painter.output = OutputSettings(outdir=tmp_path / "out")
-    results = [event for event in painter.paint_all(jobs) if hasattr(event, "status")]
+    (tmp_path / "text.png").write_text("no image")
+    images = [str(tmp_path / "long.png"), str(tmp_path / "text.png"), f"{files}/a.png"]
+    jobs = [Job(n, resolved(tiny_folder, ip_adapters=f"{adapter}={one}")) for n, one in enumerate(images)]
+    pipeline = engine("float32")
+    pipeline.output = OutputSettings(outdir=tmp_path / "out")
+    results = [event for event in pipeline.generate_all(jobs) if hasattr(event, "status")]
     assert [result.status for result in results] == ["failed", "failed", "done"]
-    assert all(isinstance(result.error, BadPicture) for result in results[:2])
+    assert all(isinstance(result.error, BadImage) for result in results[:2])
 
 
 def test_a_model_without_captions_takes_no_image_prompt(files: Path, tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint, scheduler_for
+from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.predict import composed, guided, steps_by_timestep
+from sdcli.diffusion.sampling import sample, scheduler_for
 from sdcli.encoders.conditioning import emphasised
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
-from sdcli.generation.engine import Engine, Result, paint_pictures
+from sdcli.generation.engine import Engine, Result, generate_images
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
-from sdcli.metadata.record import parse_record, read_picture
+from sdcli.generation.verify import verify_image
+from sdcli.metadata.record import parse_record, read_image
 from sdcli.models.layout import ModelKind
 from sdcli.models.loader import load_model
 from sdcli.models.registry import Registry, load_registry, resolve, spec_of_folder
@@ -36,8 +36,8 @@ from tests.schedulers import DIFFUSION_SCHEDULERS
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_folder: Path) -> Painter:
-    return Painter.of(load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu"))
+def tiny(tiny_folder: Path) -> Pipeline:
+    return Pipeline.of(load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +46,32 @@ def oracle(tiny_folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     return text_encoder.eval(), CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
 
 
-def asked(painter: Painter, prompt: str, **fields: Any) -> GenerationRequest:
-    return resolve(GenerationRequest(**{"prompt": prompt, "seed": 3, "steps": 4, **fields}), painter.model.spec)
+def asked(pipeline: Pipeline, prompt: str, **fields: Any) -> GenerationRequest:
+    return resolve(GenerationRequest(**{"prompt": prompt, "seed": 3, "steps": 4, **fields}), pipeline.model.spec)
 
 
-def told(painter: Painter, prompt: str, *, step: int = 1, **fields: Any) -> Tensor:
+def told(pipeline: Pipeline, prompt: str, *, step: int = 1, **fields: Any) -> Tensor:
     """The hidden states [1, L, D] of a prompt."""
-    request = asked(painter, prompt, **fields)
-    return painter.encode([request], guided=False, steps=4).at(step).inputs["encoder_hidden_states"]
+    request = asked(pipeline, prompt, **fields)
+    return pipeline.encode([request], guided=False, steps=4).at(step).inputs["encoder_hidden_states"]
 
 
-def latents(painter: Painter, prompt: str, **fields: Any) -> list[Tensor]:
+def latents(pipeline: Pipeline, prompt: str, **fields: Any) -> list[Tensor]:
     """x after every call of the network."""
-    return [step.latents for step in paint(painter, [asked(painter, prompt, **fields)])]
+    return [step.latents for step in sample(pipeline, [asked(pipeline, prompt, **fields)])]
 
 
 # Weights and chunks
 
 
 @pytest.mark.parametrize("prompt", ["", "a red fox, sitting", "eine Füchsin, 狐", "x " * 75, "a \\(fox\\)"])
-def test_without_weights_the_states_are_those_of_the_plain_prompt_bit_for_bit(tiny: Painter, prompt: str) -> None:
+def test_without_weights_the_states_are_those_of_the_plain_prompt_bit_for_bit(tiny: Pipeline, prompt: str) -> None:
     plain = told(tiny, prompt.replace("\\", ""), prompt_syntax="plain")
     assert plain.shape == (1, 77, 32)
     assert torch.equal(told(tiny, prompt), plain)
 
 
-def test_weights_scale_the_states_of_their_tokens_and_keep_the_mean(tiny: Painter) -> None:
+def test_weights_scale_the_states_of_their_tokens_and_keep_the_mean(tiny: Pipeline) -> None:
     factors = torch.ones(77, 1)
     factors[2] = 1.5
     states = torch.randn((1, 77, 8), generator=torch.Generator().manual_seed(0)) + 0.1
@@ -83,14 +83,14 @@ def test_weights_scale_the_states_of_their_tokens_and_keep_the_mean(tiny: Painte
     assert torch.allclose(told(tiny, "a (red:1.5) fox"), told(tiny, "a red fox") * factors, atol=1e-6)
 
 
-def test_a_long_prompt_is_the_states_of_its_chunks_side_by_side(tiny: Painter) -> None:
+def test_a_long_prompt_is_the_states_of_its_chunks_side_by_side(tiny: Pipeline) -> None:
     halves = ["fox owl cat " * 25, "red hat dog"]
     expected = torch.cat([told(tiny, half) for half in halves], dim=1)
     assert torch.equal(told(tiny, "".join(halves)), expected)
     assert torch.equal(told(tiny, "a fox BREAK an owl"), torch.cat([told(tiny, "a fox"), told(tiny, "an owl")], dim=1))
 
 
-def test_the_shorter_of_prompt_and_negative_prompt_is_padded_with_the_empty_one(tiny: Painter) -> None:
+def test_the_shorter_of_prompt_and_negative_prompt_is_padded_with_the_empty_one(tiny: Pipeline) -> None:
     request = asked(tiny, "a BREAK b BREAK c", negative_prompt="d", guidance_scale=3)
     negative, positive = tiny.encode([request], guided=True, steps=4).at(1).inputs["encoder_hidden_states"]
     assert torch.equal(positive, told(tiny, request.prompt)[0])
@@ -98,7 +98,7 @@ def test_the_shorter_of_prompt_and_negative_prompt_is_padded_with_the_empty_one(
     assert tiny.encode.shape(request) == ((3, 1),)
 
 
-def test_plain_prompts_are_text_and_cut(tiny: Painter) -> None:
+def test_plain_prompts_are_text_and_cut(tiny: Pipeline) -> None:
     words = "(a:1.5) [b|c] AND " + "x " * 100
     assert torch.equal(told(tiny, words, prompt_syntax="plain"), told(tiny, words + "more", prompt_syntax="plain"))
     assert not torch.equal(told(tiny, "(a:1.5)", prompt_syntax="plain"), told(tiny, "a"))
@@ -109,7 +109,7 @@ def test_plain_prompts_are_text_and_cut(tiny: Painter) -> None:
 
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 def test_an_edited_prompt_paints_the_first_text_up_to_its_step_and_then_the_other(
-    tiny: Painter, scheduler: str
+    tiny: Pipeline, scheduler: str
 ) -> None:
     fox, owl, edited = (
         latents(tiny, prompt, scheduler=scheduler, steps=6, guidance_scale=3)
@@ -123,8 +123,10 @@ def test_an_edited_prompt_paints_the_first_text_up_to_its_step_and_then_the_othe
     assert not torch.equal(edited[-1], owl[-1])
 
 
-def _timesteps(painter: Painter, scheduler: str) -> list[float]:
-    return [float(t) for t in scheduler_for(painter.model, asked(painter, "", scheduler=scheduler, steps=6)).timesteps]
+def _timesteps(pipeline: Pipeline, scheduler: str) -> list[float]:
+    return [
+        float(t) for t in scheduler_for(pipeline.model, asked(pipeline, "", scheduler=scheduler, steps=6)).timesteps
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,12 +139,12 @@ def _timesteps(painter: Painter, scheduler: str) -> list[float]:
         ("[owl|owl]", "owl"),
     ],
 )
-def test_texts_that_do_not_change_are_as_if_written_once(tiny: Painter, edited: str, same: str | None) -> None:
+def test_texts_that_do_not_change_are_as_if_written_once(tiny: Pipeline, edited: str, same: str | None) -> None:
     equal = [torch.equal(a, b) for a, b in zip(latents(tiny, edited), latents(tiny, same or "a fox"), strict=True)]
     assert equal == [True] * 4 if same else [True, False, False, False]
 
 
-def test_the_steps_are_those_of_the_pass(tiny: Painter, tmp_path: Path) -> None:
+def test_the_steps_are_those_of_the_pass(tiny: Pipeline, tmp_path: Path) -> None:
     """Half of the noise means half of the steps, and a second pass has its own."""
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     started = {"init_image": str(tmp_path / "red.png"), "strength": 0.5, "steps": 8, "width": 32, "height": 32}
@@ -156,7 +158,7 @@ def test_the_steps_are_those_of_the_pass(tiny: Painter, tmp_path: Path) -> None:
     assert [torch.equal(a, b) for a, b in zip(edited, fox, strict=True)] == [True] + [False] * 5
 
 
-def test_alternation_tells_another_word_at_each_step_also_in_the_negative_prompt(tiny: Painter) -> None:
+def test_alternation_tells_another_word_at_each_step_also_in_the_negative_prompt(tiny: Pipeline) -> None:
     for step, word in enumerate(["fox", "owl", "cat", "fox"], start=1):
         assert torch.equal(told(tiny, "a [fox|owl|cat]", step=step), told(tiny, f"a {word}"))
     request = asked(tiny, "a", negative_prompt="[fox|owl]", guidance_scale=2)
@@ -184,22 +186,22 @@ def test_composition_is_the_formula_of_liu_et_al() -> None:
     ("composition", "same", "scale"),
     [("a fox AND an owl:0", "a fox", 3), ("a fox:0.5 AND a fox :.5", "a fox", 3), ("a fox AND a fox", "a fox", 6)],
 )
-def test_weights_of_and_add_up(tiny: Painter, composition: str, same: str, scale: float) -> None:
+def test_weights_of_and_add_up(tiny: Pipeline, composition: str, same: str, scale: float) -> None:
     ours = latents(tiny, composition, guidance_scale=3)[-1]
     assert torch.allclose(ours, latents(tiny, same, guidance_scale=scale)[-1], atol=1e-3)
 
 
-def test_outside_the_guidance_interval_and_composes_at_a_scale_of_one(tiny: Painter) -> None:
+def test_outside_the_guidance_interval_and_composes_at_a_scale_of_one(tiny: Pipeline) -> None:
     fields: dict[str, Any] = {"guidance_interval": "0.5-1", "guidance_scale": 3, "negative_prompt": "x BREAK y"}
     for composition, same in (("a fox AND an owl:0", "a fox"), ("a fox:0.5 AND a fox:0.5", "a fox")):
         ours, theirs = latents(tiny, composition, **fields), latents(tiny, same, **fields)
         assert torch.allclose(ours[-1], theirs[-1], atol=1e-3)
     mixed = [asked(tiny, prompt, **fields) for prompt in ("a", "a BREAK b")]
     assert tiny.encode.shape(mixed[0]) == tiny.encode.shape(mixed[1])
-    assert len(paint_pictures(tiny, mixed, batch_size=2)) == 2
+    assert len(generate_images(tiny, mixed, batch_size=2)) == 2
 
 
-def test_and_without_guidance_and_syntax_without_a_text_encoder_are_refused(tiny: Painter) -> None:
+def test_and_without_guidance_and_syntax_without_a_text_encoder_are_refused(tiny: Pipeline) -> None:
     with pytest.raises(UsageError, match="AND needs guidance"):
         asked(tiny, "a AND b", guidance_scale=1)
     classes = tiny.model.spec.model_copy(update={"kind": ModelKind("class", classes=("(cat)",), null_label=1)})
@@ -213,7 +215,7 @@ def test_and_without_guidance_and_syntax_without_a_text_encoder_are_refused(tiny
 
 
 def test_clip_skip_takes_an_earlier_layer_as_transformers_gives_it(
-    tiny: Painter, oracle: tuple[CLIPTextModel, CLIPTokenizer]
+    tiny: Pipeline, oracle: tuple[CLIPTextModel, CLIPTokenizer]
 ) -> None:
     model, tokenizer = oracle
     ids = tokenizer("a red fox", padding="max_length", return_tensors="pt").input_ids
@@ -243,7 +245,7 @@ LAYOUTS: dict[str, Callable[[Path], str]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_embedding_is_what_transformers_computes_with_its_vectors_in_the_vocabulary(
-    tiny: Painter, oracle: tuple[CLIPTextModel, CLIPTokenizer], tmp_path: Path, layout: str
+    tiny: Pipeline, oracle: tuple[CLIPTextModel, CLIPTokenizer], tmp_path: Path, layout: str
 ) -> None:
     model, tokenizer = oracle
     path = LAYOUTS[layout](tmp_path / "cat.safetensors")
@@ -276,7 +278,7 @@ def test_an_embedding_is_what_transformers_computes_with_its_vectors_in_the_voca
     ],
 )
 def test_an_embedding_that_cannot_be_used_is_refused_with_a_sentence(
-    tiny: Painter, tmp_path: Path, spelling: str, prompt: str, error: type[SdcliError], sentence: str
+    tiny: Pipeline, tmp_path: Path, spelling: str, prompt: str, error: type[SdcliError], sentence: str
 ) -> None:
     files = {
         "good": {"x": VECTORS},
@@ -293,15 +295,15 @@ def test_an_embedding_that_cannot_be_used_is_refused_with_a_sentence(
         tiny.encode.shape(asked(tiny, prompt, embeddings=(spelling,)))
 
 
-def test_an_embedding_is_remembered_by_its_digest(tiny: Painter, tmp_path: Path) -> None:
+def test_an_embedding_is_remembered_by_its_digest(tiny: Pipeline, tmp_path: Path) -> None:
     request = asked(tiny, "good", embeddings=(saved(tmp_path / "good.safetensors", x=VECTORS),))
     (embedding,) = request.embeddings
     assert (embedding.token, len(embedding.sha256 or "")) == ("good", 64)
     assert resolve(parse_request(json.loads(json.dumps(request.typed()))), tiny.model.spec) == request
     os.utime(saved(tmp_path / "good.safetensors", x=VECTORS * 2), ns=(0, 0))  # a clock may tick slower than this test
-    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
+    with pytest.raises(UsageError, match="is another file than the one that was generated with"):
         resolve(request, tiny.model.spec)
-    with pytest.raises(UsageError, match="is another file than the one that was painted with"):
+    with pytest.raises(UsageError, match="is another file than the one that was generated with"):
         tiny.encode.shape(request)
     twice = tuple(f"{tmp_path}/good.safetensors={word}" for word in ("Cat", "cat"))
     with pytest.raises(UsageError, match="two of them stand for 'cat'"):
@@ -314,24 +316,24 @@ LONG = "a fox, " * 40
 MIXED = ["a cat", LONG, "a dog", "a cat AND a dog:0.5", LONG + " an owl", "[a cat:a dog:2]"]
 
 
-def test_pictures_of_other_lengths_do_not_pad_each_other(tiny: Painter) -> None:
+def test_images_of_other_lengths_do_not_pad_each_other(tiny: Pipeline) -> None:
     requests = [asked(tiny, prompt, width=16, height=16) for prompt in MIXED]
-    together = paint_pictures(tiny, requests, batch_size=6)
+    together = generate_images(tiny, requests, batch_size=6)
     assert [(one.batch_size, one.batch_index) for one in together] == [(3, 0), (2, 0), (3, 1), (1, 0), (2, 1), (3, 2)]
     for one, request in zip(together, requests, strict=True):
-        (alone,) = paint_pictures(tiny, [request])
+        (alone,) = generate_images(tiny, [request])
         assert (one.pixels - alone.pixels).abs().max() <= 2 / 255
 
 
 @pytest.mark.slow
-def test_each_picture_of_a_split_batch_verifies_in_the_company_it_had(tmp_path: Path) -> None:
+def test_each_image_of_a_split_batch_verifies_in_the_company_it_had(tmp_path: Path) -> None:
     registry = load_registry()
     paint_files(registry, tmp_path, MIXED[:3])
     for path in (tmp_path / "2.png", tmp_path / "3.png"):
-        assert verify_picture(path, registry, RunSettings(device="cpu")).identical
+        assert verify_image(path, registry, RunSettings(device="cpu")).identical
 
 
-def test_a_picture_of_an_earlier_version_is_painted_the_same(tmp_path: Path) -> None:
+def test_an_image_of_an_earlier_version_is_painted_the_same(tmp_path: Path) -> None:
     registry = load_registry()
     paint_files(registry, tmp_path, ["a (red:1.5) [cat|dog]"], prompt_syntax="plain")
     (path,) = tmp_path.glob("*.png")
@@ -344,9 +346,9 @@ def test_a_picture_of_an_earlier_version_is_painted_the_same(tmp_path: Path) -> 
         chunks.add_text("sdcli", json.dumps(record))
         image.save(tmp_path / "old.png", pnginfo=chunks)
     assert parse_record(json.dumps(record)).request.prompt_syntax == "plain"
-    assert verify_picture(tmp_path / "old.png", registry, RunSettings(device="cpu")).identical
+    assert verify_image(tmp_path / "old.png", registry, RunSettings(device="cpu")).identical
     assert parse_request({"prompt": "a"}).prompt_syntax is None, "what says no schema is of the newest"
-    request = read_picture(path).request
+    request = read_image(path).request
     assert request is not None
     assert request.prompt_syntax == "plain"
 
@@ -357,19 +359,19 @@ def paint_files(registry: Registry, folder: Path, prompts: list[str], **typed: A
     jobs = [job for job in expand(lines, options, registry, num_images=1, base_seed=5) if isinstance(job, Job)]
     run = RunSettings(device="cpu", batch_size=4)
     output = OutputSettings(outdir=folder, template="{index}")
-    results = [e for e in Engine(registry, run, output).paint_all(jobs) if isinstance(e, Result)]
+    results = [e for e in Engine(registry, run, output).generate_all(jobs) if isinstance(e, Result)]
     assert [result.error for result in results] == [None] * len(prompts)
 
 
-def test_a_distilled_model_refuses_and_and_a_second_scale(tiny: Painter) -> None:
+def test_a_distilled_model_refuses_and_and_a_second_scale(tiny: Pipeline) -> None:
     unet = tiny.model.unet
     distilled = replace(tiny, model=tiny.model.with_parts(unet=unet))
     config = dict(unet.config)
     try:
         unet.register_to_config(time_cond_proj_dim=8)
         with pytest.raises(UsageError, match="was distilled without guidance, so AND"):
-            list(paint(distilled, [asked(tiny, "a AND b", guidance_scale=3)]))
+            list(sample(distilled, [asked(tiny, "a AND b", guidance_scale=3)]))
         with pytest.raises(UsageError, match="was distilled without guidance end"):
-            list(paint(distilled, [asked(tiny, "a", guidance_scale=3, guidance_end=0)]))
+            list(sample(distilled, [asked(tiny, "a", guidance_scale=3, guidance_end=0)]))
     finally:
         unet.register_to_config(time_cond_proj_dim=config["time_cond_proj_dim"])

@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 
 from sdcli.cli.app import app
 from sdcli.errors import (
+    BadImage,
     BadLatents,
-    BadPicture,
     CannotWrite,
     Interrupted,
     NotFound,
@@ -82,8 +82,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def paint(path: Path, *, seed: int = 0, size: tuple[int, int] = (48, 40)) -> Path:
-    """A smooth picture unlike those of other seeds."""
+def draw(path: Path, *, seed: int = 0, size: tuple[int, int] = (48, 40)) -> Path:
+    """A smooth image unlike those of other seeds."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -92,7 +92,7 @@ def paint(path: Path, *, seed: int = 0, size: tuple[int, int] = (48, 40)) -> Pat
 
 def folder_of(count: int, folder: Path = Path("pictures"), **options: Any) -> Path:
     for k in range(count):
-        paint(folder / f"{k:04}.png", seed=k, **options)
+        draw(folder / f"{k:04}.png", seed=k, **options)
     return folder
 
 
@@ -124,7 +124,7 @@ def vae_of(model: str) -> Any:
 
 @pytest.mark.parametrize("model", ["tiny", "starter"])
 def test_the_round_trip_is_that_of_diffusers_bit_for_bit(model: str) -> None:
-    source = paint(Path("a.png"))
+    source = draw(Path("a.png"))
     good("encode", source, "-m", model, "-o", "a.safetensors")
     good("decode", "a.safetensors", "-o", "b.png")
     vae, processor = vae_of(model), VaeImageProcessor()
@@ -137,7 +137,7 @@ def test_the_round_trip_is_that_of_diffusers_bit_for_bit(model: str) -> None:
     assert Image.open("b.png").tobytes() == decoded.tobytes()
 
 
-def test_a_sample_is_drawn_as_diffusers_does_with_a_seed_of_the_picture_itself() -> None:
+def test_a_sample_is_drawn_as_diffusers_does_with_a_seed_of_the_image_itself() -> None:
     from sdcli.generation.codec import seed_of
 
     folder = folder_of(2)
@@ -158,7 +158,7 @@ def test_a_sample_is_drawn_as_diffusers_does_with_a_seed_of_the_picture_itself()
 
 
 def test_a_file_says_what_it_is() -> None:
-    source = paint(Path("a.png"), size=(53, 44))
+    source = draw(Path("a.png"), size=(53, 44))
     good("encode", source, "-m", "starter", "-o", "a.safetensors")
     found = record("a.safetensors")
     vae_file = REPOSITORY / "sdcli/starter/vae/diffusion_pytorch_model.safetensors"
@@ -190,7 +190,7 @@ def test_a_file_says_what_it_is() -> None:
 
 
 def test_half_precision_is_the_same_up_to_its_rounding() -> None:
-    source = paint(Path("a.png"))
+    source = draw(Path("a.png"))
     good("encode", source, "-o", "full.safetensors")
     good("encode", source, "-o", "half.safetensors", "--half")
     full, half = tensor("full.safetensors"), tensor("half.safetensors")
@@ -214,7 +214,7 @@ def test_latents_do_not_depend_on_their_batch_or_their_file(batch_size: int) -> 
     assert torch.allclose(torch.cat([tensor(path) for path in packs]), alone, atol=1e-4)
 
 
-def test_a_packed_file_is_decoded_to_one_picture_each() -> None:
+def test_a_packed_file_is_decoded_to_one_image_each() -> None:
     folder = folder_of(3)
     good("encode", folder, "-m", "tiny", "--pack", "-o", "all.safetensors")
     good("encode", folder, "-m", "tiny")
@@ -230,7 +230,7 @@ def test_a_packed_file_is_decoded_to_one_picture_each() -> None:
     assert "outputs/all-1.png" in again.err
 
 
-def test_an_empty_folder_is_told_before_the_first_picture() -> None:
+def test_an_empty_folder_is_told_before_the_first_image() -> None:
     folder = folder_of(2)
     Path("empty").mkdir()
     outcome = run("encode", folder, "empty", "-m", "tiny")
@@ -239,7 +239,7 @@ def test_an_empty_folder_is_told_before_the_first_picture() -> None:
 
 def test_only_neighbours_of_equal_size_share_a_pack() -> None:
     for k, size in enumerate([(48, 40), (48, 40), (40, 48), (48, 40)]):
-        paint(Path(f"pictures/{k}.png"), seed=k, size=size)
+        draw(Path(f"pictures/{k}.png"), seed=k, size=size)
     packs = good("encode", "pictures", "-m", "tiny", "--pack")
     assert [tuple(tensor(path).shape) for path in packs] == [(2, 4, 5, 6), (1, 4, 6, 5), (1, 4, 5, 6)]
     outcome = run("encode", "pictures", "-m", "tiny", "--pack", "-o", "all.safetensors")
@@ -270,7 +270,7 @@ def test_the_checks_psnr_is_what_the_files_really_lose() -> None:
 
 @pytest.mark.parametrize("how", ["crop", "pad", "stretch"])
 def test_every_fit_makes_the_size_that_was_asked_for(how: str) -> None:
-    paint(Path("a.jpg"), size=(90, 50))
+    draw(Path("a.jpg"), size=(90, 50))
     good("encode", "a.jpg", "-m", "tiny", "--size", "32x48", "--fit", how, "-o", "a.safetensors")
     assert tensor("a.safetensors").shape == (1, 4, 6, 4)
     (source,) = record("a.safetensors")["source"]
@@ -283,7 +283,7 @@ def test_a_vae_with_larger_cells_gets_whole_ones() -> None:
     shutil.rmtree(folder / "vae")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5}
     AutoencoderKL(block_out_channels=(8,) * 5, norm_num_groups=4, **blocks).save_pretrained(folder / "vae")
-    paint(Path("a.png"), size=(57, 40))
+    draw(Path("a.png"), size=(57, 40))
     (line, _) = run("encode", "a.png", "-m", folder, "--check", "--json", "-o", "a.safetensors").json
     assert math.isfinite(line["psnr"])
     assert tensor("a.safetensors").shape == (1, 4, 2, 3)
@@ -299,9 +299,9 @@ def test_a_vae_with_larger_cells_gets_whole_ones() -> None:
 
 def test_names_never_collide() -> None:
     for k, name in enumerate(("x/a.png", "x/A.webp", "x/b.png", "x/deep/a.png", "y/a.png", "y/a-2.png")):
-        paint(Path(name), seed=k)
+        draw(Path(name), seed=k)
     (Path("x") / ".hidden.png").write_bytes(b"")
-    Path("x/notes.txt").write_text("no picture")
+    Path("x/notes.txt").write_text("no image")
     lines = run("encode", "x", "y", "x/b.png", "-m", "tiny", "--json").json
     assert {line["source"]: line["path"] for line in lines} == {
         "x/A.webp": "latents/A.webp.safetensors",
@@ -316,11 +316,11 @@ def test_names_never_collide() -> None:
     assert len(good("decode", "latents")) == len(digests(Path("outputs"))) == 7
 
 
-def test_names_too_long_for_another_suffix_are_cut_and_still_tell_their_pictures_apart() -> None:
+def test_names_too_long_for_another_suffix_are_cut_and_still_tell_their_images_apart() -> None:
     longest = ["l" * 251, "l" * 250 + "m", "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 83]
     for k, name in enumerate(longest):
-        paint(Path("pictures") / f"{name}.png", seed=k)
-    paint(Path("pictures/z.png"), seed=9)
+        draw(Path("pictures") / f"{name}.png", seed=k)
+    draw(Path("pictures/z.png"), seed=9)
     lines = run("encode", "pictures", "-m", "tiny", "--json").json
     assert [line["status"] for line in lines] == ["done"] * 4
     assert len({line["path"] for line in lines}) == 4
@@ -341,7 +341,7 @@ def test_a_second_run_skips_what_is_there_and_encodes_what_changed() -> None:
     assert digests(Path("latents")) == before
     assert os.stat(first[0]).st_mtime_ns == times[first[0]]
 
-    paint(folder / "0001.png", seed=9)
+    draw(folder / "0001.png", seed=9)
     outcome = run("encode", folder, "-m", "tiny", "--json")
     assert [line["status"] for line in outcome.json] == ["skipped", "failed", "skipped"]
     assert outcome.json[1]["exit_code"] == 8
@@ -365,7 +365,7 @@ def test_a_second_run_skips_what_is_there_and_encodes_what_changed() -> None:
 def test_other_settings_never_pass_for_the_same(change: list[str]) -> None:
     registry = Path("models.yaml")
     registry.write_text("models: {other: {source: {kind: random, architecture: tiny, seed: 1}}}")
-    base: list[str | Path] = ["encode", paint(Path("a.png")), "--models-file", registry]
+    base: list[str | Path] = ["encode", draw(Path("a.png")), "--models-file", registry]
     model = [] if "-m" in change else ["-m", "tiny"]
     good(*base, "-m", "tiny")
     outcome = run(*base, *model, *change)
@@ -388,7 +388,7 @@ def test_packs_resume_as_well() -> None:
     assert digests(Path("latents")) == before
 
 
-def test_one_unreadable_picture_is_reported_and_the_rest_goes_on() -> None:
+def test_one_unreadable_image_is_reported_and_the_rest_goes_on() -> None:
     folder = folder_of(3)
     data = (folder / "0001.png").read_bytes()
     (folder / "0001.png").write_bytes(data[: len(data) // 2])
@@ -400,19 +400,19 @@ def test_one_unreadable_picture_is_reported_and_the_rest_goes_on() -> None:
     ]  # fmt: skip
     assert "0001.png: cannot be read" in outcome.err
     alone = run("encode", folder / "0001.png", "-m", "tiny")
-    assert isinstance(alone.error, BadPicture)
+    assert isinstance(alone.error, BadImage)
     assert "warning" not in alone.err
     assert isinstance(run("encode", "absent.png", "-m", "tiny").error, NotFound)
 
 
-def test_a_folder_without_pictures_is_said() -> None:
+def test_a_folder_without_images_is_said() -> None:
     """It is no success with nothing to show."""
     Path("empty").mkdir()
     assert isinstance(run("encode", "empty", "-m", "tiny").error, NotFound)
     assert isinstance(run("decode", "empty", "-m", "tiny").error, NotFound)
 
 
-def test_a_signal_ends_the_stream_after_the_picture_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_stream_after_the_image_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     from sdcli.generation.codec import Codec
 
     folder = folder_of(4)
@@ -429,7 +429,7 @@ def test_a_signal_ends_the_stream_after_the_picture_in_hand(monkeypatch: pytest.
     outcome = run("encode", folder, "-m", "tiny")
     assert isinstance(outcome.error, Interrupted)
     assert outcome.out == ["latents/0000.safetensors", "latents/0001.safetensors"]
-    assert "finishing the picture in hand" in outcome.err
+    assert "finishing the image in hand" in outcome.err
 
 
 def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> None:
@@ -478,7 +478,7 @@ def test_a_terminated_run_prints_exactly_what_it_leaves_on_the_disk() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_pictures_stream_in_constant_memory(sdcli: Run, tmp_path: Path) -> None:
+def test_ten_thousand_images_stream_in_constant_memory(sdcli: Run, tmp_path: Path) -> None:
     script = (
         "import resource, sys\n"
         "from sdcli.cli.app import app\n"
@@ -487,7 +487,7 @@ def test_ten_thousand_pictures_stream_in_constant_memory(sdcli: Run, tmp_path: P
     )
 
     def peak(count: int) -> int:
-        first = paint(tmp_path / f"n{count}" / "0.png", size=(256, 256))
+        first = draw(tmp_path / f"n{count}" / "0.png", size=(256, 256))
         for k in range(1, count):
             shutil.copy(first, first.with_name(f"{k}.png"))
         command = [sys.executable, "-c", script, "encode", str(first.parent), "-m", "tiny", "--size", "16x16", "-q"]
@@ -497,14 +497,14 @@ def test_ten_thousand_pictures_stream_in_constant_memory(sdcli: Run, tmp_path: P
         shutil.rmtree(tmp_path / "latents")
         return int(done.stderr.split()[-1])
 
-    assert peak(10_000) - peak(100) < 40_000  # KiB; 10,000 held pictures would be 2 GB
+    assert peak(10_000) - peak(100) < 40_000  # KiB; 10,000 held images would be 2 GB
 
 
 # Latents from elsewhere
 
 
-def test_latents_of_comfyui_and_diffusers_decode_to_the_same_picture() -> None:
-    good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "ours.safetensors")
+def test_latents_of_comfyui_and_diffusers_decode_to_the_same_image() -> None:
+    good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "ours.safetensors")
     raw = tensor("ours.safetensors")
     factor = autoencoder.scaling_factor(vae_of("tiny"))
     save_file({"latent_tensor": raw, "latent_format_version_0": torch.tensor([])}, "marked.latent")
@@ -521,11 +521,11 @@ def test_latents_of_comfyui_and_diffusers_decode_to_the_same_picture() -> None:
 
 
 def test_the_model_comes_from_the_file_but_never_a_path() -> None:
-    good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
+    good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     (line,) = run("decode", "a.safetensors", "--json").json
     assert line["model"] == "tiny"
     assert line["notes"] == []
-    good("encode", paint(Path("b.png")), "-m", "starter", "-o", "b.safetensors")
+    good("encode", draw(Path("b.png")), "-m", "starter", "-o", "b.safetensors")
     data = Path("b.safetensors").read_bytes()
     assert b'\\"starter\\"' in data
     Path("b.safetensors").write_bytes(data.replace(b'\\"starter\\"', b'\\"/etc/as\\"'))
@@ -535,7 +535,7 @@ def test_the_model_comes_from_the_file_but_never_a_path() -> None:
 
 
 def test_another_vae_is_warned_about_and_other_channels_are_refused() -> None:
-    good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
+    good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     folder = save_tiny_pipeline(Path("other").resolve())
     outcome = run("decode", "a.safetensors", "-m", str(folder))
     assert outcome.out == ["outputs/a.png"]
@@ -557,15 +557,15 @@ def test_one_bad_file_among_several_is_reported_and_skipped() -> None:
     assert isinstance(run("decode", "latents/broken.safetensors").error, BadLatents)
 
 
-def test_latents_of_a_picture_beyond_all_bounds_are_refused() -> None:
+def test_latents_of_an_image_beyond_all_bounds_are_refused() -> None:
     np.save("wide.npy", np.zeros((4, 1, 2**21), dtype=np.float16))
     assert isinstance(run("decode", "wide.npy", "--scaled", "-m", "tiny").error, BadLatents)
     np.save("long.npy", np.zeros((4, 1, 3000), dtype=np.float16))
     assert isinstance(run("decode", "long.npy", "--scaled", "-m", "tiny", "--format", "webp").error, UsageError)
 
 
-def test_a_black_picture_survives_the_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
-    good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
+def test_a_black_image_survives_the_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     monkeypatch.setattr(autoencoder, "decode", lambda *_, **__: torch.zeros(1, 3, 40, 48))
     assert good("decode", "a.safetensors") == ["outputs/a.png"]
     monkeypatch.setattr(autoencoder, "decode", lambda *_, **__: torch.full((1, 3, 40, 48), float("nan")))
@@ -588,7 +588,7 @@ def test_tiles_are_used_when_asked_for_or_when_memory_would_not_do(monkeypatch: 
 
     monkeypatch.setattr(autoencoder, "decode", watched(decode))
     monkeypatch.setattr(autoencoder, "moments", watched(encode))
-    paint(Path("a.png"), size=(48, 40))
+    draw(Path("a.png"), size=(48, 40))
     good("encode", "a.png", "-m", "tiny", "-o", "a.safetensors")
     good("decode", "a.safetensors", "-o", "plain.png")
     outcome = run("decode", "a.safetensors", "-o", "tiled.png", "--tile")
@@ -597,17 +597,17 @@ def test_tiles_are_used_when_asked_for_or_when_memory_would_not_do(monkeypatch: 
     seen.clear()
     monkeypatch.setattr(autoencoder, "fits_in_memory", lambda *_: False)
     outcome = run("encode", "a.png", "-m", "tiny", "-o", "b.safetensors", "--check")
-    assert "encoded in tiles: the whole picture would not fit into memory" in outcome.err
+    assert "encoded in tiles: the whole image would not fit into memory" in outcome.err
     assert record("b.safetensors")["source"][0]["fallbacks"] == [
-        "encoded in tiles: the whole picture would not fit into memory"
+        "encoded in tiles: the whole image would not fit into memory"
     ]
     assert "decoded in tiles" in run("decode", "b.safetensors", "-o", "b.png").err
     assert seen == [(True, True), (False, True), (False, True)]
 
 
 @pytest.mark.slow
-def test_a_large_picture_in_tiles_is_nearly_the_same() -> None:
-    good("encode", paint(Path("a.png"), size=(768, 640)), "-m", "starter", "-o", "a.safetensors")
+def test_a_large_image_in_tiles_is_nearly_the_same() -> None:
+    good("encode", draw(Path("a.png"), size=(768, 640)), "-m", "starter", "-o", "a.safetensors")
     for name, options in (("whole", []), ("tiled", ["--tile"])):
         good("decode", "a.safetensors", "-o", f"{name}.png", *options)
     whole, tiled = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("whole", "tiled"))
@@ -656,14 +656,14 @@ def test_out_of_memory_with_a_batch_encodes_one_by_one(monkeypatch: pytest.Monke
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(arguments: list[str]) -> None:
-    paint(Path("a.png"))
+    draw(Path("a.png"))
     error = run(*arguments).error
     assert isinstance(error, UsageError)
     assert digests(Path()).keys() == {"a.png"}
 
 
 def test_a_folder_that_cannot_be_made_ends_with_exit_8() -> None:
-    paint(Path("a.png"))
+    draw(Path("a.png"))
     Path("file").write_text("in the way")
     for arguments in (["encode", "a.png", "--outdir", "file"], ["decode", "a.png", "-o", "file/b.png"]):
         assert isinstance(run(*arguments, "-m", "tiny").error, CannotWrite)
@@ -676,7 +676,7 @@ def test_a_folder_without_permission_ends_with_exit_8_before_anything_is_loaded(
     from sdcli.generation.codec import Codec
 
     monkeypatch.setattr(Codec, "load", lambda *_: pytest.fail("the model was loaded"))
-    paint(Path("a.png"))
+    draw(Path("a.png"))
     np.save("a.npy", np.zeros((4, 2, 2), dtype=np.float32))
     locked = Path("locked")
     if os.geteuid() == 0:
@@ -704,8 +704,8 @@ def test_a_full_disk_ends_with_exit_8_and_what_was_printed_is_whole(disk: Disk) 
     assert digests(disk.path).items() <= digests(Path("expected")).items()
 
 
-def test_pictures_are_not_overwritten_unasked() -> None:
-    good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
+def test_images_are_not_overwritten_unasked() -> None:
+    good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     before = digests(Path())
     assert isinstance(run("decode", "a.safetensors", "-o", "a.png").error, AlreadyExists)
     assert digests(Path()) == before
@@ -714,8 +714,8 @@ def test_pictures_are_not_overwritten_unasked() -> None:
 
 
 @pytest.mark.parametrize(("image_format", "suffix"), [("jpeg", ".jpg"), ("webp", ".webp"), ("png", ".png")])
-def test_pictures_come_in_every_format(image_format: str, suffix: str) -> None:
-    good("encode", paint(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
+def test_images_come_in_every_format(image_format: str, suffix: str) -> None:
+    good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     (path,) = good("decode", "a.safetensors", "--format", image_format)
     assert path == f"outputs/a{suffix}"
     with Image.open(path) as image:
@@ -724,8 +724,8 @@ def test_pictures_come_in_every_format(image_format: str, suffix: str) -> None:
 
 @pytest.mark.slow
 def test_as_a_process_the_two_commands_speak_on_the_right_streams(sdcli: Run, tmp_path: Path) -> None:
-    paint(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"no picture")
+    draw(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
     started = time.monotonic()
     encoded = sdcli("encode", "a.png", "b.png", "-m", "tiny")
     assert (encoded.returncode, encoded.stdout) == (7, "latents/a.safetensors\n")

@@ -1,4 +1,4 @@
-"""The laws of painting: what a picture depends on, and what happens when memory or numbers fail."""
+"""The laws of generating: what an image depends on, and what happens when memory or numbers fail."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sdcli.diffusion import pipeline
+from sdcli.diffusion import reference
 from sdcli.errors import BadOutput, CannotWrite, OutOfMemory, UsageError
 from sdcli.generation import engine as engine_module
 from sdcli.generation.engine import Engine, Event, Note, Phase, Progress, Result, automatic_batch_size, plan
 from sdcli.generation.filenames import check_output
 from sdcli.generation.journal import Journal
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
+from sdcli.generation.verify import verify_image
 from sdcli.io.files import AlreadyExists
-from sdcli.metadata.record import read_picture
+from sdcli.metadata.record import read_image
 from sdcli.models.registry import Registry, load_registry
 from sdcli.request.jobs import Job, Line, expand
 from sdcli.vae.latent_space import LatentSpace
@@ -37,14 +37,14 @@ def jobs_of(registry: Registry, *prompts: str, **typed: Any) -> list[Job]:
     return [job for job in jobs if isinstance(job, Job)]
 
 
-def paint(
+def sample(
     registry: Registry, folder: Path, jobs: list[Job], *, batch_size: int | None = None, **output: Any
 ) -> list[Event]:
     settings = OutputSettings(outdir=folder, template="{index}", **output)
-    return list(Engine(registry, RunSettings(device="cpu", batch_size=batch_size), settings).paint_all(jobs))
+    return list(Engine(registry, RunSettings(device="cpu", batch_size=batch_size), settings).generate_all(jobs))
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
@@ -54,10 +54,10 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("starter", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler-a"])
-def test_a_picture_does_not_depend_on_its_batch(registry: Registry, tmp_path: Path, model: str, scheduler: str) -> None:
+def test_an_image_does_not_depend_on_its_batch(registry: Registry, tmp_path: Path, model: str, scheduler: str) -> None:
     jobs = jobs_of(registry, "a cat", "a dog", "a house", model=model, seed=7, steps=4, scheduler=scheduler)
-    paint(registry, tmp_path / "together", jobs, batch_size=3)
-    paint(registry, tmp_path / "alone", jobs, batch_size=1)
+    sample(registry, tmp_path / "together", jobs, batch_size=3)
+    sample(registry, tmp_path / "alone", jobs, batch_size=1)
     for name in ("1.png", "2.png", "3.png"):
         assert np.abs(pixels(tmp_path / "together" / name) - pixels(tmp_path / "alone" / name)).max() <= 2
 
@@ -65,24 +65,24 @@ def test_a_picture_does_not_depend_on_its_batch(registry: Registry, tmp_path: Pa
 def test_the_same_request_twice_gives_the_same_bytes(registry: Registry, tmp_path: Path) -> None:
     jobs = jobs_of(registry, "a cat", "a dog", model="tiny", seed=7, scheduler="ddpm")
     for name in ("first", "second"):
-        paint(registry, tmp_path / name, jobs, batch_size=2)
-    assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
-    assert len(pictures(tmp_path / "first")) == 2
+        sample(registry, tmp_path / name, jobs, batch_size=2)
+    assert images(tmp_path / "first") == images(tmp_path / "second")
+    assert len(images(tmp_path / "first")) == 2
 
 
 def test_other_neighbours_in_a_batch_of_equal_size_do_not_change_a_byte(registry: Registry, tmp_path: Path) -> None:
     for name, other in (("one", "a dog"), ("two", "a very different thing")):
         jobs = jobs_of(registry, "a cat", other, model="starter", seed=7, steps=3)
-        paint(registry, tmp_path / name, jobs, batch_size=2)
+        sample(registry, tmp_path / name, jobs, batch_size=2)
     assert pixels(tmp_path / "one" / "1.png").tolist() == pixels(tmp_path / "two" / "1.png").tolist()
     assert pixels(tmp_path / "one" / "2.png").tolist() != pixels(tmp_path / "two" / "2.png").tolist()
 
 
-def test_picture_number_k_starts_from_the_noise_of_its_own_seed(registry: Registry, tmp_path: Path) -> None:
+def test_image_number_k_starts_from_the_noise_of_its_own_seed(registry: Registry, tmp_path: Path) -> None:
     many = jobs_of(registry, "a cat", model="tiny", seed=7, num_images=3)
     assert [job.request.seed for job in many] == [7, 8, 9]
-    paint(registry, tmp_path / "many", many, batch_size=1)
-    paint(registry, tmp_path / "one", jobs_of(registry, "a cat", model="tiny", seed=9), batch_size=1)
+    sample(registry, tmp_path / "many", many, batch_size=1)
+    sample(registry, tmp_path / "one", jobs_of(registry, "a cat", model="tiny", seed=9), batch_size=1)
     assert (tmp_path / "many" / "3.png").read_bytes() == (tmp_path / "one" / "1.png").read_bytes()
 
 
@@ -93,42 +93,42 @@ def test_guidance_of_one_computes_no_unconditional_half(
     engine = Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=tmp_path))
     seen: list[int] = []
     engine.load(registry.find("tiny")).model.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    list(engine.paint_all(jobs_of(registry, "a cat", model="tiny", guidance_scale=scale, steps=3)))
+    list(engine.generate_all(jobs_of(registry, "a cat", model="tiny", guidance_scale=scale, steps=3)))
     assert seen == [rows] * 3
 
 
-def test_a_picture_holds_the_request_that_paints_it_again(registry: Registry, tmp_path: Path) -> None:
-    paint(registry, tmp_path / "first", jobs_of(registry, "a cat\nin a hat", model="tiny", scheduler="euler-a"))
-    info = read_picture(tmp_path / "first" / "1.png")
+def test_an_image_holds_the_request_that_paints_it_again(registry: Registry, tmp_path: Path) -> None:
+    sample(registry, tmp_path / "first", jobs_of(registry, "a cat\nin a hat", model="tiny", scheduler="euler-a"))
+    info = read_image(tmp_path / "first" / "1.png")
     assert info.request is not None
     again = list(expand([Line(0, {})], info.request.typed(), registry, num_images=1, base_seed=99))
-    paint(registry, tmp_path / "second", again)
-    assert pictures(tmp_path / "first") == pictures(tmp_path / "second")
+    sample(registry, tmp_path / "second", again)
+    assert images(tmp_path / "first") == images(tmp_path / "second")
 
 
 @pytest.mark.slow
-def test_every_picture_of_a_batch_verifies_alone(registry: Registry, tmp_path: Path) -> None:
-    paint(
+def test_every_image_of_a_batch_verifies_alone(registry: Registry, tmp_path: Path) -> None:
+    sample(
         registry, tmp_path, jobs_of(registry, "a cat", "a dog", "a fox", model="starter", seed=3, steps=3), batch_size=3
     )
     for path in tmp_path.glob("*.png"):
-        assert verify_picture(path, registry, RunSettings(device="cpu")).identical
+        assert verify_image(path, registry, RunSettings(device="cpu")).identical
 
 
-def test_a_picture_of_other_weights_does_not_verify_and_they_are_named(registry: Registry, tmp_path: Path) -> None:
-    paint(registry, tmp_path, jobs_of(registry, "a cat", model="tiny", seed=3))
+def test_an_image_of_other_weights_does_not_verify_and_they_are_named(registry: Registry, tmp_path: Path) -> None:
+    sample(registry, tmp_path, jobs_of(registry, "a cat", model="tiny", seed=3))
     tiny = registry.models["tiny"]
     other = tiny.model_copy(update={"source": tiny.source.model_copy(update={"seed": 1})})
     changed = registry.model_copy(update={"models": {**registry.models, "tiny": other}})
-    verdict = verify_picture(tmp_path / "1.png", changed, RunSettings(device="cpu"))
+    verdict = verify_image(tmp_path / "1.png", changed, RunSettings(device="cpu"))
     assert not verdict.identical
     assert any(difference.startswith("the unet has other weights") for difference in verdict.differences)
     with pytest.raises(BadOutput):
         verdict.raise_if_different()
 
 
-def test_an_edited_picture_is_told_from_one_that_cannot_be_repeated(registry: Registry, tmp_path: Path) -> None:
-    paint(registry, tmp_path, jobs_of(registry, "a cat", model="tiny", seed=3))
+def test_an_edited_image_is_told_from_one_that_cannot_be_repeated(registry: Registry, tmp_path: Path) -> None:
+    sample(registry, tmp_path, jobs_of(registry, "a cat", model="tiny", seed=3))
     with Image.open(tmp_path / "1.png") as image:
         from PIL.PngImagePlugin import PngInfo
 
@@ -138,44 +138,44 @@ def test_an_edited_picture_is_told_from_one_that_cannot_be_repeated(registry: Re
         edited = image.copy()
     edited.putpixel((0, 0), (1, 2, 3))
     edited.save(tmp_path / "edited.png", pnginfo=info)
-    verdict = verify_picture(tmp_path / "edited.png", registry, RunSettings(device="cpu"))
+    verdict = verify_image(tmp_path / "edited.png", registry, RunSettings(device="cpu"))
     assert verdict.identical
     assert verdict.edited
 
 
 def oom_above(limit: int, original: Any) -> Any:
-    def paint(painter: Any, requests: Any, **options: Any) -> Iterator[Any]:
+    def sample(pipeline: Any, requests: Any, **options: Any) -> Iterator[Any]:
         if len(requests) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield from original(painter, requests, **options)
+        yield from original(pipeline, requests, **options)
 
-    return paint
+    return sample
 
 
 def test_out_of_memory_while_denoising_halves_the_batch(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = jobs_of(registry, *"abcde", model="tiny", seed=1)
-    monkeypatch.setattr(engine_module, "paint", oom_above(2, pipeline.paint))
-    events = paint(registry, tmp_path / "crowded", jobs, batch_size=5)
+    monkeypatch.setattr(engine_module, "paint", oom_above(2, reference.sample))
+    events = sample(registry, tmp_path / "crowded", jobs, batch_size=5)
     monkeypatch.undo()
-    paint(registry, tmp_path / "roomy", jobs, batch_size=1)
+    sample(registry, tmp_path / "roomy", jobs, batch_size=1)
     results = [event for event in events if isinstance(event, Result)]
     assert [result.status for result in results] == ["done"] * 5
     assert any(isinstance(event, Note) and "out of memory" in event.text for event in events)
-    for name in pictures(tmp_path / "roomy"):
+    for name in images(tmp_path / "roomy"):
         assert np.abs(pixels(tmp_path / "crowded" / name) - pixels(tmp_path / "roomy" / name)).max() <= 2
-    record = read_picture(tmp_path / "crowded" / "1.png").record
+    record = read_image(tmp_path / "crowded" / "1.png").record
     assert record is not None
     assert "halved" in record.provenance["fallbacks"][0]
     assert record.provenance["batch"]["size"] <= 2
 
 
-def test_out_of_memory_with_one_picture_fails_that_picture_with_exit_code_5(
+def test_out_of_memory_with_one_image_fails_that_image_with_exit_code_5(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "paint", oom_above(0, pipeline.paint))
-    *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
+    monkeypatch.setattr(engine_module, "paint", oom_above(0, reference.sample))
+    *_, result = sample(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert isinstance(result.error, OutOfMemory)
     assert result.error.exit_code == 5
@@ -188,22 +188,22 @@ def statuses(events: list[Event]) -> list[tuple[int, str]]:
 def test_a_piece_of_a_batch_that_fails_leaves_the_others(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(painter: Any, requests: Any, **options: Any) -> Iterator[Any]:
+    def failing(pipeline: Any, requests: Any, **options: Any) -> Iterator[Any]:
         prompts = [request.prompt for request in requests]
         if "b" in prompts:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if "c AND d" in prompts:
             raise BadOutput("the latents are no longer finite")
-        yield from pipeline.paint(painter, requests, **options)
+        yield from reference.sample(pipeline, requests, **options)
 
     monkeypatch.setattr(engine_module, "paint", failing)
     jobs = jobs_of(registry, "a", "b", "c AND d", "e", model="tiny", seed=1, steps=2)
-    events = paint(registry, tmp_path, jobs, batch_size=4)
+    events = sample(registry, tmp_path, jobs, batch_size=4)
     assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
-    assert list(pictures(tmp_path)) == ["1.png", "4.png"]
+    assert list(images(tmp_path)) == ["1.png", "4.png"]
 
 
-def test_a_picture_with_a_bad_file_fails_alone(registry: Registry, tmp_path: Path) -> None:
+def test_an_image_with_a_bad_file_fails_alone(registry: Registry, tmp_path: Path) -> None:
     names = ("picture", "white", "black", "broken")
     files = {name: str(tmp_path / f"{name}.png") for name in names}
     for name, colour in (("picture", "red"), ("white", "white"), ("black", "black")):
@@ -212,7 +212,7 @@ def test_a_picture_with_a_bad_file_fails_alone(registry: Registry, tmp_path: Pat
     started = [{"prompt": "x", "init_image": files["picture"], "mask": files[name]} for name in names[1:]]
     lines = [Line(number, fields) for number, fields in enumerate([*started, {"prompt": "x"}])]
     jobs = list(expand(lines, {"model": "tiny", "steps": 2}, registry, num_images=1, base_seed=5))
-    events = paint(registry, tmp_path / "out", [job for job in jobs if isinstance(job, Job)], batch_size=3)
+    events = sample(registry, tmp_path / "out", [job for job in jobs if isinstance(job, Job)], batch_size=3)
     assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
 
 
@@ -232,11 +232,11 @@ def test_out_of_memory_while_decoding_keeps_the_latents_and_tries_tiles(
         return original(space, x, tiled=tiled)
 
     monkeypatch.setattr(LatentSpace, "decode", decode)
-    *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
+    *_, result = sample(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert result.status == "done"
     assert attempts == [False, True]
-    record = read_picture(tmp_path / "1.png").record
+    record = read_image(tmp_path / "1.png").record
     assert record is not None
     assert record.provenance["fallbacks"] == ["decoded in tiles: out of memory"]
 
@@ -247,30 +247,30 @@ def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
     original = LatentSpace.decode
 
     def decode(space: Any, x: Any, *, tiled: bool = False) -> Any:
-        picture = original(space, x, tiled=tiled)
-        return picture * float("nan") if space.dtype == torch.bfloat16 else picture
+        image = original(space, x, tiled=tiled)
+        return image * float("nan") if space.dtype == torch.bfloat16 else image
 
     monkeypatch.setattr(LatentSpace, "decode", decode)
     settings = OutputSettings(outdir=tmp_path, template="x")
     engine = Engine(registry, RunSettings(device="cpu", dtype="bfloat16"), settings)
-    *_, result = engine.paint_all(jobs_of(registry, "a", model="tiny"))
+    *_, result = engine.generate_all(jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert result.status == "done"
-    assert result.fallbacks == ("decoded in float32: the half-precision VAE gave no picture",)
+    assert result.fallbacks == ("decoded in float32: the half-precision VAE gave no image",)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_a_black_or_nan_picture_is_never_saved(
+def test_a_black_or_nan_image_is_never_saved(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     monkeypatch.setattr(LatentSpace, "decode", lambda *_, **__: torch.full((1, 3, 64, 64), value))
-    *_, result = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
+    *_, result = sample(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert isinstance(result.error, BadOutput)
-    assert not pictures(tmp_path)
+    assert not images(tmp_path)
 
 
-def test_nan_in_one_picture_of_a_batch_does_not_take_its_neighbours(registry: Registry, tmp_path: Path) -> None:
+def test_nan_in_one_image_of_a_batch_does_not_take_its_neighbours(registry: Registry, tmp_path: Path) -> None:
     engine = Engine(
         registry, RunSettings(device="cpu", batch_size=2), OutputSettings(outdir=tmp_path, template="{index}")
     )
@@ -280,22 +280,22 @@ def test_nan_in_one_picture_of_a_batch_does_not_take_its_neighbours(registry: Re
         return output
 
     engine.load(registry.find("tiny")).model.unet.register_forward_hook(poison)
-    events = engine.paint_all(jobs_of(registry, "a", "b", model="tiny", guidance_scale=1))
+    events = engine.generate_all(jobs_of(registry, "a", "b", model="tiny", guidance_scale=1))
     statuses = [event.status for event in events if isinstance(event, Result)]
     assert sorted(statuses) == ["done", "failed"]
-    assert list(pictures(tmp_path)) == ["2.png"]
+    assert list(images(tmp_path)) == ["2.png"]
 
 
 def test_a_plain_prompt_that_is_too_long_is_cut_aloud_or_refused(registry: Registry, tmp_path: Path) -> None:
     jobs = jobs_of(registry, "cat " * 100 + "unicorn", "a cat", model="tiny", prompt_syntax="plain")
-    notes = [event.text for event in paint(registry, tmp_path, jobs) if isinstance(event, Note)]
+    notes = [event.text for event in sample(registry, tmp_path, jobs) if isinstance(event, Note)]
     assert len(notes) == 1
     assert "101 tokens, 75 fit" in notes[0]
     assert "unicorn" in notes[0]
     run = RunSettings(device="cpu", strict_prompt=True)
     results = [
         event
-        for event in Engine(registry, run, OutputSettings(outdir=tmp_path / "strict")).paint_all(jobs)
+        for event in Engine(registry, run, OutputSettings(outdir=tmp_path / "strict")).generate_all(jobs)
         if isinstance(event, Result)
     ]
     assert {result.job.index: result.status for result in results} == {1: "failed", 2: "done"}
@@ -305,33 +305,33 @@ def test_a_plain_prompt_that_is_too_long_is_cut_aloud_or_refused(registry: Regis
 def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(b"mine")
     jobs = jobs_of(registry, "a", model="tiny", seed=1)
-    paint(registry, tmp_path, jobs)
+    sample(registry, tmp_path, jobs)
     assert (tmp_path / "1.png").read_bytes() == b"mine"
     assert (tmp_path / "1-2.png").exists()
-    paint(registry, tmp_path, jobs, overwrite=True)
+    sample(registry, tmp_path, jobs, overwrite=True)
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "1-2.png").read_bytes()
 
 
-def test_a_resumed_run_overwrites_no_picture_that_it_keeps(registry: Registry, tmp_path: Path) -> None:
+def test_a_resumed_run_overwrites_no_image_that_it_keeps(registry: Registry, tmp_path: Path) -> None:
     first, second = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
-    settings = OutputSettings(outdir=tmp_path, template="Picture{steps}", overwrite=True, resume=True)
+    settings = OutputSettings(outdir=tmp_path, template="Image{steps}", overwrite=True, resume=True)
     for jobs in ([first], [first, second]):
         run = RunSettings(device="cpu", batch_size=1)
-        list(Engine(registry, run, settings).paint_all(jobs, journal=Journal.open(tmp_path)))
-    assert list(pictures(tmp_path)) == ["Picture2-2.png", "Picture2.png"]
+        list(Engine(registry, run, settings).generate_all(jobs, journal=Journal.open(tmp_path)))
+    assert list(images(tmp_path)) == ["Picture2-2.png", "Picture2.png"]
 
 
 def test_each_pass_is_announced_with_its_own_steps(registry: Registry, tmp_path: Path) -> None:
-    events = paint(registry, tmp_path, jobs_of(registry, "a", model="tiny", steps=4, upscale="1.5x:0.5:latent"))
+    events = sample(registry, tmp_path, jobs_of(registry, "a", model="tiny", steps=4, upscale="1.5x:0.5:latent"))
     shown = [event for event in events if isinstance(event, Progress) or getattr(event, "name", "") == "denoise"]
     announced = [(place, event.steps) for place, event in enumerate(shown) if isinstance(event, Phase)]
     assert announced == [(0, 4), (5, 2)]
 
 
-def test_a_name_that_cannot_be_made_fails_one_picture_once(registry: Registry, tmp_path: Path) -> None:
+def test_a_name_that_cannot_be_made_fails_one_image_once(registry: Registry, tmp_path: Path) -> None:
     jobs = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
     settings = OutputSettings(outdir=tmp_path, template="{custom_id:d}")
-    events = Engine(registry, RunSettings(device="cpu", batch_size=2), settings).paint_all(jobs)
+    events = Engine(registry, RunSettings(device="cpu", batch_size=2), settings).generate_all(jobs)
     assert statuses(list(events)) == [(1, "failed"), (2, "failed")]
 
 

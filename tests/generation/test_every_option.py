@@ -1,4 +1,4 @@
-"""No option is accepted and ignored: on every kind of model each field changes the picture, or is refused."""
+"""No option is accepted and ignored: on every kind of model each field changes the image, or is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdcli.diffusion.init_image import measure
 from sdcli.errors import BadWeights, SdcliError, UsageError
-from sdcli.generation.engine import Engine, Painted, Result
+from sdcli.generation.engine import DecodedImage, Engine, Result
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.models.registry import load_registry
 from sdcli.request.jobs import BadJob, Line, expand
@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "classes": PIXELS | {"prompt": ANIMALS[0]},
     "unconditional": PIXELS,
 }
-"""A kind of model -> what is painted with it before one field is changed."""
+"""A kind of model -> what is generated with it before one field is changed."""
 
 START = {"init_image": "picture.png", "strength": 0.9}
 VALUES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -67,7 +67,7 @@ VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "refiner_start": ({}, 0.5),
     "watermark": ({}, "A"),
     "loras": ({}, ["lora.safetensors"]),
-    "ip_adapters": ({}, ["plain.safetensors=picture.png"]),
+    "ip_adapters": ({}, ["plain.safetensors=image.png"]),
 }
 UNUSUAL = {
     ("classes", "prompt_syntax"): "a1111",
@@ -114,7 +114,7 @@ def engine() -> Engine:
 
 
 def painted(engine: Engine, model: Path, files: Path, fields: dict[str, Any]) -> Tensor | SdcliError:
-    """The picture, or why there is none."""
+    """The image, or why there is none."""
     given = {name: value for name, value in fields.items() if value is not None}
     for name in ("init_image", "mask"):
         given |= {name: str(files / given[name])} if name in given else {}
@@ -129,13 +129,13 @@ def painted(engine: Engine, model: Path, files: Path, fields: dict[str, Any]) ->
     if isinstance(job, BadJob):
         return job.error
     try:
-        *_, last = engine.paint_batch([job], {job.index})
+        *_, last = engine.run_batch([job], {job.index})
     except SdcliError as error:
         return error
     if isinstance(last, Result):
         assert last.error is not None
         return last.error
-    assert isinstance(last, Painted)
+    assert isinstance(last, DecodedImage)
     return last.pixels
 
 
@@ -145,7 +145,7 @@ def test_every_field_is_walked() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
-def test_each_field_changes_the_picture_or_is_refused(
+def test_each_field_changes_the_image_or_is_refused(
     engine: Engine, models: dict[str, Path], files: Path, kind: str
 ) -> None:
     if not (files / "lora.safetensors").exists():

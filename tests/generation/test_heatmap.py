@@ -1,4 +1,4 @@
-"""`generate --heatmap`: maps that are probabilities, words that are all of the tokens, and a picture that stays."""
+"""`generate --heatmap`: maps that are probabilities, words that are all of the tokens, and an image that stays."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def tiny() -> LoadedModel:
 
 
 @torch.inference_mode()
-def watched(model: LoadedModel, condition: Tensor, *, pictures: int, size: tuple[int, int] = (9, 5)) -> AttentionMaps:
-    """The maps of one call of the UNet, not yet taken in; guided where there are more conditions than pictures."""
-    x = torch.randn((pictures, 4, *size), generator=torch.Generator().manual_seed(0))
-    x = x.repeat(len(condition) // pictures, 1, 1, 1)
-    with AttentionMaps(pictures).watching(model.unet) as maps:
+def watched(model: LoadedModel, condition: Tensor, *, images: int, size: tuple[int, int] = (9, 5)) -> AttentionMaps:
+    """The maps of one call of the UNet, not yet taken in; guided where there are more conditions than images."""
+    x = torch.randn((images, 4, *size), generator=torch.Generator().manual_seed(0))
+    x = x.repeat(len(condition) // images, 1, 1, 1)
+    with AttentionMaps(images).watching(model.unet) as maps:
         model.unet(x, torch.tensor(500), encoder_hidden_states=condition)
     return maps
 
@@ -68,7 +68,7 @@ def test_the_maps_are_what_the_layer_itself_weighs_with() -> None:
 
 
 def test_every_map_of_a_layer_and_a_step_is_a_probability(tiny: LoadedModel) -> None:
-    maps = watched(tiny, states(2), pictures=2)
+    maps = watched(tiny, states(2), images=2)
     assert maps._pending
     for weights in maps._pending.values():
         assert float(weights.min()) >= 0
@@ -82,18 +82,18 @@ def test_every_map_of_a_layer_and_a_step_is_a_probability(tiny: LoadedModel) -> 
 def test_equal_tokens_have_equal_maps_and_a_constant_condition_prefers_none(tiny: LoadedModel) -> None:
     condition = states(1)
     condition[:, 4] = condition[:, 2]
-    maps = watched(tiny, condition, pictures=1)
+    maps = watched(tiny, condition, images=1)
     maps.step((9, 5))
     torch.testing.assert_close(maps.mean(0)[4], maps.mean(0)[2])
     assert not torch.allclose(maps.mean(0)[3], maps.mean(0)[2])
-    maps = watched(tiny, states(1)[:, :1].expand(1, 7, 32), pictures=1)
+    maps = watched(tiny, states(1)[:, :1].expand(1, 7, 32), images=1)
     maps.step((9, 5))
     torch.testing.assert_close(maps.mean(0), torch.full((7, 9, 5), 1 / 7))
 
 
 def test_only_the_conditional_half_counts(tiny: LoadedModel) -> None:
-    one, other = (watched(tiny, torch.cat([states(2, seed=seed), states(2)]), pictures=2) for seed in (5, 6))
-    alone = watched(tiny, states(2), pictures=2)
+    one, other = (watched(tiny, torch.cat([states(2, seed=seed), states(2)]), images=2) for seed in (5, 6))
+    alone = watched(tiny, states(2), images=2)
     for mine, theirs, own in zip(*(maps._pending.values() for maps in (one, other, alone)), strict=True):
         assert len(mine) == 2
         torch.testing.assert_close(mine, theirs)
@@ -207,7 +207,7 @@ def test_sdxl_with_a_refiner_has_maps_and_traces() -> None:
     ],
     ids=["unguided", "all at once"],
 )
-def test_a_picture_is_the_same_with_its_maps(more: list[str]) -> None:
+def test_an_image_is_the_same_with_its_maps(more: list[str]) -> None:
     prompts = ["a cat", "a hippopotamuses cat, <b>"]
     plain = results(*prompts, *more, "-o", "plain/{index}")
     mapped = results(*prompts, *more, "-o", "mapped/{index}", "--heatmap", "cat,hippopotamuses,<b>", "--trace", "2")
@@ -228,7 +228,7 @@ def test_a_picture_is_the_same_with_its_maps(more: list[str]) -> None:
     assert "Not in the prompt as the text encoder read it: &lt;b&gt;" in Path("mapped/1.heatmap/index.html").read_text()
 
 
-def test_maps_are_those_of_the_prompt_and_of_one_picture_alone() -> None:
+def test_maps_are_those_of_the_prompt_and_of_one_image_alone() -> None:
     def maps(folder: str, *arguments: str) -> np.ndarray:
         results("-o", f"{folder}/{{index}}", "--heatmap", "cat", "--steps", "1", *arguments)
         with np.load(f"{folder}/1.heatmap/maps.npz") as file:
@@ -239,7 +239,7 @@ def test_maps_are_those_of_the_prompt_and_of_one_picture_alone() -> None:
     assert not np.allclose(one, maps("three", "the cat"), rtol=1e-2)
 
 
-def test_what_explains_pictures_is_no_picture_of_their_folder() -> None:
+def test_what_explains_images_is_no_image_of_their_folder() -> None:
     results("a cat", "-o", "out/{index}.png", "--heatmap", "cat", "--trace", "1", "--trace-format", "webp")
     assert len(list(Path("out").rglob("*.*"))) > 4
     found = input_files([Path("out")], suffixes=frozenset({".png", ".webp"}), kind="pictures")
@@ -282,7 +282,7 @@ def test_weights_chunks_and_prompts_that_are_joined_have_maps_of_all_their_token
         np.testing.assert_allclose(file["maps"].sum(axis=0) + file["apart_maps"].sum(axis=0), 1, rtol=1e-5)
 
 
-def test_a_picture_without_the_words_fails_alone_and_the_others_stay_the_same() -> None:
+def test_an_image_without_the_words_fails_alone_and_the_others_stay_the_same() -> None:
     prompts = ["a [cat:dog:0.5]", "a cat", "a horse"]
     plain = results(*prompts, "--batch-size", "3", "-o", "plain/{index}.png")
     outcome = run(*(["generate", *prompts, "--batch-size", "3", "-o", "mapped/{index}.png", "--heatmap", "cat", *TINY]))

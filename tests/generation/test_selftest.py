@@ -50,16 +50,16 @@ def test_a_broken_user_registry_does_not_stop_it(sdcli: Run, tmp_path: Path) -> 
     }  # fmt: skip
 
 
-def test_a_picture_that_comes_out_otherwise_each_time_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_comes_out_otherwise_each_time_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = iter(range(100))
     monkeypatch.setattr(
         engine,
         "paint",
-        lambda painter, requests, **how: paint(
-            painter, [r.model_copy(update={"seed": next(seeds)}) for r in requests], **how
+        lambda pipeline, requests, **how: sample(
+            pipeline, [r.model_copy(update={"seed": next(seeds)}) for r in requests], **how
         ),
     )
-    from sdcli.diffusion.pipeline import paint
+    from sdcli.diffusion.sampling import sample
 
     assert {"repetition", "verify"} <= set(failures())
 

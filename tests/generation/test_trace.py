@@ -1,4 +1,4 @@
-"""`generate --trace`: the guess of x_0 against diffusers' own, and files beside a picture that they do not change."""
+"""`generate --trace`: the guess of x_0 against diffusers' own, and files beside an image that they do not change."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from sdcli.diffusion.loop import denoise
-from sdcli.diffusion.pipeline import paint as paint_steps
 from sdcli.diffusion.predict import scaled_input
+from sdcli.diffusion.sampling import sample as sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.diffusion.start import remaining
-from sdcli.diffusion.x0_prediction import seen_and_guessed
+from sdcli.diffusion.x0_prediction import x_t_and_x0
 from sdcli.errors import UsageError
 from sdcli.generation.engine import Engine
-from sdcli.generation.observers.observer import guesses_of
+from sdcli.generation.observers.observer import x0_predictor
 from sdcli.generation.observers.trace import chosen
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceSettings
 from sdcli.images.contact_sheet import GAP, KEY, LABEL_WIDTH
@@ -30,8 +30,8 @@ from sdcli.models.registry import load_registry
 from sdcli.training.objective import NoiseSchedule, x0_from
 from tests.generation.test_encode_decode import (
     _here,  # noqa: F401
+    draw,
     good,
-    paint,
     run,
 )
 from tests.generation.test_engine import jobs_of
@@ -83,7 +83,7 @@ def test_the_guess_is_that_of_the_scheduler_itself(name: str, prediction: str, s
     again = make_scheduler(name, config)
     again.set_timesteps(6)
     for step in denoise(scaled_input(network, scheduler), advance, x, timesteps):
-        seen, guess = seen_and_guessed(again, step)
+        seen, guess = x_t_and_x0(again, step)
         torch.testing.assert_close(guess, theirs[-1], rtol=1e-4, atol=1e-4 * float(theirs[-1].abs().max()))
         torch.testing.assert_close(network(seen, step.t), step.output, rtol=1e-4, atol=1e-4)
     assert len(theirs) == len(timesteps)
@@ -95,9 +95,9 @@ def test_the_last_guess_of_a_refiner_is_what_euler_ends_with() -> None:
     registry = load_registry()
     fields = {"model": str(base), "refiner": str(refiner), "refiner_start": 0.5, "steps": 4, "scheduler": "euler"}
     (job,) = jobs_of(registry, "a cat", seed=1, width=64, height=64, **fields)
-    painter = Engine(registry, RunSettings(device="cpu"), OutputSettings()).painter_for(job.request)
-    guesses = guesses_of(painter, job.request)
-    for step in paint_steps(painter, [job.request]):
+    pipeline = Engine(registry, RunSettings(device="cpu"), OutputSettings()).pipeline_for(job.request)
+    guesses = x0_predictor(pipeline, job.request)
+    for step in sample(pipeline, [job.request]):
         seen, guess = guesses(step)
         assert seen.isfinite().all()
     torch.testing.assert_close(guess, step.latents, rtol=1e-4, atol=1e-4)
@@ -108,7 +108,7 @@ def test_an_epsilon_without_any_signal_says_nothing() -> None:
     scheduler.set_timesteps(2)
     x = torch.randn((1, 4, 3, 3), generator=torch.Generator().manual_seed(0))
     first = next(denoise(network, lambda output, t, x: x, x, scheduler.timesteps))
-    assert seen_and_guessed(scheduler, first)[1].isfinite().all()
+    assert x_t_and_x0(scheduler, first)[1].isfinite().all()
 
 
 def test_steps_are_spread_from_the_first_to_the_last() -> None:
@@ -133,7 +133,7 @@ def results(*arguments: str | Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_picture_is_the_same_with_a_trace(tmp_path: Path) -> None:
+def test_an_image_is_the_same_with_a_trace(tmp_path: Path) -> None:
     job = ["a cat", "-n", "2", "--seed", "3", "--steps", "3", "--scheduler", "euler-a", "--upscale", "1.5x"]
     results(*job, "-o", "plain/{index}")
     for form, steps, frames in (("apng", "3", 4), ("gif", "all", 4), ("webp", "1,2", 3)):  # the second pass has one
@@ -150,9 +150,9 @@ def test_a_picture_is_the_same_with_a_trace(tmp_path: Path) -> None:
     assert first != second
 
 
-def test_masks_and_start_pictures_have_traces(tmp_path: Path) -> None:
-    paint(Path("start.png"), size=(64, 64))
-    paint(Path("mask.png"), seed=1, size=(64, 64))
+def test_masks_and_start_images_have_traces(tmp_path: Path) -> None:
+    draw(Path("start.png"), size=(64, 64))
+    draw(Path("mask.png"), seed=1, size=(64, 64))
     job = [
         "a cat",
         "--seed",
@@ -173,7 +173,7 @@ def test_masks_and_start_pictures_have_traces(tmp_path: Path) -> None:
         assert [step["of"] for step in json.loads(sheet.info[KEY])["steps"]] == [2, 2]  # type: ignore[index]
 
 
-def test_the_last_guess_of_a_pixel_model_is_its_picture() -> None:
+def test_the_last_guess_of_a_pixel_model_is_its_image() -> None:
     unet = UNet2DModel(
         sample_size=32, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
@@ -183,17 +183,17 @@ def test_the_last_guess_of_a_pixel_model_is_its_picture() -> None:
         "generate", "-m", "pixels", "--seed", "1", "--steps", "5", "--scheduler", "ddim", "--trace", "5", "--json"
     )
     result = json.loads(line[0])
-    picture = np.asarray(Image.open(result["path"]).convert("RGB")).astype(int)
+    image = np.asarray(Image.open(result["path"]).convert("RGB")).astype(int)
     strip = Image.open(result["beside"][0])
     left = GAP + 4 * (LABEL_WIDTH + GAP) + (LABEL_WIDTH - 64) // 2
     top = strip.height // 2
     row = np.asarray(strip)[:, left : left + 64].astype(int)
     shown = row[top + GAP // 2 : top + GAP // 2 + 64]
-    assert np.abs(shown[::2, ::2] - picture).max() <= 1
+    assert np.abs(shown[::2, ::2] - image).max() <= 1
 
 
 @pytest.mark.slow
-def test_a_resumed_run_adds_what_is_missing_beside_finished_pictures(tmp_path: Path) -> None:
+def test_a_resumed_run_adds_what_is_missing_beside_finished_images(tmp_path: Path) -> None:
     Path("jobs.txt").write_text("a cat\na dog\n")
     plain = results("--prompts-file", "jobs.txt", "-o", "{index}.png")
     before = [Path(result["path"]).read_bytes() for result in plain]
@@ -208,13 +208,13 @@ def test_a_resumed_run_adds_what_is_missing_beside_finished_pictures(tmp_path: P
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
-def test_a_taken_name_beside_a_picture_is_kept() -> None:
-    paint(Path("cat.trace.png"))
+def test_a_taken_name_beside_an_image_is_kept() -> None:
+    draw(Path("cat.trace.png"))
     kept = Path("cat.trace.png").read_bytes()
     job = ["generate", "a cat", "-m", "tiny", "--steps", "1", "--trace", "1"]
     assert isinstance(run(*job, "-o", "cat.png").error, AlreadyExists)
     assert not Path("cat.png").exists()
-    paint(Path("1.trace.png"))
+    draw(Path("1.trace.png"))
     assert good(*job, "-o", "{index}.png") == ["1-2.png"]
     assert good(*job, "-o", "cat.png", "--overwrite") == ["cat.png"]
     assert Path("cat.trace.png").read_bytes() != kept

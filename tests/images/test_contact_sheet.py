@@ -1,4 +1,4 @@
-"""Contact sheets: every picture in its place, labels that fit, and a file that says what is on it."""
+"""Contact sheets: every image in its place, labels that fit, and a file that says what is on it."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def ink(image: Image.Image) -> tuple[int, int, int, int] | None:
     return Image.eval(image, lambda level: 255 - level).getbbox()
 
 
-def test_every_picture_stands_unchanged_in_its_place() -> None:
-    pictures = [noise(seed, 20, 12) for seed in range(7)]
-    sheet = contact_sheet(pictures, columns=3)
+def test_every_image_stands_unchanged_in_its_place() -> None:
+    images = [noise(seed, 20, 12) for seed in range(7)]
+    sheet = contact_sheet(images, columns=3)
     assert sheet.mode == "RGB"
     assert sheet.size == (GAP + 3 * (20 + GAP), GAP + 3 * (12 + GAP))
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         left, top = GAP + number % 3 * (20 + GAP), GAP + number // 3 * (12 + GAP)
-        assert sheet.crop((left, top, left + 20, top + 12)).tobytes() == picture.tobytes()
+        assert sheet.crop((left, top, left + 20, top + 12)).tobytes() == image.tobytes()
         sheet.paste("white", (left, top, left + 20, top + 12))
     assert ink(sheet) is None
 
 
-def test_pictures_of_other_sizes_are_centred_in_equal_cells() -> None:
+def test_images_of_other_sizes_are_centred_in_equal_cells() -> None:
     sheet = contact_sheet([plain("red", 30, 10), plain("blue", 10, 20)], columns=2)
     assert sheet.size == (GAP + 2 * (30 + GAP), GAP + 20 + GAP)
     assert ink(sheet.crop((0, 0, GAP + 30, sheet.height))) == (GAP, GAP + 5, GAP + 30, GAP + 15)
     assert ink(sheet.crop((GAP + 30 + GAP, 0, sheet.width, sheet.height))) == (10, GAP, 20, GAP + 20)
 
 
-def test_columns_are_chosen_when_none_are_given_and_never_more_than_pictures() -> None:
+def test_columns_are_chosen_when_none_are_given_and_never_more_than_images() -> None:
     assert contact_sheet([plain("red")] * 9).size == (GAP + 3 * (16 + GAP),) * 2
     assert contact_sheet([plain("red")] * 2, columns=8).width == GAP + 2 * (16 + GAP)
 
@@ -60,13 +60,13 @@ def test_transparent_parts_are_white_in_every_mode() -> None:
     assert contact_sheet([Image.new("1", (16, 16)), Image.new("L", (16, 16))]).getpixel((GAP, GAP)) == (0, 0, 0)
 
 
-def test_small_pictures_can_be_enlarged_without_blurring() -> None:
+def test_small_images_can_be_enlarged_without_blurring() -> None:
     sheet = contact_sheet([noise(0, 8, 8)], enlarge=3)
     shown = sheet.crop((GAP, GAP, GAP + 24, GAP + 24))
     assert shown.tobytes() == noise(0, 8, 8).resize((24, 24), Image.Resampling.NEAREST).tobytes()
 
 
-def test_labels_stand_below_their_picture_and_stay_in_their_cell() -> None:
+def test_labels_stand_below_their_image_and_stay_in_their_cell() -> None:
     labels = ["", "a red fox in the deep snow of a very long winter night", "W" * 200, "short"]
     sheet = contact_sheet([plain("white")] * 4, columns=4, labels=labels)
     cell = LABEL_WIDTH + GAP
@@ -102,9 +102,9 @@ def test_a_wrapped_label_loses_nothing_but_what_it_says_it_cut(text: str, most: 
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs a picture"):
+    with pytest.raises(ValueError, match="needs an image"):
         contact_sheet([])
-    with pytest.raises(ValueError, match="1 labels for 2 pictures"):
+    with pytest.raises(ValueError, match="1 labels for 2 images"):
         contact_sheet([plain("red")] * 2, labels=["a"])
 
 

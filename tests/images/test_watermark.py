@@ -1,4 +1,4 @@
-"""The invisible watermark: what goes in comes out, little changes, and a picture that cannot carry it is not saved."""
+"""The invisible watermark: what goes in comes out, little changes, and an image that cannot carry it is not saved."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ ROCKET = Image.open(REPOSITORY / "docs/gallery/a-rocket.png").convert("RGB")
 )
 @settings(max_examples=10)
 def test_a_text_comes_out_as_it_went_in_and_little_changes(text: str, side: int) -> None:
-    picture = ROCKET.resize((side, side))
-    with_text = marked(picture, text)
+    image = ROCKET.resize((side, side))
+    with_text = marked(image, text)
     assert watermark_of(with_text) == text
-    assert np.abs(np.asarray(with_text, int) - np.asarray(picture, int)).mean() < 1.5
+    assert np.abs(np.asarray(with_text, int) - np.asarray(image, int)).mean() < 1.5
 
 
-def test_a_plain_picture_has_none() -> None:
+def test_a_plain_image_has_none() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
-    assert [watermark_of(picture) for picture in (ROCKET, noise, Image.new("RGB", (64, 64)))] == [None] * 3
+    assert [watermark_of(image) for image in (ROCKET, noise, Image.new("RGB", (64, 64)))] == [None] * 3
 
 
 def test_it_survives_a_jpeg_of_high_quality() -> None:
@@ -60,7 +60,7 @@ def test_the_bits_are_where_other_tools_look_for_them() -> None:
     assert np.packbits([np.mean(one) > 0.5 for one in votes]).tobytes()[:2] == b"AI"
 
 
-def test_too_small_a_picture_is_refused() -> None:
+def test_too_small_an_image_is_refused() -> None:
     with pytest.raises(BadOutput, match="64x64 pixels are too few"):
         marked(ROCKET.resize((64, 64)), "far too long")
 

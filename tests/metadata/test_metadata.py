@@ -1,4 +1,4 @@
-"""What pictures say about themselves: exact round trips, nothing left after a strip, and no harm from hostile files."""
+"""What images say about themselves: exact round trips, nothing left after a strip, and no harm from hostile files."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sdcli.errors import BadPicture, NotFound, UsageError
+from sdcli.errors import BadImage, NotFound, UsageError
 from sdcli.generation.settings import ImageFormat
 from sdcli.metadata.record import (
     Record,
+    image_bytes,
     parameters_text,
     parse_record,
-    picture_bytes,
     pixels_digest,
-    read_picture,
+    read_image,
     record_json,
     strip,
 )
@@ -57,14 +57,14 @@ def record_of(prompt: str = SECRET, **changed: Any) -> Record:
 
 def written(tmp_path: Path, format: ImageFormat, record: Record) -> Path:
     path = tmp_path / f"picture.{format}"
-    path.write_bytes(picture_bytes(noise(), format, record))
+    path.write_bytes(image_bytes(noise(), format, record))
     return path
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_record_is_read_back_exactly(tmp_path: Path, format: ImageFormat) -> None:
     record = record_of("Steps: 3\nNegative prompt: no\t🐈 \x01 <&> שלום ]]> ")
-    info = read_picture(written(tmp_path, format, record))
+    info = read_image(written(tmp_path, format, record))
     assert (info.source, info.format, info.width, info.height) == ("sdcli", format, 40, 24)
     assert info.record == record
     assert info.request == record.request
@@ -76,7 +76,7 @@ def test_a_record_is_read_back_exactly(tmp_path: Path, format: ImageFormat) -> N
 def test_every_prompt_survives_in_every_format(tmp_path: Path, prompt: str) -> None:
     for format in FORMATS:
         record = record_of(prompt)
-        info = read_picture(written(tmp_path, format, record))
+        info = read_image(written(tmp_path, format, record))
         assert info.record == record
         assert info.parameters == parameters_text(record)
 
@@ -87,20 +87,20 @@ def test_a_prompt_of_a_hundred_thousand_characters_is_not_lost(
     tmp_path: Path, format: ImageFormat, prompt: str
 ) -> None:
     record = record_of(prompt)
-    info = read_picture(written(tmp_path, format, record))
+    info = read_image(written(tmp_path, format, record))
     assert info.record == record
     # A JPEG's EXIF cannot hold it, and then has none of it.
     assert info.parameters == (None if format == "jpeg" else parameters_text(record))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_same_picture_twice_is_the_same_file(format: ImageFormat) -> None:
-    assert picture_bytes(noise(), format, record_of()) == picture_bytes(noise(), format, record_of())
+def test_the_same_image_twice_is_the_same_file(format: ImageFormat) -> None:
+    assert image_bytes(noise(), format, record_of()) == image_bytes(noise(), format, record_of())
 
 
 def test_a_png_keeps_its_pixels() -> None:
     image = noise()
-    decoded = Image.open(io.BytesIO(picture_bytes(image, "png", record_of())))
+    decoded = Image.open(io.BytesIO(image_bytes(image, "png", record_of())))
     assert decoded.tobytes() == image.tobytes()
     assert pixels_digest(decoded) == pixels_digest(image)
 
@@ -115,7 +115,7 @@ def test_the_digest_tells_size_and_pixels_apart() -> None:
 @pytest.mark.parametrize("prompt", [SECRET, "a cat 🐈"])
 def test_pillow_alone_sees_both_chunks_of_a_png(prompt: str) -> None:
     record = record_of(prompt)
-    data = picture_bytes(noise(), "png", record)
+    data = image_bytes(noise(), "png", record)
     image = Image.open(io.BytesIO(data))
     assert image.text == {"parameters": parameters_text(record), "sdcli": record_json(record)}
     assert (b"tEXtparameters\0" in data) == (prompt == SECRET)
@@ -125,7 +125,7 @@ def test_pillow_alone_sees_both_chunks_of_a_png(prompt: str) -> None:
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
 def test_pillow_alone_sees_a1111s_comment_and_the_xmp_packet(format: ImageFormat) -> None:
     record = record_of("a cat 🐈")
-    image = Image.open(io.BytesIO(picture_bytes(noise(), format, record)))
+    image = Image.open(io.BytesIO(image_bytes(noise(), format, record)))
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment == b"UNICODE\0" + parameters_text(record).encode("utf-16-be")
     # The type of the field: UNDEFINED, without which A1111's reader fails.
@@ -150,15 +150,15 @@ def spellings(text: str) -> list[bytes]:
 def test_no_record_means_nothing_at_all(format: ImageFormat) -> None:
     image = noise()
     image.info |= {"comment": SECRET.encode(), "exif": b"Exif\0\0" + SECRET.encode(), "xmp": SECRET, "dpi": (72, 72)}
-    data = picture_bytes(image, format, None)
+    data = image_bytes(image, format, None)
     assert not any(spelling in data for spelling in spellings(SECRET))
-    assert data == picture_bytes(noise(), format, None)
+    assert data == image_bytes(noise(), format, None)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("repeats", [1, 3000])
-def test_a_stripped_picture_says_nothing_and_looks_the_same(format: ImageFormat, repeats: int) -> None:
-    data = picture_bytes(noise(), format, record_of(SECRET * repeats))
+def test_a_stripped_image_says_nothing_and_looks_the_same(format: ImageFormat, repeats: int) -> None:
+    data = image_bytes(noise(), format, record_of(SECRET * repeats))
     bare = strip(data)
     assert any(spelling in data for spelling in spellings(SECRET))
     assert not any(spelling in bare for spelling in spellings(SECRET))
@@ -166,7 +166,7 @@ def test_a_stripped_picture_says_nothing_and_looks_the_same(format: ImageFormat,
     assert after.tobytes() == before.tobytes()
     assert strip(bare) == bare
     if format != "webp":  # there the extended header stays
-        assert bare == picture_bytes(noise(), format, None)
+        assert bare == image_bytes(noise(), format, None)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -224,16 +224,16 @@ def test_a_strip_keeps_a_webps_transparency_and_frames(lossless: bool) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_truncated_file_is_not_stripped(format: ImageFormat) -> None:
-    data = picture_bytes(noise(), format, record_of())
+    data = image_bytes(noise(), format, record_of())
     for length in (3, 15, 40, len(data) // 2, len(data) - 3):
-        with pytest.raises(BadPicture):
+        with pytest.raises(BadImage):
             strip(data[:length])
 
 
 # other tools' files
 
 
-def test_pictures_of_other_tools_are_read(tmp_path: Path) -> None:
+def test_images_of_other_tools_are_read(tmp_path: Path) -> None:
     text = "a cat\nNegative prompt: a dog\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512"
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-le")
@@ -242,7 +242,7 @@ def test_pictures_of_other_tools_are_read(tmp_path: Path) -> None:
     chunks.add_text("parameters", text)
     noise().save(tmp_path / "text.png", pnginfo=chunks)
     for name in ("little.jpeg", "text.png"):
-        info = read_picture(tmp_path / name)
+        info = read_image(tmp_path / name)
         assert (info.source, info.parameters, info.record) == ("a1111", text, None)
         assert (info.request.prompt, info.request.scheduler, info.request.seed) == ("a cat", "euler-a", 5)
 
@@ -252,16 +252,16 @@ def test_comfyuis_webp_is_read(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0110] = "prompt:" + json.dumps(graph)
     noise().save(tmp_path / "comfy.webp", exif=exif)
-    info = read_picture(tmp_path / "comfy.webp")
+    info = read_image(tmp_path / "comfy.webp")
     assert (info.source, info.request.seed, info.request.steps) == ("comfyui", 4, 9)
 
 
-def test_a_picture_without_a_record_says_so_and_shows_what_is_there(tmp_path: Path) -> None:
+def test_an_image_without_a_record_says_so_and_shows_what_is_there(tmp_path: Path) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("Software", "a brush")
     chunks.add_text("long", "x" * 9999)
     noise().save(tmp_path / "plain.png", pnginfo=chunks)
-    info = read_picture(tmp_path / "plain.png")
+    info = read_image(tmp_path / "plain.png")
     assert (info.source, info.request, info.record, info.parameters) == (None, None, None, None)
     assert info.unmapped["Software"] == "a brush"
     assert info.unmapped["long"].endswith("(9,999 characters)")
@@ -292,7 +292,7 @@ def test_a_bad_record_is_told_in_a_sentence_and_the_other_text_is_read(
     chunks.add_text("sdcli", text)
     chunks.add_text("parameters", parameters_text(record_of()))
     noise().save(tmp_path / "bad.png", pnginfo=chunks)
-    info = read_picture(tmp_path / "bad.png")
+    info = read_image(tmp_path / "bad.png")
     assert info.record is None
     assert sentence in info.unmapped["sdcli"]
     assert (info.source, info.request.seed, info.request.prompt) == ("a1111", 2**40, f"{SECRET}, glossy")
@@ -310,21 +310,21 @@ def test_a_bad_record_is_told_in_a_sentence_and_the_other_text_is_read(
 )
 def test_a_bad_xmp_packet_is_no_record(tmp_path: Path, packet: bytes) -> None:
     noise().save(tmp_path / "bad.webp", xmp=packet)
-    assert read_picture(tmp_path / "bad.webp").source is None
+    assert read_image(tmp_path / "bad.webp").source is None
 
 
 def test_a_record_in_an_incomplete_extension_is_no_record(tmp_path: Path) -> None:
-    data = picture_bytes(noise(), "jpeg", record_of("cat " * 50_000))
+    data = image_bytes(noise(), "jpeg", record_of("cat " * 50_000))
     last = data.rindex(b"\xff\xe1")
     (length,) = struct.unpack_from(">H", data, last + 2)
     path = tmp_path / "cut.jpeg"
     path.write_bytes(data[:last] + data[last + 2 + length :])
-    assert read_picture(path).record is None
+    assert read_image(path).record is None
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path: Path, format: ImageFormat) -> None:
-    data = picture_bytes(noise(), format, record_of())
+    data = image_bytes(noise(), format, record_of())
     path = tmp_path / f"damaged.{format}"
     dice = random.Random(1)
     for _ in range(150):
@@ -332,8 +332,8 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path: Path, form
         for _ in range(dice.randint(1, 4)):
             damaged[dice.randrange(len(damaged))] = dice.randrange(256)
         path.write_bytes(damaged)
-        for attempt in (lambda: read_picture(path), lambda: strip(path.read_bytes())):
-            with contextlib.suppress(BadPicture):
+        for attempt in (lambda: read_image(path), lambda: strip(path.read_bytes())):
+            with contextlib.suppress(BadImage):
                 attempt()
 
 
@@ -351,44 +351,44 @@ def test_a_bomb_is_refused_by_its_header(
 ) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_claiming(*size))
-    with pytest.raises(BadPicture, match="too many to be read safely"):
-        read_picture(path)
+    with pytest.raises(BadImage, match="too many to be read safely"):
+        read_image(path)
     assert not recwarn
 
 
 def test_a_text_bomb_is_refused(tmp_path: Path) -> None:
     body = b"parameters\0\0" + zlib.compress(bytes(50_000_000), 9)
     chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
-    data = picture_bytes(noise(), "png", None)
+    data = image_bytes(noise(), "png", None)
     path = tmp_path / "text.png"
     path.write_bytes(data[:33] + chunk + data[33:])
-    with pytest.raises(BadPicture, match="cannot be read"):
-        read_picture(path)
+    with pytest.raises(BadImage, match="cannot be read"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_truncated_picture_is_refused_with_its_name(tmp_path: Path, format: ImageFormat) -> None:
+def test_a_truncated_image_is_refused_with_its_name(tmp_path: Path, format: ImageFormat) -> None:
     path = tmp_path / f"half.{format}"
-    data = picture_bytes(noise(200, 200), format, record_of())
+    data = image_bytes(noise(200, 200), format, record_of())
     path.write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(BadPicture, match=f"half.{format}: "):
-        read_picture(path)
+    with pytest.raises(BadImage, match=f"half.{format}: "):
+        read_image(path)
 
 
-def test_what_is_no_picture_gets_a_sentence(tmp_path: Path) -> None:
+def test_what_is_no_image_gets_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no file"):
-        read_picture(tmp_path / "absent.png")
-    with pytest.raises(BadPicture, match="is a folder"):
-        read_picture(tmp_path)
+        read_image(tmp_path / "absent.png")
+    with pytest.raises(BadImage, match="is a folder"):
+        read_image(tmp_path)
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").touch()
     noise().save(tmp_path / "gif.png", "GIF")
     for name in ("text.png", "empty.png", "gif.png"):
-        with pytest.raises(BadPicture, match="is no PNG, JPEG or WebP picture"):
-            read_picture(tmp_path / name)
+        with pytest.raises(BadImage, match="is no PNG, JPEG or WebP image"):
+            read_image(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(BadPicture, match="no ordinary file"):
-        read_picture(tmp_path / "pipe.png")
+    with pytest.raises(BadImage, match="no ordinary file"):
+        read_image(tmp_path / "pipe.png")
 
 
 def test_the_digest_is_a_sha256_of_size_and_rgb_rows() -> None:

@@ -401,15 +401,15 @@ def test_a_pulled_model_paints_without_the_network(
 ) -> None:
     command = [sys.executable, "-m", "sdcli", "generate", "a cup", "-m", NAME, "--size", "64x64", "--steps", "1"]
 
-    def paint() -> subprocess.CompletedProcess[str]:
+    def sample() -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
 
-    refused = paint()
+    refused = sample()
     assert refused.returncode == 4
     assert f"sdcli models pull {NAME}" in refused.stderr
     assert models("pull", NAME).returncode == 0
     requests = len(server.log)
-    painted = paint()
+    painted = sample()
     assert painted.returncode == 0, painted.stderr
     assert (tmp_path / painted.stdout.strip()).is_file()
     assert len(server.log) == requests

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.io.weights import check_header
 from sdcli.models import loader
@@ -73,7 +73,7 @@ def test_a_single_file_with_ldm_keys_is_the_same_model_as_its_diffusers_folder(m
     latents = []
     for model in (folder, file):
         request = GenerationRequest(prompt="a cat", seed=1, width=64, height=64, steps=2)
-        *_, last = paint(Painter.of(model), [resolve(request, model.spec)])
+        *_, last = sample(Pipeline.of(model), [resolve(request, model.spec)])
         latents.append(last.latents)
     assert torch.equal(*latents)
 
@@ -291,8 +291,8 @@ def test_random_weights_are_the_same_every_time_and_differ_by_seed() -> None:
 LEAN = """
 import sys, torch
 from sdcli.models.loader import load_model
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Painter
+from sdcli.diffusion.sampling import generate
 from sdcli.models.registry import load_registry, resolve
 from sdcli.request.schema import GenerationRequest
 heavy = {name for name in ("transformers", "torch._dynamo", "scipy") if sys.modules.get(name) is not None}
@@ -315,8 +315,8 @@ def test_lean_imports_leave_out_what_is_slow_and_change_no_bit(tmp_path: Path) -
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", LEAN, str(tmp_path / "latents.pt")], env=environment, check=True)
     spec = load_registry().find("tiny")
-    painter = Painter.of(load_model(spec, device="cpu"))
-    *_, step = paint(painter, [resolve(GenerationRequest(prompt="x", seed=1, steps=2, scheduler="lms"), spec)])
+    pipeline = Pipeline.of(load_model(spec, device="cpu"))
+    *_, step = sample(pipeline, [resolve(GenerationRequest(prompt="x", seed=1, steps=2, scheduler="lms"), spec)])
     assert torch.equal(torch.load(tmp_path / "latents.pt", weights_only=True), step.latents)
 
 
@@ -339,13 +339,13 @@ def test_a_folder_of_the_sd2_kind_is_painted_as_diffusers_does(tmp_path: Path) -
         guidance_scale=6,
         scheduler="ddim",
     )
-    *_, last = paint(Painter.of(model), [resolve(request, model.spec)])
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    *_, last = sample(Pipeline.of(model), [resolve(request, model.spec)])
+    reference = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
     from sdcli.diffusion.scheduler_factory import make_scheduler
 
-    pipeline.scheduler = make_scheduler("ddim", model.scheduler_config)
-    expected = pipeline(
+    reference.scheduler = make_scheduler("ddim", model.scheduler_config)
+    expected = reference(
         "a cat",
         negative_prompt="blurry",
         width=64,

@@ -1,4 +1,4 @@
-"""LoRAs in painting: three dialects of the same numbers, merged as diffusers and peft merge them."""
+"""LoRAs in generating: three dialects of the same numbers, merged as diffusers and peft merge them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.engine import Engine, Event, Note, Result, plan
 from sdcli.generation.resolve.loras import find_lora, find_loras, take_tags
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
+from sdcli.generation.verify import verify_image
 from sdcli.io.files import PACKAGE
 from sdcli.metadata.foreign import a1111_text, read_a1111
-from sdcli.metadata.record import read_picture
+from sdcli.metadata.record import read_image
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.lora import ldm_name, lora_facts, read_lora, with_loras
 from sdcli.models.registry import load_registry, resolve, spec_of_folder
@@ -35,7 +35,7 @@ from sdcli.request.schema import GenerationRequest, parse_request
 from tests.conftest import Run
 from tests.ldm import _unet_name
 from tests.loras import Pairs, random_pairs, save_diffusers, save_kohya, save_peft
-from tests.training_runs import captioned_pictures, train_unet
+from tests.training_runs import captioned_images, train_unet
 
 ATTENTION = "attn"
 
@@ -61,7 +61,7 @@ def refs(*loras: Any) -> tuple[LoraRef, ...]:
 def latents(model: LoadedModel, **fields: Any) -> Tensor:
     asked = {"prompt": "a cat", "seed": 1, "width": 64, "height": 64, "steps": 3, "scheduler": "ddim", **fields}
     request = resolve(GenerationRequest(**asked, loras=tuple(one.ref for one in model.loras)), model.spec)
-    *_, last = paint(Painter.of(model), [request])
+    *_, last = sample(Pipeline.of(model), [request])
     return last.latents
 
 
@@ -168,15 +168,15 @@ def test_latents_equal_those_of_diffusers_with_the_lora_fused(
 ) -> None:
     networks = {"unet": model.unet, "text_encoder": model.text_encoder}
     file = save(tmp_path / "lora.safetensors", random_pairs(networks, only=ATTENTION), alpha=1.5)
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(file)
-    pipeline.fuse_lora(lora_scale=0.7)
-    painter = merged(model, f"{file}:0.7")
+    reference = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    reference.load_lora_weights(file)
+    reference.fuse_lora(lora_scale=0.7)
+    pipeline = merged(model, f"{file}:0.7")
     from sdcli.diffusion.scheduler_factory import make_scheduler
 
-    pipeline.scheduler = make_scheduler("ddim", model.scheduler_config)
-    expected = pipeline(
+    reference.scheduler = make_scheduler("ddim", model.scheduler_config)
+    expected = reference(
         "a cat",
         width=64,
         height=64,
@@ -185,7 +185,7 @@ def test_latents_equal_those_of_diffusers_with_the_lora_fused(
         generator=torch.Generator().manual_seed(1),
         output_type="latent",
     ).images
-    ours = latents(painter)
+    ours = latents(pipeline)
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (ours - latents(model)).abs().max() > 1e-3 * expected.abs().max()
 
@@ -238,8 +238,8 @@ def test_a_convolutions_lora_is_the_sum_of_two_ways(tmp_path: Path, model: Loade
 
 def test_a_lora_that_was_trained_here_gives_the_trained_network(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    pictures = captioned_pictures(tmp_path / "pictures", 2)
-    train_unet(pictures, run, max_train_steps=2, rank=2, lora_alpha=4.0, learning_rate=1e-2)
+    images = captioned_images(tmp_path / "pictures", 2)
+    train_unet(images, run, max_train_steps=2, rank=2, lora_alpha=4.0, learning_rate=1e-2)
     trained = load_model(spec_of_folder(run), device="cpu", dtype="float32")
     tiny = load_model(load_registry().find("tiny"), device="cpu", dtype="float32")
     for file in ("pytorch_lora_weights", "lora_kohya"):
@@ -329,7 +329,7 @@ def jobs_of(*lines: dict[str, Any], **expanding: Any) -> list[Job | BadJob]:
 def painted(folder: Path, jobs: list[Any], **run: Any) -> list[Event]:
     assert all(isinstance(job, Job) for job in jobs), jobs
     settings = OutputSettings(outdir=folder, template="{index}")
-    return list(Engine(load_registry(), RunSettings(device="cpu", batch_size=1, **run), settings).paint_all(jobs))
+    return list(Engine(load_registry(), RunSettings(device="cpu", batch_size=1, **run), settings).generate_all(jobs))
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def test_a_lora_paints_with_the_lcm_scheduler(tmp_path: Path, loras: Path) -> No
 def test_a_painter_refuses_a_request_with_other_loras_than_its_own(model: LoadedModel) -> None:
     request = resolve(GenerationRequest(prompt="x", seed=1, steps=2, width=64, height=64, loras=refs("a")), model.spec)
     with pytest.raises(UsageError, match="other LoRAs"):
-        next(iter(paint(Painter.of(model), [request])))
+        next(iter(sample(Pipeline.of(model), [request])))
 
 
 # Files that cannot be merged
@@ -624,21 +624,21 @@ def test_the_text_of_the_web_ui_has_tags_and_hashes_and_is_read_back() -> None:
 
 
 @pytest.mark.slow
-def test_a_picture_remembers_its_loras_and_verifies_until_the_file_is_another(tmp_path: Path, loras: Path) -> None:
+def test_an_image_remembers_its_loras_and_verifies_until_the_file_is_another(tmp_path: Path, loras: Path) -> None:
     folder = tmp_path / "loras"
     shutil.copytree(loras, folder)
     painted(tmp_path, jobs_of({"prompt": "a cat <lora:one:0.8>"}, lora_dir=folder), lora_dir=folder)
-    picture, run = tmp_path / "1.png", RunSettings(device="cpu", lora_dir=folder)
-    info = read_picture(picture)
+    image, run = tmp_path / "1.png", RunSettings(device="cpu", lora_dir=folder)
+    info = read_image(image)
     assert info.record is not None
     assert info.parameters is not None
     (ref,), (facts,) = info.record.request.loras, info.record.provenance["loras"]
     assert (str(ref), ref.sha256, facts["name"]) == ("one:0.8", facts["sha256"], "one")
     assert f'Lora hashes: "one: {facts["tensors_sha256"][:12]}"' in info.parameters
-    assert verify_picture(picture, load_registry(), run).identical
+    assert verify_image(image, load_registry(), run).identical
     shutil.copy(folder / "two.safetensors", folder / "one.safetensors")
     with pytest.raises(UsageError, match="is another file than the one"):
-        verify_picture(picture, load_registry(), run)
+        verify_image(image, load_registry(), run)
     with pytest.raises(UsageError, match="is another file than the one"):
         find_loras(info.record.request, folder)
 
@@ -653,7 +653,7 @@ def test_the_flag_may_be_typed_several_times(sdcli: Run, loras: Path, tmp_path: 
     assert all(len(ref["sha256"]) == 64 for ref in request["loras"])
 
 
-def test_what_another_tools_picture_names_and_is_not_here_is_told(sdcli: Run, loras: Path, tmp_path: Path) -> None:
+def test_what_another_tools_image_names_and_is_not_here_is_told(sdcli: Run, loras: Path, tmp_path: Path) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

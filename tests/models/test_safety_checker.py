@@ -1,4 +1,4 @@
-"""The safety checker of a model folder: what it flags is told and not saved, never a black picture."""
+"""The safety checker of a model folder: what it flags is told and not saved, never a black image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny import tiny_parts
 
 
 def save_checked(folder: Path, *, threshold: float) -> Path:
-    """A micro model whose checker flags every picture (threshold -2, below every cosine) or none (2)."""
+    """A micro model whose checker flags every image (threshold -2, below every cosine) or none (2)."""
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
         "patch_size": 16,
@@ -36,8 +36,8 @@ def save_checked(folder: Path, *, threshold: float) -> Path:
     checker.special_care_embeds.data.normal_()
     checker.concept_embeds_weights.data.fill_(threshold)
     checker.special_care_embeds_weights.data.fill_(2.0)
-    pipeline = StableDiffusionPipeline(**{**tiny_parts(), "safety_checker": None}, requires_safety_checker=False)
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    reference = StableDiffusionPipeline(**{**tiny_parts(), "safety_checker": None}, requires_safety_checker=False)
+    reference.save_pretrained(folder, safe_serialization=True)
     checker.save_pretrained(folder / "safety_checker", safe_serialization=True)
     index = folder / "model_index.json"
     named = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
@@ -52,13 +52,13 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_what_is_flagged_is_told_and_not_saved(strict: Path, tmp_path: Path, sdcli: Run) -> None:
-    paint = ("generate", "a cat", "-m", strict, "--size", "64x64", "--steps", "2", "--seed", "1")
-    done = sdcli(*paint, "-o", "cat.png", "--json", "-q")
+    sample = ("generate", "a cat", "-m", strict, "--size", "64x64", "--steps", "2", "--seed", "1")
+    done = sdcli(*sample, "-o", "cat.png", "--json", "-q")
     assert done.returncode == 6
     assert json.loads(done.stdout)["status"] == "flagged"
-    assert "flagged the picture, so it was not saved (--safety off saves it)" in done.stderr
+    assert "flagged the image, so it was not saved (--safety off saves it)" in done.stderr
     assert not (tmp_path / "cat.png").exists()
-    off = sdcli(*paint, "-o", "cat.png", "--safety", "off", "-q")
+    off = sdcli(*sample, "-o", "cat.png", "--safety", "off", "-q")
     assert off.returncode == 0, off.stderr
     with Image.open(tmp_path / "cat.png") as image:
         assert max(high for _, high in image.getextrema()) > 0  # type: ignore[misc]
@@ -74,7 +74,7 @@ def engine_for(folder: Path, outdir: Path) -> Iterator[Event]:
     fields = {"prompt": "a cat", "model": str(folder), "width": 64, "height": 64, "steps": 2}
     registry = load_registry()
     jobs = [job for job in expand([Line(0, fields)], {}, registry, num_images=1, base_seed=1) if isinstance(job, Job)]
-    return Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=outdir)).paint_all(jobs)
+    return Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=outdir)).generate_all(jobs)
 
 
 def test_a_look_at_what_is_flagged_shows_nothing(strict: Path, tmp_path: Path) -> None:

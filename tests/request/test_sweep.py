@@ -1,4 +1,4 @@
-"""Sweeps: every combination of some fields' values, painted in shared batches and laid out on a sheet."""
+"""Sweeps: every combination of some fields' values, generated in shared batches and laid out on a sheet."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def test_what_failed_leaves_its_places_on_the_sheet_empty(tmp_path: Path) -> Non
     for path in paths.values():
         Image.new("RGB", (96, 64), "red").save(path)
     sheet.write(paths, OutputSettings(outdir=tmp_path), Console(quiet=True))
-    with Image.open(tmp_path / "sweep.png") as image:
-        columns = [(image.crop((n * 104 + 8, 8, n * 104 + 104, 72)).getpixel((50, 50))) for n in range(4)]
-        on_it = json.loads(image.text[KEY])["pictures"]  # type: ignore[attr-defined]
+    with Image.open(tmp_path / "sweep.png") as opened:
+        columns = [(opened.crop((n * 104 + 8, 8, n * 104 + 104, 72)).getpixel((50, 50))) for n in range(4)]
+        on_it = json.loads(opened.text[KEY])["pictures"]  # type: ignore[attr-defined]
     assert columns == [(255, 255, 255), *[(255, 0, 0)] * 3]
     assert [entry["request"] and entry["request"]["steps"] for entry in on_it] == [1] * 4 + [2] * 4 + [None] * 4
     with pytest.raises(UsageError, match="too many for one sheet"):
@@ -107,18 +107,18 @@ def test_what_failed_leaves_its_places_on_the_sheet_empty(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_sweep_paints_all_and_a_sheet_of_them(sdcli: Run, tmp_path: Path) -> None:
-    paint = ("generate", "a cat", "-m", "tiny", "--outdir", "out", "-q", "--json")
-    done = sdcli(*paint, "--sweep", "steps=1,2", "--sweep", "guidance-scale=1..5x3")
+    draw = ("generate", "a cat", "-m", "tiny", "--outdir", "out", "-q", "--json")
+    done = sdcli(*draw, "--sweep", "steps=1,2", "--sweep", "guidance-scale=1..5x3")
     assert done.returncode == 0, done.stderr
-    *pictures, sheet = map(json.loads, done.stdout.splitlines())
-    assert len(pictures) == 6
-    assert len({picture["seed"] for picture in pictures}) == 1
+    *images, sheet = map(json.loads, done.stdout.splitlines())
+    assert len(images) == 6
+    assert len({image["seed"] for image in images}) == 1
     assert sheet["status"] == "sheet"
-    with Image.open(tmp_path / sheet["path"]) as image:
-        on_it = [entry["request"] for entry in json.loads(image.text[KEY])["pictures"]]  # type: ignore[attr-defined]
-        assert image.width > image.height, "three across, two down"
+    with Image.open(tmp_path / sheet["path"]) as opened:
+        on_it = [entry["request"] for entry in json.loads(opened.text[KEY])["pictures"]]  # type: ignore[attr-defined]
+        assert opened.width > opened.height, "three across, two down"
     assert [(one["steps"], one["guidance_scale"]) for one in on_it] == [(s, g) for s in (1, 2) for g in (1, 3, 5)]
-    again = sdcli("generate", "--from", pictures[0]["path"], "--sweep", "seed=1,2", "--outdir", "out", "-q")
+    again = sdcli("generate", "--from", images[0]["path"], "--sweep", "seed=1,2", "--outdir", "out", "-q")
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == "out/sweep-2.png"
 
@@ -140,7 +140,7 @@ def test_equal_lines_are_swept_with_seeds_of_their_own_whatever_they_are_called(
     a, b, c, d = seeds(equal, "steps=1,2", {})
     assert a == b != c == d
     assert seeds([{"prompt": "a", "seed": None}], "steps=1,2", {}) == [a, b]
-    assert seeds([{"prompt": "a"}], "steps=1,2", {}) == [a, b], "an id is no part of what is painted"
+    assert seeds([{"prompt": "a"}], "steps=1,2", {}) == [a, b], "an id is no part of what is generated"
     assert seeds([{"prompt": "a"}], "steps=1,2", {"eta": 1.0}) != [a, b]
     one, other = seeds([{"prompt": "a"}], "variation-strength=0.1,0.2", {})
     assert one == other, "the noise that is mixed in is the same, too"

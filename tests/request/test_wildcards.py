@@ -154,7 +154,7 @@ def jobs_of(line: dict[str, object], **options: object) -> list[Job | BadJob]:
     return list(expand(lines, {}, load_registry(), **{"num_images": 1, "base_seed": 5, **options}))  # type: ignore[arg-type]
 
 
-def test_each_picture_draws_by_its_own_seed_and_its_request_holds_what_was_drawn() -> None:
+def test_each_image_draws_by_its_own_seed_and_its_request_holds_what_was_drawn() -> None:
     fields = {"prompt": "a {red|blue|green} {cat|dog}", "negative_prompt": "{x|y|z}", "model": "tiny", "seed": 7}
     many = [job.request for job in jobs_of(fields, num_images=8, wildcards=Wildcards()) if isinstance(job, Job)]
     assert [request.seed for request in many] == list(range(7, 15))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdcli.data.sources import open_pictures
+from sdcli.data.sources import open_images
 from tests.conftest import REPOSITORY
 
 EMOJI_SCRIPT = REPOSITORY / "scripts" / "make_emoji_dataset.py"
@@ -142,10 +142,10 @@ def test_the_data_set_is_one_that_training_opens(packages: Path) -> None:
     assert sorted(path.name for path in (out / "pictures").iterdir()) == [
         "anchor.png", "dog-face.png", "grapes.png", "red-apple.png",
     ]  # fmt: skip
-    pictures = open_pictures(out)
-    items = {pictures[index].label: pictures[index] for index in range(len(pictures))}
+    images = open_images(out)
+    items = {images[index].label: images[index] for index in range(len(images))}
     assert set(items) == {"anchor", "dog face", "grapes", "red apple"}
-    assert not pictures.dropped
+    assert not images.dropped
     assert list(items["red apple"].captions) == entries(out)["red apple"]
     assert "- emojibase-data 1.2.3, Somebody: MIT\n" in (out / "SOURCES.md").read_text()
     assert "4.5.6, drawn by Artist (no address): CC BY 4.0, https://licence" in (out / "SOURCES.md").read_text()
@@ -154,12 +154,12 @@ def test_the_data_set_is_one_that_training_opens(packages: Path) -> None:
 def test_captions_are_wordings_of_the_name(packages: Path) -> None:
     texts = entries(make(packages, "emoji"))
     assert texts["red apple"] == [
-        "a red apple", "red apple", "a picture of a red apple", "an emoji of a red apple", "clip art of a red apple",
+        "a red apple", "red apple", "an image of a red apple", "an emoji of a red apple", "clip art of a red apple",
         "red apple, food, fruit, ripe", "an apple",
     ]  # fmt: skip
     assert texts["dog face"][0] == "the face of a dog"
     assert texts["dog face"][-1] == "a dog"
-    assert texts["grapes"][:3] == ["grapes", "a picture of grapes", "an emoji of grapes"]
+    assert texts["grapes"][:3] == ["grapes", "an image of grapes", "an emoji of grapes"]
     assert "a blue anchor" in texts["anchor"]
     for wordings in texts.values():
         assert 5 <= len(wordings) == len(set(wordings)) <= 8
@@ -177,7 +177,7 @@ def test_a_drawing_is_cropped_centred_and_padded_on_white(packages: Path) -> Non
     assert grapes.getpixel((50, 50)) == (128, 0, 128)
 
 
-def test_transparent_pictures_have_no_halo(packages: Path) -> None:
+def test_transparent_images_have_no_halo(packages: Path) -> None:
     out = make(packages, "emoji", "--transparent", "--size", "37")
     with Image.open(out / "pictures" / "red-apple.png") as opened:
         red, green, blue, alpha = (np.asarray(band) for band in opened.split())
@@ -200,11 +200,11 @@ def test_a_mirrored_alias_is_mirrored_and_other_turns_are_left_out() -> None:
     fake.svg_to_bytes = lambda **_: data.getvalue()  # type: ignore[attr-defined]
     sys.modules["resvg_py"] = fake
     try:
-        picture = module.rasterised(drawing, size=16, margin=0.0, transparent=False)
+        image = module.rasterised(drawing, size=16, margin=0.0, transparent=False)
     finally:
         del sys.modules["resvg_py"]
-    assert picture.getpixel((1, 8))[2] > 200
-    assert picture.getpixel((14, 8))[0] > 200
+    assert image.getpixel((1, 8))[2] > 200
+    assert image.getpixel((14, 8))[0] > 200
 
 
 def test_equal_options_give_equal_files(packages: Path) -> None:
@@ -311,11 +311,11 @@ def test_articles_follow_the_sound() -> None:
 def test_only_a_colour_that_everybody_would_name_is_named() -> None:
     module = loaded(EMOJI_SCRIPT)
     for colour, name in [("#e02020", "red"), ("#f0d020", "yellow"), ("#20a030", "green"), ("#2050e0", "blue")]:
-        picture = Image.new("RGB", (64, 64), "white")
-        picture.paste(colour, (8, 8, 56, 56))
-        assert module.colour_of(picture) == name
-        picture.paste("#808080", (8, 8, 56, 30))
-        assert module.colour_of(picture) is None
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(colour, (8, 8, 56, 56))
+        assert module.colour_of(image) == name
+        image.paste("#808080", (8, 8, 56, 30))
+        assert module.colour_of(image) is None
     for colour in ("white", "black", "#808080", "#8b4513", "#c5104b"):
         assert module.colour_of(Image.new("RGB", (64, 64), colour)) is None
 
@@ -325,8 +325,8 @@ def test_digits_become_class_folders_with_all_their_levels(tmp_path: Path) -> No
     sklearn = pytest.importorskip("sklearn.datasets")
     done = run(DIGITS_SCRIPT, tmp_path / "digits")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'digits'}\n"), done.stderr
-    pictures = open_pictures(tmp_path / "digits")
-    assert (len(pictures), pictures.classes) == (1797, tuple("0123456789"))
+    images = open_images(tmp_path / "digits")
+    assert (len(images), images.classes) == (1797, tuple("0123456789"))
     digits = sklearn.load_digits()
     for label in (0, 7):
         expected = digits.images[digits.target == label]

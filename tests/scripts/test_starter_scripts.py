@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from sdcli.data.sources import open_pictures
+from sdcli.data.sources import open_images
 from sdcli.training.settings import TextSettings, UnetSettings, VaeSettings, settings_from
 from tests.conftest import REPOSITORY
 
@@ -88,10 +88,10 @@ def test_a_scene_depends_on_its_seed_and_number_alone(scripts: dict[str, ModuleT
     first, again = scripts["scenes"].Composer(work), scripts["scenes"].Composer(work)
     [first.scene(3, number) for number in range(20)]
     for number in (19, 4):
-        scene, picture = first.scene(3, number)
-        same, same_picture = again.scene(3, number)
+        scene, image = first.scene(3, number)
+        same, same_image = again.scene(3, number)
         assert scene.captions == same.captions
-        assert np.array_equal(picture, same_picture)
+        assert np.array_equal(image, same_image)
     assert not np.array_equal(first.scene(3, 1)[1], first.scene(4, 1)[1])
 
 
@@ -142,14 +142,14 @@ def test_the_held_out_style_is_never_drawn(scripts: dict[str, ModuleType], work:
     assert drawn == set(STYLES[:3])
 
 
-def test_pictures_show_what_the_scene_says(scripts: dict[str, ModuleType], work: Path) -> None:
+def test_images_show_what_the_scene_says(scripts: dict[str, ModuleType], work: Path) -> None:
     scenes = scripts["scenes"]
     composer, source = scenes.Composer(work), random.Random(2)
     for _ in range(30):
-        picture = composer.draw(composer.plan("plain", source), source)
-        assert picture.shape == (128, 128, 3)
-        assert picture.dtype == np.uint8
-        assert (picture[0, 0] == 255).all(), "white behind it"
+        image = composer.draw(composer.plan("plain", source), source)
+        assert image.shape == (128, 128, 3)
+        assert image.dtype == np.uint8
+        assert (image[0, 0] == 255).all(), "white behind it"
     for _ in range(30):
         scene = composer.plan("recoloured", source)
         hue = scenes.HUES[scene.said][0]
@@ -178,11 +178,11 @@ def test_shards_are_read_by_the_trainers_and_a_longer_set_goes_on_from_a_shorter
     monkeypatch.setattr(scenes, "SHARD", 8)
     for job in scenes.jobs(work, tmp_path, seed=5, count=16):
         scenes.shard(job)
-    pictures = open_pictures(tmp_path)
-    assert len(pictures) == 16
+    images = open_images(tmp_path)
+    assert len(images) == 16
     scene, drawn = scenes.Composer(work).scene(5, 9)
-    assert pictures[9].captions == scene.captions
-    (number,) = [n for n in range(16) if pictures[n].name.endswith("00500000009")]
+    assert images[9].captions == scene.captions
+    (number,) = [n for n in range(16) if images[n].name.endswith("00500000009")]
     with tarfile.open(tmp_path / "005-00001.tar") as tar:
         assert np.array_equal(np.asarray(Image.open(tar.extractfile("00500000009.png"))), drawn)  # type: ignore[arg-type]
     assert number == 9
@@ -347,11 +347,11 @@ def test_frechet_distance_and_diversity_have_their_closed_forms(scripts: dict[st
 def test_groups_count_what_they_ask_for(scripts: dict[str, ModuleType]) -> None:
     evaluate, judge = scripts["evaluate"], scripts["judge"]
     asked = [
-        evaluate.Asked("objects", "a cat", (frozenset({2}),), 1),
-        evaluate.Asked("two objects", "a cat and a dog", (frozenset({2}), frozenset({1})), 3),
-        evaluate.Asked("counts", "two cats", (frozenset({2}),), count=2),
-        evaluate.Asked("colours", "a red cat", (frozenset({2}),), colour="red"),
-        evaluate.Asked("backgrounds", "a cat in the snow", (frozenset({2}),), place="snow"),
+        evaluate.Requested("objects", "a cat", (frozenset({2}),), 1),
+        evaluate.Requested("two objects", "a cat and a dog", (frozenset({2}), frozenset({1})), 3),
+        evaluate.Requested("counts", "two cats", (frozenset({2}),), count=2),
+        evaluate.Requested("colours", "a red cat", (frozenset({2}),), colour="red"),
+        evaluate.Requested("backgrounds", "a cat in the snow", (frozenset({2}),), place="snow"),
     ]
     order = torch.tensor([[1, 2, 0, 3, 4, 5]] * 5)
     seen = judge.Seen(
@@ -416,10 +416,10 @@ def test_the_recipe_in_miniature_makes_a_model_folder_in_two_goes(
     assert "+" not in again.stderr, "everything is done"
     out = tmp_path / "model"
     scripts["assemble"].assemble(tmp_path / "runs" / "unet-2", out)
-    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("a cat", height=32, width=32, num_inference_steps=2).images[0]
-    assert picture.size == (32, 32)
+    reference = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    image = reference("a cat", height=32, width=32, num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(

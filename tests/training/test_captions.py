@@ -22,8 +22,8 @@ WORDS = st.text("abcdé 一{}()", min_size=1, max_size=8).map(str.strip).filter(
 CAPTIONS = st.lists(st.lists(WORDS, min_size=1, max_size=6).map(", ".join), min_size=0, max_size=4)
 
 
-class Pictures(list[Item]):
-    """As much of a picture set as conditions look at."""
+class Images(list[Item]):
+    """As much of an image set as conditions look at."""
 
     def __init__(self, captions: Sequence[tuple[str, ...]], labels: Sequence[str | None] = ()) -> None:
         super().__init__(
@@ -57,7 +57,7 @@ def test_dropout_does_not_choose_among_alternatives() -> None:
 
 
 def test_a_dropped_caption_is_not_dropped_in_each_epoch() -> None:
-    """A picture that comes back with another counter is drawn for anew."""
+    """An image that comes back with another counter is drawn for anew."""
     rules = CaptionRules(dropout=0.5)
     assert {rules.text(("a cat",), seed=0, counter=7 + 100 * epoch) for epoch in range(20)} == {"", "a cat"}
 
@@ -78,7 +78,7 @@ def test_all_texts_holds_whatever_a_sample_can_get(captions: list[str], seed: in
     every = rules.all_texts(captions)
     assert every is not None
     assert rules.text(captions, seed=seed, counter=counter) in every
-    fixed = Texts(Pictures([tuple(captions)]), rules, seed, tokenizer=Recorder()).fixed(0)  # type: ignore[arg-type]
+    fixed = Texts(Images([tuple(captions)]), rules, seed, tokenizer=Recorder()).fixed(0)  # type: ignore[arg-type]
     assert Recorder.texts[-1] in every
     assert fixed["ids"].dtype == torch.int64
 
@@ -151,7 +151,7 @@ class States(dict[str, torch.Tensor]):
 
 
 def test_text_states_come_from_the_cache_in_float32() -> None:
-    texts = Texts(Pictures([("cat",)]), CaptionRules(dropout=0.0), 0, states=States())  # type: ignore[arg-type]
+    texts = Texts(Images([("cat",)]), CaptionRules(dropout=0.0), 0, states=States())  # type: ignore[arg-type]
     hidden = texts.item(Draw(5, 0))["hidden"]
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, torch.full((3, 2), 3.0))
@@ -159,15 +159,15 @@ def test_text_states_come_from_the_cache_in_float32() -> None:
 
 
 def test_without_a_condition_every_text_is_empty() -> None:
-    pictures = Pictures([("cat",), ()])
-    texts = Texts(pictures, CaptionRules(dropout=0.0, prefix="x "), 0, states=States(), ignored=True)  # type: ignore[arg-type]
+    images = Images([("cat",), ()])
+    texts = Texts(images, CaptionRules(dropout=0.0, prefix="x "), 0, states=States(), ignored=True)  # type: ignore[arg-type]
     for hidden in (texts.item(Draw(0, 0))["hidden"], texts.fixed(0)["hidden"], texts.fixed(1)["hidden"]):
         assert torch.equal(hidden, torch.zeros(3, 2))
     assert Nothing().item(Draw(0, 0)) == Nothing().fixed(0) == {}
 
 
 def labels(dropout: float) -> Labels:
-    return Labels(Pictures([(), ()], ["dog", "cat"]), {"cat": 0, "dog": 1}, seed=4, dropout=dropout)  # type: ignore[arg-type]
+    return Labels(Images([(), ()], ["dog", "cat"]), {"cat": 0, "dog": 1}, seed=4, dropout=dropout)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

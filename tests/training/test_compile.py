@@ -162,9 +162,9 @@ def test_a_run_whose_compiler_is_wrong_trains_plainly_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sdcli.training.events import Noted
-    from tests.training_runs import captioned_pictures, same_checkpoint, train_unet
+    from tests.training_runs import captioned_images, same_checkpoint, train_unet
 
-    data = captioned_pictures(tmp_path / "pictures")
+    data = captioned_images(tmp_path / "pictures")
     train_unet(data, tmp_path / "plain", max_train_steps=2)
 
     def refuses(plain: nn.Module) -> nn.Module:

@@ -89,7 +89,7 @@ def test_the_order_does_not_depend_on_how_the_buckets_were_listed() -> None:
 
 @given(order=orders(), epochs=st.integers(1, 4))
 @settings(max_examples=80)
-def test_every_epoch_of_a_bucket_takes_each_picture_once(order: Order, epochs: int) -> None:
+def test_every_epoch_of_a_bucket_takes_each_image_once(order: Order, epochs: int) -> None:
     rounds = epochs + order.batch  # enough for every bucket to have had that many epochs
     taken: dict[Size, list[int]] = {size: [] for size in order.buckets}
     for step in range(steps_of_rounds(order, rounds)):
@@ -110,7 +110,7 @@ def test_after_k_rounds_a_bucket_of_n_has_had_floor_of_kn_over_batch_steps(order
 
 @given(order=orders(), rounds=st.integers(1, 6))
 @settings(max_examples=60)
-def test_no_picture_is_ever_more_than_one_epoch_ahead_of_another_in_its_bucket(order: Order, rounds: int) -> None:
+def test_no_image_is_ever_more_than_one_epoch_ahead_of_another_in_its_bucket(order: Order, rounds: int) -> None:
     seen: Counter[int] = Counter({int(index): 0 for indices in order.buckets.values() for index in indices})
     for step in range(steps_of_rounds(order, rounds)):
         seen.update(draw.index for draw in order.draws(step))
@@ -130,7 +130,7 @@ def test_an_order_has_the_length_of_an_epoch() -> None:
     assert len(Order({(64, 64): np.arange(5), (96, 64): np.arange(5, 12)}, 4, seed=0)) == 12
 
 
-def test_a_picture_alone_fills_its_steps_again_and_again() -> None:
+def test_an_image_alone_fills_its_steps_again_and_again() -> None:
     order = Order({None: np.array([6])}, 3, seed=0)
     assert [order.draws(0), order.draws(1)] == [[Draw(3 * s + p, 6) for p in range(3)] for s in range(2)]
 

@@ -25,12 +25,12 @@ DIGITS_UNET = {
 
 
 def digits(folder: Path, count: int = 600) -> Path:
-    """scikit-learn's handwritten digits, 8x8 with values 0..16, as grey pictures."""
+    """scikit-learn's handwritten digits, 8x8 with values 0..16, as grey images."""
     from sklearn.datasets import load_digits
 
     folder.mkdir()
-    for number, picture in enumerate(load_digits().images[:count]):
-        Image.fromarray(np.round(picture * 255 / 16).astype(np.uint8)).save(folder / f"{number:04d}.png")
+    for number, image in enumerate(load_digits().images[:count]):
+        Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)).save(folder / f"{number:04d}.png")
     return folder
 
 
@@ -70,7 +70,7 @@ def pixels_of(folder: Path) -> np.ndarray:
 
 
 def discs(folder: Path, count: int = 4) -> Path:
-    """Magenta discs on green, which the starter paints for no prompt."""
+    """Magenta discs on green, which the starter generates for no prompt."""
     folder.mkdir()
     rows, columns = np.mgrid[:64, :64]
     for number in range(count):
@@ -96,11 +96,11 @@ def test_a_lora_on_the_starter_takes(tmp_path: Path) -> None:
 
 
 def loss_of(run: Path, data: Path) -> float:
-    """The noise prediction's error of RUN, painted with as diffusers loads it, on fixed noise and noise levels."""
+    """The noise prediction's error of RUN, generated with as diffusers loads it, on fixed noise and noise levels."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(run, torch_dtype=torch.float32)  # some parts are stored in half
-    scheduler = pipeline.scheduler
+    reference = StableDiffusionPipeline.from_pretrained(run, torch_dtype=torch.float32)  # some parts are stored in half
+    scheduler = reference.scheduler
     files = sorted(data.glob("*.png"))
     pixels = torch.stack([torch.tensor(np.asarray(Image.open(file).resize((64, 64)))) for file in files])
     template = json.loads((run / "sdcli.json").read_text())["defaults"].get("prompt_template") or "{prompt}"
@@ -108,15 +108,15 @@ def loss_of(run: Path, data: Path) -> float:
     noise_of = torch.Generator().manual_seed(123)
     errors = []
     with torch.no_grad():
-        encoded = pipeline.vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        encoded = reference.vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
         latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
-        latents = latents * pipeline.vae.config.scaling_factor
-        hidden, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+        latents = latents * reference.vae.config.scaling_factor
+        hidden, _ = reference.encode_prompt(prompts, "cpu", 1, False)
         for t in range(50, 1000, 100):
             noise = torch.randn(latents.shape, generator=noise_of)
             times = torch.full((len(files),), t)
             noised = scheduler.add_noise(latents, noise, times)
-            output = pipeline.unet(noised, times, encoder_hidden_states=hidden).sample
+            output = reference.unet(noised, times, encoder_hidden_states=hidden).sample
             if scheduler.config.prediction_type == "v_prediction":
                 target = scheduler.get_velocity(latents, noise, times)
             else:

@@ -59,7 +59,7 @@ def deterministic(log: Log) -> list[dict[str, Any]]:
 
 def test_what_is_written_is_read_and_every_line_is_strict_json(tmp_path: Path) -> None:
     with RunLog.open(tmp_path / "run") as log:
-        log_event(log, Preparing("examining pictures", 1, 2))
+        log_event(log, Preparing("examining images", 1, 2))
         log_event(log, started(0), settings="abc")
         log_event(log, trained(1, loss=math.nan))
         log_event(log, trained(2, loss=-math.inf))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sdcli.training.run_log import read_log
-from tests.training_runs import captioned_pictures, same_checkpoint, train_unet
+from tests.training_runs import captioned_images, same_checkpoint, train_unet
 
 CHANGES: dict[str, Any] = {"checkpointing_steps": 2, "validation_split": 0.4, "validation_steps": 2, "sample_steps": 1}
 
@@ -18,7 +18,7 @@ CHANGES: dict[str, Any] = {"checkpointing_steps": 2, "validation_split": 0.4, "v
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was tracked, stopped after 2 of 4 steps and resumed; beside it, the same without a tracker."""
     folder = tmp_path_factory.mktemp("tracked")
-    data = captioned_pictures(folder / "pictures")
+    data = captioned_images(folder / "pictures")
     train_unet(data, folder / "run", max_train_steps=2, report_to=("tensorboard",), **CHANGES)
     train_unet(data, folder / "run", max_train_steps=4, report_to=("tensorboard",), resume=True, **CHANGES)
     train_unet(data, folder / "plain", max_train_steps=4, **CHANGES)

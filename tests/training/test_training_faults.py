@@ -1,4 +1,4 @@
-"""Whole training runs when a disk, a picture, a number or a worker fails: a sentence, and nothing is lost."""
+"""Whole training runs when a disk, an image, a number or a worker fails: a sentence, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sdcli.training.state.checkpoint import newest_checkpoint, verify_checkpoint
 from sdcli.training.unet.session import UnetSession
 from tests.conftest import REPOSITORY, Disk
 from tests.faults import WRITING, Call, Hook, failing, nothing, watched
-from tests.training_runs import QUICK, captioned_pictures, fresh_accelerator, same_checkpoint, train_unet
+from tests.training_runs import QUICK, captioned_images, fresh_accelerator, same_checkpoint, train_unet
 
 MICRO_UNET = {
     "_class_name": "UNet2DModel", "in_channels": 1, "out_channels": 1, "block_out_channels": [4, 8],
@@ -42,13 +42,13 @@ MICRO_UNET = {
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return captioned_pictures(tmp_path / "pictures")
+def images(tmp_path: Path) -> Path:
+    return captioned_images(tmp_path / "pictures")
 
 
 @pytest.fixture
 def greys(tmp_path: Path) -> Path:
-    """Six pictures of 8x8, for a network in pixel space."""
+    """Six images of 8x8, for a network in pixel space."""
     folder = tmp_path / "greys"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -114,7 +114,7 @@ def check_every_fault(root: Path, data: Path, train: Callable[..., list[Event]],
     straight = root / "straight"
     train(data, straight)
 
-    def watch(place: Path, before: Hook) -> tuple[list[Call], Exception | None]:
+    def observe(place: Path, before: Hook) -> tuple[list[Call], Exception | None]:
         """One run in a folder of its own, with its own cache, so that it makes the same calls."""
         place.mkdir()
         with watched(place, before=before, sync=False, also=[(checkpoint, "exchange")]) as calls:
@@ -124,14 +124,14 @@ def check_every_fault(root: Path, data: Path, train: Callable[..., list[Event]],
                 return calls, error
         return calls, None
 
-    calls, error = watch(root / "all", nothing)
+    calls, error = observe(root / "all", nothing)
     assert error is None
     assert len(calls) > 100
     refused = 0
     for index, call in list(enumerate(calls))[take]:
         place = root / str(index)
         how = f"call {index} of {len(calls)}, {call}"
-        _, error = watch(place, failing(index, number=errno.ENOSPC, half=call.kind in WRITING))
+        _, error = observe(place, failing(index, number=errno.ENOSPC, half=call.kind in WRITING))
         assert error is None or isinstance(error, SdcliError), f"{how}: {type(error).__name__}: {error}"
         refused += error is not None
         run = place / "run"
@@ -166,8 +166,8 @@ def test_a_disk_that_is_full_at_any_call_never_costs_a_bit(tmp_path: Path, greys
 
 
 @pytest.mark.slow
-def test_caches_and_frozen_parts_survive_a_full_disk_too(tmp_path: Path, pictures: Path) -> None:
-    check_every_fault(tmp_path, pictures, train_latents, take=slice(1, None, 9))
+def test_caches_and_frozen_parts_survive_a_full_disk_too(tmp_path: Path, images: Path) -> None:
+    check_every_fault(tmp_path, images, train_latents, take=slice(1, None, 9))
 
 
 # A disk that fills up
@@ -194,15 +194,15 @@ def train_here(data: Path, run: Path, *, resume: bool = False) -> None:
 
 @pytest.mark.parametrize("train", [train_here, pytest.param(train_as_a_command, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_during_training_is_exit_code_8_and_space_lets_it_go_on(
-    tmp_path: Path, pictures: Path, disk: Disk, train: Callable[..., None]
+    tmp_path: Path, images: Path, disk: Disk, train: Callable[..., None]
 ) -> None:
     straight, run = tmp_path / "straight", disk.path / "run"
-    train(pictures, straight)
+    train(images, straight)
     one = size_of(straight / "checkpoint-2")
     disk.resize(size_of(straight) - one // 2)  # the third does not fit
 
     with pytest.raises(CannotWrite) as caught:
-        train(pictures, run)
+        train(images, run)
     sentence = r"checkpoint-3: No space left on device; a checkpoint of this run takes ([\d.]+) MB"
     needed = re.search(sentence, str(caught.value))
     assert needed is not None, caught.value
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_during_training_is_exit_code_8_and_space_lets_it_go_o
     assert not list(run.glob(".checkpoint-*"))
 
     disk.resize(size_of(straight) + 2 * one)
-    train(pictures, run, resume=True)
+    train(images, run, resume=True)
     assert same_checkpoint(straight / "checkpoint-3", run / "checkpoint-3")
 
 
@@ -235,8 +235,8 @@ def test_a_run_below_a_file_is_a_sentence(tmp_path: Path, greys: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_frozen_parts_have_the_permissions_of_other_files(tmp_path: Path, pictures: Path) -> None:
-    train_latents(pictures, tmp_path / "run", max_train_steps=1)
+def test_the_frozen_parts_have_the_permissions_of_other_files(tmp_path: Path, images: Path) -> None:
+    train_latents(images, tmp_path / "run", max_train_steps=1)
     umask = os.umask(0)
     os.umask(umask)
     parts = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"]
@@ -247,8 +247,8 @@ def test_the_frozen_parts_have_the_permissions_of_other_files(tmp_path: Path, pi
 # Numbers
 
 
-def test_a_picture_whose_latents_are_not_finite_is_dropped_and_told(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_whose_latents_are_not_finite_is_dropped_and_told(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sdcli.data.cache import fill
 
@@ -261,7 +261,7 @@ def test_a_picture_whose_latents_are_not_finite_is_dropped_and_told(
 
     encoded: list[int] = []
     monkeypatch.setattr(fill.latent_space, "moments", moments)
-    events = train_unet(pictures, tmp_path / "run", max_train_steps=2, validation_split=0.0)
+    events = train_unet(images, tmp_path / "run", max_train_steps=2, validation_split=0.0)
     assert re.search(r"dropped \d\.png: its latents are not finite", told(events))
     assert all(np.isfinite(event.loss) for event in events if isinstance(event, Trained))
     facts = newest_checkpoint(tmp_path / "run").facts
@@ -269,8 +269,8 @@ def test_a_picture_whose_latents_are_not_finite_is_dropped_and_told(
 
 
 @pytest.mark.slow
-def test_latents_that_go_wrong_in_training_stop_the_run_with_the_pictures_names(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_latents_that_go_wrong_in_training_stop_the_run_with_the_images_names(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sdcli.training.unet import task as unet
 
@@ -283,21 +283,21 @@ def test_latents_that_go_wrong_in_training_stop_the_run_with_the_pictures_names(
     monkeypatch.setattr(unet, "moments", moments)
     changes = {"max_train_steps": 8, "checkpointing_steps": 2, "cache_latents": False, "validation_split": 0.0}
     with pytest.raises(BadOutput, match=r"loss is nan .* at step 4, with the samples \d\.png, \d\.png;") as caught:
-        train_unet(pictures, tmp_path / "run", **changes)
+        train_unet(images, tmp_path / "run", **changes)
     assert caught.value.exit_code == 6
     assert newest_checkpoint(tmp_path / "run").step == 2
     monkeypatch.setattr(unet, "moments", real)
-    train_unet(pictures, tmp_path / "run", resume=True, **{**changes, "max_train_steps": 4})
-    train_unet(pictures, tmp_path / "straight", **{**changes, "max_train_steps": 4})
+    train_unet(images, tmp_path / "run", resume=True, **{**changes, "max_train_steps": 4})
+    train_unet(images, tmp_path / "straight", **{**changes, "max_train_steps": 4})
     assert same_checkpoint(tmp_path / "run" / "checkpoint-4", tmp_path / "straight" / "checkpoint-4")
 
 
-# Pictures that change under the run
+# Images that change under the run
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("harm", ["deleted", "cut short"])
-def test_a_picture_that_is_gone_in_the_middle_of_a_run_is_a_sentence_with_its_name(
+def test_an_image_that_is_gone_in_the_middle_of_a_run_is_a_sentence_with_its_name(
     tmp_path: Path, greys: Path, workers: int, harm: str
 ) -> None:
     changes: dict[str, Any] = {
@@ -365,12 +365,12 @@ def test_a_worker_that_is_killed_is_a_sentence_and_no_hang(tmp_path: Path, greys
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_killed_worker_ends_the_command_with_an_exit_code_and_the_run_goes_on_exactly(
-    tmp_path: Path, pictures: Path, workers: int
+    tmp_path: Path, images: Path, workers: int
 ) -> None:
     online = ["--no-cache-latents", "--dataloader-num-workers", str(workers), "--checkpointing-steps", "2"]
     limits = ["--sample-every-n-steps", "1000000", *online]
     process = subprocess.Popen(
-        command(pictures, tmp_path / "run", "--max-train-steps", "100000", *limits, "-q"),
+        command(images, tmp_path / "run", "--max-train-steps", "100000", *limits, "-q"),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -385,7 +385,7 @@ def test_a_killed_worker_ends_the_command_with_an_exit_code_and_the_run_goes_on_
     assert "unexpected" not in error
     last = newest_checkpoint(tmp_path / "run").step + 2
     for run, more in ((tmp_path / "run", ["--resume"]), (tmp_path / "straight", [])):
-        line = command(pictures, run, "--max-train-steps", str(last), *limits, *more, "-q")
+        line = command(images, run, "--max-train-steps", str(last), *limits, *more, "-q")
         done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
     assert same_checkpoint(tmp_path / "run" / f"checkpoint-{last}", tmp_path / "straight" / f"checkpoint-{last}")
@@ -396,8 +396,8 @@ def test_a_killed_worker_ends_the_command_with_an_exit_code_and_the_run_goes_on_
 
 def test_data_that_vanished_is_a_sentence_at_resume(tmp_path: Path, greys: Path) -> None:
     train_pixels(greys, tmp_path / "run")
-    for picture in greys.iterdir():
-        picture.unlink()
+    for image in greys.iterdir():
+        image.unlink()
     with pytest.raises((NotFound, UsageError), match="greys"):
         train_pixels(greys, tmp_path / "run", resume=True, max_train_steps=3)
     assert newest_checkpoint(tmp_path / "run").step == 2

@@ -283,11 +283,11 @@ def test_what_preparing_samples_raises_reaches_the_loop(tmp_path: Path) -> None:
     class Broken(ToyTask):
         def item(self, draw: Draw) -> dict[str, Any]:
             if draw.counter > 9:
-                raise BadOutput("no such picture")
+                raise BadOutput("no such image")
             return super().item(draw)
 
     for workers in (0, 2):
-        with pytest.raises(Exception, match="no such picture"):
+        with pytest.raises(Exception, match="no such image"):
             list(trainer(tmp_path / str(workers), Broken(), settings(dataloader_num_workers=workers)).train())
 
 

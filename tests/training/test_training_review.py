@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from sdcli.cli.options.settings_flags import settings_options
-from sdcli.cli.training_command import Asked, Trainer, _resolved
+from sdcli.cli.training_command import Requested, Trainer, _resolved
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import CannotWrite, Interrupted, UsageError
@@ -35,14 +35,14 @@ from sdcli.training.task import Networks
 from sdcli.training.unet.session import UnetSession
 from sdcli.training.unet.task import UnetTask
 from tests.conftest import Run
-from tests.training_runs import captioned_pictures, class_pictures, fresh_accelerator, train_unet
+from tests.training_runs import captioned_images, class_images, fresh_accelerator, train_unet
 
 GREY: dict[str, Any] = {"space": "pixel", "from_scratch": "pixel-grey", "resolution": "16", "sample_steps": 2}
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return captioned_pictures(tmp_path / "pictures")
+def images(tmp_path: Path) -> Path:
+    return captioned_images(tmp_path / "pictures")
 
 
 @pytest.mark.parametrize(
@@ -63,62 +63,62 @@ def test_settings_without_effect_are_refused(kind: type[TrainSettings], typed: d
 
 
 @pytest.mark.slow
-def test_a_model_that_paints_classes_goes_on_with_classes_alone(tmp_path: Path, pictures: Path) -> None:
-    classes = class_pictures(tmp_path / "classes")
+def test_a_model_that_paints_classes_goes_on_with_classes_alone(tmp_path: Path, images: Path) -> None:
+    classes = class_images(tmp_path / "classes")
     train_unet(classes, tmp_path / "run", max_train_steps=1, class_conditional=True, **GREY)
     model = str(tmp_path / "run")
     train_unet(classes, tmp_path / "more", max_train_steps=1, model=model)
-    with pytest.raises(UsageError, match="no classes; the model, which paints classes"):
-        train_unet(pictures, tmp_path / "other", max_train_steps=1, model=model)
+    with pytest.raises(UsageError, match="no classes; the model, which generates classes"):
+        train_unet(images, tmp_path / "other", max_train_steps=1, model=model)
     with pytest.raises(UsageError, match="--train-text-encoder has no effect"):
         train_unet(classes, tmp_path / "other", max_train_steps=1, model=model, train_text_encoder=True)
 
 
-def test_a_model_without_condition_goes_on_and_paints_its_samples(tmp_path: Path, pictures: Path) -> None:
-    train_unet(class_pictures(tmp_path / "grey"), tmp_path / "run", max_train_steps=1, **GREY)
+def test_a_model_without_condition_goes_on_and_paints_its_samples(tmp_path: Path, images: Path) -> None:
+    train_unet(class_images(tmp_path / "grey"), tmp_path / "run", max_train_steps=1, **GREY)
     changes = {"model": str(tmp_path / "run"), "sample_every_n_steps": 1, "sample_steps": 2}
-    events = train_unet(pictures, tmp_path / "more", max_train_steps=1, **changes)
+    events = train_unet(images, tmp_path / "more", max_train_steps=1, **changes)
     assert any(isinstance(event, Sampled) for event in events)
     with pytest.raises(UsageError, match="--sample-prompts has no effect"):
-        train_unet(pictures, tmp_path / "other", max_train_steps=1, sample_prompts=("a cat",), **changes)
+        train_unet(images, tmp_path / "other", max_train_steps=1, sample_prompts=("a cat",), **changes)
 
 
 def test_captions_for_a_new_pixel_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--caption-prefix has no effect"):
-        train_unet(class_pictures(tmp_path / "grey"), tmp_path / "run", caption_prefix="x", **GREY)
+        train_unet(class_images(tmp_path / "grey"), tmp_path / "run", caption_prefix="x", **GREY)
 
 
 # Resuming
 
 
 @pytest.mark.slow
-def test_a_lora_is_not_resumed_on_other_weights(tmp_path: Path, pictures: Path) -> None:
-    train_unet(pictures, tmp_path / "base", max_train_steps=1)
-    train_unet(pictures, tmp_path / "other", max_train_steps=2)
+def test_a_lora_is_not_resumed_on_other_weights(tmp_path: Path, images: Path) -> None:
+    train_unet(images, tmp_path / "base", max_train_steps=1)
+    train_unet(images, tmp_path / "other", max_train_steps=2)
     shutil.copytree(tmp_path / "base", tmp_path / "model")
     changes = {"model": str(tmp_path / "model"), "rank": 2}
-    train_unet(pictures, tmp_path / "run", max_train_steps=1, **changes)
-    train_unet(pictures, tmp_path / "run", max_train_steps=2, resume=True, **changes)
+    train_unet(images, tmp_path / "run", max_train_steps=1, **changes)
+    train_unet(images, tmp_path / "run", max_train_steps=2, resume=True, **changes)
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(tmp_path / "other", tmp_path / "model")
     with pytest.raises(UsageError, match="unet: not the weights that the run began with"):
-        train_unet(pictures, tmp_path / "run", max_train_steps=3, resume=True, **changes)
+        train_unet(images, tmp_path / "run", max_train_steps=3, resume=True, **changes)
 
 
 @pytest.mark.slow
-def test_all_weights_go_on_whatever_became_of_those_they_came_from(tmp_path: Path, pictures: Path) -> None:
-    train_unet(pictures, tmp_path / "base", max_train_steps=1)
+def test_all_weights_go_on_whatever_became_of_those_they_came_from(tmp_path: Path, images: Path) -> None:
+    train_unet(images, tmp_path / "base", max_train_steps=1)
     changes = {"model": str(tmp_path / "base")}
-    train_unet(pictures, tmp_path / "run", max_train_steps=1, **changes)
-    train_unet(pictures, tmp_path / "base", max_train_steps=2, resume=True)
-    train_unet(pictures, tmp_path / "run", max_train_steps=2, resume=True, **changes)
+    train_unet(images, tmp_path / "run", max_train_steps=1, **changes)
+    train_unet(images, tmp_path / "base", max_train_steps=2, resume=True)
+    train_unet(images, tmp_path / "run", max_train_steps=2, resume=True, **changes)
 
 
 @pytest.mark.slow
-def test_another_length_of_a_falling_learning_rate_is_told(tmp_path: Path, pictures: Path) -> None:
+def test_another_length_of_a_falling_learning_rate_is_told(tmp_path: Path, images: Path) -> None:
     def told(scheduler: str, steps: int) -> list[str]:
         events = train_unet(
-            pictures, tmp_path / scheduler, max_train_steps=steps, lr_scheduler=scheduler, resume=steps > 1
+            images, tmp_path / scheduler, max_train_steps=steps, lr_scheduler=scheduler, resume=steps > 1
         )
         return [event.text for event in events if isinstance(event, Noted) and "learning rate" in event.text]
 
@@ -132,7 +132,7 @@ def test_a_limit_in_a_config_file_replaces_the_one_the_run_began_with(tmp_path: 
     begin(run, UnetSettings(num_train_epochs=0.5, seed=7), command="train-unet", data="pictures")
     config.write_text("max_train_steps: 3\n")
     trainer = Trainer("train-unet", UnetSettings, UnetSession, "DATA", "")
-    asked = Asked(None, run, config, True, False, False, {}, load_registry())
+    asked = Requested(None, run, config, True, False, False, {}, load_registry())
     data, _, settings = _resolved(trainer, asked)
     assert (data, settings.seed, settings.max_train_steps, settings.num_train_epochs) == ("pictures", 7, 3, None)
 
@@ -149,8 +149,8 @@ def test_every_name_of_every_setting_is_an_option(kind: type[TrainSettings]) -> 
         assert {f"--{name.replace('_', '-')}", *info.json_schema_extra["also"]} <= known  # type: ignore[call-overload, index]
 
 
-def test_captions_are_wanted_of_the_pictures_that_are_used(tmp_path: Path) -> None:
-    data = captioned_pictures(tmp_path / "pictures")
+def test_captions_are_wanted_of_the_images_that_are_used(tmp_path: Path) -> None:
+    data = captioned_images(tmp_path / "pictures")
     (data / "5.txt").unlink()
     with pytest.raises(UsageError, match="caption"):
         train_unet(data, tmp_path / "all", max_train_steps=1)
@@ -158,7 +158,7 @@ def test_captions_are_wanted_of_the_pictures_that_are_used(tmp_path: Path) -> No
 
 
 def test_what_is_judged_is_in_evaluation_mode_averages_too(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[set[bool]] = []
     validate = UnetTask.validate
@@ -168,15 +168,15 @@ def test_what_is_judged_is_in_evaluation_mode_averages_too(
         return validate(task, networks)
 
     monkeypatch.setattr(UnetTask, "validate", watched)
-    train_unet(pictures, tmp_path / "run", max_train_steps=1, use_ema=True, validation_split=0.4, validation_steps=1)
+    train_unet(images, tmp_path / "run", max_train_steps=1, use_ema=True, validation_split=0.4, validation_steps=1)
     assert judged == [{False}]
 
 
 @pytest.mark.slow
-def test_a_run_of_one_part_is_gone_on_with(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
+def test_a_run_of_one_part_is_gone_on_with(tmp_path: Path, images: Path, sdcli: Run) -> None:
     quick = ("--max-train-steps", "1", "--train-batch-size", "2", "--validation-split", "0", "-q")
-    vae, small = ("train-vae", pictures, "--resolution", "64"), ("--vocab-size", "514", "--hidden-size", "32")
-    text = ("train-text-encoder", pictures)
+    vae, small = ("train-vae", images, "--resolution", "64"), ("--vocab-size", "514", "--hidden-size", "32")
+    text = ("train-text-encoder", images)
     assert sdcli(*vae, "-o", "a", "--from-scratch", "tiny", *quick).returncode == 0
     assert sdcli(*text, "-o", "t", *small, "--num-attention-heads", "2", *quick).returncode == 0
     for command, begun, run in ((vae, "a", "b"), (text, "t", "u")):
@@ -192,26 +192,26 @@ def test_a_run_of_one_part_is_gone_on_with(tmp_path: Path, pictures: Path, sdcli
 
 @pytest.mark.slow
 def test_a_vae_is_not_trained_from_a_model_without_one(tmp_path: Path, sdcli: Run) -> None:
-    data = class_pictures(tmp_path / "classes")
+    data = class_images(tmp_path / "classes")
     train_unet(data, tmp_path / "run", max_train_steps=1, space="pixel", from_scratch="pixel-grey", resolution="16")
     refused = sdcli("train-vae", data, "-o", "vae", "-m", "./run", "--max-train-steps", "1")
     assert refused.returncode == 2
-    assert "has no VAE: it paints on pixels" in refused.stderr
+    assert "has no VAE: it generates on pixels" in refused.stderr
 
 
 # RUN
 
 
-def test_a_folder_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
+def test_a_folder_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path, images: Path, sdcli: Run) -> None:
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     for run, code, sentence in (
         ("run", 2, "holds a training run already"),
-        (pictures, 2, "holds something else"),
+        (images, 2, "holds something else"),
         ("file/run", 8, "cannot write"),
     ):
         cache = tmp_path / "cache"
-        done = sdcli("train-unet", pictures, "-m", "tiny", "-o", tmp_path / run, "--cache-dir", cache, "--dry-run")
+        done = sdcli("train-unet", images, "-m", "tiny", "-o", tmp_path / run, "--cache-dir", cache, "--dry-run")
         assert (done.returncode, sentence in done.stderr, cache.exists()) == (code, True, False), done.stderr
 
 
@@ -242,16 +242,16 @@ def test_a_signal_that_comes_twice_at_once_is_one(capsys: pytest.CaptureFixture[
     stop._handle(signal.SIGINT, None)
     assert isinstance(stop(), Interrupted)
     time.sleep(0.25)
-    with pytest.raises(Interrupted, match="interrupted; finished pictures are kept"):
+    with pytest.raises(Interrupted, match="interrupted; finished images are kept"):
         stop._handle(signal.SIGINT, None)
     assert capsys.readouterr().err.count("once more stops at once") == 1
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_reaches_every_process_and_ends_them_gently(tmp_path: Path, pictures: Path) -> None:
+def test_ctrl_c_in_a_terminal_reaches_every_process_and_ends_them_gently(tmp_path: Path, images: Path) -> None:
     """The terminal signals the whole group, and the launcher passes the signal on: each process has it twice."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "sdcli", "train-unet", pictures, "-o", run, "-m", "tiny", "--num-processes", "2"]
+    command = [sys.executable, "-m", "sdcli", "train-unet", images, "-o", run, "-m", "tiny", "--num-processes", "2"]
     limits = ["--train-batch-size", "2", "--max-train-steps", "100000", "--checkpointing-steps", "100000"]
     process = subprocess.Popen(
         [*command, *limits, "--device", "cpu", "--cache-dir", tmp_path / "cache"],
@@ -273,14 +273,14 @@ def test_ctrl_c_in_a_terminal_reaches_every_process_and_ends_them_gently(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_proof_knows_the_models_of_a_models_file(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
+def test_the_proof_knows_the_models_of_a_models_file(tmp_path: Path, images: Path, sdcli: Run) -> None:
     (tmp_path / "models.yaml").write_text(
         "schema: 1\nmodels:\n  mine:\n    description: random\n"
         "    source: {kind: random, architecture: tiny, seed: 3}\n    family: sd1\n    license: none\n"
         "    defaults: {width: 64, height: 64, steps: 4, guidance_scale: 7.5, scheduler: ddim, dtype: float32}\n"
     )
     proved = sdcli(
-        "train-unet", pictures, "-o", tmp_path / "run", "-m", "mine", "--models-file", tmp_path / "models.yaml",
+        "train-unet", images, "-o", tmp_path / "run", "-m", "mine", "--models-file", tmp_path / "models.yaml",
         "--train-batch-size", "2", "--cache-dir", tmp_path / "cache", "--prove-resume",
     )  # fmt: skip
     assert proved.returncode == 0, proved.stderr

@@ -1,4 +1,4 @@
-"""`generate --from IMAGE`: the settings that a picture holds, as if they had been typed, less those not wanted."""
+"""`generate --from IMAGE`: the settings that an image holds, as if they had been typed, less those not wanted."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sdcli.request.schema import NEEDS, did_you_mean, field_name
 
 
 def recorded_fields(image: Path, *, console: Console, lora_dir: Path | None) -> dict[str, Any]:
-    """The request that a picture holds, as typed fields, without what another tool wrote and cannot be had here.
+    """The request that an image holds, as typed fields, without what another tool wrote and cannot be had here.
 
     Raises UsageError where it holds none.
     """
-    from sdcli.metadata.record import read_picture
+    from sdcli.metadata.record import read_image
 
-    info = read_picture(image)
+    info = read_image(image)
     if info.request is None:
         raise UsageError(f"{image} holds no settings (sdcli info {image} shows what there is)")
     for name, value in info.unmapped.items():
@@ -50,7 +50,7 @@ def left_of(recorded: Mapping[str, Any], without: str, *, typed: Mapping[str, An
         if field in left and gone & set(others) and not {*left, *typed} & set(others):
             del left[field]
             gone |= {field}
-    if "extend" in gone:  # the size was that of the extended picture
+    if "extend" in gone:  # the size was that of the extended image
         left = {field: value for field, value in left.items() if field not in ("width", "height")}
     return left
 

@@ -24,7 +24,7 @@ PANELS = {
         "Model and prompt",
     ),
     "ip_adapters": "Model and prompt",
-    **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start picture"),
+    **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start image"),
     **dict.fromkeys(("controls", "guess_mode"), "Control"),
 }
 METAVARS = {
@@ -85,7 +85,7 @@ def request_arguments(request: GenerationRequest) -> list[str]:
 
 
 def command_line(request: GenerationRequest) -> str | None:
-    """The line for a POSIX shell that paints a request; None where a text is longer than Linux lets an argument be.
+    """The line for a POSIX shell that generates a request; None where a text is longer than Linux lets an argument be.
 
     One line that is safe to paste, whatever the texts hold: a raw control character could end a terminal's paste or
     its line, and a direction mark could show another command than the one that runs.
@@ -133,7 +133,7 @@ def _annotation(name: str) -> Any:
         *ALSO_SPELLED.get(name, ()),
         help=f"{info.description[0].upper()}{info.description[1:]}." if info.description else None,
         metavar=METAVARS.get(name),
-        rich_help_panel=PANELS.get(name, "The picture"),
+        rich_help_panel=PANELS.get(name, "The image"),
         show_default=False,
         **bounds,
     )

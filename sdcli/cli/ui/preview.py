@@ -1,4 +1,4 @@
-"""How the pictures come along, shown seldom enough to cost little: in a file, or on the terminal."""
+"""How the images come along, shown seldom enough to cost little: in a file, or on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcli.cli.ui.console import plain_terminal
-from sdcli.errors import BadPicture, CannotWrite, UsageError
+from sdcli.errors import BadImage, CannotWrite, UsageError
 from sdcli.io.files import check_folder, check_new, write_whole
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Throttle:
 
 
 class Preview:
-    """Shows the guess after a step by `show`, a function of a PIL picture; at least once, if the run gets that far.
+    """Shows the guess after a step by `show`, a function of a PIL image; at least once, if the run gets that far.
 
     Painting goes on where it cannot be shown any more: `warn` gets a sentence.
     """
@@ -63,11 +63,11 @@ class Preview:
         last = progress.index + 1 == progress.count
         if not self._fails and (self._throttle.due() or (last and not self._shown)):
             with self._throttle.spending():
-                picture = progress.look()
-                if picture is None:
+                image = progress.look()
+                if image is None:
                     return
                 try:
-                    self._show(picture)
+                    self._show(image)
                     self._shown = True
                 except CannotWrite as error:
                     self._fails = True
@@ -99,10 +99,10 @@ def check_terminal(option: str) -> None:
 
 
 def to_file(path: Path) -> Callable[[Any], None]:
-    """What writes a picture there, as a whole file each time."""
+    """What writes an image there, as a whole file each time."""
     from sdcli.images.contact_sheet import sheet_bytes
 
-    return lambda picture: write_whole(path, sheet_bytes(picture, WHAT), overwrite=True)
+    return lambda image: write_whole(path, sheet_bytes(image, WHAT), overwrite=True)
 
 
 def _is_preview(path: Path) -> bool:
@@ -114,5 +114,5 @@ def _is_preview(path: Path) -> bool:
     try:
         with opened(path) as image:
             return image.info.get(KEY) == json.dumps(WHAT)
-    except BadPicture:
+    except BadImage:
         return False

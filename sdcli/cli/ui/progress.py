@@ -25,7 +25,7 @@ PHASES = {
 HEARTBEAT = 10.0
 """Seconds between two plain lines of one phase."""
 REDRAWN = 0.5
-"""Seconds between two drawings with a picture, which takes some ten milliseconds."""
+"""Seconds between two drawings with an image, which takes some ten milliseconds."""
 
 T = TypeVar("T")
 
@@ -33,11 +33,11 @@ T = TypeVar("T")
 class ProgressDisplay:
     """Shows phases and denoising steps on stderr; shows nothing with -q. A context manager.
 
-    With `pictures` there is room for one above the bar, and the whole is drawn anew less often.
+    With `images` there is room for one above the bar, and the whole is drawn anew less often.
     """
 
-    def __init__(self, console: Console, *, pictures: bool = False) -> None:
-        self._console, self._pictures = console, pictures
+    def __init__(self, console: Console, *, images: bool = False) -> None:
+        self._console, self._images = console, images
         self._drawn = 0.0
         self._bar: Any = None
         self._task: Any = None
@@ -48,7 +48,7 @@ class ProgressDisplay:
         if not self._console.quiet and not plain_terminal():
             from rich.progress import TimeRemainingColumn
 
-            self._bar = rich_bar("{task.fields[rate]}", TimeRemainingColumn(), auto_refresh=not self._pictures)
+            self._bar = rich_bar("{task.fields[rate]}", TimeRemainingColumn(), auto_refresh=not self._images)
             self._bar.start()
         return self
 
@@ -75,7 +75,7 @@ class ProgressDisplay:
         done = progress.index + 1
         rate = done / max(now - self._began, 1e-9)
         if self._bar is not None:
-            drawn = self._pictures and now - self._drawn > REDRAWN
+            drawn = self._images and now - self._drawn > REDRAWN
             self._drawn = now if drawn else self._drawn
             rated = f"{rate:.2f} it/s"
             self._bar.update(self._task, completed=done, total=progress.count, rate=rated, refresh=drawn)
@@ -84,21 +84,21 @@ class ProgressDisplay:
             left = (progress.count - done) / rate
             self._console.say(f"step {done} of {progress.count}, {rate:.2f} it/s, {left:.0f} s left")
 
-    def picture(self, picture: Any) -> None:
-        """How the pictures look now, above the bar."""
-        self._bar.picture = HalfBlocks(picture)
+    def image(self, image: Any) -> None:
+        """How the images look now, above the bar."""
+        self._bar.image = HalfBlocks(image)
         self._bar.refresh()
 
-    def show(self, picture: Any) -> None:
+    def show(self, image: Any) -> None:
         """Anything that rich can draw, to stay on stderr."""
         if self._bar is not None:
-            self._bar.picture = None
+            self._bar.image = None
             self._bar.refresh()  # else rich would draw the old one once more, below this
-            self._bar.console.print(picture)
+            self._bar.console.print(image)
         else:
             from rich.console import Console as RichConsole
 
-            RichConsole(stderr=True).print(picture)
+            RichConsole(stderr=True).print(image)
 
 
 def rich_bar(*columns: Any, auto_refresh: bool = True) -> Any:
@@ -108,10 +108,10 @@ def rich_bar(*columns: Any, auto_refresh: bool = True) -> Any:
     from rich.progress import Progress as RichProgress
 
     class Bar(RichProgress):
-        picture: Any = None
+        image: Any = None
 
         def get_renderables(self) -> Iterable[Any]:
-            yield from [self.picture] if self.picture is not None else []
+            yield from [self.image] if self.image is not None else []
             yield from super().get_renderables()
 
     return Bar(
@@ -134,9 +134,9 @@ def shown_progress(seen: Iterable[T], total: int, console: Console) -> Iterator[
             yield one
             if time.monotonic() - spoke > HEARTBEAT:
                 spoke = time.monotonic()
-                console.say(f"looked at {done:,} of {total:,} pictures")
+                console.say(f"looked at {done:,} of {total:,} images")
         return
     from rich.progress import TimeRemainingColumn
 
     with rich_bar(TimeRemainingColumn()) as bar:
-        yield from bar.track(seen, total=total, description="looking at pictures")
+        yield from bar.track(seen, total=total, description="looking at images")

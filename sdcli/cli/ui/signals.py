@@ -1,4 +1,4 @@
-"""Signals during long work: the first asks to stop after the picture or step in hand, the second stops at once."""
+"""Signals during long work: the first asks to stop after the image or step in hand, the second stops at once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class GracefulStop:
         self,
         console: Console,
         *,
-        unit: str = "the picture in hand",
-        kept: str = "finished pictures are kept",
+        unit: str = "the image in hand",
+        kept: str = "finished images are kept",
         echo: float = 0.0,
     ) -> None:
         """`echo`: seconds within which another signal is taken for the same one, sent twice."""

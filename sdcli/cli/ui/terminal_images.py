@@ -1,4 +1,4 @@
-"""Pictures on a terminal: half blocks anywhere; kitty's graphics and sixels where textual-image is installed."""
+"""Images on a terminal: half blocks anywhere; kitty's graphics and sixels where textual-image is installed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BELOW = 6
 
 
 class HalfBlocks:
-    """A picture for rich, as large as the terminal allows: two pixels a cell, the upper one ink, the lower paper."""
+    """An image for rich, as large as the terminal allows: two pixels a cell, the upper one ink, the lower paper."""
 
-    def __init__(self, picture: Image.Image) -> None:
-        self._picture = picture.convert("RGB")
+    def __init__(self, image: Image.Image) -> None:
+        self._image = image.convert("RGB")
         self._size = (0, 0)
         self._segments: list[Segment] = []
 
@@ -29,16 +29,16 @@ class HalfBlocks:
 
         size = (options.max_width, 2 * max(2, console.height - BELOW))
         if size != self._size:
-            self._size, self._segments = size, list(_cells(ImageOps.contain(self._picture, size)))
+            self._size, self._segments = size, list(_cells(ImageOps.contain(self._image, size)))
         yield from self._segments
 
 
-def _cells(picture: Image.Image) -> Iterator[Segment]:
+def _cells(image: Image.Image) -> Iterator[Segment]:
     from rich.color import Color
     from rich.segment import Segment
     from rich.style import Style
 
-    data, width = picture.tobytes(), picture.width
+    data, width = image.tobytes(), image.width
     colours = [Color.from_rgb(*data[place : place + 3]) for place in range(0, len(data), 3)]
     for top in range(0, len(colours), 2 * width):
         upper, lower = colours[top : top + width], colours[top + width : top + 2 * width]
@@ -48,7 +48,7 @@ def _cells(picture: Image.Image) -> Iterator[Segment]:
 
 
 def best_renderable() -> Any:
-    """The class for rich that shows a picture best on this terminal, which is asked for what it can.
+    """The class for rich that shows an image best on this terminal, which is asked for what it can.
 
     textual-image asks by way of stdout and writes there too, so it is left alone where stdout is no terminal.
     """

@@ -1,6 +1,6 @@
-"""Fills the cache: pictures -> latents, texts -> hidden states, each only where it is not there yet.
+"""Fills the cache: images -> latents, texts -> hidden states, each only where it is not there yet.
 
-Pictures are read and decoded by threads, ahead of the encoder, so that it does not wait for them. Whatever ends the
+Images are read and decoded by threads, ahead of the encoder, so that it does not wait for them. Whatever ends the
 work, what was encoded is on the disk, or, after `kill -9`, all but the shard in hand; the next run takes up from there.
 """
 
@@ -22,24 +22,24 @@ from torch import Tensor
 from sdcli.data.buckets import Size, frame
 from sdcli.data.cache.keys import HIDDEN, LOGVAR, MEAN, Frame, LatentIndex, LatentKeys, TextKeys
 from sdcli.data.cache.store import KEY_BYTES, TensorStore
-from sdcli.data.records import Dropped, PictureSet
+from sdcli.data.records import Dropped, ImageSet
 from sdcli.encoders.clip import ClipTextEncoder
-from sdcli.errors import BadOutput, BadPicture, NotFound, OutOfMemory, Stop, stop_if_asked
-from sdcli.images.pixels import picture_from_bytes, to_pixels
+from sdcli.errors import BadImage, BadOutput, NotFound, OutOfMemory, Stop, stop_if_asked
+from sdcli.images.pixels import image_from_bytes, to_pixels
 from sdcli.io.devices import free_caches, out_of_memory
 from sdcli.io.lean_diffusers import VAE
 from sdcli.models.loader import LoadedModel
 from sdcli.vae import autoencoder
 
 Moments = tuple[Tensor, Tensor | None]
-"""Mean and log variance of one picture's latents, each [C, h, w]; no log variance for a VAE without a distribution."""
+"""Mean and log variance of one image's latents, each [C, h, w]; no log variance for a VAE without a distribution."""
 
 NOT_FINITE = "its latents are not finite (NaN or too large), in float32 too"
 
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """How far the filling is, in pictures (or texts). A mirrored picture counts with the other way round as one."""
+    """How far the filling is, in images (or texts). A mirrored image counts with the other way round as one."""
 
     done: int
     total: int
@@ -49,7 +49,7 @@ class CacheProgress:
     seconds: float = 0.0
     """Since it began."""
     waiting: float = 0.0
-    """Seconds of these in which the encoder had to wait for pictures."""
+    """Seconds of these in which the encoder had to wait for images."""
     notes: tuple[str, ...] = ()
     """What is new and worth telling: damaged files of the cache, and detours for want of memory or of digits."""
     latents: LatentIndex | None = None
@@ -57,7 +57,7 @@ class CacheProgress:
 
 
 def fill_latents(
-    pictures: PictureSet,
+    images: ImageSet,
     used: Sequence[int] | np.ndarray,
     sizes: Sequence[Size] | np.ndarray,
     *,
@@ -72,17 +72,17 @@ def fill_latents(
     """Encode the `used` items of a set, each at its size of `sizes` (width, height), cut in the middle.
 
     What is stored are the moments of the VAE's distribution, unscaled, in the model's number format; with `flips` those
-    of the mirrored pictures as well. `digests` are the SHA-256 of the pictures' bytes in hexadecimal, by item, as
-    `examine` knows them: a picture whose latents are all in the store under its digest is not read at all. Pictures of
+    of the mirrored images as well. `digests` are the SHA-256 of the images' bytes in hexadecimal, by item, as
+    `examine` knows them: an image whose latents are all in the store under its digest is not read at all. Images of
     equal size are encoded `batch_size` at a time (1 on the CPU, where more gains nothing, else 8). Batches of another
     size round numbers differently, so only with 1 do they never depend on what else was to be encoded.
 
-    A picture that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` answers, CannotWrite,
-    OutOfMemory, and Offline where streamed pictures cannot be fetched.
+    An image that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` answers, CannotWrite,
+    OutOfMemory, and Offline where streamed images cannot be fetched.
     """
     ways = (False, True) if flips else (False,)
     items = np.asarray(used, dtype=np.int64)
-    filling = _Filling(pictures, items, sizes, LatentKeys.of(model), store, digests, ways)
+    filling = _Filling(images, items, sizes, LatentKeys.of(model), store, digests, ways)
     encoder = _Encoder(model.vae)
     store.refresh()
     filling.take_what_is_there()
@@ -143,12 +143,12 @@ def fill_texts(
         store.flush()
 
 
-# Pictures
+# Images
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture as the threads hand it over: its keys, and its pixels where any of its latents are missing."""
+    """An image as the threads hand it over: its keys, and its pixels where any of its latents are missing."""
 
     place: int
     """In `used`."""
@@ -163,7 +163,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """One way round of a picture, to be encoded under a key."""
+    """One way round of an image, to be encoded under a key."""
 
     place: int
     key: bytes
@@ -175,9 +175,9 @@ _OPEN, _REUSED, _ENCODED, _DROPPED = range(4)
 
 @dataclass
 class _Filling:
-    """The books of one filling: what became of every picture so far."""
+    """The books of one filling: what became of every image so far."""
 
-    pictures: PictureSet
+    images: ImageSet
     used: np.ndarray
     sizes: Sequence[Size] | np.ndarray
     makes: LatentKeys
@@ -189,7 +189,7 @@ class _Filling:
     counts: list[int] = field(init=False)
     reasons: dict[int, str] = field(default_factory=dict)
     owners: dict[bytes, int] = field(default_factory=dict)
-    """Key -> the first picture of this run that has it; later ones have the same bytes."""
+    """Key -> the first image of this run that has it; later ones have the same bytes."""
     failed: dict[bytes, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
@@ -204,7 +204,7 @@ class _Filling:
         return tuple(self.makes.key(digest, Frame((width, height), flip=flip)) for flip in self.flips)
 
     def take_what_is_there(self) -> None:
-        """Settle the pictures whose digest is known and whose latents are all in the store."""
+        """Settle the images whose digest is known and whose latents are all in the store."""
         if self.digests is None:
             return
         known = [place for place, index in enumerate(self.used) if self.digests[index]]
@@ -215,7 +215,7 @@ class _Filling:
             self._settle(int(place), _REUSED)
 
     def read_ahead(self, workers: int, *, held: int) -> Iterator[_Prepared]:
-        """The open pictures in order, read and decoded by threads; at most `workers` + 2 `held` are in memory."""
+        """The open images in order, read and decoded by threads; at most `workers` + 2 `held` are in memory."""
         todo = deque(int(place) for place in np.flatnonzero(self.states == _OPEN))
         pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="read-ahead")
         running: deque[Future[_Prepared]] = deque()
@@ -233,23 +233,23 @@ class _Filling:
     def _prepare(self, place: int) -> _Prepared:
         """Runs in a thread."""
         index = int(self.used[place])
-        name = self.pictures[index].name
+        name = self.images[index].name
         try:
-            data = self.pictures.read(index)
+            data = self.images.read(index)
             keys = self.keys_of(place, hashlib.sha256(data).digest())
             missing = tuple(way for way, key in enumerate(keys) if key not in self.store)
             if not missing:
                 return _Prepared(place, keys)
             width, height = (int(side) for side in self.sizes[place])
-            image = frame(picture_from_bytes(data, name=name), (width, height))
+            image = frame(image_from_bytes(data, name=name), (width, height))
             return _Prepared(place, keys, missing, to_pixels(image))
-        except (BadPicture, NotFound) as error:
+        except (BadImage, NotFound) as error:
             return _Prepared(place, reason=str(error).removeprefix(f"{name}: "))
         except MemoryError:
             return _Prepared(place, reason="is too large for the memory that is there")
 
     def claimed(self, prepared: _Prepared) -> list[_Waiting]:
-        """Enter a picture that was read; what of it this run has still to encode."""
+        """Enter an image that was read; what of it this run has still to encode."""
         place = prepared.place
         if prepared.reason:
             self.reasons[place] = prepared.reason
@@ -281,7 +281,7 @@ class _Filling:
 
     def index(self) -> LatentIndex:
         """Where everything is, once all is encoded and flushed."""
-        if self.failed:  # a copy of a picture whose latents are not finite was taken for one that is there
+        if self.failed:  # a copy of an image whose latents are not finite was taken for one that is there
             for place in np.flatnonzero(self.states == _REUSED):
                 reason = next((self.failed[key] for key in map(bytes, self.keys[place]) if key in self.failed), None)
                 if reason is not None:
@@ -289,7 +289,7 @@ class _Filling:
                     self._settle(int(place), _DROPPED)
         good = np.flatnonzero(self.states != _DROPPED)
         good = good[np.argsort(self.used[good], kind="stable")]
-        names = {place: self.pictures[int(self.used[place])].name for place in sorted(self.reasons)}
+        names = {place: self.images[int(self.used[place])].name for place in sorted(self.reasons)}
         dropped = (Dropped(name, self.reasons[place]) for place, name in names.items())
         return LatentIndex(self.used[good], self.keys[good], tuple(dropped))
 
@@ -316,14 +316,14 @@ class _Filling:
 
 
 class _Batches:
-    """Gathers pictures of equal size; holds less than one batch of each size."""
+    """Gathers images of equal size; holds less than one batch of each size."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._gathered: dict[torch.Size, list[_Waiting]] = {}
 
     def with_one_more(self, waiting: _Waiting) -> list[_Waiting]:
-        """The batch that this picture completes, or nothing."""
+        """The batch that this image completes, or nothing."""
         batch = self._gathered.setdefault(waiting.pixels.shape, [])
         batch.append(waiting)
         return self._gathered.pop(waiting.pixels.shape) if len(batch) == self.limit else []
@@ -378,7 +378,7 @@ class _Encoder:
             rows = self._try(vae, pixels, tiled=tiled)
             if rows is not None:
                 if tiled:
-                    self._note("some were encoded in tiles: the whole picture would not fit into memory")
+                    self._note("some were encoded in tiles: the whole image would not fit into memory")
                 return rows
             free_caches()
         if len(pixels) > 1:
@@ -387,7 +387,7 @@ class _Encoder:
             return self._rows(vae, pixels[:half]) + self._rows(vae, pixels[half:])
         rows = None if tiled else self._try(vae, pixels, tiled=True)
         if rows is None:
-            raise OutOfMemory("out of memory while encoding one picture, even in tiles; try a smaller --resolution")
+            raise OutOfMemory("out of memory while encoding one image, even in tiles; try a smaller --resolution")
         self._note("some were encoded in tiles: out of memory")
         return rows
 

@@ -1,6 +1,6 @@
-"""What training reads instead of pictures and captions: latents and text states, by the content they were made of.
+"""What training reads instead of images and captions: latents and text states, by the content they were made of.
 
-The key of a record is a SHA-256 over everything that its numbers depend on. So a changed picture, crop, network or
+The key of a record is a SHA-256 over everything that its numbers depend on. So a changed image, crop, network or
 number format is another key, and nothing in the cache can be out of date; what is no longer asked for only lies there.
 """
 
@@ -42,7 +42,7 @@ _NOT_ARITHMETIC = frozenset(
 
 @dataclass(frozen=True)
 class Frame:
-    """How a picture was brought to a size; see `framing.frame`."""
+    """How an image was brought to a size; see `framing.frame`."""
 
     size: Size
     at: tuple[float, float] = (0.5, 0.5)
@@ -51,7 +51,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class LatentKeys:
-    """The keys of pictures under one VAE."""
+    """The keys of images under one VAE."""
 
     vae: str
     """Weights and configuration."""
@@ -68,11 +68,11 @@ class LatentKeys:
         }
         return cls(f"{_weights(model, 'vae')} {type(model.vae).__name__} {_digest(config)}", _name(model.dtype))
 
-    def key(self, picture: bytes, frame: Frame) -> bytes:
-        """The key of a picture, given by the SHA-256 of its file."""
+    def key(self, image: bytes, frame: Frame) -> bytes:
+        """The key of an image, given by the SHA-256 of its file."""
         (width, height), (x, y) = frame.size, frame.at
         cut = f"{width}x{height} at {float(x)!r} {float(y)!r}{' mirrored' if frame.flip else ''}"
-        return _sha256("latents 1", self.vae, self.dtype, picture.hex(), cut)
+        return _sha256("latents 1", self.vae, self.dtype, image.hex(), cut)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, eq=False)
 class LatentIndex:
-    """Which record belongs to which item of a picture set."""
+    """Which record belongs to which item of an image set."""
 
     items: np.ndarray
     """int64 [n], rising: the items that have latents."""
@@ -142,7 +142,7 @@ class LatentIndex:
 
 
 class CachedLatents:
-    """Item of the picture set, and whether mirrored -> mean [C, h, w] and log variance (or None), unscaled.
+    """Item of the image set, and whether mirrored -> mean [C, h, w] and log variance (or None), unscaled.
 
     In the number format they are stored in. Held in memory where all of them fit into `budget` bytes, otherwise read
     from the disk each time. Can be pickled for worker processes. Raises NotFound where a record is missing, and
@@ -155,7 +155,7 @@ class CachedLatents:
         self._numbers = store.find(index.keys.reshape(-1, KEY_BYTES)).reshape(count, self._ways)
         missing = int((self._numbers < 0).any(axis=1).sum())
         if missing:
-            raise NotFound(f"{store.path} lacks the latents of {missing:,} of {len(self.items):,} pictures")
+            raise NotFound(f"{store.path} lacks the latents of {missing:,} of {len(self.items):,} images")
         self._records = Records(store, self._numbers.reshape(-1), budget=budget)
 
     def __len__(self) -> int:
@@ -210,7 +210,7 @@ class CachedTexts:
 class EncodedLatents:
     """Latents that `sdcli encode` wrote, with the interface of `CachedLatents`: (mean [C, h, w], None), unscaled.
 
-    A file holds a picture one way round, so none is mirrored. Raises NotFound and BadLatents.
+    A file holds an image one way round, so none is mirrored. Raises NotFound and BadLatents.
     """
 
     files: LatentFiles

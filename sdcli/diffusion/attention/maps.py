@@ -1,4 +1,4 @@
-"""Where each token of the prompt is attended to: the UNet's cross-attention, summed up while it paints.
+"""Where each token of the prompt is attended to: the UNet's cross-attention, summed up while it generates.
 
 The maps of DAAM (Tang et al. 2022, "What the DAAM", arXiv 2210.04885): means over heads, layers and steps, at the size
 of the largest layer. They are computed beside the layers' own attention, whose result stays the same to the bit. That
@@ -38,12 +38,12 @@ def probabilities(attention: Any, hidden_states: Tensor, encoder_hidden_states: 
 
 @dataclass
 class AttentionMaps:
-    """The maps of a batch of `pictures`, filled step by step while `watching`.
+    """The maps of a batch of `images`, filled step by step while `watching`.
 
     Where each has several `prompts`, composed by guidance, L counts the tokens of all of them.
     """
 
-    pictures: int
+    images: int
     prompts: int = 1
     _pending: dict[Any, Tensor] = field(default_factory=dict)
     _sums: dict[Size, Tensor] = field(default_factory=dict)
@@ -58,10 +58,10 @@ class AttentionMaps:
     def _note(self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
         if attention in self._pending:  # perturbed attention calls the network once more, and that does not count
             return
-        # the unconditional rows come first, if there are any, then those of all pictures' first prompts, ...
-        rows = slice(-self.pictures * self.prompts, None)
+        # the unconditional rows come first, if there are any, then those of all images' first prompts, ...
+        rows = slice(-self.images * self.prompts, None)
         weights = probabilities(attention, hidden_states[rows], encoder_hidden_states[rows])
-        by_prompt = weights.unflatten(0, (self.prompts, self.pictures)).movedim(0, 2).flatten(2)
+        by_prompt = weights.unflatten(0, (self.prompts, self.images)).movedim(0, 2).flatten(2)
         self._pending[attention] = by_prompt / self.prompts
 
     def step(self, size: Size) -> None:
@@ -73,7 +73,7 @@ class AttentionMaps:
         self._pending.clear()
 
     def mean(self, position: int) -> Tensor:
-        """[L, h, w] of one picture, float32 on the CPU, the size of the largest layer; each place sums to 1 over L."""
+        """[L, h, w] of one image, float32 on the CPU, the size of the largest layer; each place sums to 1 over L."""
         largest = max(self._sums)
         enlarged = [
             functional.interpolate(sums[position].T.unflatten(-1, size)[None].cpu(), size=largest, mode="bilinear")[0]

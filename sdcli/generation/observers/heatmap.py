@@ -17,7 +17,7 @@ COLD, WARM, HOT = "#000004", "#bc3754", "#fcffa4"
 """The ends and the middle of matplotlib's inferno."""
 OPACITY = 0.65
 THUMBNAIL = 320
-"""Pixels a side of the pictures in the page."""
+"""Pixels a side of the images in the page."""
 
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 """[h, w]: the share of the attention at each place."""
@@ -25,7 +25,7 @@ Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The maps of one picture."""
+    """The maps of one image."""
 
     words: Mapping[str, Map]
     apart: Mapping[str, Map]
@@ -38,28 +38,28 @@ class Heatmap:
     """The end of the prompt, where the text encoder did not read it."""
 
 
-def files(heatmap: Heatmap, picture: Image.Image) -> Iterator[tuple[str, bytes]]:
-    """The names and contents of the files in a picture's folder of maps; `index.html` is the last one."""
+def files(heatmap: Heatmap, image: Image.Image) -> Iterator[tuple[str, bytes]]:
+    """The names and contents of the files in an image's folder of maps; `index.html` is the last one."""
     names = {word: f"{number:02}-{slug(word)}.png" for number, word in enumerate(heatmap.words, start=1)}
-    overlays = {word: overlay(picture, heat) for word, heat in heatmap.words.items()}
+    overlays = {word: overlay(image, heat) for word, heat in heatmap.words.items()}
     for word, shown in overlays.items():
         yield names[word], _encoded(shown, "PNG")
     yield "maps.npz", _arrays(heatmap)
-    yield "index.html", _page(heatmap, picture, overlays, names).encode()
+    yield "index.html", _page(heatmap, image, overlays, names).encode()
 
 
-def overlay(picture: Image.Image, heat: Map) -> Image.Image:
-    """A map on the picture, from its own coldest place (dark) to its own hottest (bright)."""
+def overlay(image: Image.Image, heat: Map) -> Image.Image:
+    """A map on the image, from its own coldest place (dark) to its own hottest (bright)."""
     spread = heat - heat.min()
     scaled = spread / max(float(spread.max()), 1e-12)
-    shade = Image.fromarray(np.uint8(scaled * 255)).resize(picture.size, Image.Resampling.BICUBIC)
+    shade = Image.fromarray(np.uint8(scaled * 255)).resize(image.size, Image.Resampling.BICUBIC)
     coloured = ImageOps.colorize(shade, black=COLD, mid=WARM, white=HOT)
-    return Image.blend(picture.convert("L").convert("RGB"), coloured, OPACITY)
+    return Image.blend(image.convert("L").convert("RGB"), coloured, OPACITY)
 
 
-def _encoded(picture: Image.Image, format: str) -> bytes:
+def _encoded(image: Image.Image, format: str) -> bytes:
     data = io.BytesIO()
-    picture.save(data, format=format)
+    image.save(data, format=format)
     return data.getvalue()
 
 
@@ -77,9 +77,9 @@ def _arrays(heatmap: Heatmap) -> bytes:
     return data.getvalue()
 
 
-def _page(heatmap: Heatmap, picture: Image.Image, overlays: Mapping[str, Image.Image], names: Mapping[str, str]) -> str:
+def _page(heatmap: Heatmap, image: Image.Image, overlays: Mapping[str, Image.Image], names: Mapping[str, str]) -> str:
     total = sum(float(heat.mean()) for heat in heatmap.words.values()) or 1.0
-    figures = [_figure(picture, "the picture", "")]
+    figures = [_figure(image, "the image", "")]
     for word, heat in heatmap.words.items():
         share = float(heat.mean()) / total
         numbers = f"{share:.1%} of these words' attention; at most {float(heat.max()):.1%} of a place's"
@@ -92,8 +92,8 @@ def _page(heatmap: Heatmap, picture: Image.Image, overlays: Mapping[str, Image.I
     return _PAGE.format(figures="\n".join(figures), notes="\n".join(f"<p>{note}</p>" for note in notes))
 
 
-def _figure(picture: Image.Image, caption: str, more: str) -> str:
-    shown = ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL))
+def _figure(image: Image.Image, caption: str, more: str) -> str:
+    shown = ImageOps.contain(image, (THUMBNAIL, THUMBNAIL))
     source = base64.b64encode(_encoded(shown, "WEBP")).decode()
     text = f"<figcaption><b>{caption}</b> {more}</figcaption>"
     return f'<figure><img src="data:image/webp;base64,{source}" alt="">{text}</figure>'
@@ -115,7 +115,7 @@ img, meter {{ width: 100%; display: block; }}
 {figures}
 </main>
 {notes}
-<p>Each map shows where the network attended to a word while it painted: the mean over heads, layers and steps, from the
+<p>Each map shows where the network attended to a word over the run: the mean over heads, layers and steps, from the
 word's own coldest place to its own hottest. That is a hint at what the word drew, not a measure of it. The raw maps are
 in <a href="maps.npz">maps.npz</a>.</p>
 </html>

@@ -1,4 +1,4 @@
-"""The denoising of one picture as pictures: a strip of chosen steps with labels, and an animation of them."""
+"""The denoising of one image as images: a strip of chosen steps with labels, and an animation of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sdcli.generation.settings import TraceFormat
 from sdcli.images.contact_sheet import check_size, contact_sheet, sheet_bytes
 
 STRIP_SIDE, FRAME_SIDE = 256, 512
-"""Pixels of a picture's longer side at most, in the strip and in the animation."""
+"""Pixels of an image's longer side at most, in the strip and in the animation."""
 SMALL = 64
-"""Pixels a side; smaller pictures are enlarged towards it."""
+"""Pixels a side; smaller images are enlarged towards it."""
 WHOLE_MS, SLOWEST_MS, HELD_MS = 4000, 400, 2000
 """How long an animation takes, how long a frame stays at most, and how long the last one does."""
 _SAVE: dict[TraceFormat, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def chosen(steps: int | tuple[int, ...] | None, count: int) -> set[int]:
 
 
 def check_chosen(steps: int | tuple[int, ...] | None, count: int, size: tuple[int, int]) -> None:
-    """Raise UsageError for steps that are not among `count`, or too many for one strip of pictures of that size."""
+    """Raise UsageError for steps that are not among `count`, or too many for one strip of images of that size."""
     if isinstance(steps, tuple) and max(steps) > count:
         raise UsageError(f"--trace: there is no step {max(steps)}; this picture takes {count}")
     width, height = _within(size, STRIP_SIDE)
@@ -76,7 +76,7 @@ def animation(moments: Sequence[Moment], *, format: TraceFormat) -> bytes:
     size = _within(moments[-1].seen.size, FRAME_SIDE)
     frames = [
         contact_sheet(
-            [picture.resize(size, Image.Resampling.BICUBIC) for picture in (moment.seen, moment.guess)],
+            [image.resize(size, Image.Resampling.BICUBIC) for image in (moment.seen, moment.guess)],
             columns=2,
             labels=[moment.label, "guess of x_0"],
             enlarge=_enlarged(size),
@@ -90,9 +90,9 @@ def animation(moments: Sequence[Moment], *, format: TraceFormat) -> bytes:
     return data.getvalue()
 
 
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    size = _within(picture.size, side)
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    size = _within(image.size, side)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _within(size: tuple[int, int], side: int) -> tuple[int, int]:

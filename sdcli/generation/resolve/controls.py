@@ -12,7 +12,7 @@ from sdcli.request.schema import GenerationRequest, known
 
 
 def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) -> dict[str, Any]:
-    """The controls with the digests of their pictures.
+    """The controls with the digests of their images.
 
     Raises UsageError for what would have no effect with this `kind` of model, and what reading the files raises.
     """

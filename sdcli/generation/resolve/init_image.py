@@ -1,4 +1,4 @@
-"""The start picture of a request, as far as it shapes the request: which file it is, the size, how much is noise."""
+"""The start image of a request, as far as it shapes the request: which file it is, the size, how much is noise."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MASK_BLUR = 4.0
 LATENT_SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
 
 Measure = Callable[[FileRef, int], tuple[int, int]]
-"""(a picture or latent file, pixels a side of a latent cell) -> its width and height in pixels."""
+"""(an image or latent file, pixels a side of a latent cell) -> its width and height in pixels."""
 
 
 def start_filled(request: GenerationRequest, *, step: int, cell: int, measure: Measure | None) -> dict[str, Any]:
-    """The fields that a start picture decides, where the request leaves them open; sizes are multiples of `step`.
+    """The fields that a start image decides, where the request leaves them open; sizes are multiples of `step`.
 
     `cell` is how many pixels a side a cell of the model's latents stands for.
 
@@ -31,13 +31,13 @@ def start_filled(request: GenerationRequest, *, step: int, cell: int, measure: M
     if request.init_image is None:
         return {}
     if request.masked and is_latents(request.init_image):
-        raise UsageError(f"{flag_of('mask' if request.mask else 'extend')} needs a picture to start from, not latents")
+        raise UsageError(f"{flag_of('mask' if request.mask else 'extend')} needs an image to start from, not latents")
     if request.masked and request.upscale is not None:
         raise UsageError("--upscale does not go with a mask or --extend: what is kept could not stay as it is")
     filled: dict[str, Any] = {"init_image": identified(request.init_image)}
     if request.mask is not None:
         if request.mask.path == "-" == request.init_image.path:
-            raise UsageError("the start picture and the mask cannot both be read from stdin")
+            raise UsageError("the start image and the mask cannot both be read from stdin")
         filled["mask"] = identified(request.mask)
     if request.masked and request.mask_blur is None:
         filled["mask_blur"] = MASK_BLUR
@@ -49,7 +49,7 @@ def start_filled(request: GenerationRequest, *, step: int, cell: int, measure: M
 
 
 def _size(request: GenerationRequest, own: tuple[int, int], step: int) -> dict[str, int]:
-    """The picture's own size, cut to multiples of `step`; with one side typed, the other keeps its proportions."""
+    """The image's own size, cut to multiples of `step`; with one side typed, the other keeps its proportions."""
     width, height = (side // step * step for side in own)
     if not width or not height:
         raise UsageError(f"{request.init_image}: is {own[0]}x{own[1]} pixels; at least {step}x{step} are needed")
@@ -65,7 +65,7 @@ def _size(request: GenerationRequest, own: tuple[int, int], step: int) -> dict[s
             raise UsageError(f"--extend makes the picture {size[0]}x{size[1]}, and {asked} is asked for")
         return {"width": size[0], "height": size[1]}
     if is_latents(request.init_image) and (request.width or width, request.height or height) != (width, height):
-        raise UsageError(f"{request.init_image} holds latents of a picture of {width}x{height}; they keep their size")
+        raise UsageError(f"{request.init_image} holds latents of an image of {width}x{height}; they keep their size")
     if request.width is None and request.height is not None:
         width = max(step, round(width * request.height / height / step) * step)
     elif request.height is None and request.width is not None:

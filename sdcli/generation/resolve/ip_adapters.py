@@ -15,7 +15,7 @@ from sdcli.request.schema import GenerationRequest
 
 
 def image_prompts_filled(request: GenerationRequest, kind: ModelKind, *, model: str) -> dict[str, Any]:
-    """The IP-Adapters with the digests of their files and pictures.
+    """The IP-Adapters with the digests of their files and images.
 
     Raises UsageError for what would have no effect with this `kind` of model, and what reading the files raises.
     """

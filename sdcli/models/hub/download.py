@@ -159,7 +159,7 @@ def _whole_snapshot(spec: ModelSpec | ControlNetSpec, source: HubSource) -> Path
 
 
 def first_missing(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
-    """The first file that a model's (or ControlNet's) folder lacks to be painted with, or None. Raises BadWeights."""
+    """The first file that a model's (or ControlNet's) folder lacks to be generated with, or None. Raises BadWeights."""
     present = {
         path.relative_to(folder).as_posix()
         for pattern in ("*", "*/*")
@@ -283,7 +283,7 @@ def _wanted_of_controlnet(present: Mapping[str, int], source: HubSource) -> list
     return ["config.json", *weights]
 
 
-def require_paintable(model_index: Mapping[str, Any], *, name: str) -> None:
+def require_generation(model_index: Mapping[str, Any], *, name: str) -> None:
     """Raise UsageError where model_index.json is of a pipeline that sdcli does not know."""
     pipeline = model_index.get("_class_name")
     if pipeline not in PIPELINES:
@@ -358,7 +358,7 @@ def _pull(
     if "model_index.json" in remote and sizes["model_index.json"] <= MAX_SIDE_FILE_BYTES:
         _fetch(api, source, commit, remote["model_index.json"], folder, lambda _: None)
         index = _read_index(folder / "model_index.json")
-        require_paintable(index, name=spec.name)
+        require_generation(index, name=spec.name)
     ships_checker = index.get(CHECKER) not in (None, [None, None])
     if safety_checker and not ships_checker:
         raise UsageError(f"{source.repo} ships no safety checker")

@@ -1,4 +1,4 @@
-"""`sdcli train-controlnet` from its settings to a task: which model, which pictures, which maps belong to them."""
+"""`sdcli train-controlnet` from its settings to a task: which model, which images, which maps belong to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from sdcli.data.cache.keys import CachedLatents
 from sdcli.data.conditioning_images import Maps, with_maps_of_column, with_maps_of_folder
-from sdcli.data.records import PictureSet
+from sdcli.data.records import ImageSet
 from sdcli.diffusion.attention.sliced import use_plain_small_attention
 from sdcli.errors import UsageError
 from sdcli.images.pixels import from_pixels
@@ -22,8 +22,8 @@ from sdcli.models.registry import Registry
 from sdcli.training import model_parts
 from sdcli.training.controlnet.task import ControlNetTask, new_controlnet
 from sdcli.training.events import Event, Noted, Preparing
-from sdcli.training.inputs.image_data import PictureData, examine_data, examined, list_data
-from sdcli.training.inputs.precompute import computes_in_half, encoded_captions, encoded_pictures, frozen_text_encoder
+from sdcli.training.inputs.image_data import ImageData, examine_data, examined, list_data
+from sdcli.training.inputs.precompute import computes_in_half, encoded_captions, encoded_images, frozen_text_encoder
 from sdcli.training.inputs.sources import Latents, Pixels, WithMaps
 from sdcli.training.memory import controlnet_memory
 from sdcli.training.objective import NoiseSchedule
@@ -33,7 +33,7 @@ from sdcli.training.settings import ControlNetSettings
 from sdcli.training.unet.task import Objective
 
 MOST_SAMPLES = 8
-"""Pictures on a sample sheet where no prompts were given, each with its map."""
+"""Images on a sample sheet where no prompts were given, each with its map."""
 
 
 class ControlNetSession(Session[ControlNetSettings]):
@@ -50,14 +50,14 @@ class ControlNetSession(Session[ControlNetSettings]):
         settings = self.settings
         if "=" in str(self.run):
             raise UsageError(f"{self.run} has a = in its name, and --control RUN=IMAGE could not tell it apart")
-        pictures, maps = self._listed()
+        images, maps = self._listed()
         yield Preparing("loading the model", 0)
         model = self._model()
         defaults = model.spec.defaults
         resolution = settings.target_size((defaults.width, defaults.height))
         data = yield from examine_data(
             self.data,
-            pictures,
+            images,
             settings,
             resolution=resolution,
             size_step=model.spec.kind.size_step,
@@ -67,16 +67,16 @@ class ControlNetSession(Session[ControlNetSettings]):
         controlnet = self._controlnet(model)
         half = computes_in_half(settings=settings, device=self.accelerator.device)
         with self.accelerator.main_process_first():
-            source = yield from encoded_pictures(data, settings, model, half=half)
+            source = yield from encoded_images(data, settings, model, half=half)
             conditions = yield from encoded_captions(
                 data, settings, model, template=model.spec.defaults.prompt_template
             )
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
-            model.vae.to("cpu")  # wanted for sample pictures alone from here on
-        shown = None  # the pixels of the pictures themselves, which a preprocessor makes maps of
+            model.vae.to("cpu")  # wanted for sample images alone from here on
+        shown = None  # the pixels of the images themselves, which a preprocessor makes maps of
         if maps is not None or not isinstance(source, Pixels):
-            shown = Pixels(maps or data.pictures, data.framing, settings.seed, flip=settings.random_flip)
+            shown = Pixels(maps or data.images, data.framing, settings.seed, flip=settings.random_flip)
         task = ControlNetTask(
             networks={"controlnet": controlnet},
             unet=self._frozen_unet(model, controlnet),
@@ -90,9 +90,9 @@ class ControlNetSession(Session[ControlNetSettings]):
             held_out=data.validation(),
             frozen_text_encoder=frozen_text_encoder(model, conditions, half=half),
             vae=model.vae,
-            name_of=lambda index: data.pictures[index].name,
+            name_of=lambda index: data.images[index].name,
         )
-        task.painter = self._painter(model, task, data, resolution)
+        task.pipeline = self._pipeline(model, task, data, resolution)
         averaged = "_ema" if settings.use_ema else ""
         return Built(
             task=task,
@@ -117,28 +117,26 @@ class ControlNetSession(Session[ControlNetSettings]):
 
     # The data
 
-    def _listed(self) -> tuple[PictureSet, Maps | None]:
-        """The pictures, and their maps where these are not made of them."""
+    def _listed(self) -> tuple[ImageSet, Maps | None]:
+        """The images, and their maps where these are not made of them."""
         settings = self.settings
-        pictures = list_data(self.data, settings)
-        if pictures.kind != "pictures":
-            raise UsageError(f"{self.data} holds latents; a ControlNet is trained on pictures and their maps")
+        images = list_data(self.data, settings)
+        if images.kind != "pictures":
+            raise UsageError(f"{self.data} holds latents; a ControlNet is trained on images and their maps")
         if settings.preprocessor is not None:
-            return pictures, None
+            return images, None
         if settings.conditioning_data_dir is not None:
-            return with_maps_of_folder(pictures, settings.conditioning_data_dir)
+            return with_maps_of_folder(images, settings.conditioning_data_dir)
         return with_maps_of_column(
-            pictures,
+            images,
             settings.conditioning_image_column,
             data=self.data,
             image_column=settings.image_column,
             split=settings.split,
         )
 
-    def _paired(
-        self, data: PictureData, maps: Maps | None
-    ) -> Generator[Event, None, tuple[PictureData, dict[str, str]]]:
-        """Without the pictures that have no map that can be used; and the digests of the maps, by the pictures' names.
+    def _paired(self, data: ImageData, maps: Maps | None) -> Generator[Event, None, tuple[ImageData, dict[str, str]]]:
+        """Without the images that have no map that can be used; and the digests of the maps, by the images' names.
 
         Raises UsageError where none is left.
         """
@@ -150,7 +148,7 @@ class ControlNetSession(Session[ControlNetSettings]):
         digests: dict[str, str] = {}
         paired = []
         for index in data.used.tolist():
-            name, place = data.pictures[index].name, int(maps.places[index])
+            name, place = data.images[index].name, int(maps.places[index])
             if place in whole:
                 paired.append(index)
                 digests[name] = found.digests[place]
@@ -158,7 +156,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 reason = f"its map {reasons.get(maps[index].name, 'cannot be used')}" if place >= 0 else "has no map"
                 yield Noted(f"dropped {name}: {reason}", warning=True)
         if not paired:
-            raise UsageError(f"no picture of {self.data} has a map that can be used")
+            raise UsageError(f"no image of {self.data} has a map that can be used")
         return data.only(np.array(paired)), digests
 
     # The networks
@@ -193,19 +191,19 @@ class ControlNetSession(Session[ControlNetSettings]):
             unet.to(memory_format=torch.channels_last)
         return unet
 
-    def _painter(
-        self, model: LoadedModel, task: ControlNetTask, data: PictureData, resolution: tuple[int, int]
+    def _pipeline(
+        self, model: LoadedModel, task: ControlNetTask, data: ImageData, resolution: tuple[int, int]
     ) -> SampleSheet:
-        """Paints what held-out maps say, or those of trained pictures where none are held out, at the resolution."""
+        """Paints what held-out maps say, or those of trained images where none are held out, at the resolution."""
         settings = self.settings
         pool = data.held_out if len(data.held_out) else data.trained
         count = len(settings.sample_prompts) or min(MOST_SAMPLES, len(pool))
         chosen = [int(pool[number * len(pool) // count]) for number in range(count)]
-        captions = [(data.pictures[index].captions or ("",))[0] for index in chosen]
+        captions = [(data.images[index].captions or ("",))[0] for index in chosen]
         return SampleSheet(
             name=str(self.run),
             prompts=settings.sample_prompts or captions,
-            defaults=model_parts.painting_defaults(
+            defaults=model_parts.generation_defaults(
                 model.spec.defaults, resolution=resolution, guided=True, prompt_template=settings.prompt_template
             ),
             scheduler_config=model.scheduler_config,

@@ -1,4 +1,4 @@
-"""A picture's captions -> the text of one sample: alternatives, dropout, shuffling, prefix, template."""
+"""An image's captions -> the text of one sample: alternatives, dropout, shuffling, prefix, template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CaptionRules:
     """What happens to captions on their way to the text encoder."""
 
     dropout: float = 0.1
-    """Share of samples that get the empty caption, so that the model also learns to paint without one."""
+    """Share of samples that get the empty caption, so that the model also learns to generate without one."""
     shuffle: bool = False
     keep: int = 0
     """Comma-separated parts at the front that stay there when the others are shuffled."""

@@ -1,4 +1,4 @@
-"""What a sample is painted under: text states, token ids, a class, or nothing."""
+"""What a sample is generated under: text states, token ids, a class, or nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdcli.data.cache.keys import CachedTexts
-from sdcli.data.records import PictureSet
+from sdcli.data.records import ImageSet
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io import rng
 from sdcli.training.inputs.captions import CaptionRules
@@ -28,7 +28,7 @@ class Conditions(Protocol):
 
 @dataclass(frozen=True)
 class Nothing:
-    """For networks that paint without a condition."""
+    """For networks that generate without a condition."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
         return {}
@@ -41,7 +41,7 @@ class Nothing:
 class Texts:
     """Captions as text states `hidden` [L, D] from the cache, or as token `ids` [L] for an encoder in the loop."""
 
-    pictures: PictureSet
+    images: ImageSet
     rules: CaptionRules
     seed: int
     states: CachedTexts | None = None
@@ -51,11 +51,11 @@ class Texts:
     """Every caption is empty: unconditional training of a network that wants text."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
-        captions = () if self.ignored else self.pictures[draw.index].captions
+        captions = () if self.ignored else self.images[draw.index].captions
         return self._encoded(self.rules.text(captions, seed=self.seed, counter=draw.counter))
 
     def fixed(self, index: int) -> dict[str, Tensor]:
-        captions = () if self.ignored else self.pictures[index].captions
+        captions = () if self.ignored else self.images[index].captions
         return self._encoded(self.rules.wrapped(captions[0]) if captions else "")
 
     def _encoded(self, text: str) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class Texts:
 class Labels:
     """Classes as `label`, a number; the number after the last class means none, for guidance."""
 
-    pictures: PictureSet
+    images: ImageSet
     numbers: Mapping[str, int]
     seed: int
     dropout: float = 0.1
@@ -79,6 +79,6 @@ class Labels:
         return {"label": torch.tensor(len(self.numbers))} if dropped else self.fixed(draw.index)
 
     def fixed(self, index: int) -> dict[str, Tensor]:
-        label = self.pictures[index].label
+        label = self.images[index].label
         assert label is not None
         return {"label": torch.tensor(self.numbers[label])}

@@ -1,4 +1,4 @@
-"""From DATA to the pictures of a run: examined, framed, split into trained and held-out ones, and put in order."""
+"""From DATA to the images of a run: examined, framed, split into trained and held-out ones, and put in order."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ import numpy as np
 
 from sdcli.data.buckets import Framing, bucket_sizes
 from sdcli.data.examine import Examination, examination, look
-from sdcli.data.records import PictureSet
-from sdcli.data.sources import open_pictures
+from sdcli.data.records import ImageSet
+from sdcli.data.sources import open_images
 from sdcli.errors import UsageError
 from sdcli.training.events import Event, Noted, Preparing
 from sdcli.training.inputs.order import Order
-from sdcli.training.settings import PictureSettings, cache_folder
+from sdcli.training.settings import ImageSettings, cache_folder
 
 
 @dataclass(frozen=True)
-class PictureData:
-    """The usable pictures of a run."""
+class ImageData:
+    """The usable images of a run."""
 
-    pictures: PictureSet
+    images: ImageSet
     framing: Framing
     trained: np.ndarray
-    """int64 indices into `pictures`"""
+    """int64 indices into `images`"""
     held_out: np.ndarray
     sizes: dict[int, tuple[int, int]]
-    """Each usable picture's bucket, by index."""
+    """Each usable image's bucket, by index."""
     digests: tuple[str, ...]
-    """The SHA-256 of each picture's bytes, by index."""
+    """The SHA-256 of each image's bytes, by index."""
     dropped: int
 
-    def only(self, usable: np.ndarray) -> PictureData:
-        """Without the pictures that turned out later to be unusable. Raises UsageError where nothing is left."""
+    def only(self, usable: np.ndarray) -> ImageData:
+        """Without the images that turned out later to be unusable. Raises UsageError where nothing is left."""
         trained = np.intersect1d(self.trained, usable)
         if not len(trained):
-            raise UsageError("no picture could be encoded")
+            raise UsageError("no image could be encoded")
         held_out = np.intersect1d(self.held_out, usable)
         lost = len(self.trained) + len(self.held_out) - len(trained) - len(held_out)
         return replace(self, trained=trained, held_out=held_out, dropped=self.dropped + lost)
@@ -54,7 +54,7 @@ class PictureData:
         return max({self.sizes[int(index)] for index in self.used}, key=lambda size: size[0] * size[1])
 
     def validation(self) -> list[tuple[int, tuple[int, int]]]:
-        """The held-out pictures with their buckets."""
+        """The held-out images with their buckets."""
         return [(int(index), self.sizes[int(index)]) for index in self.held_out]
 
     def order(self, *, batch: int, seed: int, buffer: int) -> Order:
@@ -62,32 +62,32 @@ class PictureData:
         buckets: dict[tuple[int, int] | None, list[int]] = {}
         for index in self.trained.tolist():
             buckets.setdefault(self.sizes[index], []).append(index)
-        blocks, window = None, self.pictures.shuffle_window
+        blocks, window = None, self.images.shuffle_window
         if window is not None:  # further apart, and shards would be read again and again
             buffer = min(buffer, window)
-        if self.pictures.streamed:
-            blocks = np.array([self.pictures[index].block for index in range(len(self.pictures))])
+        if self.images.streamed:
+            blocks = np.array([self.images[index].block for index in range(len(self.images))])
         return Order(
             {size: np.array(indices) for size, indices in buckets.items()}, batch, seed, blocks=blocks, buffer=buffer
         )
 
     def contents(self) -> dict[str, Any]:
-        """What every usable picture is, by its name: a resumed run must find the same."""
-        named = ((self.pictures[int(index)], self.digests[int(index)]) for index in self.used)
+        """What every usable image is, by its name: a resumed run must find the same."""
+        named = ((self.images[int(index)], self.digests[int(index)]) for index in self.used)
         return {item.name: (digest, item.captions) for item, digest in named}
 
     def buckets(self) -> dict[str, int]:
-        """How many trained pictures each bucket has, by its size: `512x768`."""
+        """How many trained images each bucket has, by its size: `512x768`."""
         return dict(Counter("{}x{}".format(*self.sizes[index]) for index in self.trained.tolist()))
 
     def texts(self) -> list[tuple[str, ...]]:
-        """The captions of every usable picture."""
-        return [self.pictures[int(index)].captions for index in self.used]
+        """The captions of every usable image."""
+        return [self.images[int(index)].captions for index in self.used]
 
 
-def list_data(data: str, settings: PictureSettings) -> PictureSet:
-    """The pictures of DATA, listed and not yet read. Raises NotFound, UsageError, Offline and BadLatents."""
-    return open_pictures(
+def list_data(data: str, settings: ImageSettings) -> ImageSet:
+    """The images of DATA, listed and not yet read. Raises NotFound, UsageError, Offline and BadLatents."""
+    return open_images(
         data,
         image_column=settings.image_column,
         caption_column=settings.caption_column,
@@ -98,39 +98,39 @@ def list_data(data: str, settings: PictureSettings) -> PictureSet:
 
 def examine_data(
     data: str,
-    pictures: PictureSet,
-    settings: PictureSettings,
+    images: ImageSet,
+    settings: ImageSettings,
     *,
     resolution: tuple[int, int],
     size_step: int,
     captions: bool,
-) -> Generator[Event, None, PictureData]:
-    """Look at every picture of DATA; yields progress, and a note for everything that is not used.
+) -> Generator[Event, None, ImageData]:
+    """Look at every image of DATA; yields progress, and a note for everything that is not used.
 
-    `captions` says that each picture must have one. Raises UsageError where nothing is left or captions are missing.
+    `captions` says that each image must have one. Raises UsageError where nothing is left or captions are missing.
     """
-    if pictures.kind == "latents":
+    if images.kind == "latents":
         _refuse_framing(settings, data)
     framing = _framing(settings, resolution, size_step=size_step)
-    found = yield from examined(pictures, settings, what="pictures")
+    found = yield from examined(images, settings, what="pictures")
     for line in found.report():
         yield Noted(line, warning=line.lstrip().startswith(("dropped", "note")))
     used = found.used
     if not len(used):
-        raise UsageError(f"{data} holds no picture that can be used")
+        raise UsageError(f"{data} holds no image that can be used")
     if settings.max_train_samples is not None:
         used = used[: settings.max_train_samples]
     if captions:
-        _require_captions(pictures, used, data)
-    held_out = _held_out(pictures, used, settings.validation_split)
+        _require_captions(images, used, data)
+    held_out = _held_out(images, used, settings.validation_split)
     size_of = {
         int(index): (int(width), int(height))
-        if pictures.kind == "latents"
+        if images.kind == "latents"
         else framing.bucket_for((int(width), int(height)))
         for index, (width, height) in zip(found.used, found.sizes[found.used], strict=True)
     }
-    return PictureData(
-        pictures=pictures,
+    return ImageData(
+        images=images,
         framing=framing,
         trained=np.setdiff1d(used, held_out),
         held_out=held_out,
@@ -140,17 +140,17 @@ def examine_data(
     )
 
 
-def examined(pictures: PictureSet, settings: PictureSettings, *, what: str) -> Generator[Event, None, Examination]:
-    """Look at every picture, or at what `what` calls them; yields progress."""
+def examined(images: ImageSet, settings: ImageSettings, *, what: str) -> Generator[Event, None, Examination]:
+    """Look at every image, or at what `what` calls them; yields progress."""
     seen = []
-    for one in look(pictures, memory=cache_folder(settings.cache_dir) / "examined"):
+    for one in look(images, memory=cache_folder(settings.cache_dir) / "examined"):
         seen.append(one)
-        if len(seen) % 100 == 0 or len(seen) == len(pictures):
-            yield Preparing(f"examining {what}", len(seen), len(pictures))
-    return examination(pictures, seen)
+        if len(seen) % 100 == 0 or len(seen) == len(images):
+            yield Preparing(f"examining {what}", len(seen), len(images))
+    return examination(images, seen)
 
 
-def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:
+def _framing(settings: ImageSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:
     for side in resolution:
         if side % size_step or side < size_step:
             raise UsageError(f"--resolution: should be a multiple of {size_step}, not {side}")
@@ -163,7 +163,7 @@ def _framing(settings: PictureSettings, resolution: tuple[int, int], *, size_ste
     return Framing(buckets, settings.random_crop)
 
 
-def _refuse_framing(settings: PictureSettings, data: str) -> None:
+def _refuse_framing(settings: ImageSettings, data: str) -> None:
     """Latents have the size that they were encoded at."""
     framed = {"resolution", "random_crop", "random_flip", "enable_bucket"}
     for name in sorted(framed):
@@ -171,19 +171,19 @@ def _refuse_framing(settings: PictureSettings, data: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} has no effect on {data}, which holds latents")
 
 
-def _require_captions(pictures: PictureSet, used: np.ndarray, data: str) -> None:
-    without = [pictures[int(index)].name for index in used if not pictures[int(index)].captions]
+def _require_captions(images: ImageSet, used: np.ndarray, data: str) -> None:
+    without = [images[int(index)].name for index in used if not images[int(index)].captions]
     if without:
         shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         raise UsageError(
-            f"{len(without)} of {len(used)} pictures in {data} have no caption ({shown}); "
+            f"{len(without)} of {len(used)} images in {data} have no caption ({shown}); "
             "caption them, or train without: --unconditional, or --caption-dropout 1"
         )
 
 
-def _held_out(pictures: PictureSet, used: np.ndarray, share: float) -> np.ndarray:
-    """The validation pictures: chosen by their names alone, so that every run on this data holds out the same."""
+def _held_out(images: ImageSet, used: np.ndarray, share: float) -> np.ndarray:
+    """The validation images: chosen by their names alone, so that every run on this data holds out the same."""
     count = int(len(used) * share)
-    digests = [hashlib.blake2b(pictures[int(index)].name.encode(errors="surrogateescape")).digest() for index in used]
+    digests = [hashlib.blake2b(images[int(index)].name.encode(errors="surrogateescape")).digest() for index in used]
     chosen = sorted(range(len(used)), key=lambda place: digests[place])[:count]
     return np.sort(used[np.array(chosen, dtype=np.int64)])

@@ -1,8 +1,8 @@
 """Which samples make up step s: a pure function of (seed, s), so that a resumed run goes on exactly where it was.
 
-Each bucket (pictures of one size) is an endless stream: epoch after epoch, each in an order of its own. A step takes
+Each bucket (images of one size) is an endless stream: epoch after epoch, each in an order of its own. A step takes
 the next samples of one bucket. How often each bucket's turn comes is exact over time, without repeats and leftovers:
-after k rounds a bucket of n pictures has had floor(k * n / batch) steps.
+after k rounds a bucket of n images has had floor(k * n / batch) steps.
 """
 
 from __future__ import annotations

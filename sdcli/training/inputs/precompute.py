@@ -1,4 +1,4 @@
-"""What a denoiser learns from, encoded once and kept where that can be: pictures as latents, captions as states."""
+"""What a denoiser learns from, encoded once and kept where that can be: images as latents, captions as states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdcli.training import model_parts
 from sdcli.training.events import Event, Noted, Preparing
 from sdcli.training.inputs.captions import CaptionRules
 from sdcli.training.inputs.conditions import Conditions, Texts
-from sdcli.training.inputs.image_data import PictureData
+from sdcli.training.inputs.image_data import ImageData
 from sdcli.training.inputs.sources import Latents, Pixels
 from sdcli.training.settings import DenoiserSettings, cache_folder
 from sdcli.vae.autoencoder import scaling_factor
@@ -30,21 +30,21 @@ MOST_TEXT_BYTES = 2 * 2**30
 """Text states that are cached; beyond, reading them back costs more than encoding them."""
 
 
-def encoded_pictures(
-    data: PictureData, settings: DenoiserSettings, vae_of: LoadedModel, *, half: bool
+def encoded_images(
+    data: ImageData, settings: DenoiserSettings, vae_of: LoadedModel, *, half: bool
 ) -> Generator[Event, None, Pixels | Latents]:
-    """The pictures as latents from the cache, which is filled, or as pixels where each sample is cut anew.
+    """The images as latents from the cache, which is filled, or as pixels where each sample is cut anew.
 
     `half`: the VAE computes in bfloat16, as `load_model` in that format gives it.
     """
-    pixels = Pixels(data.pictures, data.framing, settings.seed, flip=settings.random_flip)
+    pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)
     if not settings.cache_latents or settings.random_crop:
         if settings.random_crop and settings.cache_latents:
             yield Noted("latents are not cached: --random-crop cuts each sample anew, so it is encoded each time")
         return pixels
     store = TensorStore(cache_folder(settings.cache_dir), LATENTS)
     filling = fill_latents(
-        data.pictures,
+        data.images,
         data.used,
         [data.sizes[int(index)] for index in data.used],
         model=_vae_in_half(vae_of) if half else vae_of,
@@ -52,7 +52,7 @@ def encoded_pictures(
         digests=data.digests,
         flips=settings.random_flip,
     )
-    last = yield from _shown(filling, "encoding pictures")
+    last = yield from _shown(filling, "encoding images")
     assert last.latents is not None
     for dropped in last.latents.dropped:
         yield Noted(f"dropped {dropped.name}: {dropped.reason}")
@@ -61,7 +61,7 @@ def encoded_pictures(
 
 
 def encoded_captions(
-    data: PictureData,
+    data: ImageData,
     settings: DenoiserSettings,
     text_of: LoadedModel,
     *,
@@ -81,7 +81,7 @@ def encoded_captions(
         template=settings.prompt_template if settings.prompt_template is not None else template,
     )
     tokenizer: ClipTokenizer = model_parts.tokenizer_of(text_of)
-    texts = Texts(data.pictures, rules, settings.seed, tokenizer=tokenizer, ignored=ignored)
+    texts = Texts(data.images, rules, settings.seed, tokenizer=tokenizer, ignored=ignored)
     countable = [rules.all_texts(() if ignored else captions) for captions in data.texts()]
     if trained or None in countable:
         return texts
@@ -95,7 +95,7 @@ def encoded_captions(
     store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
     yield from _shown(fill_texts(wanted, model=text_of, store=store), "encoding captions")
     states = CachedTexts(store, TextKeys.of(text_of), wanted, budget=_budget())
-    return Texts(data.pictures, rules, settings.seed, states=states, ignored=ignored)
+    return Texts(data.images, rules, settings.seed, states=states, ignored=ignored)
 
 
 def computes_in_half(*, settings: DenoiserSettings, device: torch.device) -> bool:
@@ -111,7 +111,7 @@ def frozen_text_encoder(text_of: LoadedModel, conditions: Conditions, *, half: b
 
 
 def _in_half(frozen: N) -> N:
-    """A frozen network in bfloat16: a copy, since float32 paints pictures."""
+    """A frozen network in bfloat16: a copy, since float32 generates images."""
     return copy.deepcopy(frozen).to(torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""Where a sample's picture comes from: pixels read and framed anew, or latents from the cache."""
+"""Where a sample's image comes from: pixels read and framed anew, or latents from the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sdcli.data.buckets import Framing, frame
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, sample_latents
 from sdcli.data.records import Item
-from sdcli.images.pixels import from_pixels, picture_from_bytes, to_pixels
+from sdcli.images.pixels import from_pixels, image_from_bytes, to_pixels
 from sdcli.io import rng
 from sdcli.request.fields import Preprocessor
 from sdcli.training.task import Draw
@@ -18,7 +18,7 @@ from sdcli.vae.latent_space import in_pixel_space
 
 
 class Readable(Protocol):
-    """Pictures by index: what there is to a `PictureSet`, and to the maps that belong to one."""
+    """Images by index: what there is to a `ImageSet`, and to the maps that belong to one."""
 
     def __getitem__(self, index: int, /) -> Item: ...
 
@@ -26,10 +26,10 @@ class Readable(Protocol):
 
 
 class Source(Protocol):
-    """The picture part of an item. Both methods are pure functions of their arguments."""
+    """The image part of an item. Both methods are pure functions of their arguments."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
-        """`x0` [C, h, w], what the denoiser learns to paint, or `pixels` [3, H, W] in 0..1 for an encoder."""
+        """`x0` [C, h, w], what the denoiser learns to generate, or `pixels` [3, H, W] in 0..1 for an encoder."""
 
     def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
         """The same without anything random, for validation: cut in the middle, not mirrored, the mean latents."""
@@ -37,9 +37,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pictures read from their files; the crop and the flip of a sample are counted randomness."""
+    """Images read from their files; the crop and the flip of a sample are counted randomness."""
 
-    pictures: Readable
+    images: Readable
     framing: Framing
     seed: int
     flip: bool = False
@@ -56,13 +56,13 @@ class Pixels:
         return self.flip and flipped(self.seed, draw.counter)
 
     def _framed(self, index: int, size: tuple[int, int], *, at: tuple[float, float], flip: bool) -> Tensor:
-        picture = picture_from_bytes(self.pictures.read(index), name=self.pictures[index].name)
-        return to_pixels(frame(picture, size, at=at, flip=flip))
+        image = image_from_bytes(self.images.read(index), name=self.images[index].name)
+        return to_pixels(frame(image, size, at=at, flip=flip))
 
 
 @dataclass(frozen=True)
 class PixelSpace:
-    """Pixels as what the denoiser paints: -1..1, grey (C = 1, the mean of the channels) or in colour."""
+    """Pixels as what the denoiser generates: -1..1, grey (C = 1, the mean of the channels) or in colour."""
 
     pixels: Pixels
     channels: int
@@ -95,7 +95,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class WithMaps:
-    """A source whose items have a `map` [3, H, W] in 0..1 too, framed and mirrored as the picture is."""
+    """A source whose items have a `map` [3, H, W] in 0..1 too, framed and mirrored as the image is."""
 
     source: Source
     maps: Pixels | None

@@ -300,7 +300,7 @@ def _publish(temporary: Path, path: Path, *, report: Report | None) -> None:
         os.rename(path, aside)
         os.rename(temporary, path)
         sync_folder(run)
-        _tell(report, aside, str(broken))
+        _report(report, aside, str(broken))
         return
     if before.files != _read_manifest(temporary).files:
         if exchange(temporary, path):
@@ -385,7 +385,7 @@ def _prune(run: Path, *, saved: Path, keep: int | None, report: Report | None) -
             _verified(entry.path, content=False)
             whole.append(entry)
         except _Broken as broken:
-            _tell(report, entry.path, str(broken))
+            _report(report, entry.path, str(broken))
     excess = len(whole) - keep
     for entry in whole[:-1]:  # never the newest, be it older than this run
         if excess <= 0:
@@ -397,7 +397,7 @@ def _prune(run: Path, *, saved: Path, keep: int | None, report: Report | None) -
         if reason is None:
             _delete(entry.path)
         else:
-            _tell(report, entry.path, reason)
+            _report(report, entry.path, reason)
 
 
 def _delete(path: Path) -> None:
@@ -577,7 +577,7 @@ def _finite(tensor: Tensor) -> bool:
 # What is told
 
 
-def _tell(report: Report | None, path: Path, reason: str) -> None:
+def _report(report: Report | None, path: Path, reason: str) -> None:
     if report is not None:
         report(path, reason)
 

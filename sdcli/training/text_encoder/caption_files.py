@@ -1,4 +1,4 @@
-"""Captions to train a text encoder on, from a file of them or a picture data set; alternatives stay together."""
+"""Captions to train a text encoder on, from a file of them or an image data set; alternatives stay together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_FIELD = 2**20
 
 @dataclass(frozen=True)
 class Captions:
-    """Texts in their order, and which of them are alternatives: they describe one picture, so they mean the same."""
+    """Texts in their order, and which of them are alternatives: they describe one image, so they mean the same."""
 
     texts: tuple[str, ...]
     groups: tuple[int, ...]
@@ -37,20 +37,20 @@ class Captions:
 
 @dataclass(frozen=True)
 class _Row:
-    """An entry of a file: where it stands, its caption or list of captions, and the picture it speaks of, if any."""
+    """An entry of a file: where it stands, its caption or list of captions, and the image it speaks of, if any."""
 
     name: str
     value: Any
-    picture: str | None = None
+    image: str | None = None
 
 
 def read_captions(
     source: str | Path, *, caption_column: str | None = None, caption_extension: str = ".txt", split: str = "train"
 ) -> Captions:
-    """Captions from a .txt (one a line), .jsonl, .csv or .parquet file, or from whatever `open_pictures` takes.
+    """Captions from a .txt (one a line), .jsonl, .csv or .parquet file, or from whatever `open_images` takes.
 
     In tables the column is `caption_column`, else text or caption; a cell may hold a list of alternatives, and rows
-    that name the same picture (file_name, image_path or image) are alternatives too. A broken line is dropped, with
+    that name the same image (file_name, image_path or image) are alternatives too. A broken line is dropped, with
     its reason; repeats within a group and blank lines just go. Raises NotFound, and UsageError where not one is left.
     """
     path = expanded(source)
@@ -68,14 +68,14 @@ def read_captions(
         case _:
             if path.is_file():
                 raise UsageError(
-                    f"{path} is no file of captions: those are .txt, .jsonl, .csv and .parquet, or a folder of pictures"
+                    f"{path} is no file of captions: those are .txt, .jsonl, .csv and .parquet, or a folder of images"
                 )
-            rows = _picture_rows(source, caption_column, caption_extension, split)
+            rows = _image_rows(source, caption_column, caption_extension, split)
     return _grouped(rows, source=str(source))
 
 
 def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
-    groups: dict[str, dict[str, None]] = {}  # picture, or place in the file -> its captions, each once
+    groups: dict[str, dict[str, None]] = {}  # image, or place in the file -> its captions, each once
     dropped: list[Dropped] = []
     for row in rows:
         if isinstance(row, Dropped):
@@ -90,7 +90,7 @@ def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
         except Unusable as problem:
             dropped.append(Dropped(row.name, str(problem)))
             continue
-        key = row.name if row.picture is None else f"picture {row.picture}"
+        key = row.name if row.image is None else f"picture {row.image}"
         groups.setdefault(key, {}).update(dict.fromkeys(found))
     if not groups:
         why = f" ({len(dropped)} dropped; first {dropped[0].name}: {dropped[0].reason})" if dropped else ""
@@ -120,7 +120,7 @@ def _json_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
         if isinstance(values, dict):
             # Lines need not have the same keys, so every line is asked anew.
             column = asked or next((column for column in CAPTION_COLUMNS if column in values), None)
-            yield _Row(name, values.get(column) if column is not None else None, _picture(values))
+            yield _Row(name, values.get(column) if column is not None else None, _image(values))
         else:
             yield Dropped(name, "is no JSON object")
 
@@ -144,7 +144,7 @@ def _csv_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
                 if "\0" in values:
                     yield Dropped(name, "has more fields than the header; a caption with commas must stand in quotes")
                 else:
-                    yield _Row(name, values[column], _picture(values))
+                    yield _Row(name, values[column], _image(values))
     except OSError as error:
         raise NotFound(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -177,19 +177,19 @@ def _parquet_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
                     yield Dropped(f"{path.name} rows {first} to {first + count - 1}", f"are damaged: {error}")
                     group = []
                 for place, values in enumerate(group, start=first):
-                    yield _Row(f"{path.name} row {place}", values[column], _picture(values))
+                    yield _Row(f"{path.name} row {place}", values[column], _image(values))
                 first += count
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{path} is no parquet file that can be read: {error}") from None
 
 
-def _picture_rows(source: str | Path, column: str | None, extension: str, split: str) -> Iterator[_Row | Dropped]:
-    from sdcli.data.sources import open_pictures
+def _image_rows(source: str | Path, column: str | None, extension: str, split: str) -> Iterator[_Row | Dropped]:
+    from sdcli.data.sources import open_images
 
-    pictures = open_pictures(source, caption_column=column, caption_extension=extension, split=split)
-    yield from pictures.dropped
-    for index in range(len(pictures)):
-        item = pictures[index]
+    images = open_images(source, caption_column=column, caption_extension=extension, split=split)
+    yield from images.dropped
+    for index in range(len(images)):
+        item = images[index]
         yield _Row(item.name, item.captions)
 
 
@@ -216,7 +216,7 @@ def _column(asked: str | None, present: Sequence[str], path: Path) -> str:
     return column
 
 
-def _picture(values: dict[Any, Any]) -> str | None:
-    """Which picture a row speaks of."""
+def _image(values: dict[Any, Any]) -> str | None:
+    """Which image a row speaks of."""
     found = next((values[name] for name in FILE_COLUMNS if values.get(name)), None)
     return found if isinstance(found, str) else None

@@ -5,10 +5,10 @@ caption -> tokens -> hidden states -+-> next token, by the tied embedding       
                                     +-> state at the end ~ state of another caption  "contrastive"
                                     +-> state at the end, projected ~ teacher's      "distil"
                                     +-> state at the last word, by the same projection ~ teacher's   "distil-word"
-                                    +-> all states ~ those of the picture's first caption            "align"
+                                    +-> all states ~ those of the image's first caption            "align"
 
 A UNet attends to every word's state, and the encoder is causal: the state at a word is that of the text up to it. What
-"align" learns are the states that the encoder gave before this run: a UNet that knows "car" then paints "automobile".
+"align" learns are the states that the encoder gave before this run: a UNet that knows "car" then knows "automobile".
 """
 
 from __future__ import annotations

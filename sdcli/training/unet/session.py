@@ -1,4 +1,4 @@
-"""`sdcli train-unet` from its settings to a task: which model, which pictures, what is cached, what is painted."""
+"""`sdcli train-unet` from its settings to a task: which model, which images, what is cached, what is generated."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sdcli.models.registry import ModelDefaults, ModelSpec, Registry
 from sdcli.training import model_parts
 from sdcli.training.events import Event, Preparing
 from sdcli.training.inputs.conditions import Conditions, Labels, Nothing
-from sdcli.training.inputs.image_data import PictureData, examine_data, list_data
+from sdcli.training.inputs.image_data import ImageData, examine_data, list_data
 from sdcli.training.inputs.order import Order
-from sdcli.training.inputs.precompute import computes_in_half, encoded_captions, encoded_pictures, frozen_text_encoder
+from sdcli.training.inputs.precompute import computes_in_half, encoded_captions, encoded_images, frozen_text_encoder
 from sdcli.training.inputs.sources import Latents, Pixels, PixelSpace, Source
 from sdcli.training.lora import TARGETS, TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
@@ -69,7 +69,7 @@ class UnetSession(Session[UnetSettings]):
 
     def build(self) -> Generator[Event, None, Built]:
         settings = self.settings
-        pictures = list_data(self.data, settings)
+        images = list_data(self.data, settings)
         yield Preparing("loading the model", 0)
         model = self._model()
         self._check_effects(model)
@@ -77,7 +77,7 @@ class UnetSession(Session[UnetSettings]):
         captions = not (settings.unconditional or settings.class_conditional or settings.space == "pixel")
         data = yield from examine_data(
             self.data,
-            pictures,
+            images,
             settings,
             resolution=model.resolution,
             size_step=model.size_step,
@@ -91,7 +91,7 @@ class UnetSession(Session[UnetSettings]):
         order = data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer)
         files = self._files(model, networks)
         task = self._task(model, schedule, data, source, conditions, networks, loras, order)
-        task.painter = self._painter(model, data, files)
+        task.pipeline = self._pipeline(model, data, files)
         return Built(
             task=task,
             samples=len(order),
@@ -127,9 +127,9 @@ class UnetSession(Session[UnetSettings]):
         loaded = model_parts.load_to_train(spec, device=self._device())
         kind = loaded.spec.kind
         if settings.unconditional and kind.conditioning == "class":
-            raise UsageError(f"{spec.name} paints classes; --unconditional goes with --from-scratch")
+            raise UsageError(f"{spec.name} generates classes; --unconditional goes with --from-scratch")
         if settings.class_conditional and kind.conditioning != "class":
-            raise UsageError(f"{spec.name} paints no classes; --class-conditional goes with --from-scratch")
+            raise UsageError(f"{spec.name} generates no classes; --class-conditional goes with --from-scratch")
         defaults = loaded.spec.defaults
         return _Model(
             unet=loaded.unet,
@@ -192,16 +192,16 @@ class UnetSession(Session[UnetSettings]):
         if typed:
             raise UsageError(f"--{min(typed).replace('_', '-')} has no effect: this model takes no captions")
 
-    def _with_classes(self, model: _Model, data: PictureData) -> _Model:
+    def _with_classes(self, model: _Model, data: ImageData) -> _Model:
         """With --class-conditional the UNet gets a row for each class of the data (and one for none)."""
         settings = self.settings
         if not settings.class_conditional and not model.classes:
             return model
-        classes = tuple(data.pictures.classes)
-        without = [data.pictures[int(i)].name for i in data.used if data.pictures[int(i)].label is None]
+        classes = tuple(data.images.classes)
+        without = [data.images[int(i)].name for i in data.used if data.images[int(i)].label is None]
         if not classes or without:
-            missing = f"{len(without)} pictures without a class ({', '.join(without[:3])})" if classes else "no classes"
-            wants = "--class-conditional" if settings.class_conditional else "the model, which paints classes,"
+            missing = f"{len(without)} images without a class ({', '.join(without[:3])})" if classes else "no classes"
+            wants = "--class-conditional" if settings.class_conditional else "the model, which generates classes,"
             raise UsageError(f"{self.data} has {missing}; {wants} wants class folders or labels")
         if model.classes:
             if classes != model.classes:
@@ -236,42 +236,42 @@ class UnetSession(Session[UnetSettings]):
 
     # The inputs
 
-    def _inputs(self, model: _Model, data: PictureData) -> Generator[Event, None, tuple[Source, Conditions]]:
+    def _inputs(self, model: _Model, data: ImageData) -> Generator[Event, None, tuple[Source, Conditions]]:
         """Where samples come from; fills the caches, the first process for all."""
         settings = self.settings
         with self.accelerator.main_process_first():
             source = yield from self._source(model, data)
             conditions = yield from self._conditions(model, data)
         if model.vae_of is not None and not isinstance(source, Pixels):
-            model.vae_of.vae.to("cpu")  # wanted for sample pictures alone from here on
+            model.vae_of.vae.to("cpu")  # wanted for sample images alone from here on
         if settings.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
         return source, conditions
 
-    def _source(self, model: _Model, data: PictureData) -> Generator[Event, None, Source]:
+    def _source(self, model: _Model, data: ImageData) -> Generator[Event, None, Source]:
         settings = self.settings
-        if data.pictures.kind == "latents":
+        if data.images.kind == "latents":
             if model.vae_of is None:
                 raise UsageError(f"--space pixel cannot train on {self.data}, which holds latents")
-            files = cast(LatentFiles, data.pictures)
+            files = cast(LatentFiles, data.images)
             check_same_vae(files, model.vae_of)
             return Latents(EncodedLatents(files), scaling_factor(model.vae_of.vae), settings.seed)
         if model.vae_of is None:
-            pixels = Pixels(data.pictures, data.framing, settings.seed, flip=settings.random_flip)
+            pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)
             return PixelSpace(pixels, channels=int(model.unet.config.in_channels))  # type: ignore[union-attr,arg-type]
-        return (yield from encoded_pictures(data, settings, model.vae_of, half=self._half))
+        return (yield from encoded_images(data, settings, model.vae_of, half=self._half))
 
     @property
     def _half(self) -> bool:
         return computes_in_half(settings=self.settings, device=self.accelerator.device)
 
-    def _conditions(self, model: _Model, data: PictureData) -> Generator[Event, None, Conditions]:
+    def _conditions(self, model: _Model, data: ImageData) -> Generator[Event, None, Conditions]:
         settings = self.settings
         if model.classes:
             numbers = {name: number for number, name in enumerate(model.classes)}
             rows = int(model.unet.config.num_class_embeds)  # type: ignore[union-attr,arg-type]
             return Labels(
-                data.pictures, numbers, settings.seed, dropout=settings.caption_dropout if rows > len(numbers) else 0.0
+                data.images, numbers, settings.seed, dropout=settings.caption_dropout if rows > len(numbers) else 0.0
             )
         if model.text_of is None:
             return Nothing()
@@ -315,7 +315,7 @@ class UnetSession(Session[UnetSettings]):
         self,
         model: _Model,
         schedule: NoiseSchedule,
-        data: PictureData,
+        data: ImageData,
         source: Source,
         conditions: Conditions,
         networks: dict[str, nn.Module],
@@ -341,10 +341,10 @@ class UnetSession(Session[UnetSettings]):
             frozen_text_encoder=frozen_text,
             vae=model.vae_of.vae if model.vae_of is not None else None,
             loras=loras,
-            name_of=lambda index: data.pictures[index].name,
+            name_of=lambda index: data.images[index].name,
         )
 
-    def _painter(self, model: _Model, data: PictureData, files: ModelFiles) -> SampleSheet:
+    def _pipeline(self, model: _Model, data: ImageData, files: ModelFiles) -> SampleSheet:
         settings = self.settings
         frozen: dict[str, nn.Module] = {}
         if model.vae_of is not None:
@@ -378,7 +378,7 @@ class UnetSession(Session[UnetSettings]):
         return ModelFiles(
             pipeline="StableDiffusionPipeline" if model.text_of is not None else pipeline,
             scheduler_config=model.scheduler_config,
-            defaults=model_parts.painting_defaults(
+            defaults=model_parts.generation_defaults(
                 model.defaults,
                 resolution=model.resolution,
                 guided=model.text_of is not None or (bool(model.classes) and settings.caption_dropout > 0),

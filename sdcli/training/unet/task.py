@@ -35,7 +35,7 @@ from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
 from sdcli.vae.autoencoder import cell, moments, scaling_factor
 
 VALIDATION_TIMES = 4
-"""Noise levels that every held-out picture is validated at, spread over all of them."""
+"""Noise levels that every held-out image is validated at, spread over all of them."""
 VALIDATION_BATCH = 16
 
 
@@ -72,14 +72,14 @@ class UnetTask:
     seed: int
     learning_rates: Mapping[str, float]
     held_out: Sequence[tuple[int, tuple[int, int]]] = ()
-    """Indices of the validation pictures, each with its size."""
+    """Indices of the validation images, each with its size."""
     frozen_text_encoder: nn.Module | None = None
     """Encodes `ids` where text states are not cached."""
     vae: VAE | None = None
     """Encodes `pixels` where latents are not cached; None in pixel space."""
     loras: Mapping[str, LoraShape] = field(default_factory=dict)
     """The networks that are trained as LoRAs."""
-    painter: Callable[[Networks, int, Path], list[Path]] | None = None
+    pipeline: Callable[[Networks, int, Path], list[Path]] | None = None
     name_of: Callable[[int], str] = str
     averaged: tuple[str, ...] = field(init=False)
     phases: Sequence[Phase] = field(init=False)
@@ -182,10 +182,10 @@ class UnetTask:
         factor = cell(self.vae)
         return int(self.vae.config.latent_channels), height // factor, width // factor
 
-    # Validation: the same pictures, noise and timesteps in every run, so that curves can be compared
+    # Validation: the same images, noise and timesteps in every run, so that curves can be compared
 
     def validate(self, networks: Networks) -> dict[str, float]:
-        """The mean loss over the held-out pictures, and that of each noise level from clean (0) to pure noise."""
+        """The mean loss over the held-out images, and that of each noise level from clean (0) to pure noise."""
         if not self.held_out:
             return {}
         total = len(self.objective.schedule.alphas_cumprod)
@@ -213,7 +213,7 @@ class UnetTask:
         }
 
     def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
-        return self.painter(networks, step, folder) if self.painter is not None else []
+        return self.pipeline(networks, step, folder) if self.pipeline is not None else []
 
     # Files
 

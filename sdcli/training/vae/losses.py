@@ -1,6 +1,6 @@
 """What a VAE is trained to be good at: pixels, edges, tame latents; LPIPS and a discriminator where asked for.
 
-Pictures are [B, 3, H, W] in -1..1, as the VAE itself takes and gives them, and every loss is one number per picture,
+Images are [B, 3, H, W] in -1..1, as the VAE itself takes and gives them, and every loss is one number per image,
 float32 [B], so that the mean over micro-batches and processes is that over the whole batch.
 """
 
@@ -20,7 +20,7 @@ from sdcli.io.weights import check_header, fill, read_tensors
 from sdcli.models.registry import pickle_refused
 
 SCALES = 4
-"""Sizes of the picture that `structure` looks at: whole, half, quarter, eighth."""
+"""Sizes of the image that `structure` looks at: whole, half, quarter, eighth."""
 
 
 def reconstruction(pixels: Tensor, reconstructed: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def structure(pixels: Tensor, reconstructed: Tensor) -> Tensor:
     """Multi-scale gradient matching, [B]: the mean absolute difference of the slopes, averaged over scales.
 
     L1 alone is content with blurred edges. The slopes of the error at several scales see an edge that is too soft or
-    in the wrong place: Mathieu et al. 2016 (arXiv 1511.05440, section 3.2) compare the slopes of a picture, Li &
+    in the wrong place: Mathieu et al. 2016 (arXiv 1511.05440, section 3.2) compare the slopes of an image, Li &
     Snavely 2018 (MegaDepth, arXiv 1804.00607, eq. 4) those of the error at four scales, as here. Chosen over 1 - SSIM
     because its gradient is as strong on flat ground as elsewhere (SSIM divides by a local variance that is zero on a
     white background), it costs next to nothing, and SSIM remains an independent judge in validation.
@@ -50,10 +50,10 @@ def structure(pixels: Tensor, reconstructed: Tensor) -> Tensor:
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a picture's latents [B, C, h, w] -> [B].
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over an image's latents [B, C, h, w] -> [B].
 
     Kingma & Welling 2013 (arXiv 1312.6114), appendix B. Latent diffusion (Rombach et al. 2022, arXiv 2112.10752,
-    appendix G) adds 1e-6 of this sum to the reconstruction error summed over the picture's pixels.
+    appendix G) adds 1e-6 of this sum to the reconstruction error summed over the image's pixels.
     """
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1)
@@ -63,7 +63,7 @@ def latents_regularisation(latents: Tensor) -> Tensor:
     """How far the latents [B, C, h, w] are from mean 0 and standard deviation 1 in each channel; a scalar.
 
     For a VAE without a distribution, whose decoder clips latents softly at 3. It looks at a whole micro-batch, as one
-    picture's latents need not have mean 0: so it is the one term that depends on how a batch is divided.
+    image's latents need not have mean 0: so it is the one term that depends on how a batch is divided.
     """
     values = latents.float().transpose(0, 1).flatten(1)
     mean = values.mean(dim=1)
@@ -84,7 +84,7 @@ class LPIPS(nn.Module):
     """The learned perceptual distance of Zhang et al. 2018 (arXiv 1801.03924, eq. 1), version 0.1 on VGG16.
 
     The squared difference of unit-length features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, weighed by
-    channel, averaged over the picture and summed. Random weights until `load_lpips` fills it; the parameters' names
+    channel, averaged over the image and summed. Random weights until `load_lpips` fills it; the parameters' names
     are those of its files (see there).
     """
 
@@ -103,12 +103,12 @@ class LPIPS(nn.Module):
         self.features = nn.Sequential(*layers)  # numbered as in torchvision's vgg16
         for stage, width in enumerate(WIDTHS):
             self.add_module(f"lin{stage}", _ChannelWeights(width))
-        # the mean and deviation of ImageNet, for pictures in -1..1
+        # the mean and deviation of ImageNet, for images in -1..1
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor, other: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in -1..1, at least 16 pixels a side -> distances [B]; 0 for equal ones."""
+        """Images [B, 3, H, W] in -1..1, at least 16 pixels a side -> distances [B]; 0 for equal ones."""
         total = torch.zeros(len(pixels), device=pixels.device)
         for stage, (one, two) in enumerate(zip(self._stages(pixels), self._stages(other), strict=True)):
             weights = self.get_submodule(f"lin{stage}")
@@ -188,8 +188,8 @@ SMALLEST_FOR_DISCRIMINATOR = 24
 class PatchDiscriminator(nn.Module):
     """PatchGAN of Isola et al. 2017 (arXiv 1611.07004, appendix 6.1.2): a logit for every patch of 70x70 pixels.
 
-    Three strided layers, as in latent diffusion. Normalised by each picture's own statistics, which is what pix2pix'
-    batches of one came to: with batch norm the answer would depend on the other pictures of a micro-batch, and so on
+    Three strided layers, as in latent diffusion. Normalised by each image's own statistics, which is what pix2pix'
+    batches of one came to: with batch norm the answer would depend on the other images of a micro-batch, and so on
     the accumulation and the number of processes.
     """
 
@@ -213,7 +213,7 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(part.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in -1..1, at least 24 pixels a side -> logits [B, 1, h, w]; above 0 looks real."""
+        """Images [B, 3, H, W] in -1..1, at least 24 pixels a side -> logits [B, 1, h, w]; above 0 looks real."""
         return self.layers(pixels)
 
 

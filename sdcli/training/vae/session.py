@@ -1,4 +1,4 @@
-"""`sdcli train-vae` from its settings to a task: which VAE, which pictures, which losses."""
+"""`sdcli train-vae` from its settings to a task: which VAE, which images, which losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KL_PRESET: dict[str, Any] = {
     "norm_num_groups": 8,
 }
 USUAL = (256, 256)
-"""The size of pictures for a VAE without a UNet, which has none of its own, in pixels."""
+"""The size of images for a VAE without a UNet, which has none of its own, in pixels."""
 PRESETS = {
     "kl": "a small AutoencoderKL, 4.4 million parameters, 8 pixels a latent cell",
     "tiny": "the shape of the embedded model's AutoencoderTiny, 0.6 million parameters",
@@ -53,22 +53,22 @@ class VaeSession(Session[VaeSettings]):
 
     def build(self) -> Generator[Event, None, Built]:
         settings = self.settings
-        pictures = list_data(self.data, settings)
-        if pictures.kind != "pictures":
-            raise UsageError(f"{self.data} holds latents; a VAE is trained on pictures")
+        images = list_data(self.data, settings)
+        if images.kind != "pictures":
+            raise UsageError(f"{self.data} holds latents; a VAE is trained on images")
         yield Preparing("loading the model", 0)
         model, vae, otherwise = self._vae()
         self._check_effects(vae)
         lpips = load_lpips(settings.lpips.expanduser()) if settings.lpips is not None else None
         resolution = settings.target_size(otherwise)
         data = yield from examine_data(
-            self.data, pictures, settings, resolution=resolution, size_step=cell(vae), captions=False
+            self.data, images, settings, resolution=resolution, size_step=cell(vae), captions=False
         )
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         task = VaeTask(
             vae=vae,
-            source=Pixels(data.pictures, data.framing, settings.seed, flip=settings.random_flip),
+            source=Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip),
             order=data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer),
             seed=settings.seed,
             learning_rate=settings.learning_rate,
@@ -86,7 +86,7 @@ class VaeSession(Session[VaeSettings]):
             lpips=lpips,
             discriminator=settings.discriminator,
             discriminator_channels=settings.discriminator_channels,
-            name_of=lambda index: data.pictures[index].name,
+            name_of=lambda index: data.images[index].name,
         )
         files = ModelFiles.around(
             model,
@@ -104,13 +104,13 @@ class VaeSession(Session[VaeSettings]):
                 "pictures": len(data.trained),
                 "held_out": len(data.held_out),
                 "dropped": data.dropped,
-                "data_fingerprint": fingerprint({data.pictures[int(i)].name: data.digests[int(i)] for i in data.used}),
+                "data_fingerprint": fingerprint({data.images[int(i)].name: data.digests[int(i)] for i in data.used}),
                 "trained_parameters": sum(p.numel() for n in task.networks.values() for p in n.parameters()),
             },
         )
 
     def _vae(self) -> tuple[LoadedModel | None, VAE, tuple[int, int]]:
-        """The model whose VAE goes on (None from scratch), the VAE, and its usual size of pictures."""
+        """The model whose VAE goes on (None from scratch), the VAE, and its usual size of images."""
         settings = self.settings
         if settings.from_scratch is not None:
             return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), USUAL

@@ -1,4 +1,4 @@
-"""`sdcli train-vae`: teach an autoencoder to squeeze pictures into latents and to give them back."""
+"""`sdcli train-vae`: teach an autoencoder to squeeze images into latents and to give them back."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from sdcli.training.vae.losses import LPIPS, PatchDiscriminator
 from sdcli.vae.autoencoder import cell, has_distribution, latent_channels, moments
 
 VALIDATION_BATCH = 16
-"""Pictures that are encoded at once ..."""
+"""Images that are encoded at once ..."""
 VALIDATION_PIXELS = 256 * 256 * VALIDATION_BATCH
 """... or fewer when they are larger than 256x256: validating should not need more memory than training, whose batch may
-be a single picture."""
+be a single image."""
 SHOWN = 8
-"""Pictures on a sample sheet."""
-MEASURED_PICTURES = 256
-"""Pictures that the scaling factor is measured on, spread over the data ..."""
-MEASURED_PIXELS = 256 * 256 * MEASURED_PICTURES
+"""Images on a sample sheet."""
+MEASURED_IMAGES = 256
+"""Images that the scaling factor is measured on, spread over the data ..."""
+MEASURED_PIXELS = 256 * 256 * MEASURED_IMAGES
 """... or fewer when they are larger than 256x256: it is measured at every checkpoint, which must not take long. The
-standard deviation over 64 pictures of 512x512 already rests on a million latents."""
+standard deviation over 64 images of 512x512 already rests on a million latents."""
 
 
 @dataclass(frozen=True)
 class VaeObjective:
-    """What is minimised, per value of the picture (in -1..1): the weights of the terms in `losses.py`.
+    """What is minimised, per value of the image (in -1..1): the weights of the terms in `losses.py`.
 
     The discriminator's weight is a number, not latent diffusion's quotient of two gradients, which would depend on how
     a batch is divided into micro-batches.
@@ -82,7 +82,7 @@ class Autoencoding(nn.Module):
             self.add_module(name, part)
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pictures [B, 3, H, W] in -1..1 and normal noise [B, C, h, w] -> reconstructions of a draw of latents, the
+        """Images [B, 3, H, W] in -1..1 and normal noise [B, C, h, w] -> reconstructions of a draw of latents, the
         latents' mean, and their log variance where the VAE has one."""
         vae = self.plain
         encoded = vae.encode(pixels)
@@ -110,7 +110,7 @@ class VaeTask:
     learning_rate: float
     objective: VaeObjective = field(default_factory=VaeObjective)
     held_out: Sequence[tuple[int, tuple[int, int]]] = ()
-    """Indices of the validation pictures, each with its width and height."""
+    """Indices of the validation images, each with its width and height."""
     lpips: LPIPS | None = None
     discriminator: bool = False
     discriminator_channels: int = 64
@@ -129,7 +129,7 @@ class VaeTask:
         ):
             if wanted and self._shortest_side() < needed:
                 raise UsageError(
-                    f"{judge} needs pictures of at least {needed} pixels a side, not {self._shortest_side()}"
+                    f"{judge} needs images of at least {needed} pixels a side, not {self._shortest_side()}"
                 )
         self.networks = {"vae": Autoencoding(self.vae, latent_noise=self.objective.latent_noise)}
         phases = [Phase("vae", [self._group("vae")], self.loss)]
@@ -139,7 +139,7 @@ class VaeTask:
         self.phases = tuple(phases)
 
     def _shortest_side(self) -> int:
-        """Of all pictures, trained and held out, in pixels."""
+        """Of all images, trained and held out, in pixels."""
         return min(
             min(size) for size in (*self.order.buckets, *(size for _, size in self.held_out)) if size is not None
         )
@@ -186,7 +186,7 @@ class VaeTask:
     def _terms(
         self, pixels: Tensor, reconstructed: Tensor, mean: Tensor, logvar: Tensor | None
     ) -> dict[str, tuple[float, Tensor]]:
-        """Each term's weight and its mean over the pictures."""
+        """Each term's weight and its mean over the images."""
         objective = self.objective
         terms = {"l1": (objective.l1, losses.reconstruction(pixels, reconstructed).mean())}
         if objective.structure:
@@ -226,9 +226,9 @@ class VaeTask:
     # Validation, with the mean latents: nothing random
 
     def validate(self, networks: Networks) -> dict[str, float]:
-        """Over the held-out pictures: the loss (without the discriminator), PSNR in decibels, SSIM, L1 (as in
-        training, of pictures in -1..1), and mean and standard deviation of the latents, of all and of each channel.
-        No SSIM where pictures are smaller than its window."""
+        """Over the held-out images: the loss (without the discriminator), PSNR in decibels, SSIM, L1 (as in
+        training, of images in -1..1), and mean and standard deviation of the latents, of all and of each channel.
+        No SSIM where images are smaller than its window."""
         if not self.held_out:
             return {}
         vae = plain(networks)
@@ -259,7 +259,7 @@ class VaeTask:
         return {**means, **spread.figures()}
 
     def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
-        """A sheet of held-out pictures (the first trained ones where none is held out) above what comes back."""
+        """A sheet of held-out images (the first trained ones where none is held out) above what comes back."""
         vae = plain(networks)
         chosen = (
             list(self.held_out[:SHOWN])
@@ -287,7 +287,7 @@ class VaeTask:
         return [path]
 
     def _batches(self, chosen: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[Tensor]:
-        """Pictures without anything random, [b, 3, H, W] in 0..1, those of one size together."""
+        """Images without anything random, [b, 3, H, W] in 0..1, those of one size together."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, size in chosen:
             by_size.setdefault(size, []).append(index)
@@ -311,12 +311,12 @@ class VaeTask:
             _set_in_config(folder / name / "config.json", scaling_factor=factor)
 
     def _measured(self) -> list[tuple[int, tuple[int, int]]]:
-        """The pictures that the scaling factor is measured on: always the same ones, spread over the trained."""
+        """The images that the scaling factor is measured on: always the same ones, spread over the trained."""
         everything = sorted(
             (int(index), size) for size, indices in self.order.buckets.items() if size is not None for index in indices
         )
         average = sum(width * height for _, (width, height) in everything) / len(everything)
-        count = max(1, min(len(everything), MEASURED_PICTURES, int(MEASURED_PIXELS / average)))
+        count = max(1, min(len(everything), MEASURED_IMAGES, int(MEASURED_PIXELS / average)))
         return [everything[place * len(everything) // count] for place in range(count)]
 
 
@@ -328,9 +328,9 @@ def plain(networks: Mapping[str, nn.Module]) -> VAE:
 
 
 def measure_scaling_factor(vae: VAE, pixels: Iterable[Tensor]) -> float:
-    """1 / the standard deviation of the latents of batches of pictures [b, 3, H, W] in 0..1.
+    """1 / the standard deviation of the latents of batches of images [b, 3, H, W] in 0..1.
 
-    Rombach et al. 2022 (arXiv 2112.10752), appendix G: over all pictures, channels and places together, about their
+    Rombach et al. 2022 (arXiv 2112.10752), appendix G: over all images, channels and places together, about their
     common mean. Of latents drawn from the VAE's distribution, whose variance is that of the means plus the mean of the
     variances, so nothing need be drawn and equal weights give an equal factor. An AutoencoderTiny's latents are
     their own means. Raises BadOutput for latents that are not finite or all alike.

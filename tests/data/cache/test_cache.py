@@ -51,13 +51,13 @@ from sdcli.data.cache.keys import (
 )
 from sdcli.data.cache.store import DamagedCache, Records, TensorStore
 from sdcli.data.folders import LatentFiles
-from sdcli.data.records import PictureSet
-from sdcli.data.sources import open_pictures
+from sdcli.data.records import ImageSet
+from sdcli.data.sources import open_images
 from sdcli.encoders.conditioning import TextEncoding
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, NotFound, SomeFailed, UsageError
 from sdcli.generation.codec import Codec, EncodeSettings, encode_all
 from sdcli.generation.settings import RunSettings
-from sdcli.images.pixels import open_picture, to_pixels
+from sdcli.images.pixels import open_image, to_pixels
 from sdcli.io.lean_diffusers import AutoencoderTiny
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.registry import load_registry, resolve
@@ -96,8 +96,8 @@ def loaded(folder: Path, **options: Any) -> LoadedModel:
     return load_model(spec, **{"device": "cpu", "dtype": "float32", "parts": ("vae", "text_encoder"), **options})
 
 
-def paint(path: Path, *, seed: int, size: tuple[int, int] = (40, 32)) -> Path:
-    """A smooth picture unlike those of other seeds."""
+def sample(path: Path, *, seed: int, size: tuple[int, int] = (40, 32)) -> Path:
+    """A smooth image unlike those of other seeds."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -106,15 +106,15 @@ def paint(path: Path, *, seed: int, size: tuple[int, int] = (40, 32)) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six pictures."""
+    """Six images."""
     for seed in range(6):
-        paint(tmp_path / "data" / f"{seed}.png", seed=seed)
+        sample(tmp_path / "data" / f"{seed}.png", seed=seed)
     return tmp_path / "data"
 
 
 @pytest.fixture
 def encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures went through the encoder, call by call."""
+    """How many images went through the encoder, call by call."""
     calls: list[int] = []
     moments = autoencoder.moments
 
@@ -127,15 +127,15 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def fill(
-    pictures: PictureSet | Path, model: LoadedModel, store: TensorStore, *, digests: bool = False, **options: Any
+    images: ImageSet | Path, model: LoadedModel, store: TensorStore, *, digests: bool = False, **options: Any
 ) -> CacheProgress:
     """Fill the store with a set at 32x32, to the end."""
-    if isinstance(pictures, Path):
-        pictures = open_pictures(pictures)
-    used = np.arange(len(pictures))
+    if isinstance(images, Path):
+        images = open_images(images)
+    used = np.arange(len(images))
     if digests:
-        options["digests"] = [hashlib.sha256(pictures.read(int(index))).hexdigest() for index in used]
-    *_, last = fill_latents(pictures, used, [SIZE] * len(used), model=model, store=store, **options)
+        options["digests"] = [hashlib.sha256(images.read(int(index))).hexdigest() for index in used]
+    *_, last = fill_latents(images, used, [SIZE] * len(used), model=model, store=store, **options)
     assert last.done == last.total == last.encoded + last.reused + last.dropped
     return last
 
@@ -465,7 +465,7 @@ def test_a_hundred_thousand_records_are_opened_in_seconds_and_take_little_room(t
 
 def test_moments_are_those_of_diffusers_bit_for_bit(tiny_folder: Path, model: LoadedModel, folder: Path) -> None:
     reference = AutoencoderKL.from_pretrained(tiny_folder / "vae").eval()
-    images = [open_picture(path) for path in sorted(folder.iterdir())]
+    images = [open_image(path) for path in sorted(folder.iterdir())]
     batch = VaeImageProcessor(resample="lanczos").preprocess([frame(image, SIZE) for image in images])
     with torch.no_grad():
         expected = reference.encode(batch).latent_dist
@@ -500,14 +500,14 @@ def test_a_draw_is_what_diffusers_draws() -> None:
     assert torch.equal(sample_latents(distribution.mean, None, noise, 0.18215), distribution.mean * 0.18215)
 
 
-# Pictures
+# Images
 
 
 def test_the_cache_holds_what_sdcli_encode_gives_bit_for_bit(
     tmp_path: Path, tiny_folder: Path, folder: Path, model: LoadedModel
 ) -> None:
-    for path in folder.iterdir():  # pictures of the size itself, so that nothing is resized
-        frame(open_picture(path), SIZE).save(path)
+    for path in folder.iterdir():  # images of the size itself, so that nothing is resized
+        frame(open_image(path), SIZE).save(path)
     codec = Codec.load(load_registry().find(str(tiny_folder)), RunSettings(device="cpu"))
     files = input_files([folder], suffixes=frozenset({".png"}), kind="pictures")
     written = list(encode_all(files, codec, EncodeSettings(outdir=tmp_path / "encoded")))
@@ -516,7 +516,7 @@ def test_the_cache_holds_what_sdcli_encode_gives_bit_for_bit(
     index = fill(folder, model, store).latents
     assert index is not None
     cached = CachedLatents(store, index)
-    source = open_pictures(tmp_path / "encoded")
+    source = open_images(tmp_path / "encoded")
     assert isinstance(source, LatentFiles)
     encoded = EncodedLatents(source)
     assert len(encoded) == len(cached) == 6
@@ -531,7 +531,7 @@ def test_the_cache_holds_what_sdcli_encode_gives_bit_for_bit(
         check_same_vae(source, model.with_parts(vae=model.vae))
 
 
-def test_mirrored_pictures_are_encoded_mirrored_not_flipped_as_latents(
+def test_mirrored_images_are_encoded_mirrored_not_flipped_as_latents(
     tmp_path: Path, folder: Path, model: LoadedModel
 ) -> None:
     store = TensorStore(tmp_path / "cache", "latents")
@@ -541,13 +541,13 @@ def test_mirrored_pictures_are_encoded_mirrored_not_flipped_as_latents(
     cached = CachedLatents(store, index)
     for item, path in enumerate(sorted(folder.iterdir())):
         for way in (False, True):
-            mean, logvar = moments_of(model, frame(open_picture(path), SIZE, flip=way))
+            mean, logvar = moments_of(model, frame(open_image(path), SIZE, flip=way))
             assert logvar is not None
             assert same_bits(cached[item, way][0], mean[0])
             assert same_bits(cached[item, way][1], logvar[0])
         assert not torch.equal(cached[item, True][0], cached[item, False][0].flip(-1))
     assert torch.equal(
-        to_pixels(ImageOps.mirror(open_picture(path))), to_pixels(open_picture(path)).flip(-1)
+        to_pixels(ImageOps.mirror(open_image(path))), to_pixels(open_image(path)).flip(-1)
     )  # what the filling relies on
     plain = fill(folder, model, store).latents
     assert plain is not None
@@ -562,15 +562,15 @@ def test_a_second_filling_encodes_nothing(
     first = fill(folder, model, TensorStore(tmp_path / "cache", "latents"), flips=True)
     assert (first.encoded, first.reused, sum(encodes)) == (6, 0, 12)
     store = TensorStore(tmp_path / "cache", "latents")
-    pictures: Any = open_pictures(folder)
+    images: Any = open_images(folder)
     if digests:
-        known = [hashlib.sha256(pictures.read(index)).hexdigest() for index in range(6)]
-        unread = type("Unread", (), {"__len__": lambda _: 6, "__getitem__": lambda _, index: pictures[index]})()
+        known = [hashlib.sha256(images.read(index)).hexdigest() for index in range(6)]
+        unread = type("Unread", (), {"__len__": lambda _: 6, "__getitem__": lambda _, index: images[index]})()
         *_, second = fill_latents(
             unread, range(6), [SIZE] * 6, model=model, store=store, digests=known, flips=True
         )  # such a set cannot even be read
     else:
-        second = fill(pictures, model, store, flips=True)
+        second = fill(images, model, store, flips=True)
     assert (second.encoded, second.reused, sum(encodes)) == (0, 6, 12)
     assert first.latents is not None
     assert second.latents is not None
@@ -578,13 +578,13 @@ def test_a_second_filling_encodes_nothing(
     assert fill(folder, model, store).reused == 6  # those as they are, out of the two ways
 
 
-def test_one_new_picture_costs_one_encode_and_so_does_one_changed_byte(
+def test_one_new_image_costs_one_encode_and_so_does_one_changed_byte(
     tmp_path: Path, folder: Path, model: LoadedModel, encodes: list[int]
 ) -> None:
     store = TensorStore(tmp_path / "cache", "latents")
     fill(folder, model, store)
     encodes.clear()
-    paint(folder / "new.png", seed=99)
+    sample(folder / "new.png", seed=99)
     assert fill(folder, model, store).encoded == sum(encodes) == 1
     with open(folder / "0.png", "ab") as file:
         file.write(b"\0")
@@ -595,7 +595,7 @@ def test_one_new_picture_costs_one_encode_and_so_does_one_changed_byte(
     assert sum(encodes) == 2
 
 
-def test_a_picture_that_is_there_twice_is_encoded_once(
+def test_an_image_that_is_there_twice_is_encoded_once(
     tmp_path: Path, folder: Path, model: LoadedModel, encodes: list[int]
 ) -> None:
     shutil.copy(folder / "2.png", folder / "copy.png")
@@ -679,9 +679,9 @@ def test_a_damaged_shard_is_told_and_what_it_held_is_encoded_again(
     shards[0].write_bytes(shards[0].read_bytes()[:-1])
     shards[1].write_bytes(b"")
     opened = TensorStore(tmp_path / "cache", "latents")
-    pictures = open_pictures(folder)
+    images = open_images(folder)
     notes: list[str] = []
-    for progress in fill_latents(pictures, range(6), [SIZE] * 6, model=model, store=opened):
+    for progress in fill_latents(images, range(6), [SIZE] * 6, model=model, store=opened):
         notes += progress.notes
     assert (progress.encoded, progress.reused) == (2, 4)
     assert [str(shard) in note for shard, note in zip(shards[:2], sorted(notes), strict=True)] == [True, True]
@@ -690,14 +690,14 @@ def test_a_damaged_shard_is_told_and_what_it_held_is_encoded_again(
     assert all(same_bits(a[0], b[0]) and same_bits(a[1], b[1]) for a, b in zip(expected, again, strict=True))
 
 
-def test_broken_pictures_are_dropped_with_a_reason_and_the_others_are_encoded(
+def test_broken_images_are_dropped_with_a_reason_and_the_others_are_encoded(
     tmp_path: Path, folder: Path, model: LoadedModel
 ) -> None:
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
     (folder / "note.png").write_text("hello")
-    pictures = open_pictures(folder)
+    images = open_images(folder)
     (folder / "5.png").unlink()
-    done = fill(pictures, model, TensorStore(tmp_path / "cache", "latents"))
+    done = fill(images, model, TensorStore(tmp_path / "cache", "latents"))
     assert done.latents is not None
     assert (done.encoded, done.dropped) == (4, 3)
     assert [one.name for one in done.latents.dropped] == ["1.png", "5.png", "note.png"]
@@ -709,7 +709,7 @@ def test_broken_pictures_are_dropped_with_a_reason_and_the_others_are_encoded(
 
 
 def going_wrong(model: LoadedModel, *, wrong: Callable[[Tensor], Tensor]) -> LoadedModel:
-    """The model with a VAE whose encoder gives NaN where `wrong` (a value per picture of the batch) says so."""
+    """The model with a VAE whose encoder gives NaN where `wrong` (a value per image of the batch) says so."""
     import copy
 
     def spoil(_: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -722,7 +722,7 @@ def going_wrong(model: LoadedModel, *, wrong: Callable[[Tensor], Tensor]) -> Loa
 
 def test_latents_that_are_not_finite_are_never_stored(tmp_path: Path, folder: Path, model: LoadedModel) -> None:
     shutil.copy(folder / "3.png", folder / "copy.png")
-    third = to_pixels(frame(open_picture(folder / "3.png"), SIZE)) * 2 - 1
+    third = to_pixels(frame(open_image(folder / "3.png"), SIZE)) * 2 - 1
     spoilt = going_wrong(model, wrong=lambda batch: (batch - third).abs().amax(dim=(1, 2, 3)) < 1e-6)
     for batch_size in (1, 4):
         store = TensorStore(tmp_path / f"cache{batch_size}", "latents")
@@ -744,7 +744,7 @@ def test_what_goes_wrong_in_half_precision_is_encoded_in_float32(
     done = fill(folder, spoilt, store)
     assert done.latents is not None
     assert (done.encoded, done.dropped) == (6, 0)
-    image = frame(open_picture(folder / "0.png"), SIZE)
+    image = frame(open_image(folder / "0.png"), SIZE)
     exact, _ = moments_of(model, image)
     mean, logvar = CachedLatents(store, done.latents)[0, False]
     assert mean.dtype == torch.bfloat16
@@ -760,21 +760,21 @@ def test_a_vae_without_a_distribution_stores_the_latent_alone(tmp_path: Path, fo
     assert index is not None
     mean, logvar = CachedLatents(store, index)[0, False]
     assert logvar is None
-    assert torch.equal(mean, moments_of(tiny, frame(open_picture(folder / "0.png"), SIZE))[0][0])
+    assert torch.equal(mean, moments_of(tiny, frame(open_image(folder / "0.png"), SIZE))[0][0])
 
 
-def test_pictures_of_several_sizes_are_batched_by_size(
+def test_images_of_several_sizes_are_batched_by_size(
     tmp_path: Path, folder: Path, model: LoadedModel, encodes: list[int]
 ) -> None:
-    pictures, sizes = open_pictures(folder), [(32, 32), (48, 24), (32, 32), (48, 24), (32, 32), (24, 48)]
+    images, sizes = open_images(folder), [(32, 32), (48, 24), (32, 32), (48, 24), (32, 32), (24, 48)]
     store = TensorStore(tmp_path / "cache", "latents")
-    *_, done = fill_latents(pictures, range(6), np.array(sizes), model=model, store=store, batch_size=2)
+    *_, done = fill_latents(images, range(6), np.array(sizes), model=model, store=store, batch_size=2)
     assert sorted(encodes) == [1, 1, 2, 2]
     assert done.latents is not None
     cached = CachedLatents(store, done.latents)
     assert [tuple(cached[item, False][0].shape) for item in range(6)] == [(4, h // 8, w // 8) for w, h in sizes]
     alone = TensorStore(tmp_path / "alone", "latents")
-    *_, one_by_one = fill_latents(pictures, range(6), sizes, model=model, store=alone, batch_size=1)
+    *_, one_by_one = fill_latents(images, range(6), sizes, model=model, store=alone, batch_size=1)
     assert one_by_one.latents is not None
     for item in range(6):
         assert torch.allclose(
@@ -794,42 +794,42 @@ def test_what_does_not_fit_into_memory_is_encoded_in_smaller_batches_then_in_til
 
     monkeypatch.setattr(autoencoder, "moments", narrow)
     monkeypatch.setattr(cache_fill, "free_caches", lambda: None)  # slow in a process as large as this
-    pictures, notes = open_pictures(folder), list[str]()
+    images, notes = open_images(folder), list[str]()
     store = TensorStore(tmp_path / "cache", "latents")
-    for progress in fill_latents(pictures, range(6), [SIZE] * 6, model=model, store=store, batch_size=4):
+    for progress in fill_latents(images, range(6), [SIZE] * 6, model=model, store=store, batch_size=4):
         notes += progress.notes
     assert progress.encoded == 6
     assert len(notes) == len(set(notes)) == 3
     assert any("tiles" in note for note in notes)
 
 
-def test_pictures_are_read_ahead_of_the_encoder_and_not_without_bound(
+def test_images_are_read_ahead_of_the_encoder_and_not_without_bound(
     tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(30):
-        paint(tmp_path / "data" / f"{seed:02}.png", seed=seed)
-    pictures = open_pictures(tmp_path / "data")
+        sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
+    images = open_images(tmp_path / "data")
     read_count, ahead, encoded = [0], threading.Event(), [0]
     lead: list[int] = []
 
     class Watched:
         def __len__(self) -> int:
-            return len(pictures)
+            return len(images)
 
         def __getitem__(self, index: int) -> Any:
-            return pictures[index]
+            return images[index]
 
         def read(self, index: int) -> bytes:
             read_count[0] += 1
             lead.append(index - encoded[0])
             if index == 3:
                 ahead.set()
-            return pictures.read(index)
+            return images.read(index)
 
     moments = autoencoder.moments
 
     def waiting(vae: Any, pixels: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        assert ahead.wait(10), "while the first picture is encoded, the fourth is not read"
+        assert ahead.wait(10), "while the first image is encoded, the fourth is not read"
         encoded[0] += 1
         return moments(vae, pixels, **options)
 
@@ -841,20 +841,20 @@ def test_pictures_are_read_ahead_of_the_encoder_and_not_without_bound(
 
 
 def test_filling_stops_between_batches_and_keeps_what_is_done(tmp_path: Path, folder: Path, model: LoadedModel) -> None:
-    store, pictures = TensorStore(tmp_path / "cache", "latents"), open_pictures(folder)
+    store, images = TensorStore(tmp_path / "cache", "latents"), open_images(folder)
     done = [0]
 
     def stop() -> Interrupted | None:
         return Interrupted("interrupted") if done[0] == 3 else None
 
     def fill_until_stopped() -> None:
-        for progress in fill_latents(pictures, range(6), [SIZE] * 6, model=model, store=store, stop=stop):
+        for progress in fill_latents(images, range(6), [SIZE] * 6, model=model, store=store, stop=stop):
             done[0] = progress.encoded
 
     with pytest.raises(Interrupted):
         fill_until_stopped()
     assert len(TensorStore(tmp_path / "cache", "latents")) == 3
-    left = fill_latents(pictures, range(6), [SIZE] * 6, model=model, store=store)
+    left = fill_latents(images, range(6), [SIZE] * 6, model=model, store=store)
     assert any(progress.encoded for progress in left)
     left.close()  # a caller that walks away
     assert len(TensorStore(tmp_path / "cache", "latents")) == 4
@@ -865,7 +865,7 @@ def test_the_data_are_never_touched(tmp_path: Path, folder: Path, model: LoadedM
     def snapshot() -> dict[str, tuple[bytes, int]]:
         return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))}
 
-    (folder / "broken.png").write_text("no picture")
+    (folder / "broken.png").write_text("no image")
     before, folder_time = snapshot(), folder.stat().st_mtime_ns
     fill(folder, model, TensorStore(tmp_path / "cache", "latents"), flips=True)
     assert snapshot() == before
@@ -912,7 +912,7 @@ def test_latents_are_held_only_where_they_fit_the_budget(tmp_path: Path, folder:
     assert cached.held
     shutil.rmtree(store.path)
     assert cached[5, False][0].isfinite().all()
-    with pytest.raises(NotFound, match="lacks the latents of 6 of 6 pictures"):
+    with pytest.raises(NotFound, match="lacks the latents of 6 of 6 images"):
         CachedLatents(TensorStore(tmp_path / "cache", "latents"), index)
 
 
@@ -1002,17 +1002,17 @@ from sdcli.models.registry import load_registry
 
 model, data, cache, pause = sys.argv[1:5]
 loaded = load_model(load_registry().find(model), device="cpu", dtype="float32", parts=("vae",))
-pictures = open_pictures(data)
+images = open_pictures(data)
 moments = autoencoder.moments
 def slow(vae, pixels, **options):
     time.sleep(float(pause))
     return moments(vae, pixels, **options)
 autoencoder.moments = slow
 store = TensorStore(Path(cache), "latents", shard_bytes=1500)
-used = np.arange(len(pictures))
+used = np.arange(len(images))
 print("ready", flush=True)
 sys.stdin.readline()
-for last in fill_latents(pictures, used, [(32, 32)] * len(used), model=loaded, store=store):
+for last in fill_latents(images, used, [(32, 32)] * len(used), model=loaded, store=store):
     pass
 print(last.encoded, last.reused, len(last.latents.items), flush=True)
 """
@@ -1069,7 +1069,7 @@ def test_of_two_fillings_of_one_folder_that_are_killed_all_that_was_written_is_u
     tmp_path: Path, model: LoadedModel, start: Callable[..., subprocess.Popen[str]], encodes: list[int]
 ) -> None:
     for seed in range(24):
-        paint(tmp_path / "data" / f"{seed:02}.png", seed=seed)
+        sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
     processes = [start(pause=0.02), start(pause=0.03)]
     for process in processes:
         assert process.stdout is not None
@@ -1094,7 +1094,7 @@ def test_two_processes_that_fill_one_folder_at_once_leave_the_union(
     tmp_path: Path, model: LoadedModel, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     for seed in range(24):
-        paint(tmp_path / "data" / f"{seed:02}.png", seed=seed)
+        sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
     processes = [start(pause=0.05), start(pause=0.06)]
     for process in processes:
         assert process.stdout is not None
@@ -1118,7 +1118,7 @@ def test_a_filling_that_is_killed_over_and_over_comes_to_its_end(
     tmp_path: Path, model: LoadedModel, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     for seed in range(24):
-        paint(tmp_path / "data" / f"{seed:02}.png", seed=seed)
+        sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
     for turn in range(5):
         process = start(pause=0.005)
         assert process.stdout is not None
@@ -1170,7 +1170,7 @@ def test_the_command_fills_both_caches_and_says_what_it_did(
     assert texts["animal"].shape == (77, 32)
 
 
-def test_the_command_ends_with_7_where_pictures_were_dropped(
+def test_the_command_ends_with_7_where_images_were_dropped(
     tmp_path: Path, folder: Path, tiny_folder: Path, cache: Callable[..., Any]
 ) -> None:
     (folder / "broken.png").write_text("hello")

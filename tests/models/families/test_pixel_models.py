@@ -1,4 +1,4 @@
-"""Models without a prompt, with classes, and without a VAE: painted as diffusers does, through the one pipeline."""
+"""Models without a prompt, with classes, and without a VAE: generated as diffusers does, through the one reference."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from sdcli.diffusion import init_latents
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadOutput, BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.codec import Codec
-from sdcli.generation.engine import Engine, Result, paint_pictures
+from sdcli.generation.engine import Engine, Result, generate_images
 from sdcli.generation.journal import Journal
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
+from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
-from sdcli.metadata.record import read_picture
+from sdcli.metadata.record import read_image
 from sdcli.models.layout import LAYOUTS
 from sdcli.models.loader import LoadedModel, load_model, model_in_memory
 from sdcli.models.registry import ModelSpec, load_registry, resolve, spec_of_folder
@@ -102,19 +102,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
-def painter_of(folder: Path) -> Painter:
-    return Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+def painter_of(folder: Path) -> Pipeline:
+    return Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
 
 
-def requests_for(painter: Painter, *prompts: str, **fields: Any) -> list[GenerationRequest]:
+def requests_for(pipeline: Pipeline, *prompts: str, **fields: Any) -> list[GenerationRequest]:
     return [
-        resolve(GenerationRequest(prompt=prompt, seed=seed, **fields), painter.model.spec)
+        resolve(GenerationRequest(prompt=prompt, seed=seed, **fields), pipeline.model.spec)
         for prompt, seed in zip(prompts or ("", ""), SEEDS, strict=True)
     ]
 
 
-def painted(painter: Painter, *prompts: str, **fields: Any) -> Tensor:
-    *_, last = paint(painter, requests_for(painter, *prompts, **fields))
+def painted(pipeline: Pipeline, *prompts: str, **fields: Any) -> Tensor:
+    *_, last = sample(pipeline, requests_for(pipeline, *prompts, **fields))
     return last.latents
 
 
@@ -155,10 +155,10 @@ def test_pixels_equal_diffusers_own_pipelines_bit_for_bit(folders: dict[str, Pat
     oracle = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[scheduler].from_pretrained(folders[name])
     oracle.set_progress_bar_config(disable=True)
     expected = oracle(batch_size=2, generator=generators(), num_inference_steps=4, output_type="pt").images
-    painter = painter_of(folders[name])
-    x = painted(painter, scheduler=scheduler, steps=4)
+    pipeline = painter_of(folders[name])
+    x = painted(pipeline, scheduler=scheduler, steps=4)
     assert x.shape == expected.shape
-    found = torch.cat([painter.space.decode(one[None]) for one in x])
+    found = torch.cat([pipeline.space.decode(one[None]) for one in x])
     assert torch.equal(found, expected.expand(-1, 3, -1, -1))
 
 
@@ -174,10 +174,10 @@ def test_ddim_eta_equals_diffusers_own_pipeline(folders: dict[str, Path]) -> Non
 def test_x_equals_a_plain_loop_of_diffusers_parts_with_every_scheduler(
     folders: dict[str, Path], scheduler: str
 ) -> None:
-    painter = painter_of(folders["grey"])
+    pipeline = painter_of(folders["grey"])
     unet = UNet2DModel.from_pretrained(folders["grey"] / "unet")
-    expected = by_hand(unet, make_scheduler(scheduler, painter.model.scheduler_config), steps=4, size=(20, 36))
-    assert torch.equal(painted(painter, scheduler=scheduler, steps=4, width=36, height=20), expected)
+    expected = by_hand(unet, make_scheduler(scheduler, pipeline.model.scheduler_config), steps=4, size=(20, 36))
+    assert torch.equal(painted(pipeline, scheduler=scheduler, steps=4, width=36, height=20), expected)
 
 
 @pytest.mark.parametrize(
@@ -191,42 +191,42 @@ def test_x_equals_a_plain_loop_of_diffusers_parts_with_every_scheduler(
 def test_guidance_by_classes_equals_a_plain_loop(
     folders: dict[str, Path], negatives: tuple[str, str], scale: float, labels: Any
 ) -> None:
-    painter = painter_of(folders["animals"])
+    pipeline = painter_of(folders["animals"])
     requests = [
         resolve(
             GenerationRequest(
                 prompt=prompt, negative_prompt=negative, seed=seed, guidance_scale=scale, steps=3, scheduler="ddpm"
             ),
-            painter.model.spec,
+            pipeline.model.spec,
         )
         for prompt, negative, seed in zip(["red fox", "0"], negatives, SEEDS, strict=True)
     ]
-    *_, last = paint(painter, requests)
+    *_, last = sample(pipeline, requests)
     unet = UNet2DModel.from_pretrained(folders["animals"] / "unet")
     scheduler = DDPMScheduler.from_pretrained(folders["animals"] / "scheduler")
     assert torch.equal(last.latents, by_hand(unet, scheduler, steps=3, size=(28, 28), labels=labels, scale=scale))
 
 
-def test_pictures_of_latents_equal_diffusers_own_pipeline(folders: dict[str, Path]) -> None:
+def test_images_of_latents_equal_diffusers_own_pipeline(folders: dict[str, Path]) -> None:
     """diffusers loads an AutoencoderKL as LDMPipeline's `vqvae`, and so do we."""
     oracle = LDMPipeline.from_pretrained(folders["latents"])
     oracle.set_progress_bar_config(disable=True)
     expected = oracle(batch_size=2, generator=generators(), num_inference_steps=4, output_type="np").images
-    painter = painter_of(folders["latents"])
-    x = painted(painter, steps=4)
+    pipeline = painter_of(folders["latents"])
+    x = painted(pipeline, steps=4)
     assert x.shape == (2, 4, 8, 8)
     with torch.inference_mode():
-        together = painter.space.decode(x)
+        together = pipeline.space.decode(x)
     assert np.array_equal(together.permute(0, 2, 3, 1).numpy(), expected)
-    assert torch.allclose(painter.space.decode(x[:1])[0], together[0], atol=1e-5)
+    assert torch.allclose(pipeline.space.decode(x[:1])[0], together[0], atol=1e-5)
 
 
 def test_latents_of_classes_are_guided_too(folders: dict[str, Path]) -> None:
-    painter = painter_of(folders["latent-animals"])
+    pipeline = painter_of(folders["latent-animals"])
     unet = UNet2DModel.from_pretrained(folders["latent-animals"] / "unet")
     scheduler = DDIMScheduler.from_pretrained(folders["latent-animals"] / "scheduler")
     expected = by_hand(unet, scheduler, steps=3, size=(8, 8), labels=((3, 3), (0, 1)), scale=2.0)
-    assert torch.equal(painted(painter, "cat", "dog", steps=3, guidance_scale=2.0), expected)
+    assert torch.equal(painted(pipeline, "cat", "dog", steps=3, guidance_scale=2.0), expected)
 
 
 # What may be asked
@@ -243,20 +243,20 @@ def test_the_model_s_own_size_is_the_default(folders: dict[str, Path], tiny_fold
     assert (text.width, text.height, text.steps, text.guidance_scale) == (64, 64, 25, 7.5)
 
 
-def test_an_oblong_model_paints_oblong_pictures(tmp_path: Path) -> None:
+def test_an_oblong_model_paints_oblong_images(tmp_path: Path) -> None:
     spec = spec_of_folder(save_pixel_model(tmp_path / "oblong", sample_size=(12, 20)))
     assert (spec.defaults.width, spec.defaults.height) == (20, 12)
 
 
-def test_a_vae_that_halves_twice_makes_pictures_of_four_pixels_a_cell(tmp_path: Path) -> None:
+def test_a_vae_that_halves_twice_makes_images_of_four_pixels_a_cell(tmp_path: Path) -> None:
     latent = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
     vae = micro_vae(block_out_channels=(8, 8, 16))
     LDMPipeline(vae, micro_unet(**latent), DDIMScheduler()).save_pretrained(tmp_path / "small")
-    painter = painter_of(tmp_path / "small")
-    x = painted(painter, steps=2)
+    pipeline = painter_of(tmp_path / "small")
+    x = painted(pipeline, steps=2)
     assert x.shape == (2, 4, 8, 8)
-    assert painter.space.decode(x).shape[1:] == (3, 32, 32)
-    assert painter.model.spec.kind.size_step == 8
+    assert pipeline.space.decode(x).shape[1:] == (3, 32, 32)
+    assert pipeline.model.spec.kind.size_step == 8
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,11 @@ def test_a_vae_that_halves_twice_makes_pictures_of_four_pixels_a_cell(tmp_path: 
         ("grey", {"prompt_template": "{prompt} in oil"}, "paints without a prompt"),
         ("grey", {"guidance_scale": 3}, "paints without a prompt, so it cannot be guided"),
         ("grey", {"eta": 0.5, "scheduler": "euler"}, "eta has no effect"),
-        ("strict", {"prompt": "cat", "guidance_scale": 2}, "always paints a class, never none, so it cannot be guided"),
+        (
+            "strict",
+            {"prompt": "cat", "guidance_scale": 2},
+            "always generates a class, never none, so it cannot be guided",
+        ),
         ("strict", {"prompt": "cat", "negative_prompt": "dog"}, "cannot be guided"),
         ("strict", {"prompt": ""}, r"the prompt names no class \(the model's classes: cat, dog, red fox\)"),
         ("animals", {"prompt": "red fax"}, "no class 'red fax'; did you mean 'red fox'"),
@@ -298,26 +302,26 @@ def test_a_class_is_asked_for_by_its_name_or_its_number() -> None:
 
 def test_more_steps_than_levels_of_noise_are_refused(tmp_path: Path) -> None:
     DDPMPipeline(micro_unet(), DDPMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path / "short")
-    painter = painter_of(tmp_path / "short")
-    assert painted(painter, steps=10).isfinite().all()
+    pipeline = painter_of(tmp_path / "short")
+    assert painted(pipeline, steps=10).isfinite().all()
     with pytest.raises(UsageError, match=r"11 steps are too many: .* was trained with 10 levels of noise"):
-        painted(painter, steps=11)
+        painted(pipeline, steps=11)
 
 
-def test_a_black_picture_of_pixels_is_a_picture_and_nan_is_none(
+def test_a_black_image_of_pixels_is_an_image_and_nan_is_none(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    painter = painter_of(folders["grey"])
-    (request, _) = requests_for(painter, steps=1)
+    pipeline = painter_of(folders["grey"])
+    (request, _) = requests_for(pipeline, steps=1)
     for value, ends in ((-1.0, "painted"), (float("nan"), "refused")):
         monkeypatch.setattr(init_latents, "initial_noise", lambda _, shape, value=value: torch.full((1, *shape), value))
-        monkeypatch.setattr(type(painter.model.unet), "forward", lambda *_, **__: (torch.zeros(1, 1, 28, 28),))
+        monkeypatch.setattr(type(pipeline.model.unet), "forward", lambda *_, **__: (torch.zeros(1, 1, 28, 28),))
         if ends == "painted":
-            (picture,) = paint_pictures(painter, [request])
-            assert float(picture.pixels.max()) < 0.5
+            (image,) = generate_images(pipeline, [request])
+            assert float(image.pixels.max()) < 0.5
         else:
             with pytest.raises(BadOutput):
-                paint_pictures(painter, [request])
+                generate_images(pipeline, [request])
 
 
 # Networks in memory
@@ -332,11 +336,11 @@ def in_memory(folder: Path, **changes: Any) -> LoadedModel:
 
 
 def test_networks_in_memory_paint_what_their_folder_paints(folders: dict[str, Path], tmp_path: Path) -> None:
-    painter, trained = painter_of(folders["grey"]), Painter.of(in_memory(tmp_path / "not there yet"))
+    pipeline, trained = painter_of(folders["grey"]), Pipeline.of(in_memory(tmp_path / "not there yet"))
     fields = {"steps": 3, "scheduler": "ddpm", "width": 28, "height": 28, "guidance_scale": 1}
-    ours = paint_pictures(trained, requests_for(trained, **fields))
-    theirs = paint_pictures(painter, requests_for(painter, **fields))
-    assert [picture.batch_size for picture in ours] == [2, 2]
+    ours = generate_images(trained, requests_for(trained, **fields))
+    theirs = generate_images(pipeline, requests_for(pipeline, **fields))
+    assert [image.batch_size for image in ours] == [2, 2]
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
     assert trained.model.weights() == {"unet": "memory"}
     assert list(tmp_path.iterdir()) == []
@@ -350,9 +354,9 @@ def test_classes_and_latents_of_networks_in_memory_are_read_off_their_configurat
         unet=micro_unet(in_channels=4, out_channels=4, num_class_embeds=4),
         vae=micro_vae(),
     )
-    painter = Painter.of(model)
+    pipeline = Pipeline.of(model)
     fields = {"steps": 2, "width": 64, "height": 32, "guidance_scale": 2, "scheduler": "ddim"}
-    first, second = paint_pictures(painter, requests_for(painter, "cat", "dog", **fields), batch_size=1)
+    first, second = generate_images(pipeline, requests_for(pipeline, "cat", "dog", **fields), batch_size=1)
     assert first.pixels.shape == (3, 32, 64)
     assert (first.batch_size, second.batch_index) == (1, 0)
     with pytest.raises(BadWeights, match="names 2 classes, and its UNet has 4"):
@@ -360,45 +364,45 @@ def test_classes_and_latents_of_networks_in_memory_are_read_off_their_configurat
 
 
 def test_a_part_in_memory_takes_the_place_of_the_loaded_one(folders: dict[str, Path]) -> None:
-    painter = painter_of(folders["grey"])
+    pipeline = painter_of(folders["grey"])
     other = micro_unet()
     for parameter in other.parameters():
         parameter.data *= 1.5
-    trained = Painter.of(painter.model.with_parts(unet=other, identity="a run, step 7"))
-    assert not torch.equal(painted(painter, steps=2), painted(trained, steps=2))
+    trained = Pipeline.of(pipeline.model.with_parts(unet=other, identity="a run, step 7"))
+    assert not torch.equal(painted(pipeline, steps=2), painted(trained, steps=2))
     assert trained.model.identity("unet") == "a run, step 7"
-    assert painter.model.identity("unet").startswith("sha256:")
+    assert pipeline.model.identity("unet").startswith("sha256:")
 
 
 def test_text_models_paint_with_a_trained_unet_as_well(tiny_folder: Path) -> None:
     import copy
 
     model = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
-    same = Painter.of(model.with_parts(unet=copy.deepcopy(model.unet)))
+    same = Pipeline.of(model.with_parts(unet=copy.deepcopy(model.unet)))
     requests = requests_for(same, "a cat", "a dog", steps=2)
-    pairs = zip(paint_pictures(Painter.of(model), requests), paint_pictures(same, requests), strict=True)
+    pairs = zip(generate_images(Pipeline.of(model), requests), generate_images(same, requests), strict=True)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in pairs)
 
 
-def test_dropout_is_off_while_sample_pictures_are_painted_and_on_again_after(tmp_path: Path) -> None:
+def test_dropout_is_off_while_sample_images_are_painted_and_on_again_after(tmp_path: Path) -> None:
     model = in_memory(tmp_path, dropout=0.5)
-    painter = Painter.of(model)
-    request = requests_for(painter, steps=2, width=28, height=28, guidance_scale=1)[:1]
-    expected = paint_pictures(painter, request)[0].pixels
+    pipeline = Pipeline.of(model)
+    request = requests_for(pipeline, steps=2, width=28, height=28, guidance_scale=1)[:1]
+    expected = generate_images(pipeline, request)[0].pixels
     model.unet.train()
     model.unet.mid_block.eval()
     modes = [module.training for module in model.unet.modules()]
-    assert torch.equal(paint_pictures(painter, request)[0].pixels, expected)
+    assert torch.equal(generate_images(pipeline, request)[0].pixels, expected)
     assert [module.training for module in model.unet.modules()] == modes
     assert all(parameter.requires_grad for parameter in model.unet.parameters()), "training goes on"
 
 
 def test_training_goes_on_after_painting(tmp_path: Path) -> None:
-    painter = Painter.of(in_memory(tmp_path))
-    paint_pictures(painter, requests_for(painter, steps=1, width=28, height=28, guidance_scale=1))
-    loss = painter.model.unet(torch.zeros(1, 1, 28, 28), 3).sample.square().mean()
+    pipeline = Pipeline.of(in_memory(tmp_path))
+    generate_images(pipeline, requests_for(pipeline, steps=1, width=28, height=28, guidance_scale=1))
+    loss = pipeline.model.unet(torch.zeros(1, 1, 28, 28), 3).sample.square().mean()
     loss.backward()
-    assert all(parameter.grad is not None for parameter in painter.model.unet.parameters())
+    assert all(parameter.grad is not None for parameter in pipeline.model.unet.parameters())
 
 
 # Folders
@@ -442,13 +446,13 @@ def unet_config(**changes: Any) -> str:
         ("classes.json", '["cat", "dog", "dog"]', BadWeights, "'dog' is there twice"),
         ("unet/config.json", unet_config(num_class_embeds=10**12), BadWeights, "cannot have 1000000000000 classes"),
         ("unet/config.json", unet_config(class_embed_type="timestep"), UsageError, "takes classes as 'timestep'"),
-        ("unet/config.json", unet_config(in_channels=4, out_channels=4), UsageError, "takes 4 channels; pictures have"),
+        ("unet/config.json", unet_config(in_channels=4, out_channels=4), UsageError, "takes 4 channels; images have"),
         ("unet/config.json", unet_config(out_channels=2), UsageError, "takes 1 channels and gives 2"),
         ("unet/config.json", unet_config(block_out_channels="many"), BadWeights, "describes no network"),
         ("unet/config.json", unet_config(_class_name="UNet2DConditionModel"), BadWeights, "is of a 'UNet2DCondition"),
         ("unet/config.json", unet_config(_class_name=["UNet2DModel"]), BadWeights, "is of a"),
-        ("model_index.json", '{"_class_name": "DiTPipeline"}', UsageError, "is a DiTPipeline; sdcli paints with"),
-        ("model_index.json", '{"_class_name": ["x"]}', UsageError, "sdcli paints with"),
+        ("model_index.json", '{"_class_name": "DiTPipeline"}', UsageError, "is a DiTPipeline; sdcli generates with"),
+        ("model_index.json", '{"_class_name": ["x"]}', UsageError, "sdcli generates with"),
         ("model_index.json", '{"_class_name": "DDPMPipeline"}', BadWeights, "names None as its unet"),
     ],
 )  # fmt: skip
@@ -508,7 +512,7 @@ def test_a_folder_s_own_defaults_lie_between_the_usual_ones_and_those_of_an_entr
 def test_a_text_folder_may_have_its_own_defaults(tiny_folder: Path, tmp_path: Path) -> None:
     own = {"schema": 1, "defaults": {"prompt_template": "{prompt}, in oil", "guidance_scale": 3}}
     spec = spec_of_folder(damaged(tiny_folder, tmp_path / "run", "sdcli.json", json.dumps(own)))
-    assert resolve(GenerationRequest(prompt="a cat"), spec).painted_prompt == "a cat, in oil"
+    assert resolve(GenerationRequest(prompt="a cat"), spec).full_prompt == "a cat, in oil"
     assert (spec.defaults.guidance_scale, spec.defaults.width) == (3, 64)
 
 
@@ -563,13 +567,13 @@ def test_an_unconditional_model_paints_without_a_prompt(
         assert (image.size, image.mode) == ((28, 28), "RGB")
         red, green, blue = image.split()
     assert red.tobytes() == green.tobytes() == blue.tobytes(), "grey is saved with equal channels"
-    info = read_picture(path)
+    info = read_image(path)
     assert info.record is not None
     assert (info.record.request.prompt, info.record.request.width) == ("", 28)
     assert list(info.record.provenance["weights"]) == ["unet"]
     registry = load_registry()
     for line in lines:
-        assert verify_picture(tmp_path / json.loads(line)["path"], registry, RunSettings(device="cpu")).identical
+        assert verify_image(tmp_path / json.loads(line)["path"], registry, RunSettings(device="cpu")).identical
     asked = command("--from", path, "--dry-run").stdout
     assert json.loads(asked) == info.record.request.typed()
     assert "paints without a prompt" in command("a cat", "-m", folders["grey"], code=2).stderr
@@ -586,7 +590,7 @@ def test_lines_of_a_file_need_no_prompt_and_are_resumed(folders: dict[str, Path]
         assert "line 3: " in str(bad.error)
         engine = Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=tmp_path, resume=True))
         good = [job for job in jobs if isinstance(job, Job)]
-        events = engine.paint_all(good, journal=Journal.open(tmp_path))
+        events = engine.generate_all(good, journal=Journal.open(tmp_path))
         return [event for event in events if isinstance(event, Result)]
 
     first = run()
@@ -605,10 +609,10 @@ def test_a_class_is_the_prompt(command: Callable[..., Any], folders: dict[str, P
     command("red fox", "2", *typed, "--dtype", "float32", "--batch-size", "1", "-o", "{index}.png")
     named, numbered = (Image.open(tmp_path / f"{index}.png").tobytes() for index in (1, 2))
     assert named == numbered
-    painter = painter_of(folders["latent-animals"])
+    pipeline = painter_of(folders["latent-animals"])
     request = GenerationRequest(prompt="red fox", seed=1, steps=2, guidance_scale=2)
-    (picture,) = paint_pictures(painter, [resolve(request, painter.model.spec)])
-    assert from_pixels(picture.pixels).tobytes() == named, "a trainer's picture is the one that generate paints"
+    (image,) = generate_images(pipeline, [resolve(request, pipeline.model.spec)])
+    assert from_pixels(image.pixels).tobytes() == named, "a trainer's image is the one that generate generates"
     assert "name a class: cat, dog, red fox" in command(*typed, code=2).stderr
     assert "did you mean 'red fox'" in command("red fax", *typed, code=2).stderr
 
@@ -630,16 +634,16 @@ def test_a_model_without_a_vae_neither_encodes_nor_decodes(
     Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
     encoded = sdcli("encode", "x.png", "-m", folders["grey"], "-o", "x.safetensors")
     assert encoded.returncode == 2, encoded.stderr
-    assert "has no VAE: it paints on pixels, not on latents" in encoded.stderr
-    with pytest.raises(UsageError, match="has no text encoder: it paints without text"):
+    assert "has no VAE: it generates on pixels, not on latents" in encoded.stderr
+    with pytest.raises(UsageError, match="has no text encoder: it generates without text"):
         load_model(spec_of_folder(folders["latents"]), parts=("text_encoder",), device="cpu")
 
 
 def test_latents_of_an_unconditional_model_are_encoded_and_decoded(folders: dict[str, Path], tmp_path: Path) -> None:
     codec = Codec.load(spec_of_folder(folders["latents"]), RunSettings(device="cpu"))
     latents, _ = codec.encode([torch.rand(3, 64, 64)], seeds=None)
-    picture, _ = codec.decode(latents[0])
-    assert (tuple(latents.shape), picture.size) == ((1, 4, 8, 8), (64, 64))
+    image, _ = codec.decode(latents[0])
+    assert (tuple(latents.shape), image.size) == ((1, 4, 8, 8), (64, 64))
 
 
 # The laws
@@ -647,11 +651,11 @@ def test_latents_of_an_unconditional_model_are_encoded_and_decoded(folders: dict
 
 @pytest.mark.parametrize("name", ["animals", "latent-animals"])
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
-def test_a_picture_does_not_depend_on_its_batch(folders: dict[str, Path], name: str, scheduler: str) -> None:
-    painter = painter_of(folders[name])
-    requests = requests_for(painter, "cat", "dog", steps=3, scheduler=scheduler, guidance_scale=2.0)
-    together = paint_pictures(painter, requests, batch_size=2)
-    alone = paint_pictures(painter, requests, batch_size=1)
+def test_an_image_does_not_depend_on_its_batch(folders: dict[str, Path], name: str, scheduler: str) -> None:
+    pipeline = painter_of(folders[name])
+    requests = requests_for(pipeline, "cat", "dog", steps=3, scheduler=scheduler, guidance_scale=2.0)
+    together = generate_images(pipeline, requests, batch_size=2)
+    alone = generate_images(pipeline, requests, batch_size=1)
     for a, b in zip(together, alone, strict=True):
         assert (a.batch_size, b.batch_size) == (2, 1)
         assert float((a.pixels - b.pixels).abs().max()) <= 2 / 255
@@ -659,5 +663,5 @@ def test_a_picture_does_not_depend_on_its_batch(folders: dict[str, Path], name: 
 
 @pytest.mark.parametrize(("width", "height"), [(8, 8), (10, 14), (28, 30), (64, 16)])
 def test_pixels_are_painted_in_any_size_the_unet_can_halve(folders: dict[str, Path], width: int, height: int) -> None:
-    painter = painter_of(folders["digits"])
-    assert painted(painter, steps=1, width=width, height=height).shape == (2, 1, height, width)
+    pipeline = painter_of(folders["digits"])
+    assert painted(pipeline, steps=1, width=width, height=height).shape == (2, 1, height, width)

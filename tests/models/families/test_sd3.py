@@ -16,18 +16,18 @@ from torch import Tensor
 
 from sdcli.diffusion import init_latents
 from sdcli.diffusion.init_image import measure
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint, scheduler_for
-from sdcli.diffusion.x0_prediction import seen_and_guessed
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample, scheduler_for
+from sdcli.diffusion.x0_prediction import x_t_and_x0
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.codec import Codec
 from sdcli.generation.engine import Engine, Result
 from sdcli.generation.forward_process import ForwardProcess
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
+from sdcli.generation.verify import verify_image
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
-from sdcli.metadata.record import parameters_text, read_picture
+from sdcli.metadata.record import parameters_text, read_image
 from sdcli.models import loader
 from sdcli.models.hub.download import first_missing
 from sdcli.models.loader import load_model
@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 @pytest.fixture(scope="module")
-def painters(folders: dict[bool, Path]) -> dict[bool, Painter]:
+def loaded_pipelines(folders: dict[bool, Path]) -> dict[bool, Pipeline]:
     return {t5: of_folder(folder) for t5, folder in folders.items()}
 
 
@@ -70,8 +70,8 @@ def pipelines(folders: dict[bool, Path]) -> dict[bool, StableDiffusion3Pipeline]
         for parameter in encoder.parameters():  # of a mapped file, at odd addresses, where products round differently
             parameter.data = parameter.data.clone()
     small = StableDiffusion3Pipeline(**{**whole.components, "text_encoder_3": None, "tokenizer_3": None})
-    for pipeline in (whole, small):
-        pipeline.set_progress_bar_config(disable=True)
+    for reference in (whole, small):
+        reference.set_progress_bar_config(disable=True)
     return {True: whole, False: small}
 
 
@@ -82,30 +82,30 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start.png"
 
 
-def of_folder(folder: Path) -> Painter:
-    return Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+def of_folder(folder: Path) -> Pipeline:
+    return Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
 
 
-def ours(painter: Painter, **fields: Any) -> Tensor:
-    *_, last = paint(painter, resolved(painter, **fields))
+def ours(pipeline: Pipeline, **fields: Any) -> Tensor:
+    *_, last = sample(pipeline, resolved(pipeline, **fields))
     return last.latents
 
 
-def resolved(painter: Painter, **fields: Any) -> list[GenerationRequest]:
+def resolved(pipeline: Pipeline, **fields: Any) -> list[GenerationRequest]:
     negatives = fields.pop("negatives", NEGATIVES)
     asked = [
         parse_request({"prompt": prompt, "negative_prompt": negative, "seed": seed, **fields})
         for prompt, negative, seed in zip(PROMPTS, negatives, SEEDS, strict=True)
     ]
-    return [resolve(request, painter.model.spec, measure=measure) for request in asked]
+    return [resolve(request, pipeline.model.spec, measure=measure) for request in asked]
 
 
 @torch.no_grad()
-def theirs(pipeline: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
+def theirs(reference: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
     """Each prompt is encoded alone; with gradients T5 would round otherwise."""
     guided = fields["guidance_scale"] > 1
     encoded = [
-        pipeline.encode_prompt(prompt, None, None, negative_prompt=no, do_classifier_free_guidance=guided)
+        reference.encode_prompt(prompt, None, None, negative_prompt=no, do_classifier_free_guidance=guided)
         for prompt, no in zip(PROMPTS, negatives, strict=True)
     ]
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -115,130 +115,132 @@ def theirs(pipeline: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) ->
     }
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     given = {"generator": generators, "num_inference_steps": fields.pop("steps"), "output_type": "latent"}
-    return pipeline(**states, **given, **fields).images
+    return reference(**states, **given, **fields).images
 
 
 @pytest.mark.parametrize("t5", [True, False])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_latents_equal_diffusers_bit_for_bit_with_and_without_t5(
-    painters: dict[bool, Painter], pipelines: dict[bool, Any], guidance_scale: float, t5: bool
+    loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any], guidance_scale: float, t5: bool
 ) -> None:
     fields = {**SMALL, "guidance_scale": guidance_scale, "negatives": NEGATIVES if guidance_scale > 1 else ["", ""]}
-    assert torch.equal(ours(painters[t5], **fields), theirs(pipelines[t5], **fields))
+    assert torch.equal(ours(loaded_pipelines[t5], **fields), theirs(pipelines[t5], **fields))
 
 
-def test_a_picture_hardly_depends_on_its_batch(painters: dict[bool, Painter]) -> None:
-    requests = resolved(painters[True], **SMALL)
-    (*_, both), *singles = (list(paint(painters[True], some)) for some in (requests, requests[:1], requests[1:]))
+def test_an_image_hardly_depends_on_its_batch(loaded_pipelines: dict[bool, Pipeline]) -> None:
+    requests = resolved(loaded_pipelines[True], **SMALL)
+    (*_, both), *singles = (
+        list(sample(loaded_pipelines[True], some)) for some in (requests, requests[:1], requests[1:])
+    )
     for together, (*_, alone) in zip(both.latents, singles, strict=True):
         assert (together - alone.latents[0]).abs().max() < 1e-5 * together.abs().max()
 
 
-def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
-    painters: dict[bool, Painter], pipelines: dict[bool, Any], start: Path
+def test_a_start_image_gives_diffusers_latents_bit_for_bit(
+    loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any], start: Path
 ) -> None:
-    pipeline = quiet(StableDiffusion3Img2ImgPipeline, pipelines[False])
+    reference = quiet(StableDiffusion3Img2ImgPipeline, pipelines[False])
     fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
-    picture = Image.open(start)
-    expected = theirs(pipeline, image=[picture, picture], width=64, height=96, **fields)
-    assert torch.equal(ours(painters[False], **fields, init_image=str(start)), expected)
+    image = Image.open(start)
+    expected = theirs(reference, image=[image, image], width=64, height=96, **fields)
+    assert torch.equal(ours(loaded_pipelines[False], **fields, init_image=str(start)), expected)
 
 
 def test_a_mask_gives_diffusers_latents_bit_for_bit(
-    painters: dict[bool, Painter], pipelines: dict[bool, Any], start: Path, tmp_path: Path
+    loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any], start: Path, tmp_path: Path
 ) -> None:
     mask = Image.new("L", (64, 96))
     mask.paste(255, (32, 0, 64, 96))
     mask.save(tmp_path / "mask.png")
-    pipeline = quiet(StableDiffusion3InpaintPipeline, pipelines[False])
+    reference = quiet(StableDiffusion3InpaintPipeline, pipelines[False])
     fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
-    pictures = {"image": [Image.open(start)] * 2, "mask_image": [mask] * 2}
-    expected = theirs(pipeline, **pictures, width=64, height=96, **fields)
+    images = {"image": [Image.open(start)] * 2, "mask_image": [mask] * 2}
+    expected = theirs(reference, **images, width=64, height=96, **fields)
     given = {"init_image": str(start), "mask": str(tmp_path / "mask.png")}
-    assert torch.equal(ours(painters[False], **fields, **given), expected)
+    assert torch.equal(ours(loaded_pipelines[False], **fields, **given), expected)
 
 
-def quiet(kind: Any, pipeline: Any) -> Any:
-    made = kind(**pipeline.components)
+def quiet(kind: Any, reference: Any) -> Any:
+    made = kind(**reference.components)
     made.set_progress_bar_config(disable=True)
     return made
 
 
 def test_the_vae_shifts_its_latents_as_in_diffusers(
-    painters: dict[bool, Painter], pipelines: dict[bool, Any], start: Path, tmp_path: Path
+    loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any], start: Path, tmp_path: Path
 ) -> None:
-    painter, vae = painters[True], pipelines[True].vae
+    pipeline, vae = loaded_pipelines[True], pipelines[True].vae
     latents = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     expected = pipelines[True].image_processor.postprocess(decoded, output_type="pt")[0]
-    assert torch.equal(painter.space.decode(latents)[0], expected)
+    assert torch.equal(pipeline.space.decode(latents)[0], expected)
     own = torch.randn((1, 16, 12, 8), generator=torch.Generator().manual_seed(1))
-    shifted = autoencoder.scaled(painter.model.vae, own)
+    shifted = autoencoder.scaled(pipeline.model.vae, own)
     assert torch.equal(shifted, (own - 0.0609) * 1.5305)
-    assert torch.allclose(autoencoder.unscaled(painter.model.vae, shifted), own, atol=1e-6)
+    assert torch.allclose(autoencoder.unscaled(pipeline.model.vae, shifted), own, atol=1e-6)
 
 
 def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
-    painters: dict[bool, Painter], tmp_path: Path
+    loaded_pipelines: dict[bool, Pipeline], tmp_path: Path
 ) -> None:
-    painter, file = painters[False], tmp_path / "start.safetensors"
-    codec = Codec.load(painter.model.spec, RunSettings(device="cpu"))
+    pipeline, file = loaded_pipelines[False], tmp_path / "start.safetensors"
+    codec = Codec.load(pipeline.model.spec, RunSettings(device="cpu"))
     own, _ = codec.encode([torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))], seeds=None)
-    scaled = autoencoder.scaled(painter.model.vae, own)
-    apart = distance(codec.decode(own[0])[0], from_pixels(painter.space.decode(scaled)[0]))
+    scaled = autoencoder.scaled(pipeline.model.vae, own)
+    apart = distance(codec.decode(own[0])[0], from_pixels(pipeline.space.decode(scaled)[0]))
     assert apart is not None
     assert apart.largest <= 1
     record = LatentRecord(model="m", vae="v", scaling_factor=1.5305, sample="mean", source=())
     file.write_bytes(latent_bytes(own, record))
-    request = resolve(parse_request({"init_image": str(file), "seed": 1}), painter.model.spec, measure=measure)
+    request = resolve(parse_request({"init_image": str(file), "seed": 1}), pipeline.model.spec, measure=measure)
     assert request.final_size == (64, 96)
-    assert torch.equal(init_latents._latents(painter.space, request, (16, 12, 8)), scaled)
+    assert torch.equal(init_latents._latents(pipeline.space, request, (16, 12, 8)), scaled)
     save_file({"latents": scaled.contiguous()}, file)
     plain = read_latents(file, scaled=True).unscaled(codec.scaling_factor, codec.shift_factor)
     assert torch.allclose(plain, own, atol=1e-6)
 
 
-def test_the_last_guess_is_the_picture_and_the_first_look_the_noise(painters: dict[bool, Painter]) -> None:
-    painter = painters[False]
-    requests = resolved(painter, **SMALL)
-    scheduler = scheduler_for(painter.model, requests[0])
-    first, *_, last = paint(painter, requests)
-    assert torch.equal(seen_and_guessed(scheduler, first)[0], first.x)
-    assert torch.allclose(seen_and_guessed(scheduler, last)[1], last.latents, atol=1e-5)
+def test_the_last_guess_is_the_image_and_the_first_look_the_noise(loaded_pipelines: dict[bool, Pipeline]) -> None:
+    pipeline = loaded_pipelines[False]
+    requests = resolved(pipeline, **SMALL)
+    scheduler = scheduler_for(pipeline.model, requests[0])
+    first, *_, last = sample(pipeline, requests)
+    assert torch.equal(x_t_and_x0(scheduler, first)[0], first.x)
+    assert torch.allclose(x_t_and_x0(scheduler, last)[1], last.latents, atol=1e-5)
 
 
 @pytest.mark.parametrize("clip_skip", [2, 3])
 def test_clip_skip_counts_from_the_end_as_for_sdxl(
-    painters: dict[bool, Painter], pipelines: dict[bool, Any], clip_skip: int
+    loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any], clip_skip: int
 ) -> None:
-    inputs = told(painters[True], "a cat", clip_skip=clip_skip)
+    inputs = told(loaded_pipelines[True], "a cat", clip_skip=clip_skip)
     with torch.no_grad():
         expected, _, pooled, _ = pipelines[True].encode_prompt("a cat", None, None, clip_skip=clip_skip - 2)
     assert torch.equal(inputs["encoder_hidden_states"], expected)
     assert torch.equal(inputs["pooled_projections"], pooled)
 
 
-def test_t5_reads_the_words_without_their_weights_and_behind_all_chunks(painters: dict[bool, Painter]) -> None:
+def test_t5_reads_the_words_without_their_weights_and_behind_all_chunks(loaded_pipelines: dict[bool, Pipeline]) -> None:
     plain, weighted = (
-        told(painters[True], text)["encoder_hidden_states"] for text in ("a cat, red", "a (cat:1.5), [red]")
+        told(loaded_pipelines[True], text)["encoder_hidden_states"] for text in ("a cat, red", "a (cat:1.5), [red]")
     )
     assert not torch.equal(plain[:, :77], weighted[:, :77])
     assert torch.equal(plain[:, 77:], weighted[:, 77:])
-    long = told(painters[True], " ".join(["cat"] * 76))["encoder_hidden_states"]
+    long = told(loaded_pipelines[True], " ".join(["cat"] * 76))["encoder_hidden_states"]
     assert long.shape[1] == 2 * 77 + 256
-    assert not told(painters[False], "a cat")["encoder_hidden_states"][:, 77:].any()
+    assert not told(loaded_pipelines[False], "a cat")["encoder_hidden_states"][:, 77:].any()
 
 
-def told(painter: Painter, prompt: str, **fields: Any) -> dict[str, Tensor]:
-    request = resolve(parse_request({"prompt": prompt, "seed": 1, **SMALL, **fields}), painter.model.spec)
-    return dict(painter.encode([request], guided=False, steps=4).at(1).inputs)
+def told(pipeline: Pipeline, prompt: str, **fields: Any) -> dict[str, Tensor]:
+    request = resolve(parse_request({"prompt": prompt, "seed": 1, **SMALL, **fields}), pipeline.model.spec)
+    return dict(pipeline.encode([request], guided=False, steps=4).at(1).inputs)
 
 
 def test_the_t5_tokenizer_is_transformers_also_where_it_cuts(
-    painters: dict[bool, Painter], pipelines: dict[bool, Any]
+    loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any]
 ) -> None:
-    tokenizer = painters[True].model.tokenizer_3
+    tokenizer = loaded_pipelines[True].model.tokenizer_3
     assert tokenizer is not None
     for text in ("", "a (cat), 7 Dogs", "cat " * 300):
         expected = pipelines[True].tokenizer_3(text, padding="max_length", max_length=256, truncation=True)
@@ -253,24 +255,24 @@ def test_t5_in_float16_keeps_its_widest_sums_in_float32(folders: dict[bool, Path
     }
 
 
-def test_a_picture_is_recorded_and_verifies(folders: dict[bool, Path], tmp_path: Path) -> None:
+def test_an_image_is_recorded_and_verifies(folders: dict[bool, Path], tmp_path: Path) -> None:
     registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
     fields = {**SMALL, "prompt": "a cat", "model": str(folders[True])}
     (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
     assert isinstance(job, Job)
-    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).paint_all([job])
+    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).generate_all([job])
     assert isinstance(done, Result)
     assert done.path is not None
-    record = read_picture(done.path).record
+    record = read_image(done.path).record
     assert record is not None
     assert set(record.provenance["weights"]) == {"text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae"}
     assert "Sampler: Flow Euler" in parameters_text(record)
-    assert verify_picture(done.path, registry, run).identical
+    assert verify_image(done.path, registry, run).identical
 
 
 def test_in_half_precision_it_paints_too(folders: dict[bool, Path]) -> None:
-    painter = Painter.of(load_model(spec_of_folder(folders[True]), dtype="bfloat16", device="cpu"))
-    assert ours(painter, **SMALL).isfinite().all()
+    pipeline = Pipeline.of(load_model(spec_of_folder(folders[True]), dtype="bfloat16", device="cpu"))
+    assert ours(pipeline, **SMALL).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -288,10 +290,12 @@ def test_in_half_precision_it_paints_too(folders: dict[bool, Path]) -> None:
         ({"clip_skip": 4}, "has 3 layers"),
     ],
 )
-def test_what_it_cannot_do_is_refused(painters: dict[bool, Painter], fields: dict[str, Any], sentence: str) -> None:
+def test_what_it_cannot_do_is_refused(
+    loaded_pipelines: dict[bool, Pipeline], fields: dict[str, Any], sentence: str
+) -> None:
     asked = parse_request({"prompt": "a cat", "seed": 1, **SMALL, **fields})
     with pytest.raises(UsageError, match=sentence):
-        painters[False].encode.shape(resolve(asked, painters[False].model.spec))
+        loaded_pipelines[False].encode.shape(resolve(asked, loaded_pipelines[False].model.spec))
 
 
 def test_its_scheduler_is_refused_for_diffusion_models(tiny_folder: Path) -> None:
@@ -300,18 +304,18 @@ def test_its_scheduler_is_refused_for_diffusion_models(tiny_folder: Path) -> Non
         resolve(asked, spec_of_folder(tiny_folder))
 
 
-def test_other_commands_refuse_it(painters: dict[bool, Painter]) -> None:
-    model = painters[False].model
-    with pytest.raises(UsageError, match="sd3 family, which sdcli paints with but does not train yet"):
+def test_other_commands_refuse_it(loaded_pipelines: dict[bool, Pipeline]) -> None:
+    model = loaded_pipelines[False].model
+    with pytest.raises(UsageError, match="sd3 family, which sdcli generates with but does not train yet"):
         load_to_train(model.spec, device="cpu")
     with pytest.raises(UsageError, match="shifts its latents"):
         refuse_shifted(model)
     with pytest.raises(UsageError, match="trained with flow matching"):
         ForwardProcess.of(model.spec, RunSettings())
     with pytest.raises(UsageError, match="jointly, so there are no maps"):
-        painters[False].encode.read(resolved(painters[False])[0])
+        loaded_pipelines[False].encode.read(resolved(loaded_pipelines[False])[0])
     with pytest.raises(UsageError, match="both of the sdxl family"):
-        Painter.of(model, refiner=model)
+        Pipeline.of(model, refiner=model)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""SDXL: diffusers' StableDiffusionXLPipeline is the oracle, its Img2Img pipeline that of the refiner."""
+"""SDXL: diffusers' StableDiffusionXLPipeline is the oracle, its Img2Img reference that of the refiner."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdcli.diffusion.init_image import measure
-from sdcli.diffusion.painter import Painter
-from sdcli.diffusion.pipeline import paint
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadWeights, SdcliError, UsageError
 from sdcli.generation.engine import Engine, Result
 from sdcli.generation.settings import OutputSettings, RunSettings
-from sdcli.generation.verify import verify_picture
+from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
 from sdcli.io.weights import random_tensors
-from sdcli.metadata.record import parameters_text, read_picture
+from sdcli.metadata.record import parameters_text, read_image
 from sdcli.models import loader
 from sdcli.models.loader import load_model
 from sdcli.models.lora import with_loras
@@ -67,38 +67,38 @@ def refiner(folders: dict[str, Path]) -> StableDiffusionXLImg2ImgPipeline:
 
 
 @pytest.fixture(scope="module")
-def painter(folders: dict[str, Path]) -> Painter:
+def pipeline(folders: dict[str, Path]) -> Pipeline:
     base, refiner = (
         load_model(spec_of_folder(folders[name]), dtype="float32", device="cpu") for name in ("base", "refiner")
     )
-    return Painter.of(base, refiner=refiner)
+    return Pipeline.of(base, refiner=refiner)
 
 
-def quiet(pipeline: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
+def quiet(reference: Any) -> Any:
+    reference.set_progress_bar_config(disable=True)
     # from_pretrained maps the file, so this one matrix is at an odd address, where its product rounds differently
-    projection = pipeline.text_encoder_2.text_projection
+    projection = reference.text_encoder_2.text_projection
     projection.weight.data = projection.weight.data.clone()
-    return pipeline
+    return reference
 
 
-def ours(painter: Painter, **fields: Any) -> Tensor:
+def ours(pipeline: Pipeline, **fields: Any) -> Tensor:
     negatives = fields.pop("negatives", NEGATIVES)
     asked = [
         parse_request({"prompt": prompt, "negative_prompt": negative, "seed": seed, **fields})
         for prompt, negative, seed in zip(PROMPTS, negatives, SEEDS, strict=True)
     ]
-    requests = [resolve(request, painter.model.spec, measure=measure) for request in asked]
-    *_, last = paint(painter, requests)
+    requests = [resolve(request, pipeline.model.spec, measure=measure) for request in asked]
+    *_, last = sample(pipeline, requests)
     return last.latents
 
 
-def theirs(pipeline: Any, scheduler: str, config: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
+def theirs(reference: Any, scheduler: str, config: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
     """Each prompt is encoded alone; an empty negative prompt is none at all, which is when diffusers takes zeros."""
-    pipeline.scheduler = make_scheduler(scheduler, config)
+    reference.scheduler = make_scheduler(scheduler, config)
     fields = {"generator": generators(), **fields}
     encoded = [
-        pipeline.encode_prompt(
+        reference.encode_prompt(
             prompt, device="cpu", do_classifier_free_guidance=fields["guidance_scale"] > 1, negative_prompt=no or None
         )
         for prompt, no in zip(PROMPTS, negatives, strict=True)
@@ -109,7 +109,7 @@ def theirs(pipeline: Any, scheduler: str, config: Any, *, negatives: list[str] =
         for name, tensors in zip(names, zip(*encoded, strict=True), strict=True)
     }
     steps = fields.pop("steps")
-    return pipeline(**states, num_inference_steps=steps, output_type="latent", **fields).images
+    return reference(**states, num_inference_steps=steps, output_type="latent", **fields).images
 
 
 def generators() -> list[torch.Generator]:
@@ -118,27 +118,27 @@ def generators() -> list[torch.Generator]:
 
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 def test_latents_equal_diffusers_bit_for_bit_with_every_scheduler(
-    painter: Painter, base: StableDiffusionXLPipeline, scheduler: str
+    pipeline: Pipeline, base: StableDiffusionXLPipeline, scheduler: str
 ) -> None:
     fields = {**SMALL, "guidance_scale": 7.5}
-    expected = theirs(base, scheduler, painter.model.scheduler_config, **fields)
-    assert torch.equal(ours(painter_alone(painter), scheduler=scheduler, **fields), expected)
+    expected = theirs(base, scheduler, pipeline.model.scheduler_config, **fields)
+    assert torch.equal(ours(painter_alone(pipeline), scheduler=scheduler, **fields), expected)
 
 
-def of_folder(folder: Path) -> Painter:
-    return Painter.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+def of_folder(folder: Path) -> Pipeline:
+    return Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
 
 
-def painter_alone(painter: Painter) -> Painter:
-    return Painter.of(painter.model)
+def painter_alone(pipeline: Pipeline) -> Pipeline:
+    return Pipeline.of(pipeline.model)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 0.0])
 def test_without_guidance_turbo_equals_diffusers(
-    painter: Painter, base: StableDiffusionXLPipeline, guidance_scale: float
+    pipeline: Pipeline, base: StableDiffusionXLPipeline, guidance_scale: float
 ) -> None:
-    turbo = {**painter.model.scheduler_config, "timestep_spacing": "trailing"}
-    alone = painter_alone(painter)
+    turbo = {**pipeline.model.scheduler_config, "timestep_spacing": "trailing"}
+    alone = painter_alone(pipeline)
     alone = replace(alone, model=replace(alone.model, scheduler_config=turbo))
     fields = {**SMALL, "steps": 2, "guidance_scale": guidance_scale, "negatives": ["", ""]}
     for scheduler in ("euler", "euler-a"):
@@ -167,13 +167,13 @@ def test_an_empty_negative_prompt_is_zeros_only_where_the_folder_says_so(
 )
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_a_refiner_takes_over_as_in_diffusers(
-    painter: Painter,
+    pipeline: Pipeline,
     base: StableDiffusionXLPipeline,
     refiner: StableDiffusionXLImg2ImgPipeline,
     scheduler: str,
     guidance_scale: float,
 ) -> None:
-    assert painter.refiner is not None
+    assert pipeline.refiner is not None
     negatives = NEGATIVES if guidance_scale > 1 else ["", ""]
     fields = {"steps": 5, "guidance_scale": guidance_scale, "negatives": negatives}
     shared = {**fields, "generator": generators()}
@@ -181,88 +181,88 @@ def test_a_refiner_takes_over_as_in_diffusers(
     theirs(
         base,
         scheduler,
-        painter.model.scheduler_config,
+        pipeline.model.scheduler_config,
         width=64,
         height=96,
         denoising_end=0.6,
-        callback_on_step_end=lambda pipeline, step, t, kept: after.append(kept["latents"]) or {},
+        callback_on_step_end=lambda reference, step, t, kept: after.append(kept["latents"]) or {},
         **shared,
     )
     # with Heun's method, of two evaluations a step, diffusers begins a step too many, and the refiner does it again
     begun = after[-1 if scheduler != "heun" else -2]
-    config = painter.refiner.model.scheduler_config
+    config = pipeline.refiner.model.scheduler_config
     expected = theirs(refiner, scheduler, config, image=begun, denoising_start=0.6, **shared)
-    found = ours(painter, scheduler=scheduler, width=64, height=96, refiner="refiner", refiner_start=0.6, **fields)
+    found = ours(pipeline, scheduler=scheduler, width=64, height=96, refiner="refiner", refiner_start=0.6, **fields)
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "dpmpp-2m-karras"])
-def test_a_start_picture_gives_diffusers_latents_bit_for_bit(
-    painter: Painter, base: StableDiffusionXLPipeline, tmp_path: Path, scheduler: str
+def test_a_start_image_gives_diffusers_latents_bit_for_bit(
+    pipeline: Pipeline, base: StableDiffusionXLPipeline, tmp_path: Path, scheduler: str
 ) -> None:
     colours = torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))
     from_pixels(colours).save(tmp_path / "start.png")
-    pipeline = quiet(StableDiffusionXLImg2ImgPipeline(**base.components, requires_aesthetics_score=False))
+    reference = quiet(StableDiffusionXLImg2ImgPipeline(**base.components, requires_aesthetics_score=False))
     fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
-    picture = Image.open(tmp_path / "start.png")
-    expected = theirs(pipeline, scheduler, painter.model.scheduler_config, image=[picture, picture], **fields)
+    image = Image.open(tmp_path / "start.png")
+    expected = theirs(reference, scheduler, pipeline.model.scheduler_config, image=[image, image], **fields)
     given = {**fields, "init_image": str(tmp_path / "start.png"), "scheduler": scheduler}
-    assert torch.equal(ours(painter_alone(painter), **given), expected)
+    assert torch.equal(ours(painter_alone(pipeline), **given), expected)
 
 
-def test_each_pass_is_told_its_own_size(painter: Painter) -> None:
+def test_each_pass_is_told_its_own_size(pipeline: Pipeline) -> None:
     told: list[list[float]] = []
-    hook = painter.model.unet.register_forward_pre_hook(
+    hook = pipeline.model.unet.register_forward_pre_hook(
         lambda _, args, given: told.append(given["added_cond_kwargs"]["time_ids"][0].tolist()), with_kwargs=True
     )
-    ours(painter_alone(painter), **SMALL, guidance_scale=5.0, scheduler="euler", upscale="2x:0.5:latent")
+    ours(painter_alone(pipeline), **SMALL, guidance_scale=5.0, scheduler="euler", upscale="2x:0.5:latent")
     hook.remove()
     assert told[0] == [96, 64, 0, 0, 96, 64]
     assert told[-1] == [192, 128, 0, 0, 192, 128]
 
 
-def test_guidance_that_changes_goes_on_where_the_refiner_takes_over(painter: Painter, tmp_path: Path) -> None:
+def test_guidance_that_changes_goes_on_where_the_refiner_takes_over(pipeline: Pipeline, tmp_path: Path) -> None:
     fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
-    falling = ours(painter, guidance_scale="7..2", **fields)
+    falling = ours(pipeline, guidance_scale="7..2", **fields)
     assert falling.isfinite().all()
-    assert not torch.equal(falling, ours(painter, guidance_scale=7.0, **fields))
+    assert not torch.equal(falling, ours(pipeline, guidance_scale=7.0, **fields))
     Image.new("RGB", (56, 96)).save(tmp_path / "start.png")
     with pytest.raises(UsageError, match="goes without --mask"):
-        ours(painter, guidance_scale=7.0, init_image=str(tmp_path / "start.png"), extend="left=8", **fields)
+        ours(pipeline, guidance_scale=7.0, init_image=str(tmp_path / "start.png"), extend="left=8", **fields)
 
 
-def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(painter: Painter) -> None:
+def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(pipeline: Pipeline) -> None:
     for start, idle in ((0.1, "base"), (0.999, "refiner")):
-        with pytest.raises(UsageError, match=f"{idle} no step to paint"):
-            ours(painter, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
+        with pytest.raises(UsageError, match=f"{idle} no step to generate"):
+            ours(pipeline, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
 
 
 def test_a_control_of_the_refiner_s_steps_alone_is_refused(
-    painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcli.diffusion.pipeline.controls_for", lambda model, requests: [])
+    monkeypatch.setattr("sdcli.diffusion.sampling.controls_for", lambda model, requests: [])
     Image.new("RGB", (56, 96)).save(tmp_path / "map.png")
     fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
     with pytest.raises(UsageError, match="in the refiner's steps alone"):
-        ours(painter, controls=f"net={tmp_path}/map.png@0.7-1", **fields)
+        ours(pipeline, controls=f"net={tmp_path}/map.png@0.7-1", **fields)
 
 
-def test_a_refiner_neither_begins_nor_serves_another_family(painter: Painter, tiny_folder: Path) -> None:
-    assert painter.refiner is not None
+def test_a_refiner_neither_begins_nor_serves_another_family(pipeline: Pipeline, tiny_folder: Path) -> None:
+    assert pipeline.refiner is not None
     other = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
     with pytest.raises(UsageError, match="is a refiner"):
-        Painter.of(painter.refiner.model)
+        Pipeline.of(pipeline.refiner.model)
     with pytest.raises(UsageError, match="tiny-sd is not"):
-        Painter.of(other, refiner=painter.refiner.model)
+        Pipeline.of(other, refiner=pipeline.refiner.model)
     with pytest.raises(UsageError, match="tiny-sd is not"):
-        Painter.of(painter.model, refiner=other)
+        Pipeline.of(pipeline.model, refiner=other)
 
 
-def test_decoded_pixels_equal_diffusers(painter: Painter, base: StableDiffusionXLPipeline) -> None:
+def test_decoded_pixels_equal_diffusers(pipeline: Pipeline, base: StableDiffusionXLPipeline) -> None:
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         decoded = base.vae.decode(latents / base.vae.config.scaling_factor).sample
-    assert torch.equal(painter.space.decode(latents), base.image_processor.postprocess(decoded, output_type="pt"))
+    assert torch.equal(pipeline.space.decode(latents), base.image_processor.postprocess(decoded, output_type="pt"))
 
 
 @pytest.mark.parametrize(
@@ -338,19 +338,19 @@ def test_a_repository_that_no_entry_describes_is_what_its_files_say(folders: dic
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
 def test_clip_skip_counts_the_layers_of_both_encoders_from_the_end(
-    painter: Painter, base: StableDiffusionXLPipeline, clip_skip: int
+    pipeline: Pipeline, base: StableDiffusionXLPipeline, clip_skip: int
 ) -> None:
-    inputs = told(painter, "a cat", clip_skip=clip_skip)
+    inputs = told(pipeline, "a cat", clip_skip=clip_skip)
     # diffusers counts from the layer before the last, and so has no name for the last
     expected, _, pooled, _ = base.encode_prompt("a cat", device="cpu", clip_skip=clip_skip - 2)
     assert torch.equal(inputs["encoder_hidden_states"], expected)
     assert torch.equal(inputs["text_embeds"], pooled)
     with pytest.raises(UsageError, match="has 3 layers, so not 4"):
-        told(painter, "a cat", clip_skip=4)
+        told(pipeline, "a cat", clip_skip=4)
 
 
 def test_an_embedding_is_what_diffusers_computes_with_its_vectors_in_both_vocabularies(
-    painter: Painter, base: StableDiffusionXLPipeline, tmp_path: Path
+    pipeline: Pipeline, base: StableDiffusionXLPipeline, tmp_path: Path
 ) -> None:
     vectors = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 40)}
     save_file(vectors, tmp_path / "cat.safetensors")
@@ -363,7 +363,7 @@ def test_an_embedding_is_what_diffusers_computes_with_its_vectors_in_both_vocabu
     expected, _, pooled, _ = base.encode_prompt("a thing one two hat", device="cpu")
     for (table, _), before in zip(rows, kept, strict=True):
         table[ids] = before
-    inputs = told(painter, "a thing CAT hat", embeddings=[str(tmp_path / "cat.safetensors")])
+    inputs = told(pipeline, "a thing CAT hat", embeddings=[str(tmp_path / "cat.safetensors")])
     assert torch.equal(inputs["encoder_hidden_states"], expected)
     assert torch.equal(inputs["text_embeds"], pooled)
 
@@ -378,15 +378,15 @@ def test_an_embedding_is_what_diffusers_computes_with_its_vectors_in_both_vocabu
     ],
 )
 def test_an_embedding_for_other_text_encoders_is_refused(
-    painter: Painter, tmp_path: Path, tensors: dict[str, tuple[int, int]], error: type[SdcliError], sentence: str
+    pipeline: Pipeline, tmp_path: Path, tensors: dict[str, tuple[int, int]], error: type[SdcliError], sentence: str
 ) -> None:
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "cat.safetensors")
     with pytest.raises(error, match=sentence):
-        told(painter, "a cat", embeddings=[str(tmp_path / "cat.safetensors")])
+        told(pipeline, "a cat", embeddings=[str(tmp_path / "cat.safetensors")])
 
 
-def test_a_refiner_takes_the_vectors_of_its_own_text_encoder(painter: Painter, tmp_path: Path) -> None:
-    refiner = painter.refiner
+def test_a_refiner_takes_the_vectors_of_its_own_text_encoder(pipeline: Pipeline, tmp_path: Path) -> None:
+    refiner = pipeline.refiner
     assert refiner is not None
     plain = told(refiner, "a cat")["encoder_hidden_states"]
     for name in ("clip_g", "anything"):  # the pair's, or one tensor alone
@@ -395,29 +395,29 @@ def test_a_refiner_takes_the_vectors_of_its_own_text_encoder(painter: Painter, t
         assert not torch.equal(found, plain)
 
 
-def test_a_long_prompt_is_chunks_side_by_side_with_the_embedding_of_the_first(painter: Painter) -> None:
+def test_a_long_prompt_is_chunks_side_by_side_with_the_embedding_of_the_first(pipeline: Pipeline) -> None:
     words = " ".join(["cat"] * 75)
-    short, long = told(painter, words), told(painter, f"{words} dog")
+    short, long = told(pipeline, words), told(pipeline, f"{words} dog")
     assert long["encoder_hidden_states"].shape[1] == 2 * 77
     assert torch.equal(long["encoder_hidden_states"][:, :77], short["encoder_hidden_states"])
-    assert torch.equal(long["encoder_hidden_states"][:, 77:], told(painter, "dog")["encoder_hidden_states"])
+    assert torch.equal(long["encoder_hidden_states"][:, 77:], told(pipeline, "dog")["encoder_hidden_states"])
     assert torch.equal(long["text_embeds"], short["text_embeds"])
 
 
-def test_a_weight_leaves_the_mean_of_each_encoders_states(painter: Painter) -> None:
-    plain, weighted = (told(painter, prompt)["encoder_hidden_states"] for prompt in ("a cat", "a (cat:1.5)"))
+def test_a_weight_leaves_the_mean_of_each_encoders_states(pipeline: Pipeline) -> None:
+    plain, weighted = (told(pipeline, prompt)["encoder_hidden_states"] for prompt in ("a cat", "a (cat:1.5)"))
     assert not torch.equal(plain, weighted)
     for states, others in zip(plain.split([32, 40], dim=-1), weighted.split([32, 40], dim=-1), strict=True):
         assert torch.allclose(states.mean(), others.mean(), atol=1e-6)
 
 
-def told(painter: Painter, prompt: str, **fields: Any) -> dict[str, Tensor]:
-    request = resolve(parse_request({"prompt": prompt, "seed": 1, **SMALL, **fields}), painter.model.spec)
-    return dict(painter.encode([request], guided=False, steps=4).at(1).inputs)
+def told(pipeline: Pipeline, prompt: str, **fields: Any) -> dict[str, Tensor]:
+    request = resolve(parse_request({"prompt": prompt, "seed": 1, **SMALL, **fields}), pipeline.model.spec)
+    return dict(pipeline.encode([request], guided=False, steps=4).at(1).inputs)
 
 
-def test_a_lora_reaches_the_unet_and_both_text_encoders(painter: Painter, tmp_path: Path) -> None:
-    model = painter.model
+def test_a_lora_reaches_the_unet_and_both_text_encoders(pipeline: Pipeline, tmp_path: Path) -> None:
+    model = pipeline.model
     networks = {part: model.parts[part] for part in ("unet", "text_encoder", "text_encoder_2")}
     pairs = random_pairs(networks, only="attn")
     files = save_kohya(tmp_path / "k.safetensors", pairs), save_diffusers(tmp_path / "d.safetensors", pairs)
@@ -433,21 +433,21 @@ def test_a_lora_reaches_the_unet_and_both_text_encoders(painter: Painter, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_picture_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_image_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Path], tmp_path: Path) -> None:
     registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
     fields = {**SMALL, "prompt": "a cat", "model": str(folders["base"]), "refiner": str(folders["refiner"])}
     (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
     assert isinstance(job, Job)
     assert job.request.refiner_start == 0.8
-    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).paint_all([job])
+    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).generate_all([job])
     assert isinstance(done, Result)
     assert done.path is not None
-    record = read_picture(done.path).record
+    record = read_image(done.path).record
     assert record is not None
     assert set(record.provenance["weights"]) == {
         *("text_encoder", "text_encoder_2", "unet", "vae", "refiner_text_encoder_2", "refiner_unet")
     }
-    assert verify_picture(done.path, registry, run).identical
+    assert verify_image(done.path, registry, run).identical
     assert "Refiner switch at: 0.8" in parameters_text(record)
 
 
@@ -462,8 +462,8 @@ def test_another_refiner_leaves_the_model_as_it_is(folders: dict[str, Path]) -> 
 
 def test_a_tiny_sdxl_of_random_weights_needs_no_file() -> None:
     spec = ModelSpec(name="tiny-sdxl", source=RandomSource(kind="random", architecture="tiny-sdxl"), family="sdxl")
-    painter = Painter.of(load_model(spec, device="cpu", dtype="bfloat16"))
+    pipeline = Pipeline.of(load_model(spec, device="cpu", dtype="bfloat16"))
     request = resolve(GenerationRequest(prompt="x", seed=1, width=64, height=64, steps=2), spec)
-    *_, last = paint(painter, [request])
-    assert painter.space.decode(last.latents).isfinite().all()
-    assert painter.weights()["text_encoder_2"] == "random:tiny-sdxl:0"
+    *_, last = sample(pipeline, [request])
+    assert pipeline.space.decode(last.latents).isfinite().all()
+    assert pipeline.weights()["text_encoder_2"] == "random:tiny-sdxl:0"

@@ -64,9 +64,9 @@ def groups_of(model: nn.Module) -> tuple[list[dict[str, Any]], list[str]]:
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, first: int, count: int) -> None:
     for step in range(first, first + count):
-        pictures = torch.randn((2, 3, 4, 4), generator=torch.Generator().manual_seed(step))
+        images = torch.randn((2, 3, 4, 4), generator=torch.Generator().manual_seed(step))
         parameter = next(model.parameters())
-        (model(pictures.to(parameter)) ** 3).sum().backward()
+        (model(images.to(parameter)) ** 3).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -157,7 +157,7 @@ def test_objectives_that_cannot_be_are_refused(names: list[str], teacher: bool, 
 
 
 def test_a_task_that_cannot_learn_is_refused() -> None:
-    with pytest.raises(UsageError, match="no picture has two"):
+    with pytest.raises(UsageError, match="no image has two"):
         task({"contrastive": 1.0}, found=captions(alternatives=False))
     with pytest.raises(UsageError, match="2 or more"):
         task({"contrastive": 1.0}, batch=1)
@@ -167,7 +167,7 @@ def test_a_task_that_cannot_learn_is_refused() -> None:
         task({"lm": 1.0}, word_dropout=0.1)
     with pytest.raises(UsageError, match="broken sentences"):
         task({"align": 1.0}, word_dropout=0.1)
-    with pytest.raises(UsageError, match="the states of its first one, and no picture has two"):
+    with pytest.raises(UsageError, match="the states of its first one, and no image has two"):
         task({"align": 1.0}, found=captions(alternatives=False))
     with pytest.raises(UsageError, match="add --model"):
         task({"align": 1.0}, continued=False)
@@ -349,7 +349,7 @@ def test_a_sample_is_a_pure_function_of_its_draw() -> None:
     assert {tuple(item["token_ids"].shape) for item in items} == {(16,)}
 
 
-def test_a_partner_is_another_caption_of_the_same_picture() -> None:
+def test_a_partner_is_another_caption_of_the_same_image() -> None:
     found = Captions(("a fox", "a red fox", "one fox", "an owl", "a bird"), (0, 0, 0, 1, 1))
     work = task({"contrastive": 1.0}, found=found, validation_split=0.0)
     ids = {tokenizer()(text).ids: number for number, text in enumerate(found.texts)}
@@ -440,7 +440,7 @@ def test_the_language_model_learns_a_grammar() -> None:
     assert after["loss"] == pytest.approx(math.log(after["perplexity"]), rel=1e-4)
 
 
-def test_contrastive_training_brings_alternatives_of_unseen_pictures_together() -> None:
+def test_contrastive_training_brings_alternatives_of_unseen_images_together() -> None:
     work = task({"contrastive": 1.0}, batch=24, validation_split=0.25)
     before = work.validate(work.networks)["alternative_retrieval"]
     train(work, 120)

@@ -199,7 +199,7 @@ def test_a_text_file_has_one_caption_a_line(tmp_path: Path) -> None:
     assert "mark where texts begin and end" in found.dropped[1].reason
 
 
-def test_a_json_file_has_alternatives_as_lists_and_as_lines_of_one_picture(tmp_path: Path) -> None:
+def test_a_json_file_has_alternatives_as_lists_and_as_lines_of_one_image(tmp_path: Path) -> None:
     path = tmp_path / "captions.jsonl"
     lines = [
         '{"text": ["a fox", "a red fox", "a fox", ""]}',
@@ -221,7 +221,7 @@ def test_a_json_file_has_alternatives_as_lists_and_as_lines_of_one_picture(tmp_p
     assert [entry.name.rpartition(" ")[2] for entry in found.dropped] == ["3", "5", "7", "8", "9", "10"]
 
 
-def test_a_spreadsheet_has_alternatives_as_rows_of_one_picture(tmp_path: Path) -> None:
+def test_a_spreadsheet_has_alternatives_as_rows_of_one_image(tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     rows = [
         "image,caption",
@@ -262,7 +262,7 @@ def test_a_parquet_file_may_hold_texts_or_lists(tmp_path: Path) -> None:
         read_captions(path, caption_column="words")
 
 
-def test_a_folder_of_captioned_pictures_is_a_source_of_captions(tmp_path: Path) -> None:
+def test_a_folder_of_captioned_images_is_a_source_of_captions(tmp_path: Path) -> None:
     for name, text in (("a", "a fox\na red fox"), ("b", "an owl")):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(text)

@@ -22,12 +22,12 @@ from sdcli.training.events import Checkpointed, Noted, Trained, Validated
 from sdcli.training.run_log import read_log
 from sdcli.training.state.checkpoint import MANIFEST, newest_checkpoint
 from tests.conftest import REPOSITORY, Run
-from tests.training_runs import captioned_pictures, class_pictures, same_checkpoint, train_unet
+from tests.training_runs import captioned_images, class_images, same_checkpoint, train_unet
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return captioned_pictures(tmp_path / "pictures")
+def images(tmp_path: Path) -> Path:
+    return captioned_images(tmp_path / "pictures")
 
 
 def spelled(content: dict[str, Any]) -> bytes:
@@ -67,7 +67,7 @@ IN_THE_SLOW_SET = {"lora", "ema and accumulation", "text encoder along", "random
     "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in IN_THE_SLOW_SET)) for name in VARIANTS]
 )
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, variant: str) -> None:
-    data = captioned_pictures(tmp_path / "pictures", sizes=((64, 64), (96, 64), (80, 72)))
+    data = captioned_images(tmp_path / "pictures", sizes=((64, 64), (96, 64), (80, 72)))
     changes = {**VARIANTS[variant], "validation_split": 0.0}
     train_unet(data, tmp_path / "straight", max_train_steps=4, checkpointing_steps=2, **changes)
     train_unet(data, tmp_path / "cut", max_train_steps=2, **changes)
@@ -77,13 +77,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, variant: str) ->
 
 
 @pytest.mark.slow
-def test_run_is_a_model_folder_for_sdcli_and_for_diffusers(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
+def test_run_is_a_model_folder_for_sdcli_and_for_diffusers(tmp_path: Path, images: Path, sdcli: Run) -> None:
     from diffusers import StableDiffusionPipeline
 
     run = tmp_path / "run"
-    train_unet(pictures, run, max_train_steps=3, use_ema=True)
-    pipeline = StableDiffusionPipeline.from_pretrained(run)
-    weights = pipeline.unet.state_dict()
+    train_unet(images, run, max_train_steps=3, use_ema=True)
+    reference = StableDiffusionPipeline.from_pretrained(run)
+    weights = reference.unet.state_dict()
     averaged = load_file(run / "checkpoint-3" / "unet_ema" / "diffusion_pytorch_model.safetensors")
     raw = unet_of(run / "checkpoint-3")
     assert all(torch.equal(weights[name], averaged[name]) for name in averaged)
@@ -97,9 +97,9 @@ def test_run_is_a_model_folder_for_sdcli_and_for_diffusers(tmp_path: Path, pictu
     assert oct((run / "unet" / "config.json").stat().st_mode)[-3:] == "644"
 
 
-def test_training_lowers_the_loss_on_held_out_noise_levels(tmp_path: Path, pictures: Path) -> None:
+def test_training_lowers_the_loss_on_held_out_noise_levels(tmp_path: Path, images: Path) -> None:
     events = train_unet(
-        pictures, tmp_path / "run", max_train_steps=40, learning_rate=2e-3, validation_split=0.4, validation_steps=39
+        images, tmp_path / "run", max_train_steps=40, learning_rate=2e-3, validation_split=0.4, validation_steps=39
     )
     first, last = (event.figures for event in events if isinstance(event, Validated))
     losses = [event.loss for event in events if isinstance(event, Trained)]
@@ -108,13 +108,13 @@ def test_training_lowers_the_loss_on_held_out_noise_levels(tmp_path: Path, pictu
     assert last["loss"] == pytest.approx(sum(last[f"loss_level_{n}"] for n in range(4)) / 4)
 
 
-def test_the_validation_loss_does_not_depend_on_the_run(tmp_path: Path, pictures: Path) -> None:
+def test_the_validation_loss_does_not_depend_on_the_run(tmp_path: Path, images: Path) -> None:
     """Untrained (learning rate nearly 0), two runs with other seeds and batches measure the same."""
     figures = [
         next(
             event.figures
             for event in train_unet(
-                pictures, tmp_path / str(seed), max_train_steps=1, learning_rate=1e-12, validation_split=0.5,
+                images, tmp_path / str(seed), max_train_steps=1, learning_rate=1e-12, validation_split=0.5,
                 validation_steps=1, seed=seed, train_batch_size=seed + 1, from_scratch=None,
             )
             if isinstance(event, Validated)
@@ -125,10 +125,10 @@ def test_the_validation_loss_does_not_depend_on_the_run(tmp_path: Path, pictures
 
 
 @pytest.mark.slow
-def test_cached_latents_train_as_online_ones(tmp_path: Path, pictures: Path) -> None:
+def test_cached_latents_train_as_online_ones(tmp_path: Path, images: Path) -> None:
     given: dict[str, Any] = {"max_train_steps": 3, "validation_split": 0.4}
-    cached = train_unet(pictures, tmp_path / "cached", **given)
-    online = train_unet(pictures, tmp_path / "online", cache_latents=False, **given)
+    cached = train_unet(images, tmp_path / "cached", **given)
+    online = train_unet(images, tmp_path / "online", cache_latents=False, **given)
     losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, online)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     figures = [next(event.figures for event in events if isinstance(event, Validated)) for events in (cached, online)]
@@ -136,11 +136,11 @@ def test_cached_latents_train_as_online_ones(tmp_path: Path, pictures: Path) -> 
 
 
 def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached = train_unet(pictures, tmp_path / "cached", max_train_steps=3)
+    cached = train_unet(images, tmp_path / "cached", max_train_steps=3)
     monkeypatch.setattr("sdcli.training.inputs.precompute.MOST_TEXT_BYTES", 1)
-    looped = train_unet(pictures, tmp_path / "looped", max_train_steps=3)
+    looped = train_unet(images, tmp_path / "looped", max_train_steps=3)
     losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, looped)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     told = [[event.text for event in events if isinstance(event, Noted)] for events in (cached, looped)]
@@ -150,23 +150,23 @@ def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "no"), ("bfloat16", "bf16")])
 @pytest.mark.slow
 def test_training_finds_what_dataset_cache_encoded(
-    tmp_path: Path, pictures: Path, sdcli: Run, dtype: str, precision: str
+    tmp_path: Path, images: Path, sdcli: Run, dtype: str, precision: str
 ) -> None:
     cache = tmp_path / "cache"
-    done = sdcli("dataset", "cache", pictures, "-m", "tiny", "--cache-dir", cache, "--dtype", dtype, "--device", "cpu")
+    done = sdcli("dataset", "cache", images, "-m", "tiny", "--cache-dir", cache, "--dtype", dtype, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in (cache / "latents").rglob("*"))
     assert files
-    train_unet(pictures, tmp_path / "run", max_train_steps=1, mixed_precision=precision, cache_dir=cache)
+    train_unet(images, tmp_path / "run", max_train_steps=1, mixed_precision=precision, cache_dir=cache)
     assert sorted(path.name for path in (cache / "latents").rglob("*")) == files, "nothing was encoded again"
 
 
 @pytest.mark.slow
-def test_latents_that_encode_wrote_are_trained_on_like_the_pictures(tmp_path: Path, pictures: Path, sdcli: Run) -> None:
+def test_latents_that_encode_wrote_are_trained_on_like_the_images(tmp_path: Path, images: Path, sdcli: Run) -> None:
     latents = tmp_path / "latents"
-    encoded = sdcli("encode", pictures, "-m", "tiny", "--dtype", "float32", "--outdir", latents, "-q")
+    encoded = sdcli("encode", images, "-m", "tiny", "--dtype", "float32", "--outdir", latents, "-q")
     assert encoded.returncode == 0, encoded.stderr
-    for caption in pictures.glob("*.txt"):
+    for caption in images.glob("*.txt"):
         (latents / caption.name).write_text(caption.read_text())
     one = train_unet(latents, tmp_path / "one", max_train_steps=2)
     assert len([event for event in one if isinstance(event, Trained)]) == 2
@@ -176,15 +176,13 @@ def test_latents_that_encode_wrote_are_trained_on_like_the_pictures(tmp_path: Pa
         train_unet(latents, tmp_path / "three", max_train_steps=2, model="starter")
 
 
-def test_a_lora_file_gives_the_merged_network_in_diffusers_and_in_kohyas_dialect(
-    tmp_path: Path, pictures: Path
-) -> None:
+def test_a_lora_file_gives_the_merged_network_in_diffusers_and_in_kohyas_dialect(tmp_path: Path, images: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     run = tmp_path / "run"
-    train_unet(pictures, run, max_train_steps=3, rank=2, lora_alpha=4.0, learning_rate=1e-2)
+    train_unet(images, run, max_train_steps=3, rank=2, lora_alpha=4.0, learning_rate=1e-2)
     merged = unet_of(run)
-    train_unet(pictures, tmp_path / "plain", max_train_steps=1, learning_rate=1e-12)
+    train_unet(images, tmp_path / "plain", max_train_steps=1, learning_rate=1e-12)
     plain = UNet2DConditionModel.from_pretrained(tmp_path / "plain", subfolder="unet")
     base = unet_of(tmp_path / "plain")
     changed = [name for name in base if not torch.allclose(base[name], merged[name], atol=1e-7)]
@@ -206,16 +204,16 @@ def test_a_lora_file_gives_the_merged_network_in_diffusers_and_in_kohyas_dialect
         assert torch.allclose(base[name] + alpha / len(down) * up @ down, merged[name], atol=1e-6), name
 
 
-def test_unknown_lora_targets_are_refused_with_the_names_there_are(tmp_path: Path, pictures: Path) -> None:
+def test_unknown_lora_targets_are_refused_with_the_names_there_are(tmp_path: Path, images: Path) -> None:
     with pytest.raises(UsageError, match=r"--lora-targets nonsense.*to_q"):
-        train_unet(pictures, tmp_path / "run", rank=2, lora_targets=("nonsense",))
+        train_unet(images, tmp_path / "run", rank=2, lora_targets=("nonsense",))
 
 
 @pytest.mark.slow
 def test_a_class_conditional_pixel_model_is_trained_and_painted(tmp_path: Path, sdcli: Run) -> None:
     from diffusers import DDPMPipeline
 
-    data = class_pictures(tmp_path / "data")
+    data = class_images(tmp_path / "data")
     run = tmp_path / "run"
     config = {
         "_class_name": "UNet2DModel", "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16],
@@ -236,45 +234,45 @@ def test_a_class_conditional_pixel_model_is_trained_and_painted(tmp_path: Path, 
     assert sdcli("generate", "horse", "-m", run).returncode == 2
 
 
-def test_missing_captions_are_an_error_before_the_first_step(tmp_path: Path, pictures: Path) -> None:
-    (pictures / "3.txt").unlink()
-    with pytest.raises(UsageError, match=r"1 of 6 pictures .* have no caption \(3\.png\).*--unconditional"):
-        train_unet(pictures, tmp_path / "run", max_train_steps=1)
+def test_missing_captions_are_an_error_before_the_first_step(tmp_path: Path, images: Path) -> None:
+    (images / "3.txt").unlink()
+    with pytest.raises(UsageError, match=r"1 of 6 images .* have no caption \(3\.png\).*--unconditional"):
+        train_unet(images, tmp_path / "run", max_train_steps=1)
     assert not (tmp_path / "run").exists()
-    train_unet(pictures, tmp_path / "dropped", max_train_steps=1, caption_dropout=1.0)
-    train_unet(pictures, tmp_path / "unconditional", max_train_steps=1, unconditional=True)
+    train_unet(images, tmp_path / "dropped", max_train_steps=1, caption_dropout=1.0)
+    train_unet(images, tmp_path / "unconditional", max_train_steps=1, unconditional=True)
 
 
-def test_broken_pictures_are_counted_and_never_fatal(tmp_path: Path, pictures: Path) -> None:
-    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
-    (pictures / "2.png").write_bytes(before["2.png"][:200])
-    events = train_unet(pictures, tmp_path / "run", max_train_steps=2)
+def test_broken_images_are_counted_and_never_fatal(tmp_path: Path, images: Path) -> None:
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    (images / "2.png").write_bytes(before["2.png"][:200])
+    events = train_unet(images, tmp_path / "run", max_train_steps=2)
     told = "\n".join(event.text for event in events if isinstance(event, Noted))
     assert "5 of 6 are used, 1 dropped" in told
     assert "2.png" in told
-    assert {path.name: path.read_bytes() for path in pictures.iterdir() if path.name != "2.png"} == {
+    assert {path.name: path.read_bytes() for path in images.iterdir() if path.name != "2.png"} == {
         name: data for name, data in before.items() if name != "2.png"
     }
 
 
-def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, pictures: Path) -> None:
+def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(NotFound, match="no checkpoint"):
-        train_unet(pictures, run, max_train_steps=1, resume=True)
-    train_unet(pictures, run, max_train_steps=1)
+        train_unet(images, run, max_train_steps=1, resume=True)
+    train_unet(images, run, max_train_steps=1)
     with pytest.raises(UsageError, match=r"--learning-rate was 0\.0001"):
-        train_unet(pictures, run, max_train_steps=2, learning_rate=0.5, resume=True)
+        train_unet(images, run, max_train_steps=2, learning_rate=0.5, resume=True)
     with pytest.raises(UsageError, match="2 samples, now it would have 3"):
-        train_unet(pictures, run, max_train_steps=2, train_batch_size=3, resume=True)
+        train_unet(images, run, max_train_steps=2, train_batch_size=3, resume=True)
     with pytest.raises(UsageError, match="holds a training run already"):
-        train_unet(pictures, run, max_train_steps=2)
-    train_unet(pictures, run, max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2, resume=True)
+        train_unet(images, run, max_train_steps=2)
+    train_unet(images, run, max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2, resume=True)
     assert newest_checkpoint(run).step == 2
 
 
-def test_a_run_whose_checkpoints_name_processes_instead_of_a_batch_goes_on(tmp_path: Path, pictures: Path) -> None:
+def test_a_run_whose_checkpoints_name_processes_instead_of_a_batch_goes_on(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
-    train_unet(pictures, run, max_train_steps=1)
+    train_unet(images, run, max_train_steps=1)
     manifest = newest_checkpoint(run).path / MANIFEST
     content = json.loads(manifest.read_bytes())
     del content["digest"], content["facts"]["batch"]
@@ -282,56 +280,56 @@ def test_a_run_whose_checkpoints_name_processes_instead_of_a_batch_goes_on(tmp_p
     digest = hashlib.sha256(spelled(content)).hexdigest()
     manifest.write_bytes(spelled({**content, "digest": digest}))
     with pytest.raises(UsageError, match="2 samples, now it would have 3"):
-        train_unet(pictures, run, max_train_steps=2, train_batch_size=3, resume=True)
-    train_unet(pictures, run, max_train_steps=2, resume=True)
+        train_unet(images, run, max_train_steps=2, train_batch_size=3, resume=True)
+    train_unet(images, run, max_train_steps=2, resume=True)
     assert newest_checkpoint(run).step == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["caption", "picture", "one more"])
-def test_a_run_on_other_data_is_not_resumed(tmp_path: Path, pictures: Path, change: str) -> None:
+def test_a_run_on_other_data_is_not_resumed(tmp_path: Path, images: Path, change: str) -> None:
     run = tmp_path / "run"
-    train_unet(pictures, run, max_train_steps=1)
+    train_unet(images, run, max_train_steps=1)
     if change == "caption":
-        (pictures / "1.txt").write_text("something else\n")
+        (images / "1.txt").write_text("something else\n")
     elif change == "picture":
-        (pictures / "1.png").write_bytes((pictures / "2.png").read_bytes())
+        (images / "1.png").write_bytes((images / "2.png").read_bytes())
     else:
-        captioned_pictures(pictures, 7)
+        captioned_images(images, 7)
     with pytest.raises(UsageError, match=r"not what the run began with.*-m .*run -o"):
-        train_unet(pictures, run, max_train_steps=2, resume=True)
+        train_unet(images, run, max_train_steps=2, resume=True)
 
 
-def test_a_broken_checkpoint_is_passed_over_told_and_left_alone(tmp_path: Path, pictures: Path) -> None:
+def test_a_broken_checkpoint_is_passed_over_told_and_left_alone(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
-    train_unet(pictures, run, max_train_steps=4, checkpointing_steps=2)
+    train_unet(images, run, max_train_steps=4, checkpointing_steps=2)
     weights = run / "checkpoint-4" / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    events = train_unet(pictures, run, max_train_steps=6, resume=True)
+    events = train_unet(images, run, max_train_steps=6, resume=True)
     told = "\n".join(event.text for event in events if isinstance(event, Noted))
     assert "passed over" in told
     assert "checkpoint-4" in told
     assert next(event.step for event in events if isinstance(event, Trained)) == 3
     assert weights.read_bytes() == bytes(data)
-    train_unet(pictures, tmp_path / "straight", max_train_steps=6)
+    train_unet(images, tmp_path / "straight", max_train_steps=6)
     assert same_checkpoint(run / "checkpoint-6", tmp_path / "straight" / "checkpoint-6")
 
 
 @pytest.mark.slow
-def test_the_log_of_a_resumed_run_reads_as_one_run(tmp_path: Path, pictures: Path) -> None:
-    train_unet(pictures, tmp_path / "cut", max_train_steps=2)
-    train_unet(pictures, tmp_path / "cut", max_train_steps=4, resume=True)
-    train_unet(pictures, tmp_path / "straight", max_train_steps=4)
+def test_the_log_of_a_resumed_run_reads_as_one_run(tmp_path: Path, images: Path) -> None:
+    train_unet(images, tmp_path / "cut", max_train_steps=2)
+    train_unet(images, tmp_path / "cut", max_train_steps=4, resume=True)
+    train_unet(images, tmp_path / "straight", max_train_steps=4)
     cut, straight = (read_log(tmp_path / name).series("train", "loss") for name in ("cut", "straight"))
     assert cut == straight
     assert cut[0] == [1, 2, 3, 4]
 
 
-def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path: Path, pictures: Path) -> None:
+def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
-    train_unet(pictures, run, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
+    train_unet(images, run, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
@@ -348,10 +346,10 @@ def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path: Path, pict
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_a_sentence(
-    tmp_path: Path, pictures: Path, changes: dict[str, Any], sentence: str
+    tmp_path: Path, images: Path, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UsageError, match=sentence):
-        train_unet(pictures, tmp_path / "run", max_train_steps=1, **changes)
+        train_unet(images, tmp_path / "run", max_train_steps=1, **changes)
 
 
 # Real processes
@@ -377,17 +375,17 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_kill_9_and_resume_give_the_same_bytes_as_no_kill(tmp_path: Path, pictures: Path) -> None:
+def test_kill_9_and_resume_give_the_same_bytes_as_no_kill(tmp_path: Path, images: Path) -> None:
     limits = ["--max-train-steps", "12", "--checkpointing-steps", "3"]
-    straight = subprocess.run(command(pictures, tmp_path / "straight", *limits), env=environment(), capture_output=True)
+    straight = subprocess.run(command(images, tmp_path / "straight", *limits), env=environment(), capture_output=True)
     assert straight.returncode == 0, straight.stderr
-    process = subprocess.Popen(command(pictures, tmp_path / "cut", *limits), env=environment(), stdout=subprocess.PIPE)
+    process = subprocess.Popen(command(images, tmp_path / "cut", *limits), env=environment(), stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = subprocess.run(
-        command(pictures, tmp_path / "cut", *limits, "--resume"), env=environment(), capture_output=True
+        command(images, tmp_path / "cut", *limits, "--resume"), env=environment(), capture_output=True
     )
     assert resumed.returncode == 0, resumed.stderr
     assert same_checkpoint(tmp_path / "straight" / "checkpoint-12", tmp_path / "cut" / "checkpoint-12")
@@ -397,11 +395,11 @@ def test_kill_9_and_resume_give_the_same_bytes_as_no_kill(tmp_path: Path, pictur
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
-    tmp_path: Path, pictures: Path, number: signal.Signals, code: int
+    tmp_path: Path, images: Path, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(pictures, run, "--max-train-steps", "100000", "--checkpointing-steps", "5"),
+        command(images, run, "--max-train-steps", "100000", "--checkpointing-steps", "5"),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -417,7 +415,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_batch(tmp_path: Path) -> None:
-    data = captioned_pictures(tmp_path / "pictures", 8)
+    data = captioned_images(tmp_path / "pictures", 8)
     one = command(data, tmp_path / "one", "--max-train-steps", "4", "--train-batch-size", "4")
     two = command(data, tmp_path / "two", "--max-train-steps", "4", "--train-batch-size", "2", "--num-processes", "2")
     for line in (one, two):
@@ -440,7 +438,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(tmp_path: Path) 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_of_others_do_the_same(tmp_path: Path, launcher: str) -> None:
     """On the CPU accelerate's launcher starts one process (more need mpirun), torch's as many as are asked for."""
-    data = captioned_pictures(tmp_path / "pictures", 8)
+    data = captioned_images(tmp_path / "pictures", 8)
     limits = ["--max-train-steps", "3", "--device", "cpu"]
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29411"]
@@ -460,9 +458,9 @@ def test_launchers_of_others_do_the_same(tmp_path: Path, launcher: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_two_processes_stops_both_after_the_same_step(tmp_path: Path, pictures: Path) -> None:
+def test_a_signal_to_two_processes_stops_both_after_the_same_step(tmp_path: Path, images: Path) -> None:
     line = command(
-        pictures, tmp_path / "run", "--max-train-steps", "100000", "--checkpointing-steps", "5", "--num-processes", "2"
+        images, tmp_path / "run", "--max-train-steps", "100000", "--checkpointing-steps", "5", "--num-processes", "2"
     )
     process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -474,16 +472,16 @@ def test_a_signal_to_two_processes_stops_both_after_the_same_step(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_random_kills_never_cost_more_than_the_last_interval(tmp_path: Path, pictures: Path) -> None:
+def test_random_kills_never_cost_more_than_the_last_interval(tmp_path: Path, images: Path) -> None:
     import random
 
     limits = ["--max-train-steps", "30", "--checkpointing-steps", "2", "--checkpoints-total-limit", "2"]
-    assert subprocess.run(command(pictures, tmp_path / "straight", *limits), env=environment()).returncode == 0
+    assert subprocess.run(command(images, tmp_path / "straight", *limits), env=environment()).returncode == 0
     chance = random.Random(3)
     run, step = tmp_path / "cut", 0
     for _ in range(40):
         resume = ["--resume"] if any(run.glob("checkpoint-*")) else []
-        process = subprocess.Popen(command(pictures, run, *limits, *resume), env=environment(), stdout=subprocess.PIPE)
+        process = subprocess.Popen(command(images, run, *limits, *resume), env=environment(), stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(chance.random() * 0.4)
@@ -498,8 +496,8 @@ def test_random_kills_never_cost_more_than_the_last_interval(tmp_path: Path, pic
 
 
 @pytest.mark.slow
-def test_prove_resume_says_identical_on_the_users_own_set_up(tmp_path: Path, pictures: Path) -> None:
-    line = command(pictures, tmp_path / "unused", "--use-ema", "--prove-resume")
+def test_prove_resume_says_identical_on_the_users_own_set_up(tmp_path: Path, images: Path) -> None:
+    line = command(images, tmp_path / "unused", "--use-ema", "--prove-resume")
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "identical" in done.stdout
@@ -507,8 +505,8 @@ def test_prove_resume_says_identical_on_the_users_own_set_up(tmp_path: Path, pic
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, pictures: Path) -> None:
-    line = command(pictures, tmp_path / "run", "--max-train-steps", "7", "--dry-run")
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, images: Path) -> None:
+    line = command(images, tmp_path / "run", "--max-train-steps", "7", "--dry-run")
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -517,20 +515,20 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, pi
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoints_are_told_as_soon_as_they_are_whole(tmp_path: Path, pictures: Path) -> None:
-    events = train_unet(pictures, tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
+def test_checkpoints_are_told_as_soon_as_they_are_whole(tmp_path: Path, images: Path) -> None:
+    events = train_unet(images, tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
     paths = [event.path for event in events if isinstance(event, Checkpointed)]
     assert [path.name for path in paths] == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.slow
-def test_the_settings_of_a_run_repeat_it(tmp_path: Path, pictures: Path) -> None:
+def test_the_settings_of_a_run_repeat_it(tmp_path: Path, images: Path) -> None:
     from sdcli.training.settings import UnetSettings, settings_from
     from sdcli.training.unet.session import UnetSession
     from tests.training_runs import fresh_accelerator, run_session
 
-    train_unet(pictures, tmp_path / "first", max_train_steps=2, rank=2, seed=5)
+    train_unet(images, tmp_path / "first", max_train_steps=2, rank=2, seed=5)
     settings = settings_from(UnetSettings, {}, config=tmp_path / "first" / "settings.yaml")
     fresh_accelerator()
-    run_session(UnetSession(str(pictures), tmp_path / "second", settings, load_registry()))
+    run_session(UnetSession(str(images), tmp_path / "second", settings, load_registry()))
     assert same_checkpoint(tmp_path / "first" / "checkpoint-2", tmp_path / "second" / "checkpoint-2")

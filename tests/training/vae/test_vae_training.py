@@ -41,7 +41,7 @@ def _fresh_accelerator() -> None:
 
 
 class Shapes:
-    """Pictures of two coloured rectangles on white; a `Source` without files."""
+    """Images of two coloured rectangles on white; a `Source` without files."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
         assert draw.size is not None
@@ -152,7 +152,7 @@ def test_structure_at_one_scale_is_the_l1_of_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("loss", [losses.reconstruction, losses.structure])
-def test_pixel_losses_are_of_each_picture_alone(loss: Any) -> None:
+def test_pixel_losses_are_of_each_image_alone(loss: Any) -> None:
     a, b = rng.noise(0, 0, "a", (3, 3, 16, 24)), rng.noise(0, 0, "b", (3, 3, 16, 24))
     together = loss(a, b)
     assert together.shape == (3,)
@@ -192,7 +192,7 @@ def test_the_discriminator_is_the_one_of_latent_diffusion_and_sees_patches_of_70
     small = PatchDiscriminator(seed=0, channels=2)
     for part in small.modules():
         if isinstance(part, nn.InstanceNorm2d):
-            part.forward = lambda x: x  # type: ignore[method-assign]  # what is normal depends on the whole picture
+            part.forward = lambda x: x  # type: ignore[method-assign]  # what is normal depends on the whole image
     pixels = rng.noise(0, 0, "pixels", (1, 3, 128, 128)).requires_grad_()
     logits = small(pixels)
     assert logits.shape == (1, 1, 14, 14)
@@ -352,7 +352,7 @@ def test_ssim_is_that_of_its_formula_window_by_window() -> None:
     assert metrics.ssim(pixels, other).item() == pytest.approx(float(np.mean(values)), abs=1e-9)
 
 
-def test_ssim_is_1_for_equal_pictures_symmetric_and_falls_with_noise() -> None:
+def test_ssim_is_1_for_equal_images_symmetric_and_falls_with_noise() -> None:
     pixels = torch.stack([Shapes().fixed(index, (32, 24))["pixels"] for index in range(2)])
     noise = rng.noise(0, 0, "noise", pixels.shape)
     little, much = (metrics.ssim(pixels, pixels + amount * noise) for amount in (0.05, 0.3))
@@ -484,7 +484,7 @@ def test_under_ddp_both_phases_have_the_gradients_they_have_without(tmp_path: Pa
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 24 pixels a side, not 16"):
         task_of("AutoencoderKL", size=(32, 16), discriminator=True)
-    with pytest.raises(UsageError, match="LPIPS needs pictures of at least 16 pixels a side, not 8"):
+    with pytest.raises(UsageError, match="LPIPS needs images of at least 16 pixels a side, not 8"):
         task_of("AutoencoderKL", held_out=[(0, (32, 8))], lpips=LPIPS())
     vae = tiny_vae()
     vae.enable_gradient_checkpointing()
@@ -507,7 +507,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 @pytest.mark.slow
 @both
-def test_a_vae_learns_four_pictures_by_heart(tmp_path: Path, kind: str) -> None:
+def test_a_vae_learns_four_images_by_heart(tmp_path: Path, kind: str) -> None:
     held_out = [(index, (32, 32)) for index in range(4)]
     objective = VaeObjective(latent_noise=0.02)
     task = task_of(kind, items=4, held_out=held_out, objective=objective, learning_rate=5e-3)
@@ -521,12 +521,12 @@ def test_a_vae_learns_four_pictures_by_heart(tmp_path: Path, kind: str) -> None:
     assert {"loss", "latents_mean", "latents_std", "latents_mean_3", "latents_std_0"} <= set(after)
     (sheet,) = [path for event in events if isinstance(event, Sampled) for path in event.paths]
     assert sheet == tmp_path / "run" / "samples" / "step-60.png"
-    with Image.open(sheet) as picture:
-        assert json.loads(picture.text["sdcli-sheet"])["pictures"] == [f"shape {index}" for index in range(4)]
+    with Image.open(sheet) as image:
+        assert json.loads(image.text["sdcli-sheet"])["pictures"] == [f"shape {index}" for index in range(4)]
 
 
 @both
-def test_validation_has_nothing_random_and_is_the_mean_over_pictures_of_all_sizes(kind: str) -> None:
+def test_validation_has_nothing_random_and_is_the_mean_over_images_of_all_sizes(kind: str) -> None:
     held_out = [(0, (32, 32)), (1, (48, 16)), (2, (32, 32)), (3, (48, 16)), (4, (32, 32))]
     task = task_of(kind, held_out=held_out)
     figures = task.validate(task.networks)
@@ -542,14 +542,14 @@ def test_validation_has_nothing_random_and_is_the_mean_over_pictures_of_all_size
     assert task.validate(task.networks) == {}
 
 
-def test_pictures_smaller_than_the_window_of_ssim_are_judged_without_it() -> None:
+def test_images_smaller_than_the_window_of_ssim_are_judged_without_it() -> None:
     task = task_of("AutoencoderKL", size=(8, 8), held_out=[(0, (8, 8)), (1, (8, 8))])
     figures = task.validate(task.networks)
     assert "ssim" not in figures
     assert math.isfinite(figures["psnr"])
 
 
-def test_large_pictures_are_validated_in_smaller_batches() -> None:
+def test_large_images_are_validated_in_smaller_batches() -> None:
     task = task_of("AutoencoderTiny")
     sizes = {(32, 32): 16, (256, 256): 16, (512, 512): 4, (2048, 1024): 1}
     for size, batch in sizes.items():
@@ -572,14 +572,14 @@ def test_lpips_counts_in_training_and_in_validation(lpips_folder: Path) -> None:
     assert list(task.networks) == ["vae"]  # the judge is no network of the run
 
 
-def test_without_held_out_pictures_the_sheet_shows_the_first_trained_ones(tmp_path: Path) -> None:
+def test_without_held_out_images_the_sheet_shows_the_first_trained_ones(tmp_path: Path) -> None:
     task = task_of("AutoencoderTiny")
     (path,) = task.samples(task.networks, 12, tmp_path)
     (again,) = task.samples(task.networks, 12, tmp_path / "again")
     assert path.name == "step-12.png"
     assert path.read_bytes() == again.read_bytes()
-    with Image.open(path) as picture:
-        names = json.loads(picture.text["sdcli-sheet"])["pictures"]
+    with Image.open(path) as image:
+        names = json.loads(image.text["sdcli-sheet"])["pictures"]
     assert names == [f"shape {draw.index}" for draw in task.draws(0)]
 
 
@@ -599,8 +599,8 @@ def test_what_is_saved_is_what_diffusers_loads(tmp_path: Path, kind: str) -> Non
     pixels = Shapes().fixed(0, (32, 32))["pixels"][None]
 
     def measured(network: Any) -> float:
-        pictures = torch.stack([Shapes().fixed(index, (32, 32))["pixels"] for index in range(12)])
-        return measure_scaling_factor(network, [pictures])
+        images = torch.stack([Shapes().fixed(index, (32, 32))["pixels"] for index in range(12)])
+        return measure_scaling_factor(network, [images])
 
     for name, network in (("vae", task.vae), ("vae_ema", plain(made.averages))):
         loaded = type(task.vae).from_pretrained(folder / name)
@@ -626,7 +626,7 @@ def test_the_written_scaling_factor_makes_the_deviation_of_latents_1(tmp_path: P
     pixels = torch.stack([Shapes().fixed(index, (32, 32))["pixels"] for index in range(64)])
     latents = drawn(loaded, moments(loaded, pixels), generators_for(range(64)))
     assert latents.std().item() == pytest.approx(1, rel=0.02)
-    # however the pictures are divided into batches
+    # however the images are divided into batches
     assert scaling_factor(loaded) == pytest.approx(
         measure_scaling_factor(task.vae, [pixels[:40], pixels[40:]]), rel=1e-5
     )
@@ -652,22 +652,22 @@ def test_latents_without_a_deviation_have_no_scaling_factor() -> None:
         measure_scaling_factor(task.vae, [torch.zeros(1, 3, 16, 16)])
 
 
-def test_pictures_of_files_are_trained_on_with_workers_as_without(tmp_path: Path) -> None:
+def test_images_of_files_are_trained_on_with_workers_as_without(tmp_path: Path) -> None:
     from sdcli.data.buckets import Framing
-    from sdcli.data.sources import open_pictures
+    from sdcli.data.sources import open_images
     from sdcli.training.inputs.sources import Pixels
 
     (tmp_path / "data").mkdir()
     for index in range(6):
         size = (40, 32) if index % 2 else (32, 48)
         from_pixels(Shapes().fixed(index, size)["pixels"]).save(tmp_path / "data" / f"{index}.png")
-    pictures = open_pictures(tmp_path / "data")
+    images = open_images(tmp_path / "data")
     framing = Framing(buckets=((32, 32), (32, 48)), random_crop=True)
 
     def task() -> VaeTask:
         return task_of(
             "AutoencoderTiny",
-            source=Pixels(pictures, framing, seed=1, flip=True),
+            source=Pixels(images, framing, seed=1, flip=True),
             order=Order({(32, 32): np.array([1, 3, 5]), (32, 48): np.array([0, 2, 4])}, 2, seed=1),
             held_out=[(0, (32, 48)), (1, (32, 32))],
         )
