@@ -77,11 +77,6 @@ STILL_UPWARD = {
     ("encoders.tokenizer", "models.hub.download"),
     ("encoders.tokenizer", "models.registry"),
     ("generation.forward_process", "training.objective"),
-    ("images.contact_sheet", "generation.settings"),
-    ("images.image_files", "generation.settings"),
-    ("io.weights", "models.registry"),
-    ("metadata.foreign", "generation.resolve.loras"),
-    ("metadata.record", "generation.settings"),
     ("models.ip_adapter", "generation.resolve.ip_adapters"),
     ("models.loader", "diffusion.attention.sliced"),
     ("models.lora", "generation.resolve.loras"),
@@ -89,15 +84,9 @@ STILL_UPWARD = {
     ("models.registry", "generation.resolve.embeddings"),
     ("models.registry", "generation.resolve.init_image"),
     ("models.registry", "generation.resolve.ip_adapters"),
-    ("models.registry", "generation.settings"),
-    ("request.input_files", "generation.filenames"),
-    ("request.input_files", "generation.settings"),
     ("request.jobs", "generation.resolve.init_image"),
     ("request.jobs", "generation.resolve.loras"),
     ("request.jobs", "models.registry"),
-    ("vae.autoencoder", "models.layout"),
-    ("vae.latent_files", "models.registry"),
-    ("vae.latent_space", "models.loader"),
 }
 """Imports that were there before the folders were layers; each of them goes."""
 

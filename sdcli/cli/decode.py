@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,8 +21,8 @@ from sdcli.cli.options.shared import (
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
-from sdcli.generation.filenames import SUFFIXES
-from sdcli.generation.settings import ImageFormat, RunSettings
+from sdcli.generation.settings import RunSettings
+from sdcli.images.formats import FORMAT_OF, ImageFormat
 from sdcli.models.registry import load_registry
 from sdcli.request.input_files import input_files
 
@@ -112,12 +112,12 @@ def command(
 def _format(output: Path | None, image_format: ImageFormat | None) -> ImageFormat:
     if output is None:
         return image_format or "png"
-    named = SUFFIXES.get(output.suffix.lower())
+    named = FORMAT_OF.get(output.suffix.lower())
     if named is None:
-        raise UsageError(f"-o names no image: {output.name!r} should end in {', '.join(SUFFIXES)}")
+        raise UsageError(f"-o names no image: {output.name!r} should end in {', '.join(FORMAT_OF)}")
     if image_format not in (None, named):
         raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
-    return cast(ImageFormat, named)
+    return named
 
 
 def _report(event: Decoded, console: Console, *, told: bool) -> None:

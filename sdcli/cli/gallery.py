@@ -13,7 +13,7 @@ from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.progress import shown_progress
 from sdcli.errors import NotFound, SdcliError, UsageError, raise_for
-from sdcli.generation.filenames import SUFFIXES
+from sdcli.images.formats import FORMAT_OF
 from sdcli.io.files import whole_file
 from sdcli.request.input_files import input_files
 
@@ -49,7 +49,7 @@ def command(
     with whole_file(target, overwrite=overwrite) as temporary:
         from sdcli.metadata.gallery import look, page
 
-        paths = [file.path for file in input_files([folder], suffixes=frozenset(SUFFIXES), kind="pictures")]
+        paths = [file.path for file in input_files([folder], suffixes=frozenset(FORMAT_OF), kind="pictures")]
         entries = shown_progress(look(paths), len(paths), console)
         images = _readable(entries, folder, target, console, errors, alone=len(paths) == 1)
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:

@@ -34,12 +34,12 @@ from sdcli.errors import UsageError, raise_for, same_for_all
 from sdcli.generation.filenames import check_output, known_paths, output_settings
 from sdcli.generation.journal import Journal
 from sdcli.generation.settings import (
-    ImageFormat,
     OutputSettings,
     RunSettings,
     TraceFormat,
     TraceSettings,
 )
+from sdcli.images.formats import ImageFormat
 from sdcli.models.registry import Registry, load_registry
 from sdcli.request.fields import FileRef
 from sdcli.request.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines

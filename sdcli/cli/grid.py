@@ -10,7 +10,7 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.errors import BadImage, NotFound, SdcliError, raise_for
-from sdcli.generation.filenames import SUFFIXES
+from sdcli.images.formats import FORMAT_OF
 from sdcli.images.sheet_labels import SHORT, labels_of, parse_fields
 from sdcli.io.files import check_new_png
 from sdcli.request.input_files import input_files
@@ -56,7 +56,7 @@ def command(
     fields = parse_fields(label) if label not in (None, "none") else None
     files = [
         file
-        for file in input_files(images, suffixes=frozenset(SUFFIXES), kind="pictures")
+        for file in input_files(images, suffixes=frozenset(FORMAT_OF), kind="pictures")
         if file.path.resolve() != output.resolve()  # the sheet of an earlier run, in the folder that it shows
     ]
     if not files:

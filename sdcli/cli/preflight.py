@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from sdcli.errors import SdcliError, UsageError
-from sdcli.generation.settings import MAX_SIDE, OutputSettings
+from sdcli.generation.settings import OutputSettings
+from sdcli.images.formats import MAX_SIDE
 from sdcli.models.hub.download import folder_of
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
 from sdcli.request.jobs import BadJob, Job

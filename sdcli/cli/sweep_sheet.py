@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sdcli.cli.ui.console import Console
-from sdcli.generation.filenames import numbered
 from sdcli.generation.settings import OutputSettings
 from sdcli.images.sheet_labels import labels_of
-from sdcli.io.files import AlreadyExists
+from sdcli.io.files import AlreadyExists, numbered
 from sdcli.request.jobs import BadJob, Job
 from sdcli.request.sweep import Axis
 

@@ -9,8 +9,8 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt
 from sdcli.cli.ui.console import Console, printable
 from sdcli.errors import UsageError
-from sdcli.generation.resolve.loras import take_tags
 from sdcli.models.registry import load_registry
+from sdcli.request.lora_tags import take_tags
 from sdcli.request.prompt_syntax import SubPrompt, subprompts
 from sdcli.request.schema import known, parse_request
 

@@ -10,7 +10,7 @@ from sdcli.encoders.conditioning import Encode, encoding_of
 from sdcli.errors import UsageError
 from sdcli.models.ip_adapter import IpAdapter, with_ip_adapters
 from sdcli.models.loader import LoadedModel
-from sdcli.vae.latent_space import Space, space_of
+from sdcli.vae.latent_space import LatentSpace, PixelSpace, Space
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,10 @@ class Pipeline:
         """The identity of every loaded part, the refiner's too."""
         ends = self.refiner.weights() if self.refiner is not None else {}
         return {**self.model.weights(), **{f"refiner_{part}": identity for part, identity in ends.items()}}
+
+
+def space_of(model: LoadedModel) -> Space:
+    """The space that a model was trained in."""
+    if model.spec.kind.space == "pixel":
+        return PixelSpace(model.unet.config.in_channels)
+    return LatentSpace(model.vae)

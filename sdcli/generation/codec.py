@@ -27,7 +27,8 @@ from sdcli.errors import (
     UsageError,
     stop_if_asked,
 )
-from sdcli.generation.settings import MAX_PIXELS, MAX_SIDE, SUFFIX_OF, ImageFormat, RunSettings
+from sdcli.generation.settings import RunSettings
+from sdcli.images.formats import MAX_PIXELS, MAX_SIDE, SUFFIX_OF, ImageFormat
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import Fit, fit, from_pixels, open_image, to_pixels
 from sdcli.io.files import AlreadyExists, check_folder, check_new, sweep, write_whole

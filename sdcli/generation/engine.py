@@ -37,16 +37,16 @@ from sdcli.errors import (
     UsageError,
     stop_if_asked,
 )
-from sdcli.generation.filenames import image_name, is_literal, numbered
+from sdcli.generation.filenames import image_name, is_literal
 from sdcli.generation.journal import Journal
 from sdcli.generation.observers.observer import File, Observe, Observer, check, observers_for, preview_image
 from sdcli.generation.resolve.init_image import is_latents
-from sdcli.generation.resolve.loras import lora_name
-from sdcli.generation.settings import SUFFIX_OF, OutputSettings, RunSettings
+from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.images.formats import SUFFIX_OF
 from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.images.watermark import marked
 from sdcli.io.devices import free_caches, out_of_memory
-from sdcli.io.files import AlreadyExists, check_new, sweep, write_whole
+from sdcli.io.files import AlreadyExists, check_new, numbered, sweep, write_whole
 from sdcli.metadata.record import Record, image_bytes, pixels_digest
 from sdcli.models.controlnet import ControlNet, load_controlnet, with_controlnets
 from sdcli.models.hub.download import folder_of
@@ -57,6 +57,7 @@ from sdcli.models.registry import ModelSpec, Registry
 from sdcli.models.safety_checker import SafetyChecker, load_safety_checker
 from sdcli.request.fields import FileRef, LoraRef
 from sdcli.request.jobs import Job
+from sdcli.request.lora_tags import lora_name
 from sdcli.request.schema import GenerationRequest, known
 from sdcli.vae.latent_space import decode_with_fallbacks
 

@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.generation.settings import DEFAULT_TEMPLATE, SUFFIX_OF, ImageFormat, OutputSettings
+from sdcli.generation.settings import DEFAULT_TEMPLATE, OutputSettings
+from sdcli.images.formats import FORMAT_OF, SUFFIX_OF, ImageFormat
 from sdcli.io.files import check_folder, check_new, expanded
 from sdcli.request.schema import did_you_mean
 
 FIELDS = ("index", "seed", "prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "custom_id")
-SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 MAX_PROMPT_BYTES = 80
 MAX_NAME_BYTES = 200
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -32,7 +32,7 @@ def output_settings(output: str | None, outdir: Path | None, image_format: Image
         cut = max(fixed.rfind("/") + 1, 0)
         outdir, template = expanded(output[:cut] or "."), output[cut:]
     check_template(template)
-    named = SUFFIXES.get(Path(template).suffix.lower())
+    named = FORMAT_OF.get(Path(template).suffix.lower())
     if named is not None and image_format is not None and named != image_format:
         raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
     folder = outdir if outdir is not None else OutputSettings.outdir
@@ -87,14 +87,9 @@ def image_name(template: str, fields: Mapping[str, Any], *, suffix: str) -> Pure
         raise UsageError(f"the output template {template!r} does not fit: {error}") from None
     _check_inside(rendered, template)
     *folders, name = (_portable(part) for part in PurePosixPath(rendered).parts)
-    if Path(name).suffix.lower() in SUFFIXES:
+    if Path(name).suffix.lower() in FORMAT_OF:
         name, suffix = name[: name.rindex(".")], name[name.rindex(".") :]
     return PurePosixPath(*folders, _cut(name, MAX_NAME_BYTES) + suffix)
-
-
-def numbered(name: PurePosixPath, number: int) -> PurePosixPath:
-    """`cat.png`, 2 -> `cat-2.png`; 1 is the name itself."""
-    return name if number == 1 else name.with_name(f"{name.stem}-{number}{name.suffix}")
 
 
 def slug(text: str) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal, Self
 
 from sdcli.errors import UsageError
+from sdcli.images.formats import ImageFormat
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-ImageFormat = Literal["png", "jpeg", "webp"]
 
 TraceFormat = Literal["webp", "apng", "gif"]
 
@@ -79,15 +79,3 @@ class OutputSettings:
         suffixes = [".trace.png", f".trace.{self.trace.format}"] if self.trace is not None else []
         suffixes += [".heatmap/index.html"] if self.heatmap is not None else []
         return [image.parent / f"{image.stem}{suffix}" for suffix in suffixes]
-
-
-def explains(stem: str) -> bool:
-    """Whether a file or folder of that name, without its last suffix, is what explains an image beside it."""
-    return stem.endswith((".trace", ".heatmap"))
-
-
-MAX_PIXELS = 8192 * 8192
-"""Of the largest image that is generated or read."""
-MAX_SIDE: dict[ImageFormat, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383}
-"""Pixels a side that the formats, and the libraries that write them, can hold."""
-SUFFIX_OF: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}

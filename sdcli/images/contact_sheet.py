@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from sdcli.errors import UsageError
-from sdcli.generation.settings import MAX_PIXELS
+from sdcli.images.formats import MAX_PIXELS
 from sdcli.io.files import write_whole
 
 KEY = "sdcli-sheet"

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from sdcli.errors import BadImage, SdcliError
-from sdcli.generation.settings import MAX_PIXELS
+from sdcli.images.formats import MAX_PIXELS
 
 OWN_FORMATS = ("PNG", "JPEG", "WEBP")
 """Pillow's names of the formats that sdcli writes."""

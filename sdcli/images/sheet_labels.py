@@ -56,7 +56,7 @@ def labels_of(
         return [label or name for label, name in zip(labels, names, strict=True)]
     labels = [_label(name, request, fields) for name, request in zip(names, requests, strict=True)]
     if not any(labels):
-        raise UsageError(f"--label: none of the pictures says its {' or '.join(fields).replace('_', ' ')}")
+        raise UsageError(f"--label: none of the images says its {' or '.join(fields).replace('_', ' ')}")
     return labels
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sdcli.errors import CannotWrite, UsageError
 
@@ -35,6 +35,11 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, 64 hex digits. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def numbered(name: PurePosixPath, number: int) -> PurePosixPath:
+    """`cat.png`, 2 -> `cat-2.png`; 1 is the name itself."""
+    return name if number == 1 else name.with_name(f"{name.stem}-{number}{name.suffix}")
 
 
 def check_folder(folder: Path) -> None:

@@ -13,13 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdcli.errors import BadWeights
-from sdcli.models.registry import pickle_refused
+from sdcli.io.pickles import is_pickle, pickle_refused
 
 N = TypeVar("N", bound=nn.Module)
 MAX_HEADER_BYTES = 20_000_000
 MAX_TENSORS = 20_000
 FLOATS = {"F64", "F32", "F16", "BF16"}
-PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 def empty_network(make: Callable[[], N], *, source: str) -> N:
@@ -109,14 +108,6 @@ def _shard_names(index: Path) -> list[str]:
         if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise BadWeights(f"{index} names the shard {name!r}, which is not beside it")
     return names
-
-
-def is_pickle(start: bytes, *, size: int) -> bool:
-    """Whether a file of so many bytes that begins with these eight is a pickle, or a zip with one in it.
-
-    The length of a safetensors header, with which such a file begins, may look like one: 640 is `80 02 00 ...`.
-    """
-    return start.startswith(PICKLE_STARTS) and int.from_bytes(start[:8], "little") > size - 8
 
 
 def check_header(path: Path) -> dict[str, Any]:

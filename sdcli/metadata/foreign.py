@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from sdcli.errors import UsageError
-from sdcli.generation.resolve.loras import tag, take_tags
 from sdcli.request.fields import LoraRef
+from sdcli.request.lora_tags import tag, take_tags
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import GenerationRequest, parse_request
 

@@ -30,7 +30,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from sdcli import __version__
 from sdcli.errors import BadImage, SdcliError, UsageError
-from sdcli.generation.settings import ImageFormat
+from sdcli.images.formats import ImageFormat
 from sdcli.images.image_files import opened
 from sdcli.metadata.foreign import Tool, a1111_text, load_json, read_foreign
 from sdcli.request.input_files import check_readable

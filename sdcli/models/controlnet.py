@@ -21,10 +21,11 @@ from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel, lean_imports
 from sdcli.io.weights import empty_network, fill, read_tensors, shards
 from sdcli.models.hub.download import folder_of
-from sdcli.models.layout import cell_of, read_json_object
+from sdcli.models.layout import read_json_object
 from sdcli.models.loader import LoadedModel, files_digest, in_background, placed
 from sdcli.models.registry import ControlNetSpec
 from sdcli.models.sources import FileSource, HubSource
+from sdcli.vae.config import cell_of
 
 PART = "controlnet:"
 """What the parts of a `LoadedModel` that are ControlNets are called, before the name that a request has for them."""

@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.request.schedulers import Process
 from sdcli.request.schema import did_you_mean
+from sdcli.vae.config import cell_of
 
 T = TypeVar("T", dict[str, Any], list[Any])
 
@@ -326,12 +327,6 @@ def _kind_of_transformer(transformer: Mapping[str, Any], vae: Mapping[str, Any],
 
 SD3_KIND = ModelKind(size_step=16, process="flow")
 """Of every published Stable Diffusion 3; its latents have cells of 8 pixels, and its patches 2x2 cells."""
-
-
-def cell_of(vae: Mapping[str, Any]) -> int:
-    """Pixels a side that become one cell of the latents: a VAE halves its input between its blocks."""
-    widths = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
-    return 2 ** (len(widths) - 1) if isinstance(widths, list | tuple) and 1 <= len(widths) <= 8 else 8
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from sdcli.generation.resolve import embeddings as embedding_files
 from sdcli.generation.resolve.controls import check_parts, controls_filled
 from sdcli.generation.resolve.init_image import Measure, start_filled
 from sdcli.generation.resolve.ip_adapters import image_prompts_filled
-from sdcli.generation.settings import MAX_PIXELS
+from sdcli.images.formats import MAX_PIXELS
 from sdcli.io.files import PACKAGE, expanded
+from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
 from sdcli.models.hub.cache import snapshot_folder
 from sdcli.models.layout import SD3_KIND, ModelFolder, ModelKind, read_model_folder
 from sdcli.models.single_file import layout_in
@@ -39,7 +40,6 @@ from sdcli.request.schema import (
 )
 
 MAX_REGISTRY_BYTES = 256 * 1024
-PICKLE_SUFFIXES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -576,12 +576,3 @@ def _own_defaults(folder: ModelFolder) -> dict[str, Any]:
         if problem is not None:
             raise UsageError(f"{folder.defaults_file}: defaults.{side}: {problem}")
     return checked
-
-
-def pickle_refused(path: Path | str) -> str:
-    """The sentence for a pickle, which can run code when it is opened."""
-    stem = Path(path).with_suffix(".safetensors")
-    return (
-        f"{path} is a pickle, which can run any code when opened; sdcli reads safetensors only. "
-        f"Convert it in a sandboxed process: sdcli models convert {path} {stem}"
-    )

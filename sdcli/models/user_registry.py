@@ -12,13 +12,12 @@ from pydantic import ValidationError
 
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded, write_whole
+from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
 from sdcli.models.registry import (
     HUB_ID,
-    PICKLE_SUFFIXES,
     ModelSpec,
     load_registry,
     packaged_registry_file,
-    pickle_refused,
     read_registry_file,
     read_yaml,
     spec_of_folder,

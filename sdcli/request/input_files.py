@@ -12,9 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 
 from sdcli.errors import BadImage, NotFound, UsageError
-from sdcli.generation.filenames import numbered
-from sdcli.generation.settings import explains
-from sdcli.io.files import expanded, sha256
+from sdcli.io.files import expanded, numbered, sha256
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """The largest image file that is read."""
@@ -151,8 +149,8 @@ def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, P
         unreadable.append(Path(error.filename))
 
     for root, folders, files in os.walk(folder, onerror=refused):
-        folders[:] = sorted(name for name in folders if not (name.startswith(".") or explains(name)))
-        files = [name for name in files if not (name.startswith(".") or explains(Path(name).stem))]
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or _is_companion(name)))
+        files = [name for name in files if not (name.startswith(".") or _is_companion(Path(name).stem))]
         known = sorted(name for name in files if Path(name).suffix.lower() in suffixes)
         stems = Counter(_stem(name) for name in known)
         below = PurePosixPath(Path(root).relative_to(folder).as_posix())
@@ -160,6 +158,11 @@ def _in_folder(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[Path, P
             yield Path(root, name), below / _name(name, stems)
     for path in unreadable:
         yield path, PurePosixPath(path.relative_to(folder).as_posix())
+
+
+def _is_companion(stem: str) -> bool:
+    """Whether a file or folder of that name, without its last suffix, is a trace or heatmap written beside an image."""
+    return stem.endswith((".trace", ".heatmap"))
 
 
 def _name(name: str, stems: Counter[str]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdcli.errors import OutOfMemory
 from sdcli.io.devices import free_caches, free_memory, out_of_memory
 from sdcli.io.lean_diffusers import VAE, AutoencoderTiny
-from sdcli.models.layout import cell_of
+from sdcli.vae.config import cell_of
 
 TILE = 64
 """Latent cells a side of a tile (512 pixels with Stable Diffusion's VAE)."""

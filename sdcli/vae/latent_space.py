@@ -14,7 +14,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sdcli.errors import BadOutput, OutOfMemory
 from sdcli.io.devices import free_caches, out_of_memory
 from sdcli.io.lean_diffusers import VAE
-from sdcli.models.loader import LoadedModel
 from sdcli.vae import autoencoder
 
 Report = Callable[[str], None]
@@ -135,13 +134,6 @@ def in_pixel_space(pixels: Tensor, *, channels: int) -> Tensor:
     """Pixels [3, H, W] in 0..1 -> x_0 [C, H, W] in -1..1; grey (C = 1) is the mean of the channels."""
     chosen = pixels.mean(dim=0, keepdim=True) if channels == 1 else pixels
     return chosen * 2 - 1
-
-
-def space_of(model: LoadedModel) -> Space:
-    """The space that a model was trained in."""
-    if model.spec.kind.space == "pixel":
-        return PixelSpace(model.unet.config.in_channels)
-    return LatentSpace(model.vae)
 
 
 def decode_with_fallbacks(

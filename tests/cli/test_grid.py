@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 
 from sdcli.errors import BadImage, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.images.contact_sheet import FONT_SIZE, GAP, KEY, LABEL_WIDTH, _wrapped, check_size
-from sdcli.images.image_files import MAX_PIXELS
+from sdcli.images.formats import MAX_PIXELS
 from sdcli.images.sheet_labels import labels_of, parse_fields
 from sdcli.io.files import AlreadyExists
 from sdcli.metadata.record import Record, image_bytes

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from PIL import Image
 
-from sdcli.generation.settings import ImageFormat
+from sdcli.images.formats import ImageFormat
 from sdcli.metadata.record import Record, image_bytes, parameters_text, read_image
 from sdcli.request.schema import GenerationRequest
 from tests.conftest import Run

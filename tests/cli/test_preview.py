@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sdcli.cli.ui.preview import SHARE, Preview, Throttle
 from sdcli.cli.ui.terminal_images import BELOW, HalfBlocks
+from sdcli.diffusion.pipeline import space_of
 from sdcli.errors import CannotWrite, SdcliError, UsageError
 from sdcli.generation.engine import Progress
 from sdcli.images.contact_sheet import KEY
@@ -28,7 +29,7 @@ from sdcli.io.files import AlreadyExists
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.vae.latent_preview import FEW_CELLS, latent_preview
-from sdcli.vae.latent_space import PixelSpace, space_of
+from sdcli.vae.latent_space import PixelSpace
 from tests.conftest import REPOSITORY
 from tests.generation.test_encode_decode import (
     _here,  # noqa: F401

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdcli.errors import BadImage, NotFound, UsageError
-from sdcli.generation.settings import ImageFormat
+from sdcli.images.formats import ImageFormat
 from sdcli.metadata.record import (
     Record,
     image_bytes,

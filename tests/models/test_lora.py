@@ -20,7 +20,7 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.engine import Engine, Event, Note, Result, plan
-from sdcli.generation.resolve.loras import find_lora, find_loras, take_tags
+from sdcli.generation.resolve.loras import find_lora, find_loras
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.io.files import PACKAGE
@@ -31,6 +31,7 @@ from sdcli.models.lora import ldm_name, lora_facts, read_lora, with_loras
 from sdcli.models.registry import load_registry, resolve, spec_of_folder
 from sdcli.request.fields import LoraRef
 from sdcli.request.jobs import BadJob, Job, Line, expand, read_lines
+from sdcli.request.lora_tags import take_tags
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.conftest import Run
 from tests.ldm import _unet_name

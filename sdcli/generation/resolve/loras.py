@@ -1,26 +1,23 @@
-"""LoRAs as asked -> the files they mean: tags in a prompt, the folder that names are looked up in, digests."""
+"""LoRAs as asked -> the files they mean: the folder that names are looked up in, digests."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import platformdirs
-from pydantic import ValidationError
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import expanded
-from sdcli.models.registry import PICKLE_SUFFIXES, pickle_refused
-from sdcli.request.fields import LoraRef, digits
+from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
+from sdcli.request.fields import LoraRef
 from sdcli.request.input_files import check_same_file, digest_of
-from sdcli.request.schema import GenerationRequest, did_you_mean, first_problem
+from sdcli.request.lora_tags import take_tags
+from sdcli.request.schema import GenerationRequest, did_you_mean
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of a PEFT folder."""
-
-_TAG = re.compile(r" ?<lora:([^<>]*)>")
 
 
 def find_loras(request: GenerationRequest, folder: Path | None) -> GenerationRequest:
@@ -38,27 +35,6 @@ def find_loras(request: GenerationRequest, folder: Path | None) -> GenerationReq
     if not refs:
         return request
     return request.model_copy(update={"prompt": prompt, "prompt_template": template, "loras": refs})
-
-
-def take_tags(prompt: str) -> tuple[str, tuple[LoraRef, ...]]:
-    """A prompt without its tags, and what they ask for.
-
-    A tag is the web UI's: `<lora:NAME>`, `<lora:NAME:WEIGHT>` or `<lora:NAME:TEXT_WEIGHT:UNET_WEIGHT>` (in this order,
-    the other way round than in `--lora`), where `te=WEIGHT` and `unet=WEIGHT` may stand as well. Raises UsageError.
-    """
-    refs = tuple(_ref_of_tag(match[1]) for match in _TAG.finditer(prompt))
-    return (_TAG.sub("", prompt).strip() if refs else prompt), refs
-
-
-def tag(ref: LoraRef) -> str:
-    """The web UI's tag for a LoRA, by the name of its file: `<lora:NAME:WEIGHT>`."""
-    both = f":{digits(ref.unet_weight)}" if ref.unet_weight != ref.text_weight else ""
-    return f"<lora:{lora_name(ref)}:{digits(ref.text_weight)}{both}>"
-
-
-def lora_name(ref: LoraRef) -> str:
-    """What a LoRA is called in the web UI's texts: its file's name, without what has a meaning there."""
-    return re.sub(r"[<>:,=\n]", "", Path(ref.path).name.removesuffix(".safetensors"))
 
 
 def pinned(ref: LoraRef, folder: Path | None) -> LoraRef:
@@ -107,20 +83,6 @@ def lora_digest(path: Path) -> str:
 def user_lora_folder() -> Path:
     """The user's own LoRA folder, `loras` in the data folder (XDG_DATA_HOME on Linux)."""
     return platformdirs.user_data_path("sdcli") / "loras"
-
-
-def _ref_of_tag(inner: str) -> LoraRef:
-    """`NAME:0.8` -> the entry, by the web UI's rules."""
-    named = dict(part.split("=", 1) for part in inner.split(":") if "=" in part)
-    name, *weights = [part for part in inner.split(":") if "=" not in part] or [""]
-    if len(weights) > 2 or set(named) - {"te", "unet"}:
-        raise UsageError(f"<lora:{inner}> is not understood; a tag is <lora:NAME:WEIGHT>")
-    text = named.get("te", weights[0] if weights else "1")
-    unet = named.get("unet", weights[1] if len(weights) > 1 else text)
-    try:
-        return LoraRef.model_validate({"path": name.strip(), "unet_weight": unet, "text_weight": text})
-    except ValidationError as error:
-        raise UsageError(f"<lora:{inner}>: {first_problem(error)}") from None
 
 
 def _is_name(path: str) -> bool:

@@ -1,0 +1,12 @@
+"""What a VAE's configuration says about its latents. Takes the configuration alone, and imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def cell_of(vae: Mapping[str, Any]) -> int:
+    """Pixels a side that become one cell of the latents: a VAE halves its input between its blocks."""
+    widths = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
+    return 2 ** (len(widths) - 1) if isinstance(widths, list | tuple) and 1 <= len(widths) <= 8 else 8
