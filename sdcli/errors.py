@@ -53,14 +53,14 @@ class CannotWrite(SdcliError):
     exit_code = 8
 
 
-class Interrupted(SdcliError):
-    """Stopped by SIGINT (Ctrl-C); what was finished is on the disk."""
+class Interrupted(BaseException):
+    """Stopped by SIGINT (Ctrl-C). Not an error: no `except SdcliError` and no `except Exception` may swallow it."""
 
     exit_code = 130
 
 
 class Terminated(Interrupted):
-    """Stopped by SIGTERM; what was finished is on the disk."""
+    """Stopped by SIGTERM."""
 
     exit_code = 143
 

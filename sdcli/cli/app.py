@@ -117,8 +117,8 @@ def main() -> NoReturn:
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:
         app()
-    except SdcliError as error:
-        if str(error):  # empty: another process of ours has said it
+    except (SdcliError, Interrupted) as error:
+        if str(error):  # empty: another process of this run has printed it
             _complain(str(error), verbose)
         _exit(error.exit_code)
     except BrokenPipeError:

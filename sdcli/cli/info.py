@@ -10,7 +10,7 @@ import typer
 
 from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
-from sdcli.errors import Interrupted, SdcliError, SomeFailed, UsageError
+from sdcli.errors import SdcliError, SomeFailed, UsageError
 from sdcli.io.files import write_whole
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ def command(
                 _strip(path, output, console, overwrite=overwrite)
             else:
                 _show(path, console, watermark=watermark)
-        except Interrupted:
-            raise
         except SdcliError as error:
             failed += 1
             if as_json:

@@ -397,8 +397,6 @@ def _each(names: list[str], one: Callable[[str], None], *, console: Console) -> 
         try:
             one(name)
         except SdcliError as error:
-            if error.exit_code >= 128:
-                raise
             console.warn(str(error))
             failed.append(name)
     if failed:

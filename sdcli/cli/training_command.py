@@ -126,7 +126,7 @@ def train(trainer: Trainer[S], asked: Requested, console: Console) -> None:
     if (settings.num_processes or 1) > 1 and not inside_a_launch():
         code = launch(sys.argv[1:], processes=settings.num_processes or 1)
         if code:
-            raise _AlreadySaid(code)
+            raise _AlreadyPrinted(code)
         return
     stop = GracefulStop(
         console,
@@ -156,13 +156,13 @@ def train(trainer: Trainer[S], asked: Requested, console: Console) -> None:
                 if session.is_main:
                     _report(event, console)
         except Interrupted as stopped:
-            raise stopped if session.is_main else _AlreadySaid(stopped.exit_code) from None
+            raise stopped if session.is_main else type(stopped)("") from None  # the main process prints the reason
     if session.is_main:
         console.result(str(run), status="done", run=str(run))
 
 
-class _AlreadySaid(SdcliError):
-    """A process that was started here has said what went wrong; only its exit code is left to pass on."""
+class _AlreadyPrinted(SdcliError):
+    """A failure that another process of this run has printed; only its exit code is passed on."""
 
     def __init__(self, code: int) -> None:
         super().__init__("")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import sdcli
-from sdcli.errors import Interrupted, SdcliError
+from sdcli.errors import SdcliError
 from sdcli.generation.codec import Codec, DecodeSettings, EncodeSettings, decode_all, encode_all
 from sdcli.generation.engine import Engine, Result
 from sdcli.generation.settings import OutputSettings, RunSettings
@@ -57,8 +57,6 @@ def checks(run: RunSettings) -> Iterator[Check]:
             started, error = time.monotonic(), None
             try:
                 step()
-            except Interrupted:
-                raise
             except Exception as problem:  # whatever it is, it is what the user wants to hear of
                 error = str(problem) or type(problem).__name__
             yield Check(name, time.monotonic() - started, error)

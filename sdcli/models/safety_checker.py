@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdcli.errors import BadWeights, Interrupted, first_line
+from sdcli.errors import BadWeights, first_line
 from sdcli.images.pixels import to_pixels
 from sdcli.models.layout import read_json_object
 
@@ -66,8 +66,6 @@ def load_safety_checker(folder: Path) -> SafetyChecker | None:
             variant=None if "" in variants else variants[0],
         )
         side = int(network.config.vision_config.image_size)
-    except Interrupted:
-        raise
     except Exception as error:  # transformers fails in a dozen ways on damaged files
         raise BadWeights(f"{checker}: {first_line(error)}; --safety off generates without it") from None
     preprocessor = folder / "feature_extractor" / "preprocessor_config.json"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -412,7 +413,9 @@ def test_a_folder_without_images_is_said() -> None:
     assert isinstance(run("decode", "empty", "-m", "tiny").error, NotFound)
 
 
-def test_a_signal_ends_the_stream_after_the_image_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_stream_after_the_image_in_hand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from sdcli.generation.codec import Codec
 
     folder = folder_of(4)
@@ -426,10 +429,11 @@ def test_a_signal_ends_the_stream_after_the_image_in_hand(monkeypatch: pytest.Mo
         return encode(self, *arguments, **options)
 
     monkeypatch.setattr(Codec, "encode", interrupted)
-    outcome = run("encode", folder, "-m", "tiny")
-    assert isinstance(outcome.error, Interrupted)
-    assert outcome.out == ["latents/0000.safetensors", "latents/0001.safetensors"]
-    assert "finishing the image in hand" in outcome.err
+    with pytest.raises(Interrupted):
+        typer.main.get_command(app).main(["encode", str(folder), "-m", "tiny"], standalone_mode=False)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["latents/0000.safetensors", "latents/0001.safetensors"]
+    assert "finishing the image in hand" in printed.err
 
 
 def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> None:

@@ -91,7 +91,7 @@ def test_a_signal_is_no_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object, **__: object) -> None:
         raise Interrupted("interrupted")
 
-    monkeypatch.setattr(engine, "paint", stopped)
+    monkeypatch.setattr(engine, "sample", stopped)
     with pytest.raises(Interrupted):
         list(checks(RunSettings(device="cpu")))
 
