@@ -132,7 +132,7 @@ def make_images(folder: Path, size: int, *, count: int) -> None:
 
 def run_sdcli(options: argparse.Namespace) -> tuple[list[float], int]:
     from sdcli.models.registry import load_registry
-    from sdcli.training.events import Trained
+    from sdcli.training.events import StepMetrics
     from sdcli.training.settings import UnetSettings
     from sdcli.training.unet.session import UnetSession
 
@@ -149,7 +149,7 @@ def run_sdcli(options: argparse.Namespace) -> tuple[list[float], int]:
         list(session.prepare(resume=False))
         seconds = []
         for event in session.train(stop=lambda: None):
-            if isinstance(event, Trained):
+            if isinstance(event, StepMetrics):
                 seconds.append(event.seconds)
                 if event.step == WARM_UP + options.steps:
                     break  # without the last checkpoint

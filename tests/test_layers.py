@@ -76,7 +76,6 @@ STILL_UPWARD = {
     ("encoders.textual_inversion", "generation.resolve.init_image"),
     ("encoders.tokenizer", "models.hub.download"),
     ("encoders.tokenizer", "models.registry"),
-    ("generation.forward_process", "training.objective"),
     ("models.ip_adapter", "generation.resolve.ip_adapters"),
     ("models.loader", "diffusion.attention.sliced"),
     ("models.lora", "generation.resolve.loras"),

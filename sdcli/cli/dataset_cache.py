@@ -183,7 +183,7 @@ def _opened(
     data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingDisplay, console: Console
 ) -> ImageData:
     """The images as training would take them."""
-    from sdcli.training.events import Noted
+    from sdcli.training.events import RunNote
     from sdcli.training.inputs.image_data import examine_data, list_data
 
     resolution = settings.target_size((spec.defaults.width, spec.defaults.height))
@@ -195,7 +195,7 @@ def _opened(
         except StopIteration as ended:
             found: ImageData = ended.value
             return found
-        if isinstance(event, Noted):
+        if isinstance(event, RunNote):
             console.say(event.text)
         else:
             display.show(event)
@@ -211,12 +211,12 @@ def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:
 
 def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingDisplay, console: Console) -> CacheProgress:
     """Go through with it, with progress on stderr; returns the last of it."""
-    from sdcli.training.events import Preparing
+    from sdcli.training.events import Preparation
 
     last = None
     for progress in filling:
         if last is None or progress.done != last.done:
-            display.show(Preparing(what, progress.done, progress.total))
+            display.show(Preparation(what, progress.done, progress.total))
         for note in progress.notes:
             console.warn(note)
         last = progress

@@ -200,9 +200,9 @@ def _over(values: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(event: Event, display: Any, console: Console) -> None:
-    from sdcli.training.events import Noted
+    from sdcli.training.events import RunNote
 
-    if isinstance(event, Noted) and event.warning:
+    if isinstance(event, RunNote) and event.warning:
         console.warn(event.text)
     else:
         display.show(event)
@@ -210,15 +210,15 @@ def _show(event: Event, display: Any, console: Console) -> None:
 
 def _report(event: Event, console: Console) -> None:
     """Checkpoints and samples as results on stdout; with --json every event."""
-    from sdcli.training.events import Checkpointed, Preparing, Sampled
+    from sdcli.training.events import CheckpointSaved, Preparation, SamplesSaved
     from sdcli.training.run_log import strict_json
 
     if console.json:
-        if not isinstance(event, Preparing):
+        if not isinstance(event, Preparation):
             console.result("", event=type(event).__name__.lower(), **strict_json(dataclasses.asdict(event)))
-    elif isinstance(event, Checkpointed):
+    elif isinstance(event, CheckpointSaved):
         console.result(str(event.path))
-    elif isinstance(event, Sampled):
+    elif isinstance(event, SamplesSaved):
         for path in event.paths:
             console.result(str(path))
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdcli.diffusion.noise_schedule import NoiseSchedule, add_noise
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import UsageError
 from sdcli.generation.codec import Codec
@@ -17,7 +18,6 @@ from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import fit, from_pixels
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.registry import ModelSpec, described
-from sdcli.training.objective import NoiseSchedule, add_noise
 from sdcli.vae.autoencoder import generators_for, initial_noise
 from sdcli.vae.latent_space import PixelSpace, in_pixel_space
 

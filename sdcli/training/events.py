@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Preparing:
+class Preparation:
     """Work before the first step goes on: `done` of `total` images examined, latents encoded."""
 
     what: str
@@ -18,7 +18,7 @@ class Preparing:
 
 
 @dataclass(frozen=True)
-class Started:
+class RunStart:
     """The steps begin, from the first or, resumed, from after `start_step`."""
 
     steps: int | None
@@ -32,7 +32,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Trained:
+class StepMetrics:
     """Optimizer steps up to number `step` are done; the figures are means over those since the last event."""
 
     step: int
@@ -55,7 +55,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Validated:
+class ValidationMetrics:
     """The held-out images were measured; `figures` has at least `loss`."""
 
     step: int
@@ -63,7 +63,7 @@ class Validated:
 
 
 @dataclass(frozen=True)
-class Checkpointed:
+class CheckpointSaved:
     """A checkpoint is whole and on the disk."""
 
     step: int
@@ -72,7 +72,7 @@ class Checkpointed:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SamplesSaved:
     """Sample images were generated and written."""
 
     step: int
@@ -80,7 +80,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Noted:
+class RunNote:
     """Something the user should read, and find in the log later."""
 
     text: str
@@ -89,11 +89,11 @@ class Noted:
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunEnd:
     """The last event of a run. `reason` completes "ended after step N: ..."."""
 
     step: int
     reason: str
 
 
-Event = Preparing | Started | Trained | Validated | Checkpointed | Sampled | Noted | Ended
+Event = Preparation | RunStart | StepMetrics | ValidationMetrics | CheckpointSaved | SamplesSaved | RunNote | RunEnd

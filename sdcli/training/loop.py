@@ -13,7 +13,7 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,16 +25,24 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated, UsageError
-from sdcli.generation.engine import evaluating
 from sdcli.io import rng
 from sdcli.io.devices import out_of_memory, pick_device
-from sdcli.training.events import Checkpointed, Ended, Event, Noted, Sampled, Started, Trained, Validated
+from sdcli.training.events import (
+    CheckpointSaved,
+    Event,
+    RunEnd,
+    RunNote,
+    RunStart,
+    SamplesSaved,
+    StepMetrics,
+    ValidationMetrics,
+)
 from sdcli.training.inputs.feed import Feed, Share, on_device
 from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
 from sdcli.training.settings import TrainSettings
 from sdcli.training.state.checkpoint import link_model_folder, save_checkpoint
 from sdcli.training.state.training_state import TrainingState
-from sdcli.training.task import Batch, Losses, Networks, Phase, Task
+from sdcli.training.task import Batch, Losses, Networks, OptimizerPhase, Task
 
 PATIENCE = timedelta(days=1)
 """How long the processes wait for the first one, which fills the caches."""
@@ -134,7 +142,7 @@ class Trainer:
         share = Share(settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.process_index, world)
         began = time.monotonic()
         total, means = settings.total_batch_size(world), _Means()
-        yield Started(
+        yield RunStart(
             steps=plan.steps,
             start_step=done,
             batch=total,
@@ -145,7 +153,7 @@ class Trainer:
         )
         computed, note = self._perhaps_compiled(networks)
         if note:
-            yield Noted(note)
+            yield RunNote(note)
         with Feed(
             task, share=share, first_step=done, device=accelerator.device, workers=settings.dataloader_num_workers
         ) as feed:
@@ -173,14 +181,14 @@ class Trainer:
                 if _due(plan.checkpoint_every, done) or last:
                     yield from self._checkpoint(done)
                 if reason is not None:
-                    yield Ended(done, str(reason))
+                    yield RunEnd(done, str(reason))
                     raise type(reason)(f"{reason} (checkpoint at step {done}; --resume goes on)")
                 if late:
                     break
-        yield Ended(done, "finished" if plan.ends_at(done) else "--max-hours is over")
+        yield RunEnd(done, "finished" if plan.ends_at(done) else "--max-hours is over")
 
     def _optimize(
-        self, phase: Phase, networks: Networks, optimizer: Any, batches: list[Batch], done: int, rate: float
+        self, phase: OptimizerPhase, networks: Networks, optimizer: Any, batches: list[Batch], done: int, rate: float
     ) -> dict[str, float]:
         """One optimizer step of one phase; returns its figures. Raises BadOutput before anything was changed by NaN."""
         accelerator, count = self.accelerator, len(batches)
@@ -249,24 +257,24 @@ class Trainer:
         """The processes' copies are equal, so that the first one's answer is enough."""
         if self.accelerator.is_main_process:
             painted = self._painted_with()
-            with evaluating(painted.values()), torch.no_grad():
+            with _evaluation_mode(painted.values()), torch.no_grad():
                 figures = self.task.validate(painted)
             if figures:
-                yield Validated(done, figures)
+                yield ValidationMetrics(done, figures)
         self.accelerator.wait_for_everyone()
 
     def _sample(self, done: int) -> Iterator[Event]:
         if self.accelerator.is_main_process:
             try:
                 painted = self._painted_with()
-                with evaluating(painted.values()), torch.no_grad():
+                with _evaluation_mode(painted.values()), torch.no_grad():
                     paths = self.task.samples(painted, done, self.run / "samples")
                 if paths:
-                    yield Sampled(done, paths)
+                    yield SamplesSaved(done, paths)
             except Exception as error:
                 if not isinstance(error, SdcliError) and not out_of_memory(error):
                     raise
-                yield Noted(f"no samples at step {done}: {error}")
+                yield RunNote(f"no samples at step {done}: {error}")
         self.accelerator.wait_for_everyone()
 
     def _painted_with(self) -> Networks:
@@ -295,10 +303,10 @@ class Trainer:
             link_model_folder(self.run, self.links)
         self.accelerator.wait_for_everyone()
         for note in notes:
-            yield Noted(note)
-        yield Checkpointed(done, path, time.monotonic() - began)
+            yield RunNote(note)
+        yield CheckpointSaved(done, path, time.monotonic() - began)
 
-    def _not_finite(self, phase: Phase, loss: float, done: int) -> str:
+    def _not_finite(self, phase: OptimizerPhase, loss: float, done: int) -> str:
         names = [self.task.item_name(draw.index) for draw in self.task.draws(done)]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return (
@@ -311,16 +319,16 @@ class Trainer:
         """With --compile the compiled networks, unless their gradients differ from the plain ones'."""
         if not self.settings.compile:
             return networks, None
-        from sdcli.training.optim.compile import compiled_if_right
+        from sdcli.training.optim.compile import compile_if_correct
 
         draws = Share(min(2, self.settings.train_batch_size), 1).of(self.task.draws(0))[0]
         batch = on_device(self.task.collate([self.task.item(draw) for draw in draws]), self.accelerator.device)
-        return compiled_if_right(networks, self.task.phases[0], batch)
+        return compile_if_correct(networks, self.task.phases[0], batch)
 
 
 @dataclass
 class _Means:
-    """The figures of the steps since the last `Trained`."""
+    """The figures of the steps since the last `StepMetrics`."""
 
     sums: dict[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -332,9 +340,9 @@ class _Means:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
 
-    def event(self, done: int, steps: int | None, lr: float, batch: int, device: torch.device) -> Trained:
+    def event(self, done: int, steps: int | None, lr: float, batch: int, device: torch.device) -> StepMetrics:
         means = {name: value / self.steps for name, value in self.sums.items()}
-        return Trained(
+        return StepMetrics(
             step=done,
             steps=steps,
             loss=means.pop("loss"),
@@ -355,6 +363,19 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def _evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch dropout and the like off inside the block; afterwards each layer is in the mode it was in before."""
+    layers = [layer for network in networks for layer in network.modules() if layer.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def _due(every: int | None, done: int) -> bool:

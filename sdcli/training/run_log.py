@@ -32,15 +32,15 @@ from typing import Any, Self
 from sdcli import __version__
 from sdcli.errors import CannotWrite, NotFound, SdcliError
 from sdcli.training.events import (
-    Checkpointed,
-    Ended,
+    CheckpointSaved,
     Event,
-    Noted,
-    Preparing,
-    Sampled,
-    Started,
-    Trained,
-    Validated,
+    Preparation,
+    RunEnd,
+    RunNote,
+    RunStart,
+    SamplesSaved,
+    StepMetrics,
+    ValidationMetrics,
 )
 
 NAME = "log.jsonl"
@@ -111,32 +111,32 @@ class RunLog:
 
 
 def log_event(log: RunLog, event: Event, **facts: Any) -> None:
-    """Write an event of the training loop, with further facts beside its own; `Preparing` leaves no line.
+    """Write an event of the training loop, with further facts beside its own; `Preparation` leaves no line.
 
-    Paths inside the run are written relative to it. A `Started` that does not begin at the first step writes its
+    Paths inside the run are written relative to it. A `RunStart` that does not begin at the first step writes its
     `resume` line before it. Raises CannotWrite.
     """
     own = {name: getattr(event, name) for name in event.__dataclass_fields__}
     match event:
-        case Preparing():
+        case Preparation():
             return
-        case Started():
+        case RunStart():
             if event.start_step:
                 log.rewind(event.start_step)
             log.write("start", **own, versions=versions(), **facts)
-        case Trained():
+        case StepMetrics():
             shown = own.pop("shown")
             known = {name: value for name, value in own.items() if value is not None}
             log.write("train", **{**shown, **known}, **facts)
-        case Validated():
+        case ValidationMetrics():
             log.write("validation", **{**event.figures, "step": event.step}, **facts)
-        case Checkpointed():
+        case CheckpointSaved():
             log.write("checkpoint", **{**own, "path": log.relative(event.path)}, **facts)
-        case Sampled():
+        case SamplesSaved():
             log.write("sample", step=event.step, paths=[log.relative(path) for path in event.paths], **facts)
-        case Noted():
+        case RunNote():
             log.write("note", text=event.text, **facts)
-        case Ended():
+        case RunEnd():
             log.write("end", **own, **facts)
 
 

@@ -16,19 +16,19 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from sdcli.errors import Stop, UsageError
 from sdcli.io.devices import free_memory
 from sdcli.training import run_folder
-from sdcli.training.events import Event, Noted
+from sdcli.training.events import Event, RunNote
 from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.run_log import RunLog, log_event
 from sdcli.training.settings import TrainSettings
-from sdcli.training.state.checkpoint import Found, newest_checkpoint, run_lock, write_frozen_parts
+from sdcli.training.state.checkpoint import CheckpointInfo, newest_checkpoint, run_lock, write_frozen_parts
 from sdcli.training.task import Task
 
 S = TypeVar("S", bound=TrainSettings)
 
 
 @dataclass(frozen=True)
-class Built:
+class RunSetup:
     """A task ready to train, and how RUN becomes a model folder around it."""
 
     task: Task
@@ -55,8 +55,8 @@ class Session(ABC, Generic[S]):
         self._stack = contextlib.ExitStack()
         trackers = list(settings.report_to) or None
         self.accelerator = make_accelerator(settings, log_with=trackers, project_dir=str(run) if trackers else None)
-        self._built: Built | None = None
-        self._found: Found | None = None
+        self._setup: RunSetup | None = None
+        self._found: CheckpointInfo | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +76,7 @@ class Session(ABC, Generic[S]):
         return bool(self.accelerator.is_main_process)
 
     @abstractmethod
-    def build(self) -> Generator[Event, None, Built]:
+    def build(self) -> Generator[Event, None, RunSetup]:
         """Read the data, load or make the networks; yields what takes time, returns the task.
 
         In a run of several processes the first one fills caches while the others wait.
@@ -87,14 +87,14 @@ class Session(ABC, Generic[S]):
         if resume:
             self._found = newest_checkpoint(self.run)
             self._check_unchanged()
-            for path, reason in self._found.passed_over:
-                yield Noted(f"passed over {path}: it {reason}; it is left where it is")
+            for path, reason in self._found.broken:
+                yield RunNote(f"passed over {path}: it {reason}; it is left where it is")
         building = self.build()
         while True:
             try:
                 yield next(building)
             except StopIteration as end:
-                self._built = end.value
+                self._setup = end.value
                 break
             stopped = stop()
             if stopped is not None:
@@ -105,14 +105,14 @@ class Session(ABC, Generic[S]):
             yield from self._told_of_another_schedule(self._found)
 
     @property
-    def built(self) -> Built:
-        assert self._built is not None, "prepare first"
-        return self._built
+    def setup(self) -> RunSetup:
+        assert self._setup is not None, "prepare first"
+        return self._setup
 
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the whole run; None where only --max-hours ends it."""
-        return self.settings.steps(self.built.samples, self.batch)
+        return self.settings.steps(self.setup.samples, self.batch)
 
     @property
     def batch(self) -> int:
@@ -127,13 +127,13 @@ class Session(ABC, Generic[S]):
             "steps": self.steps,
             "done": self._found.step if self._found else 0,
             "batch": self.batch,
-            "samples": self.built.samples,
-            "steps_per_epoch": round(self.built.samples / self.batch, 2),
+            "samples": self.setup.samples,
+            "steps_per_epoch": round(self.setup.samples / self.batch, 2),
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
-            "memory_bytes": self.built.memory_bytes,
+            "memory_bytes": self.setup.memory_bytes,
             "free_bytes": free_memory(self.accelerator.device),
-            **self.built.facts,
+            **self.setup.facts,
         }
 
     def plan_lines(self) -> Iterator[str]:
@@ -155,17 +155,17 @@ class Session(ABC, Generic[S]):
 
     def train(self, *, stop: Stop) -> Iterator[Event]:
         """Write RUN's frozen parts, train, checkpoint, log. Raises what `loop.Trainer.train` raises."""
-        settings, built = self.settings, self.built
+        settings, setup = self.settings, self.setup
         log = None
         if self.is_main:
             self._stack.enter_context(run_lock(self.run))
             if self._found is None:
                 run_folder.begin(self.run, settings, command=self.command, data=self.data)
-                write_frozen_parts(self.run, built.write_frozen)
+                write_frozen_parts(self.run, setup.write_frozen)
             log = self._stack.enter_context(RunLog.open(self.run))
         self.accelerator.wait_for_everyone()
         trainer = Trainer(
-            built.task,
+            setup.task,
             settings,
             self.accelerator,
             self.run,
@@ -177,8 +177,8 @@ class Session(ABC, Generic[S]):
                 checkpoint_every=settings.checkpointing_steps,
                 keep=settings.checkpoints_total_limit,
             ),
-            links=built.links,
-            facts={"command": self.command, **built.facts},
+            links=setup.links,
+            facts={"command": self.command, **setup.facts},
             before_checkpoint=log.sync if log is not None else lambda: None,
         )
         done = trainer.resume(self._found.path) if self._found is not None else 0
@@ -196,15 +196,15 @@ class Session(ABC, Generic[S]):
         before = self.kind.model_validate(values)
         run_folder.check_unchanged(before, self.settings, batch=(_batch_until(self._found, before), self.batch))
 
-    def _check_same_data(self, found: Found) -> None:
+    def _check_same_data(self, found: CheckpointInfo) -> None:
         """Other images or captions would be another run, whatever the seed."""
-        before, now = found.facts.get("data_fingerprint"), self.built.facts.get("data_fingerprint")
+        before, now = found.facts.get("data_fingerprint"), self.setup.facts.get("data_fingerprint")
         if before != now:
             raise UsageError(
                 f"{self.data} is not what the run began with: images or captions came, went or changed. Put them "
                 f"back, or begin a new run from this one: -m {self.run} -o ANOTHER"
             )
-        base, present = found.facts.get("base", {}), self.built.facts.get("base", {})
+        base, present = found.facts.get("base", {}), self.setup.facts.get("base", {})
         changed = sorted(part for part in {*base, *present} if base.get(part) != present.get(part))
         if changed:
             raise UsageError(
@@ -212,13 +212,13 @@ class Session(ABC, Generic[S]):
                 "put them back, or begin a new run"
             )
 
-    def _told_of_another_schedule(self, found: Found) -> Iterator[Event]:
+    def _told_of_another_schedule(self, found: CheckpointInfo) -> Iterator[Event]:
         """Another number of steps is another learning rate at every step to come, where it is not constant."""
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
         settings = self.kind.model_validate(values)
-        before = settings.steps(self.built.samples, _batch_until(found, settings))
+        before = settings.steps(self.setup.samples, _batch_until(found, settings))
         if before != self.steps and not self.settings.lr_scheduler.startswith("constant"):
-            yield Noted(
+            yield RunNote(
                 f"the learning rate fell over {before:,} steps until here and falls over {self.steps:,} from now on: "
                 f"--lr-scheduler {self.settings.lr_scheduler} depends on how many there are"
             )
@@ -240,14 +240,14 @@ class Session(ABC, Generic[S]):
             raise UsageError(f"--report-to {min(missing)} needs its package: pip install {min(missing)}")
 
     def _track(self, event: Event) -> None:
-        from sdcli.training.events import Trained, Validated
+        from sdcli.training.events import StepMetrics, ValidationMetrics
 
         if not self.settings.report_to:
             return
-        if isinstance(event, Trained):
+        if isinstance(event, StepMetrics):
             values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, **event.shown}
             self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=event.step)
-        elif isinstance(event, Validated):
+        elif isinstance(event, ValidationMetrics):
             self.accelerator.log({f"validation/{name}": v for name, v in event.figures.items()}, step=event.step)
 
 
@@ -256,7 +256,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _batch_until(found: Found, settings: TrainSettings) -> int:
+def _batch_until(found: CheckpointInfo, settings: TrainSettings) -> int:
     """Samples of a step until a checkpoint; older ones say instead how many processes there were."""
     batch = found.facts.get("batch")
     return settings.total_batch_size(found.facts.get("processes", 1)) if batch is None else batch

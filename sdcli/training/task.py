@@ -36,7 +36,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Phase:
+class OptimizerPhase:
     """One optimizer and its loss. Most trainers have one phase; a discriminator is a second one of the same step."""
 
     name: str
@@ -52,7 +52,7 @@ class Task(Protocol):
     """Every network with trained parameters, by folder name ("unet", "vae", "text_encoder", "discriminator")."""
     averaged: tuple[str, ...]
     """Which of them have an EMA beside them."""
-    phases: Sequence[Phase]
+    phases: Sequence[OptimizerPhase]
 
     def draws(self, step: int) -> list[Draw]:
         """The samples of a step, total batch size of them; the first step is 0."""

@@ -15,21 +15,21 @@ from sdcli.cli.ui import training_progress
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.training_progress import TrainingDisplay, _duration
 from sdcli.training.events import (
-    Checkpointed,
-    Ended,
+    CheckpointSaved,
     Event,
-    Noted,
-    Preparing,
-    Sampled,
-    Started,
-    Trained,
-    Validated,
+    Preparation,
+    RunEnd,
+    RunNote,
+    RunStart,
+    SamplesSaved,
+    StepMetrics,
+    ValidationMetrics,
 )
 from tests.conftest import REPOSITORY
 
 
-def trained(step: int, *, steps: int | None = 60) -> Trained:
-    return Trained(
+def trained(step: int, *, steps: int | None = 60) -> StepMetrics:
+    return StepMetrics(
         step=step, steps=steps, loss=1 / step, lr=1e-4, grad_norm=1.0, samples_per_second=51.2, waiting=0.021,
         seconds=0.25, memory_bytes=3 << 30,
     )  # fmt: skip
@@ -37,15 +37,15 @@ def trained(step: int, *, steps: int | None = 60) -> Trained:
 
 def a_run() -> list[Event]:
     return [
-        *(Preparing("examining images", done, 1000) for done in range(0, 1001, 50)),
-        Started(steps=60, start_step=10, batch=16, parameters=1_000_000, trainable=20_000),
+        *(Preparation("examining images", done, 1000) for done in range(0, 1001, 50)),
+        RunStart(steps=60, start_step=10, batch=16, parameters=1_000_000, trainable=20_000),
         *(trained(step) for step in range(11, 31)),
-        Validated(30, {"loss": 0.1234, "psnr": 21.5}),
-        Checkpointed(30, Path("run/checkpoint-30"), 0.24),
-        Sampled(30, [Path("run/samples/step-30.png")]),
-        Noted("a note with \x1b[31m control"),
+        ValidationMetrics(30, {"loss": 0.1234, "psnr": 21.5}),
+        CheckpointSaved(30, Path("run/checkpoint-30"), 0.24),
+        SamplesSaved(30, [Path("run/samples/step-30.png")]),
+        RunNote("a note with \x1b[31m control"),
         *(trained(step) for step in range(31, 61)),
-        Ended(60, "finished"),
+        RunEnd(60, "finished"),
     ]
 
 
@@ -81,7 +81,7 @@ def test_plain_lines_come_every_few_seconds(
     clock = [1000.0]
     monkeypatch.setattr(training_progress.time, "monotonic", lambda: clock[0])
     with TrainingDisplay(Console()) as display:
-        display.show(Started(steps=1000, start_step=0, batch=16, parameters=5, trainable=5))
+        display.show(RunStart(steps=1000, start_step=0, batch=16, parameters=5, trainable=5))
         for step in range(1, 101):
             clock[0] += 0.5
             display.show(trained(step, steps=1000))
@@ -92,7 +92,7 @@ def test_plain_lines_come_every_few_seconds(
 
 def test_a_run_without_a_number_of_steps_says_no_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingDisplay(Console()) as display:
-        display.show(Started(steps=None, start_step=0, batch=16, parameters=5, trainable=5))
+        display.show(RunStart(steps=None, start_step=0, batch=16, parameters=5, trainable=5))
         display.show(trained(1, steps=None))
     seen = capsys.readouterr().err
     assert "5 parameters, until the time is over, steps of 16 samples" in seen

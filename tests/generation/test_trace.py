@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from sdcli.diffusion.loop import denoise
+from sdcli.diffusion.noise_schedule import NoiseSchedule
 from sdcli.diffusion.predict import scaled_input
 from sdcli.diffusion.sampling import sample as sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.diffusion.start import remaining
-from sdcli.diffusion.x0_prediction import x_t_and_x0
+from sdcli.diffusion.x0_prediction import x0_of, x_t_and_x0
 from sdcli.errors import UsageError
 from sdcli.generation.engine import Engine
 from sdcli.generation.observers.observer import x0_predictor
@@ -27,7 +28,6 @@ from sdcli.generation.settings import OutputSettings, RunSettings, TraceSettings
 from sdcli.images.contact_sheet import GAP, KEY, LABEL_WIDTH
 from sdcli.io.files import AlreadyExists
 from sdcli.models.registry import load_registry
-from sdcli.training.objective import NoiseSchedule, x0_from
 from tests.generation.test_encode_decode import (
     _here,  # noqa: F401
     draw,
@@ -76,7 +76,9 @@ def test_the_guess_is_that_of_the_scheduler_itself(name: str, prediction: str, s
         elif hasattr(after, "pred_original_sample"):
             theirs.append(after.pred_original_sample)
         elif name == "pndm":  # says nothing of it; here the trainer's formula is the oracle
-            theirs.append(x0_from(NoiseSchedule.from_config(config), output, x, t.long()[None]))
+            schedule = NoiseSchedule.from_config(config)
+            signal, noise = schedule.signal_and_noise(t.long()[None], x)
+            theirs.append(x0_of(schedule.prediction_type, output, x, signal, noise))
         return after.prev_sample
 
     x = torch.randn((2, 4, 5, 5), generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma

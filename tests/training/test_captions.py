@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sdcli.data.records import Item
 from sdcli.training.inputs.captions import CaptionRules
-from sdcli.training.inputs.conditions import Labels, Nothing, Texts
+from sdcli.training.inputs.conditioning import ClassConditioning, NoConditioning, TextConditioning
 from sdcli.training.task import Draw
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -78,7 +78,7 @@ def test_all_texts_holds_whatever_a_sample_can_get(captions: list[str], seed: in
     every = rules.all_texts(captions)
     assert every is not None
     assert rules.text(captions, seed=seed, counter=counter) in every
-    fixed = Texts(Images([tuple(captions)]), rules, seed, tokenizer=Recorder()).fixed(0)  # type: ignore[arg-type]
+    fixed = TextConditioning(Images([tuple(captions)]), rules, seed, tokenizer=Recorder()).fixed(0)  # type: ignore[arg-type]
     assert Recorder.texts[-1] in every
     assert fixed["ids"].dtype == torch.int64
 
@@ -151,7 +151,7 @@ class States(dict[str, torch.Tensor]):
 
 
 def test_text_states_come_from_the_cache_in_float32() -> None:
-    texts = Texts(Images([("cat",)]), CaptionRules(dropout=0.0), 0, states=States())  # type: ignore[arg-type]
+    texts = TextConditioning(Images([("cat",)]), CaptionRules(dropout=0.0), 0, states=States())  # type: ignore[arg-type]
     hidden = texts.item(Draw(5, 0))["hidden"]
     assert hidden.dtype == torch.float32
     assert torch.equal(hidden, torch.full((3, 2), 3.0))
@@ -160,14 +160,14 @@ def test_text_states_come_from_the_cache_in_float32() -> None:
 
 def test_without_a_condition_every_text_is_empty() -> None:
     images = Images([("cat",), ()])
-    texts = Texts(images, CaptionRules(dropout=0.0, prefix="x "), 0, states=States(), ignored=True)  # type: ignore[arg-type]
+    texts = TextConditioning(images, CaptionRules(dropout=0.0, prefix="x "), 0, states=States(), ignored=True)  # type: ignore[arg-type]
     for hidden in (texts.item(Draw(0, 0))["hidden"], texts.fixed(0)["hidden"], texts.fixed(1)["hidden"]):
         assert torch.equal(hidden, torch.zeros(3, 2))
-    assert Nothing().item(Draw(0, 0)) == Nothing().fixed(0) == {}
+    assert NoConditioning().item(Draw(0, 0)) == NoConditioning().fixed(0) == {}
 
 
-def labels(dropout: float) -> Labels:
-    return Labels(Images([(), ()], ["dog", "cat"]), {"cat": 0, "dog": 1}, seed=4, dropout=dropout)  # type: ignore[arg-type]
+def labels(dropout: float) -> ClassConditioning:
+    return ClassConditioning(Images([(), ()], ["dog", "cat"]), {"cat": 0, "dog": 1}, seed=4, dropout=dropout)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

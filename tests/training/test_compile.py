@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdcli.training.optim.compile import compiled_if_right, difference
-from sdcli.training.task import Batch, Losses, Networks, Phase
+from sdcli.training.optim.compile import compile_if_correct, difference
+from sdcli.training.task import Batch, Losses, Networks, OptimizerPhase
 
 Compiler = Callable[[nn.Module], nn.Module]
 
@@ -41,14 +41,14 @@ class Compiled(nn.Module):
         return self._plain(*arguments)
 
 
-def phase_of(networks: dict[str, nn.Module]) -> Phase:
+def phase_of(networks: dict[str, nn.Module]) -> OptimizerPhase:
     def loss(networks: Networks, batch: Batch) -> Losses:
         return Losses((networks["unet"](batch["x"]) - batch["y"]).square().mean())
 
     groups = [
         {"name": name, "params": dict(network.named_parameters()), "lr": 0.1} for name, network in networks.items()
     ]
-    return Phase("unet", groups, loss)
+    return OptimizerPhase("unet", groups, loss)
 
 
 def tried(monkeypatch: pytest.MonkeyPatch, compiler: Compiler) -> tuple[Networks, Networks, str | None]:
@@ -58,7 +58,7 @@ def tried(monkeypatch: pytest.MonkeyPatch, compiler: Compiler) -> tuple[Networks
     before = {name: tensor.clone() for name, tensor in networks["unet"].state_dict().items()}
     torch.manual_seed(1)
     batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 1)}
-    chosen, note = compiled_if_right(networks, phase_of(networks), batch)
+    chosen, note = compile_if_correct(networks, phase_of(networks), batch)
     assert all(torch.equal(before[name], tensor) for name, tensor in networks["unet"].state_dict().items())
     assert all(parameter.grad is None for parameter in networks["unet"].parameters()), "a trial leaves no gradients"
     return networks, chosen, note
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_zero_by_nature_may_be_rounding() -> None:
 def test_a_run_whose_compiler_is_wrong_trains_plainly_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdcli.training.events import Noted
+    from sdcli.training.events import RunNote
     from tests.training_runs import captioned_images, same_checkpoint, train_unet
 
     data = captioned_images(tmp_path / "pictures")
@@ -172,7 +172,7 @@ def test_a_run_whose_compiler_is_wrong_trains_plainly_and_says_so(
 
     monkeypatch.setattr(torch, "compile", refuses)
     events = train_unet(data, tmp_path / "compiled", max_train_steps=2, compile=True)
-    assert any("--compile is off" in event.text for event in events if isinstance(event, Noted))
+    assert any("--compile is off" in event.text for event in events if isinstance(event, RunNote))
     assert same_checkpoint(tmp_path / "plain" / "checkpoint-2", tmp_path / "compiled" / "checkpoint-2")
 
 
@@ -183,6 +183,6 @@ def test_the_real_compiler_is_right_on_a_micro_network_or_found_out() -> None:
     networks: dict[str, nn.Module] = {"unet": Micro().eval()}  # in training, dropout draws others when compiled
     torch.manual_seed(1)
     batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 1)}
-    chosen, note = compiled_if_right(networks, phase_of(networks), batch)
+    chosen, note = compile_if_correct(networks, phase_of(networks), batch)
     assert note is None, note
     assert torch.allclose(chosen["unet"](batch["x"]), networks["unet"](batch["x"]), atol=1e-6)

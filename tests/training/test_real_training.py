@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdcli.training.events import Trained, Validated
+from sdcli.training.events import StepMetrics, ValidationMetrics
 from tests.conftest import Run
 from tests.training_runs import train_unet
 
@@ -43,11 +43,11 @@ def test_a_small_ddpm_learns_the_digits(tmp_path: Path, sdcli: Run) -> None:
         max_train_steps=300, train_batch_size=32, learning_rate=2e-3, lr_scheduler="cosine", use_ema=True,
         validation_split=0.1, validation_steps=100, random_flip=False,
     )  # fmt: skip
-    curve = [event.figures["loss"] for event in events if isinstance(event, Validated)]
+    curve = [event.figures["loss"] for event in events if isinstance(event, ValidationMetrics)]
     # Who always predicts zero noise has a loss of 1, the variance of the noise.
     assert curve[-1] < 0.2
     assert curve[-1] < curve[0]
-    levels = next(event.figures for event in reversed(events) if isinstance(event, Validated))
+    levels = next(event.figures for event in reversed(events) if isinstance(event, ValidationMetrics))
     assert levels["loss_level_3"] < levels["loss_level_0"], "noise is easiest to tell where there is most of it"
 
     painted = sdcli(
@@ -89,7 +89,7 @@ def test_a_lora_on_the_starter_takes(tmp_path: Path) -> None:
     }  # fmt: skip
     train_unet(data, tmp_path / "before", max_train_steps=1, learning_rate=1e-12, **common)
     events = train_unet(data, tmp_path / "lora", max_train_steps=100, learning_rate=1e-3, **common)
-    losses = [event.loss for event in events if isinstance(event, Trained)]
+    losses = [event.loss for event in events if isinstance(event, StepMetrics)]
     assert np.mean(losses[-25:]) < 0.5 * np.mean(losses[:10])
     before, after = loss_of(tmp_path / "before", data), loss_of(tmp_path / "lora", data)
     assert after < 0.5 * before

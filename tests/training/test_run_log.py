@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 
 from sdcli.errors import CannotWrite, NotFound
 from sdcli.training.events import (
-    Checkpointed,
-    Ended,
-    Noted,
-    Preparing,
-    Sampled,
-    Started,
-    Trained,
-    Validated,
+    CheckpointSaved,
+    Preparation,
+    RunEnd,
+    RunNote,
+    RunStart,
+    SamplesSaved,
+    StepMetrics,
+    ValidationMetrics,
 )
 from sdcli.training.run_log import MAX_LINE, NAME, Log, RunLog, log_event, read_log
 from sdcli.training.smoothing import MovingAverage
 from tests.conftest import REPOSITORY
 
 
-def trained(step: int, loss: float = 0.5) -> Trained:
-    return Trained(
+def trained(step: int, loss: float = 0.5) -> StepMetrics:
+    return StepMetrics(
         step=step, steps=10, loss=loss, lr=1e-4, grad_norm=1.5, samples_per_second=20.0, waiting=0.1, seconds=0.05,
         memory_bytes=None, shown={"kl": loss / 10}, samples=step * 4,
     )  # fmt: skip
@@ -43,12 +43,12 @@ def train(log: RunLog, first: int, last: int, *, every: int = 3) -> None:
     for step in range(first, last + 1):
         log_event(log, trained(step, loss=1 / step))
         if step % every == 0:
-            log_event(log, Validated(step, {"loss": 2 / step}))
-            log_event(log, Checkpointed(step, log._path.parent / f"checkpoint-{step}", 0.1))
+            log_event(log, ValidationMetrics(step, {"loss": 2 / step}))
+            log_event(log, CheckpointSaved(step, log._path.parent / f"checkpoint-{step}", 0.1))
 
 
-def started(start_step: int) -> Started:
-    return Started(steps=10, start_step=start_step, batch=4, parameters=100, trainable=50)
+def started(start_step: int) -> RunStart:
+    return RunStart(steps=10, start_step=start_step, batch=4, parameters=100, trainable=50)
 
 
 def deterministic(log: Log) -> list[dict[str, Any]]:
@@ -59,13 +59,13 @@ def deterministic(log: Log) -> list[dict[str, Any]]:
 
 def test_what_is_written_is_read_and_every_line_is_strict_json(tmp_path: Path) -> None:
     with RunLog.open(tmp_path / "run") as log:
-        log_event(log, Preparing("examining images", 1, 2))
+        log_event(log, Preparation("examining images", 1, 2))
         log_event(log, started(0), settings="abc")
         log_event(log, trained(1, loss=math.nan))
         log_event(log, trained(2, loss=-math.inf))
-        log_event(log, Sampled(2, [tmp_path / "run" / "samples" / "a.png", Path("/elsewhere/b.png")]))
-        log_event(log, Noted("a note\nof two lines, with \ud800"))
-        log_event(log, Ended(2, "all steps are done"))
+        log_event(log, SamplesSaved(2, [tmp_path / "run" / "samples" / "a.png", Path("/elsewhere/b.png")]))
+        log_event(log, RunNote("a note\nof two lines, with \ud800"))
+        log_event(log, RunEnd(2, "all steps are done"))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not strict JSON")
@@ -98,14 +98,14 @@ def test_an_interrupted_and_resumed_run_reads_as_an_uninterrupted_one(
     with RunLog.open(folder / "whole") as log:
         log_event(log, started(0))
         train(log, 1, 10)
-        log_event(log, Ended(10, "all steps are done"))
+        log_event(log, RunEnd(10, "all steps are done"))
     done = 0
     for stop, back in [*stops, (10, 0)]:
         with RunLog.open(folder / "parts") as log:
             log_event(log, started(done))
             train(log, done + 1, stop)
             if stop == 10 or stop % 2:
-                log_event(log, Ended(stop, "all steps are done" if stop == 10 else "interrupted"))
+                log_event(log, RunEnd(stop, "all steps are done" if stop == 10 else "interrupted"))
         done = min(back, max(done, stop))  # the checkpoint that the next process goes on from
     whole, parts = read_log(folder / "whole"), read_log(folder / "parts")
     assert deterministic(parts) == deterministic(whole)
@@ -116,7 +116,7 @@ def test_an_interrupted_and_resumed_run_reads_as_an_uninterrupted_one(
 def test_a_resume_line_alone_rewinds_too_and_keeps_the_notes(tmp_path: Path) -> None:
     with RunLog.open(tmp_path) as log:
         train(log, 1, 7)
-        log_event(log, Noted("kept"))
+        log_event(log, RunNote("kept"))
         log.rewind(4)
         train(log, 5, 6)
     read = read_log(tmp_path)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from sdcli.errors import BadOutput, CannotWrite, NotFound, SdcliError, UsageError
 from sdcli.models.registry import load_registry
-from sdcli.training.events import Event, Noted, Trained
+from sdcli.training.events import Event, RunNote, StepMetrics
 from sdcli.training.settings import UnetSettings, settings_from
 from sdcli.training.state import checkpoint
 from sdcli.training.state.checkpoint import newest_checkpoint, verify_checkpoint
@@ -98,12 +98,12 @@ def train_with(session: UnetSession, step: int, do: Callable[[], None]) -> None:
     """Train, and do something after a step."""
     with session:
         for event in session.train(stop=lambda: None):
-            if isinstance(event, Trained) and event.step == step:
+            if isinstance(event, StepMetrics) and event.step == step:
                 do()
 
 
 def told(events: list[Event]) -> str:
-    return "\n".join(event.text for event in events if isinstance(event, Noted))
+    return "\n".join(event.text for event in events if isinstance(event, RunNote))
 
 
 # Every call that writes
@@ -142,7 +142,7 @@ def check_every_fault(root: Path, data: Path, train: Callable[..., list[Event]],
             assert isinstance(error, CannotWrite), f"{how}: {error}"
             assert "\n" not in str(error), how
         if kept:
-            assert newest_checkpoint(run).passed_over == (), how
+            assert newest_checkpoint(run).broken == (), how
         if error is not None:
             try:
                 train(data, run, cache_dir=place / "cache", resume=bool(kept))
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_during_training_is_exit_code_8_and_space_lets_it_go_o
     assert needed is not None, caught.value
     assert float(needed[1]) * 1e6 == pytest.approx(one, rel=0.1)
     found = newest_checkpoint(run)
-    assert (found.step, found.passed_over) == (2, ())
+    assert (found.step, found.broken) == (2, ())
     assert verify_checkpoint(run / "checkpoint-1") is None
     assert (run / "unet" / "config.json").is_file(), "RUN is still a model folder"
     assert not list(run.glob(".checkpoint-*"))
@@ -263,7 +263,7 @@ def test_an_image_whose_latents_are_not_finite_is_dropped_and_told(
     monkeypatch.setattr(fill.latent_space, "moments", moments)
     events = train_unet(images, tmp_path / "run", max_train_steps=2, validation_split=0.0)
     assert re.search(r"dropped \d\.png: its latents are not finite", told(events))
-    assert all(np.isfinite(event.loss) for event in events if isinstance(event, Trained))
+    assert all(np.isfinite(event.loss) for event in events if isinstance(event, StepMetrics))
     facts = newest_checkpoint(tmp_path / "run").facts
     assert (facts["pictures"], facts["dropped"]) == (5, 1)
 
@@ -359,7 +359,7 @@ def test_a_worker_that_is_killed_is_a_sentence_and_no_hang(tmp_path: Path, greys
             break
         time.sleep(0.1)
     assert not multiprocessing.active_children()
-    assert newest_checkpoint(tmp_path / "run").passed_over == ()
+    assert newest_checkpoint(tmp_path / "run").broken == ()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import nn
 
 from sdcli.errors import BadOutput, BadWeights, Interrupted, Terminated
 from sdcli.io import rng
-from sdcli.training.events import Checkpointed, Ended, Event, Trained
+from sdcli.training.events import CheckpointSaved, Event, RunEnd, StepMetrics
 from sdcli.training.inputs.feed import Feed, Share
 from sdcli.training.inputs.order import Order
 from sdcli.training.loop import Plan, Trainer, make_accelerator
@@ -21,7 +21,7 @@ from sdcli.training.optim.optimizer import learning_rate, make_optimizer
 from sdcli.training.settings import TrainSettings
 from sdcli.training.state.checkpoint import newest_checkpoint
 from sdcli.training.state.state_files import read_state
-from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
+from sdcli.training.task import Batch, Draw, Losses, Networks, OptimizerPhase
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,9 @@ class ToyTask:
         self.order = Order({None: np.arange(items)}, batch, seed=1)
         self.bad = bad
         self.phases = [
-            Phase(name, [{"name": name, "params": dict(network.named_parameters()), "lr": 0.01}], self._loss(name))
+            OptimizerPhase(
+                name, [{"name": name, "params": dict(network.named_parameters()), "lr": 0.01}], self._loss(name)
+            )
             for name, network in self.networks.items()
         ]
         self.seen: list[int] = []
@@ -126,7 +128,7 @@ def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
     _, straight = trained(tmp_path / "straight", chosen)
     first = trainer(tmp_path / "cut", ToyTask(batch=chosen.total_batch_size(1)), chosen, checkpoint_every=stopped_after)
     for event in first.train():
-        if isinstance(event, Checkpointed):
+        if isinstance(event, CheckpointSaved):
             break
     _, rest = trained(tmp_path / "cut", chosen, resume=True)
 
@@ -135,9 +137,9 @@ def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
     assert any("running_mean" in name for name in expected)
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
-    figures = {event.step: (event.loss, event.lr) for event in straight if isinstance(event, Trained)}
+    figures = {event.step: (event.loss, event.lr) for event in straight if isinstance(event, StepMetrics)}
     for event in rest:
-        if isinstance(event, Trained):
+        if isinstance(event, StepMetrics):
             assert (event.loss, event.lr) == figures[event.step]
 
 
@@ -155,7 +157,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
         task = ToyTask(batch=12)
         task.networks = {"unet": network}
         task.phases = [
-            Phase("unet", [{"name": "unet", "params": dict(network.named_parameters()), "lr": 1.0}], task._loss("unet"))
+            OptimizerPhase(
+                "unet", [{"name": "unet", "params": dict(network.named_parameters()), "lr": 1.0}], task._loss("unet")
+            )
         ]
         chosen = settings(
             train_batch_size=12 // accumulation, gradient_accumulation_steps=accumulation, optimizer="sgd",
@@ -199,19 +203,19 @@ def test_a_stopped_run_finishes_its_step_and_saves_it(tmp_path: Path, reason: In
     events = []
 
     def stop() -> Interrupted | None:
-        return reason if sum(isinstance(event, Trained) for event in events) >= 2 else None
+        return reason if sum(isinstance(event, StepMetrics) for event in events) >= 2 else None
 
     with pytest.raises(type(reason), match="checkpoint at step 3"):
         events.extend(made.train(stop=stop))
     assert newest_checkpoint(tmp_path / "run").step == 3
-    assert isinstance(events[-1], Ended)
+    assert isinstance(events[-1], RunEnd)
 
 
 def test_a_time_limit_ends_the_run_well_and_with_a_checkpoint(tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", ToyTask(), settings(max_train_steps=10_000), seconds=0.3)
     events = list(made.train())
     last = events[-1]
-    assert isinstance(last, Ended)
+    assert isinstance(last, RunEnd)
     assert "--max-hours" in last.reason
     assert 0 < last.step < 10_000
     assert newest_checkpoint(tmp_path / "run").step == last.step
@@ -223,7 +227,7 @@ def test_the_average_is_that_of_its_formula(tmp_path: Path) -> None:
     weight = made.task.networks["unet"][0].weight  # type: ignore[index]
     expected = weight.detach().clone()
     for event in made.train():
-        if isinstance(event, Trained):
+        if isinstance(event, StepMetrics):
             n = event.step - 1
             decay = min(0.8, 1 - (1 + n) ** -0.9) if n > 0 else 0.0
             expected = decay * expected + (1 - decay) * weight.detach()
@@ -233,7 +237,7 @@ def test_the_average_is_that_of_its_formula(tmp_path: Path) -> None:
 
 def test_two_phases_have_an_optimizer_each(tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", ToyTask(phases=2), settings())
-    events = [event for event in made.train() if isinstance(event, Trained)]
+    events = [event for event in made.train() if isinstance(event, StepMetrics)]
     assert {"discriminator_loss", "discriminator_grad_norm", "worst"} <= set(events[0].shown)
     names = {file.name for file in (tmp_path / "run" / "checkpoint-8" / "state").iterdir()}
     assert {"optimizer_unet.safetensors", "optimizer_discriminator.safetensors"} <= names
@@ -244,7 +248,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     task = ToyTask()
     task.networks = {"unet": nn.Linear(3, 1)}
     task.phases = [
-        Phase(
+        OptimizerPhase(
             "unet",
             [{"name": "unet", "params": dict(task.networks["unet"].named_parameters()), "lr": 1.0}],
             task._loss("unet"),

@@ -20,7 +20,7 @@ from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import CannotWrite, Interrupted, UsageError
 from sdcli.models.registry import load_registry
-from sdcli.training.events import Noted, Sampled
+from sdcli.training.events import RunNote, SamplesSaved
 from sdcli.training.loop import make_accelerator
 from sdcli.training.run_folder import begin, check_free
 from sdcli.training.settings import (
@@ -78,7 +78,7 @@ def test_a_model_without_condition_goes_on_and_paints_its_samples(tmp_path: Path
     train_unet(class_images(tmp_path / "grey"), tmp_path / "run", max_train_steps=1, **GREY)
     changes = {"model": str(tmp_path / "run"), "sample_every_n_steps": 1, "sample_steps": 2}
     events = train_unet(images, tmp_path / "more", max_train_steps=1, **changes)
-    assert any(isinstance(event, Sampled) for event in events)
+    assert any(isinstance(event, SamplesSaved) for event in events)
     with pytest.raises(UsageError, match="--sample-prompts has no effect"):
         train_unet(images, tmp_path / "other", max_train_steps=1, sample_prompts=("a cat",), **changes)
 
@@ -120,7 +120,7 @@ def test_another_length_of_a_falling_learning_rate_is_told(tmp_path: Path, image
         events = train_unet(
             images, tmp_path / scheduler, max_train_steps=steps, lr_scheduler=scheduler, resume=steps > 1
         )
-        return [event.text for event in events if isinstance(event, Noted) and "learning rate" in event.text]
+        return [event.text for event in events if isinstance(event, RunNote) and "learning rate" in event.text]
 
     assert [told("cosine", 1), told("constant", 1), told("constant", 2)] == [[], [], []]
     assert "--lr-scheduler cosine" in told("cosine", 2)[0]

@@ -11,15 +11,15 @@ from typing import Any, Self
 from sdcli.cli.ui.console import Console, plain_terminal, printable
 from sdcli.cli.ui.progress import HEARTBEAT, rich_bar
 from sdcli.training.events import (
-    Checkpointed,
-    Ended,
+    CheckpointSaved,
     Event,
-    Noted,
-    Preparing,
-    Sampled,
-    Started,
-    Trained,
-    Validated,
+    Preparation,
+    RunEnd,
+    RunNote,
+    RunStart,
+    SamplesSaved,
+    StepMetrics,
+    ValidationMetrics,
 )
 from sdcli.training.smoothing import MovingAverage
 
@@ -66,25 +66,25 @@ class TrainingDisplay:
     def show(self, event: Event) -> None:
         """Show an event: figures in place or every few seconds, what happens rarely on a line of its own."""
         match event:
-            case Preparing():
+            case Preparation():
                 self._prepare(event)
-            case Started():
+            case RunStart():
                 self._start(event)
-            case Trained():
+            case StepMetrics():
                 self._train(event)
-            case Validated():
+            case ValidationMetrics():
                 self._console.say(f"step {event.step}: validation {_figures(event.figures)}")
-            case Checkpointed():
+            case CheckpointSaved():
                 self._console.say(f"step {event.step}: checkpoint in {event.path} ({event.seconds:.1f} s)")
-            case Sampled():
+            case SamplesSaved():
                 for path in event.paths:
                     self._console.say(f"step {event.step}: samples in {path}")
-            case Noted():
+            case RunNote():
                 self._console.say(event.text)
-            case Ended():
+            case RunEnd():
                 self._console.say(f"ended after step {event.step}: {event.reason}")
 
-    def _prepare(self, event: Preparing) -> None:
+    def _prepare(self, event: Preparation) -> None:
         new = event.what != self._preparing
         self._preparing = event.what
         if self._bar is not None:
@@ -97,7 +97,7 @@ class TrainingDisplay:
             count = f": {event.done:,}{of}" if event.done or of else ""
             self._console.say(f"{event.what}{count}")
 
-    def _start(self, event: Started) -> None:
+    def _start(self, event: RunStart) -> None:
         self._preparing = ""
         self._pace.start(event.start_step)
         steps = f"{event.steps:,} steps" if event.steps is not None else "until the time is over, steps"
@@ -109,7 +109,7 @@ class TrainingDisplay:
             self._new_task("training", event.steps)
             self._bar.update(self._task, completed=event.start_step)
 
-    def _train(self, event: Trained) -> None:
+    def _train(self, event: StepMetrics) -> None:
         self._pace.add(event)
         if self._bar is not None:
             if self._task is None:
@@ -147,14 +147,14 @@ class _Pace:
         """The first step after this one begins now."""
         self._start, self._began = step, time.monotonic()
 
-    def add(self, event: Trained) -> None:
+    def add(self, event: StepMetrics) -> None:
         """Take in the figures of steps that are done."""
         self.first = self._shown == (0.0, 0.0)
         if self._start is None:
             self.start(event.step)
         self._shown = (self._loss.add(event.loss), self._seconds.add(event.seconds))
 
-    def figures(self, event: Trained) -> str:
+    def figures(self, event: StepMetrics) -> str:
         """The figures in one line, each with its unit."""
         loss, seconds = self._shown
         parts = [f"loss {loss:.4g}", f"{1 / max(seconds, 1e-9):.2f} it/s", f"{event.samples_per_second:.1f} samples/s"]
@@ -163,7 +163,7 @@ class _Pace:
             parts.append(f"{event.memory_bytes / 2**30:.1f} GiB")
         return ", ".join(parts)
 
-    def left(self, event: Trained) -> str:
+    def left(self, event: StepMetrics) -> str:
         """The time that is left, judged by all steps so far, with their pauses for checkpoints and samples."""
         done = event.step - (self._start or 0)
         if event.steps is None or done <= 0 or event.step >= event.steps:

@@ -14,6 +14,7 @@ from sdcli.data.cache.keys import CachedLatents
 from sdcli.data.conditioning_images import Maps, with_maps_of_column, with_maps_of_folder
 from sdcli.data.records import ImageSet
 from sdcli.diffusion.attention.sliced import use_plain_small_attention
+from sdcli.diffusion.noise_schedule import NoiseSchedule
 from sdcli.errors import UsageError
 from sdcli.images.pixels import from_pixels
 from sdcli.models.controlnet import load_controlnet
@@ -21,14 +22,13 @@ from sdcli.models.loader import LoadedModel
 from sdcli.models.registry import Registry
 from sdcli.training import model_parts
 from sdcli.training.controlnet.task import ControlNetTask, new_controlnet
-from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.events import Event, Preparation, RunNote
+from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
 from sdcli.training.inputs.image_data import ImageData, examine_data, examined, list_data
-from sdcli.training.inputs.precompute import computes_in_half, encoded_captions, encoded_images, frozen_text_encoder
 from sdcli.training.inputs.sources import Latents, Pixels, WithMaps
 from sdcli.training.memory import controlnet_memory
-from sdcli.training.objective import NoiseSchedule
 from sdcli.training.sample_images import SampleSheet
-from sdcli.training.session import Built, Session, fingerprint
+from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.settings import ControlNetSettings
 from sdcli.training.unet.task import Objective
 
@@ -46,12 +46,12 @@ class ControlNetSession(Session[ControlNetSettings]):
         super().__init__(data, run, settings)
         self._registry = registry
 
-    def build(self) -> Generator[Event, None, Built]:
+    def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
         if "=" in str(self.run):
             raise UsageError(f"{self.run} has a = in its name, and --control RUN=IMAGE could not tell it apart")
         images, maps = self._listed()
-        yield Preparing("loading the model", 0)
+        yield Preparation("loading the model", 0)
         model = self._model()
         defaults = model.spec.defaults
         resolution = settings.target_size((defaults.width, defaults.height))
@@ -67,10 +67,8 @@ class ControlNetSession(Session[ControlNetSettings]):
         controlnet = self._controlnet(model)
         half = computes_in_half(settings=settings, device=self.accelerator.device)
         with self.accelerator.main_process_first():
-            source = yield from encoded_images(data, settings, model, half=half)
-            conditions = yield from encoded_captions(
-                data, settings, model, template=model.spec.defaults.prompt_template
-            )
+            source = yield from encode_images(data, settings, model, half=half)
+            conditions = yield from encode_captions(data, settings, model, template=model.spec.defaults.prompt_template)
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
             model.vae.to("cpu")  # wanted for sample images alone from here on
@@ -94,7 +92,7 @@ class ControlNetSession(Session[ControlNetSettings]):
         )
         task.pipeline = self._pipeline(model, task, data, resolution)
         averaged = "_ema" if settings.use_ema else ""
-        return Built(
+        return RunSetup(
             task=task,
             samples=len(task.order),
             links={
@@ -154,7 +152,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 digests[name] = found.digests[place]
             else:
                 reason = f"its map {reasons.get(maps[index].name, 'cannot be used')}" if place >= 0 else "has no map"
-                yield Noted(f"dropped {name}: {reason}", warning=True)
+                yield RunNote(f"dropped {name}: {reason}", warning=True)
         if not paired:
             raise UsageError(f"no image of {self.data} has a map that can be used")
         return data.only(np.array(paired)), digests

@@ -15,7 +15,7 @@ from sdcli.data.examine import Examination, examination, look
 from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.errors import UsageError
-from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.order import Order
 from sdcli.training.settings import ImageSettings, cache_folder
 
@@ -114,7 +114,7 @@ def examine_data(
     framing = _framing(settings, resolution, size_step=size_step)
     found = yield from examined(images, settings, what="pictures")
     for line in found.report():
-        yield Noted(line, warning=line.lstrip().startswith(("dropped", "note")))
+        yield RunNote(line, warning=line.lstrip().startswith(("dropped", "note")))
     used = found.used
     if not len(used):
         raise UsageError(f"{data} holds no image that can be used")
@@ -146,7 +146,7 @@ def examined(images: ImageSet, settings: ImageSettings, *, what: str) -> Generat
     for one in look(images, memory=cache_folder(settings.cache_dir) / "examined"):
         seen.append(one)
         if len(seen) % 100 == 0 or len(seen) == len(images):
-            yield Preparing(f"examining {what}", len(seen), len(images))
+            yield Preparation(f"examining {what}", len(seen), len(images))
     return examination(images, seen)
 
 

@@ -61,7 +61,7 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class PixelSpace:
+class NormalizedPixels:
     """Pixels as what the denoiser generates: -1..1, grey (C = 1, the mean of the channels) or in colour."""
 
     pixels: Pixels

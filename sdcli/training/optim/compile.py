@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdcli.training.task import Batch, Networks, Phase
+from sdcli.training.task import Batch, Networks, OptimizerPhase
 
 TOLERANCE = 0.05
 """Largest relative difference of a parameter's gradient, by norm; half precision differs by about 0.01."""
 
 
-def compiled_if_right(networks: Networks, phase: Phase, batch: Batch) -> tuple[Networks, str | None]:
+def compile_if_correct(networks: Networks, phase: OptimizerPhase, batch: Batch) -> tuple[Networks, str | None]:
     """The compiled networks and None, or the plain ones and the sentence that says why."""
     plain = _gradients(networks, phase, batch)
     try:
@@ -43,7 +43,7 @@ def difference(right: Tensor, other: Tensor, *, floor: float) -> float:
     return float((other - right).norm()) / max(float(right.norm()), floor, torch.finfo(torch.float32).tiny)
 
 
-def _gradients(networks: Networks, phase: Phase, batch: Batch) -> dict[str, Tensor]:
+def _gradients(networks: Networks, phase: OptimizerPhase, batch: Batch) -> dict[str, Tensor]:
     """The gradient of every parameter of the phase; leaves none behind."""
     named = {f"{group['name']}.{name}": p for group in phase.groups for name, p in group["params"].items()}
     torch.manual_seed(0)

@@ -51,12 +51,12 @@ Report = Callable[[Path, str], None]
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointInfo:
     """A whole checkpoint, what its manifest says of it, and the newer ones that are broken, each with the reason."""
 
     path: Path
     step: int
-    passed_over: tuple[tuple[Path, str], ...]
+    broken: tuple[tuple[Path, str], ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -99,12 +99,12 @@ def save_checkpoint(
     return path
 
 
-def newest_checkpoint(run: Path) -> Found:
+def newest_checkpoint(run: Path) -> CheckpointInfo:
     """The newest checkpoint that verifies wholly; broken newer ones are named and left where they are.
 
     Raises NotFound where there is none.
     """
-    passed_over: list[tuple[Path, str]] = []
+    broken: list[tuple[Path, str]] = []
     try:
         entries = sorted(_listed(run), reverse=True)
     except OSError as error:
@@ -112,12 +112,12 @@ def newest_checkpoint(run: Path) -> Found:
     for entry in entries:
         try:
             manifest = _verified(entry.path)
-        except _Broken as broken:
-            passed_over.append((entry.path, str(broken)))
+        except _Broken as problem:
+            broken.append((entry.path, str(problem)))
         else:
-            return Found(entry.path, entry.step, tuple(passed_over), manifest.facts)
-    if passed_over:
-        reasons = "; ".join(f"{path.name} {reason}" for path, reason in passed_over)
+            return CheckpointInfo(entry.path, entry.step, tuple(broken), manifest.facts)
+    if broken:
+        reasons = "; ".join(f"{path.name} {reason}" for path, reason in broken)
         raise NotFound(f"no whole checkpoint in {run}: {reasons}")
     raise NotFound(f"no checkpoint in {run}")
 

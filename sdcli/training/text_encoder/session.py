@@ -12,19 +12,19 @@ from sdcli.encoders.clip import ClipTextConfig
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.models.loader import LoadedModel
 from sdcli.models.registry import Registry
-from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
-from sdcli.training.session import Built, Session, fingerprint
+from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.settings import TextSettings, cache_folder
 from sdcli.training.text_encoder.caption_files import Captions, read_captions
 from sdcli.training.text_encoder.task import (
     TextEncoderTask,
     TrainedTextEncoder,
-    continued_text_encoder,
+    copy_text_encoder,
     new_text_encoder,
     parse_objectives,
 )
-from sdcli.training.text_encoder.teachers import KeptVectors, open_teacher
+from sdcli.training.text_encoder.teachers import TeacherVectors, open_teacher
 from sdcli.training.text_encoder.vocabulary import train_vocabulary
 
 
@@ -38,7 +38,7 @@ class TextSession(Session[TextSettings]):
         super().__init__(data, run, settings)
         self._registry = registry
 
-    def build(self) -> Generator[Event, None, Built]:
+    def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
         objectives = parse_objectives(settings.objective, teacher=settings.teacher is not None)
         captions = read_captions(
@@ -49,8 +49,8 @@ class TextSession(Session[TextSettings]):
         )
         if captions.dropped:
             examples = "; ".join(f"{one.name}: {one.reason}" for one in captions.dropped[:3])
-            yield Noted(f"{len(captions.dropped):,} captions are not used ({examples})")
-        yield Preparing("learning the vocabulary" if settings.model is None else "loading the model", 0)
+            yield RunNote(f"{len(captions.dropped):,} captions are not used ({examples})")
+        yield Preparation("learning the vocabulary" if settings.model is None else "loading the model", 0)
         model, encoder, tokenizer = self._network(captions)
         task = TextEncoderTask(
             captions=captions,
@@ -70,7 +70,7 @@ class TextSession(Session[TextSettings]):
         files = ModelFiles.around(model, trained=trained, averaged=("text_encoder",) if settings.use_ema else ())
         parameters = sum(p.numel() for network in task.networks.values() for p in network.parameters())
         width = encoder.config.hidden_size
-        return Built(
+        return RunSetup(
             task=task,
             samples=len(task.order),
             links=files.links(),
@@ -94,7 +94,7 @@ class TextSession(Session[TextSettings]):
         if settings.model is not None:
             model = load_to_train(self._registry.find(settings.model), device="cpu", needs="text_encoder")
             tokenizer = tokenizer_of(model)
-            return model, continued_text_encoder(model.text_encoder, tokenizer), tokenizer
+            return model, copy_text_encoder(model.text_encoder, tokenizer), tokenizer
         tokenizer = train_vocabulary(captions.texts, size=settings.vocab_size, max_length=settings.max_length)
         config = ClipTextConfig(
             hidden_size=settings.hidden_size,
@@ -111,7 +111,7 @@ class TextSession(Session[TextSettings]):
             return None
         with self.accelerator.main_process_first():
             teacher = open_teacher(settings.teacher.expanduser(), device=self.accelerator.device)
-            kept = KeptVectors.of(teacher, cache_folder(settings.cache_dir) / "teachers")
+            kept = TeacherVectors.of(teacher, cache_folder(settings.cache_dir) / "teachers")
             for done, total in kept.learn(teacher, captions.texts):
-                yield Preparing("asking the teacher", done, total)
+                yield Preparation("asking the teacher", done, total)
         return kept.vectors(captions.texts)

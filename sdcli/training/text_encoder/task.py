@@ -36,7 +36,7 @@ from sdcli.io.weights import empty_network, fill
 from sdcli.request.schema import did_you_mean
 from sdcli.training.inputs.order import Order, Size
 from sdcli.training.state.state_files import write_tensors
-from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
+from sdcli.training.task import Batch, Draw, Losses, Networks, OptimizerPhase
 from sdcli.training.text_encoder.caption_files import Captions
 from sdcli.training.text_encoder.items import TextItems
 from sdcli.training.text_encoder.vocabulary import save_tokenizer
@@ -132,7 +132,7 @@ def same_places(tokens: Tensor, others: Tensor, *, end_id: int) -> Tensor:
     return torch.where(places < begins, places, behind)
 
 
-def fitting(config: ClipTextConfig, tokenizer: ClipTokenizer) -> ClipTextConfig:
+def fit_config(config: ClipTextConfig, tokenizer: ClipTokenizer) -> ClipTextConfig:
     """A network's shape with the vocabulary and length of a tokenizer. Raises UsageError for a shape that cannot be."""
     if config.hidden_act not in ACTIVATIONS:
         raise UsageError(f"no activation {config.hidden_act!r}{did_you_mean(config.hidden_act, ACTIVATIONS)}")
@@ -159,7 +159,7 @@ def new_text_encoder(config: ClipTextConfig, tokenizer: ClipTokenizer, *, seed: 
     Standard deviations are CLIP's (transformers' CLIPPreTrainedModel._init_weights; Radford et al. 2019, section 2.3,
     for the residual layers); biases are 0 and norms 1.
     """
-    network = _empty(fitting(config, tokenizer))
+    network = _empty(fit_config(config, tokenizer))
     narrow = config.hidden_size**-0.5
     residual = narrow * (2 * config.num_hidden_layers) ** -0.5
     deviations = {
@@ -181,9 +181,9 @@ def new_text_encoder(config: ClipTextConfig, tokenizer: ClipTokenizer, *, seed: 
     return _filled(network, tensors)
 
 
-def continued_text_encoder(encoder: ClipTextEncoder, tokenizer: ClipTokenizer) -> TrainedTextEncoder:
+def copy_text_encoder(encoder: ClipTextEncoder, tokenizer: ClipTokenizer) -> TrainedTextEncoder:
     """A copy of a loaded text encoder to train on, in float32. Raises UsageError where the tokenizer does not fit."""
-    own, wanted = encoder.config, fitting(encoder.config, tokenizer)
+    own, wanted = encoder.config, fit_config(encoder.config, tokenizer)
     if wanted.vocab_size > own.vocab_size or wanted.max_position_embeddings > own.max_position_embeddings:
         raise UsageError(
             f"the text encoder knows {own.vocab_size} tokens and {own.max_position_embeddings} places, "
@@ -263,7 +263,7 @@ class TextEncoderTask:
     averaged: tuple[str, ...] = field(init=False)
     begun: TrainedTextEncoder | None = field(init=False, repr=False, default=None)
     """The encoder as it was before this run: whose states are learned in align."""
-    phases: Sequence[Phase] = field(init=False)
+    phases: Sequence[OptimizerPhase] = field(init=False)
     items: TextItems = field(init=False, repr=False)
     order: Order = field(init=False, repr=False)
     trained: np.ndarray = field(init=False, repr=False)
@@ -288,7 +288,7 @@ class TextEncoderTask:
             width = self.encoder.config.hidden_size
             self.networks[PROJECTION] = _projection(width, self.vectors.shape[1], seed=self.seed)
         self.averaged = tuple(self.networks)  # a projection fits the encoder that it was trained with
-        self.phases = (Phase(ENCODER, [self._group(name) for name in self.networks], self.loss),)
+        self.phases = (OptimizerPhase(ENCODER, [self._group(name) for name in self.networks], self.loss),)
         held_out = _hold_out(self.items.first, self.validation_split, self.seed)
         useful = (
             self.items.has_alternative() if set(self.objectives) == {"contrastive"} else np.ones(len(held_out), bool)

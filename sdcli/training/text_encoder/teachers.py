@@ -252,7 +252,7 @@ def _read_npz(path: Path) -> tuple[list[str], Tensor]:
 
 
 @dataclass
-class KeptVectors:
+class TeacherVectors:
     """A teacher's vectors by text: in memory, and in a folder where there is one.
 
     A text's key is the SHA-256 of the teacher's identity and the text, so that another teacher's vectors are never met.
@@ -265,7 +265,7 @@ class KeptVectors:
     _known: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, teacher: Teacher, cache: Path | None) -> KeptVectors:
+    def of(cls, teacher: Teacher, cache: Path | None) -> TeacherVectors:
         """With what the cache folder knows of this teacher already; vectors that are looked up need no cache."""
         if cache is None or isinstance(teacher, StoredVectors):
             return cls(teacher.identity, None)

@@ -12,23 +12,23 @@ from torch import nn
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, check_same_vae
 from sdcli.data.folders import LatentFiles
 from sdcli.diffusion.attention.sliced import use_plain_small_attention
+from sdcli.diffusion.noise_schedule import NoiseSchedule, schedule_config
 from sdcli.errors import UsageError
 from sdcli.io.lean_diffusers import UNet2DConditionModel
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.registry import ModelDefaults, ModelSpec, Registry
 from sdcli.training import model_parts
-from sdcli.training.events import Event, Preparing
-from sdcli.training.inputs.conditions import Conditions, Labels, Nothing
+from sdcli.training.events import Event, Preparation
+from sdcli.training.inputs.conditioning import ClassConditioning, NoConditioning, SampleConditioning
+from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
 from sdcli.training.inputs.image_data import ImageData, examine_data, list_data
 from sdcli.training.inputs.order import Order
-from sdcli.training.inputs.precompute import computes_in_half, encoded_captions, encoded_images, frozen_text_encoder
-from sdcli.training.inputs.sources import Latents, Pixels, PixelSpace, Source
+from sdcli.training.inputs.sources import Latents, NormalizedPixels, Pixels, Source
 from sdcli.training.lora import TARGETS, TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
-from sdcli.training.objective import NoiseSchedule, schedule_config
 from sdcli.training.sample_images import SampleSheet, default_prompts
-from sdcli.training.session import Built, Session, fingerprint
+from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.settings import UnetSettings
 from sdcli.training.unet.task import Objective, UnetTask
 from sdcli.vae.autoencoder import cell, scaling_factor
@@ -67,10 +67,10 @@ class UnetSession(Session[UnetSettings]):
         super().__init__(data, run, settings)
         self._registry = registry
 
-    def build(self) -> Generator[Event, None, Built]:
+    def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
         images = list_data(self.data, settings)
-        yield Preparing("loading the model", 0)
+        yield Preparation("loading the model", 0)
         model = self._model()
         self._check_effects(model)
         schedule = NoiseSchedule.from_config(model.scheduler_config)
@@ -92,7 +92,7 @@ class UnetSession(Session[UnetSettings]):
         files = self._files(model, networks)
         task = self._task(model, schedule, data, source, conditions, networks, loras, order)
         task.pipeline = self._pipeline(model, data, files)
-        return Built(
+        return RunSetup(
             task=task,
             samples=len(order),
             links=files.links(),
@@ -236,7 +236,7 @@ class UnetSession(Session[UnetSettings]):
 
     # The inputs
 
-    def _inputs(self, model: _Model, data: ImageData) -> Generator[Event, None, tuple[Source, Conditions]]:
+    def _inputs(self, model: _Model, data: ImageData) -> Generator[Event, None, tuple[Source, SampleConditioning]]:
         """Where samples come from; fills the caches, the first process for all."""
         settings = self.settings
         with self.accelerator.main_process_first():
@@ -258,26 +258,26 @@ class UnetSession(Session[UnetSettings]):
             return Latents(EncodedLatents(files), scaling_factor(model.vae_of.vae), settings.seed)
         if model.vae_of is None:
             pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)
-            return PixelSpace(pixels, channels=int(model.unet.config.in_channels))  # type: ignore[union-attr,arg-type]
-        return (yield from encoded_images(data, settings, model.vae_of, half=self._half))
+            return NormalizedPixels(pixels, channels=int(model.unet.config.in_channels))  # type: ignore[union-attr,arg-type]
+        return (yield from encode_images(data, settings, model.vae_of, half=self._half))
 
     @property
     def _half(self) -> bool:
         return computes_in_half(settings=self.settings, device=self.accelerator.device)
 
-    def _conditions(self, model: _Model, data: ImageData) -> Generator[Event, None, Conditions]:
+    def _conditions(self, model: _Model, data: ImageData) -> Generator[Event, None, SampleConditioning]:
         settings = self.settings
         if model.classes:
             numbers = {name: number for number, name in enumerate(model.classes)}
             rows = int(model.unet.config.num_class_embeds)  # type: ignore[union-attr,arg-type]
-            return Labels(
+            return ClassConditioning(
                 data.images, numbers, settings.seed, dropout=settings.caption_dropout if rows > len(numbers) else 0.0
             )
         if model.text_of is None:
-            return Nothing()
+            return NoConditioning()
         base = model.defaults.prompt_template if model.defaults is not None else "{prompt}"
         return (
-            yield from encoded_captions(
+            yield from encode_captions(
                 data,
                 settings,
                 model.text_of,
@@ -317,7 +317,7 @@ class UnetSession(Session[UnetSettings]):
         schedule: NoiseSchedule,
         data: ImageData,
         source: Source,
-        conditions: Conditions,
+        conditions: SampleConditioning,
         networks: dict[str, nn.Module],
         loras: dict[str, LoraShape],
         order: Order,

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sdcli.data.cache.keys import sample_latents
+from sdcli.diffusion.noise_schedule import NoiseSchedule, add_noise
 from sdcli.io import rng
 from sdcli.io.lean_diffusers import VAE
-from sdcli.training.inputs.conditions import Conditions
+from sdcli.training.inputs.conditioning import SampleConditioning
 from sdcli.training.inputs.order import Order
 from sdcli.training.inputs.sources import Source
 from sdcli.training.lora import LoraShape, merged_tensors, write_lora
 from sdcli.training.objective import (
-    NoiseSchedule,
-    add_noise,
     diffusion_loss,
-    perturbed,
+    perturb,
     snr_weights,
     target,
     timestep,
@@ -31,7 +30,7 @@ from sdcli.training.objective import (
 )
 from sdcli.training.settings import DenoiserSettings
 from sdcli.training.state.state_files import write_tensors
-from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
+from sdcli.training.task import Batch, Draw, Losses, Networks, OptimizerPhase
 from sdcli.vae.autoencoder import cell, moments, scaling_factor
 
 VALIDATION_TIMES = 4
@@ -68,7 +67,7 @@ class UnetTask:
     objective: Objective
     order: Order
     source: Source
-    conditions: Conditions
+    conditions: SampleConditioning
     seed: int
     learning_rates: Mapping[str, float]
     held_out: Sequence[tuple[int, tuple[int, int]]] = ()
@@ -82,7 +81,7 @@ class UnetTask:
     pipeline: Callable[[Networks, int, Path], list[Path]] | None = None
     name_of: Callable[[int], str] = str
     averaged: tuple[str, ...] = field(init=False)
-    phases: Sequence[Phase] = field(init=False)
+    phases: Sequence[OptimizerPhase] = field(init=False)
 
     def __post_init__(self) -> None:
         self.averaged = tuple(self.networks)
@@ -94,7 +93,7 @@ class UnetTask:
             }
             for name, network in self.networks.items()
         ]
-        self.phases = (Phase(next(iter(self.networks)), groups, self.loss),)
+        self.phases = (OptimizerPhase(next(iter(self.networks)), groups, self.loss),)
 
     # Samples
 
@@ -111,7 +110,7 @@ class UnetTask:
         item["t"] = torch.tensor(self._timestep(draw.counter))
         item["noise"] = training_noise(self.seed, draw.counter, shape, noise_offset=self.objective.noise_offset)
         if self.objective.input_perturbation:
-            item["input_noise"] = perturbed(
+            item["input_noise"] = perturb(
                 item["noise"], self.seed, draw.counter, input_perturbation=self.objective.input_perturbation
             )
         if "pixels" in item:

@@ -12,12 +12,12 @@ from sdcli.io.lean_diffusers import VAE, AutoencoderKL, AutoencoderTiny
 from sdcli.models.layout import read_json_object
 from sdcli.models.loader import LoadedModel
 from sdcli.models.registry import Registry
-from sdcli.training.events import Event, Preparing
+from sdcli.training.events import Event, Preparation
 from sdcli.training.inputs.image_data import examine_data, list_data
 from sdcli.training.inputs.sources import Pixels
 from sdcli.training.memory import vae_memory
 from sdcli.training.model_parts import ModelFiles, config_file, load_to_train, new_network
-from sdcli.training.session import Built, Session, fingerprint
+from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.settings import VaeSettings
 from sdcli.training.vae.losses import load_lpips
 from sdcli.training.vae.task import VaeObjective, VaeTask
@@ -51,12 +51,12 @@ class VaeSession(Session[VaeSettings]):
         super().__init__(data, run, settings)
         self._registry = registry
 
-    def build(self) -> Generator[Event, None, Built]:
+    def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
         images = list_data(self.data, settings)
         if images.kind != "pictures":
             raise UsageError(f"{self.data} holds latents; a VAE is trained on images")
-        yield Preparing("loading the model", 0)
+        yield Preparation("loading the model", 0)
         model, vae, otherwise = self._vae()
         self._check_effects(vae)
         lpips = load_lpips(settings.lpips.expanduser()) if settings.lpips is not None else None
@@ -93,7 +93,7 @@ class VaeSession(Session[VaeSettings]):
             trained={"vae": type(vae).__name__},
             averaged=("vae",) if settings.use_ema else (),
         )
-        return Built(
+        return RunSetup(
             task=task,
             samples=len(task.order),
             links=files.links(),

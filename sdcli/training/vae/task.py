@@ -21,7 +21,7 @@ from sdcli.io import rng
 from sdcli.io.lean_diffusers import VAE
 from sdcli.training.inputs.order import Order
 from sdcli.training.inputs.sources import Source
-from sdcli.training.task import Batch, Draw, Losses, Networks, Phase
+from sdcli.training.task import Batch, Draw, Losses, Networks, OptimizerPhase
 from sdcli.training.unet.task import write_network
 from sdcli.training.vae import losses
 from sdcli.training.vae.losses import LPIPS, PatchDiscriminator
@@ -117,7 +117,7 @@ class VaeTask:
     name_of: Callable[[int], str] = str
     networks: dict[str, nn.Module] = field(init=False)
     averaged: tuple[str, ...] = field(init=False, default=("vae",))
-    phases: Sequence[Phase] = field(init=False)
+    phases: Sequence[OptimizerPhase] = field(init=False)
 
     def __post_init__(self) -> None:
         if not has_distribution(self.vae) and self.vae.encoder.gradient_checkpointing:
@@ -132,10 +132,10 @@ class VaeTask:
                     f"{judge} needs images of at least {needed} pixels a side, not {self._shortest_side()}"
                 )
         self.networks = {"vae": Autoencoding(self.vae, latent_noise=self.objective.latent_noise)}
-        phases = [Phase("vae", [self._group("vae")], self.loss)]
+        phases = [OptimizerPhase("vae", [self._group("vae")], self.loss)]
         if self.discriminator:
             self.networks["discriminator"] = PatchDiscriminator(seed=self.seed, channels=self.discriminator_channels)
-            phases.append(Phase("discriminator", [self._group("discriminator")], self.discriminator_loss))
+            phases.append(OptimizerPhase("discriminator", [self._group("discriminator")], self.discriminator_loss))
         self.phases = tuple(phases)
 
     def _shortest_side(self) -> int:

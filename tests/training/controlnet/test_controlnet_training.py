@@ -27,7 +27,7 @@ from sdcli.models.registry import load_registry, resolve
 from sdcli.request.schema import parse_request
 from sdcli.training import memory
 from sdcli.training.controlnet.task import ControlNetTask
-from sdcli.training.events import Checkpointed, Noted, Sampled, Validated
+from sdcli.training.events import CheckpointSaved, RunNote, SamplesSaved, ValidationMetrics
 from sdcli.training.settings import ControlNetSettings, settings_from
 from sdcli.training.task import Draw
 from tests.conftest import Run
@@ -61,11 +61,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
-def built(data: Path, run: Path, **changes: Any) -> ControlNetTask:
+def setup(data: Path, run: Path, **changes: Any) -> ControlNetTask:
     session = controlnet_session(data, run, **changes)
     with session:
         list(session.prepare(resume=False))
-        task = session.built.task
+        task = session.setup.task
         assert isinstance(task, ControlNetTask)
         return task
 
@@ -104,7 +104,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, images: Path, ma
 
 
 def test_before_the_first_step_the_unet_speaks_alone(tmp_path: Path, images: Path) -> None:
-    task = built(images, tmp_path / "run", preprocessor="softedge")
+    task = setup(images, tmp_path / "run", preprocessor="softedge")
     batch = task.collate([task.item(draw) for draw in task.draws(0)])
     with torch.no_grad():
         guided = task.predicted(task.networks, batch["noise"], batch)
@@ -145,9 +145,9 @@ def test_run_is_a_controlnet_for_sdcli_and_for_diffusers(tmp_path: Path, images:
         latents.append(last.latents)
     assert not torch.equal(latents[0], latents[1])  # it has learnt to look at the map
     assert not torch.equal(latents[0], latents[2])
-    (figures,) = (event.figures for event in events if isinstance(event, Validated))
+    (figures,) = (event.figures for event in events if isinstance(event, ValidationMetrics))
     assert figures["loss"] > 0
-    ((sheet,),) = (event.paths for event in events if isinstance(event, Sampled))
+    ((sheet,),) = (event.paths for event in events if isinstance(event, SamplesSaved))
     requests = json.loads(Image.open(sheet).text["sdcli-sheet"])["requests"]  # type: ignore[attr-defined]
     assert [one["controls"][0]["model"] for one in requests] == [str(run)] * 2
     shown = Image.open(run / "samples" / "map-0.png")
@@ -157,7 +157,7 @@ def test_run_is_a_controlnet_for_sdcli_and_for_diffusers(tmp_path: Path, images:
 @pytest.mark.slow
 def test_a_run_begins_where_another_controlnet_is(tmp_path: Path, images: Path) -> None:
     train_controlnet(images, tmp_path / "one", preprocessor="softedge", max_train_steps=1, learning_rate=1e-2)
-    task = built(images, tmp_path / "two", preprocessor="blur", controlnet=str(tmp_path / "one"))
+    task = setup(images, tmp_path / "two", preprocessor="blur", controlnet=str(tmp_path / "one"))
     begun = weights_of(tmp_path / "one" / "controlnet")
     assert all(torch.equal(begun[name], tensor) for name, tensor in task.networks["controlnet"].state_dict().items())
     assert all(parameter.requires_grad for parameter in task.networks["controlnet"].parameters())
@@ -167,10 +167,10 @@ def test_maps_are_cut_and_mirrored_as_their_images(tmp_path: Path, images: Path)
     """Copies of the images as maps: then each sample's map is its image."""
     copied(images, tmp_path / "copies")
     changes = {"random_crop": True, "random_flip": True, "resolution": "64", "validation_split": 0.0}
-    task = built(images, tmp_path / "run", conditioning_data_dir=str(tmp_path / "copies"), **changes)
+    task = setup(images, tmp_path / "run", conditioning_data_dir=str(tmp_path / "copies"), **changes)
     items = [task.item(draw) for step in range(4) for draw in task.draws(step)]
     assert all(torch.equal(item["map"], item["pixels"]) for item in items)
-    edges = built(images, tmp_path / "run", preprocessor="softedge", **changes)
+    edges = setup(images, tmp_path / "run", preprocessor="softedge", **changes)
     item = edges.item(Draw(1, 5, (64, 64)))
     assert torch.equal(item["map"], to_pixels(control_map(from_pixels(item["pixels"]), "softedge", (64, 64))))
 
@@ -180,7 +180,7 @@ def test_a_frozen_unet_keeps_less_for_the_backward_pass_than_a_trained_one(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_total", lambda networks, settings, activations: activations)
-    task = built(images, tmp_path / "run", preprocessor="blur")
+    task = setup(images, tmp_path / "run", preprocessor="blur")
     settings = settings_from(ControlNetSettings, {"preprocessor": "blur"})
     kept = memory.controlnet_memory(task, settings, size=(64, 64))
     task.unet.requires_grad_(True)
@@ -193,13 +193,15 @@ def test_unusable_maps_cost_their_images_alone(tmp_path: Path, images: Path, map
     events = train_controlnet(
         images, tmp_path / "run", conditioning_data_dir=str(maps), max_train_steps=1, validation_split=0.0
     )
-    told = [event.text for event in events if isinstance(event, Noted)]
+    told = [event.text for event in events if isinstance(event, RunNote)]
     assert "dropped 1.png: has no map" in told
     assert any(text.startswith("dropped 2.png: its map ") for text in told)
-    manifest = json.loads((next(e.path for e in events if isinstance(e, Checkpointed)) / "manifest.json").read_text())
+    manifest = json.loads(
+        (next(e.path for e in events if isinstance(e, CheckpointSaved)) / "manifest.json").read_text()
+    )
     assert manifest["facts"]["pictures"] == 4
     with pytest.raises(UsageError, match=r"no image of .* has a map that can be used"):
-        built(images, tmp_path / "other", conditioning_data_dir=str(captioned_images(tmp_path / "x" / "y").parent))
+        setup(images, tmp_path / "other", conditioning_data_dir=str(captioned_images(tmp_path / "x" / "y").parent))
 
 
 @pytest.mark.slow
@@ -291,7 +293,7 @@ def test_settings_without_an_effect_are_refused(changes: dict[str, Any], problem
 
 def test_what_no_controlnet_can_be_trained_for_is_refused(tmp_path: Path, images: Path) -> None:
     with pytest.raises(UsageError, match="has a = in its name"):
-        built(images, tmp_path / "a=b", preprocessor="softedge")
+        setup(images, tmp_path / "a=b", preprocessor="softedge")
 
 
 @pytest.mark.slow

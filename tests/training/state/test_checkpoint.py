@@ -120,7 +120,7 @@ def run(tmp_path: Path) -> Path:
 def test_a_checkpoint_is_found_again_with_its_files_and_facts(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "a" / "run", 5, state(3), facts={"torch": "2.13", "at": (1, 2.5)}, keep=None)
     found = newest_checkpoint(tmp_path / "a" / "run")
-    assert (found.path, found.step, found.passed_over) == (path, 5, ())
+    assert (found.path, found.step, found.broken) == (path, 5, ())
     assert found.facts == {"torch": "2.13", "at": [1, 2.5]}
     assert value_of(found.path) == 3
     assert path.name == "checkpoint-5"
@@ -304,7 +304,7 @@ def test_a_broken_checkpoint_of_the_same_step_is_kept_under_another_name(run: Pa
         assert value_of(run / "checkpoint-30") == 31 + number
         assert (told[-1] / "train_state.json").read_bytes() == broken
     assert [path.name for path in told] == ["checkpoint-30.broken", "checkpoint-30.broken-2"]
-    assert newest_checkpoint(run).passed_over == ()
+    assert newest_checkpoint(run).broken == ()
 
 
 # Broken ones
@@ -315,7 +315,7 @@ def test_a_broken_checkpoint_is_passed_over_named_and_left(run: Path) -> None:
     shutil.rmtree(run / "checkpoint-20" / "unet")
     found = newest_checkpoint(run)
     assert found.step == 10
-    assert [(path.name, reason) for path, reason in found.passed_over] == [
+    assert [(path.name, reason) for path, reason in found.broken] == [
         (
             "checkpoint-30",
             "is damaged: 'state/optimizer.safetensors' is not what was written (its SHA-256 differs)",
@@ -391,7 +391,7 @@ def test_what_is_no_ordinary_file_is_a_reason_and_is_not_opened(run: Path) -> No
     shutil.rmtree(inside)
     assert "is no folder" in str(verify_checkpoint(inside))
     inside.write_text("")
-    assert newest_checkpoint(run).passed_over == ((inside, "is no folder"),)
+    assert newest_checkpoint(run).broken == ((inside, "is no folder"),)
     inside.unlink()
     inside.symlink_to(run / "checkpoint-30")
     assert newest_checkpoint(run).step == 20
@@ -404,7 +404,7 @@ def test_another_tools_checkpoint_is_passed_over(run: Path) -> None:
         (run / name).mkdir()
     found = newest_checkpoint(run)
     assert found.step == 30
-    assert [(path.name, reason.split(":")[0]) for path, reason in found.passed_over] == [
+    assert [(path.name, reason.split(":")[0]) for path, reason in found.broken] == [
         ("checkpoint-40", "has no manifest.json")
     ]
 
@@ -433,7 +433,7 @@ def test_any_flipped_byte_and_any_truncation_of_any_file_is_noticed(two: Path, d
     try:
         found = newest_checkpoint(two)
         assert found.step == 1
-        assert [path for path, _ in found.passed_over] == [two / "checkpoint-2"]
+        assert [path for path, _ in found.broken] == [two / "checkpoint-2"]
     finally:
         file.write_bytes(whole)
     assert newest_checkpoint(two).step == 2
@@ -740,7 +740,7 @@ def test_random_kills_inside_saves_of_20_mb_lose_nothing_that_was_reported(tmp_p
         os.close(reader)
         found = newest_checkpoint(run)
         assert found.step >= reported + len(done)
-        assert found.passed_over == ()
+        assert found.broken == ()
         assert value_of(found.path) == found.step
         assert verify_checkpoint(run / os.readlink(run / "current")) is None
         inside += bool(list(run.glob(".checkpoint-*")))

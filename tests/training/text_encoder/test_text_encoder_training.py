@@ -45,9 +45,9 @@ from sdcli.training.text_encoder.task import (
     LENGTH_STEP,
     TextEncoderTask,
     by_length,
-    continued_text_encoder,
+    copy_text_encoder,
     first_end,
-    fitting,
+    fit_config,
     info_nce,
     new_text_encoder,
     parse_objectives,
@@ -55,10 +55,10 @@ from sdcli.training.text_encoder.task import (
     write_text_encoder,
 )
 from sdcli.training.text_encoder.teachers import (
-    KeptVectors,
     SentenceEncoder,
     StoredVectors,
     Teacher,
+    TeacherVectors,
     open_teacher,
 )
 from sdcli.training.text_encoder.vocabulary import train_vocabulary
@@ -69,7 +69,7 @@ SYNONYMS = {"fox": "reynard", "hare": "rabbit", "owl": "bird", "cat": "kitten"}
 
 
 def teacher_vectors(teacher: Teacher, texts: Sequence[str], *, cache: Path | None = None) -> Tensor:
-    kept = KeptVectors.of(teacher, cache)
+    kept = TeacherVectors.of(teacher, cache)
     list(kept.learn(teacher, texts))
     return kept.vectors(texts)
 
@@ -190,7 +190,7 @@ def test_it_is_a_task_for_the_loop() -> None:
 def test_random_weights_are_spread_as_transformers_spreads_them() -> None:
     config = ClipTextConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
     ours = new_text_encoder(config, tokenizer(), seed=0).state_dict()
-    shape = {name: getattr(fitting(config, tokenizer()), name) for name in config.__dataclass_fields__}
+    shape = {name: getattr(fit_config(config, tokenizer()), name) for name in config.__dataclass_fields__}
     oracle = CLIPTextModel(CLIPTextConfig(**shape)).state_dict()
     assert set(ours) == set(oracle)
     for name, tensor in ours.items():
@@ -617,7 +617,7 @@ def test_a_text_encoder_trained_on_starts_as_it_was(tmp_path: Path) -> None:
     oracle = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
     loaded = ClipTextEncoder(config).half()
     loaded.load_state_dict(oracle.state_dict())
-    encoder = continued_text_encoder(loaded, words)
+    encoder = copy_text_encoder(loaded, words)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in encoder.parameters())
     write_text_encoder(tmp_path, encoder, encoder.state_dict())
     again = CLIPTextModel.from_pretrained(tmp_path).eval()
@@ -629,7 +629,7 @@ def test_a_text_encoder_trained_on_starts_as_it_was(tmp_path: Path) -> None:
     work = TextEncoderTask(found, words, encoder, {"lm": 1.0}, batch=2, seed=0, learning_rate=1e-4)
     work.loss(work.networks, batch_of(work)).loss.backward()
     with pytest.raises(UsageError, match="its tokenizer gives"):
-        continued_text_encoder(new_text_encoder(SMALL, tokenizer(), seed=0), words)
+        copy_text_encoder(new_text_encoder(SMALL, tokenizer(), seed=0), words)
 
 
 def test_the_sample_sheet_shows_the_nearest_captions(tmp_path: Path) -> None:
@@ -830,11 +830,11 @@ def test_learning_from_a_teacher_goes_on_where_it_was_stopped(tmp_path: Path, mo
     monkeypatch.setattr(teachers, "KEPT_TOGETHER", 4)
     texts = [f"{'a' * n} {n}" for n in range(10)]
     teacher = Counting()
-    progress = KeptVectors.of(teacher, tmp_path).learn(teacher, texts)
+    progress = TeacherVectors.of(teacher, tmp_path).learn(teacher, texts)
     assert [next(progress) for _ in range(4)] == [(2, 10), (4, 10), (6, 10), (8, 10)]
     del progress
     again = Counting()
-    kept = KeptVectors.of(again, tmp_path)
+    kept = TeacherVectors.of(again, tmp_path)
     assert list(kept.learn(again, texts))[-1] == (6, 6)
     assert torch.equal(kept.vectors(texts), Counting()(texts))
 
@@ -850,7 +850,7 @@ def test_a_damaged_file_of_the_cache_is_computed_again(tmp_path: Path) -> None:
     for damaged in damages:
         file.write_bytes(damaged)
         teacher = Counting()
-        kept = KeptVectors.of(teacher, tmp_path)
+        kept = TeacherVectors.of(teacher, tmp_path)
         assert kept.broken == [file]
         for _ in kept.learn(teacher, texts):
             pass

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sdcli.errors import NotFound, UsageError
 from sdcli.models.registry import load_registry
-from sdcli.training.events import Checkpointed, Noted, Trained, Validated
+from sdcli.training.events import CheckpointSaved, RunNote, StepMetrics, ValidationMetrics
 from sdcli.training.run_log import read_log
 from sdcli.training.state.checkpoint import MANIFEST, newest_checkpoint
 from tests.conftest import REPOSITORY, Run
@@ -101,8 +101,8 @@ def test_training_lowers_the_loss_on_held_out_noise_levels(tmp_path: Path, image
     events = train_unet(
         images, tmp_path / "run", max_train_steps=40, learning_rate=2e-3, validation_split=0.4, validation_steps=39
     )
-    first, last = (event.figures for event in events if isinstance(event, Validated))
-    losses = [event.loss for event in events if isinstance(event, Trained)]
+    first, last = (event.figures for event in events if isinstance(event, ValidationMetrics))
+    losses = [event.loss for event in events if isinstance(event, StepMetrics)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert set(first) == {"loss", "loss_level_0", "loss_level_1", "loss_level_2", "loss_level_3"}
     assert last["loss"] == pytest.approx(sum(last[f"loss_level_{n}"] for n in range(4)) / 4)
@@ -117,7 +117,7 @@ def test_the_validation_loss_does_not_depend_on_the_run(tmp_path: Path, images: 
                 images, tmp_path / str(seed), max_train_steps=1, learning_rate=1e-12, validation_split=0.5,
                 validation_steps=1, seed=seed, train_batch_size=seed + 1, from_scratch=None,
             )
-            if isinstance(event, Validated)
+            if isinstance(event, ValidationMetrics)
         )
         for seed in (0, 1)
     ]  # fmt: skip
@@ -129,9 +129,11 @@ def test_cached_latents_train_as_online_ones(tmp_path: Path, images: Path) -> No
     given: dict[str, Any] = {"max_train_steps": 3, "validation_split": 0.4}
     cached = train_unet(images, tmp_path / "cached", **given)
     online = train_unet(images, tmp_path / "online", cache_latents=False, **given)
-    losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, online)]
+    losses = [[event.loss for event in events if isinstance(event, StepMetrics)] for events in (cached, online)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    figures = [next(event.figures for event in events if isinstance(event, Validated)) for events in (cached, online)]
+    figures = [
+        next(event.figures for event in events if isinstance(event, ValidationMetrics)) for events in (cached, online)
+    ]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
@@ -139,11 +141,11 @@ def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = train_unet(images, tmp_path / "cached", max_train_steps=3)
-    monkeypatch.setattr("sdcli.training.inputs.precompute.MOST_TEXT_BYTES", 1)
+    monkeypatch.setattr("sdcli.training.inputs.encoding.MOST_TEXT_BYTES", 1)
     looped = train_unet(images, tmp_path / "looped", max_train_steps=3)
-    losses = [[event.loss for event in events if isinstance(event, Trained)] for events in (cached, looped)]
+    losses = [[event.loss for event in events if isinstance(event, StepMetrics)] for events in (cached, looped)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    told = [[event.text for event in events if isinstance(event, Noted)] for events in (cached, looped)]
+    told = [[event.text for event in events if isinstance(event, RunNote)] for events in (cached, looped)]
     assert [any("encoded as they are needed" in text for text in texts) for texts in told] == [False, True]
 
 
@@ -169,7 +171,7 @@ def test_latents_that_encode_wrote_are_trained_on_like_the_images(tmp_path: Path
     for caption in images.glob("*.txt"):
         (latents / caption.name).write_text(caption.read_text())
     one = train_unet(latents, tmp_path / "one", max_train_steps=2)
-    assert len([event for event in one if isinstance(event, Trained)]) == 2
+    assert len([event for event in one if isinstance(event, StepMetrics)]) == 2
     with pytest.raises(UsageError, match="--random-flip has no effect"):
         train_unet(latents, tmp_path / "two", max_train_steps=2, random_flip=True)
     with pytest.raises(UsageError, match="another VAE"):
@@ -247,7 +249,7 @@ def test_broken_images_are_counted_and_never_fatal(tmp_path: Path, images: Path)
     before = {path.name: path.read_bytes() for path in images.iterdir()}
     (images / "2.png").write_bytes(before["2.png"][:200])
     events = train_unet(images, tmp_path / "run", max_train_steps=2)
-    told = "\n".join(event.text for event in events if isinstance(event, Noted))
+    told = "\n".join(event.text for event in events if isinstance(event, RunNote))
     assert "5 of 6 are used, 1 dropped" in told
     assert "2.png" in told
     assert {path.name: path.read_bytes() for path in images.iterdir() if path.name != "2.png"} == {
@@ -308,10 +310,10 @@ def test_a_broken_checkpoint_is_passed_over_told_and_left_alone(tmp_path: Path, 
     data[-5] ^= 1
     weights.write_bytes(data)
     events = train_unet(images, run, max_train_steps=6, resume=True)
-    told = "\n".join(event.text for event in events if isinstance(event, Noted))
+    told = "\n".join(event.text for event in events if isinstance(event, RunNote))
     assert "passed over" in told
     assert "checkpoint-4" in told
-    assert next(event.step for event in events if isinstance(event, Trained)) == 3
+    assert next(event.step for event in events if isinstance(event, StepMetrics)) == 3
     assert weights.read_bytes() == bytes(data)
     train_unet(images, tmp_path / "straight", max_train_steps=6)
     assert same_checkpoint(run / "checkpoint-6", tmp_path / "straight" / "checkpoint-6")
@@ -517,7 +519,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, im
 
 def test_checkpoints_are_told_as_soon_as_they_are_whole(tmp_path: Path, images: Path) -> None:
     events = train_unet(images, tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
-    paths = [event.path for event in events if isinstance(event, Checkpointed)]
+    paths = [event.path for event in events if isinstance(event, CheckpointSaved)]
     assert [path.name for path in paths] == ["checkpoint-2", "checkpoint-4"]
 
 

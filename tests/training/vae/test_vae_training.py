@@ -20,7 +20,7 @@ from sdcli.errors import BadOutput, BadWeights, NotFound, UsageError
 from sdcli.images import metrics
 from sdcli.images.pixels import from_pixels
 from sdcli.io import rng
-from sdcli.training.events import Checkpointed, Event, Sampled, Trained, Validated
+from sdcli.training.events import CheckpointSaved, Event, SamplesSaved, StepMetrics, ValidationMetrics
 from sdcli.training.inputs.order import Order
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.settings import TrainSettings
@@ -514,12 +514,12 @@ def test_a_vae_learns_four_images_by_heart(tmp_path: Path, kind: str) -> None:
     before = task.validate(task.networks)
     chosen = settings(max_train_steps=60, learning_rate=5e-3)
     events = trained(tmp_path / "run", task, chosen, validate_every=60, sample_every=60)
-    (after,) = [event.figures for event in events if isinstance(event, Validated)]
+    (after,) = [event.figures for event in events if isinstance(event, ValidationMetrics)]
     assert after["psnr"] > before["psnr"] + 6
     assert after["ssim"] > before["ssim"] + 0.2
     assert after["l1"] < before["l1"] / 2
     assert {"loss", "latents_mean", "latents_std", "latents_mean_3", "latents_std_0"} <= set(after)
-    (sheet,) = [path for event in events if isinstance(event, Sampled) for path in event.paths]
+    (sheet,) = [path for event in events if isinstance(event, SamplesSaved) for path in event.paths]
     assert sheet == tmp_path / "run" / "samples" / "step-60.png"
     with Image.open(sheet) as image:
         assert json.loads(image.text["sdcli-sheet"])["pictures"] == [f"shape {index}" for index in range(4)]
@@ -701,7 +701,7 @@ def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
         Plan(steps=6, checkpoint_every=3),
     )
     for event in first.train():
-        if isinstance(event, Checkpointed):
+        if isinstance(event, CheckpointSaved):
             break
     rest = trained(tmp_path / "cut", task_of(kind, **changes), settings(**chosen), resume=True)
 
@@ -711,9 +711,9 @@ def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
     assert "vae/config.json" in names
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    figures = {event.step: (event.loss, event.shown) for event in straight if isinstance(event, Trained)}
+    figures = {event.step: (event.loss, event.shown) for event in straight if isinstance(event, StepMetrics)}
     for event in rest:
-        if isinstance(event, Trained):
+        if isinstance(event, StepMetrics):
             assert (event.loss, event.shown) == figures[event.step]
 
 

@@ -17,9 +17,9 @@ from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io.devices import free_memory
 from sdcli.models.loader import LoadedModel
 from sdcli.training import model_parts
-from sdcli.training.events import Event, Noted, Preparing
+from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.captions import CaptionRules
-from sdcli.training.inputs.conditions import Conditions, Texts
+from sdcli.training.inputs.conditioning import SampleConditioning, TextConditioning
 from sdcli.training.inputs.image_data import ImageData
 from sdcli.training.inputs.sources import Latents, Pixels
 from sdcli.training.settings import DenoiserSettings, cache_folder
@@ -30,7 +30,7 @@ MOST_TEXT_BYTES = 2 * 2**30
 """Text states that are cached; beyond, reading them back costs more than encoding them."""
 
 
-def encoded_images(
+def encode_images(
     data: ImageData, settings: DenoiserSettings, vae_of: LoadedModel, *, half: bool
 ) -> Generator[Event, None, Pixels | Latents]:
     """The images as latents from the cache, which is filled, or as pixels where each sample is cut anew.
@@ -40,7 +40,7 @@ def encoded_images(
     pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)
     if not settings.cache_latents or settings.random_crop:
         if settings.random_crop and settings.cache_latents:
-            yield Noted("latents are not cached: --random-crop cuts each sample anew, so it is encoded each time")
+            yield RunNote("latents are not cached: --random-crop cuts each sample anew, so it is encoded each time")
         return pixels
     store = TensorStore(cache_folder(settings.cache_dir), LATENTS)
     filling = fill_latents(
@@ -55,12 +55,12 @@ def encoded_images(
     last = yield from _shown(filling, "encoding images")
     assert last.latents is not None
     for dropped in last.latents.dropped:
-        yield Noted(f"dropped {dropped.name}: {dropped.reason}")
+        yield RunNote(f"dropped {dropped.name}: {dropped.reason}")
     cached = CachedLatents(store, last.latents, budget=_budget())
     return Latents(cached, scaling_factor(vae_of.vae), settings.seed, flip=settings.random_flip)
 
 
-def encoded_captions(
+def encode_captions(
     data: ImageData,
     settings: DenoiserSettings,
     text_of: LoadedModel,
@@ -68,7 +68,7 @@ def encoded_captions(
     template: str,
     ignored: bool = False,
     trained: bool = False,
-) -> Generator[Event, None, Texts]:
+) -> Generator[Event, None, TextConditioning]:
     """The captions as text states from the cache, which is filled, or as token ids where they are too many or change.
 
     `template` is the model's own; `ignored`: every caption is empty; `trained`: the text encoder learns along.
@@ -81,7 +81,7 @@ def encoded_captions(
         template=settings.prompt_template if settings.prompt_template is not None else template,
     )
     tokenizer: ClipTokenizer = model_parts.tokenizer_of(text_of)
-    texts = Texts(data.images, rules, settings.seed, tokenizer=tokenizer, ignored=ignored)
+    texts = TextConditioning(data.images, rules, settings.seed, tokenizer=tokenizer, ignored=ignored)
     countable = [rules.all_texts(() if ignored else captions) for captions in data.texts()]
     if trained or None in countable:
         return texts
@@ -90,12 +90,12 @@ def encoded_captions(
     # not by the memory that is free: a run must not compute otherwise when it is resumed
     if len(wanted) * config.max_position_embeddings * config.hidden_size * 4 > MOST_TEXT_BYTES:
         size = f"{MOST_TEXT_BYTES / 2**30:.0f} GiB"
-        yield Noted(f"captions are encoded as they are needed: their text states would take more than {size}")
+        yield RunNote(f"captions are encoded as they are needed: their text states would take more than {size}")
         return texts
     store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
     yield from _shown(fill_texts(wanted, model=text_of, store=store), "encoding captions")
     states = CachedTexts(store, TextKeys.of(text_of), wanted, budget=_budget())
-    return Texts(data.images, rules, settings.seed, states=states, ignored=ignored)
+    return TextConditioning(data.images, rules, settings.seed, states=states, ignored=ignored)
 
 
 def computes_in_half(*, settings: DenoiserSettings, device: torch.device) -> bool:
@@ -103,9 +103,9 @@ def computes_in_half(*, settings: DenoiserSettings, device: torch.device) -> boo
     return device.type == "cpu" and settings.mixed_precision == "bf16"
 
 
-def frozen_text_encoder(text_of: LoadedModel, conditions: Conditions, *, half: bool) -> nn.Module | None:
+def frozen_text_encoder(text_of: LoadedModel, conditions: SampleConditioning, *, half: bool) -> nn.Module | None:
     """What encodes the captions during training, in bfloat16 if `half`; None where their states are cached."""
-    if not isinstance(conditions, Texts) or conditions.states is not None:
+    if not isinstance(conditions, TextConditioning) or conditions.states is not None:
         return None
     return _in_half(text_of.text_encoder) if half else text_of.text_encoder
 
@@ -124,8 +124,8 @@ def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None
     progress = None
     for progress in filling:
         for note in progress.notes:
-            yield Noted(note)
-        yield Preparing(what, progress.done, progress.total)
+            yield RunNote(note)
+        yield Preparation(what, progress.done, progress.total)
     assert progress is not None
     return progress
 

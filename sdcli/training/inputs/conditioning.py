@@ -17,7 +17,7 @@ from sdcli.training.inputs.captions import CaptionRules
 from sdcli.training.task import Draw
 
 
-class Conditions(Protocol):
+class SampleConditioning(Protocol):
     """The condition part of an item. Both methods are pure functions of their arguments."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]: ...
@@ -27,7 +27,7 @@ class Conditions(Protocol):
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoConditioning:
     """For networks that generate without a condition."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ class Nothing:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextConditioning:
     """Captions as text states `hidden` [L, D] from the cache, or as token `ids` [L] for an encoder in the loop."""
 
     images: ImageSet
@@ -66,7 +66,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Labels:
+class ClassConditioning:
     """Classes as `label`, a number; the number after the last class means none, for guidance."""
 
     images: ImageSet
