@@ -154,7 +154,8 @@ def stats(
     framing = _framing(resolution, bucket_reso_steps, train_batch_size)
     tokenizer = None
     if model is not None:
-        from sdcli.encoders.tokenizer import load_tokenizer, tokenizer_folder
+        from sdcli.encoders.tokenizer import load_tokenizer
+        from sdcli.models.hub.download import tokenizer_folder
 
         tokenizer = load_tokenizer(tokenizer_folder(load_registry(models_file).find(model)))
     images = _open(data, split, image_column, caption_column, caption_extension)

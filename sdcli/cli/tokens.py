@@ -50,7 +50,8 @@ def command(
         steps=asked.steps or spec.defaults.steps,
         prompt_syntax=asked.prompt_syntax or "a1111",
     )
-    from sdcli.encoders.tokenizer import load_tokenizer, tokenizer_folder
+    from sdcli.encoders.tokenizer import load_tokenizer
+    from sdcli.models.hub.download import tokenizer_folder
 
     tokenizer = load_tokenizer(tokenizer_folder(spec))
     read: dict[str, Any] = {"steps": known(request.steps), "syntax": known(request.prompt_syntax)}

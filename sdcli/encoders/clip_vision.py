@@ -18,9 +18,8 @@ from sdcli.encoders.token_words import Context
 from sdcli.errors import BadImage, BadWeights, first_line
 from sdcli.generation.resolve.init_image import read_identified
 from sdcli.images.pixels import image_from_bytes
-from sdcli.io.weights import empty_network, fill, read_tensors, shards
-from sdcli.models.layout import read_json_object
-from sdcli.models.loader import files_digest, in_background
+from sdcli.io.weight_files import files_digest, in_background, read_json_object, shards
+from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.request.fields import FileRef
 from sdcli.request.schema import GenerationRequest
 

@@ -13,9 +13,6 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from sdcli.errors import BadWeights, NotFound, SdcliError
-from sdcli.io.files import PACKAGE
-from sdcli.models.hub.download import folder_of
-from sdcli.models.registry import ModelSpec
 from sdcli.request.prompt_syntax import Chunk, chunked
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -92,12 +89,6 @@ class ClipTokenizer:
 def text_from(text: str, offsets: list[tuple[int, int]], first: int) -> str:
     """The part of the text that token number `first` and all later ones stand for."""
     return text[offsets[first][0] :].strip() if len(offsets) > first else ""
-
-
-def tokenizer_folder(spec: ModelSpec) -> Path:
-    """Where a text model's tokenizer is. Raises Offline for a hub model that is not in the cache."""
-    folder = folder_of(spec)
-    return folder / "tokenizer" if folder is not None else PACKAGE / "encoders/clip_tokenizer"
 
 
 def load_tokenizer(folder: Path) -> ClipTokenizer:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel, lean_imports
-from sdcli.io.weights import empty_network, fill, read_tensors, shards
+from sdcli.io.weight_files import files_digest, in_background, read_json_object, shards
+from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.models.hub.download import folder_of
-from sdcli.models.layout import read_json_object
-from sdcli.models.loader import LoadedModel, files_digest, in_background, placed
+from sdcli.models.loader import LoadedModel, placed
 from sdcli.models.registry import ControlNetSpec
 from sdcli.models.sources import FileSource, HubSource
 from sdcli.vae.config import cell_of

@@ -22,10 +22,10 @@ from sdcli.errors import BadWeights, NotFound, UsageError, first_line
 from sdcli.generation.resolve.ip_adapters import adapter_path, pinned_adapter
 from sdcli.io.devices import out_of_memory
 from sdcli.io.lean_diffusers import UNet2DConditionModel
+from sdcli.io.weight_files import finished, read_json_object
 from sdcli.io.weights import read_tensors
 from sdcli.models.hub.download import folder_of
-from sdcli.models.layout import read_json_object
-from sdcli.models.loader import LoadedModel, finished
+from sdcli.models.loader import LoadedModel
 from sdcli.request.fields import FileRef
 
 PART, ENCODER_PART = "ip_adapter:", "image_encoder:"

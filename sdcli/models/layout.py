@@ -20,20 +20,17 @@ and `sdcli.json`, `{"schema": 1, "defaults": {...}}` with the fields that an ent
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.io.weight_files import read_json, read_json_object
 from sdcli.request.schedulers import Process
 from sdcli.request.schema import did_you_mean
 from sdcli.vae.config import cell_of
 
-T = TypeVar("T", dict[str, Any], list[Any])
-
-MAX_CONFIG_BYTES = 2**20
 MAX_CLASSES = 100_000
 SHOWN_CLASSES = 20
 """How many classes an error message lists."""
@@ -251,7 +248,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     file = path / "classes.json"
     if not file.exists():
         return None
-    names = _read_json(file, list)
+    names = read_json(file, list)
     for name in names:
         if not isinstance(name, str) or name != name.strip() or not name or len(name) > 1000 or not name.isprintable():
             raise BadWeights(f"{file}: {str(name)[:60]!r} is no name of a class")
@@ -327,25 +324,6 @@ def _kind_of_transformer(transformer: Mapping[str, Any], vae: Mapping[str, Any],
 
 SD3_KIND = ModelKind(size_step=16, process="flow")
 """Of every published Stable Diffusion 3; its latents have cells of 8 pixels, and its patches 2x2 cells."""
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds an object. Raises NotFound and BadWeights."""
-    return _read_json(path, dict)
-
-
-def _read_json(path: Path, kind: type[T]) -> T:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BadWeights(f"{path} is larger than any configuration")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}; the model is incomplete") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, kind):
-        raise BadWeights(f"{path} should hold a JSON {'object' if kind is dict else 'list'}")
-    return data
 
 
 def _read_defaults(file: Path) -> dict[str, Any]:

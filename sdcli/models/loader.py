@@ -5,9 +5,8 @@ Which folders there are, and what stands where in them, is in `model_folder.py`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from sdcli.encoders.t5 import T5Tokenizer, empty_t5, load_t5_tokenizer, spare_fl
 from sdcli.encoders.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.errors import BadWeights, UsageError
 from sdcli.io.devices import keep_freed_memory, pick_device, pick_dtype
-from sdcli.io.files import PACKAGE, sha256
+from sdcli.io.files import PACKAGE
 from sdcli.io.lean_diffusers import (
     VAE,
     AutoencoderKL,
@@ -33,9 +32,10 @@ from sdcli.io.lean_diffusers import (
     UNet2DModel,
     lean_imports,
 )
-from sdcli.io.weights import N, check_header, empty_network, fill, random_tensors, read_tensors, shards
+from sdcli.io.weight_files import check_header, files_digest, finished, in_background, read_json_object, shards
+from sdcli.io.weights import N, empty_network, fill, random_tensors, read_tensors
 from sdcli.models.hub.download import folder_of, use_offline
-from sdcli.models.layout import kind_of, network_config, read_json_object, read_layout
+from sdcli.models.layout import kind_of, network_config, read_layout
 from sdcli.models.registry import ModelSpec, described
 from sdcli.models.single_file import SD2, SDXL, SingleFileLayout, layout_of
 from sdcli.models.sources import FileSource, HubSource, RandomSource
@@ -250,21 +250,6 @@ def load_model(
         tokenizer_3=build.tokenizer_3() if "text_encoder_3" in wanted else None,
         zeros_for_empty_prompt=build.zeros_for_empty_prompt,
     )
-
-
-def finished(identity: str) -> Future[str]:
-    """An identity that needs no hashing."""
-    known: Future[str] = Future()
-    known.set_result(identity)
-    return known
-
-
-def in_background(*hashings: Callable[[], str]) -> list[Future[str]]:
-    """Identities, computed one after the other in a thread of their own."""
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
-    futures = [thread.submit(hashing) for hashing in hashings]
-    thread.shutdown(wait=False)
-    return futures
 
 
 def placed(network: N, device: torch.device) -> N:
@@ -552,17 +537,3 @@ def _network(part: str, config: dict[str, Any]) -> nn.Module:
     if part == "text_encoder" and config.get("_class_name") != "CLIPTextModelWithProjection":
         return ClipTextEncoder(clip)
     return ProjectedClipTextEncoder(clip, projection_dim=config.get("projection_dim", 512))  # transformers' own default
-
-
-def files_digest(files: list[Path]) -> str:
-    """`sha256:` of one file, or of the digests of several shards."""
-    digests = [_sha256(file) for file in files]
-    return f"sha256:{digests[0] if len(digests) == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
-
-
-def _sha256(file: Path) -> str:
-    """The digest of a file; the hub's cache names its large files by theirs, which saves reading gigabytes again."""
-    blob = file.resolve()
-    if blob.parent.name == "blobs" and len(blob.name) == 64:
-        return blob.name
-    return sha256(file)

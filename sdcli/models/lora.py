@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from sdcli.errors import BadWeights, UsageError
 from sdcli.generation.resolve.loras import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_lora, pinned
-from sdcli.io.weights import check_header, read_tensors
-from sdcli.models.layout import read_json_object
+from sdcli.io.weight_files import check_header, read_json_object
+from sdcli.io.weights import read_tensors
 from sdcli.models.loader import AppliedLora, LoadedModel
 from sdcli.request.fields import LoraRef, digits
 

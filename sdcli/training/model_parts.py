@@ -17,9 +17,10 @@ from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
 from sdcli.io.files import PACKAGE, expanded, write_whole
 from sdcli.io.lean_diffusers import UNet2DConditionModel, UNet2DModel
+from sdcli.io.weight_files import read_json_object
 from sdcli.io.weights import network_described
 from sdcli.models.hub.download import folder_of
-from sdcli.models.layout import LAYOUTS, read_json_object
+from sdcli.models.layout import LAYOUTS
 from sdcli.models.loader import LoadedModel, Part, load_model
 from sdcli.models.registry import ModelDefaults, ModelSpec
 from sdcli.request.schema import did_you_mean

@@ -18,7 +18,7 @@ from torch import Tensor
 from sdcli.errors import BadLatents, BadWeights, NotFound, SdcliError, UsageError
 from sdcli.images.pixels import Fit
 from sdcli.io.pickles import PICKLE_SUFFIXES, is_pickle
-from sdcli.io.weights import FLOATS, check_header
+from sdcli.io.weight_files import FLOATS, check_header
 from sdcli.request.schema import first_problem
 
 SCHEMA = 1

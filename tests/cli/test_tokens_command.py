@@ -10,8 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from sdcli.cli.tokens import command
-from sdcli.encoders.tokenizer import load_tokenizer, tokenizer_folder
+from sdcli.encoders.tokenizer import load_tokenizer
 from sdcli.errors import UsageError
+from sdcli.models.hub.download import tokenizer_folder
 from sdcli.models.registry import load_registry
 from tests.tiny import save_tiny_pipeline
 

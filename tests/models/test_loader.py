@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
-from sdcli.io.weights import check_header
+from sdcli.io.weight_files import check_header
 from sdcli.models import loader
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.registry import ModelSpec, load_registry, resolve, spec_of_folder

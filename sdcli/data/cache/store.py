@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sdcli.errors import BadWeights, NotFound, SdcliError
 from sdcli.io.files import write_whole
-from sdcli.io.weights import MAX_TENSORS, check_header
+from sdcli.io.weight_files import MAX_TENSORS, check_header
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 120.0

@@ -21,6 +21,7 @@ import platformdirs
 
 from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError, first_line
 from sdcli.io.files import PACKAGE, sha256, write_whole
+from sdcli.io.weight_files import shard_names
 from sdcli.models.hub.cache import COMMIT, cache_folder, cached_commit, ref_file, repo_folder, snapshot_folder
 from sdcli.models.registry import ControlNetSpec, ModelSpec
 from sdcli.models.sources import EmbeddedSource, FolderSource, HubSource
@@ -145,6 +146,12 @@ def folder_of(spec: ModelSpec | ControlNetSpec) -> Path | None:
     return None
 
 
+def tokenizer_folder(spec: ModelSpec) -> Path:
+    """Where a text model's tokenizer is. Raises Offline for a hub model that is not in the cache."""
+    folder = folder_of(spec)
+    return folder / "tokenizer" if folder is not None else PACKAGE / "encoders/clip_tokenizer"
+
+
 def _whole_snapshot(spec: ModelSpec | ControlNetSpec, source: HubSource) -> Path:
     folder = snapshot_folder(source)
     what = f"{'model' if isinstance(spec, ModelSpec) else 'ControlNet'} {spec.name!r}"
@@ -187,7 +194,7 @@ def first_missing(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
         required += names or [f"{stem}.safetensors"]
         for listing in (name for name in names if name.endswith(".index.json")):
             below = stem.rpartition("/")[0]
-            required += [f"{below}/{shard}".removeprefix("/") for shard in _shards_named_in(folder / listing)]
+            required += [f"{below}/{shard}".removeprefix("/") for shard in shard_names(folder / listing)]
     return next((file for file in required if file not in present), None)
 
 
@@ -199,13 +206,6 @@ def weighty_parts(model_index: Mapping[str, Any]) -> list[str]:
     named = [part for part in WEIGHTS if part.startswith("text") and model_index.get(part) not in (None, [None, None])]
     denoiser = "unet" if model_index.get("transformer") is None else "transformer"
     return [denoiser, "vae", *(named or ["text_encoder"])]
-
-
-def _shards_named_in(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise BadWeights(f"{index} is no index of weight files") from None
 
 
 def weight_files(present: Iterable[str], stem: str, *, variant: str | None) -> list[str]:

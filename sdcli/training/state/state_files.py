@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdcli.errors import BadOutput, BadWeights, UsageError
-from sdcli.io.weights import check_header
+from sdcli.io.weight_files import check_header
 from sdcli.training.state.checkpoint import check_finite
 
 Tensors = dict[str, Tensor]

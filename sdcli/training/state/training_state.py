@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.errors import BadWeights
-from sdcli.io.weights import check_header
+from sdcli.io.weight_files import check_header
 from sdcli.training.state.checkpoint import check_finite
 from sdcli.training.state.state_files import load_optimizer, optimizer_tensors, read_state, write_tensors
 

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import sha256, write_whole
-from sdcli.io.weights import check_header, fill, read_tensors, shards
+from sdcli.io.weight_files import check_header, shards
+from sdcli.io.weights import fill, read_tensors
 from sdcli.training.text_encoder.vocabulary import in_this_thread
 
 ENCODERS = {"bert": "BertModel", "distilbert": "DistilBertModel", "mpnet": "MPNetModel", "roberta": "RobertaModel"}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sdcli.errors import BadWeights, NotFound
 from sdcli.io import rng
 from sdcli.io.pickles import pickle_refused
-from sdcli.io.weights import check_header, fill, read_tensors
+from sdcli.io.weight_files import check_header
+from sdcli.io.weights import fill, read_tensors
 
 SCALES = 4
 """Sizes of the image that `structure` looks at: whole, half, quarter, eighth."""

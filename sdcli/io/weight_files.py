@@ -1,0 +1,154 @@
+"""Model files on the disk, read without torch: JSON, headers of safetensors, shards and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sdcli.errors import BadWeights, NotFound
+from sdcli.io.files import sha256
+from sdcli.io.pickles import is_pickle, pickle_refused
+
+T = TypeVar("T", dict[str, Any], list[Any])
+
+MAX_CONFIG_BYTES = 2**20
+MAX_HEADER_BYTES = 20_000_000
+MAX_TENSORS = 20_000
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A small JSON file that holds an object. Raises NotFound and BadWeights."""
+    return read_json(path, dict)
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """A small JSON file that holds an object or a list. Raises NotFound and BadWeights."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise BadWeights(f"{path} is larger than any configuration")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}; the model is incomplete") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadWeights(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, kind):
+        raise BadWeights(f"{path} should hold a JSON {'object' if kind is dict else 'list'}")
+    return data
+
+
+def check_header(path: Path) -> dict[str, Any]:
+    """The parsed header of a safetensors file, checked before anything else reads it.
+
+    Raises BadWeights with a sentence of its own for a pickle, an empty, truncated or hostile file.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if is_pickle(start, size=size):
+                raise BadWeights(pickle_refused(path))
+            if size < 8 + 2 or (length > MAX_HEADER_BYTES and length > size):
+                raise BadWeights(f"{path} is no safetensors file")
+            if length > MAX_HEADER_BYTES:
+                raise BadWeights(
+                    f"{path} has a header of {length:,} bytes; no model needs more than {MAX_HEADER_BYTES:,}"
+                )
+            if length > size - 8:
+                raise BadWeights(f"{path} is cut short: its header alone has {length:,} bytes, the file {size:,}")
+            raw = file.read(length)
+        header = json.loads(raw)
+    except OSError as error:
+        raise BadWeights(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise BadWeights(f"{path} is no safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise BadWeights(f"{path} is no safetensors file: its header is no table of tensors")
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if len(tensors) > MAX_TENSORS:
+        raise BadWeights(
+            f"{path} has {len(tensors):,} tensors; no model that sdcli knows has more than {MAX_TENSORS:,}"
+        )
+    ends = [
+        entry["data_offsets"][1]
+        for entry in tensors.values()
+        if _are_numbers(entry.get("shape")) and _are_numbers(entry.get("data_offsets"), count=2)
+    ]
+    if len(ends) != len(tensors):
+        raise BadWeights(f"{path} is no safetensors file: a tensor in its header has no place or no shape")
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise BadWeights(f"{path} is cut short: {size:,} bytes of {expected:,}; download or copy it again")
+    return header
+
+
+def _are_numbers(value: Any, *, count: int | None = None) -> bool:
+    return isinstance(value, list) and len(value) == (count or len(value)) and all(isinstance(n, int) for n in value)
+
+
+def shards(folder: Path, stem: str, *, variant: str | None = None) -> list[Path]:
+    """The weight files of a diffusers sub-folder: `stem.safetensors`, its variant, or the shards of its index."""
+    for suffix in (f".{variant}", "") if variant else ("", ".fp16"):
+        if (folder / f"{stem}{suffix}.safetensors").is_file():
+            return [folder / f"{stem}{suffix}.safetensors"]
+        for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json"):
+            if (folder / index).is_file():
+                return [folder / name for name in _present(folder / index)]
+    pickles = [path for path in folder.glob("*") if path.suffix in {".bin", ".ckpt", ".pt", ".pth"}]
+    if pickles:
+        raise BadWeights(pickle_refused(pickles[0]))
+    raise BadWeights(f"{folder} has no weights: expected {stem}.safetensors")
+
+
+def _present(index: Path) -> list[str]:
+    """The shards that an index names, each of which is beside it. Raises BadWeights."""
+    names = shard_names(index)
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise BadWeights(f"{index} names the shard {name!r}, which is not beside it")
+    return names
+
+
+def shard_names(index: Path) -> list[str]:
+    """The file names in a `.safetensors.index.json`, sorted. Raises BadWeights."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a shard's name is not text")
+        return sorted(names)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise BadWeights(f"{index} is no index of weight files: {error}") from None
+
+
+def files_digest(files: list[Path]) -> str:
+    """`sha256:` of one file, or of the digests of several shards."""
+    digests = [_sha256(file) for file in files]
+    return f"sha256:{digests[0] if len(digests) == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
+
+
+def _sha256(file: Path) -> str:
+    """The digest of a file; the hub's cache names its large files by theirs, which saves reading gigabytes again."""
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and len(blob.name) == 64:
+        return blob.name
+    return sha256(file)
+
+
+def finished(identity: str) -> Future[str]:
+    """An identity that needs no hashing."""
+    known: Future[str] = Future()
+    known.set_result(identity)
+    return known
+
+
+def in_background(*hashings: Callable[[], str]) -> list[Future[str]]:
+    """Identities, computed one after the other in a thread of their own."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-sha256")
+    futures = [thread.submit(hashing) for hashing in hashings]
+    thread.shutdown(wait=False)
+    return futures
