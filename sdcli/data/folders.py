@@ -117,7 +117,7 @@ class LatentFiles(Listed):
 
 def scan(root: Path) -> Tree:
     """All files below a folder; links are followed, but never round in a circle. Raises NotFound."""
-    kinds: dict[str, list[str]] = {name: [] for name in ("pictures", "latents", "tars", "parquets", "tables")}
+    kinds: dict[str, list[str]] = {name: [] for name in ("images", "latents", "tars", "parquets", "tables")}
     others: set[str] = set()
     dropped: list[Dropped] = []
     for name in sorted(_walk(root, dropped)):
@@ -126,7 +126,7 @@ def scan(root: Path) -> Tree:
         if base in TABLE_NAMES:
             kinds["tables"].append(name)
         elif suffix in IMAGE_SUFFIXES:
-            kinds["pictures"].append(name)
+            kinds["images"].append(name)
         elif suffix in LATENT_SUFFIXES:
             kinds["latents"].append(name)
         elif suffix == ".tar" or base.lower().endswith((".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz")):

@@ -43,7 +43,7 @@ def sample(pipeline: Pipeline, requests: Sequence[GenerationRequest], *, report:
         raise UsageError(f"{pipeline.model.spec.name} was loaded with other IP-Adapters than the request asks for")
     generators = generators_for([known(request.seed) for request in requests])
     scheduler = scheduler_for(pipeline.model, requests[0])
-    run: dict[str, Any] = {"generators": generators, "tell": report}
+    run: dict[str, Any] = {"generators": generators, "report": report}
     start = start_for(pipeline.model, pipeline.space, requests, scheduler=scheduler, **run)
     first, *second = requests[0].passes
     finished = yield from _denoised(pipeline, requests, start, scheduler, generators, steps=first)

@@ -24,7 +24,7 @@ RECORD = Record(
 
 
 @pytest.fixture
-def sample_image(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     path = tmp_path / "walrus.png"
     path.write_bytes(image_bytes(Image.new("RGB", (32, 32), "purple"), "png", RECORD))
     return path

@@ -108,7 +108,7 @@ def test_a_second_look_decodes_only_what_is_new(mixed: Path, tmp_path: Path, mon
         decoded.append(name)
         return real(data, name=name)
 
-    monkeypatch.setattr(module, "picture_from_bytes", counting)
+    monkeypatch.setattr(module, "image_from_bytes", counting)
     first = examine(open_images(mixed), memory=tmp_path / "memory")
     assert len(decoded) == len(open_images(mixed))
     decoded.clear()
@@ -169,7 +169,7 @@ def test_few_images_are_held_while_the_caller_waits(tmp_path: Path, monkeypatch:
     decoded: list[str] = []
     real = module.image_from_bytes
     monkeypatch.setattr(
-        module, "picture_from_bytes", lambda data, *, name: (decoded.append(name), real(data, name=name))[1]
+        module, "image_from_bytes", lambda data, *, name: (decoded.append(name), real(data, name=name))[1]
     )
     seen = look(open_images(root), workers=2)
     next(seen)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdcli.diffusion import reference
+from sdcli.diffusion import sampling
 from sdcli.errors import BadOutput, CannotWrite, OutOfMemory, UsageError
 from sdcli.generation import engine as engine_module
 from sdcli.generation.engine import Engine, Event, Note, Phase, Progress, Result, automatic_batch_size, plan
@@ -156,7 +156,7 @@ def test_out_of_memory_while_denoising_halves_the_batch(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = jobs_of(registry, *"abcde", model="tiny", seed=1)
-    monkeypatch.setattr(engine_module, "paint", oom_above(2, reference.sample))
+    monkeypatch.setattr(engine_module, "sample", oom_above(2, sampling.sample))
     events = sample(registry, tmp_path / "crowded", jobs, batch_size=5)
     monkeypatch.undo()
     sample(registry, tmp_path / "roomy", jobs, batch_size=1)
@@ -174,7 +174,7 @@ def test_out_of_memory_while_denoising_halves_the_batch(
 def test_out_of_memory_with_one_image_fails_that_image_with_exit_code_5(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "paint", oom_above(0, reference.sample))
+    monkeypatch.setattr(engine_module, "sample", oom_above(0, sampling.sample))
     *_, result = sample(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert isinstance(result.error, OutOfMemory)
@@ -194,9 +194,9 @@ def test_a_piece_of_a_batch_that_fails_leaves_the_others(
             raise torch.OutOfMemoryError("CUDA out of memory")
         if "c AND d" in prompts:
             raise BadOutput("the latents are no longer finite")
-        yield from reference.sample(pipeline, requests, **options)
+        yield from sampling.sample(pipeline, requests, **options)
 
-    monkeypatch.setattr(engine_module, "paint", failing)
+    monkeypatch.setattr(engine_module, "sample", failing)
     jobs = jobs_of(registry, "a", "b", "c AND d", "e", model="tiny", seed=1, steps=2)
     events = sample(registry, tmp_path, jobs, batch_size=4)
     assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
