@@ -88,9 +88,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
     from sdcli.cli.ui.preview import Preview, to_file
     from sdcli.diffusion.init_image import measure
     from sdcli.generation.engine import Engine, Progress, Result
+    from sdcli.generation.resolve.jobs import ResolvedJob
+    from sdcli.generation.resolve.resolve import resolve
     from sdcli.generation.settings import OutputSettings, RunSettings, TraceSettings
-    from sdcli.models.registry import load_registry, resolve
-    from sdcli.request.jobs import Job
+    from sdcli.models.registry import load_registry
     from sdcli.request.schema import parse_request
 
     registry = load_registry()
@@ -113,7 +114,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
         )
         watched = Preview(to_file(Path("preview.png"))) if name.startswith("--preview") else None
         began = clock()
-        for event in engine.generate_all([Job(1, request)]):
+        for event in engine.generate_all([ResolvedJob.of(1, request, registry)]):
             if isinstance(event, Progress) and watched is not None:
                 watched.step(event)
             elif isinstance(event, Result) and event.error is not None:

@@ -66,22 +66,8 @@ def own_imports_of(module: str) -> Iterator[tuple[int, str]]:
 
 
 STILL_UPWARD = {
-    ("diffusion.control_inputs", "generation.resolve.init_image"),
-    ("diffusion.init_image", "generation.resolve.init_image"),
-    ("diffusion.init_latents", "generation.resolve.init_image"),
-    ("encoders.clip_vision", "generation.resolve.init_image"),
     ("encoders.conditioning", "models.loader"),
-    ("encoders.textual_inversion", "generation.resolve.init_image"),
-    ("models.ip_adapter", "generation.resolve.ip_adapters"),
     ("models.loader", "diffusion.attention.sliced"),
-    ("models.lora", "generation.resolve.loras"),
-    ("models.registry", "generation.resolve.controls"),
-    ("models.registry", "generation.resolve.embeddings"),
-    ("models.registry", "generation.resolve.init_image"),
-    ("models.registry", "generation.resolve.ip_adapters"),
-    ("request.jobs", "generation.resolve.init_image"),
-    ("request.jobs", "generation.resolve.loras"),
-    ("request.jobs", "models.registry"),
 }
 """Imports that were there before the folders were layers; each of them goes."""
 

@@ -33,6 +33,7 @@ from sdcli.cli.ui.terminal_images import best_renderable
 from sdcli.errors import UsageError, raise_for, same_for_all
 from sdcli.generation.filenames import check_output, known_paths, output_settings
 from sdcli.generation.journal import Journal
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.settings import (
     OutputSettings,
     RunSettings,
@@ -42,9 +43,9 @@ from sdcli.generation.settings import (
 from sdcli.images.formats import ImageFormat
 from sdcli.models.registry import Registry, load_registry
 from sdcli.request.fields import FileRef
-from sdcli.request.jobs import DYNAMIC, BadJob, Job, Line, combinations, expand, read_lines
+from sdcli.request.jobs import DYNAMIC, Line, combinations, read_lines
 from sdcli.request.schedulers import SCHEDULERS
-from sdcli.request.schema import canonical, known, parse_size
+from sdcli.request.schema import canonical, parse_size
 from sdcli.request.sweep import Axis, parse_axis, swept
 from sdcli.request.wildcards import Wildcards
 
@@ -379,7 +380,7 @@ def _measure(start: FileRef, cell: int) -> tuple[int, int]:
     return measure(start, cell)
 
 
-def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
+def _print_requests(jobs: list[ResolvedJob | BadJob], console: Console) -> None:
     for job in jobs:
         if isinstance(job, BadJob):
             console.warn(str(job.error))
@@ -390,7 +391,7 @@ def _print_requests(jobs: list[Job | BadJob], console: Console) -> None:
 
 
 def _paint(
-    jobs: list[Job | BadJob],
+    jobs: list[ResolvedJob | BadJob],
     registry: Registry,
     run: RunSettings,
     settings: OutputSettings,
@@ -409,11 +410,11 @@ def _paint(
     preflight = Preflight(registry, settings)
     refusals = [preflight.refusal(job) for job in jobs]
     errors = [error for error in refusals if error is not None]
-    good: list[Job] = []
+    good: list[ResolvedJob] = []
     for job, error in zip(jobs, refusals, strict=True):
         if error is not None:
             report_failure(job, error, console, alone=same_for_all(errors, of=len(jobs)))
-        elif isinstance(job, Job):
+        elif isinstance(job, ResolvedJob):
             good.append(job)
     if not good:
         raise_for(errors, of=len(jobs))
@@ -450,11 +451,12 @@ def _paint(
                 report_failure(event.job, event.error, console, alone=alone, status=event.status)
             else:
                 report(event, console)
-                paths[event.job.index] = known(event.path)
+                assert event.path is not None
+                paths[event.job.index] = event.path
                 if renderable is not None and event.status == "done":
                     from sdcli.images.pixels import open_image
 
-                    display.show(renderable(open_image(known(event.path))))
+                    display.show(renderable(open_image(event.path)))
     if sheet is not None and paths:
         sheet.write(paths, settings, console)
     raise_for(errors, of=len(jobs))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from sdcli.errors import SdcliError, UsageError
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob
 from sdcli.generation.settings import OutputSettings
 from sdcli.images.formats import MAX_SIDE
 from sdcli.models.hub.download import folder_of
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
-from sdcli.request.jobs import BadJob, Job
 
 
 class Preflight:
@@ -21,7 +21,7 @@ class Preflight:
         self._model = cache(partial(_absence, registry.find))
         self._controlnet = cache(partial(_absence, registry.find_controlnet))
 
-    def refusal(self, job: Job | BadJob) -> SdcliError | None:
+    def refusal(self, job: ResolvedJob | BadJob) -> SdcliError | None:
         """Why it cannot be generated: it is not understood, too large for its file, or what it needs is not here.
 
         With --resume nobody asks for models: what an earlier run generated needs none.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sdcli.cli.ui.console import Console
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob
 from sdcli.generation.settings import OutputSettings
 from sdcli.images.sheet_labels import labels_of
 from sdcli.io.files import AlreadyExists, numbered
-from sdcli.request.jobs import BadJob, Job
 from sdcli.request.sweep import Axis
 
 LABEL_LINES = 4
@@ -21,11 +21,11 @@ LABEL_LINES = 4
 class SweepSheet:
     """What stands in which place of the sheet, row by row."""
 
-    places: tuple[Job | BadJob, ...]
+    places: tuple[ResolvedJob | BadJob, ...]
     columns: int
 
     @classmethod
-    def of(cls, jobs: Sequence[Job | BadJob], axes: Sequence[Axis], *, num_images: int) -> SweepSheet:
+    def of(cls, jobs: Sequence[ResolvedJob | BadJob], axes: Sequence[Axis], *, num_images: int) -> SweepSheet:
         """The values of the last axis side by side; a refused combination is one job, and leaves its places empty."""
         places = (job for job in jobs for _ in range(num_images if isinstance(job, BadJob) else 1))
         return cls(tuple(places), len(axes[-1].values) * num_images)
@@ -35,7 +35,7 @@ class SweepSheet:
         from sdcli.images.contact_sheet import check_size
 
         widths, heights = zip(
-            *(place.request.final_size for place in self.places if isinstance(place, Job)), strict=True
+            *(place.request.final_size for place in self.places if isinstance(place, ResolvedJob)), strict=True
         )
         check_size(len(self.places), (max(widths), max(heights)), label_lines=LABEL_LINES)
 
@@ -45,7 +45,7 @@ class SweepSheet:
         from sdcli.images.pixels import open_image
 
         files = [paths.get(place.index) for place in self.places]
-        requests = [place.request if isinstance(place, Job) else None for place in self.places]
+        requests = [place.request if isinstance(place, ResolvedJob) else None for place in self.places]
         labels = labels_of([str(file or "failed") for file in files], requests)
         images = [open_image(file) if file is not None else empty((1, 1)) for file in files]
         sheet = contact_sheet(images, columns=self.columns, labels=labels, label_lines=LABEL_LINES)

@@ -12,7 +12,7 @@ from sdcli.errors import UsageError
 from sdcli.models.registry import load_registry
 from sdcli.request.lora_tags import take_tags
 from sdcli.request.prompt_syntax import SubPrompt, subprompts
-from sdcli.request.schema import known, parse_request
+from sdcli.request.schema import parse_request
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -54,7 +54,7 @@ def command(
     from sdcli.models.hub.download import tokenizer_folder
 
     tokenizer = load_tokenizer(tokenizer_folder(spec))
-    read: dict[str, Any] = {"steps": known(request.steps), "syntax": known(request.prompt_syntax)}
+    read: dict[str, Any] = {"steps": request.steps, "syntax": request.prompt_syntax}
     rows = [("prompt", part) for part in subprompts(request.full_prompt, **read)]
     if negative_prompt is not None:
         rows += [("negative prompt", part) for part in subprompts(negative_prompt, compose=False, **read)]

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from sdcli.diffusion.controlnet import ActiveControl
-from sdcli.generation.resolve.init_image import read_identified
 from sdcli.images.pixels import image_from_bytes, to_pixels
 from sdcli.models.controlnet import controlnet_of
 from sdcli.models.loader import LoadedModel
 from sdcli.request.fields import FileRef, Preprocessor
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.input_files import read_pinned
+from sdcli.request.schema import ResolvedRequest
 
 
-def controls_for(model: LoadedModel, requests: Sequence[GenerationRequest]) -> list[ActiveControl]:
+def controls_for(model: LoadedModel, requests: Sequence[ResolvedRequest]) -> list[ActiveControl]:
     """The controls of a pass, at the size that the requests have in it; they differ in their images alone.
 
     Raises NotFound, BadPicture and UsageError for the files that the requests name.
     """
-    size = known(requests[0].width), known(requests[0].height)
+    size = requests[0].width, requests[0].height
     return [
         ActiveControl(
             controlnet_of(model, shared.model),
@@ -41,5 +41,5 @@ def _map(ref: FileRef, preprocessor: Preprocessor, size: tuple[int, int]) -> Ten
     """[3, H, W] in 0..1."""
     from sdcli.images.preprocessors import control_map  # scipy takes 0.6 s
 
-    image = image_from_bytes(read_identified(ref), name=ref.path)
+    image = image_from_bytes(read_pinned(ref), name=ref.path)
     return to_pixels(control_map(image, preprocessor, size))

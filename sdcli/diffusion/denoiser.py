@@ -25,12 +25,12 @@ from sdcli.diffusion.start import Start
 from sdcli.encoders.condition import Condition, Conditions
 from sdcli.errors import UsageError
 from sdcli.io.lean_diffusers import SD3Transformer2DModel
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.schema import ResolvedRequest
 
 
 def predict_for(
     pipeline: Pipeline,
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[ResolvedRequest],
     start: Start,
     *,
     steps: int,
@@ -47,7 +47,7 @@ def predict_for(
         def predict_at(step: int) -> Predict:
             condition = conditions.at(step)
             if scale_size is not None:
-                condition = with_scale(condition, known(shared.guidance_scale), size=scale_size)
+                condition = with_scale(condition, shared.guidance_scale, size=scale_size)
             if isinstance(unet, SD3Transformer2DModel):
                 return transformer_predict(unet, condition)
             return unet_predict(unet, condition, residuals(condition))
@@ -70,7 +70,7 @@ def predict_for(
     both = network(conditions, residuals)
     if conditions.weights:
         both = composed(both, conditions.weights)
-    first = known(shared.guidance_scale)
+    first = shared.guidance_scale
     last = first if shared.guidance_end is None else shared.guidance_end
     predict = guided(both, evenly(first, last, start.timesteps), rescale=shared.guidance_rescale or 0, away=away)
     if shared.guidance_interval is None:
@@ -80,7 +80,7 @@ def predict_for(
     return only_within(predict, outside, timesteps=start.timesteps[part.start : part.stop])
 
 
-def check_guidance(pipeline: Pipeline, request: GenerationRequest) -> None:
+def check_guidance(pipeline: Pipeline, request: ResolvedRequest) -> None:
     """Raise UsageError for guidance that does not go with a resolved request's prompt, or with the network.
 
     One that takes the scale as an input has no unconditional half.

@@ -11,11 +11,11 @@ from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
 from sdcli.errors import UsageError
-from sdcli.generation.resolve.init_image import identified, is_latents, read_identified
 from sdcli.images.pixels import fit, image_from_bytes, to_pixels
 from sdcli.io.files import expanded
 from sdcli.request.fields import Extend, FileRef
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.input_files import is_latents, pinned, read_pinned
+from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.latent_files import LatentFile, read_latents
 
 
@@ -51,7 +51,7 @@ def measure(ref: FileRef, cell: int) -> tuple[int, int]:
     return _image(ref).size
 
 
-def start_image(request: GenerationRequest) -> StartImage:
+def start_image(request: ResolvedRequest) -> StartImage:
     """The start image of a resolved request. Raises NotFound, BadPicture and UsageError for the files it names."""
     assert request.init_image is not None, "the request has no start image"
     return _start_image(
@@ -60,14 +60,14 @@ def start_image(request: GenerationRequest) -> StartImage:
         extend=request.extend,
         inverted=bool(request.invert_mask),
         blur=request.mask_blur or 0,
-        size=(known(request.width), known(request.height)),
+        size=(request.width, request.height),
     )
 
 
 @lru_cache(maxsize=4)
 def start_latents(ref: FileRef) -> LatentFile:
     """The one latent in a start file. Raises NotFound, BadLatents and UsageError."""
-    identified(ref)
+    pinned(ref)
     try:
         file = read_latents(expanded(ref.path))
     except UsageError:
@@ -112,7 +112,7 @@ def _start_image(
 
 
 def _image(ref: FileRef) -> Image.Image:
-    return image_from_bytes(read_identified(ref), name=ref.path)
+    return image_from_bytes(read_pinned(ref), name=ref.path)
 
 
 def _levels(image: Image.Image) -> Tensor:

@@ -15,10 +15,10 @@ from torch.nn import functional
 from sdcli.diffusion.init_image import start_image, start_latents
 from sdcli.diffusion.start import Start, from_latents, from_noise, keeping, mixed, with_channels
 from sdcli.errors import BadLatents, BadOutput, UsageError
-from sdcli.generation.resolve.init_image import is_latents
 from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.models.loader import LoadedModel
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.input_files import is_latents
+from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.autoencoder import generators_for, initial_noise, scaled, scaling_factor, shift_factor
 from sdcli.vae.latent_space import LatentSpace, Report, Space, decode_with_fallbacks, quiet
 
@@ -26,10 +26,10 @@ Generators = Sequence[torch.Generator]
 """One per image."""
 
 
-def check_start(space: Space, request: GenerationRequest) -> None:
+def check_start(space: Space, request: ResolvedRequest) -> None:
     """Raise what `start_for` would raise for the files that a resolved request begins with."""
     if is_latents(request.init_image):
-        _latents(space, request, space.shape(width=known(request.width), height=known(request.height)))
+        _latents(space, request, space.shape(width=request.width, height=request.height))
     elif request.init_image is not None:
         start_image(request)
 
@@ -37,7 +37,7 @@ def check_start(space: Space, request: GenerationRequest) -> None:
 def start_for(
     model: LoadedModel,
     space: Space,
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[ResolvedRequest],
     *,
     scheduler: Any,
     generators: Generators,
@@ -51,13 +51,14 @@ def start_for(
     and OutOfMemory.
     """
     shared, device = requests[0], model.device
-    shape = space.shape(width=known(shared.width), height=known(shared.height))
+    shape = space.shape(width=shared.width, height=shared.height)
     if shared.init_image is None:
         return from_noise(_noise(requests, generators, shape).to(device), scheduler)
+    assert shared.strength is not None
     if is_latents(shared.init_image):
         latents = torch.cat([_latents(space, request, shape) for request in requests]).to(device)
         noise = _noise(requests, generators, shape).to(device)
-        return from_latents(latents, noise, scheduler, strength=known(shared.strength))
+        return from_latents(latents, noise, scheduler, strength=shared.strength)
     images = [start_image(request) for request in requests]
     from_nothing = shared.masked and shared.strength == 1
     x0: Tensor | None = None
@@ -68,19 +69,21 @@ def start_for(
     if from_nothing or x0 is None:
         start = from_noise(noise, scheduler)
     else:
-        start = from_latents(x0, noise, scheduler, strength=known(shared.strength))
+        start = from_latents(x0, noise, scheduler, strength=shared.strength)
     if not shared.masked:
         return start
-    cells = functional.interpolate(torch.stack([known(image.mask) for image in images]), size=shape[1:])
+    masks = torch.stack([image.mask for image in images if image.mask is not None])
+    cells = functional.interpolate(masks, size=shape[1:])
     if model.spec.kind.inpaints:
         kept = space.encode([image.without_masked for image in images], generators, report=report)
         seen = torch.cat([cells, kept], dim=1).to(device)
         return replace(start, around_network=partial(with_channels, more=seen))
     if space.draws:  # diffusers encodes the masked image here as well; the generators go on where it leaves them
         initial_noise(generators, shape)
+    assert x0 is not None  # only an inpainting model does without
     keep = partial(
         keeping,
-        known=known(x0),
+        known=x0,
         noise=noise,
         mask=cells.to(device),
         scheduler=scheduler,
@@ -92,7 +95,7 @@ def start_for(
 def start_enlarged(
     finished: Tensor,
     space: Space,
-    request: GenerationRequest,
+    request: ResolvedRequest,
     *,
     scheduler: Any,
     generators: Generators,
@@ -102,7 +105,8 @@ def start_enlarged(
 
     `report` hears what had to be done for memory. Raises OutOfMemory. What is no image stays NaN.
     """
-    upscale = known(request.upscale)
+    upscale = request.upscale
+    assert upscale is not None
     width, height = request.final_size
     shape = space.shape(width=width, height=height)
     if upscale.how == "latent":
@@ -125,7 +129,7 @@ def _enlarged(space: Space, latents: Tensor, size: tuple[int, int], report: Repo
     return to_pixels(from_pixels(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def _noise(requests: Sequence[GenerationRequest], generators: Generators, shape: tuple[int, int, int]) -> Tensor:
+def _noise(requests: Sequence[ResolvedRequest], generators: Generators, shape: tuple[int, int, int]) -> Tensor:
     """Each image's noise [B, *shape], turned towards that of its variation seed as far as it asks for."""
     noise = initial_noise(generators, shape)
     strengths = [request.variation_strength or 0.0 for request in requests]
@@ -135,9 +139,10 @@ def _noise(requests: Sequence[GenerationRequest], generators: Generators, shape:
     return mixed(noise, list(others), strengths)
 
 
-def _latents(space: Space, request: GenerationRequest, shape: tuple[int, int, int]) -> Tensor:
+def _latents(space: Space, request: ResolvedRequest, shape: tuple[int, int, int]) -> Tensor:
     """The start file's latents [1, C, h, w], scaled as the model takes them."""
-    file = start_latents(known(request.init_image))
+    assert request.init_image is not None
+    file = start_latents(request.init_image)
     if not isinstance(space, LatentSpace):
         raise UsageError(f"{request.init_image} holds latents, and {request.model} generates on pixels")
     if file.latents.shape[1:] != shape:

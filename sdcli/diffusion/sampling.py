@@ -24,12 +24,12 @@ from sdcli.diffusion.scheduler_factory import Advance, advance_with, make_schedu
 from sdcli.diffusion.start import Start, from_step, steps_before
 from sdcli.errors import BadOutput, UsageError
 from sdcli.models.loader import LoadedModel
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.autoencoder import generators_for
 from sdcli.vae.latent_space import Report, quiet
 
 
-def sample(pipeline: Pipeline, requests: Sequence[GenerationRequest], *, report: Report = quiet) -> Iterator[Step]:
+def sample(pipeline: Pipeline, requests: Sequence[ResolvedRequest], *, report: Report = quiet) -> Iterator[Step]:
     """Denoise one batch. The requests are resolved and equal in all that `engine.plan` groups by.
 
     Yields every step; the last one's `latents` [B, C, h, w] are the finished images, ready for the space to decode.
@@ -41,7 +41,7 @@ def sample(pipeline: Pipeline, requests: Sequence[GenerationRequest], *, report:
         raise UsageError(f"{pipeline.model.spec.name} was loaded with other LoRAs than the request asks for")
     if tuple(one.adapting for one in requests[0].ip_adapters) != pipeline.model.ip_adapters:
         raise UsageError(f"{pipeline.model.spec.name} was loaded with other IP-Adapters than the request asks for")
-    generators = generators_for([known(request.seed) for request in requests])
+    generators = generators_for([request.seed for request in requests])
     scheduler = scheduler_for(pipeline.model, requests[0])
     run: dict[str, Any] = {"generators": generators, "report": report}
     start = start_for(pipeline.model, pipeline.space, requests, scheduler=scheduler, **run)
@@ -55,7 +55,7 @@ def sample(pipeline: Pipeline, requests: Sequence[GenerationRequest], *, report:
         yield from _denoised(pipeline, enlarged, start, scheduler, generators, steps=steps)
 
 
-def check_image(pipeline: Pipeline, request: GenerationRequest) -> None:
+def check_image(pipeline: Pipeline, request: ResolvedRequest) -> None:
     """Raise now what `generate` would raise for this image alone, and for all that are generated with it.
 
     That are UsageError, NotFound, BadPicture and BadLatents, for the files that it names and for its guidance.
@@ -67,7 +67,7 @@ def check_image(pipeline: Pipeline, request: GenerationRequest) -> None:
 
 def _denoised(
     pipeline: Pipeline,
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[ResolvedRequest],
     start: Start,
     scheduler: Any,
     generators: Sequence[torch.Generator],
@@ -89,7 +89,7 @@ def _denoised(
 
 def _run_of(
     pipeline: Pipeline,
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[ResolvedRequest],
     start: Start,
     scheduler: Any,
     generators: Sequence[torch.Generator],
@@ -105,8 +105,9 @@ def _run_of(
     shared, refiner = requests[0], pipeline.refiner
     if refiner is None:
         predict = scaled_input(predict_for(pipeline, requests, start, steps=steps, controls=controls), scheduler)
-        return predict, advance_with(scheduler, generators, eta=known(shared.eta)), start.timesteps
-    part, refining = known(shared.refiner_start), scheduler_for(refiner.model, shared)
+        return predict, advance_with(scheduler, generators, eta=shared.eta), start.timesteps
+    assert shared.refiner_start is not None
+    part, refining = shared.refiner_start, scheduler_for(refiner.model, shared)
     before = steps_before(scheduler, start.timesteps, part)
     rest = from_step(refining, steps_before(refining, refining.timesteps, part))
     if not before or not len(rest):
@@ -124,9 +125,9 @@ def _run_of(
     return taking_turns(first, last, after=before), taking_turns(first_advance, last_advance, after=before), timesteps
 
 
-def scheduler_for(model: LoadedModel, request: GenerationRequest) -> Any:
+def scheduler_for(model: LoadedModel, request: ResolvedRequest) -> Any:
     """The request's scheduler with the model's noise schedule, its timesteps set. Raises UsageError for too many."""
-    scheduler, steps = make_scheduler(known(request.scheduler), model.scheduler_config), known(request.steps)
+    scheduler, steps = make_scheduler(request.scheduler, model.scheduler_config), request.steps
     levels = scheduler.config.num_train_timesteps
     if steps > levels:
         raise UsageError(f"{steps} steps are too many: {model.spec.name} was trained with {levels} levels of noise")

@@ -16,12 +16,12 @@ from sdcli.encoders.condition import IMAGES, Condition, Conditions
 from sdcli.encoders.conditioning import Encode
 from sdcli.encoders.token_words import Context
 from sdcli.errors import BadImage, BadWeights, first_line
-from sdcli.generation.resolve.init_image import read_identified
 from sdcli.images.pixels import image_from_bytes
 from sdcli.io.weight_files import files_digest, in_background, read_json_object, shards
 from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.request.fields import FileRef
-from sdcli.request.schema import GenerationRequest
+from sdcli.request.input_files import read_pinned
+from sdcli.request.schema import ResolvedRequest
 
 CONFIG = "config.json"
 LONGEST = 64
@@ -45,7 +45,7 @@ class ImageEncoder:
         """[1, 3, S, S], normalised as CLIP was trained. Raises NotFound, BadPicture and UsageError."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        image, side = image_from_bytes(read_identified(ref), name=ref.path), self.network.config.image_size
+        image, side = image_from_bytes(read_pinned(ref), name=ref.path), self.network.config.image_size
         if max(image.size) > LONGEST * min(image.size):
             shape = f"{image.width}x{image.height}"
             raise BadImage(f"{ref}: is {shape} pixels; an image that prompts is at most {LONGEST} times as long")
@@ -86,7 +86,7 @@ class ImagePrompting:
     encode: Encode
     looks: tuple[Look, ...]
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
         """The text's conditions with `image_embeds:N`; the unconditional rows see no image."""
         conditions = self.encode(requests, guided=guided, steps=steps)
         nothing = [None] * len(requests) if guided else []
@@ -105,13 +105,13 @@ class ImagePrompting:
 
         return Conditions(at, changes=conditions.changes, weights=conditions.weights)
 
-    def shape(self, request: GenerationRequest) -> Hashable:
+    def shape(self, request: ResolvedRequest) -> Hashable:
         """That of the text. Raises also what reading the request's images raises."""
         for look, one in zip(self.looks, request.ip_adapters, strict=True):
             look.encoder.pixels(one.image)
         return self.encode.shape(request)
 
-    def read(self, request: GenerationRequest) -> Context:
+    def read(self, request: ResolvedRequest) -> Context:
         """The tokens of the text."""
         return self.encode.read(request)
 

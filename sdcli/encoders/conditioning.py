@@ -22,21 +22,21 @@ from sdcli.errors import BadWeights, UsageError
 from sdcli.models.loader import LoadedModel
 from sdcli.request.fields import EmbeddingRef
 from sdcli.request.prompt_syntax import EMPTY, Chunk, SubPrompt, sections, subprompts, unweighted
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.schema import ResolvedRequest
 
 
 class Encode(Protocol):
     """Resolved requests -> what they tell the network, on the model's device and in its dtype."""
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
         """The conditions of one pass of a batch of one `shape`; with the unconditional rows if `guided`."""
         ...
 
-    def shape(self, request: GenerationRequest) -> Hashable:
+    def shape(self, request: ResolvedRequest) -> Hashable:
         """What requests must have in common to be in one batch. Raises UsageError for what the model cannot do."""
         ...
 
-    def read(self, request: GenerationRequest) -> Context:
+    def read(self, request: ResolvedRequest) -> Context:
         """The tokens that its prompt comes to. Raises UsageError where there are none, or others at other steps."""
         ...
 
@@ -81,7 +81,7 @@ class TextEncoding:
         self._encode_once = lru_cache(maxsize=256)(self._encode)
         self._embeddings = lru_cache(maxsize=8)(self._read_embeddings)
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
         """`encoder_hidden_states` [rows, chunks x L, D]."""
         scripts = [self._script(request, steps=steps) for request in requests]
         prompts = [script.prompts for script in scripts]
@@ -108,12 +108,12 @@ class TextEncoding:
             weights=weights if len(weights) > 1 else (),
         )
 
-    def shape(self, request: GenerationRequest) -> Hashable:
+    def shape(self, request: ResolvedRequest) -> Hashable:
         """How many chunks and prompts there are: those of other images must not pad this one's."""
         scripts = [self._script(request, steps=steps) for steps in request.passes]
         return tuple((script.length, len(script.prompts)) for script in scripts)
 
-    def read(self, request: GenerationRequest) -> Context:
+    def read(self, request: ResolvedRequest) -> Context:
         """The chunks of its prompts, padded as they are encoded."""
         scripts = [self._script(request, steps=steps) for steps in request.passes]
         script = scripts[0]
@@ -128,16 +128,16 @@ class TextEncoding:
             cut=self._tokenizer(request.full_prompt).cut if script.syntax == "plain" else "",
         )
 
-    def _script(self, request: GenerationRequest, *, steps: int) -> _Script:
-        syntax, embeddings = known(request.prompt_syntax), request.embeddings
+    def _script(self, request: ResolvedRequest, *, steps: int) -> _Script:
+        syntax, embeddings = request.prompt_syntax, request.embeddings
         skip, layers = request.clip_skip or self.usual_clip_skip, self._layers
         if skip > layers:
             raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
         prompts = subprompts(request.full_prompt, steps=steps, syntax=syntax)
-        (negative,) = subprompts(known(request.negative_prompt), steps=steps, syntax=syntax, compose=False)
+        (negative,) = subprompts(request.negative_prompt, steps=steps, syntax=syntax, compose=False)
         texts = {text for prompt in (*prompts, *([negative] if request.guided else [])) for _, text in prompt.texts}
         length = max(len(self._chunks(text, syntax, embeddings)) for text in texts)
-        size = known(request.height), known(request.width)
+        size = request.height, request.width
         return _Script(prompts, negative, length, syntax, skip, size, embeddings)
 
     def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
@@ -155,7 +155,9 @@ class TextEncoding:
 
     @property
     def _tokenizer(self) -> ClipTokenizer:
-        return known(self._model.tokenizer)  # absent where the text encoder was not loaded, and nothing is encoded
+        tokenizer = self._model.tokenizer
+        assert tokenizer is not None  # absent where the text encoder was not loaded, and nothing is encoded
+        return tokenizer
 
     def _split(self, text: str, syntax: str, embeddings: tuple[EmbeddingRef, ...]) -> tuple[Chunk, ...]:
         return self._tokenizer.chunks(text, syntax=syntax, tokens=self._embeddings(embeddings).tokens)
@@ -214,7 +216,7 @@ class JoinedEncoding(TextEncoding):
     def _encoders(self) -> list[tuple[ClipTokenizer, ClipTextEncoder]]:
         model = self._model
         first = [(model.tokenizer, model.text_encoder)] if model.tokenizer is not None else []
-        return [*first, (known(model.tokenizer_2), model.text_encoder_2)]
+        return [*first, (self._tokenizer, model.text_encoder_2)]
 
     @property
     def _layers(self) -> int:
@@ -222,7 +224,9 @@ class JoinedEncoding(TextEncoding):
 
     @property
     def _tokenizer(self) -> ClipTokenizer:
-        return known(self._model.tokenizer_2)  # the first one differs in the padding alone
+        tokenizer = self._model.tokenizer_2  # the first one differs in the padding alone
+        assert tokenizer is not None
+        return tokenizer
 
     @torch.inference_mode()
     def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
@@ -297,7 +301,7 @@ class Sd3Encoding(JoinedEncoding):
         super().__init__(model)
         self._t5_once = lru_cache(maxsize=64)(self._t5)
 
-    def shape(self, request: GenerationRequest) -> Hashable:
+    def shape(self, request: ResolvedRequest) -> Hashable:
         """As of any text; and the transformer has places for images up to a size."""
         config = self._model.unet.config
         most = config.pos_embed_max_size * config.patch_size * self._model.spec.kind.cell
@@ -305,7 +309,7 @@ class Sd3Encoding(JoinedEncoding):
             raise UsageError(f"{self._model.spec.name} generates images of at most {most} pixels a side")
         return super().shape(request)
 
-    def read(self, request: GenerationRequest) -> Context:
+    def read(self, request: ResolvedRequest) -> Context:
         """Raises UsageError: words are attended to together with the image."""
         raise UsageError(f"{request.model} attends to words and image jointly, so there are no maps of its words")
 
@@ -336,18 +340,18 @@ class ClassEncoding:
     def __init__(self, model: LoadedModel) -> None:
         self._kind, self._device = model.spec.kind, model.device
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
         """`class_labels` [rows], int64. Raises UsageError for an unknown class."""
-        names = [known(request.negative_prompt) for request in requests] if guided else []
+        names = [request.negative_prompt for request in requests] if guided else []
         names += [request.full_prompt for request in requests]
         labels = torch.tensor([self._kind.label(name) for name in names], device=self._device)
         return Conditions(lambda step: Condition({"class_labels": labels}))
 
-    def shape(self, request: GenerationRequest) -> Hashable:
+    def shape(self, request: ResolvedRequest) -> Hashable:
         """All labels fit together."""
         return None
 
-    def read(self, request: GenerationRequest) -> Context:
+    def read(self, request: ResolvedRequest) -> Context:
         """Raises UsageError: a class is no word."""
         raise UsageError(f"{request.model} generates a class, so there are no words")
 
@@ -355,14 +359,14 @@ class ClassEncoding:
 class NoEncoding:
     """The encoding of a model that generates without a prompt."""
 
-    def __call__(self, requests: Sequence[GenerationRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
         """Nothing at any step."""
         return Conditions(lambda step: Condition())
 
-    def shape(self, request: GenerationRequest) -> Hashable:
+    def shape(self, request: ResolvedRequest) -> Hashable:
         """Nothing fits with nothing."""
         return None
 
-    def read(self, request: GenerationRequest) -> Context:
+    def read(self, request: ResolvedRequest) -> Context:
         """Raises UsageError: there is no prompt."""
         raise UsageError(f"{request.model} generates without words")

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sdcli.errors import BadWeights, UsageError
-from sdcli.generation.resolve.init_image import identified
 from sdcli.io.files import expanded
 from sdcli.io.weights import read_tensors
 from sdcli.request.fields import EmbeddingRef
-from sdcli.request.schema import known
+from sdcli.request.input_files import pinned
 
 CLIP_L, CLIP_G = "clip_l", "clip_g"
 """What SDXL's files call the vectors of its first and its second text encoder."""
@@ -47,7 +46,7 @@ def read_embeddings(
         length = len(vectors[0])
         if length > most:
             raise UsageError(f"{embedding.path} has {length} vectors; {model} reads {most} tokens at once")
-        tokens[known(embedding.token)] = range(count, count + length)
+        tokens[embedding.word] = range(count, count + length)
         rows.append(vectors)
         count += length
     return Embeddings(tokens, tuple(torch.cat(of_encoder) for of_encoder in zip(*rows, strict=True)))
@@ -56,7 +55,7 @@ def read_embeddings(
 def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) -> list[Tensor]:
     """The vectors for each encoder, equally many."""
     path = expanded(embedding.path)
-    identified(embedding)
+    pinned(embedding)
     tensors = read_tensors(path, torch.float32)
     if widths.keys() <= tensors.keys():
         chosen = [tensors[name] for name in widths]

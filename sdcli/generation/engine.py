@@ -40,7 +40,7 @@ from sdcli.errors import (
 from sdcli.generation.filenames import image_name, is_literal
 from sdcli.generation.journal import Journal
 from sdcli.generation.observers.observer import File, Observe, Observer, check, observers_for, preview_image
-from sdcli.generation.resolve.init_image import is_latents
+from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.images.formats import SUFFIX_OF
 from sdcli.images.pixels import from_pixels, to_pixels
@@ -56,9 +56,9 @@ from sdcli.models.lora import with_loras
 from sdcli.models.registry import ModelSpec, Registry
 from sdcli.models.safety_checker import SafetyChecker, load_safety_checker
 from sdcli.request.fields import FileRef, LoraRef
-from sdcli.request.jobs import Job
+from sdcli.request.input_files import is_latents
 from sdcli.request.lora_tags import lora_name
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.latent_space import decode_with_fallbacks
 
 
@@ -94,7 +94,7 @@ class Result:
     """What became of one job; `path`, and all that stands beside it, is whole on the disk when this is yielded."""
 
     status: Literal["done", "skipped", "failed", "flagged"]
-    job: Job
+    job: ResolvedJob
     path: Path | None = None
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ _OF_LOADING = (BadWeights, NotFound, Offline, UsageError)
 class DecodedImage:
     """One decoded image with what its record needs beside the request."""
 
-    job: Job
+    job: ResolvedJob
     pixels: Tensor
     batch_size: int
     batch_index: int
@@ -149,7 +149,7 @@ class Engine:
     """Theirs, by their folders."""
     _names: set[str] = field(default_factory=set)
 
-    def generate_all(self, jobs: Sequence[Job], *, journal: Journal | None = None) -> Iterator[Event]:
+    def generate_all(self, jobs: Sequence[ResolvedJob], *, journal: Journal | None = None) -> Iterator[Event]:
         """Paint every job and save it. With a journal, jobs that it knows as finished are skipped.
 
         Batches are planned over all jobs, finished ones included, so that a resumed run generates what is missing in
@@ -218,16 +218,17 @@ class Engine:
         return self._with_loras
 
     def _refine(self, model: LoadedModel | None) -> None:
-        self._pipeline = known(self._pipeline).with_refiner(model)
+        assert self._pipeline is not None
+        self._pipeline = self._pipeline.with_refiner(model)
         if self._with_loras is not None:
             self._with_loras = self._with_loras.with_refiner(model)
 
-    def _specs_for(self, request: GenerationRequest) -> tuple[ModelSpec, ModelSpec | None]:
+    def _specs_for(self, request: ResolvedRequest) -> tuple[ModelSpec, ModelSpec | None]:
         """The model of a resolved request, and its refiner."""
         refiner = self.registry.find(request.refiner) if request.refiner is not None else None
         return self.registry.find(request.model), refiner
 
-    def pipeline_for(self, request: GenerationRequest) -> Pipeline:
+    def pipeline_for(self, request: ResolvedRequest) -> Pipeline:
         """The painter of a resolved request, its ControlNets among the model's parts; the last ones stay warm.
 
         Raises what finding and loading its models, LoRAs, IP-Adapters and ControlNets raises.
@@ -256,11 +257,11 @@ class Engine:
             self._with_ip_adapters = held = pipeline, pipeline.with_ip_adapters(adapters)
         return held[1]
 
-    def run_batch(self, batch: Sequence[Job], wanted: set[int]) -> Iterator[Event | DecodedImage]:
+    def run_batch(self, batch: Sequence[ResolvedJob], wanted: set[int]) -> Iterator[Event | DecodedImage]:
         """Denoise one batch and decode the `wanted` images of it, falling back when memory runs out."""
         return run_batch(self.pipeline_for(batch[0].request), batch, wanted, observers_for(self.output))
 
-    def _load_for(self, request: GenerationRequest) -> Iterator[Phase]:
+    def _load_for(self, request: ResolvedRequest) -> Iterator[Phase]:
         """Make what many requests share warm: the model, its refiner and its safety checker."""
         spec, refiner = self._specs_for(request)
         if self._pipeline is None or _specs(self._pipeline) != (spec, refiner):
@@ -271,7 +272,7 @@ class Engine:
 
     def _run_batch(
         self,
-        batch: Sequence[Job],
+        batch: Sequence[ResolvedJob],
         wanted: set[int],
         there: Mapping[int, Path],
         journal: Journal | None,
@@ -367,7 +368,8 @@ class Engine:
 
     def _explained(self, result: Result, files: Iterable[File], *, overwrite: bool) -> Result:
         """The result with what explains its image written beside it; who has the image's name has theirs, too."""
-        path, written = known(result.path), []
+        assert result.path is not None
+        path, written = result.path, []
         try:
             for suffix, data in files:
                 written.append(path.parent / f"{path.stem}{suffix}")
@@ -380,7 +382,7 @@ class Engine:
 
 def run_batch(
     pipeline: Pipeline,
-    batch: Sequence[Job],
+    batch: Sequence[ResolvedJob],
     wanted: set[int],
     observed_by: Sequence[Observe] = (),
     checker: SafetyChecker | None = None,
@@ -391,7 +393,7 @@ def run_batch(
     are denoised together: a Result says so of each, and the others go on. The `checker` hides what it flags from those
     who look on; what it says of the images is the caller's to ask.
     """
-    alike: dict[Hashable, list[Job]] = {}
+    alike: dict[Hashable, list[ResolvedJob]] = {}
     for job in batch:
         alike.setdefault(pipeline.encode.shape(job.request), []).append(job)
     for jobs in alike.values():
@@ -400,7 +402,7 @@ def run_batch(
 
 def _run_alike(
     pipeline: Pipeline,
-    batch: list[Job],
+    batch: list[ResolvedJob],
     wanted: set[int],
     observed_by: Sequence[Observe],
     checker: SafetyChecker | None,
@@ -476,7 +478,7 @@ def _explanation(observers: Sequence[Observer], position: int, pixels: Tensor) -
 
 
 def _preview_image(
-    pipeline: Pipeline, requests: Sequence[GenerationRequest], step: Step, checker: SafetyChecker | None
+    pipeline: Pipeline, requests: Sequence[ResolvedRequest], step: Step, checker: SafetyChecker | None
 ) -> Image.Image | None:
     try:
         return preview_image(pipeline, requests, step, checker)
@@ -497,7 +499,7 @@ def _flagged_by(pipeline: Pipeline) -> BadOutput:
     return BadOutput(f"the safety checker of {name} flagged the image, so it was not saved (--safety off saves it)")
 
 
-def finished(request: GenerationRequest, pixels: Tensor) -> Tensor:
+def finished(request: ResolvedRequest, pixels: Tensor) -> Tensor:
     """What is done to decoded pixels [3, H, W]: what a mask keeps is laid over them, and a watermark is put in.
 
     Raises BadOutput for a watermark that the image cannot carry.
@@ -510,7 +512,7 @@ def finished(request: GenerationRequest, pixels: Tensor) -> Tensor:
 
 
 def generate_images(
-    pipeline: Pipeline, requests: Sequence[GenerationRequest], *, batch_size: int | None = None
+    pipeline: Pipeline, requests: Sequence[ResolvedRequest], *, batch_size: int | None = None
 ) -> list[DecodedImage]:
     """Paint resolved requests with a painter that is at hand, and return the images in their order; no files.
 
@@ -518,7 +520,7 @@ def generate_images(
     has the same pixels as one that `generate` generates with these weights, device, dtype and batch size. The networks
     are in evaluation mode meanwhile. Raises what is wrong with an image: UsageError, BadOutput and OutOfMemory.
     """
-    jobs = [Job(index, request) for index, request in enumerate(requests)]
+    jobs = [ResolvedJob(index, request, pipeline.model.spec) for index, request in enumerate(requests)]
     painted: dict[int, DecodedImage] = {}
     with evaluating(pipeline.model.parts.values()):
         for batch in plan(jobs, RunSettings(device=pipeline.model.device.type, batch_size=batch_size)):
@@ -551,13 +553,13 @@ PER_IMAGE = {
 """The fields in which the requests of one batch may differ; controls and IP-Adapters in their images alone."""
 
 
-def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
+def plan(jobs: Sequence[ResolvedJob], run: RunSettings) -> list[list[ResolvedJob]]:
     """Batches of jobs that can be denoised together: their requests differ in what `PER_IMAGE` names alone.
 
     The same jobs always give the same batches; models come in the order of their first job, and so do what goes with
     them, LoRAs and ControlNets.
     """
-    groups: dict[tuple[Any, ...], list[Job]] = {}
+    groups: dict[tuple[Any, ...], list[ResolvedJob]] = {}
     for job in jobs:
         r = job.request
         shared = tuple(value for name, value in r if name not in PER_IMAGE)
@@ -573,15 +575,15 @@ def plan(jobs: Sequence[Job], run: RunSettings) -> list[list[Job]]:
     return batches
 
 
-def _failed(batch: Sequence[Job], wanted: set[int], error: SdcliError) -> Iterator[Result]:
+def _failed(batch: Sequence[ResolvedJob], wanted: set[int], error: SdcliError) -> Iterator[Result]:
     return (Result("failed", job, error=error) for job in batch if job.index in wanted)
 
 
-def _models(job: Job) -> tuple[str | None, ...]:
+def _models(job: ResolvedJob) -> tuple[str | None, ...]:
     return job.request.model, job.request.refiner
 
 
-def _weights(job: Job) -> tuple[Any, ...]:
+def _weights(job: ResolvedJob) -> tuple[Any, ...]:
     request = job.request
     adapting = tuple(one.adapting for one in request.ip_adapters)
     return _models(job), request.loras, adapting, tuple(control.model for control in request.controls)
@@ -601,7 +603,7 @@ def _specs(pipeline: Pipeline) -> tuple[ModelSpec, ModelSpec | None]:
     return pipeline.model.spec, pipeline.refiner.model.spec if pipeline.refiner is not None else None
 
 
-def prompt_notes(pipeline: Pipeline, job: Job, *, strict: bool) -> list[str]:
+def prompt_notes(pipeline: Pipeline, job: ResolvedJob, *, strict: bool) -> list[str]:
     """What the text encoder will not see of a job's prompts, which is nothing unless they are plain.
 
     Raises UsageError instead with `strict`, and for what the model's text encoder cannot do.

@@ -19,6 +19,7 @@ import sdcli
 from sdcli.errors import SdcliError
 from sdcli.generation.codec import Codec, DecodeSettings, EncodeSettings, decode_all, encode_all
 from sdcli.generation.engine import Engine, Result
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import open_image, to_pixels
@@ -26,7 +27,7 @@ from sdcli.io.devices import cpu_has_bfloat16, free_memory, pick_dtype
 from sdcli.metadata.record import read_image
 from sdcli.models.registry import Registry, packaged_registry_file, read_registry_file
 from sdcli.request.input_files import InputFile
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.jobs import Line
 from sdcli.vae.latent_files import read_latents
 
 PROMPT, SEED = "an astronaut riding a horse", 7
@@ -142,9 +143,9 @@ class _Trial:
         same = open_image(self.decoded).tobytes() == expected.tobytes()
         _expect(same, "the file holds another image than the VAE made")
 
-    def _job(self) -> Job:
+    def _job(self) -> ResolvedJob:
         (job,) = expand([Line(0, {"prompt": PROMPT})], {"seed": SEED}, self.registry, num_images=1, base_seed=SEED)
-        assert isinstance(job, Job)
+        assert isinstance(job, ResolvedJob)
         return job
 
     def _paint(self, name: str) -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import ValidationError
 
 from sdcli.errors import BadOutput, SdcliError, UsageError
 from sdcli.generation.engine import DecodedImage, Engine, provenance
+from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
 from sdcli.metadata.record import pixels_digest, read_image
 from sdcli.models.registry import Registry
-from sdcli.request.jobs import Job
+from sdcli.request.schema import ResolvedRequest, first_problem
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,11 @@ def verify_image(path: Path, registry: Registry, run: RunSettings) -> Verdict:
     if not (isinstance(size, int) and isinstance(position, int) and 0 <= position < size <= 256):
         raise UsageError(f"{path}: its record has an impossible batch, {batch!r}")
     engine = Engine(registry, replace(run, batch_size=size), OutputSettings())
-    jobs = [Job(index, info.record.request) for index in range(size)]
+    try:
+        request = ResolvedRequest.model_validate(dict(info.record.request))
+    except ValidationError as invalid:
+        raise UsageError(f"{path}: its record is incomplete: {first_problem(invalid)}") from None
+    jobs = [ResolvedJob.of(index, request, registry) for index in range(size)]
     painted = None
     for event in engine.run_batch(jobs, {position}):
         error = getattr(event, "error", None)
@@ -82,7 +88,7 @@ def verify_image(path: Path, registry: Registry, run: RunSettings) -> Verdict:
         painted = event if isinstance(event, DecodedImage) else painted
     assert painted is not None
     now = from_pixels(painted.pixels)
-    pipeline = engine.pipeline_for(info.record.request)
+    pipeline = engine.pipeline_for(request)
     return _compare(path, facts, now, provenance(pipeline, fallbacks=painted.fallbacks))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdcli.errors import UsageError
-from sdcli.request.schema import GenerationRequest, did_you_mean, field_name
+from sdcli.request.schema import GenerationRequest, did_you_mean, field_name, final_size
 
 _SHORTENED = {
     "name": "",
@@ -72,7 +72,7 @@ def _value(field: str, name: str, request: GenerationRequest | None) -> str | No
     if request is None:
         return None
     if field in ("size", "width", "height") and request.width and request.height:
-        width, height = map(str, request.final_size)
+        width, height = map(str, final_size(request.width, request.height, request.upscale))
         return {"size": f"{width}x{height}", "width": width, "height": height}[field]
     if field == "size":
         return None

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from sdcli.encoders.clip_vision import CONFIG, ImageEncoder, Look, load_image_encoder
 from sdcli.errors import BadWeights, NotFound, UsageError, first_line
-from sdcli.generation.resolve.ip_adapters import adapter_path, pinned_adapter
 from sdcli.io.devices import out_of_memory
 from sdcli.io.lean_diffusers import UNet2DConditionModel
 from sdcli.io.weight_files import finished, read_json_object
 from sdcli.io.weights import read_tensors
+from sdcli.models.adapter_files import ip_adapter_path, pinned_ip_adapter
 from sdcli.models.hub.download import folder_of
 from sdcli.models.loader import LoadedModel
 from sdcli.request.fields import FileRef
@@ -98,7 +98,7 @@ def with_ip_adapters(model: LoadedModel, adapters: Sequence[IpAdapter]) -> Loade
 
 
 def _load(ref: FileRef, weight: float, model: LoadedModel, encoders: Mapping[Path, ImageEncoder]) -> IpAdapter:
-    path, digest = adapter_path(ref), pinned_adapter(ref).sha256
+    path, digest = ip_adapter_path(ref), pinned_ip_adapter(ref).sha256
     tensors: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in read_tensors(path, model.dtype, rename=_of_adapter).items():
         part, _, rest = name.partition(".")

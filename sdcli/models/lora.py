@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.errors import BadWeights, UsageError
-from sdcli.generation.resolve.loras import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_lora, pinned
 from sdcli.io.weight_files import check_header, read_json_object
 from sdcli.io.weights import read_tensors
+from sdcli.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_lora, pinned_lora
 from sdcli.models.loader import AppliedLora, LoadedModel
 from sdcli.request.fields import LoraRef, digits
 
@@ -108,7 +108,7 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
     applied = []
     for ref in refs:
         path = find_lora(ref.path, folder)
-        pinned(ref, folder)
+        pinned_lora(ref, folder)
         lora = read_lora(path)
         placed = {name: place for name in lora.layers if (place := places.get(_spelled(name))) is not None}
         if not placed:

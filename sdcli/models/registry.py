@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import secrets
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -15,28 +13,18 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.generation.resolve import embeddings as embedding_files
-from sdcli.generation.resolve.controls import check_parts, controls_filled
-from sdcli.generation.resolve.init_image import Measure, start_filled
-from sdcli.generation.resolve.ip_adapters import image_prompts_filled
-from sdcli.images.formats import MAX_PIXELS
 from sdcli.io.files import PACKAGE, expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
 from sdcli.models.hub.cache import snapshot_folder
 from sdcli.models.layout import SD3_KIND, ModelFolder, ModelKind, read_model_folder
 from sdcli.models.single_file import layout_in
 from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource, Source, Strict
-from sdcli.request import prompt_syntax as syntax
 from sdcli.request.fields import with_prompt
-from sdcli.request.schedulers import SCHEDULERS, schedulers_for
+from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import (
-    GenerationRequest,
-    check_needs,
     did_you_mean,
     first_problem,
-    known,
     parse_request,
-    watermark_room,
 )
 
 MAX_REGISTRY_BYTES = 256 * 1024
@@ -76,7 +64,7 @@ class ModelEntry(Strict):
     def _sizes_fit(self) -> Self:
         if not isinstance(self.source, FolderSource):  # a folder says itself which sizes it can generate
             for side in ("width", "height"):
-                problem = _size_problem(getattr(self.defaults, side), ModelKind())
+                problem = size_problem(getattr(self.defaults, side), ModelKind())
                 if problem is not None:
                     raise ValueError(f"defaults.{side}: {problem}")
         return self
@@ -207,144 +195,6 @@ class Registry(Strict):
 
     def _where(self) -> str:
         return self.files[-1].name if self.files else "models.yaml"
-
-
-def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | None = None) -> GenerationRequest:
-    """The request as it will be generated: every None filled from the model's defaults, the seed drawn.
-
-    A start image gives its own size, where one can `measure` it. None stays where a field does not apply.
-    Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
-    """
-    check_needs(request)
-    defaults = spec.defaults
-    chosen: dict[str, Any] = {
-        "model": spec.name,
-        "negative_prompt": "",
-        "prompt_template": defaults.prompt_template,
-        "prompt_syntax": "a1111" if spec.kind.conditioning == "text" else "plain",
-        "width": defaults.width,
-        "height": defaults.height,
-        "steps": defaults.steps,
-        "guidance_scale": defaults.guidance_scale,
-        "scheduler": defaults.scheduler,
-        "eta": 0.0,
-    }
-    if request.refiner is not None:
-        chosen["refiner_start"] = DEFAULT_REFINER_START
-    typed = {name: value for name, value in request if value is not None}
-    if "seed" not in typed:
-        chosen["seed"] = secrets.randbelow(2**32)
-    if request.variation_strength is not None and request.variation_seed is None:
-        chosen["variation_seed"] = secrets.randbelow(2**32)
-    from_start = start_filled(request, step=spec.kind.size_step, cell=spec.kind.cell, measure=measure)
-    pinned = controls_filled(request, spec.kind, model=spec.name)
-    pinned |= image_prompts_filled(request, spec.kind, model=spec.name)
-    resolved = request.model_copy(update={**chosen, **typed, **from_start, **pinned, "model": spec.name})
-    for side, pixels in zip(("width", "height"), resolved.final_size, strict=True):
-        problem = _size_problem(getattr(resolved, side), spec.kind) or _size_problem(pixels, spec.kind)
-        if problem is not None:
-            raise UsageError(f"{side}: {problem}")
-    if math.prod(resolved.final_size) > MAX_PIXELS:
-        width, height = resolved.final_size
-        raise UsageError(f"an image of {width}x{height} would have more than {MAX_PIXELS:,} pixels")
-    _check_process(resolved, spec)
-    _check_condition(resolved, spec)
-    _check_refiner(resolved)
-    if resolved.embeddings:
-        resolved = resolved.model_copy(update={"embeddings": embedding_files.resolved(resolved.embeddings)})
-    if resolved.prompt_syntax == "a1111":
-        _check_syntax(resolved)
-    shares = (resolved.strength, resolved.upscale and resolved.upscale.strength)
-    for name, share, steps in zip(("strength", "upscale"), shares, resolved.passes, strict=False):
-        if steps < 1:
-            raise UsageError(f"{name}: {share:g} of {resolved.steps} steps leaves no step to generate")
-    check_parts(resolved)
-    if spec.kind.inpaints and not resolved.masked:
-        raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
-    if resolved.watermark is not None:
-        width, height = resolved.final_size
-        room = watermark_room(width, height)
-        if len(resolved.watermark.encode()) > room:
-            raise UsageError(f"watermark: an image of {width}x{height} pixels has room for {room} bytes")
-    for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
-        if getattr(resolved, name) is not None and not resolved.guided:
-            raise UsageError(f"{name} has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1")
-    if resolved.eta and not SCHEDULERS[known(resolved.scheduler)].uses_eta:
-        raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
-    return resolved
-
-
-def _size_problem(side: int, kind: ModelKind) -> str | None:
-    """What is wrong with a width or height for a kind of model."""
-    if side < kind.smallest_size:
-        return f"should be greater than or equal to {kind.smallest_size}, not {side}"
-    if side % kind.size_step:
-        return f"should be a multiple of {kind.size_step}, not {side}"
-    return None
-
-
-def _check_process(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Raise UsageError for a scheduler of another process than the model's, and for what goes with diffusion alone."""
-    process, scheduler = spec.kind.process, known(request.scheduler)
-    if SCHEDULERS[scheduler].process != process:
-        trained = "with flow matching" if process == "flow" else "as a diffusion model"
-        raise UsageError(
-            f"the {scheduler} scheduler does not go with {spec.name}, which was trained {trained}; "
-            f"those that do: {', '.join(schedulers_for(process))}"
-        )
-    if process == "flow":
-        for name in ("refiner", "loras", "controls", "ip_adapters", "embeddings", "pag_scale"):
-            if getattr(request, name):
-                raise UsageError(f"{name}: sdcli has none for {spec.name} yet, which was trained with flow matching")
-
-
-def _check_condition(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Raise UsageError for a prompt, a negative prompt or a guidance scale that the model has no use for."""
-    kind, scale = spec.kind, request.guidance_scale
-    if kind.conditioning == "none" and (request.full_prompt or request.negative_prompt):
-        asked = request.full_prompt or request.negative_prompt
-        raise UsageError(f"{spec.name} generates without a prompt; {asked!r} would have no effect")
-    if kind.conditioning != "text":
-        unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": ((),)}
-        for name, without_effect in unread.items():
-            if getattr(request, name) not in without_effect:
-                raise UsageError(f"{name} has no effect with {spec.name}, which has no text encoder")
-    elif request.prompt_syntax == "plain" and request.embeddings:
-        raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
-    if not kind.can_be_guided and (scale != 1 or request.guided or request.negative_prompt):
-        reason = "paints without a prompt" if kind.conditioning == "none" else "always generates a class, never none"
-        raise UsageError(f"{spec.name} {reason}, so it cannot be guided: no negative prompt, and a guidance scale of 1")
-    if request.negative_prompt and not request.guided:
-        raise UsageError(f"a negative prompt has no effect at guidance scale {scale:g}; use one above 1")
-    if kind.conditioning == "class":
-        kind.label(request.full_prompt)
-        if request.negative_prompt:
-            kind.label(request.negative_prompt)
-
-
-def _check_refiner(request: GenerationRequest) -> None:
-    """Raise UsageError for what does not go with a refiner."""
-    if request.refiner is None:
-        return
-    if not SCHEDULERS[known(request.scheduler)].begins_anywhere:
-        raise UsageError(
-            f"the {request.scheduler} scheduler cannot begin in the middle, as a refiner does; use another"
-        )
-    if request.masked:
-        raise UsageError("a refiner generates the whole image, so it goes without --mask and --extend")
-
-
-def _check_syntax(request: GenerationRequest) -> None:
-    """Raise UsageError for what a prompt asks for in vain: AND without guidance, an embedding that it does not name."""
-    steps = known(request.steps)
-    prompts = syntax.subprompts(request.full_prompt, steps=steps)
-    if len(prompts) > 1 and not request.guided:
-        raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
-    negative = syntax.subprompts(known(request.negative_prompt), steps=steps, compose=False) if request.guided else ()
-    words = [known(embedding.token) for embedding in request.embeddings]
-    unused = sorted(set(words) - syntax.used((*prompts, *negative), words))
-    if unused:
-        raise UsageError(f"embeddings: no prompt has the word {unused[0]!r}, so its vectors would have no effect")
 
 
 def load_registry(models_file: Path | None = None) -> Registry:
@@ -572,7 +422,16 @@ def _own_defaults(folder: ModelFolder) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"{folder.defaults_file}: defaults.{error}") from None
     for side in {"width", "height"} & set(checked):
-        problem = _size_problem(checked[side], folder.kind)
+        problem = size_problem(checked[side], folder.kind)
         if problem is not None:
             raise UsageError(f"{folder.defaults_file}: defaults.{side}: {problem}")
     return checked
+
+
+def size_problem(side: int, kind: ModelKind) -> str | None:
+    """What is wrong with a width or height for a kind of model."""
+    if side < kind.smallest_size:
+        return f"should be greater than or equal to {kind.smallest_size}, not {side}"
+    if side % kind.size_step:
+        return f"should be a multiple of {kind.size_step}, not {side}"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -53,6 +54,11 @@ class EmbeddingRef(FileRef):
         path, separator, token = text.rpartition("=")
         named = bool(separator) and not text.lower().endswith(".safetensors")
         return {"path": path, "token": token} if named else {"path": text}
+
+    @property
+    def word(self) -> str:
+        """The token, or else the file's name without its suffix."""
+        return self.token if self.token is not None else Path(self.path).stem
 
     def __str__(self) -> str:
         return self.path if self.token is None else f"{self.path}={self.token}"

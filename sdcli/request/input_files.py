@@ -13,9 +13,11 @@ from pathlib import Path, PurePosixPath
 
 from sdcli.errors import BadImage, NotFound, UsageError
 from sdcli.io.files import expanded, numbered, sha256
+from sdcli.request.fields import FileRef
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """The largest image file that is read."""
+LATENT_SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,31 @@ def input_digest(path: str) -> str:
         return digest_of(file)
     except OSError as error:
         raise BadImage(f"cannot read {path}: {error.strerror}") from None
+
+
+def pinned(ref: FileRef) -> FileRef:
+    """The reference with the digest of the file's bytes.
+
+    Raises what `input_digest` raises, and UsageError for another file than the reference's own digest says.
+    """
+    digest = input_digest(ref.path)
+    check_same_file(digest, ref.sha256, what=ref.path)
+    return ref.model_copy(update={"sha256": digest})
+
+
+def read_pinned(ref: FileRef) -> bytes:
+    """The bytes of a file, or of stdin for `-`.
+
+    Raises what `read_input` raises, and UsageError for another file than the reference's digest says.
+    """
+    data = read_input(ref.path)
+    check_same_file(hashlib.sha256(data).hexdigest(), ref.sha256, what=ref.path)
+    return data
+
+
+def is_latents(ref: FileRef | None) -> bool:
+    """Whether an init image is a file of latents, by its suffix."""
+    return ref is not None and Path(ref.path).suffix.lower() in LATENT_SUFFIXES
 
 
 def check_same_file(digest: str, recorded: str | None, *, what: str) -> None:

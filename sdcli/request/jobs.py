@@ -1,4 +1,4 @@
-"""Prompt files -> jobs: txt, JSONL and CSV, line by line; a bad line is a value, not an end."""
+"""Prompt files -> lines: txt, JSONL and CSV, line by line; a bad line is a value, not an end."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdcli.errors import NotFound, SdcliError, UsageError
-from sdcli.generation.resolve.init_image import Measure
-from sdcli.generation.resolve.loras import find_loras
-from sdcli.models.registry import Registry, resolve
-from sdcli.request.schema import MAX_SEED, GenerationRequest, canonical, field_name, is_list, known, parse_request
+from sdcli.errors import NotFound, UsageError
+from sdcli.request.schema import canonical, field_name, is_list
 from sdcli.request.wildcards import MAX_COMBINATIONS, Wildcards
 
 KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
@@ -37,27 +33,6 @@ class Line:
     fields: Mapping[str, Any]
     """Some of OWN, and those of the request under their own names."""
     problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to generate. `index` counts from 1 over the whole run."""
-
-    index: int
-    request: GenerationRequest
-    """Resolved: as it will be generated."""
-    custom_id: str | None = None
-    line: int | None = None
-
-
-@dataclass(frozen=True)
-class BadJob:
-    """An entry that cannot be generated, and the error that says why."""
-
-    index: int
-    error: SdcliError
-    custom_id: str | None = None
-    line: int | None = None
 
 
 def read_lines(source: str) -> Iterator[Line]:
@@ -172,91 +147,7 @@ def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wil
             yield replace(line, fields={**line.fields, **drawn})
 
 
-def expand(
-    lines: Iterable[Line],
-    typed: Mapping[str, Any],
-    registry: Registry,
-    *,
-    num_images: int,
-    base_seed: int,
-    measure: Measure | None = None,
-    lora_dir: Path | None = None,
-    wildcards: Wildcards | None = None,
-) -> Iterator[Job | BadJob]:
-    """Lines -> resolved jobs. A line's own fields win over the `typed` options; each image gets its own seed.
-
-    Of images with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
-    files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
-    image are made by its seed.
-
-    An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
-    file gets the same seeds again when it was reordered or extended in between.
-    """
-    seen: Counter[str] = Counter()
-    index = 0
-    for line in lines:
-        fields = dict(line.fields)
-        custom_id = fields.pop("custom_id", None)
-        custom_id = None if custom_id is None else str(custom_id)
-        try:
-            if line.problem is not None:
-                raise UsageError(line.problem)
-            count = _count(fields.pop("num_images", fields.pop("n", num_images)))
-            given = {**typed, **fields}
-            asked = parse_request(given)
-            spec = registry.find(asked.model)
-            if given.get("prompt") is None and spec.kind.conditioning != "none":
-                raise UsageError("has no prompt")
-            spec.require_supported()
-            for control in asked.controls:
-                registry.find_controlnet(control.model)
-            key = asked.key()
-            seen[key] += 1
-            if asked.seed is None:
-                asked = asked.changed(seed=drawn_seed(base_seed, key, seen[key]))
-            if asked.variation_strength is not None and asked.variation_seed is None:
-                asked = asked.changed(variation_seed=drawn_seed(base_seed, f"{key}:variation", seen[key]))
-            if asked.refiner is not None:
-                registry.find(asked.refiner).require_supported()
-            counted = "seed" if asked.variation_strength is None else "variation_seed"
-            first = known(getattr(asked, counted))
-            if first + count - 1 > MAX_SEED:
-                raise UsageError(f"{counted}: {count} images from seed {first} pass the largest seed, {MAX_SEED}")
-            own: list[dict[str, Any]] = [{counted: first + offset} for offset in range(count)]
-            if wildcards is None:
-                resolved = find_loras(resolve(asked, spec, measure=measure), lora_dir)
-                requests = [resolved.model_copy(update=fields) for fields in own]
-            else:
-                drawn = [_drawn(asked.changed(**fields), wildcards) for fields in own]
-                requests = [find_loras(resolve(request, spec, measure=measure), lora_dir) for request in drawn]
-        except SdcliError as error:
-            index += 1
-            prefix = f"line {line.number}: " if line.number else ""
-            yield BadJob(index, type(error)(f"{prefix}{error}"), custom_id, line.number or None)
-            continue
-        for request in requests:
-            index += 1
-            yield Job(index, request, custom_id, line.number or None)
-
-
-def _drawn(asked: GenerationRequest, wildcards: Wildcards) -> GenerationRequest:
-    """The request of one image, its choices made by its seed."""
-    texts = {name: text for name in DYNAMIC if (text := getattr(asked, name))}
-    seed = known(asked.seed)
-    return asked.changed(**{name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()})
-
-
 def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:
     """A 32-bit seed that is the same for the same base seed, request and occurrence."""
     digest = hashlib.sha256(f"{base_seed}:{key}:{occurrence}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
-
-
-def _count(value: Any) -> int:
-    try:
-        count = int(value)
-    except (OverflowError, TypeError, ValueError):
-        count = 0
-    if not 1 <= count <= 100_000:
-        raise UsageError(f"num_images: should be a number from 1 to 100000, not {value!r}")
-    return count

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -30,7 +30,6 @@ from sdcli.request.schedulers import SCHEDULERS
 SCHEMA = 2
 """1 had no prompt syntax: brackets were text."""
 MAX_SEED = 2**63 - 1
-T = TypeVar("T")
 
 ALIASES = {
     "cfg_scale": "guidance_scale",
@@ -205,29 +204,9 @@ class GenerationRequest(BaseModel):
         return wrapped(self.prompt, template)
 
     @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance is on; at a scale of 1 or less there is no unconditional half."""
-        return max(self.guidance_scale or 0, self.guidance_end or 0) > 1
-
-    @property
     def masked(self) -> bool:
-        """Whether a part of the start image is kept as it is."""
+        """Whether a part of the init image is kept as it is."""
         return self.mask is not None or self.extend is not None
-
-    @property
-    def passes(self) -> tuple[int, ...]:
-        """The denoising steps of a resolved request: of its one pass, or of two where it is upscaled."""
-        strengths = (self.strength or 1, *([self.upscale.strength] if self.upscale is not None else []))
-        return tuple(int(known(self.steps) * strength) for strength in strengths)
-
-    @property
-    def final_size(self) -> tuple[int, int]:
-        """Width and height of the finished image of a resolved request; an enlarged one has multiples of 8."""
-        width, height = known(self.width), known(self.height)
-        if self.upscale is None:
-            return width, height
-        factor = self.upscale.factor
-        return round(width * factor / 8) * 8, round(height * factor / 8) * 8
 
     def typed(self) -> dict[str, Any]:
         """The fields that were given, without those left to the model; JSON-ready."""
@@ -244,10 +223,46 @@ class GenerationRequest(BaseModel):
         return parse_request({**self.typed(), **fields})
 
 
-def known(value: T | None) -> T:
-    """A field of a resolved request, in which no None is left."""
-    assert value is not None, "the request is not resolved"
-    return value
+class ResolvedRequest(GenerationRequest):
+    """A request as it will be generated: `generation.resolve` has chosen every value that each image needs.
+
+    A field that is still None belongs to a feature that the request does not use.
+    """
+
+    negative_prompt: str
+    prompt_template: str
+    prompt_syntax: Literal["a1111", "plain"]
+    model: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    eta: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on; at a scale of 1 or less there is no unconditional half."""
+        return max(self.guidance_scale, self.guidance_end or 0) > 1
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The denoising steps of its one pass, or of its two where the image is upscaled."""
+        strengths = (self.strength or 1, *([self.upscale.strength] if self.upscale is not None else []))
+        return tuple(int(self.steps * strength) for strength in strengths)
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of the finished image; those of an upscaled one are multiples of 8."""
+        return final_size(self.width, self.height, self.upscale)
+
+
+def final_size(width: int, height: int, upscale: Upscale | None) -> tuple[int, int]:
+    """Width and height of the finished image of a request of that size; upscaled ones are multiples of 8."""
+    if upscale is None:
+        return width, height
+    return round(width * upscale.factor / 8) * 8, round(height * upscale.factor / 8) * 8
 
 
 def field_name(name: str) -> str:

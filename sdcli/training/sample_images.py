@@ -14,13 +14,14 @@ from torch import nn
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.generation.engine import generate_images
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.images.contact_sheet import contact_sheet, write_sheet
 from sdcli.images.pixels import from_pixels
 from sdcli.io.files import write_whole
 from sdcli.metadata.record import image_bytes
 from sdcli.models.controlnet import PART
 from sdcli.models.loader import model_in_memory
-from sdcli.models.registry import ModelDefaults, ModelSpec, resolve
+from sdcli.models.registry import ModelDefaults, ModelSpec
 from sdcli.models.sources import FolderSource
 from sdcli.request.fields import Control, FileRef
 from sdcli.request.schema import GenerationRequest

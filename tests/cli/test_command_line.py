@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sdcli.cli.app import app
 from sdcli.cli.options.request_flags import command_line, request_arguments
-from sdcli.models.registry import load_registry, resolve
+from sdcli.generation.resolve.resolve import resolve
+from sdcli.models.registry import load_registry
 from sdcli.request.schema import MAX_SEED, GenerationRequest, parse_request
 
 COMMANDS = typer.main.get_command(app)

@@ -21,10 +21,11 @@ from typer.testing import CliRunner, Result
 from sdcli.cli.app import app
 from sdcli.cli.options.request_flags import command_line
 from sdcli.errors import BadImage, CannotWrite, NotFound, SomeFailed, UsageError
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.files import AlreadyExists
 from sdcli.metadata import gallery
 from sdcli.metadata.record import Record, image_bytes
-from sdcli.models.registry import load_registry, resolve
+from sdcli.models.registry import load_registry
 from sdcli.request.schema import MAX_SEED, SCHEMA, GenerationRequest
 from tests.browser import Browser, browser
 from tests.conftest import Run

@@ -14,8 +14,9 @@ from sdcli.diffusion.attention.sliced import (
 )
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.loader import load_model
-from sdcli.models.registry import load_registry, resolve
+from sdcli.models.registry import load_registry
 from sdcli.request.schema import GenerationRequest
 
 

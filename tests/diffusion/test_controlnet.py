@@ -32,15 +32,17 @@ from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadImage, BadWeights, NotFound, Offline, SdcliError, UsageError
 from sdcli.generation.engine import Engine, generate_images, plan
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.preprocessors import PREPROCESSORS, control_map
 from sdcli.io.files import AlreadyExists
 from sdcli.models.controlnet import load_controlnet, with_controlnets
 from sdcli.models.loader import LoadedModel, load_model
-from sdcli.models.registry import load_registry, resolve, spec_of_folder
+from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.fields import Control, Preprocessor
-from sdcli.request.jobs import BadJob, Job, expand, read_lines
+from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.ldm import ldm_controlnet
 from tests.tiny import save_tiny_controlnet, save_tiny_pipeline, save_tiny_sdxl
@@ -296,7 +298,8 @@ def test_perturbed_attention_asks_no_control_again(
 def test_each_image_of_a_batch_has_its_own_map(tiny_folder: Path, files: Path) -> None:
     own = pipeline(tiny_folder, files)
     requests = [resolved(own, controls=f"{files}/one={files}/{name}.png") for name in "ab"]
-    assert len(plan([Job(n, request) for n, request in enumerate(requests)], RunSettings(batch_size=2))) == 1
+    jobs = [ResolvedJob(n, request, own.model.spec) for n, request in enumerate(requests)]
+    assert len(plan(jobs, RunSettings(batch_size=2))) == 1
     together = generate_images(own, requests, batch_size=2)
     for n, request in enumerate(requests):
         company = generate_images(own, [request, request], batch_size=2)[0]
@@ -462,7 +465,7 @@ def test_lines_of_a_prompt_file_may_have_several_controls(
     )
     lines = read_lines(str(tmp_path / "jobs.txt"))
     good, bad = expand(lines, {"model": "tiny"}, load_registry(), num_images=1, base_seed=0)
-    assert isinstance(good, Job)
+    assert isinstance(good, ResolvedJob)
     assert [(one.model, one.weight) for one in good.request.controls] == [("one", 1.0), ("two", 0.5)]
     assert isinstance(bad, BadJob)
     assert "line 2: no ControlNet 'three'" in str(bad.error)

@@ -14,9 +14,10 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import UsageError
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.layout import ModelKind
 from sdcli.models.loader import load_model
-from sdcli.models.registry import resolve, spec_of_folder
+from sdcli.models.registry import spec_of_folder
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import parse_request
 from tests.tiny import save_tiny_pipeline

@@ -20,13 +20,15 @@ from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.diffusion.start import slerp
 from sdcli.errors import BadImage, BadOutput, NotFound, UsageError
 from sdcli.generation.engine import generate_images, plan
-from sdcli.generation.resolve.init_image import identified
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import from_pixels
 from sdcli.models.loader import load_model
-from sdcli.models.registry import load_registry, resolve, spec_of_folder
+from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.fields import FileRef
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.input_files import pinned
+from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.vae import autoencoder
 from sdcli.vae.latent_space import LatentSpace
@@ -163,15 +165,15 @@ def test_a_latent_file_starts_as_the_image_that_it_was_encoded_from(
 
 
 def test_a_start_is_read_again_only_where_it_has_changed(files: Path, tmp_path: Path) -> None:
-    ref = identified(FileRef(path=str(files / "picture.png")))
+    ref = pinned(FileRef(path=str(files / "picture.png")))
     before = measure.cache_info().hits
-    assert measure(ref, 8) == measure(identified(ref), 8)
+    assert measure(ref, 8) == measure(pinned(ref), 8)
     assert measure.cache_info().hits > before
     (tmp_path / "a").write_bytes(b"one")
-    first = identified(FileRef(path=str(tmp_path / "a")))
+    first = pinned(FileRef(path=str(tmp_path / "a")))
     (tmp_path / "a").write_bytes(b"other")
     with pytest.raises(UsageError, match="is another file than the one that was generated with"):
-        identified(first)
+        pinned(first)
 
 
 def test_an_image_does_not_depend_on_the_other_starts_of_its_batch(tiny: Pipeline, files: Path) -> None:
@@ -221,7 +223,7 @@ def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path
     spec = load_registry().find("tiny")
     given = {"init_image": str(files / "picture.png"), "strength": 1.0}
     asked = [{}, {"mask": str(files / "mask.png")}, {"extend": "left=8", "width": 72}, {}]
-    jobs = [Job(n, resolve(parse_request({**given, **one}), spec)) for n, one in enumerate(asked)]
+    jobs = [ResolvedJob(n, resolve(parse_request({**given, **one}), spec), spec) for n, one in enumerate(asked)]
     batches = plan(jobs, RunSettings(batch_size=4))
     assert [[job.index for job in batch] for batch in batches] == [[0, 3], [1], [2]]
 
@@ -244,7 +246,7 @@ def test_spherical_interpolation_keeps_the_length_of_noise() -> None:
 def test_several_variations_count_their_own_seed() -> None:
     fields = {"prompt": "a cat", "seed": 3, "variation_seed": 8, "variation_strength": 0.1}
     jobs = list(expand([Line(0, fields)], {"model": "tiny"}, load_registry(), num_images=3, base_seed=0))
-    assert [(job.request.seed, job.request.variation_seed) for job in jobs if isinstance(job, Job)] == [
+    assert [(job.request.seed, job.request.variation_seed) for job in jobs if isinstance(job, ResolvedJob)] == [
         (3, 8),
         (3, 9),
         (3, 10),

@@ -29,11 +29,13 @@ from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadImage, BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.engine import Engine, plan
+from sdcli.generation.resolve.jobs import ResolvedJob
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
-from sdcli.models.registry import load_registry, resolve
+from sdcli.models.registry import load_registry
 from sdcli.request.fields import ImagePrompt
-from sdcli.request.jobs import Job, read_lines
+from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.models.families.test_pixel_models import save_pixel_model
 from tests.tiny import save_tiny_controlnet, save_tiny_ip_adapter, save_tiny_pipeline, save_tiny_sdxl
@@ -204,7 +206,7 @@ def test_half_precision_on_the_cpu_keeps_its_own_self_attention(tiny_folder: Pat
 def test_jobs_that_differ_in_their_images_alone_are_one_batch(tiny_folder: Path, files: Path) -> None:
     adapter = f"{files}/models/plain.safetensors"
     asked = [f"{adapter}={files}/a.png:0.5", f"{adapter}={files}/b.png:0.5", f"{adapter}={files}/a.png:0.6", []]
-    jobs = [Job(n, resolved(tiny_folder, ip_adapters=one)) for n, one in enumerate(asked)]
+    jobs = [ResolvedJob.of(n, resolved(tiny_folder, ip_adapters=one), load_registry()) for n, one in enumerate(asked)]
     batches = plan(jobs, RunSettings(batch_size=4))
     assert [[job.index for job in batch] for batch in batches] == [[0, 1], [2], [3]]
 
@@ -217,7 +219,9 @@ def test_an_image_with_an_image_prompt_paints_again_from_its_record(
     request = resolved(tiny_folder, ip_adapters=f"{adapter}={tmp_path}/seen.png:0.6")
     run, output = RunSettings(device="cpu", dtype="float32", safety="off"), OutputSettings(outdir=tmp_path / "out")
     (result,) = [
-        e for e in Engine(load_registry(), run, output).generate_all([Job(1, request)]) if hasattr(e, "status")
+        e
+        for e in Engine(load_registry(), run, output).generate_all([ResolvedJob.of(1, request, load_registry())])
+        if hasattr(e, "status")
     ]
     assert result.path is not None, result.error
     assert verify_image(result.path, load_registry(), run).sentence().endswith(": identical")
@@ -368,7 +372,10 @@ def test_an_image_that_cannot_be_seen_fails_alone(tiny_folder: Path, files: Path
     Image.new("RGB", (1, 900)).save(tmp_path / "long.png")
     (tmp_path / "text.png").write_text("no image")
     images = [str(tmp_path / "long.png"), str(tmp_path / "text.png"), f"{files}/a.png"]
-    jobs = [Job(n, resolved(tiny_folder, ip_adapters=f"{adapter}={one}")) for n, one in enumerate(images)]
+    jobs = [
+        ResolvedJob.of(n, resolved(tiny_folder, ip_adapters=f"{adapter}={one}"), load_registry())
+        for n, one in enumerate(images)
+    ]
     pipeline = engine("float32")
     pipeline.output = OutputSettings(outdir=tmp_path / "out")
     results = [event for event in pipeline.generate_all(jobs) if hasattr(event, "status")]

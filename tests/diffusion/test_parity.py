@@ -13,9 +13,10 @@ from torch import Tensor
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.files import PACKAGE
 from sdcli.models.loader import load_model
-from sdcli.models.registry import load_registry, resolve, spec_of_folder
+from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.schedulers import schedulers_for
 from sdcli.request.schema import GenerationRequest
 from tests.schedulers import DIFFUSION_SCHEDULERS

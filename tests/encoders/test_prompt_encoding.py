@@ -22,14 +22,16 @@ from sdcli.diffusion.sampling import sample, scheduler_for
 from sdcli.encoders.conditioning import emphasised
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.engine import Engine, Result, generate_images
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.metadata.record import parse_record, read_image
 from sdcli.models.layout import ModelKind
 from sdcli.models.loader import load_model
-from sdcli.models.registry import Registry, load_registry, resolve, spec_of_folder
+from sdcli.models.registry import Registry, load_registry, spec_of_folder
 from sdcli.request.fields import EmbeddingRef
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.jobs import Line
 from sdcli.request.prompt_syntax import Chunk
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.schedulers import DIFFUSION_SCHEDULERS
@@ -356,7 +358,7 @@ def test_an_image_of_an_earlier_version_is_painted_the_same(tmp_path: Path) -> N
 def paint_files(registry: Registry, folder: Path, prompts: list[str], **typed: Any) -> None:
     lines = [Line(0, {"prompt": prompt}) for prompt in prompts]
     options = {"model": "tiny", "seed": 7, "steps": 2, **typed}
-    jobs = [job for job in expand(lines, options, registry, num_images=1, base_seed=5) if isinstance(job, Job)]
+    jobs = [job for job in expand(lines, options, registry, num_images=1, base_seed=5) if isinstance(job, ResolvedJob)]
     run = RunSettings(device="cpu", batch_size=4)
     output = OutputSettings(outdir=folder, template="{index}")
     results = [e for e in Engine(registry, run, output).generate_all(jobs) if isinstance(e, Result)]

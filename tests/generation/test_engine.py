@@ -17,12 +17,13 @@ from sdcli.generation import engine as engine_module
 from sdcli.generation.engine import Engine, Event, Note, Phase, Progress, Result, automatic_batch_size, plan
 from sdcli.generation.filenames import check_output
 from sdcli.generation.journal import Journal
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.io.files import AlreadyExists
 from sdcli.metadata.record import read_image
 from sdcli.models.registry import Registry, load_registry
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.jobs import Line
 from sdcli.vae.latent_space import LatentSpace
 
 
@@ -31,14 +32,14 @@ def registry() -> Registry:
     return load_registry()
 
 
-def jobs_of(registry: Registry, *prompts: str, **typed: Any) -> list[Job]:
+def jobs_of(registry: Registry, *prompts: str, **typed: Any) -> list[ResolvedJob]:
     lines = [Line(0, {"prompt": prompt}) for prompt in prompts]
     jobs = expand(lines, typed, registry, num_images=typed.pop("num_images", 1), base_seed=5)
-    return [job for job in jobs if isinstance(job, Job)]
+    return [job for job in jobs if isinstance(job, ResolvedJob)]
 
 
 def sample(
-    registry: Registry, folder: Path, jobs: list[Job], *, batch_size: int | None = None, **output: Any
+    registry: Registry, folder: Path, jobs: list[ResolvedJob], *, batch_size: int | None = None, **output: Any
 ) -> list[Event]:
     settings = OutputSettings(outdir=folder, template="{index}", **output)
     return list(Engine(registry, RunSettings(device="cpu", batch_size=batch_size), settings).generate_all(jobs))
@@ -212,7 +213,7 @@ def test_an_image_with_a_bad_file_fails_alone(registry: Registry, tmp_path: Path
     started = [{"prompt": "x", "init_image": files["picture"], "mask": files[name]} for name in names[1:]]
     lines = [Line(number, fields) for number, fields in enumerate([*started, {"prompt": "x"}])]
     jobs = list(expand(lines, {"model": "tiny", "steps": 2}, registry, num_images=1, base_seed=5))
-    events = sample(registry, tmp_path / "out", [job for job in jobs if isinstance(job, Job)], batch_size=3)
+    events = sample(registry, tmp_path / "out", [job for job in jobs if isinstance(job, ResolvedJob)], batch_size=3)
     assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
 
 
@@ -314,7 +315,7 @@ def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp
 
 def test_a_resumed_run_overwrites_no_image_that_it_keeps(registry: Registry, tmp_path: Path) -> None:
     first, second = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
-    settings = OutputSettings(outdir=tmp_path, template="Image{steps}", overwrite=True, resume=True)
+    settings = OutputSettings(outdir=tmp_path, template="Picture{steps}", overwrite=True, resume=True)
     for jobs in ([first], [first, second]):
         run = RunSettings(device="cpu", batch_size=1)
         list(Engine(registry, run, settings).generate_all(jobs, journal=Journal.open(tmp_path)))
@@ -350,7 +351,11 @@ def test_batches_hold_jobs_of_one_shape_and_models_are_loaded_once(registry: Reg
             [("tiny", 64), ("starter", 64), ("tiny", 128), ("tiny", 64), ("starter", 64)]
         )
     ]
-    jobs = [job for job in expand(lines, {"height": 64}, registry, num_images=1, base_seed=1) if isinstance(job, Job)]
+    jobs = [
+        job
+        for job in expand(lines, {"height": 64}, registry, num_images=1, base_seed=1)
+        if isinstance(job, ResolvedJob)
+    ]
     batches = plan(jobs, RunSettings(device="cpu"))
     assert [[job.index for job in batch] for batch in batches] == [[1, 4], [3], [2, 5]]
 

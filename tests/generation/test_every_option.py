@@ -14,9 +14,10 @@ from torch import Tensor
 from sdcli.diffusion.init_image import measure
 from sdcli.errors import BadWeights, SdcliError, UsageError
 from sdcli.generation.engine import DecodedImage, Engine, Result
+from sdcli.generation.resolve.jobs import BadJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.models.registry import load_registry
-from sdcli.request.jobs import BadJob, Line, expand
+from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest
 from tests.loras import random_pairs, save_diffusers
 from tests.models.families.test_pixel_models import ANIMALS, save_pixel_model

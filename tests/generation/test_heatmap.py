@@ -25,7 +25,6 @@ from sdcli.io.files import PACKAGE
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.registry import load_registry
 from sdcli.request.input_files import input_files
-from sdcli.request.schema import known
 from tests.generation.test_encode_decode import (
     _here,  # noqa: F401
     good,
@@ -133,7 +132,9 @@ def test_words_and_phrases_are_found_wherever_they_stand(tokenizer: ClipTokenize
     assert len(long.places) == 3
     phrase, red, fox = (find(tokenizer, ids, text) for text in ("red fox", "red", "fox"))
     assert phrase is not None
-    assert sorted(phrase.places) == sorted([*known(red).places, *known(fox).places])
+    assert red is not None
+    assert fox is not None
+    assert sorted(phrase.places) == sorted([*red.places, *fox.places])
     for text in ("cat", "fox red", "hippo", "", "the red fox in"):
         assert find(tokenizer, ids, text) is None
 
@@ -142,7 +143,9 @@ def test_an_embedding_is_found_in_any_case_as_the_prompt_reads_it(tokenizer: Cli
     (cat,) = tokenizer.words("cat")
     context = Context((tokenizer.start_id, cat, -1, -2, tokenizer.end_id), {"My-Style": range(2)})
     for phrase, places in (("my-style", (2, 3)), ("cat my-style", (1, 2, 3))):
-        assert known(find(tokenizer, context, phrase)).places == places
+        found = find(tokenizer, context, phrase)
+        assert found is not None
+        assert found.places == places
 
 
 def test_an_overlay_goes_from_the_coldest_to_the_hottest_place() -> None:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.weight_files import check_header
 from sdcli.models import loader
 from sdcli.models.loader import LoadedModel, load_model
-from sdcli.models.registry import ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.sources import FileSource, FolderSource
 from sdcli.request.schema import GenerationRequest
 from tests.conftest import REPOSITORY

@@ -20,17 +20,20 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.engine import Engine, Event, Note, Result, plan
-from sdcli.generation.resolve.loras import find_lora, find_loras
+from sdcli.generation.resolve.inputs import find_loras
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.io.files import PACKAGE
 from sdcli.metadata.foreign import a1111_text, read_a1111
 from sdcli.metadata.record import read_image
+from sdcli.models.adapter_files import find_lora
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.lora import ldm_name, lora_facts, read_lora, with_loras
-from sdcli.models.registry import load_registry, resolve, spec_of_folder
+from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.fields import LoraRef
-from sdcli.request.jobs import BadJob, Job, Line, expand, read_lines
+from sdcli.request.jobs import Line, read_lines
 from sdcli.request.lora_tags import take_tags
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.conftest import Run
@@ -321,14 +324,14 @@ def test_a_weight_for_a_part_that_the_lora_does_not_change_is_refused(
 # The engine
 
 
-def jobs_of(*lines: dict[str, Any], **expanding: Any) -> list[Job | BadJob]:
+def jobs_of(*lines: dict[str, Any], **expanding: Any) -> list[ResolvedJob | BadJob]:
     typed = {"model": "tiny", "seed": 3, "steps": 2}
     numbered = [Line(number, fields) for number, fields in enumerate(lines, 1)]
     return list(expand(numbered, typed, load_registry(), num_images=1, base_seed=1, **expanding))
 
 
 def painted(folder: Path, jobs: list[Any], **run: Any) -> list[Event]:
-    assert all(isinstance(job, Job) for job in jobs), jobs
+    assert all(isinstance(job, ResolvedJob) for job in jobs), jobs
     settings = OutputSettings(outdir=folder, template="{index}")
     return list(Engine(load_registry(), RunSettings(device="cpu", batch_size=1, **run), settings).generate_all(jobs))
 
@@ -582,12 +585,12 @@ def test_a_tag_that_means_nothing_is_refused(tag: str) -> None:
 
 def test_a_tag_becomes_a_lora_of_the_folder_with_its_digest(loras: Path) -> None:
     (job,) = jobs_of({"prompt": "a cat <lora:one:0.8>", "prompt_template": "{prompt} <lora:two:-1>"}, lora_dir=loras)
-    assert isinstance(job, Job)
+    assert isinstance(job, ResolvedJob)
     request = job.request
     assert (request.prompt, request.prompt_template) == ("a cat", "{prompt}")
     assert [str(ref) for ref in request.loras] == ["one:0.8", "two:-1"]
     (given_as_file,) = jobs_of({"prompt": "a cat", "loras": [str(loras / "one.safetensors")]})
-    assert isinstance(given_as_file, Job)
+    assert isinstance(given_as_file, ResolvedJob)
     assert given_as_file.request.loras[0].sha256 == request.loras[0].sha256
 
 

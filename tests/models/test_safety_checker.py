@@ -16,10 +16,11 @@ from transformers import CLIPConfig
 
 from sdcli.errors import BadWeights
 from sdcli.generation.engine import Engine, Event, Phase, Progress, Result
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.models.registry import load_registry
 from sdcli.models.safety_checker import load_safety_checker
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.jobs import Line
 from tests.conftest import Run
 from tests.tiny import tiny_parts
 
@@ -73,7 +74,11 @@ def test_a_lenient_checker_flags_nothing(tmp_path: Path) -> None:
 def engine_for(folder: Path, outdir: Path) -> Iterator[Event]:
     fields = {"prompt": "a cat", "model": str(folder), "width": 64, "height": 64, "steps": 2}
     registry = load_registry()
-    jobs = [job for job in expand([Line(0, fields)], {}, registry, num_images=1, base_seed=1) if isinstance(job, Job)]
+    jobs = [
+        job
+        for job in expand([Line(0, fields)], {}, registry, num_images=1, base_seed=1)
+        if isinstance(job, ResolvedJob)
+    ]
     return Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=outdir)).generate_all(jobs)
 
 

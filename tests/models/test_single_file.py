@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdcli.errors import BadWeights
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.models import loader
 from sdcli.models.loader import LoadedModel, load_model
-from sdcli.models.registry import ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.single_file import SD1, SD2, SDXL, SDXL_REFINER, SingleFileLayout
 from sdcli.models.sources import FileSource
 from sdcli.request.schema import GenerationRequest

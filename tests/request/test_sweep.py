@@ -14,10 +14,11 @@ from PIL import Image
 from sdcli.cli.sweep_sheet import SweepSheet
 from sdcli.cli.ui.console import Console
 from sdcli.errors import UsageError
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings
 from sdcli.images.contact_sheet import KEY
 from sdcli.models.registry import load_registry
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.jobs import Line
 from sdcli.request.sweep import Axis, parse_axis, swept
 from tests.conftest import Run
 
@@ -90,7 +91,7 @@ def test_what_failed_leaves_its_places_on_the_sheet_empty(tmp_path: Path) -> Non
     sheet = SweepSheet.of(jobs, [Axis("eta", ("0", "1"))], num_images=2)
     assert (sheet.columns, len(sheet.places)) == (4, 12)
     sheet.check()
-    paths = {job.index: tmp_path / f"{job.index}.png" for job in jobs[1:] if isinstance(job, Job)}
+    paths = {job.index: tmp_path / f"{job.index}.png" for job in jobs[1:] if isinstance(job, ResolvedJob)}
     for path in paths.values():
         Image.new("RGB", (96, 64), "red").save(path)
     sheet.write(paths, OutputSettings(outdir=tmp_path), Console(quiet=True))

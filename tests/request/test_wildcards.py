@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdcli.errors import NotFound, UsageError
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.models.registry import load_registry
-from sdcli.request.jobs import BadJob, Job, Line, combinations, expand
+from sdcli.request.jobs import Line, combinations
 from sdcli.request.wildcards import MAX_COMBINATIONS, Wildcards
 
 
@@ -149,25 +150,25 @@ def test_what_is_drawn_is_one_of_all_combinations(text: str, seed: int) -> None:
 # Jobs
 
 
-def jobs_of(line: dict[str, object], **options: object) -> list[Job | BadJob]:
+def jobs_of(line: dict[str, object], **options: object) -> list[ResolvedJob | BadJob]:
     lines = [Line(0, line)]
     return list(expand(lines, {}, load_registry(), **{"num_images": 1, "base_seed": 5, **options}))  # type: ignore[arg-type]
 
 
 def test_each_image_draws_by_its_own_seed_and_its_request_holds_what_was_drawn() -> None:
     fields = {"prompt": "a {red|blue|green} {cat|dog}", "negative_prompt": "{x|y|z}", "model": "tiny", "seed": 7}
-    many = [job.request for job in jobs_of(fields, num_images=8, wildcards=Wildcards()) if isinstance(job, Job)]
+    many = [job.request for job in jobs_of(fields, num_images=8, wildcards=Wildcards()) if isinstance(job, ResolvedJob)]
     assert [request.seed for request in many] == list(range(7, 15))
     assert len({request.prompt for request in many}) > 2
     assert not any("{" in request.prompt + (request.negative_prompt or "") for request in many)
     (alone,) = jobs_of({**fields, "seed": 9}, wildcards=Wildcards())
-    assert isinstance(alone, Job)
+    assert isinstance(alone, ResolvedJob)
     assert alone.request == many[2]
 
 
 def test_without_being_asked_braces_are_text() -> None:
     (job,) = jobs_of({"prompt": "a {red|blue} __cat__", "model": "tiny"})
-    assert isinstance(job, Job)
+    assert isinstance(job, ResolvedJob)
     assert job.request.prompt == "a {red|blue} __cat__"
 
 

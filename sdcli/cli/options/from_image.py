@@ -8,7 +8,7 @@ from typing import Any
 
 from sdcli.cli.ui.console import Console
 from sdcli.errors import UsageError
-from sdcli.generation.resolve.loras import is_here, user_lora_folder
+from sdcli.models.adapter_files import is_in_folder, user_lora_folder
 from sdcli.request.schema import NEEDS, did_you_mean, field_name
 
 
@@ -26,7 +26,7 @@ def recorded_fields(image: Path, *, console: Console, lora_dir: Path | None) -> 
         console.say(f"not taken over from {image}: {name} = {value}")
     fields = info.request.typed()
     if info.source != "sdcli":
-        missing = [ref for ref in info.request.loras if not is_here(ref, lora_dir)]
+        missing = [ref for ref in info.request.loras if not is_in_folder(ref, lora_dir)]
         for ref in missing:
             console.say(f"not taken over from {image}: no LoRA {ref.path!r} in {lora_dir or user_lora_folder()}")
         fields["loras"] = [str(ref) for ref in info.request.loras if ref not in missing]

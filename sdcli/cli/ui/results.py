@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdcli.cli.ui.console import Console
 from sdcli.errors import SdcliError
-from sdcli.request.jobs import BadJob, Job
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob
 
 if TYPE_CHECKING:
     from sdcli.generation.engine import Result
@@ -28,7 +28,7 @@ def report(result: Result, console: Console) -> None:
 
 
 def report_failure(
-    job: Job | BadJob, error: SdcliError, console: Console, *, alone: bool, status: str = "failed"
+    job: ResolvedJob | BadJob, error: SdcliError, console: Console, *, alone: bool, status: str = "failed"
 ) -> None:
     """A sentence on stderr, and with --json an object; where the job is the only one, its error ends the process."""
     if console.json:
@@ -37,12 +37,12 @@ def report_failure(
         console.warn(f"picture {job.index}: {error}")
 
 
-def _fields(job: Job | BadJob, status: str) -> dict[str, Any]:
+def _fields(job: ResolvedJob | BadJob, status: str) -> dict[str, Any]:
     """What a line of --json says of any job."""
     fields: dict[str, Any] = {"status": status, "index": job.index}
     fields |= {"custom_id": job.custom_id} if job.custom_id is not None else {}
     fields |= {"line": job.line} if job.line is not None else {}
-    if isinstance(job, Job):
+    if isinstance(job, ResolvedJob):
         r = job.request
         width, height = r.final_size
         fields |= {"seed": r.seed, "width": width, "height": height, "steps": r.steps, "model": r.model}

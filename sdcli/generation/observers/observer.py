@@ -25,7 +25,7 @@ from sdcli.generation.settings import OutputSettings, TraceSettings
 from sdcli.images.contact_sheet import contact_sheet, empty
 from sdcli.images.pixels import from_pixels
 from sdcli.models.safety_checker import SafetyChecker
-from sdcli.request.schema import GenerationRequest, known
+from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.latent_preview import latent_preview
 
 Decode = Callable[[Tensor], Tensor]
@@ -44,7 +44,7 @@ class Observer(Protocol):
         """What explains the image at that place in the batch, whose pixels are [3, H, W] in 0..1."""
 
 
-Observe = Callable[[Pipeline, Sequence[GenerationRequest], Decode], AbstractContextManager[Observer]]
+Observe = Callable[[Pipeline, Sequence[ResolvedRequest], Decode], AbstractContextManager[Observer]]
 """Watches one batch of resolved requests, from before its first step until after its last."""
 
 
@@ -54,14 +54,14 @@ def observers_for(output: OutputSettings) -> list[Observe]:
     return [*found, _mapping(output.heatmap)] if output.heatmap is not None else found
 
 
-def check(pipeline: Pipeline, request: GenerationRequest, output: OutputSettings) -> None:
+def check(pipeline: Pipeline, request: ResolvedRequest, output: OutputSettings) -> None:
     """Raise UsageError for an image that cannot be explained as is asked."""
     if output.heatmap is not None:
         requested_words(pipeline, request, output.heatmap)
 
 
 def preview_image(
-    pipeline: Pipeline, requests: Sequence[GenerationRequest], step: Step, checker: SafetyChecker | None = None
+    pipeline: Pipeline, requests: Sequence[ResolvedRequest], step: Step, checker: SafetyChecker | None = None
 ) -> Image.Image:
     """The images as the network guesses them at a step, quickly decoded; several of them on one sheet.
 
@@ -74,13 +74,14 @@ def preview_image(
     return images[0] if len(images) == 1 else contact_sheet(images)
 
 
-def x0_predictor(pipeline: Pipeline, request: GenerationRequest) -> Callable[[Step], tuple[Tensor, Tensor]]:
+def x0_predictor(pipeline: Pipeline, request: ResolvedRequest) -> Callable[[Step], tuple[Tensor, Tensor]]:
     """`x_t_and_x0` for the steps of a request, whose last ones may be a refiner's with a scheduler of its own."""
     base = scheduler_for(pipeline.model, request)
     if pipeline.refiner is None:
         return lambda step: x_t_and_x0(base, step)
+    assert request.refiner_start is not None
     refining = scheduler_for(pipeline.refiner.model, request)
-    begins = float(base.config.num_train_timesteps) * (1 - known(request.refiner_start))
+    begins = float(base.config.num_train_timesteps) * (1 - request.refiner_start)
 
     def guess(step: Step) -> tuple[Tensor, Tensor]:
         either = (base, refining) if float(step.t) >= begins else (refining, base)
@@ -108,7 +109,7 @@ class Tracing:
     """Keeps what the network was shown and what it guessed at chosen steps; decoded when the files are asked for."""
 
     pipeline: Pipeline
-    requests: Sequence[GenerationRequest]
+    requests: Sequence[ResolvedRequest]
     decode: Decode
     asked: TraceSettings
     _seen: list[_Seen] = field(default_factory=list)
@@ -147,7 +148,7 @@ class Tracing:
 
 def _mapping(words: Sequence[str]) -> Observe:
     @contextlib.contextmanager
-    def observe(pipeline: Pipeline, requests: Sequence[GenerationRequest], decode: Decode) -> Iterator[Observer]:
+    def observe(pipeline: Pipeline, requests: Sequence[ResolvedRequest], decode: Decode) -> Iterator[Observer]:
         joined = pipeline.encode(requests, guided=False, steps=requests[0].passes[0]).weights
         with AttentionMaps(len(requests), prompts=max(1, len(joined))).watching(pipeline.model.unet) as maps:
             yield HeatMapping(pipeline, requests, words, maps)
@@ -160,7 +161,7 @@ class HeatMapping:
     """Sums up where the network attends to each token, and tells it apart by words."""
 
     pipeline: Pipeline
-    requests: Sequence[GenerationRequest]
+    requests: Sequence[ResolvedRequest]
     words: Sequence[str]
     maps: AttentionMaps
 
@@ -192,10 +193,11 @@ class Requested:
     cut: str
 
 
-def requested_words(pipeline: Pipeline, request: GenerationRequest, asked: Sequence[str]) -> Requested:
+def requested_words(pipeline: Pipeline, request: ResolvedRequest, asked: Sequence[str]) -> Requested:
     """Those of a prompt, or all of its words where none are named. Raises UsageError where there are none."""
     context = pipeline.encode.read(request)
-    tokenizer = known(pipeline.model.tokenizer or pipeline.model.tokenizer_2)
+    tokenizer = pipeline.model.tokenizer or pipeline.model.tokenizer_2
+    assert tokenizer is not None
     words, apart = words_of(tokenizer, context)
     found = {phrase: find(tokenizer, context, phrase) for phrase in asked}
     chosen = [word for word in found.values() if word is not None] if asked else words

@@ -56,11 +56,12 @@ from sdcli.data.sources import open_images
 from sdcli.encoders.conditioning import TextEncoding
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, NotFound, SomeFailed, UsageError
 from sdcli.generation.codec import Codec, EncodeSettings, encode_all
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import open_image, to_pixels
 from sdcli.io.lean_diffusers import AutoencoderTiny
 from sdcli.models.loader import LoadedModel, load_model
-from sdcli.models.registry import load_registry, resolve
+from sdcli.models.registry import load_registry
 from sdcli.request.input_files import input_files
 from sdcli.request.schema import GenerationRequest
 from sdcli.training.settings import cache_folder

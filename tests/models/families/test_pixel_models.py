@@ -25,15 +25,17 @@ from sdcli.errors import BadOutput, BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.codec import Codec
 from sdcli.generation.engine import Engine, Result, generate_images
 from sdcli.generation.journal import Journal
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
 from sdcli.metadata.record import read_image
 from sdcli.models.layout import LAYOUTS
 from sdcli.models.loader import LoadedModel, load_model, model_in_memory
-from sdcli.models.registry import ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.sources import FolderSource
-from sdcli.request.jobs import BadJob, Job, expand, read_lines
+from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest
 from tests.cli.test_startup import HEAVY, RUNNER
 from tests.conftest import REPOSITORY, Run
@@ -589,7 +591,7 @@ def test_lines_of_a_file_need_no_prompt_and_are_resumed(folders: dict[str, Path]
         assert isinstance(bad, BadJob)
         assert "line 3: " in str(bad.error)
         engine = Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=tmp_path, resume=True))
-        good = [job for job in jobs if isinstance(job, Job)]
+        good = [job for job in jobs if isinstance(job, ResolvedJob)]
         events = engine.generate_all(good, journal=Journal.open(tmp_path))
         return [event for event in events if isinstance(event, Result)]
 

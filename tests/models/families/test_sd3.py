@@ -23,6 +23,8 @@ from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.codec import Codec
 from sdcli.generation.engine import Engine, Result
 from sdcli.generation.forward_process import ForwardProcess
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.metrics import distance
@@ -31,8 +33,8 @@ from sdcli.metadata.record import parameters_text, read_image
 from sdcli.models import loader
 from sdcli.models.hub.download import first_missing
 from sdcli.models.loader import load_model
-from sdcli.models.registry import SD3_DEFAULTS, load_registry, resolve, spec_of_folder
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.models.registry import SD3_DEFAULTS, load_registry, spec_of_folder
+from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.training.model_parts import load_to_train, refuse_shifted
 from sdcli.vae import autoencoder
@@ -259,7 +261,7 @@ def test_an_image_is_recorded_and_verifies(folders: dict[bool, Path], tmp_path: 
     registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
     fields = {**SMALL, "prompt": "a cat", "model": str(folders[True])}
     (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
-    assert isinstance(job, Job)
+    assert isinstance(job, ResolvedJob)
     *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).generate_all([job])
     assert isinstance(done, Result)
     assert done.path is not None

@@ -21,6 +21,8 @@ from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadWeights, SdcliError, UsageError
 from sdcli.generation.engine import Engine, Result
+from sdcli.generation.resolve.jobs import ResolvedJob, expand
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
@@ -29,10 +31,10 @@ from sdcli.metadata.record import parameters_text, read_image
 from sdcli.models import loader
 from sdcli.models.loader import load_model
 from sdcli.models.lora import with_loras
-from sdcli.models.registry import ModelSpec, load_registry, resolve, spec_of_folder
+from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.sources import RandomSource
 from sdcli.request.fields import LoraRef
-from sdcli.request.jobs import Job, Line, expand
+from sdcli.request.jobs import Line
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.training.model_parts import load_to_train
@@ -437,7 +439,7 @@ def test_an_image_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Pat
     registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
     fields = {**SMALL, "prompt": "a cat", "model": str(folders["base"]), "refiner": str(folders["refiner"])}
     (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
-    assert isinstance(job, Job)
+    assert isinstance(job, ResolvedJob)
     assert job.request.refiner_start == 0.8
     *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).generate_all([job])
     assert isinstance(done, Result)

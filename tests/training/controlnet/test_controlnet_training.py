@@ -19,11 +19,12 @@ from sdcli.data.sources import open_images
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import NotFound, UsageError
+from sdcli.generation.resolve.resolve import resolve
 from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.images.preprocessors import control_map
 from sdcli.models.controlnet import load_controlnet, with_controlnets
 from sdcli.models.loader import load_model
-from sdcli.models.registry import load_registry, resolve
+from sdcli.models.registry import load_registry
 from sdcli.request.schema import parse_request
 from sdcli.training import memory
 from sdcli.training.controlnet.task import ControlNetTask

@@ -1,4 +1,4 @@
-"""LoRAs as asked -> the files they mean: the folder that names are looked up in, digests."""
+"""The files of LoRAs and IP-Adapters: where a request's entry is on the disk, and its digest. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,33 +11,15 @@ import platformdirs
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
-from sdcli.request.fields import LoraRef
+from sdcli.request.fields import FileRef, LoraRef
 from sdcli.request.input_files import check_same_file, digest_of
-from sdcli.request.lora_tags import take_tags
-from sdcli.request.schema import GenerationRequest, did_you_mean
+from sdcli.request.schema import did_you_mean
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of a PEFT folder."""
 
 
-def find_loras(request: GenerationRequest, folder: Path | None) -> GenerationRequest:
-    """A resolved request with its LoRAs found: tags of the prompt became entries, and every entry has its digest.
-
-    Names are looked up in `folder`, or in the user's own. Raises UsageError for a tag that names no LoRA there, and
-    what `pinned` raises.
-    """
-    prompt, tagged = take_tags(request.prompt)
-    template, more = take_tags(request.prompt_template or "")
-    for ref in (*tagged, *more):
-        if not is_here(ref, folder):
-            raise UsageError(_not_found(ref.path, folder))
-    refs = tuple(pinned(ref, folder) for ref in (*request.loras, *tagged, *more))
-    if not refs:
-        return request
-    return request.model_copy(update={"prompt": prompt, "prompt_template": template, "loras": refs})
-
-
-def pinned(ref: LoraRef, folder: Path | None) -> LoraRef:
+def pinned_lora(ref: LoraRef, folder: Path | None) -> LoraRef:
     """The entry with the digest of its file.
 
     Raises NotFound, UsageError for a pickle and for another file than the entry's own digest says, and BadWeights.
@@ -47,7 +29,7 @@ def pinned(ref: LoraRef, folder: Path | None) -> LoraRef:
     return ref.model_copy(update={"sha256": digest})
 
 
-def is_here(ref: LoraRef, folder: Path | None) -> bool:
+def is_in_folder(ref: LoraRef, folder: Path | None) -> bool:
     """Whether the LoRA folder has one of that name."""
     return _by_name(ref.path, folder) is not None
 
@@ -63,7 +45,7 @@ def find_lora(path: str, folder: Path | None) -> Path:
             if not os.path.isfile(found / name):
                 raise UsageError(f"{path} is a folder without {name}, so it is no LoRA that peft wrote")
     elif not os.path.isfile(found):  # unlike Path's, these say no to a name that is too long for a file
-        raise NotFound(f"no file {path}{f', and {_not_found(path, folder)}' if _is_name(path) else ''}")
+        raise NotFound(f"no file {path}{f', and {lora_not_found(path, folder)}' if _is_name(path) else ''}")
     elif found.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(pickle_refused(found))
     return found
@@ -96,7 +78,31 @@ def _by_name(path: str, folder: Path | None) -> Path | None:
     return next((found for found in named if os.path.exists(found)), None)
 
 
-def _not_found(name: str, folder: Path | None) -> str:
+def lora_not_found(name: str, folder: Path | None) -> str:
+    """The sentence for a name that the LoRA folder does not have."""
     root = folder or user_lora_folder()
     names = sorted(path.name.removesuffix(".safetensors") for path in root.glob("*")) if root.is_dir() else []
     return f"no LoRA {name!r} in {root}{did_you_mean(name, names)}"
+
+
+def pinned_ip_adapter(ref: FileRef) -> FileRef:
+    """The reference to an adapter's weights with the digest of the file.
+
+    Raises NotFound, UsageError for a pickle and for another file than the reference's own digest says, and BadWeights.
+    """
+    path = ip_adapter_path(ref)
+    if path.suffix.lower() != ".safetensors":
+        raise UsageError(f"{path} is no .safetensors file, the only kind of IP-Adapter that sdcli reads")
+    if not os.path.isfile(path):
+        raise NotFound(f"no file {path}")
+    try:
+        digest = digest_of(path)
+    except OSError as error:
+        raise BadWeights(f"cannot read {path}: {error.strerror}") from None
+    check_same_file(digest, ref.sha256, what=f"the IP-Adapter {path}")
+    return ref.model_copy(update={"sha256": digest})
+
+
+def ip_adapter_path(ref: FileRef) -> Path:
+    """Where the weights are; from the root, so that their folder's parent has a name."""
+    return Path(os.path.abspath(os.path.expanduser(ref.path)))

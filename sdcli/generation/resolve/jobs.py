@@ -1,0 +1,138 @@
+"""Lines of a prompts file and typed options -> resolved jobs, one for each image; a bad line gives a `BadJob`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sdcli.errors import SdcliError, UsageError
+from sdcli.generation.resolve.inputs import Measure, find_loras
+from sdcli.generation.resolve.resolve import resolve
+from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
+from sdcli.request.jobs import DYNAMIC, Line, drawn_seed
+from sdcli.request.schema import MAX_SEED, GenerationRequest, ResolvedRequest, parse_request
+from sdcli.request.wildcards import Wildcards
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """One image to generate, and the models that it takes, looked up once. `index` counts from 1 over the whole run."""
+
+    index: int
+    request: ResolvedRequest
+    model: ModelSpec
+    refiner: ModelSpec | None = None
+    controlnets: Mapping[str, ControlNetSpec] = field(default_factory=dict)
+    """By the names that the request's `controls` have for them."""
+    custom_id: str | None = None
+    line: int | None = None
+    """The line of the prompts file that it is from."""
+
+    @classmethod
+    def of(cls, index: int, request: ResolvedRequest, registry: Registry) -> ResolvedJob:
+        """A request that is already resolved, with the models that it names. Raises what finding them raises."""
+        return cls(
+            index,
+            request,
+            model=registry.find(request.model),
+            refiner=None if request.refiner is None else registry.find(request.refiner),
+            controlnets={one.model: registry.find_controlnet(one.model) for one in request.controls},
+        )
+
+
+@dataclass(frozen=True)
+class BadJob:
+    """An entry that cannot be generated, and the error that says why."""
+
+    index: int
+    error: SdcliError
+    custom_id: str | None = None
+    line: int | None = None
+
+
+def expand(
+    lines: Iterable[Line],
+    typed: Mapping[str, Any],
+    registry: Registry,
+    *,
+    num_images: int,
+    base_seed: int,
+    measure: Measure | None = None,
+    lora_dir: Path | None = None,
+    wildcards: Wildcards | None = None,
+) -> Iterator[ResolvedJob | BadJob]:
+    """Lines -> resolved jobs. A line's own fields win over the `typed` options; each image gets its own seed.
+
+    Of images with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
+    files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
+    image are made by its seed.
+
+    An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
+    file gets the same seeds again when it was reordered or extended in between.
+    """
+    find, find_controlnet = cache(registry.find), cache(registry.find_controlnet)
+    seen: Counter[str] = Counter()
+    index = 0
+    for line in lines:
+        fields = dict(line.fields)
+        custom_id = fields.pop("custom_id", None)
+        custom_id = None if custom_id is None else str(custom_id)
+        try:
+            if line.problem is not None:
+                raise UsageError(line.problem)
+            count = _count(fields.pop("num_images", fields.pop("n", num_images)))
+            given = {**typed, **fields}
+            request = parse_request(given)
+            spec = find(request.model)
+            if given.get("prompt") is None and spec.kind.conditioning != "none":
+                raise UsageError("has no prompt")
+            spec.require_supported()
+            refiner = None if request.refiner is None else find(request.refiner)
+            if refiner is not None:
+                refiner.require_supported()
+            controlnets = {control.model: find_controlnet(control.model) for control in request.controls}
+            key = request.key()
+            seen[key] += 1
+            seeds = {"seed": request.seed if request.seed is not None else drawn_seed(base_seed, key, seen[key])}
+            if request.variation_strength is not None:
+                drawn = drawn_seed(base_seed, f"{key}:variation", seen[key])
+                seeds["variation_seed"] = request.variation_seed if request.variation_seed is not None else drawn
+            counted = list(seeds)[-1]
+            if seeds[counted] + count - 1 > MAX_SEED:
+                first = seeds[counted]
+                raise UsageError(f"{counted}: {count} images from seed {first} pass the largest seed, {MAX_SEED}")
+            each = [{**seeds, counted: seeds[counted] + offset} for offset in range(count)]
+            if wildcards is None:
+                resolved = find_loras(resolve(request.changed(**seeds), spec, measure=measure), lora_dir)
+                images = [resolved.model_copy(update=own) for own in each]
+            else:
+                chosen = [request.changed(**own, **_texts(request, wildcards, seed=own["seed"])) for own in each]
+                images = [find_loras(resolve(one, spec, measure=measure), lora_dir) for one in chosen]
+        except SdcliError as error:
+            index += 1
+            prefix = f"line {line.number}: " if line.number else ""
+            yield BadJob(index, type(error)(f"{prefix}{error}"), custom_id, line.number or None)
+            continue
+        for image in images:
+            index += 1
+            yield ResolvedJob(index, image, spec, refiner, controlnets, custom_id, line.number or None)
+
+
+def _texts(request: GenerationRequest, wildcards: Wildcards, *, seed: int) -> dict[str, str]:
+    """The prompts of one image with their choices made by its seed."""
+    texts = {name: text for name in DYNAMIC if (text := getattr(request, name))}
+    return {name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()}
+
+
+def _count(value: Any) -> int:
+    try:
+        count = int(value)
+    except (OverflowError, TypeError, ValueError):
+        count = 0
+    if not 1 <= count <= 100_000:
+        raise UsageError(f"num_images: should be a number from 1 to 100000, not {value!r}")
+    return count
