@@ -103,7 +103,7 @@ def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], f
     """The timed steps and the decode of our own pipeline."""
     from sdcli.diffusion.pipeline import Pipeline
     from sdcli.diffusion.sampling import sample
-    from sdcli.models.registry import resolve
+    from sdcli.generation.resolve.resolve import resolve
     from sdcli.request.schema import GenerationRequest
 
     pipeline = Pipeline.of(model)

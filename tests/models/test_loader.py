@@ -294,7 +294,8 @@ import sys, torch
 from sdcli.models.loader import load_model
 from sdcli.diffusion.pipeline import Painter
 from sdcli.diffusion.sampling import generate
-from sdcli.models.registry import load_registry, resolve
+from sdcli.generation.resolve.resolve import resolve
+from sdcli.models.registry import load_registry
 from sdcli.request.schema import GenerationRequest
 heavy = {name for name in ("transformers", "torch._dynamo", "scipy") if sys.modules.get(name) is not None}
 assert not heavy, heavy
