@@ -66,7 +66,6 @@ def own_imports_of(module: str) -> Iterator[tuple[int, str]]:
 
 
 STILL_UPWARD = {
-    ("encoders.conditioning", "models.loader"),
     ("models.loader", "diffusion.attention.sliced"),
 }
 """Imports that were there before the folders were layers; each of them goes."""

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.encoders.condition import Condition
+from sdcli.encoders.condition import Conditioning
 from sdcli.io.lean_diffusers import ControlNetModel
 
 Residuals = Callable[[Tensor, Tensor], Mapping[str, Any]]
 """(x [B, C, h, w], timestep) -> what the network takes beside its condition; nothing where no control is active."""
+Under = Callable[[Conditioning], Residuals]
+"""A step's conditioning -> what the controls add under it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ActiveControl:
 
 def residuals_along(
     controls: Sequence[ActiveControl], timesteps: Tensor, *, guess: bool = False
-) -> Callable[[Condition], Residuals]:
+) -> Callable[[Conditioning], Residuals]:
     """What the controls add in one run of one predict over `timesteps`, under whatever condition the step has.
 
     A condition has the maps' number of rows, or that many unconditional ones followed by one or more such groups.
@@ -45,12 +47,12 @@ def residuals_along(
         places.setdefault(float(t), []).append(index)
     guess = guess or any(one.network.config["global_pool_conditions"] for one in controls[:1])
 
-    def under(condition: Condition) -> Residuals:
+    def under(condition: Conditioning) -> Residuals:
         # what a distilled UNet is told of guidance is no input of a ControlNet
         inputs = {name: rows for name, rows in condition.inputs.items() if name != "timestep_cond"}
 
         def arguments(first: int) -> dict[str, Any]:
-            return Condition({name: rows[first:] for name, rows in inputs.items()}).arguments()
+            return Conditioning({name: rows[first:] for name, rows in inputs.items()}).arguments()
 
         def residuals(x: Tensor, t: Tensor) -> Mapping[str, Any]:
             if not controls:
@@ -86,14 +88,16 @@ def residuals_along(
     return under
 
 
-def with_its_last_rows(under: Callable[[Condition], Residuals]) -> tuple[Callable[[Condition], Residuals], Residuals]:
+def with_its_last_rows(
+    under: Callable[[Conditioning], Residuals],
+) -> tuple[Callable[[Conditioning], Residuals], Residuals]:
     """The same function, and what gives the last rows of its last answer, as many as x has.
 
     So a network that sees these rows of x once more, at the same timestep, needs no ControlNet to look at them again.
     """
     last: Mapping[str, Any] = {}
 
-    def noting(condition: Condition) -> Residuals:
+    def noting(condition: Conditioning) -> Residuals:
         residuals = under(condition)
 
         def noted(x: Tensor, t: Tensor) -> Mapping[str, Any]:

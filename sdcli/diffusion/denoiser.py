@@ -22,7 +22,7 @@ from sdcli.diffusion.predict import (
     with_scale,
 )
 from sdcli.diffusion.start import Start
-from sdcli.encoders.condition import Condition, Conditions
+from sdcli.encoders.condition import Conditioning, ConditioningSchedule
 from sdcli.errors import UsageError
 from sdcli.io.lean_diffusers import SD3Transformer2DModel
 from sdcli.request.schema import ResolvedRequest
@@ -40,10 +40,10 @@ def predict_for(
     shared, unet = requests[0], pipeline.model.unet
     scale_size = unet.config.get("time_cond_proj_dim")
 
-    def controlling() -> Callable[[Condition], Residuals]:
+    def controlling() -> Callable[[Conditioning], Residuals]:
         return residuals_along(controls, start.timesteps, guess=bool(shared.guess_mode))
 
-    def network(conditions: Conditions, residuals: Callable[[Condition], Residuals]) -> Predict:
+    def network(conditions: ConditioningSchedule, residuals: Callable[[Conditioning], Residuals]) -> Predict:
         def predict_at(step: int) -> Predict:
             condition = conditions.at(step)
             if scale_size is not None:
@@ -55,7 +55,7 @@ def predict_for(
         by_step = steps_by_timestep(start.timesteps, steps)
         return start.around_network(stepwise(predict_at, by_step) if conditions.changes else predict_at(1))
 
-    def plain(residuals: Callable[[Condition], Residuals]) -> Predict:
+    def plain(residuals: Callable[[Conditioning], Residuals]) -> Predict:
         return network(pipeline.encode(requests, guided=False, steps=steps), residuals)
 
     for request in requests:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sdcli.encoders.clip_vision import ImagePrompting
-from sdcli.encoders.conditioning import Encode, encoding_of
+from sdcli.encoders.conditioning import (
+    ClassEncoding,
+    ClipReader,
+    Encode,
+    NoEncoding,
+    Sd3Encoding,
+    SdxlEncoding,
+    T5Reader,
+    TextEncoding,
+)
 from sdcli.errors import UsageError
 from sdcli.models.ip_adapter import IpAdapter, with_ip_adapters
 from sdcli.models.loader import LoadedModel
@@ -52,6 +62,24 @@ class Pipeline:
         """The identity of every loaded part, the refiner's too."""
         ends = self.refiner.weights() if self.refiner is not None else {}
         return {**self.model.weights(), **{f"refiner_{part}": identity for part, identity in ends.items()}}
+
+
+def encoding_of(model: LoadedModel) -> Encode:
+    """How the prompts of a model become conditioning."""
+    kind, name, parts = model.spec.kind, model.spec.name, model.parts
+    if kind.conditioning == "class":
+        return ClassEncoding(kind.label, model.device)
+    if kind.conditioning == "none":
+        return NoEncoding()
+    pairs = (("text_encoder", model.tokenizer), ("text_encoder_2", model.tokenizer_2))
+    readers = [ClipReader(tokenizer, parts[part]) for part, tokenizer in pairs if tokenizer is not None]  # type: ignore[arg-type]
+    unet: Any = parts["unet"].config if "unet" in parts else {}
+    if kind.process == "flow":
+        t5 = T5Reader(model.tokenizer_3, model.text_encoder_3) if model.tokenizer_3 is not None else None
+        return Sd3Encoding(name, readers, t5=t5, transformer=unet, cell=kind.cell)
+    if model.is_sdxl:
+        return SdxlEncoding(name, readers, unet=unet, zeros_for_empty=model.zeros_for_empty_prompt)
+    return TextEncoding(name, readers)
 
 
 def space_of(model: LoadedModel) -> Space:

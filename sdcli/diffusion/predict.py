@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from sdcli.diffusion.controlnet import Residuals
-from sdcli.encoders.condition import Condition
+from sdcli.encoders.condition import Conditioning
 from sdcli.io.lean_diffusers import SD3Transformer2DModel, UNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w] float32, timestep) -> model output of the same shape, float32 (noise, x0 or v, as trained)."""
 
 
-def unet_predict(unet: UNet, condition: Condition, residuals: Residuals = lambda x, t: {}) -> Predict:
+def unet_predict(unet: UNet, condition: Conditioning, residuals: Residuals = lambda x, t: {}) -> Predict:
     """The network under a condition with one row per row of x, and with what ControlNets add to its features."""
     dtype, arguments = next(unet.parameters()).dtype, condition.arguments()
 
@@ -27,7 +27,7 @@ def unet_predict(unet: UNet, condition: Condition, residuals: Residuals = lambda
     return predict
 
 
-def transformer_predict(transformer: SD3Transformer2DModel, condition: Condition) -> Predict:
+def transformer_predict(transformer: SD3Transformer2DModel, condition: Conditioning) -> Predict:
     """The transformer of Stable Diffusion 3 under a condition with one row per row of x."""
     dtype, arguments = next(transformer.parameters()).dtype, condition.arguments()
 
@@ -141,11 +141,11 @@ def scaled_input(predict: Predict, scheduler: Any) -> Predict:
     return lambda x, t: predict(scheduler.scale_model_input(x, t), t)
 
 
-def with_scale(condition: Condition, scale: float, *, size: int) -> Condition:
+def with_scale(condition: Conditioning, scale: float, *, size: int) -> Conditioning:
     """The condition of a network that was distilled to take the guidance scale as an input of `size` numbers (LCM)."""
     hidden = condition.inputs["encoder_hidden_states"]
     embedding = guidance_embedding(scale - 1, size).to(hidden).expand(len(hidden), -1)
-    return Condition({**condition.inputs, "timestep_cond": embedding})
+    return Conditioning({**condition.inputs, "timestep_cond": embedding})
 
 
 def guidance_embedding(scale: float, size: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.encoders.condition import IMAGES, Condition, Conditions
+from sdcli.encoders.condition import IMAGES, Conditioning, ConditioningSchedule
 from sdcli.encoders.conditioning import Encode
 from sdcli.encoders.token_words import Context
 from sdcli.errors import BadImage, BadWeights, first_line
@@ -86,7 +86,7 @@ class ImagePrompting:
     encode: Encode
     looks: tuple[Look, ...]
 
-    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> ConditioningSchedule:
         """The text's conditions with `image_embeds:N`; the unconditional rows see no image."""
         conditions = self.encode(requests, guided=guided, steps=steps)
         nothing = [None] * len(requests) if guided else []
@@ -98,12 +98,12 @@ class ImagePrompting:
                 for n, look in enumerate(self.looks)
             }
 
-        def at(step: int) -> Condition:
+        def at(step: int) -> Conditioning:
             text = conditions.at(step).inputs
             rows = len(text["encoder_hidden_states"]) - len(nothing)
-            return Condition({**text, **seen(rows // len(requests))})
+            return Conditioning({**text, **seen(rows // len(requests))})
 
-        return Conditions(at, changes=conditions.changes, weights=conditions.weights)
+        return ConditioningSchedule(at, changes=conditions.changes, weights=conditions.weights)
 
     def shape(self, request: ResolvedRequest) -> Hashable:
         """That of the text. Raises also what reading the request's images raises."""

@@ -16,7 +16,7 @@ IMAGES = "image_embeds"
 
 
 @dataclass(frozen=True)
-class Condition:
+class Conditioning:
     """Rows of what the network takes, by the name it takes it under.
 
     `encoder_hidden_states` [B, L, D] of a text encoder, or `class_labels` [B] int64, or nothing at all; SDXL adds
@@ -28,7 +28,7 @@ class Condition:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def rows(cls, conditions: Sequence[Condition]) -> Condition:
+    def rows(cls, conditions: Sequence[Conditioning]) -> Conditioning:
         """The rows of several conditions of one kind, one after the other."""
         return cls({name: torch.cat([one.inputs[name] for one in conditions]) for name in conditions[0].inputs})
 
@@ -42,14 +42,14 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class ConditioningSchedule:
     """What a batch is told over its steps.
 
     A condition has the unconditional rows first, where the batch is guided, then those of the prompts; where they are
     several that AND joins, first the first one of each image, then the second one, ...
     """
 
-    at: Callable[[int], Condition]
+    at: Callable[[int], Conditioning]
     """The condition of a step; steps count from 1."""
     changes: bool = False
     """Whether the steps differ."""

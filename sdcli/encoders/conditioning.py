@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from sdcli.encoders.clip import ClipTextEncoder, ProjectedClipTextEncoder
-from sdcli.encoders.condition import Condition, Conditions
-from sdcli.encoders.t5 import LENGTH
+from sdcli.encoders.condition import Conditioning, ConditioningSchedule
+from sdcli.encoders.t5 import LENGTH, T5Tokenizer
 from sdcli.encoders.textual_inversion import CLIP_G, CLIP_L, Embeddings, read_embeddings
 from sdcli.encoders.token_words import Context
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import BadWeights, UsageError
-from sdcli.models.loader import LoadedModel
 from sdcli.request.fields import EmbeddingRef
 from sdcli.request.prompt_syntax import EMPTY, Chunk, SubPrompt, sections, subprompts, unweighted
 from sdcli.request.schema import ResolvedRequest
@@ -28,7 +27,7 @@ from sdcli.request.schema import ResolvedRequest
 class Encode(Protocol):
     """Resolved requests -> what they tell the network, on the model's device and in its dtype."""
 
-    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> ConditioningSchedule:
         """The conditions of one pass of a batch of one `shape`; with the unconditional rows if `guided`."""
         ...
 
@@ -41,17 +40,20 @@ class Encode(Protocol):
         ...
 
 
-def encoding_of(model: LoadedModel) -> Encode:
-    """The encoding that a model was trained with."""
-    match model.spec.kind.conditioning:
-        case "text":
-            if model.spec.kind.process == "flow":
-                return Sd3Encoding(model)
-            return SdxlEncoding(model) if model.is_sdxl else TextEncoding(model)
-        case "class":
-            return ClassEncoding(model)
-        case "none":
-            return NoEncoding()
+@dataclass(frozen=True)
+class ClipReader:
+    """A CLIP text encoder with the tokenizer that makes its input."""
+
+    tokenizer: ClipTokenizer
+    network: ClipTextEncoder
+
+
+@dataclass(frozen=True)
+class T5Reader:
+    """A T5 text encoder with the tokenizer that makes its input."""
+
+    tokenizer: T5Tokenizer
+    network: nn.Module
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,20 @@ class _Script:
 
 
 class TextEncoding:
-    """Encodes prompts with one model, each chunk alone and once: an image does not depend on its neighbours."""
+    """Encodes prompts with one CLIP text encoder, each chunk alone and once, so that no image depends on its batch.
+
+    `model` is the model's name in error messages. `readers` may be empty where nothing will be encoded.
+    """
 
     usual_clip_skip: ClassVar[int] = 1
 
-    def __init__(self, model: LoadedModel) -> None:
-        self._model = model
+    def __init__(self, model: str, readers: Sequence[ClipReader]) -> None:
+        self._name, self._readers = model, tuple(readers)
         self._chunks = lru_cache(maxsize=256)(self._split)
         self._encode_once = lru_cache(maxsize=256)(self._encode)
         self._embeddings = lru_cache(maxsize=8)(self._read_embeddings)
 
-    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> ConditioningSchedule:
         """`encoder_hidden_states` [rows, chunks x L, D]."""
         scripts = [self._script(request, steps=steps) for request in requests]
         prompts = [script.prompts for script in scripts]
@@ -92,9 +97,9 @@ class TextEncoding:
         rows = list(zip(itertools.cycle(scripts), by_row, strict=False))
 
         @lru_cache(maxsize=2)
-        def condition(texts: tuple[str, ...]) -> Condition:
+        def condition(texts: tuple[str, ...]) -> Conditioning:
             negatives = len(scripts) if guided else 0
-            return Condition.rows(
+            return Conditioning.rows(
                 [
                     self._row(text, script, negative=place < negatives)
                     for place, (text, (script, _)) in enumerate(zip(texts, rows, strict=True))
@@ -102,7 +107,7 @@ class TextEncoding:
             )
 
         weights = tuple(tuple(prompt.weight for prompt in row) for row in zip(*prompts, strict=True))
-        return Conditions(
+        return ConditioningSchedule(
             lambda step: condition(tuple(prompt.at(step) for _, prompt in rows)),
             changes=any(len(prompt.texts) > 1 for _, prompt in rows),
             weights=weights if len(weights) > 1 else (),
@@ -132,7 +137,7 @@ class TextEncoding:
         syntax, embeddings = request.prompt_syntax, request.embeddings
         skip, layers = request.clip_skip or self.usual_clip_skip, self._layers
         if skip > layers:
-            raise UsageError(f"clip_skip: {self._model.spec.name}'s text encoder has {layers} layers, so not {skip}")
+            raise UsageError(f"clip_skip: {self._name}'s text encoder has {layers} layers, so not {skip}")
         prompts = subprompts(request.full_prompt, steps=steps, syntax=syntax)
         (negative,) = subprompts(request.negative_prompt, steps=steps, syntax=syntax, compose=False)
         texts = {text for prompt in (*prompts, *([negative] if request.guided else [])) for _, text in prompt.texts}
@@ -140,44 +145,45 @@ class TextEncoding:
         size = request.height, request.width
         return _Script(prompts, negative, length, syntax, skip, size, embeddings)
 
-    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Conditioning:
         """One row of the condition: the chunks' hidden states side by side, all else as of the first chunk."""
         chunks = self._chunks(text, script.syntax, script.embeddings)
         padded = (*chunks, *[EMPTY] * (script.length - len(chunks)))
         encoded = [self._encode_once(chunk, script.clip_skip, script.embeddings) for chunk in padded]
         hidden = torch.cat([one.inputs["encoder_hidden_states"] for one in encoded], dim=1)
-        return Condition({**encoded[0].inputs, "encoder_hidden_states": hidden})
+        return Conditioning({**encoded[0].inputs, "encoder_hidden_states": hidden})
 
     @property
     def _layers(self) -> int:
-        layers: int = self._model.text_encoder.config.num_hidden_layers
-        return layers
+        return min(reader.network.config.num_hidden_layers for reader in self._readers)
 
     @property
     def _tokenizer(self) -> ClipTokenizer:
-        tokenizer = self._model.tokenizer
-        assert tokenizer is not None  # absent where the text encoder was not loaded, and nothing is encoded
-        return tokenizer
+        return self._readers[-1].tokenizer  # those of one model differ in the padding alone
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._readers[-1].network.parameters()).device
 
     def _split(self, text: str, syntax: str, embeddings: tuple[EmbeddingRef, ...]) -> tuple[Chunk, ...]:
         return self._tokenizer.chunks(text, syntax=syntax, tokens=self._embeddings(embeddings).tokens)
 
     @torch.inference_mode()
-    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
-        ids = torch.tensor([self._tokenizer.framed(chunk.ids)], device=self._model.device)
+    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Conditioning:
+        ids = torch.tensor([self._tokenizer.framed(chunk.ids)], device=self._device)
         vectors = next(iter(self._embeddings(embeddings).vectors), None)
-        hidden: Tensor = self._model.text_encoder(ids, clip_skip=clip_skip, vectors=vectors)
-        return Condition({"encoder_hidden_states": emphasised(hidden, chunk)})
+        hidden: Tensor = self._readers[0].network(ids, clip_skip=clip_skip, vectors=vectors)
+        return Conditioning({"encoder_hidden_states": emphasised(hidden, chunk)})
 
     @property
     def _widths(self) -> Mapping[str, int]:
-        """How many numbers a vector of each text encoder has."""
-        return {CLIP_L: self._model.text_encoder.config.hidden_size}
+        """The width of each text encoder's vectors, by the encoder's name in embedding files."""
+        return {CLIP_L: self._readers[0].network.config.hidden_size}
 
     def _read_embeddings(self, embeddings: tuple[EmbeddingRef, ...]) -> Embeddings:
-        model = self._model
-        read = read_embeddings(embeddings, widths=self._widths, most=self._tokenizer.room, model=model.spec.name)
-        return Embeddings(read.tokens, tuple(vectors.to(model.device, model.dtype) for vectors in read.vectors))
+        read = read_embeddings(embeddings, widths=self._widths, most=self._tokenizer.room, model=self._name)
+        parameter = next(self._readers[0].network.parameters())
+        return Embeddings(read.tokens, tuple(vectors.to(parameter) for vectors in read.vectors))
 
 
 MEAN_IS_ZERO = 1e-6
@@ -212,40 +218,23 @@ class JoinedEncoding(TextEncoding):
     pooled_name: ClassVar[str]
     """What the network calls the embedding of the text."""
 
-    @property
-    def _encoders(self) -> list[tuple[ClipTokenizer, ClipTextEncoder]]:
-        model = self._model
-        first = [(model.tokenizer, model.text_encoder)] if model.tokenizer is not None else []
-        return [*first, (self._tokenizer, model.text_encoder_2)]
-
-    @property
-    def _layers(self) -> int:
-        return min(encoder.config.num_hidden_layers for _, encoder in self._encoders)
-
-    @property
-    def _tokenizer(self) -> ClipTokenizer:
-        tokenizer = self._model.tokenizer_2  # the first one differs in the padding alone
-        assert tokenizer is not None
-        return tokenizer
-
     @torch.inference_mode()
-    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Condition:
+    def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Conditioning:
         states, pooled = [], []
         tables = self._embeddings(embeddings).vectors or itertools.repeat(None)
-        for (tokenizer, encoder), vectors in zip(self._encoders, tables, strict=False):
-            ids = torch.tensor([tokenizer.framed(chunk.ids)], device=self._model.device)
-            layers = encoder.hidden_states(ids, vectors=vectors)
+        for reader, vectors in zip(self._readers, tables, strict=False):
+            ids = torch.tensor([reader.tokenizer.framed(chunk.ids)], device=self._device)
+            layers = reader.network.hidden_states(ids, vectors=vectors)
             states.append(emphasised(layers[-clip_skip], chunk))
-            if isinstance(encoder, ProjectedClipTextEncoder):
-                pooled.append(encoder.pooled(layers[-1], ids))
+            if isinstance(reader.network, ProjectedClipTextEncoder):
+                pooled.append(reader.network.pooled(layers[-1], ids))
         joined = {"encoder_hidden_states": states, self.pooled_name: pooled}
-        return Condition({name: torch.cat(rows, dim=-1) for name, rows in joined.items()})
+        return Conditioning({name: torch.cat(rows, dim=-1) for name, rows in joined.items()})
 
     @property
     def _widths(self) -> Mapping[str, int]:
-        encoders = self._encoders
-        names = (CLIP_L, CLIP_G)[-len(encoders) :]  # a refiner has the second encoder alone
-        return {name: encoder.config.hidden_size for name, (_, encoder) in zip(names, encoders, strict=True)}
+        names = (CLIP_L, CLIP_G)[-len(self._readers) :]  # a refiner has the second encoder alone
+        return {name: reader.network.config.hidden_size for name, reader in zip(names, self._readers, strict=True)}
 
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -263,28 +252,35 @@ class SdxlEncoding(JoinedEncoding):
 
     pooled_name: ClassVar[str] = "text_embeds"
 
-    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+    def __init__(
+        self, model: str, readers: Sequence[ClipReader], *, unet: Mapping[str, Any], zeros_for_empty: bool
+    ) -> None:
+        """`unet` is the UNet's configuration; `zeros_for_empty`: an empty negative prompt is all zeros."""
+        super().__init__(model, readers)
+        self._unet, self._zeros_for_empty = unet, zeros_for_empty
+
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Conditioning:
         """A row of the texts' condition, with `time_ids`; an empty negative prompt may be all zeros."""
         inputs = super()._row(text, script, negative=negative).inputs
-        if negative and not text and self._model.zeros_for_empty_prompt:
+        if negative and not text and self._zeros_for_empty:
             inputs = {name: torch.zeros_like(rows) for name, rows in inputs.items()}
         score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
         last = (score,) if self._room_for_numbers(inputs) == 5 else script.size
-        time_ids = torch.tensor([[*script.size, *TOP_LEFT, *last]], dtype=torch.float32, device=self._model.device)
-        return Condition({**inputs, "time_ids": time_ids})
+        time_ids = torch.tensor([[*script.size, *TOP_LEFT, *last]], dtype=torch.float32, device=self._device)
+        return Conditioning({**inputs, "time_ids": time_ids})
 
     def _room_for_numbers(self, inputs: Mapping[str, Tensor]) -> int:
         """How many numbers the UNet takes beside the texts: 6 for sizes, 5 where a score stands for the last two."""
-        config = self._model.unet.config
+        config = self._unet
         rest = (config.get("projection_class_embeddings_input_dim") or 0) - inputs["text_embeds"].shape[-1]
         room, odd = divmod(rest, config.get("addition_time_embed_dim") or 1)
         if (
             config.get("addition_embed_type") != "text_time"
-            or config.cross_attention_dim != inputs["encoder_hidden_states"].shape[-1]
+            or config["cross_attention_dim"] != inputs["encoder_hidden_states"].shape[-1]
             or odd
             or room not in (5, 6)
         ):
-            raise BadWeights(f"{self._model.spec.name}: its UNet does not fit its text encoders")
+            raise BadWeights(f"{self._name}: its UNet does not fit its text encoders")
         return room
 
 
@@ -297,55 +293,66 @@ class Sd3Encoding(JoinedEncoding):
 
     pooled_name: ClassVar[str] = "pooled_projections"
 
-    def __init__(self, model: LoadedModel) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        model: str,
+        readers: Sequence[ClipReader],
+        *,
+        t5: T5Reader | None,
+        transformer: Mapping[str, Any],
+        cell: int,
+    ) -> None:
+        """`transformer` is the configuration of the denoiser; a latent cell has `cell` pixels a side."""
+        super().__init__(model, readers)
+        self._t5_reader, self._transformer, self._cell = t5, transformer, cell
         self._t5_once = lru_cache(maxsize=64)(self._t5)
 
     def shape(self, request: ResolvedRequest) -> Hashable:
-        """As of any text; and the transformer has places for images up to a size."""
-        config = self._model.unet.config
-        most = config.pos_embed_max_size * config.patch_size * self._model.spec.kind.cell
+        """As of any text; and the transformer has positions for images up to a size."""
+        config = self._transformer
+        most = config["pos_embed_max_size"] * config["patch_size"] * self._cell
         if max(request.final_size) > most:
-            raise UsageError(f"{self._model.spec.name} generates images of at most {most} pixels a side")
+            raise UsageError(f"{self._name} generates images of at most {most} pixels a side")
         return super().shape(request)
 
     def read(self, request: ResolvedRequest) -> Context:
         """Raises UsageError: words are attended to together with the image."""
         raise UsageError(f"{request.model} attends to words and image jointly, so there are no maps of its words")
 
-    def _row(self, text: str, script: _Script, *, negative: bool) -> Condition:
+    def _row(self, text: str, script: _Script, *, negative: bool) -> Conditioning:
         inputs = super()._row(text, script, negative=negative).inputs
-        clip, config = inputs["encoder_hidden_states"], self._model.unet.config
+        clip, config = inputs["encoder_hidden_states"], self._transformer
         words = text if script.syntax == "plain" else " ".join(map(unweighted, sections(text)))
         t5 = self._t5_once(words)
         room, pooled = t5.shape[-1] - clip.shape[-1], inputs[self.pooled_name].shape[-1]
-        if room < 0 or (t5.shape[-1], pooled) != (config.joint_attention_dim, config.pooled_projection_dim):
-            raise BadWeights(f"{self._model.spec.name}: its transformer does not fit its text encoders")
+        if room < 0 or (t5.shape[-1], pooled) != (config["joint_attention_dim"], config["pooled_projection_dim"]):
+            raise BadWeights(f"{self._name}: its transformer does not fit its text encoders")
         hidden = torch.cat([functional.pad(clip, (0, room)), t5.to(clip)], dim=1)
-        return Condition({**inputs, "encoder_hidden_states": hidden})
+        return Conditioning({**inputs, "encoder_hidden_states": hidden})
 
     @torch.inference_mode()
     def _t5(self, text: str) -> Tensor:
         """[1, 256, D]"""
-        model = self._model
-        if model.tokenizer_3 is None:
-            return torch.zeros(1, LENGTH, model.unet.config.joint_attention_dim, device=model.device)
-        states: Tensor = model.text_encoder_3(torch.tensor([model.tokenizer_3(text)], device=model.device))[0]
+        if self._t5_reader is None:
+            return torch.zeros(1, LENGTH, self._transformer["joint_attention_dim"], device=self._device)
+        ids = torch.tensor([self._t5_reader.tokenizer(text)], device=self._device)
+        states: Tensor = self._t5_reader.network(ids)[0]
         return states
 
 
 class ClassEncoding:
     """Names of classes (or their numbers) -> labels; an empty name is the class that stands for none."""
 
-    def __init__(self, model: LoadedModel) -> None:
-        self._kind, self._device = model.spec.kind, model.device
+    def __init__(self, label: Callable[[str], int], device: torch.device) -> None:
+        """`label` gives the label of a class by its name, or raises UsageError."""
+        self._label, self._device = label, device
 
-    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> ConditioningSchedule:
         """`class_labels` [rows], int64. Raises UsageError for an unknown class."""
         names = [request.negative_prompt for request in requests] if guided else []
         names += [request.full_prompt for request in requests]
-        labels = torch.tensor([self._kind.label(name) for name in names], device=self._device)
-        return Conditions(lambda step: Condition({"class_labels": labels}))
+        labels = torch.tensor([self._label(name) for name in names], device=self._device)
+        return ConditioningSchedule(lambda step: Conditioning({"class_labels": labels}))
 
     def shape(self, request: ResolvedRequest) -> Hashable:
         """All labels fit together."""
@@ -359,9 +366,9 @@ class ClassEncoding:
 class NoEncoding:
     """The encoding of a model that generates without a prompt."""
 
-    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> Conditions:
+    def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> ConditioningSchedule:
         """Nothing at any step."""
-        return Conditions(lambda step: Condition())
+        return ConditioningSchedule(lambda step: Conditioning())
 
     def shape(self, request: ResolvedRequest) -> Hashable:
         """Nothing fits with nothing."""

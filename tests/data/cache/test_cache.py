@@ -53,7 +53,7 @@ from sdcli.data.cache.store import DamagedCache, Records, TensorStore
 from sdcli.data.folders import LatentFiles
 from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
-from sdcli.encoders.conditioning import TextEncoding
+from sdcli.encoders.conditioning import ClipReader, TextEncoding
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, NotFound, SomeFailed, UsageError
 from sdcli.generation.codec import Codec, EncodeSettings, encode_all
 from sdcli.generation.resolve.resolve import resolve
@@ -924,7 +924,8 @@ CAPTIONS = ["", "a red fox", "eine Füchsin, 狐", "x " * 200, "two\nlines", "a 
 
 @pytest.mark.parametrize("budget", [0, 10**9])
 def test_a_cached_text_is_what_generate_computes_bit_for_bit(tmp_path: Path, model: LoadedModel, budget: int) -> None:
-    store, encoding = TensorStore(tmp_path, "texts"), TextEncoding(model)
+    readers = [ClipReader(model.tokenizer, model.text_encoder)]
+    store, encoding = TensorStore(tmp_path, "texts"), TextEncoding("tiny", readers)
     *_, done = fill_texts(CAPTIONS, model=model, store=store)
     assert (done.total, done.encoded) == (5, 5)
     *_, again = fill_texts([*CAPTIONS, "new"], model=model, store=TensorStore(tmp_path, "texts"))
