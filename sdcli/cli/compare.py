@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sdcli.images.metrics import Distance
     from sdcli.metadata.compare import Differences
-    from sdcli.metadata.record import ImageInfo
+    from sdcli.metadata.read import ImageInfo
 
 LONGEST_LINE = 100
 """Letters of two values on one line; longer ones stand one below the other."""
@@ -58,10 +58,10 @@ def command(
     if diff is not None:
         check_new_png(diff, flag="--diff", overwrite=overwrite)
 
+    from sdcli.images.image_files import open_image
     from sdcli.images.metrics import distance, similarity
-    from sdcli.images.pixels import open_image
     from sdcli.metadata.compare import differing_facts, differing_request
-    from sdcli.metadata.record import read_image
+    from sdcli.metadata.read import read_image
 
     infos = read_image(a), read_image(b)
     images = open_image(a), open_image(b)
@@ -101,7 +101,7 @@ def _write_difference(
 ) -> float:
     """Write |a - b|, amplified, and return how many times."""
     from sdcli.metadata.compare import difference_image
-    from sdcli.metadata.record import image_bytes
+    from sdcli.metadata.embed import image_bytes
 
     factor = 255 / apart.largest if apart.largest else 1.0
     image = difference_image(*images, factor=factor)

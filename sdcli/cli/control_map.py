@@ -44,9 +44,9 @@ def command(
     wanted = parse_size(size) if size is not None else None
     if wanted is not None and not all(8 <= side <= 8192 for side in wanted):
         raise UsageError(f"--size: each side should be from 8 to 8192, not {size}")
-    from sdcli.images.pixels import image_from_bytes
+    from sdcli.images.image_files import image_from_bytes
     from sdcli.images.preprocessors import control_map
-    from sdcli.metadata.record import image_bytes
+    from sdcli.metadata.embed import image_bytes
     from sdcli.request.input_files import read_input
 
     made = control_map(image_from_bytes(read_input(image), name=image), how, wanted)

@@ -47,10 +47,10 @@ def command(
         raise NotFound(f"no folder {folder}")
     errors: list[SdcliError] = []
     with whole_file(target, overwrite=overwrite) as temporary:
-        from sdcli.metadata.gallery import look, page
+        from sdcli.metadata.gallery import page, read_entries
 
         paths = [file.path for file in input_files([folder], suffixes=frozenset(FORMAT_OF), kind="pictures")]
-        entries = shown_progress(look(paths), len(paths), console)
+        entries = shown_progress(read_entries(paths), len(paths), console)
         images = _readable(entries, folder, target, console, errors, alone=len(paths) == 1)
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.writelines(page(folder.resolve().name, images))
@@ -65,7 +65,7 @@ def _readable(
     entries: Iterable[Entry], folder: Path, target: Path, console: Console, errors: list[SdcliError], *, alone: bool
 ) -> Iterator[dict[str, Any]]:
     """What the page says of each image; those that cannot be read are told at once, and added to `errors`."""
-    from sdcli.metadata.gallery import described
+    from sdcli.metadata.gallery import entry_json
 
     for entry in entries:
         if entry.error is not None:
@@ -77,7 +77,7 @@ def _readable(
                 console.result("", path=str(entry.path), status="failed", error=str(entry.error), exit_code=code)
             continue
         request = entry.info.request if entry.info is not None else None
-        yield described(
+        yield entry_json(
             entry,
             name=entry.path.relative_to(folder).as_posix(),
             page=target,

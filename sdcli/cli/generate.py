@@ -454,7 +454,7 @@ def _paint(
                 assert event.path is not None
                 paths[event.job.index] = event.path
                 if renderable is not None and event.status == "done":
-                    from sdcli.images.pixels import open_image
+                    from sdcli.images.image_files import open_image
 
                     display.show(renderable(open_image(event.path)))
     if sheet is not None and paths:

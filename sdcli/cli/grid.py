@@ -63,14 +63,14 @@ def command(
         raise NotFound(f"there is no image but {output}, which is to be written")
 
     from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
-    from sdcli.images.pixels import as_shown
-    from sdcli.metadata.record import image_and_info
+    from sdcli.images.image_files import upright_rgb
+    from sdcli.metadata.read import image_and_info
 
     shown, loaded, errors, largest = [], [], list[SdcliError](), (0, 0)
     for file in files:
         try:
             with image_and_info(file.path) as (opened, info):
-                image = as_shown(opened)
+                image = upright_rgb(opened)
         except (BadImage, NotFound) as error:
             if len(files) > 1:
                 console.warn(str(error))

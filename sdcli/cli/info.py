@@ -14,7 +14,7 @@ from sdcli.errors import SdcliError, SomeFailed, UsageError
 from sdcli.io.files import write_whole
 
 if TYPE_CHECKING:
-    from sdcli.metadata.record import ImageInfo
+    from sdcli.metadata.read import ImageInfo
 
 SUFFIXES = {"png": {".png"}, "jpeg": {".jpg", ".jpeg"}, "webp": {".webp"}}
 TOOLS = {"sdcli": "sdcli", "a1111": "A1111's text", "comfyui": "ComfyUI", "invokeai": "InvokeAI"}
@@ -66,12 +66,12 @@ def command(
 
 
 def _show(path: Path, console: Console, *, watermark: bool) -> None:
-    from sdcli.metadata.record import read_image
+    from sdcli.metadata.read import read_image
 
     info = read_image(path)
     found: dict[str, str | None] = {}
     if watermark:
-        from sdcli.images.pixels import open_image
+        from sdcli.images.image_files import open_image
         from sdcli.images.watermark import watermark_of
 
         found["watermark"] = watermark_of(open_image(path))
@@ -93,7 +93,8 @@ def _show(path: Path, console: Console, *, watermark: bool) -> None:
 
 
 def _strip(path: Path, output: Path | None, console: Console, *, overwrite: bool) -> None:
-    from sdcli.metadata.record import read_image, strip
+    from sdcli.metadata.read import read_image
+    from sdcli.metadata.strip import strip
 
     info = read_image(path)
     if output is not None and output.suffix.lower() not in SUFFIXES[info.format]:

@@ -85,7 +85,8 @@ def command(
 
     from sdcli.generation.forward_process import ForwardProcess
     from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
-    from sdcli.images.pixels import open_image, to_pixels
+    from sdcli.images.image_files import open_image
+    from sdcli.images.pixels import to_pixels
 
     opened = open_image(image)
     console.say(f"loading {spec.name}")

@@ -42,7 +42,7 @@ class SweepSheet:
     def write(self, paths: Mapping[int, Path], settings: OutputSettings, console: Console) -> None:
         """Lay out the images, whose files are named by the index of their job, and print the sheet's path."""
         from sdcli.images.contact_sheet import contact_sheet, empty, write_sheet
-        from sdcli.images.pixels import open_image
+        from sdcli.images.image_files import open_image
 
         files = [paths.get(place.index) for place in self.places]
         requests = [place.request if isinstance(place, ResolvedJob) else None for place in self.places]

@@ -20,7 +20,7 @@ from PIL import Image
 from sdcli.data.folders import LatentFiles
 from sdcli.data.records import Dropped, ImageSet, Remark
 from sdcli.errors import BadImage, BadLatents, CannotWrite, NotFound
-from sdcli.images.pixels import image_from_bytes
+from sdcli.images.image_files import image_from_bytes
 from sdcli.io.files import write_whole
 
 SCHEMA = 1

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sdcli.diffusion.controlnet import ActiveControl
-from sdcli.images.pixels import image_from_bytes, to_pixels
+from sdcli.images.image_files import image_from_bytes
+from sdcli.images.pixels import to_pixels
 from sdcli.models.controlnet import controlnet_of
 from sdcli.models.loader import LoadedModel
 from sdcli.request.fields import FileRef, Preprocessor

@@ -16,7 +16,7 @@ from sdcli.encoders.condition import IMAGES, Conditioning, ConditioningSchedule
 from sdcli.encoders.conditioning import Encode
 from sdcli.encoders.token_words import Context
 from sdcli.errors import BadImage, BadWeights, first_line
-from sdcli.images.pixels import image_from_bytes
+from sdcli.images.image_files import image_from_bytes
 from sdcli.io.weight_files import files_digest, in_background, read_json_object, shards
 from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.request.fields import FileRef

@@ -43,11 +43,13 @@ from sdcli.generation.observers.observer import File, Observe, Observer, check, 
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.images.formats import SUFFIX_OF
+from sdcli.images.image_files import pixels_digest
 from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.images.watermark import marked
 from sdcli.io.devices import free_caches, out_of_memory
 from sdcli.io.files import AlreadyExists, check_new, numbered, sweep, write_whole
-from sdcli.metadata.record import Record, image_bytes, pixels_digest
+from sdcli.metadata.embed import image_bytes
+from sdcli.metadata.record import Record
 from sdcli.models.controlnet import ControlNet, load_controlnet, with_controlnets
 from sdcli.models.hub.download import folder_of
 from sdcli.models.ip_adapter import load_ip_adapters

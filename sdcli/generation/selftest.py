@@ -22,9 +22,10 @@ from sdcli.generation.engine import Engine, Result
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
-from sdcli.images.pixels import open_image, to_pixels
+from sdcli.images.image_files import open_image
+from sdcli.images.pixels import to_pixels
 from sdcli.io.devices import cpu_has_bfloat16, free_memory, pick_dtype
-from sdcli.metadata.record import read_image
+from sdcli.metadata.read import read_image
 from sdcli.models.registry import Registry, packaged_registry_file, read_registry_file
 from sdcli.request.input_files import InputFile
 from sdcli.request.jobs import Line

@@ -14,9 +14,10 @@ from sdcli.errors import BadOutput, SdcliError, UsageError
 from sdcli.generation.engine import DecodedImage, Engine, provenance
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.images.image_files import pixels_digest
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
-from sdcli.metadata.record import pixels_digest, read_image
+from sdcli.metadata.read import read_image
 from sdcli.models.registry import Registry
 from sdcli.request.schema import ResolvedRequest, first_problem
 

@@ -1,27 +1,59 @@
-"""Opens image files that may be hostile: allowed formats only, bombs refused, every failure one sentence."""
+"""Opens image files that may be hostile (allowed formats only, size limits) and turns them into upright RGB images."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdcli.errors import BadImage, SdcliError
 from sdcli.images.formats import MAX_PIXELS
+from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
 OWN_FORMATS = ("PNG", "JPEG", "WEBP")
 """Pillow's names of the formats that sdcli writes."""
+READABLE = (*OWN_FORMATS, "BMP", "GIF", "TIFF")
+"""Pillow's names of the formats that are read; Pillow's other readers have a long history of security holes."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file -> its first frame, decoded, as `upright_rgb` makes it.
+
+    Raises NotFound, and BadImage for a file that is truncated, damaged, too large, or not an image.
+    """
+    check_readable(path)
+    return _decoded(path, name=str(path))
+
+
+def image_from_bytes(data: bytes, *, name: str) -> Image.Image:
+    """The bytes of an image file -> the image, with the same checks as `open_image`.
+
+    Raises BadImage, whose sentence begins with `name`.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise BadImage(f"{name}: larger than {MAX_FILE_BYTES // 1024**2} MiB, the limit for an image file")
+    return _decoded(io.BytesIO(data), name=name)
+
+
+def _decoded(file: Path | io.BytesIO, *, name: str) -> Image.Image:
+    try:
+        with open_safely(file, formats=READABLE) as image:
+            image.load()
+            return upright_rgb(image)
+    except BadImage as error:
+        raise BadImage(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager
-def opened(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMATS) -> Iterator[Image.Image]:
-    """An image, not yet decoded; whatever goes wrong in the block, on a hostile file too, is a BadPicture.
+def open_safely(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMATS) -> Iterator[Image.Image]:
+    """Open an image without decoding it; every failure inside the block, also while decoding, becomes BadImage.
 
-    Its sentence lacks the file's name: the caller puts `path: ` before it.
+    The sentence lacks the file's name: the caller puts `path: ` before it.
     """
     try:
         with warnings.catch_warnings():
@@ -36,9 +68,45 @@ def opened(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMATS) -
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"has more than {MAX_PIXELS:,} pixels, too many to be read safely") from None
     except UnidentifiedImageError:
-        raise BadImage(f"is no {_listed(formats)} image") from None
+        raise BadImage(f"is not a {_listed(formats)} image") from None
     except Exception as error:  # Pillow's readers fail in a dozen ways on damaged files
         raise BadImage(f"cannot be read: {str(error) or type(error).__name__}") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A copy of a decoded image as RGB, rotated as its EXIF says, with transparent parts on white."""
+    return _rgb(_upright(image))
+
+
+def pixels_digest(image: Image.Image) -> str:
+    """`"sha256:<64 hex>"` of the size and the raw RGB bytes, row by row; equal only for equal images."""
+    digest = hashlib.sha256(f"RGB {image.width}x{image.height}\n".encode())
+    digest.update(image.convert("RGB").tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except SdcliError:
+        raise
+    except Exception:  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB; 16 bits a channel are scaled to 8, not clipped."""
+    if image.mode.startswith("I"):
+        import numpy as np  # rare, and not worth its import time for every command that opens an image
+
+        levels = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
+        return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("holds floating-point numbers, whose black and white levels are unknown")
+    if image.has_transparency_data:
+        solid = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
+    return image.convert("RGB")
 
 
 def _listed(formats: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""What two images' records say differently, and an image of where their pixels differ."""
+"""Differences of two images: of their requests, of the facts in their records, and of their pixels as an image."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 from PIL import Image, ImageChops
 
-from sdcli.metadata.record import ImageInfo
+from sdcli.metadata.read import ImageInfo
 
 Differences = dict[str, tuple[Any, Any]]
-"""A field's name -> its two values; None where one has no such field."""
+"""A field's name -> its two values; None for a missing one."""
 
 
 def differing_request(a: ImageInfo, b: ImageInfo) -> Differences | None:
-    """The fields of the requests that differ, whichever tools wrote them; None unless both images have one."""
+    """The fields in which two images' requests differ, whichever tools wrote them; None unless both have a request."""
     if a.request is None or b.request is None:
         return None
     return _differing(a.request.typed(), b.request.typed())
 
 
 def differing_facts(a: ImageInfo, b: ImageInfo) -> Differences | None:
-    """The facts of the two runs that differ, those inside others under names like `weights.unet`.
+    """The facts in which two records differ, nested ones under names such as `weights.unet`.
 
-    sdcli's records hold facts as provenance, those of other tools as what has no field in a request; None unless the
-    same tool wrote both.
+    Facts are the provenance in sdcli's records, and the unmapped fields in those of other tools. None unless the same
+    tool wrote both.
     """
     if a.source is None or a.source != b.source:
         return None
@@ -32,7 +32,7 @@ def differing_facts(a: ImageInfo, b: ImageInfo) -> Differences | None:
 
 
 def difference_image(a: Image.Image, b: Image.Image, *, factor: float) -> Image.Image:
-    """|a - b| of two RGB images of equal size, `factor` times as large; what is above 255 is cut off."""
+    """|a - b| of two RGB images of equal size, multiplied by `factor` and clipped to 255."""
     return ImageChops.difference(a, b).point([min(255, round(level * factor)) for level in range(256)] * 3)
 
 

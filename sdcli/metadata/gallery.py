@@ -1,8 +1,8 @@
-"""A folder's images as one web page: what each says about itself, and a thumbnail, as JSON in `gallery.html`.
+"""A web page of a folder's images: their metadata and thumbnails as JSON inside the template `gallery.html`.
 
-The page needs no network and no other file; only the large view loads the images themselves, from where they lay
-beside the page. It is safe with hostile metadata: JSON in ASCII in an element that is never run, `<` escaped; a script
-that makes text nodes only; and a Content-Security-Policy that allows that script, by its digest, and nothing else.
+The page needs no network and no other file; only its large view loads the images themselves, by relative address. It is
+safe with hostile metadata: the JSON is ASCII with `<` escaped, in an element that is never executed; the script creates
+text nodes only; and a Content-Security-Policy allows that script by its digest, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from urllib.parse import quote
 from PIL import Image, ImageOps
 
 from sdcli.errors import SdcliError
-from sdcli.metadata.record import ImageInfo, image_and_info
+from sdcli.metadata.read import ImageInfo, image_and_info
 
 THUMBNAIL = 192
 """Pixels of a thumbnail's longer side."""
 MOST_EMBEDDED = 20_000
-"""Images up to which thumbnails are embedded (some 4 KB each); beyond, the page shows the images themselves."""
+"""With more images the page has no embedded thumbnails (about 4 KB each); it shows the images themselves."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of the page, or why it is not on it."""
+    """One image of the page, or the error that keeps it off."""
 
     path: Path
     info: ImageInfo | None = None
@@ -47,7 +47,7 @@ class Entry:
     error: SdcliError | None = None
 
 
-def look(paths: Sequence[Path]) -> Iterator[Entry]:
+def read_entries(paths: Sequence[Path]) -> Iterator[Entry]:
     """Read every image, in threads, and yield it in the order of `paths`."""
     count = min(8, os.cpu_count() or 1)  # each may hold an image of 8192x8192: a quarter of a gigabyte
     thumbnails = len(paths) <= MOST_EMBEDDED
@@ -56,7 +56,7 @@ def look(paths: Sequence[Path]) -> Iterator[Entry]:
     try:
         for path in paths:
             waiting.append(pool.submit(_entry, path, thumbnails))
-            if len(waiting) >= 4 * count:  # bounded, so that only a few images are held
+            if len(waiting) >= 4 * count:  # bounded, so that only a few images are in memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -64,10 +64,10 @@ def look(paths: Sequence[Path]) -> Iterator[Entry]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def described(entry: Entry, *, name: str, page: Path, command: str | None) -> dict[str, Any]:
-    """What the page says of an image that was read, JSON-ready; `page` is where the page will be.
+def entry_json(entry: Entry, *, name: str, page: Path, command: str | None) -> dict[str, Any]:
+    """The JSON-ready data of an entry without error; `page` is the path of the page.
 
-    Every value of a record is a text: JavaScript's numbers cannot hold every seed.
+    Every value of a record is text, because JavaScript's numbers cannot hold every seed.
     """
     info = entry.info
     assert info is not None
@@ -80,14 +80,14 @@ def described(entry: Entry, *, name: str, page: Path, command: str | None) -> di
         "source": info.source,
         "request": _texts(info.request.typed()) if info.request is not None else {},
         "provenance": _texts(info.record.provenance) if info.record is not None else {},
-        "parameters": info.parameters if info.record is None else None,  # sdcli's are made from its record
+        "parameters": info.parameters if info.record is None else None,  # sdcli writes it from its record
         "unmapped": _texts(info.unmapped),
         "command": command,
     }
 
 
 def page(title: str, images: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The page in pieces, ASCII where the template is; `images` as `described` makes them are taken one by one."""
+    """The page in pieces of text; `images` as `entry_json` returns them are consumed one by one."""
     template = resources.files("sdcli.metadata").joinpath("gallery.html").read_text(encoding="utf-8")
     for kind in ("script", "style"):
         source = re.search(rf"<{kind}>(.*?)</{kind}>", template, re.DOTALL)
@@ -113,10 +113,10 @@ def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _address(path: Path, page: Path) -> str:
-    """A URL relative to the page, so that both may move together; `quote` leaves no scheme and no host in a name."""
+    """A URL relative to the page, so that both can move together; quoting keeps names from acting as scheme or host."""
     try:
         relative = os.path.relpath(path, page.parent)
-    except ValueError:  # Windows: there is no way to another drive
+    except ValueError:  # Windows: no relative path leads to another drive
         return path.absolute().as_uri()
     return quote(os.fsencode(relative.replace(os.sep, "/")))
 
@@ -135,14 +135,14 @@ def _entry(path: Path, thumbnails: bool) -> Entry:
 
 
 def _thumbnail(image: Image.Image) -> bytes:
-    if image.mode.startswith("I"):  # 16 bits become 8 by their range; Pillow would cut them off
+    if image.mode.startswith("I"):  # scale 16 bits to 8; Pillow would clip them
         image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
     mode = "RGBA" if image.has_transparency_data else "RGB"
     small = image if image.mode == mode else image.convert(mode)  # no copy where none is needed
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     with contextlib.suppress(Exception):  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
         small = ImageOps.exif_transpose(small)
-    clean = Image.frombytes(small.mode, small.size, small.tobytes())  # without the profile and EXIF of its `info`
+    clean = Image.frombytes(small.mode, small.size, small.tobytes())  # drops the profile and EXIF in its `info`
     file = io.BytesIO()
     clean.save(file, format="WEBP", quality=60, method=4)
     return file.getvalue()

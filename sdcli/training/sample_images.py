@@ -18,7 +18,7 @@ from sdcli.generation.resolve.resolve import resolve
 from sdcli.images.contact_sheet import contact_sheet, write_sheet
 from sdcli.images.pixels import from_pixels
 from sdcli.io.files import write_whole
-from sdcli.metadata.record import image_bytes
+from sdcli.metadata.embed import image_bytes
 from sdcli.models.controlnet import PART
 from sdcli.models.loader import model_in_memory
 from sdcli.models.registry import ModelDefaults, ModelSpec

@@ -17,7 +17,8 @@ from sdcli.images import metrics
 from sdcli.images.metrics import distance, similarity
 from sdcli.images.pixels import to_pixels
 from sdcli.io.files import AlreadyExists
-from sdcli.metadata.record import Record, image_bytes
+from sdcli.metadata.embed import image_bytes
+from sdcli.metadata.record import Record
 from sdcli.request.schema import GenerationRequest
 from tests.generation.test_encode_decode import good, run
 

@@ -24,7 +24,8 @@ from sdcli.errors import BadImage, CannotWrite, NotFound, SomeFailed, UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.files import AlreadyExists
 from sdcli.metadata import gallery
-from sdcli.metadata.record import Record, image_bytes
+from sdcli.metadata.record import Record
+from sdcli.metadata.embed import image_bytes
 from sdcli.models.registry import load_registry
 from sdcli.request.schema import MAX_SEED, SCHEMA, GenerationRequest
 from tests.browser import Browser, browser

@@ -15,7 +15,8 @@ from sdcli.images.contact_sheet import FONT_SIZE, GAP, KEY, LABEL_WIDTH, _wrappe
 from sdcli.images.formats import MAX_PIXELS
 from sdcli.images.sheet_labels import labels_of, parse_fields
 from sdcli.io.files import AlreadyExists
-from sdcli.metadata.record import Record, image_bytes
+from sdcli.metadata.embed import image_bytes
+from sdcli.metadata.record import Record
 from sdcli.request.schema import GenerationRequest
 from tests.generation.test_encode_decode import good, run
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from sdcli.images.formats import ImageFormat
-from sdcli.metadata.record import Record, image_bytes, parameters_text, read_image
+from sdcli.metadata.embed import image_bytes, parameters_text
+from sdcli.metadata.read import read_image
+from sdcli.metadata.record import Record
 from sdcli.request.schema import GenerationRequest
 from tests.conftest import Run
 

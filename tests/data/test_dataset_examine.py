@@ -20,7 +20,7 @@ from sdcli.data.examine import Examination, difference_hash, examination, examin
 from sdcli.data.sources import open_images
 from sdcli.data.webdataset import write_shards
 from sdcli.errors import BadImage
-from sdcli.images.pixels import image_from_bytes, open_image
+from sdcli.images.image_files import image_from_bytes, open_image
 from tests.data.test_dataset_folders import IMAGE, folder_of, image_bytes, latent_file, tree_digest
 from tests.images.test_images import bomb, sample_image
 

@@ -26,7 +26,8 @@ from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
-from sdcli.metadata.record import parse_record, read_image
+from sdcli.metadata.read import read_image
+from sdcli.metadata.record import parse_record
 from sdcli.models.layout import ModelKind
 from sdcli.models.loader import load_model
 from sdcli.models.registry import Registry, load_registry, spec_of_folder

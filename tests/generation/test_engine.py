@@ -21,7 +21,7 @@ from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.io.files import AlreadyExists
-from sdcli.metadata.record import read_image
+from sdcli.metadata.read import read_image
 from sdcli.models.registry import Registry, load_registry
 from sdcli.request.jobs import Line
 from sdcli.vae.latent_space import LatentSpace

@@ -16,7 +16,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps, PngImagePlugin
 
 from sdcli.errors import BadImage, NotFound
-from sdcli.images.pixels import fit, from_pixels, open_image, to_pixels
+from sdcli.images.image_files import open_image
+from sdcli.images.pixels import fit, from_pixels, to_pixels
 
 
 def sample_image(width: int = 24, height: int = 16, *, mode: str = "RGB") -> Image.Image:

@@ -20,16 +20,11 @@ from PIL import Image, PngImagePlugin
 
 from sdcli.errors import BadImage, NotFound, UsageError
 from sdcli.images.formats import ImageFormat
-from sdcli.metadata.record import (
-    Record,
-    image_bytes,
-    parameters_text,
-    parse_record,
-    pixels_digest,
-    read_image,
-    record_json,
-    strip,
-)
+from sdcli.images.image_files import pixels_digest
+from sdcli.metadata.embed import image_bytes, parameters_text
+from sdcli.metadata.read import read_image
+from sdcli.metadata.record import Record, parse_record, record_json
+from sdcli.metadata.strip import strip
 from sdcli.request.schema import GenerationRequest
 
 FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)

@@ -26,8 +26,8 @@ from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.io.files import PACKAGE
-from sdcli.metadata.foreign import a1111_text, read_a1111
-from sdcli.metadata.record import read_image
+from sdcli.metadata.a1111 import a1111_text, read_a1111
+from sdcli.metadata.read import read_image
 from sdcli.models.adapter_files import find_lora
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.lora import ldm_name, lora_facts, read_lora, with_loras

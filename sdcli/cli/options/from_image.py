@@ -17,7 +17,7 @@ def recorded_fields(image: Path, *, console: Console, lora_dir: Path | None) -> 
 
     Raises UsageError where it holds none.
     """
-    from sdcli.metadata.record import read_image
+    from sdcli.metadata.read import read_image
 
     info = read_image(image)
     if info.request is None:

@@ -109,10 +109,10 @@ def _is_preview(path: Path) -> bool:
     import json
 
     from sdcli.images.contact_sheet import KEY
-    from sdcli.images.image_files import opened
+    from sdcli.images.image_files import open_safely
 
     try:
-        with opened(path) as image:
+        with open_safely(path) as image:
             return image.info.get(KEY) == json.dumps(WHAT)
     except BadImage:
         return False

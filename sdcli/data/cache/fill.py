@@ -25,7 +25,8 @@ from sdcli.data.cache.store import KEY_BYTES, TensorStore
 from sdcli.data.records import Dropped, ImageSet
 from sdcli.encoders.clip import ClipTextEncoder
 from sdcli.errors import BadImage, BadOutput, NotFound, OutOfMemory, Stop, stop_if_asked
-from sdcli.images.pixels import image_from_bytes, to_pixels
+from sdcli.images.image_files import image_from_bytes
+from sdcli.images.pixels import to_pixels
 from sdcli.io.devices import free_caches, out_of_memory
 from sdcli.io.lean_diffusers import VAE
 from sdcli.models.loader import LoadedModel

@@ -10,7 +10,8 @@ from torch import Tensor
 from sdcli.data.buckets import Framing, frame
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, sample_latents
 from sdcli.data.records import Item
-from sdcli.images.pixels import from_pixels, image_from_bytes, to_pixels
+from sdcli.images.image_files import image_from_bytes
+from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.io import rng
 from sdcli.request.fields import Preprocessor
 from sdcli.training.task import Draw

@@ -58,7 +58,8 @@ from sdcli.errors import BadOutput, CannotWrite, Interrupted, NotFound, SomeFail
 from sdcli.generation.codec import Codec, EncodeSettings, encode_all
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import RunSettings
-from sdcli.images.pixels import open_image, to_pixels
+from sdcli.images.image_files import open_image
+from sdcli.images.pixels import to_pixels
 from sdcli.io.lean_diffusers import AutoencoderTiny
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.registry import load_registry

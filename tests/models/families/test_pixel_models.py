@@ -30,7 +30,7 @@ from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
-from sdcli.metadata.record import read_image
+from sdcli.metadata.read import read_image
 from sdcli.models.layout import LAYOUTS
 from sdcli.models.loader import LoadedModel, load_model, model_in_memory
 from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder

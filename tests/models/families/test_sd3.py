@@ -29,7 +29,8 @@ from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
-from sdcli.metadata.record import parameters_text, read_image
+from sdcli.metadata.embed import parameters_text
+from sdcli.metadata.read import read_image
 from sdcli.models import loader
 from sdcli.models.hub.download import first_missing
 from sdcli.models.loader import load_model

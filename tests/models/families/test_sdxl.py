@@ -27,7 +27,8 @@ from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
 from sdcli.io.weights import random_tensors
-from sdcli.metadata.record import parameters_text, read_image
+from sdcli.metadata.embed import parameters_text
+from sdcli.metadata.read import read_image
 from sdcli.models import loader
 from sdcli.models.loader import load_model
 from sdcli.models.lora import with_loras

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sdcli.metadata.foreign import Foreign, a1111_text, load_json, parse_a1111, read_a1111, read_foreign
+from sdcli.metadata.a1111 import a1111_text, parse_a1111, read_a1111
+from sdcli.metadata.read import read_tool_record
+from sdcli.metadata.tool_record import ToolRecord
+from sdcli.metadata.untrusted_json import load_json
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import MAX_SEED, GenerationRequest
 
@@ -57,13 +60,13 @@ def names_a_negative(text: str) -> bool:
 def test_a_request_written_as_a1111_text_is_read_back_the_same(request: GenerationRequest) -> None:
     if names_a_negative(request.prompt) or names_a_negative(request.negative_prompt):
         return  # ambiguous in the text itself
-    foreign = read_a1111(a1111_text(request, version="1.0", model_hash="0123456789"))
+    found = read_a1111(a1111_text(request, version="1.0", model_hash="0123456789"))
     expected = request.changed(
         prompt=as_the_text_keeps_it(request.prompt),
         negative_prompt=as_the_text_keeps_it(request.negative_prompt),
         prompt_template="{prompt}",
     )
-    assert foreign.request.typed() | {"model": request.model, "eta": 0.0} == expected.typed()
+    assert found.request.typed() | {"model": request.model, "eta": 0.0} == expected.typed()
 
 
 def test_the_text_is_the_one_a1111_writes() -> None:
@@ -90,9 +93,9 @@ def test_eta_survives_where_the_scheduler_uses_it() -> None:
 
 
 def test_a_model_of_another_tool_is_told_and_not_asked_for() -> None:
-    foreign = read_a1111("a cat\nSteps: 20, Sampler: Euler a, Seed: 1, Model hash: abc, Model: deliberate_v2")
-    assert foreign.request.model is None
-    assert foreign.unmapped == {"Model hash": "abc", "Model": "deliberate_v2"}
+    found = read_a1111("a cat\nSteps: 20, Sampler: Euler a, Seed: 1, Model hash: abc, Model: deliberate_v2")
+    assert found.request.model is None
+    assert found.unmapped == {"Model hash": "abc", "Model": "deliberate_v2"}
 
 
 @pytest.mark.parametrize(
@@ -110,9 +113,9 @@ def test_a_model_of_another_tool_is_told_and_not_asked_for() -> None:
     ],
 )
 def test_samplers_of_all_ages_are_understood_or_left(pairs: str, scheduler: str | None) -> None:
-    foreign = read_a1111(f"a cat\nSteps: 20, {pairs}, Seed: 1")
-    assert foreign.request.scheduler == scheduler
-    assert ("Sampler" in foreign.unmapped) == (scheduler is None)
+    found = read_a1111(f"a cat\nSteps: 20, {pairs}, Seed: 1")
+    assert found.request.scheduler == scheduler
+    assert ("Sampler" in found.unmapped) == (scheduler is None)
 
 
 def test_fewer_than_three_pairs_are_part_of_the_prompt() -> None:
@@ -128,11 +131,11 @@ def test_prompts_of_several_lines_and_quoted_values_are_read() -> None:
 
 
 def test_values_that_are_not_valid_here_are_kept_aside() -> None:
-    foreign = read_a1111("a cat\nSteps: 0, Sampler: Euler, CFG scale: nan, Seed: -1, Size: 500x512")
-    assert foreign.request == GenerationRequest(
+    found = read_a1111("a cat\nSteps: 0, Sampler: Euler, CFG scale: nan, Seed: -1, Size: 500x512")
+    assert found.request == GenerationRequest(
         prompt="a cat", negative_prompt="", prompt_template="{prompt}", height=512, scheduler="euler"
     )
-    assert foreign.unmapped == {"steps": "0", "guidance_scale": "nan", "seed": "-1", "width": "500"}
+    assert found.unmapped == {"steps": "0", "guidance_scale": "nan", "seed": "-1", "width": "500"}
 
 
 @pytest.mark.parametrize("line", ["a" * 1_000_000, 'ab: "' + '\\"' * 400_000, 'ab:"x,' * 100_000, " " * 1_000_000])
@@ -163,20 +166,20 @@ def graph(**changed: Any) -> dict[str, Any]:
     return nodes | changed
 
 
-def read_graph(nodes: Any) -> Foreign:
-    foreign = read_foreign({"prompt": json.dumps(nodes)})
-    assert foreign is not None
-    assert foreign.tool == "comfyui"
-    return foreign
+def read_graph(nodes: Any) -> ToolRecord:
+    found = read_tool_record({"prompt": json.dumps(nodes)})
+    assert found is not None
+    assert found.tool == "comfyui"
+    return found
 
 
 def test_a_comfyui_graph_is_followed_from_its_sampler() -> None:
-    foreign = read_graph(graph())
-    assert foreign.request == GenerationRequest(
+    found = read_graph(graph())
+    assert found.request == GenerationRequest(
         prompt="a cat", negative_prompt="a dog", prompt_template="{prompt}", seed=42, width=512, height=768, steps=20,
         guidance_scale=8.0, scheduler="dpmpp-2m-karras",
     )  # fmt: skip
-    assert foreign.unmapped == {"model": "v1-5.safetensors", "loras": ["ink"]}
+    assert found.unmapped == {"model": "v1-5.safetensors", "loras": ["ink"]}
 
 
 def test_comfyui_texts_are_found_through_other_nodes_and_links() -> None:
@@ -194,18 +197,18 @@ def test_comfyui_texts_are_found_through_other_nodes_and_links() -> None:
 def test_of_two_comfyui_samplers_the_one_with_the_empty_latent_counts() -> None:
     nodes = graph()
     second = {**nodes["3"]["inputs"], "seed": 1, "denoise": 0.5, "latent_image": ["3", 0]}
-    foreign = read_graph({"1": {"class_type": "KSampler", "inputs": second}, **nodes})
-    assert foreign.request.seed == 42
-    assert foreign.unmapped["other_samplers"] == ["1"]
+    found = read_graph({"1": {"class_type": "KSampler", "inputs": second}, **nodes})
+    assert found.request.seed == 42
+    assert found.unmapped["other_samplers"] == ["1"]
 
 
 def test_comfyui_graphs_that_do_not_map_leave_what_they_are() -> None:
     nodes = graph()
     nodes["3"]["inputs"] |= {"sampler_name": "res_multistep", "denoise": 0.6, "seed": 2**64 - 1, "positive": ["9", 0]}
-    foreign = read_graph(nodes)
-    assert foreign.request.scheduler is None
-    assert foreign.unmapped | {"positive": [], "sampler_name": "res_multistep", "denoise": 0.6} == foreign.unmapped
-    assert foreign.unmapped["seed"] == 2**64 - 1
+    found = read_graph(nodes)
+    assert found.request.scheduler is None
+    assert found.unmapped | {"positive": [], "sampler_name": "res_multistep", "denoise": 0.6} == found.unmapped
+    assert found.unmapped["seed"] == 2**64 - 1
     assert read_graph({"1": {"class_type": "SomethingElse", "inputs": {}}}).request is None
 
 
@@ -226,18 +229,18 @@ def test_invokeai_records_map() -> None:
         "height": 512, "seed": 5, "cfg_scale": 7.5, "steps": 30, "scheduler": "dpmpp_2m_k", "clip_skip": None,
         "model": {"name": "Deliberate", "hash": "blake3:1"},
     }  # fmt: skip
-    foreign = read_foreign({"invokeai_metadata": json.dumps(record)})
-    assert foreign.tool == "invokeai"
-    assert foreign.request == GenerationRequest(
+    found = read_tool_record({"invokeai_metadata": json.dumps(record)})
+    assert found.tool == "invokeai"
+    assert found.request == GenerationRequest(
         prompt="a cat", negative_prompt="a dog", prompt_template="{prompt}", seed=5, width=512, height=512, steps=30,
         guidance_scale=7.5, scheduler="dpmpp-2m-karras",
     )  # fmt: skip
-    assert foreign.unmapped == {"generation_mode": "txt2img", "model": {"name": "Deliberate", "hash": "blake3:1"}}
+    assert found.unmapped == {"generation_mode": "txt2img", "model": {"name": "Deliberate", "hash": "blake3:1"}}
 
 
 def test_an_unknown_invokeai_scheduler_is_left() -> None:
-    foreign = read_foreign({"invokeai_metadata": json.dumps({"seed": 5, "scheduler": "kdpm_2_a_k"})})
-    assert foreign.unmapped == {"scheduler": "kdpm_2_a_k"}
+    found = read_tool_record({"invokeai_metadata": json.dumps({"seed": 5, "scheduler": "kdpm_2_a_k"})})
+    assert found.unmapped == {"scheduler": "kdpm_2_a_k"}
 
 
 def test_old_invokeai_records_map_with_their_bracketed_negative_prompt() -> None:
@@ -245,12 +248,12 @@ def test_old_invokeai_records_map_with_their_bracketed_negative_prompt() -> None
         "prompt": [{"prompt": "a cat [ugly] on a mat [blurry]", "weight": 1}], "steps": 50, "cfg_scale": 7.5,
         "height": 512, "width": 640, "seed": 9, "sampler": "k_euler_a", "type": "txt2img",
     }  # fmt: skip
-    foreign = read_foreign({"sd-metadata": json.dumps({"model_weights": "sd-1.5", "image": image})})
-    assert foreign.request == GenerationRequest(
+    found = read_tool_record({"sd-metadata": json.dumps({"model_weights": "sd-1.5", "image": image})})
+    assert found.request == GenerationRequest(
         prompt="a cat  on a mat", negative_prompt="ugly blurry", prompt_template="{prompt}", seed=9, width=640,
         height=512, steps=50, guidance_scale=7.5, scheduler="euler-a",
     )  # fmt: skip
-    assert foreign.unmapped == {"model_weights": "sd-1.5", "type": "txt2img"}
+    assert found.unmapped == {"model_weights": "sd-1.5", "type": "txt2img"}
 
 
 # hostile records
@@ -279,9 +282,9 @@ RECORDS = st.one_of(
 @given(RECORDS)
 def test_any_json_at_all_is_read_without_an_error_and_stays_json(record: Any) -> None:
     for key in ("prompt", "invokeai_metadata", "sd-metadata", "parameters"):
-        foreign = read_foreign({key: json.dumps(record)})
-        if foreign is not None:
-            json.dumps(foreign.unmapped, allow_nan=False)
+        found = read_tool_record({key: json.dumps(record)})
+        if found is not None:
+            json.dumps(found.unmapped, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -290,4 +293,4 @@ def test_any_json_at_all_is_read_without_an_error_and_stays_json(record: Any) ->
 def test_bad_json_is_refused_with_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         load_json(text)
-    assert read_foreign({"prompt": text, "invokeai_metadata": text, "sd-metadata": text}) is None
+    assert read_tool_record({"prompt": text, "invokeai_metadata": text, "sd-metadata": text}) is None

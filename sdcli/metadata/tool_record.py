@@ -1,0 +1,40 @@
+"""What the record of another tool says (A1111, ComfyUI, InvokeAI): a request where it maps, plain data where not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sdcli.errors import UsageError
+from sdcli.request.schema import GenerationRequest, parse_request
+
+Tool = Literal["a1111", "comfyui", "invokeai"]
+
+
+@dataclass(frozen=True)
+class ToolRecord:
+    """`request` holds the fields that map to ours; `unmapped` holds everything else, JSON-ready.
+
+    The prompt is the text that the tool's model saw, so its template is always the bare `{prompt}`. The tool's model
+    never becomes the request's model: its name says nothing about what is installed here.
+    """
+
+    tool: Tool
+    request: GenerationRequest | None
+    unmapped: dict[str, Any]
+
+
+def mapped_request(found: dict[str, Any], unmapped: dict[str, Any]) -> GenerationRequest | None:
+    """A request of the valid fields, or None where there is none; invalid ones are added to `unmapped`."""
+    valid = {}
+    for field, value in found.items():
+        try:
+            if isinstance(value, bool):
+                raise UsageError(f"{field}: should not be a boolean")
+            side = getattr(parse_request({field: value}), field)
+            if field in ("width", "height") and side % 8:  # all these tools generate on the latents of a VAE
+                raise UsageError(f"{field}: should be a multiple of 8, not {side}")
+            valid[field] = value
+        except UsageError:
+            unmapped[field] = value
+    return parse_request({**valid, "prompt_template": "{prompt}"}) if valid else None
