@@ -11,8 +11,8 @@ from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
 from sdcli.errors import UsageError
-from sdcli.images.pixels import fit, to_pixels
 from sdcli.images.image_files import image_from_bytes
+from sdcli.images.pixels import fit, to_pixels
 from sdcli.io.files import expanded
 from sdcli.request.fields import Extend, FileRef
 from sdcli.request.input_files import is_latents, pinned, read_pinned

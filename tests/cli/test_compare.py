@@ -205,7 +205,7 @@ def test_each_wrong_wish_and_broken_file_ends_with_its_own_error() -> None:
     cases = [
         (["a.png", "absent.png"], NotFound, "no file absent.png"),
         (["cut.png", "a.png"], BadImage, "cut.png"),
-        (["a.png", "text.png"], BadImage, "text.png: is no PNG"),
+        (["a.png", "text.png"], BadImage, "text.png: is not a PNG"),
         (["a.png", "."], BadImage, "is a folder"),
         (["a.png", "a.png", "--overwrite"], UsageError, "no effect without --diff"),
         (["a.png", "a.png", "--diff", "d.jpg"], UsageError, "should end in .png"),

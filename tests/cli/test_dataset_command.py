@@ -76,7 +76,7 @@ def test_json_is_one_object_with_everything(good: Path) -> None:
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert (found["ok"], found["used"], found["problems"]) == (False, 6, ["1 dropped"])
-    assert found["dropped"] == [{"name": "bad.png", "reason": "is no PNG, JPEG, WebP, BMP, GIF or TIFF image"}]
+    assert found["dropped"] == [{"name": "bad.png", "reason": "is not a PNG, JPEG, WebP, BMP, GIF or TIFF image"}]
     assert sum(bucket["pictures"] for bucket in found["buckets"]) == 6
 
 

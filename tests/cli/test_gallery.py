@@ -24,8 +24,8 @@ from sdcli.errors import BadImage, CannotWrite, NotFound, SomeFailed, UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.files import AlreadyExists
 from sdcli.metadata import gallery
-from sdcli.metadata.record import Record
 from sdcli.metadata.embed import image_bytes
+from sdcli.metadata.record import Record
 from sdcli.models.registry import load_registry
 from sdcli.request.schema import MAX_SEED, SCHEMA, GenerationRequest
 from tests.browser import Browser, browser
@@ -180,7 +180,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
 
 def thumbnail(image: Image.Image, path: Path, **options: Any) -> Image.Image:
     image.save(path, **options)
-    (entry,) = gallery.look([path])
+    (entry,) = gallery.read_entries([path])
     assert entry.thumbnail is not None, entry.error
     return Image.open(io.BytesIO(entry.thumbnail))
 
@@ -202,8 +202,8 @@ def test_thumbnails_are_small_upright_and_of_the_same_colours(tmp_path: Path) ->
 def test_of_very_many_images_no_thumbnails_are_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "MOST_EMBEDDED", 1)
     paths = [sample(tmp_path / name) for name in ("a.png", "b.png")]
-    assert [entry.thumbnail for entry in gallery.look(paths)] == [None, None]
-    assert next(gallery.look(paths[:1])).thumbnail is not None
+    assert [entry.thumbnail for entry in gallery.read_entries(paths)] == [None, None]
+    assert next(gallery.read_entries(paths[:1])).thumbnail is not None
 
 
 # In a browser
@@ -236,7 +236,7 @@ def test_hostile_metadata_is_shown_as_text_and_nothing_is_fetched(chromium: Brow
     assert sum("owned" in row for row in shown) == 3
     assert sum("x" * 300_000 in row for row in shown) == 1
     assert chromium.run("$('name').textContent") == image.name
-    assert chromium.run("$('painting').hidden") is True  # no argument of a command can be so long
+    assert chromium.run("$('generating').hidden") is True  # no argument of a command can be so long
     assert chromium.run("document.querySelectorAll('b, #facts img, #facts script').length") == 0
     assert chromium.run("[document.title, document.scripts.length]") == [tmp_path.name, before]
     chromium.run("document.querySelector('#large img').decode()")
@@ -300,9 +300,9 @@ def test_images_are_filtered_sorted_opened_compared_and_their_command_copied(chr
 
 @pytest.mark.slow
 def test_ten_thousand_images_are_in_the_page_and_few_in_the_document(chromium: Browser, tmp_path: Path) -> None:
-    (entry,) = gallery.look([sample(tmp_path / "a.png")])
+    (entry,) = gallery.read_entries([sample(tmp_path / "a.png")])
     page = tmp_path / "gallery.html"
-    like = gallery.described(entry, name="", page=page, command="sdcli generate")
+    like = gallery.entry_json(entry, name="", page=page, command="sdcli generate")
     images = ({**like, "name": f"{n}.png", "request": {"prompt": f"fox {n}", "seed": str(n)}} for n in range(10_000))
     page.write_text("".join(gallery.page("many", images)), encoding="utf-8")
     chromium.open(page)

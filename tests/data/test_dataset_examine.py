@@ -87,7 +87,7 @@ def test_the_report_names_at_most_three_examples_of_each_reason(tmp_path: Path) 
     found = examine(open_images(folder_of(tmp_path, files)), workers=1)
     lines = found.report()
     assert lines[0] == f"{tmp_path}: 1 of 7 are used, 6 dropped"
-    assert lines[1] == "  dropped 5: is no PNG, JPEG, WebP, BMP, GIF or TIFF image: 0.png, 1.png, 2.png, ..."
+    assert lines[1] == "  dropped 5: is not a PNG, JPEG, WebP, BMP, GIF or TIFF image: 0.png, 1.png, 2.png, ..."
     assert lines[2].startswith("  dropped 1: cannot be read: image file is truncated")
     assert lines[3] == "  1 without a caption: a.png"
     assert lines[4] == "  sizes 12x10; the smallest is a.png"

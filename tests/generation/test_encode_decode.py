@@ -733,7 +733,7 @@ def test_as_a_process_the_two_commands_speak_on_the_right_streams(sdcli: Run, tm
     started = time.monotonic()
     encoded = sdcli("encode", "a.png", "b.png", "-m", "tiny")
     assert (encoded.returncode, encoded.stdout) == (7, "latents/a.safetensors\n")
-    assert "b.png: is no PNG" in encoded.stderr
+    assert "b.png: is not a PNG" in encoded.stderr
     decoded = sdcli("decode", "latents/a.safetensors", "-q", "-o", "c.png")
     assert (decoded.returncode, decoded.stdout, decoded.stderr) == (0, "c.png\n", "")
     assert sdcli("decode", "latents/a.safetensors", "-o", "c.png").returncode == 8

@@ -151,7 +151,7 @@ def test_what_is_no_image_is_refused_whatever_its_name(tmp_path: Path) -> None:
     sample_image().save(ppm, "PPM")
     (tmp_path / "portable.png").write_bytes(ppm.getvalue())
     for path in tmp_path.glob("*.png"):
-        with pytest.raises(BadImage, match="is no PNG, JPEG, WebP, BMP, GIF or TIFF image"):
+        with pytest.raises(BadImage, match="is not a PNG, JPEG, WebP, BMP, GIF or TIFF image"):
             open_image(path)
     with pytest.raises(BadImage, match="folder"):
         open_image(tmp_path)

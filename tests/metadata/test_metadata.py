@@ -270,7 +270,7 @@ def test_an_image_without_a_record_says_so_and_shows_what_is_there(tmp_path: Pat
     [
         ("{", "damaged"),
         ("[" * 100_000, "nested too deeply"),
-        ("[]", "no object with a schema"),
+        ("[]", "not an object with a schema"),
         ('{"schema": 2, "request": {}, "provenance": {}}', "has schema 2, and this sdcli knows 1"),
         ('{"schema": 1, "request": [], "provenance": {}}', "should be objects"),
         ('{"schema": 1, "request": {"steps": "many"}, "provenance": {}}', "steps"),
@@ -379,7 +379,7 @@ def test_what_is_no_image_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     noise().save(tmp_path / "gif.png", "GIF")
     for name in ("text.png", "empty.png", "gif.png"):
-        with pytest.raises(BadImage, match="is no PNG, JPEG or WebP image"):
+        with pytest.raises(BadImage, match="is not a PNG, JPEG or WebP image"):
             read_image(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(BadImage, match="no ordinary file"):
