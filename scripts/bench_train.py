@@ -133,8 +133,8 @@ def make_images(folder: Path, size: int, *, count: int) -> None:
 def run_sdcli(options: argparse.Namespace) -> tuple[list[float], int]:
     from sdcli.models.registry import load_registry
     from sdcli.training.events import StepMetrics
-    from sdcli.training.settings import UnetSettings
     from sdcli.training.unet.session import UnetSession
+    from sdcli.training.unet.settings import UnetSettings
 
     never = 10**9
     settings = UnetSettings(

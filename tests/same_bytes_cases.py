@@ -634,9 +634,6 @@ def trainings() -> Iterator[tuple[str, list[Command]]]:
     yield "train-vae/small", [[*vae, "--from-scratch", f"{IN}/small-vae/vae/config.json"]]
     text = ["train-text-encoder", f"{IN}/captions.txt", *shared, *cached, "--vocab-size", "520", "--max-length", "16"]
     text += ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "2", "--train-batch-size", "4"]
-    both = ["--objective", "contrastive", "--objective", "lm:0.2"]
-    yield "train-text/lm", [text]
-    yield "train-text/contrastive", [[*text[:1], f"{IN}/pictures", *text[2:], *both]]
     yield "train-text/distil", [[*text, "--teacher", f"{IN}/teacher.safetensors", "--objective", "distil"]]
     yield (
         "train-text/align",

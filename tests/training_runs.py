@@ -11,11 +11,13 @@ import numpy as np
 from PIL import Image
 
 from sdcli.models.registry import load_registry
+from sdcli.training.config_files import settings_from
 from sdcli.training.controlnet.session import ControlNetSession
+from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.events import Event
 from sdcli.training.session import Session
-from sdcli.training.settings import ControlNetSettings, UnetSettings, settings_from
 from sdcli.training.unet.session import UnetSession
+from sdcli.training.unet.settings import UnetSettings
 
 QUICK: dict[str, Any] = {
     "model": "tiny",

@@ -32,7 +32,8 @@ from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SomeFailed, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import ModelSpec, load_registry
-from sdcli.training.settings import ImageSettings, cache_folder, settings_from
+from sdcli.training.config_files import settings_from
+from sdcli.training.settings import ImageSettings, cache_folder
 
 if TYPE_CHECKING:
     from sdcli.cli.ui.training_progress import TrainingDisplay

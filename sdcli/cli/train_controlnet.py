@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdcli.cli.training_command import Trainer
 from sdcli.models.registry import Registry
-from sdcli.training.settings import ControlNetSettings
+from sdcli.training.controlnet.settings import ControlNetSettings
 
 if TYPE_CHECKING:
     from sdcli.training.controlnet.session import ControlNetSession

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdcli.cli.training_command import Trainer
 from sdcli.models.registry import Registry
-from sdcli.training.settings import TextSettings
+from sdcli.training.text_encoder.settings import TextSettings
 
 if TYPE_CHECKING:
     from sdcli.training.text_encoder.session import TextSession

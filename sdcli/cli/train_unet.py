@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdcli.cli.training_command import Trainer
 from sdcli.models.registry import Registry
-from sdcli.training.settings import UnetSettings
+from sdcli.training.unet.settings import UnetSettings
 
 if TYPE_CHECKING:
     from sdcli.training.unet.session import UnetSession

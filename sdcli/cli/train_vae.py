@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdcli.cli.training_command import Trainer
 from sdcli.models.registry import Registry
-from sdcli.training.settings import VaeSettings
+from sdcli.training.vae.settings import VaeSettings
 
 if TYPE_CHECKING:
     from sdcli.training.vae.session import VaeSession

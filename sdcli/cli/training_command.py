@@ -26,7 +26,8 @@ from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import BadOutput, Interrupted, SdcliError, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import Registry, load_registry
-from sdcli.training.settings import TrainSettings, read_config, settings_from
+from sdcli.training.config_files import read_config, settings_from
+from sdcli.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from sdcli.training.events import Event

@@ -23,7 +23,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from sdcli.data.sources import open_images
-from sdcli.training.settings import TextSettings, UnetSettings, VaeSettings, settings_from
+from sdcli.training.config_files import settings_from
+from sdcli.training.text_encoder.settings import TextSettings
+from sdcli.training.unet.settings import UnetSettings
+from sdcli.training.vae.settings import VaeSettings
 from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts" / "starter"

@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader
 
 from sdcli.errors import BadOutput, CannotWrite, NotFound, SdcliError, UsageError
 from sdcli.models.registry import load_registry
+from sdcli.training.config_files import settings_from
 from sdcli.training.events import Event, RunNote, StepMetrics
-from sdcli.training.settings import UnetSettings, settings_from
 from sdcli.training.state import checkpoint
 from sdcli.training.state.checkpoint import newest_checkpoint, verify_checkpoint
 from sdcli.training.unet.session import UnetSession
+from sdcli.training.unet.settings import UnetSettings
 from tests.conftest import REPOSITORY, Disk
 from tests.faults import WRITING, Call, Hook, failing, nothing, watched
 from tests.training_runs import QUICK, captioned_images, fresh_accelerator, same_checkpoint, train_unet

@@ -311,7 +311,8 @@ def test_the_feed_counts_the_time_that_was_waited(tmp_path: Path) -> None:
 
 def test_settings_are_what_toml_yaml_and_flags_say(tmp_path: Path) -> None:
     from sdcli.errors import UsageError
-    from sdcli.training.settings import UnetSettings, settings_from
+    from sdcli.training.settings import settings_from
+    from sdcli.training.unet.settings import UnetSettings
 
     (tmp_path / "a.toml").write_text('learning-rate = 0.5\nrank = 4\nsample_prompts = ["a cat", "a dog"]\n')
     (tmp_path / "a.yaml").write_text("learning_rate: 0.5\nrank: 4\nsample-prompts: [a cat, a dog]\n")

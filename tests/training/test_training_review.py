@@ -20,20 +20,18 @@ from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import CannotWrite, Interrupted, UsageError
 from sdcli.models.registry import load_registry
+from sdcli.training.config_files import settings_from
+from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.events import RunNote, SamplesSaved
 from sdcli.training.loop import make_accelerator
 from sdcli.training.run_folder import begin, check_free
-from sdcli.training.settings import (
-    ControlNetSettings,
-    TextSettings,
-    TrainSettings,
-    UnetSettings,
-    VaeSettings,
-    settings_from,
-)
+from sdcli.training.settings import TrainSettings
 from sdcli.training.task import Networks
+from sdcli.training.text_encoder.settings import TextSettings
 from sdcli.training.unet.session import UnetSession
+from sdcli.training.unet.settings import UnetSettings
 from sdcli.training.unet.task import UnetTask
+from sdcli.training.vae.settings import VaeSettings
 from tests.conftest import Run
 from tests.training_runs import captioned_images, class_images, fresh_accelerator, train_unet
 

@@ -21,6 +21,7 @@ from sdcli.models.controlnet import load_controlnet
 from sdcli.models.loader import LoadedModel
 from sdcli.models.registry import Registry
 from sdcli.training import model_parts
+from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.controlnet.task import ControlNetTask, new_controlnet
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
@@ -29,7 +30,6 @@ from sdcli.training.inputs.sources import Latents, Pixels, WithMaps
 from sdcli.training.memory import controlnet_memory
 from sdcli.training.sample_images import SampleSheet
 from sdcli.training.session import RunSetup, Session, fingerprint
-from sdcli.training.settings import ControlNetSettings
 from sdcli.training.unet.task import Objective
 
 MOST_SAMPLES = 8

@@ -1,4 +1,4 @@
-"""`sdcli train-text-encoder` from its settings to a task: captions, vocabulary, network, teacher."""
+"""`sdcli train-text-encoder` from its settings to a task: captions, vocabulary, network and teacher."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from typing import ClassVar
 
 import torch
 
-from sdcli.encoders.clip import ClipTextConfig
+from sdcli.encoders.clip import ClipTextConfig, ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.models.loader import LoadedModel
 from sdcli.models.registry import Registry
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
 from sdcli.training.session import RunSetup, Session, fingerprint
-from sdcli.training.settings import TextSettings, cache_folder
+from sdcli.training.settings import cache_folder
 from sdcli.training.text_encoder.caption_files import Captions, read_captions
-from sdcli.training.text_encoder.task import (
-    TextEncoderTask,
-    TrainedTextEncoder,
-    copy_text_encoder,
-    new_text_encoder,
-    parse_objectives,
-)
+from sdcli.training.text_encoder.network import copy_text_encoder, new_text_encoder
+from sdcli.training.text_encoder.settings import TextSettings
+from sdcli.training.text_encoder.task import TextEncoderTask, parse_objectives
 from sdcli.training.text_encoder.teachers import TeacherVectors, open_teacher
 from sdcli.training.text_encoder.vocabulary import train_vocabulary
 
@@ -64,7 +60,7 @@ class TextSession(Session[TextSettings]):
             validation_split=settings.validation_split,
             word_dropout=settings.word_dropout,
             temperature=settings.temperature,
-            continued=model is not None,
+            pretrained=model is not None,
         )
         trained = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
         files = ModelFiles.around(model, trained=trained, averaged=("text_encoder",) if settings.use_ema else ())
@@ -88,8 +84,8 @@ class TextSession(Session[TextSettings]):
             },
         )
 
-    def _network(self, captions: Captions) -> tuple[LoadedModel | None, TrainedTextEncoder, ClipTokenizer]:
-        """The model to go on with (None from nothing), its text encoder, and the tokenizer."""
+    def _network(self, captions: Captions) -> tuple[LoadedModel | None, ClipTextEncoder, ClipTokenizer]:
+        """The base model (None when training from random weights), the text encoder to train, and the tokenizer."""
         settings = self.settings
         if settings.model is not None:
             model = load_to_train(self._registry.find(settings.model), device="cpu", needs="text_encoder")
@@ -105,13 +101,13 @@ class TextSession(Session[TextSettings]):
         return None, new_text_encoder(config, tokenizer, seed=settings.seed), tokenizer
 
     def _vectors(self, captions: Captions) -> Generator[Event, None, torch.Tensor | None]:
-        """What the teacher says of each caption; kept in the cache, filled by the first process."""
+        """The teacher's vector of each caption, from the cache, which the first process fills."""
         settings = self.settings
         if settings.teacher is None:
             return None
         with self.accelerator.main_process_first():
             teacher = open_teacher(settings.teacher.expanduser(), device=self.accelerator.device)
-            kept = TeacherVectors.of(teacher, cache_folder(settings.cache_dir) / "teachers")
-            for done, total in kept.learn(teacher, captions.texts):
-                yield Preparation("asking the teacher", done, total)
-        return kept.vectors(captions.texts)
+            vectors = TeacherVectors.of(teacher, cache_folder(settings.cache_dir) / "teachers")
+            for done, total in vectors.compute(teacher, captions.texts):
+                yield Preparation("computing the teacher's vectors", done, total)
+        return vectors.vectors(captions.texts)

@@ -1,4 +1,4 @@
-"""Teachers of a text encoder: what a sentence encoder says a text means, as a vector, computed once and kept.
+"""Teachers of a text encoder: sentence encoders, or files of their vectors, and a cache of what they compute.
 
 Distillation from sentence embeddings: Reimers & Gurevych 2020, "Making Monolingual Sentence Embeddings Multilingual
 using Knowledge Distillation".
@@ -26,30 +26,29 @@ from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import sha256, write_whole
 from sdcli.io.weight_files import check_header, shards
 from sdcli.io.weights import fill, read_tensors
-from sdcli.training.text_encoder.vocabulary import in_this_thread
 
 ENCODERS = {"bert": "BertModel", "distilbert": "DistilBertModel", "mpnet": "MPNetModel", "roberta": "RobertaModel"}
-"""model_type in a config.json -> the only classes of transformers that a teacher may be of."""
+"""model_type in a config.json -> the class of transformers; a teacher may be of these only."""
 BATCH = 64
-KEPT_TOGETHER = 64 * BATCH
-"""Texts whose vectors share a file of the cache."""
+TEXTS_PER_FILE = 64 * BATCH
+"""Texts whose vectors are stored in one file of the cache."""
 MAX_JSON_BYTES = 2**24
 _VECTORS, _TEXTS, _KEYS = "vectors", "texts", "keys"
 
 
 class Teacher(Protocol):
-    """Says what texts mean."""
+    """Maps texts to vectors of their meaning."""
 
     @property
     def identity(self) -> str:
-        """Changes with the teacher's files: `sha256:<64 hex digits>`."""
+        """A digest of the teacher's files: `sha256:<64 hex digits>`."""
 
     def __call__(self, texts: Sequence[str], /) -> Tensor:
         """Texts -> unit vectors [n, D], float32 on the CPU. Raises UsageError and BadWeights."""
 
 
 def open_teacher(path: Path, *, device: torch.device | str = "cpu") -> Teacher:
-    """A folder with a sentence encoder, or a .safetensors or .npz file of vectors.
+    """Open a folder with a sentence encoder, or a .safetensors or .npz file of vectors.
 
     Raises NotFound, UsageError and BadWeights.
     """
@@ -75,9 +74,9 @@ class SentenceEncoder:
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device) -> SentenceEncoder:
-        """From config.json, model.safetensors, tokenizer.json and, where there are some, sentence-transformers' files.
+        """Load config.json, model.safetensors, tokenizer.json and, if present, sentence-transformers' files.
 
-        Nothing is downloaded and no code of the folder is run. Raises NotFound, UsageError and BadWeights.
+        Nothing is downloaded and no code of the folder is executed. Raises NotFound, UsageError and BadWeights.
         """
         config = _json(folder / "config.json")
         name = ENCODERS.get(str(config.get("model_type")))
@@ -103,10 +102,9 @@ class SentenceEncoder:
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         device = next(self.network.parameters()).device
-        with in_this_thread():
-            encoded = self.tokenizer.encode_batch(list(texts))
-        ids = torch.tensor([encoding.ids for encoding in encoded], device=device)
-        mask = torch.tensor([encoding.attention_mask for encoding in encoded], device=device)
+        encodings = self.tokenizer.encode_batch(list(texts))
+        ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
         hidden = self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         if self.pooling == "cls":
             pooled = hidden[:, 0]
@@ -116,20 +114,20 @@ class SentenceEncoder:
 
 
 def _network(folder: Path, name: str, config: Mapping[str, Any]) -> nn.Module:
-    """The network, with our own reading of weights: no pickle, no mapped file, no adapter that a folder names."""
+    """The network with weights read by `io.weights`: no pickle, no memory map, no adapter that the folder names."""
     import transformers
 
     kind = getattr(transformers, name)
     try:
-        with torch.random.fork_rng(devices=[]):  # its random start is overwritten, and must not move ours
+        with torch.random.fork_rng(devices=[]):  # its random initialisation must not advance the global generator
             network: nn.Module = kind(kind.config_class.from_dict(dict(config)))
-    except Exception as error:  # whatever the library makes of a strange configuration
-        raise BadWeights(f"{folder}: its configuration describes no {name}: {error}") from None
+    except Exception as error:  # the library fails in many ways for a bad configuration
+        raise BadWeights(f"{folder}: its configuration does not describe a {name}: {error}") from None
     wanted, prefix = set(network.state_dict()), f"{kind.base_model_prefix}."
     tensors: dict[str, Tensor] = {}
     for file in shards(folder, "model"):
         tensors |= read_tensors(file, torch.float32, rename=lambda stored: _known(stored.removeprefix(prefix), wanted))
-    # The pooler is a head of BERT's own that sentence encoders do not use, and often leave out.
+    # The pooler is a head of BERT that sentence encoders do not use, and that their files often lack.
     unused = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("pooler.")}
     fill(network, {**unused, **tensors}, source=str(folder))
     return network.eval()
@@ -140,12 +138,12 @@ def _known(name: str, wanted: set[str]) -> str | None:
 
 
 def _pooling(folder: Path) -> str:
-    """How sentence-transformers' files say that token states become one vector; the mean where they say nothing."""
+    """The pooling of token states according to sentence-transformers' files; the mean if there are none."""
     modules = _json(folder / "modules.json", missing=[])
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
-        raise UsageError(f"{folder} has a layer that sdcli does not know as a teacher's: {', '.join(sorted(unknown))}")
+        raise UsageError(f"{folder} has layers that sdcli does not support in a teacher: {', '.join(sorted(unknown))}")
     config = _json(folder / "1_Pooling" / "config.json", missing={"pooling_mode_mean_tokens": True})
     modes = [
         name.removeprefix("pooling_mode_")
@@ -156,7 +154,7 @@ def _pooling(folder: Path) -> str:
     pooling = {"mean_tokens": "mean", "cls_token": "cls"}.get(modes[0]) if len(modes) == 1 else None
     if pooling is None:
         raise UsageError(
-            f"{folder} pools by {' and '.join(modes)}; sdcli knows the mean over tokens and the first token"
+            f"{folder} pools by {' and '.join(modes)}; sdcli supports the mean over the tokens and the first token"
         )
     return pooling
 
@@ -168,10 +166,10 @@ def _tokenizer(folder: Path, *, limit: int, pad_id: Any) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for a bad file
-        raise BadWeights(f"{path} is no tokenizer: {error}") from None
+        raise BadWeights(f"{path} is not a tokenizer: {error}") from None
     pad = tokenizer.id_to_token(pad_id) if isinstance(pad_id, int) and pad_id >= 0 else None
     if pad is None:
-        raise BadWeights(f"{folder}: its config.json names {pad_id!r} as padding, which its tokenizer does not know")
+        raise BadWeights(f"{folder}: its config.json has the padding token {pad_id!r}, which its tokenizer lacks")
     tokenizer.enable_truncation(limit)
     tokenizer.enable_padding(pad_id=pad_id, pad_token=pad)
     return tokenizer
@@ -182,7 +180,7 @@ def _tokenizer(folder: Path, *, limit: int, pad_id: Any) -> Tokenizer:
 
 @dataclass(frozen=True)
 class StoredVectors:
-    """Vectors that somebody computed: a text is looked up, letter by letter the same."""
+    """Precomputed vectors of texts, looked up by the exact text."""
 
     path: Path
     rows: Mapping[str, int]
@@ -190,7 +188,7 @@ class StoredVectors:
 
     @classmethod
     def load(cls, path: Path) -> StoredVectors:
-        """`vectors` [n, D] and `texts`: in an .npz an array of n strings, in a .safetensors a JSON list as uint8 bytes.
+        """Load `vectors` [n, D] and `texts`: in an .npz an array of n strings, in a .safetensors a JSON list as uint8.
 
         Raises UsageError and BadWeights.
         """
@@ -204,7 +202,7 @@ class StoredVectors:
         if vectors.ndim != 2 or len(vectors) != len(texts) or not vectors.numel():
             shape = "x".join(map(str, vectors.shape))
             raise BadWeights(
-                f"{path} holds {len(texts)} texts and vectors of shape {shape}; there should be one a text"
+                f"{path} holds {len(texts)} texts and vectors of shape {shape}; there must be one vector per text"
             )
         return cls(path, {text: row for row, text in enumerate(texts)}, _unit(vectors.float(), source=str(path)))
 
@@ -242,66 +240,67 @@ def _read_npz(path: Path) -> tuple[list[str], Tensor]:
             texts, vectors = file[_TEXTS], file[_VECTORS]
     except KeyError:
         raise BadWeights(f"{path} holds no arrays {_VECTORS!r} and {_TEXTS!r}") from None
-    except Exception as error:  # numpy and zipfile fail in a dozen ways
+    except Exception as error:  # numpy and zipfile raise many kinds of errors for a bad file
         raise BadWeights(f"{path} cannot be read: {error}") from None
     if texts.dtype.kind != "U" or texts.ndim != 1 or vectors.dtype.kind != "f":
         raise BadWeights(f"{path} should hold {_TEXTS!r}, strings [n], and {_VECTORS!r}, floating-point numbers [n, D]")
     return texts.tolist(), torch.from_numpy(vectors.astype(np.float32))
 
 
-# Vectors that are kept
+# The cache
 
 
 @dataclass
 class TeacherVectors:
-    """A teacher's vectors by text: in memory, and in a folder where there is one.
+    """A teacher's vectors by text, in memory and, with a `folder`, in files there.
 
-    A text's key is the SHA-256 of the teacher's identity and the text, so that another teacher's vectors are never met.
+    A text's key is the SHA-256 of the teacher's identity and the text, so vectors of another teacher are never used.
     """
 
     identity: str
     folder: Path | None
     broken: list[Path] = field(default_factory=list)
-    """Files of the folder that could not be read; what they held is computed again."""
+    """Files of the folder that could not be read; their vectors are computed again."""
     _known: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, teacher: Teacher, cache: Path | None) -> TeacherVectors:
-        """With what the cache folder knows of this teacher already; vectors that are looked up need no cache."""
+        """Open the cache of a teacher; precomputed vectors need no files."""
         if cache is None or isinstance(teacher, StoredVectors):
             return cls(teacher.identity, None)
         name = hashlib.sha256(teacher.identity.encode()).hexdigest()[:16]
-        kept = cls(teacher.identity, cache / f"teacher-{name}")
-        for path in sorted(kept.folder.glob("*.safetensors")) if kept.folder is not None else ():
-            kept._take_in(path)
-        return kept
+        folder = cache / f"teacher-{name}"
+        vectors = cls(teacher.identity, folder)
+        for path in sorted(folder.glob("*.safetensors")):
+            vectors._read(path)
+        return vectors
 
-    def learn(self, teacher: Teacher, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Compute what is missing and keep it; yields how many of how many are done, and goes on where it was stopped.
+    def compute(self, teacher: Teacher, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """Compute and store the missing vectors; yields (done, total). Stopped half-way, it continues there next time.
 
-        Raises CannotWrite, and what the teacher raises.
+        Raises CannotWrite, and whatever the teacher raises.
         """
         missing = sorted(
             {text for text in texts if self._key(text) not in self._known}, key=lambda text: (len(text), text)
         )
         done = 0
-        for first in range(0, len(missing), KEPT_TOGETHER):
-            together = missing[first : first + KEPT_TOGETHER]
-            found = []
-            for start in range(0, len(together), BATCH):  # texts of like length, so that little is padding
-                found.append(teacher(together[start : start + BATCH]))
-                done += len(found[-1])
+        for first in range(0, len(missing), TEXTS_PER_FILE):
+            together = missing[first : first + TEXTS_PER_FILE]
+            vectors = []
+            for start in range(0, len(together), BATCH):  # sorted by length, so that there is little padding
+                vectors.append(teacher(together[start : start + BATCH]))
+                done += len(vectors[-1])
                 yield done, len(missing)
-            self._keep([self._key(text) for text in together], torch.cat(found))
+            self._store([self._key(text) for text in together], torch.cat(vectors))
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors [n, D] of texts that were learned, float32."""
+        """The unit vectors [n, D] of texts whose vectors are there, float32."""
         return torch.stack([self._known[self._key(text)] for text in texts])
 
     def _key(self, text: str) -> bytes:
         return hashlib.sha256(f"{self.identity}\0{text}".encode()).digest()
 
-    def _keep(self, keys: list[bytes], vectors: Tensor) -> None:
+    def _store(self, keys: list[bytes], vectors: Tensor) -> None:
         self._known.update(zip(keys, vectors, strict=True))
         if self.folder is not None:
             joined = b"".join(keys)
@@ -309,16 +308,16 @@ class TeacherVectors:
             path = self.folder / f"{hashlib.sha256(joined).hexdigest()[:32]}.safetensors"
             write_whole(path, save({_KEYS: table, _VECTORS: vectors.contiguous()}), overwrite=True)
 
-    def _take_in(self, path: Path) -> None:
+    def _read(self, path: Path) -> None:
         try:
             header = check_header(path)
             if not {_KEYS, _VECTORS} <= set(header):
-                raise BadWeights("no vectors")
+                raise BadWeights("it lacks keys or vectors")
             with safe_open(path, framework="pt", backend="pread") as file:
                 keys, vectors = file.get_tensor(_KEYS), file.get_tensor(_VECTORS)
             sound = keys.dtype == torch.uint8 and keys.shape == (len(vectors), 32) and vectors.dtype == torch.float32
             if not sound or not torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-3):
-                raise BadWeights("no unit vectors")
+                raise BadWeights("its vectors are not unit vectors")
         except (BadWeights, SafetensorError, OSError, RuntimeError, IndexError, TypeError):
             self.broken.append(path)
             return
@@ -330,12 +329,12 @@ class TeacherVectors:
 
 def _unit(vectors: Tensor, *, source: str) -> Tensor:
     if not vectors.isfinite().all() or not vectors.norm(dim=1).all():
-        raise BadWeights(f"{source} gives vectors that are zero or not finite")
+        raise BadWeights(f"{source} has vectors that are zero or not finite")
     return F.normalize(vectors, dim=1)
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """`sha256:` of the contents of the files that are there, and of which those are."""
+    """`sha256:` of the names and contents of those files that exist."""
     total = hashlib.sha256()
     for path in paths:
         if path.is_file():
@@ -344,7 +343,7 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def _json(path: Path, *, missing: Any = None) -> Any:
-    """What a JSON file holds, of the same kind as `missing` (an object). Raises NotFound and BadWeights."""
+    """The content of a JSON file, of the type of `missing` (default: object). Raises NotFound and BadWeights."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise BadWeights(f"{path} is larger than any configuration")
@@ -358,5 +357,5 @@ def _json(path: Path, *, missing: Any = None) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise BadWeights(f"{path} cannot be read: {error}") from None
     if not isinstance(data, type({} if missing is None else missing)):
-        raise BadWeights(f"{path} is no such file as sentence-transformers writes")
+        raise BadWeights(f"{path} is not a file as sentence-transformers writes it")
     return data

@@ -1,11 +1,10 @@
-"""Captions -> a BPE vocabulary in CLIP's dialect, and a tokenizer folder that sdcli and transformers read alike."""
+"""Learns a BPE vocabulary in CLIP's format from captions, and writes tokenizer folders for sdcli and transformers."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,24 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from sdcli.encoders.tokenizer import END, START, WORD_END, ClipTokenizer, clip_bpe
 from sdcli.errors import UsageError
 
+# The library reads this at each call. Its thread pool does not survive a fork, and it would warn at every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 LETTERS: tuple[str, ...] = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
-"""The 256 letters that stand for bytes, in the order of CLIP's vocabulary."""
+"""The 256 characters that stand for bytes, in the order of CLIP's vocabulary."""
 MIN_SIZE = 2 * len(LETTERS) + 2
-"""Every byte, inside a word and at its end; start and end."""
+"""Every byte, inside a word and at its end; the start and the end token."""
 MAX_LENGTH = 77
 MIN_FREQUENCY = 2
-"""A pair that occurs once is no pattern."""
+"""Occurrences of a pair before it is merged."""
 
 
 def train_vocabulary(texts: Iterable[str], *, size: int, max_length: int) -> ClipTokenizer:
     """Learn at most `size` tokens by byte-pair encoding (Sennrich et al. 2016), laid out as CLIP's vocabulary.
 
-    Ids: 256 bytes, 256 bytes that end a word, then what was merged in the order of merging, start, end. So no text is
-    without tokens. The vocabulary is smaller than `size` where the texts have no more pairs that occur twice. It
-    depends on the texts, not on their order. `max_length` counts start and end. Raises UsageError.
+    Ids: 256 bytes, 256 bytes that end a word, then the merged tokens in the order of merging, start, end. So every text
+    has tokens. The vocabulary is smaller than `size` where no more pairs occur twice. It depends on the texts, not on
+    their order. `max_length` counts start and end. Raises UsageError.
     """
     if size < MIN_SIZE:
         raise UsageError(f"a vocabulary has at least {MIN_SIZE} tokens (every byte twice, start and end), not {size}")
@@ -46,8 +48,7 @@ def train_vocabulary(texts: Iterable[str], *, size: int, max_length: int) -> Cli
         end_of_word_suffix=WORD_END,
     )
     learner = clip_bpe({}, [])
-    with in_this_thread():
-        learner.train_from_iterator((text.replace(START, " ").replace(END, " ") for text in texts), trainer)
+    learner.train_from_iterator((text.replace(START, " ").replace(END, " ") for text in texts), trainer)
     vocabulary, merges = _learned(learner)
     for token in (START, END):
         vocabulary[token] = len(vocabulary)
@@ -60,7 +61,7 @@ def train_vocabulary(texts: Iterable[str], *, size: int, max_length: int) -> Cli
 def save_tokenizer(tokenizer: ClipTokenizer, folder: Path) -> None:
     """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
 
-    A tokenizer that knows more special words than these files can say gets a tokenizer.json too.
+    A tokenizer with further special tokens, which these files cannot hold, gets a tokenizer.json too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, merges = _learned(tokenizer.tokenizer)
@@ -80,23 +81,8 @@ def save_tokenizer(tokenizer: ClipTokenizer, folder: Path) -> None:
         _write(folder / "tokenizer.json", tokenizer.tokenizer.to_str())
 
 
-@contextlib.contextmanager
-def in_this_thread() -> Iterator[None]:
-    """Let the tokenizers library work in this thread only: after its own threads ran, it warns at every fork."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _learned(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary, by id, and merges of a tokenizer."""
+    """A tokenizer's vocabulary, sorted by id, and its merges."""
     model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
     vocabulary = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
     return vocabulary, [(left, right) for left, right in model["merges"]]

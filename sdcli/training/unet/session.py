@@ -29,7 +29,7 @@ from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
 from sdcli.training.sample_images import SampleSheet, default_prompts
 from sdcli.training.session import RunSetup, Session, fingerprint
-from sdcli.training.settings import UnetSettings
+from sdcli.training.unet.settings import UnetSettings
 from sdcli.training.unet.task import Objective, UnetTask
 from sdcli.vae.autoencoder import cell, scaling_factor
 

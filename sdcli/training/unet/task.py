@@ -31,6 +31,7 @@ from sdcli.training.objective import (
 from sdcli.training.settings import DenoiserSettings
 from sdcli.training.state.state_files import write_tensors
 from sdcli.training.task import Batch, Draw, Losses, Networks, OptimizerPhase
+from sdcli.training.text_encoder.network import write_text_encoder
 from sdcli.vae.autoencoder import cell, moments, scaling_factor
 
 VALIDATION_TIMES = 4
@@ -234,6 +235,4 @@ def write_network(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor
         network.save_config(folder)  # type: ignore[operator]
         write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
     else:
-        from sdcli.training.text_encoder.task import write_text_encoder
-
         write_text_encoder(folder, network, tensors)

@@ -18,8 +18,8 @@ from sdcli.training.inputs.sources import Pixels
 from sdcli.training.memory import vae_memory
 from sdcli.training.model_parts import ModelFiles, config_file, load_to_train, new_network
 from sdcli.training.session import RunSetup, Session, fingerprint
-from sdcli.training.settings import VaeSettings
 from sdcli.training.vae.losses import load_lpips
+from sdcli.training.vae.settings import VaeSettings
 from sdcli.training.vae.task import VaeObjective, VaeTask
 from sdcli.vae.autoencoder import cell, has_distribution
 

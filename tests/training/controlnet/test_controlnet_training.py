@@ -27,9 +27,10 @@ from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.request.schema import parse_request
 from sdcli.training import memory
+from sdcli.training.config_files import settings_from
+from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.controlnet.task import ControlNetTask
 from sdcli.training.events import CheckpointSaved, RunNote, SamplesSaved, ValidationMetrics
-from sdcli.training.settings import ControlNetSettings, settings_from
 from sdcli.training.task import Draw
 from tests.conftest import Run
 from tests.training_runs import captioned_images, controlnet_session, same_checkpoint, train_controlnet

@@ -525,8 +525,9 @@ def test_checkpoints_are_told_as_soon_as_they_are_whole(tmp_path: Path, images: 
 
 @pytest.mark.slow
 def test_the_settings_of_a_run_repeat_it(tmp_path: Path, images: Path) -> None:
-    from sdcli.training.settings import UnetSettings, settings_from
+    from sdcli.training.config_files import settings_from
     from sdcli.training.unet.session import UnetSession
+    from sdcli.training.unet.settings import UnetSettings
     from tests.training_runs import fresh_accelerator, run_session
 
     train_unet(images, tmp_path / "first", max_train_steps=2, rank=2, seed=5)
