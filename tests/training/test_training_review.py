@@ -46,7 +46,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "typed", "sentence"),
     [
-        (UnetSettings, {"prompt_template": "glossy"}, "no {prompt}"),
+        (UnetSettings, {"prompt_template": "glossy"}, "lacks {prompt}"),
         (VaeSettings, {"caption_extension": ".cap"}, "without captions"),
         (TextSettings, {"gradient_checkpointing": True}, "no effect on a text encoder"),
         (TextSettings, {"channels_last": True}, "no effect on a text encoder"),

@@ -280,7 +280,7 @@ def test_what_leaves_the_maps_open_is_refused(tmp_path: Path, images: Path) -> N
 
 
 REFUSED = [
-    ({"preprocessor": "softedge", "conditioning_data_dir": "maps"}, "both say where the maps come from"),
+    ({"preprocessor": "softedge", "conditioning_data_dir": "maps"}, "are both sources of maps"),
     ({"preprocessor": "none"}, "should be"),
     ({"preprocessor": "cany"}, "preprocessor"),
     ({"preprocessor": "softedge", "keep_tokens": 2}, "--keep-tokens has no effect without --shuffle-caption"),
