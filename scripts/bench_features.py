@@ -86,7 +86,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
     import torch
 
     from sdcli.cli.ui.preview import Preview, to_file
-    from sdcli.diffusion.init_image import measure
+    from sdcli.diffusion.input_images import measure
     from sdcli.generation.engine import Engine, Progress, Result
     from sdcli.generation.resolve.jobs import ResolvedJob
     from sdcli.generation.resolve.resolve import resolve

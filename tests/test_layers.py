@@ -65,9 +65,7 @@ def own_imports_of(module: str) -> Iterator[tuple[int, str]]:
             yield line, inner
 
 
-STILL_UPWARD = {
-    ("models.loader", "diffusion.attention.sliced"),
-}
+STILL_UPWARD = {}
 """Imports that were there before the folders were layers; each of them goes."""
 
 

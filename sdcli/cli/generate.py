@@ -374,8 +374,8 @@ def _may_choose(choices: Wildcards, text: str) -> bool:
 
 
 def _measure(start: FileRef, cell: int) -> tuple[int, int]:
-    """`start_images.measure`, which is imported only where there is a start image."""
-    from sdcli.diffusion.init_image import measure
+    """`input_images.measure`, which is imported only where there is an init image."""
+    from sdcli.diffusion.input_images import measure
 
     return measure(start, cell)
 

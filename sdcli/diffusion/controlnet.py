@@ -1,7 +1,7 @@
-"""ControlNets beside the network: what they add to its features; Zhang et al. 2023, arXiv 2302.05543.
+"""ControlNets in the loop: the residuals they add to the network's features; Zhang et al. 2023, arXiv 2302.05543.
 
-The rules are those of diffusers' StableDiffusionControlNetPipeline: several are added up, each has a weight and a part
-of the steps, and in guess mode they see the conditional half alone, with weights that grow with the depth, 0.1 to 1.
+As in diffusers' StableDiffusionControlNetPipeline: the residuals of several are summed, each has a weight and a part
+of the steps, and in guess mode they get the conditional half alone, with weights that grow with the depth, 0.1 to 1.
 """
 
 from __future__ import annotations
@@ -13,42 +13,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdcli.diffusion.pipeline import Pipeline
 from sdcli.encoders.condition import Conditioning
 from sdcli.io.lean_diffusers import ControlNetModel
+from sdcli.models.controlnet import controlnet_of
+from sdcli.request.schema import ResolvedRequest
 
 Residuals = Callable[[Tensor, Tensor], Mapping[str, Any]]
 """(x [B, C, h, w], timestep) -> what the network takes beside its condition; nothing where no control is active."""
-Under = Callable[[Conditioning], Residuals]
-"""A step's conditioning -> what the controls add under it."""
 
 
 @dataclass(frozen=True)
 class ActiveControl:
-    """A ControlNet, the maps [B, 3, H, W] in 0..1 that it sees, and how strongly and when it is listened to."""
+    """A ControlNet, its input maps [B, 3, H, W] in 0..1, its weight, and the steps in which it is active."""
 
     network: ControlNetModel
     maps: Tensor
     weight: float
     is_active: Callable[[int, int], bool]
-    """(index, count) -> whether it has a say in that step, from 0."""
+    """(index, count) -> whether it adds residuals in that step, counted from 0."""
 
 
-def residuals_along(
-    controls: Sequence[ActiveControl], timesteps: Tensor, *, guess: bool = False
+def active_controls(pipeline: Pipeline, requests: Sequence[ResolvedRequest]) -> list[ActiveControl]:
+    """The controls of one pass, their maps at the size of its requests, which differ in the maps' images alone.
+
+    Raises NotFound, BadImage and UsageError for the files that the requests name.
+    """
+    model, size = pipeline.model, (requests[0].width, requests[0].height)
+
+    def maps(number: int) -> Tensor:
+        controls = [request.controls[number] for request in requests]
+        return torch.stack([pipeline.inputs.control_map(one.image, one.preprocessor, size) for one in controls])
+
+    return [
+        ActiveControl(
+            controlnet_of(model, shared.model),
+            maps(number).to(model.device, model.dtype),
+            weight=shared.weight,
+            is_active=shared.is_active,
+        )
+        for number, shared in enumerate(requests[0].controls)
+    ]
+
+
+def control_residuals(
+    controls: Sequence[ActiveControl], timesteps: Tensor, *, guess_mode: bool = False
 ) -> Callable[[Conditioning], Residuals]:
-    """What the controls add in one run of one predict over `timesteps`, under whatever condition the step has.
+    """Condition -> the residuals of the controls in one run over `timesteps`.
 
-    A condition has the maps' number of rows, or that many unconditional ones followed by one or more such groups.
-    Of the functions for its conditions one is asked at each timestep: how often, since some schedulers do so twice,
-    says which step it is.
+    A condition has as many rows as the maps, or that many unconditional ones followed by one or more such groups.
+    Exactly one of the returned functions is called at each timestep; a timestep that occurs twice (some schedulers
+    call the network twice) stands for the next step each time.
     """
     places: dict[float, list[int]] = {}
     for index, t in enumerate(timesteps):
         places.setdefault(float(t), []).append(index)
-    guess = guess or any(one.network.config["global_pool_conditions"] for one in controls[:1])
+    guess_mode = guess_mode or any(one.network.config["global_pool_conditions"] for one in controls[:1])
 
-    def under(condition: Conditioning) -> Residuals:
-        # what a distilled UNet is told of guidance is no input of a ControlNet
+    def of_condition(condition: Conditioning) -> Residuals:
+        # the guidance embedding of a distilled UNet is not an input of a ControlNet
         inputs = {name: rows for name, rows in condition.inputs.items() if name != "timestep_cond"}
 
         def arguments(first: int) -> dict[str, Any]:
@@ -59,12 +82,12 @@ def residuals_along(
                 return {}
             index = places[float(t)].pop(0)
             batch = len(controls[0].maps)
-            alone = batch if guess and len(x) > batch else 0  # the unconditional rows, left as they are
+            alone = batch if guess_mode and len(x) > batch else 0  # the unconditional rows, left as they are
             total: list[Tensor] = []
             for control in controls:
                 if not control.is_active(index, len(timesteps)):
                     continue
-                # an inpainting UNet sees more channels than a ControlNet does; its own come first
+                # an inpainting UNet takes more channels than a ControlNet; x's own channels come first
                 sample = x[alone:, : control.network.config["in_channels"]].to(control.maps.dtype)
                 down, middle = control.network(
                     sample,
@@ -72,7 +95,7 @@ def residuals_along(
                     **arguments(alone),
                     controlnet_cond=torch.cat([control.maps] * (len(sample) // batch)),
                     conditioning_scale=control.weight,
-                    guess_mode=guess,
+                    guess_mode=guess_mode,
                     return_dict=False,
                 )
                 added = [*down, middle]
@@ -85,32 +108,32 @@ def residuals_along(
 
         return residuals
 
-    return under
+    return of_condition
 
 
-def with_its_last_rows(
-    under: Callable[[Conditioning], Residuals],
+def reuse_last_residuals(
+    of_condition: Callable[[Conditioning], Residuals],
 ) -> tuple[Callable[[Conditioning], Residuals], Residuals]:
-    """The same function, and what gives the last rows of its last answer, as many as x has.
+    """The same function, and one that returns the last rows of its last result, as many as x has.
 
-    So a network that sees these rows of x once more, at the same timestep, needs no ControlNet to look at them again.
+    A network that gets these rows of x once more, at the same timestep, needs no second call of the ControlNets.
     """
     last: Mapping[str, Any] = {}
 
-    def noting(condition: Conditioning) -> Residuals:
-        residuals = under(condition)
+    def recording(condition: Conditioning) -> Residuals:
+        residuals = of_condition(condition)
 
-        def noted(x: Tensor, t: Tensor) -> Mapping[str, Any]:
+        def recorded(x: Tensor, t: Tensor) -> Mapping[str, Any]:
             nonlocal last
             last = residuals(x, t)
             return last
 
-        return noted
+        return recorded
 
-    def again(x: Tensor, t: Tensor) -> Mapping[str, Any]:
+    def reused(x: Tensor, t: Tensor) -> Mapping[str, Any]:
         return {
             name: rows[-len(x) :] if isinstance(rows, Tensor) else [one[-len(x) :] for one in rows]
             for name, rows in last.items()
         }
 
-    return noting, again
+    return recording, reused

@@ -1,11 +1,15 @@
-"""What generates: a loaded model with its encoding of prompts, its space, and a refiner where there is one."""
+"""The pipeline: a loaded model with its prompt encoding, its latent space, and its refiner if it has one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from sdcli.diffusion.attention.sliced import use_sliced_self_attention
+from sdcli.diffusion.input_images import InputImages
 from sdcli.encoders.clip_vision import ImagePrompting
 from sdcli.encoders.conditioning import (
     ClassEncoding,
@@ -19,25 +23,39 @@ from sdcli.encoders.conditioning import (
 )
 from sdcli.errors import UsageError
 from sdcli.models.ip_adapter import IpAdapter, with_ip_adapters
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.registry import ModelSpec
 from sdcli.vae.latent_space import LatentSpace, PixelSpace, Space
+
+
+def load_denoiser(spec: ModelSpec, **options: Any) -> LoadedModel:
+    """`load_model` with these options, and the attention processors that are quick on the model's device."""
+    model = load_model(spec, **options)
+    if model.device.type == "cpu" and model.dtype != torch.float32:
+        use_sliced_self_attention(model.unet)
+    return model
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A loaded model with its encoding of prompts and its space, ready for any number of batches."""
+    """A loaded model with its prompt encoding and its latent space, ready for any number of batches.
+
+    Its networks may be changed for the time of a batch (attention processors, VAE tiling), so one thread uses a
+    pipeline, and all that share its networks, at a time: `generation.model_cache` takes care of that.
+    """
 
     model: LoadedModel
     encode: Encode
     space: Space
     refiner: Pipeline | None = None
-    """Ends what this one begins; without a VAE of its own."""
+    """Does the last steps; it has no VAE of its own."""
+    inputs: InputImages = field(default_factory=InputImages, compare=False)
 
     @classmethod
     def of(cls, model: LoadedModel, *, refiner: LoadedModel | None = None) -> Pipeline:
-        """Raises UsageError for a refiner that does not go with the model, and for one that is to begin."""
+        """Raises UsageError for a refiner that does not go with the model, and for a model that is a refiner."""
         if model.is_sdxl and "text_encoder" not in model.parts:
-            raise UsageError(f"{model.spec.name} is a refiner, which ends what another model began: --refiner")
+            raise UsageError(f"{model.spec.name} is a refiner, which does the last steps of another model: --refiner")
         return cls(model, encoding_of(model), space_of(model)).with_refiner(refiner)
 
     def with_refiner(self, refiner: LoadedModel | None) -> Pipeline:
@@ -51,10 +69,10 @@ class Pipeline:
 
     def with_model(self, model: LoadedModel) -> Pipeline:
         """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
-        return replace(Pipeline.of(model), refiner=self.refiner)
+        return replace(Pipeline.of(model), refiner=self.refiner, inputs=self.inputs)
 
     def with_ip_adapters(self, adapters: Sequence[IpAdapter]) -> Pipeline:
-        """The same with IP-Adapters on the model, which are shown the requests' images; the refiner does without."""
+        """The same with IP-Adapters on the model, which take the requests' images; the refiner has none."""
         encode = ImagePrompting(self.encode, tuple(adapter.look for adapter in adapters))
         return replace(self, model=with_ip_adapters(self.model, adapters), encode=encode)
 

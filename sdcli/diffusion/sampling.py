@@ -1,7 +1,7 @@
-"""START HERE: a batch of requests in, denoising steps and images out.
+"""START HERE: a batch of resolved requests in, denoising steps out.
 
 prompt -> condition (CLIP hidden states; or the label of a class, or nothing) -> denoising loop over latents -> VAE ->
-pixels. A model without a VAE denoises the pixels themselves; a refiner (SDXL) takes the end of the loop over.
+pixels. A model without a VAE denoises the pixels themselves; a refiner (SDXL) does the last steps.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdcli.diffusion.control_inputs import controls_for
-from sdcli.diffusion.controlnet import ActiveControl
-from sdcli.diffusion.denoiser import check_guidance, predict_for
-from sdcli.diffusion.init_latents import check_start, start_enlarged, start_for
+from sdcli.diffusion.controlnet import active_controls
+from sdcli.diffusion.denoiser import DenoisingPass, check_guidance, predict_for
+from sdcli.diffusion.init_latents import check_init_image, enlarged_latents, init_latents
 from sdcli.diffusion.loop import Step, denoise
 from sdcli.diffusion.pipeline import Pipeline
-from sdcli.diffusion.predict import Predict, scaled_input, taking_turns
+from sdcli.diffusion.predict import Predict, scale_input, switch_after
 from sdcli.diffusion.scheduler_factory import Advance, advance_with, make_scheduler
-from sdcli.diffusion.start import Start, from_step, steps_before
+from sdcli.diffusion.timesteps import steps_before, timesteps_from
 from sdcli.errors import BadOutput, UsageError
 from sdcli.models.loader import LoadedModel
 from sdcli.request.schema import ResolvedRequest
@@ -30,56 +29,47 @@ from sdcli.vae.latent_space import Report, quiet
 
 
 def sample(pipeline: Pipeline, requests: Sequence[ResolvedRequest], *, report: Report = quiet) -> Iterator[Step]:
-    """Denoise one batch. The requests are resolved and equal in all that `engine.plan` groups by.
+    """Denoise one batch. The requests are resolved and equal in all fields that `generation.plan` groups by.
 
-    Yields every step; the last one's `latents` [B, C, h, w] are the finished images, ready for the space to decode.
-    What is to be upscaled is denoised twice, and the steps of the second pass count from 0 again. The requests' LoRAs
-    are merged into the painter's model already. `report` hears what had to be done where memory ran out.
+    Yields every step; the last one's `latents` [B, C, h, w] are the finished images, ready to be decoded. An upscaled
+    image is denoised twice, and the steps of the second pass count from 0 again. The requests' LoRAs and IP-Adapters
+    are in the pipeline's model already. `report` gets a sentence for each memory fallback.
     Raises UsageError for what the model cannot do, and BadOutput as soon as no image's latents are finite any more.
     """
-    if requests[0].loras != tuple(applied.ref for applied in pipeline.model.loras):
-        raise UsageError(f"{pipeline.model.spec.name} was loaded with other LoRAs than the request asks for")
-    if tuple(one.adapting for one in requests[0].ip_adapters) != pipeline.model.ip_adapters:
-        raise UsageError(f"{pipeline.model.spec.name} was loaded with other IP-Adapters than the request asks for")
+    shared = requests[0]
+    if shared.loras != tuple(applied.ref for applied in pipeline.model.loras):
+        raise UsageError(f"{pipeline.model.spec.name} was loaded with other LoRAs than the request names")
+    if tuple(one.adapting for one in shared.ip_adapters) != pipeline.model.ip_adapters:
+        raise UsageError(f"{pipeline.model.spec.name} was loaded with other IP-Adapters than the request names")
     generators = generators_for([request.seed for request in requests])
-    scheduler = scheduler_for(pipeline.model, requests[0])
-    run: dict[str, Any] = {"generators": generators, "report": report}
-    start = start_for(pipeline.model, pipeline.space, requests, scheduler=scheduler, **run)
-    first, *second = requests[0].passes
-    finished = yield from _denoised(pipeline, requests, start, scheduler, generators, steps=first)
+    scheduler = scheduler_for(pipeline.model, shared)
+    init = init_latents(pipeline, requests, scheduler=scheduler, generators=generators, report=report)
+    first, *second = shared.passes
+    finished = yield from _denoised(pipeline, DenoisingPass(requests, init, scheduler, generators, first))
     for steps in second:
-        scheduler = scheduler_for(pipeline.model, requests[0])
-        start = start_enlarged(finished, pipeline.space, requests[0], scheduler=scheduler, **run)
-        size = dict(zip(("width", "height"), requests[0].final_size, strict=True))
+        scheduler = scheduler_for(pipeline.model, shared)
+        init = enlarged_latents(finished, pipeline, shared, scheduler=scheduler, generators=generators, report=report)
+        size = dict(zip(("width", "height"), shared.final_size, strict=True))
         enlarged = [request.model_copy(update=size) for request in requests]
-        yield from _denoised(pipeline, enlarged, start, scheduler, generators, steps=steps)
+        yield from _denoised(pipeline, DenoisingPass(enlarged, init, scheduler, generators, steps))
 
 
-def check_image(pipeline: Pipeline, request: ResolvedRequest) -> None:
-    """Raise now what `generate` would raise for this image alone, and for all that are generated with it.
+def check_request(pipeline: Pipeline, request: ResolvedRequest) -> None:
+    """Raise what `sample` would raise for this image alone: for the files that the request names and its guidance.
 
-    That are UsageError, NotFound, BadPicture and BadLatents, for the files that it names and for its guidance.
+    Raises UsageError, NotFound, BadImage and BadLatents.
     """
-    check_start(pipeline.space, request)
-    controls_for(pipeline.model, [request])
+    check_init_image(pipeline, request)
+    active_controls(pipeline, [request])
     check_guidance(pipeline, request)
 
 
-def _denoised(
-    pipeline: Pipeline,
-    requests: Sequence[ResolvedRequest],
-    start: Start,
-    scheduler: Any,
-    generators: Sequence[torch.Generator],
-    *,
-    steps: int,
-) -> Generator[Step, None, Tensor]:
-    """The loop from one start to its end; returns the last latents."""
-    x, controls = start.x, controls_for(pipeline.model, requests)
-    predict, advance, timesteps = _run_of(
-        pipeline, requests, start, scheduler, generators, steps=steps, controls=controls
-    )
-    for step in denoise(predict, start.around_advance(advance), x, timesteps):
+def _denoised(pipeline: Pipeline, run: DenoisingPass) -> Generator[Step, None, Tensor]:
+    """The loop of one pass; returns the last latents."""
+    run = replace(run, controls=active_controls(pipeline, run.requests))
+    x = run.init.x
+    predict, advance, timesteps = _loop_inputs(pipeline, run)
+    for step in denoise(predict, run.init.wrap_advance(advance), x, timesteps):
         x = step.latents
         if not x.isfinite().flatten(1).all(dim=1).any():
             raise BadOutput(f"the latents are no longer finite (NaN) after step {step.index + 1} of {step.count}")
@@ -87,42 +77,33 @@ def _denoised(
     return x
 
 
-def _run_of(
-    pipeline: Pipeline,
-    requests: Sequence[ResolvedRequest],
-    start: Start,
-    scheduler: Any,
-    generators: Sequence[torch.Generator],
-    *,
-    steps: int,
-    controls: Sequence[ActiveControl],
-) -> tuple[Predict, Advance, Tensor]:
-    """What the loop runs, and over which timesteps; with a refiner, the last of them are the refiner's.
+def _loop_inputs(pipeline: Pipeline, run: DenoisingPass) -> tuple[Predict, Advance, Tensor]:
+    """What the loop runs, and over which timesteps; the last of them may be a refiner's.
 
-    Controls are made for the model, so the refiner does without them.
+    ControlNets are made for the model, so the refiner works without them.
     Raises UsageError where one of the two would have no step to do.
     """
-    shared, refiner = requests[0], pipeline.refiner
+    shared, refiner = run.requests[0], pipeline.refiner
     if refiner is None:
-        predict = scaled_input(predict_for(pipeline, requests, start, steps=steps, controls=controls), scheduler)
-        return predict, advance_with(scheduler, generators, eta=shared.eta), start.timesteps
+        predict = scale_input(predict_for(pipeline, run), run.scheduler)
+        return predict, advance_with(run.scheduler, run.generators, eta=shared.eta), run.init.timesteps
     assert shared.refiner_start is not None
     part, refining = shared.refiner_start, scheduler_for(refiner.model, shared)
-    before = steps_before(scheduler, start.timesteps, part)
-    rest = from_step(refining, steps_before(refining, refining.timesteps, part))
+    before = steps_before(run.scheduler, run.init.timesteps, part)
+    rest = timesteps_from(refining, steps_before(refining, refining.timesteps, part))
     if not before or not len(rest):
         idle = refiner.model.spec.name if before else pipeline.model.spec.name
-        raise UsageError(f"refiner_start {part:g} of {shared.steps} steps leaves {idle} no step to generate")
-    start = replace(start, timesteps=torch.cat([start.timesteps[:before], rest]))
-    for control in shared.controls if shared.upscale is None else ():  # another pass may have the steps it asks for
-        if not any(control.is_active(index, len(start.timesteps)) for index in range(before)):
-            raise UsageError(f"controls: {control.model} has a say in the refiner's steps alone, where nothing asks it")
-    turns = (
-        _run_of(replace(one, refiner=None), requests, start, sampler, generators, steps=steps, controls=theirs)
-        for one, sampler, theirs in ((pipeline, scheduler, controls), (refiner, refining, ()))
-    )
-    (first, first_advance, timesteps), (last, last_advance, _) = turns
-    return taking_turns(first, last, after=before), taking_turns(first_advance, last_advance, after=before), timesteps
+        raise UsageError(f"refiner_start {part:g} of {shared.steps} steps leaves {idle} no step to do")
+    run = replace(run, init=replace(run.init, timesteps=torch.cat([run.init.timesteps[:before], rest])))
+    count = len(run.init.timesteps)
+    for control in shared.controls if shared.upscale is None else ():  # another pass may have the steps it is for
+        if not any(control.is_active(index, count) for index in range(before)):
+            raise UsageError(
+                f"controls: {control.model} is active in the refiner's steps alone, which have no controls"
+            )
+    first, first_advance, timesteps = _loop_inputs(replace(pipeline, refiner=None), run)
+    last, last_advance, _ = _loop_inputs(refiner, replace(run, scheduler=refining, controls=()))
+    return switch_after(first, last, after=before), switch_after(first_advance, last_advance, after=before), timesteps
 
 
 def scheduler_for(model: LoadedModel, request: ResolvedRequest) -> Any:
@@ -130,6 +111,6 @@ def scheduler_for(model: LoadedModel, request: ResolvedRequest) -> Any:
     scheduler, steps = make_scheduler(request.scheduler, model.scheduler_config), request.steps
     levels = scheduler.config.num_train_timesteps
     if steps > levels:
-        raise UsageError(f"{steps} steps are too many: {model.spec.name} was trained with {levels} levels of noise")
+        raise UsageError(f"{steps} steps are too many: {model.spec.name} was trained with {levels} noise levels")
     scheduler.set_timesteps(steps, device=model.device)
     return scheduler

@@ -19,10 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sdcli
-from sdcli.diffusion.init_image import start_image
 from sdcli.diffusion.loop import Step
-from sdcli.diffusion.pipeline import Pipeline
-from sdcli.diffusion.sampling import check_image, sample
+from sdcli.diffusion.pipeline import Pipeline, load_denoiser
+from sdcli.diffusion.sampling import check_request, sample
 from sdcli.encoders.clip_vision import ImageEncoder
 from sdcli.errors import (
     BadImage,
@@ -53,7 +52,7 @@ from sdcli.metadata.record import Record
 from sdcli.models.controlnet import ControlNet, load_controlnet, with_controlnets
 from sdcli.models.hub.download import folder_of
 from sdcli.models.ip_adapter import load_ip_adapters
-from sdcli.models.loader import AppliedLora, LoadedModel, load_model
+from sdcli.models.loader import AppliedLora, LoadedModel
 from sdcli.models.lora import with_loras
 from sdcli.models.registry import ModelSpec, Registry
 from sdcli.models.safety_checker import SafetyChecker, load_safety_checker
@@ -202,13 +201,13 @@ class Engine:
                 self._pipeline = self._with_loras = None
                 self._controlnets, self._with_ip_adapters, self._image_encoders = {}, None, {}
                 gc.collect()
-            self._pipeline = Pipeline.of(load_model(spec, **how))
+            self._pipeline = Pipeline.of(load_denoiser(spec, **how))
         if _specs(self._pipeline) != (spec, refiner):
             if self._pipeline.refiner is not None:
                 self._refine(None)
                 gc.collect()
             if refiner is not None:
-                self._refine(load_model(refiner, leave_out={"vae"}, **how))
+                self._refine(load_denoiser(refiner, leave_out={"vae"}, **how))
         if not loras:
             return self._pipeline
         if self._with_loras is None or tuple(one.ref for one in self._with_loras.model.loras) != loras:
@@ -295,7 +294,7 @@ class Engine:
         for job in batch:
             try:
                 notes = prompt_notes(pipeline, job, strict=self.run.strict_prompt)
-                check_image(pipeline, job.request)
+                check_request(pipeline, job.request)
                 fitting.append(job)
                 if job.index in wanted:
                     yield from map(Note, notes)
@@ -464,7 +463,7 @@ def _run_alike(
                 continue
             try:
                 pixels, notes = decode_with_fallbacks(pipeline.space, latents[position])
-                pixels = finished(job.request, pixels)
+                pixels = finished(pipeline, job.request, pixels)
             except _OF_ONE_IMAGE as error:
                 yield Result("failed", job, error=error)
                 continue
@@ -501,13 +500,13 @@ def _flagged_by(pipeline: Pipeline) -> BadOutput:
     return BadOutput(f"the safety checker of {name} flagged the image, so it was not saved (--safety off saves it)")
 
 
-def finished(request: ResolvedRequest, pixels: Tensor) -> Tensor:
+def finished(pipeline: Pipeline, request: ResolvedRequest, pixels: Tensor) -> Tensor:
     """What is done to decoded pixels [3, H, W]: what a mask keeps is laid over them, and a watermark is put in.
 
     Raises BadOutput for a watermark that the image cannot carry.
     """
     if request.masked:
-        pixels = start_image(request).pasted(pixels)
+        pixels = pipeline.inputs.init_image(request).pasted(pixels)
     if request.watermark is not None:
         pixels = to_pixels(marked(from_pixels(pixels), request.watermark))
     return pixels

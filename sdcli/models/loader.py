@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdcli.diffusion.attention.sliced import use_sliced_self_attention
 from sdcli.encoders.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder
 from sdcli.encoders.t5 import T5Tokenizer, empty_t5, load_t5_tokenizer, spare_float16
 from sdcli.encoders.tokenizer import ClipTokenizer, load_tokenizer
@@ -236,8 +235,6 @@ def load_model(
         raise UsageError(f"{spec.name} has two text encoders (SDXL) or more, and one alone is of no use here")
     hashes = in_background(*(partial(build.identity, part) for part in wanted))
     networks: dict[str, nn.Module] = {part: placed(build.network(part), target) for part in wanted}
-    if "unet" in networks and target.type == "cpu" and number != torch.float32:
-        use_sliced_self_attention(networks["unet"])
     return LoadedModel(
         spec=spec,
         device=target,

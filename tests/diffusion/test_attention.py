@@ -12,10 +12,9 @@ from sdcli.diffusion.attention.sliced import (
     sliced_attention,
     use_plain_small_attention,
 )
-from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.pipeline import Pipeline, load_denoiser
 from sdcli.diffusion.sampling import sample
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.request.schema import GenerationRequest
 
@@ -41,7 +40,7 @@ def test_in_float32_it_is_exact_attention() -> None:
 
 @pytest.mark.parametrize(("dtype", "sliced"), [("float32", False), ("bfloat16", True)])
 def test_only_half_precision_on_the_cpu_uses_it(dtype: str, sliced: bool) -> None:
-    model = load_model(load_registry().find("starter"), device="cpu", dtype=dtype)
+    model = load_denoiser(load_registry().find("starter"), device="cpu", dtype=dtype)
     kinds = {name: isinstance(p, SlicedSelfAttention) for name, p in model.unet.attn_processors.items()}
     assert all(kinds[name] is sliced for name in kinds if ".attn1." in name)
     assert not any(kinds[name] for name in kinds if ".attn2." in name)
@@ -52,14 +51,14 @@ def test_an_image_in_half_precision_stays_close_to_float32() -> None:
     finals = []
     for dtype in ("float32", "bfloat16"):
         request = GenerationRequest(prompt="a castle", seed=3, width=256, height=256, steps=4)
-        *_, last = sample(Pipeline.of(load_model(spec, device="cpu", dtype=dtype)), [resolve(request, spec)])
+        *_, last = sample(Pipeline.of(load_denoiser(spec, device="cpu", dtype=dtype)), [resolve(request, spec)])
         finals.append(last.latents)
     error = (finals[0] - finals[1]).square().mean().sqrt() / finals[0].square().mean().sqrt()
     assert error < 0.03
 
 
 def test_plain_attention_has_the_same_images_and_gradients() -> None:
-    unet = load_model(load_registry().find("tiny"), device="cpu", dtype="float32").unet.requires_grad_(True)
+    unet = load_denoiser(load_registry().find("tiny"), device="cpu", dtype="float32").unet.requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
     states = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)

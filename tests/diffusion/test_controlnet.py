@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdcli.cli.control_map import command as save_map
-from sdcli.diffusion.init_image import measure
+from sdcli.diffusion.input_images import measure
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler

@@ -13,11 +13,11 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 from torch import Tensor
 
-from sdcli.diffusion.init_image import measure, start_image
+from sdcli.diffusion.init_latents import slerp
+from sdcli.diffusion.input_images import InputImages, measure
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
-from sdcli.diffusion.start import slerp
 from sdcli.errors import BadImage, BadOutput, NotFound, UsageError
 from sdcli.generation.engine import generate_images, plan
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
@@ -164,11 +164,11 @@ def test_a_latent_file_starts_as_the_image_that_it_was_encoded_from(
         resolve(parse_request({**fields, "width": 128}), tiny.model.spec, measure=measure)
 
 
-def test_a_start_is_read_again_only_where_it_has_changed(files: Path, tmp_path: Path) -> None:
+def test_an_init_image_is_read_again_only_where_it_has_changed(tiny: Pipeline, files: Path, tmp_path: Path) -> None:
     ref = pinned(FileRef(path=str(files / "picture.png")))
-    before = measure.cache_info().hits
-    assert measure(ref, 8) == measure(pinned(ref), 8)
-    assert measure.cache_info().hits > before
+    request = resolve(parse_request({"prompt": "x", "init_image": ref.path}), tiny.model.spec, measure=measure)
+    images = InputImages()
+    assert images.init_image(request) is images.init_image(request.model_copy(update={"init_image": pinned(ref)}))
     (tmp_path / "a").write_bytes(b"one")
     first = pinned(FileRef(path=str(tmp_path / "a")))
     (tmp_path / "a").write_bytes(b"other")
@@ -360,7 +360,7 @@ def test_broken_starts_are_told_apart(tiny: Pipeline, files: Path, tmp_path: Pat
     Image.new("L", (64, 48), 255).save(tmp_path / "white.png")
     with pytest.raises(UsageError, match=r"the mask is white all over, .* without --invert-mask"):
         painted(tiny, init_image=image, mask=str(tmp_path / "white.png"), invert_mask=True)
-    with pytest.raises(UsageError, match="the mask is 32x48 pixels, the start image 64x48"):
+    with pytest.raises(UsageError, match="the mask is 32x48 pixels, the init image 64x48"):
         painted(tiny, init_image=image, mask=str(tmp_path / "narrow.png"))
     with pytest.raises(BadImage, match=r"cut\.png"):
         painted(tiny, init_image=str(tmp_path / "cut.png"))
@@ -375,7 +375,7 @@ def test_another_image_under_the_same_name_is_not_painted_from(tiny: Pipeline, t
     assert parse_request(request.typed()) == request
     Image.new("RGB", (64, 64), "blue").save(path)
     with pytest.raises(UsageError, match=r"start\.png is another file than the one that was generated with"):
-        start_image(request)
+        InputImages().init_image(request)
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdcli.diffusion.guidance import composed, guided
 from sdcli.diffusion.pipeline import Pipeline
-from sdcli.diffusion.predict import composed, guided, steps_by_timestep
+from sdcli.diffusion.predict import steps_by_timestep
 from sdcli.diffusion.sampling import sample, scheduler_for
 from sdcli.encoders.conditioning import emphasised
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdcli.diffusion.init_image import measure
+from sdcli.diffusion.input_images import measure
 from sdcli.errors import BadWeights, SdcliError, UsageError
 from sdcli.generation.engine import DecodedImage, Engine, Result
 from sdcli.generation.resolve.jobs import BadJob, expand

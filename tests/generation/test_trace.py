@@ -15,14 +15,13 @@ from torch import Tensor
 
 from sdcli.diffusion.loop import denoise
 from sdcli.diffusion.noise_schedule import NoiseSchedule
-from sdcli.diffusion.predict import scaled_input
+from sdcli.diffusion.predict import scale_input
 from sdcli.diffusion.sampling import sample as sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
-from sdcli.diffusion.start import remaining
-from sdcli.diffusion.x0_prediction import x0_of, x_t_and_x0
+from sdcli.diffusion.timesteps import last_timesteps
+from sdcli.diffusion.x0_prediction import x0_of, x0_predictor, x_t_and_x0
 from sdcli.errors import UsageError
 from sdcli.generation.engine import Engine
-from sdcli.generation.observers.observer import x0_predictor
 from sdcli.generation.observers.trace import chosen
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceSettings
 from sdcli.images.contact_sheet import GAP, KEY, LABEL_WIDTH
@@ -61,7 +60,7 @@ def test_the_guess_is_that_of_the_scheduler_itself(name: str, prediction: str, s
     config = {**SD, "prediction_type": prediction}
     scheduler = make_scheduler(name, config)
     scheduler.set_timesteps(6)
-    timesteps = remaining(scheduler, strength)
+    timesteps = last_timesteps(scheduler, strength)
     theirs: list[Tensor] = []
 
     def advance(output: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def test_the_guess_is_that_of_the_scheduler_itself(name: str, prediction: str, s
     x = torch.randn((2, 4, 5, 5), generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
     again = make_scheduler(name, config)
     again.set_timesteps(6)
-    for step in denoise(scaled_input(network, scheduler), advance, x, timesteps):
+    for step in denoise(scale_input(network, scheduler), advance, x, timesteps):
         seen, guess = x_t_and_x0(again, step)
         torch.testing.assert_close(guess, theirs[-1], rtol=1e-4, atol=1e-4 * float(theirs[-1].abs().max()))
         torch.testing.assert_close(network(seen, step.t), step.output, rtol=1e-4, atol=1e-4)

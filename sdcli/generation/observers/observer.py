@@ -14,8 +14,7 @@ from torch import Tensor
 from sdcli.diffusion.attention.maps import AttentionMaps
 from sdcli.diffusion.loop import Step
 from sdcli.diffusion.pipeline import Pipeline
-from sdcli.diffusion.sampling import scheduler_for
-from sdcli.diffusion.x0_prediction import x_t_and_x0
+from sdcli.diffusion.x0_prediction import x0_predictor
 from sdcli.encoders.token_words import Word, find, words_of
 from sdcli.errors import UsageError
 from sdcli.generation.observers.heatmap import Heatmap, Map
@@ -72,22 +71,6 @@ def preview_image(
     if checker is not None:
         images = [empty(image.size) if checker.flags(image) else image for image in images]
     return images[0] if len(images) == 1 else contact_sheet(images)
-
-
-def x0_predictor(pipeline: Pipeline, request: ResolvedRequest) -> Callable[[Step], tuple[Tensor, Tensor]]:
-    """`x_t_and_x0` for the steps of a request, whose last ones may be a refiner's with a scheduler of its own."""
-    base = scheduler_for(pipeline.model, request)
-    if pipeline.refiner is None:
-        return lambda step: x_t_and_x0(base, step)
-    assert request.refiner_start is not None
-    refining = scheduler_for(pipeline.refiner.model, request)
-    begins = float(base.config.num_train_timesteps) * (1 - request.refiner_start)
-
-    def guess(step: Step) -> tuple[Tensor, Tensor]:
-        either = (base, refining) if float(step.t) >= begins else (refining, base)
-        return x_t_and_x0(next(one for one in either if (one.timesteps == step.t).any()), step)
-
-    return guess
 
 
 def _tracing(asked: TraceSettings) -> Observe:

@@ -306,7 +306,7 @@ def test_more_steps_than_levels_of_noise_are_refused(tmp_path: Path) -> None:
     DDPMPipeline(micro_unet(), DDPMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path / "short")
     pipeline = painter_of(tmp_path / "short")
     assert painted(pipeline, steps=10).isfinite().all()
-    with pytest.raises(UsageError, match=r"11 steps are too many: .* was trained with 10 levels of noise"):
+    with pytest.raises(UsageError, match=r"11 steps are too many: .* was trained with 10 noise levels"):
         painted(pipeline, steps=11)
 
 

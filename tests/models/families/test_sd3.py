@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdcli.diffusion import init_latents
-from sdcli.diffusion.init_image import measure
+from sdcli.diffusion.input_images import measure
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample, scheduler_for
 from sdcli.diffusion.x0_prediction import x_t_and_x0
@@ -198,7 +198,7 @@ def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
     file.write_bytes(latent_bytes(own, record))
     request = resolve(parse_request({"init_image": str(file), "seed": 1}), pipeline.model.spec, measure=measure)
     assert request.final_size == (64, 96)
-    assert torch.equal(init_latents._latents(pipeline.space, request, (16, 12, 8)), scaled)
+    assert torch.equal(init_latents._latents_of_file(pipeline, request, (16, 12, 8)), scaled)
     save_file({"latents": scaled.contiguous()}, file)
     plain = read_latents(file, scaled=True).unscaled(codec.scaling_factor, codec.shift_factor)
     assert torch.allclose(plain, own, atol=1e-6)

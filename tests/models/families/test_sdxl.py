@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdcli.diffusion.init_image import measure
+from sdcli.diffusion.input_images import measure
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
@@ -236,7 +236,7 @@ def test_guidance_that_changes_goes_on_where_the_refiner_takes_over(pipeline: Pi
 
 def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(pipeline: Pipeline) -> None:
     for start, idle in ((0.1, "base"), (0.999, "refiner")):
-        with pytest.raises(UsageError, match=f"{idle} no step to generate"):
+        with pytest.raises(UsageError, match=f"{idle} no step to do"):
             ours(pipeline, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
 
 
