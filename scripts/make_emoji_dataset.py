@@ -387,7 +387,7 @@ UNCOUNTED = {
     "tennis", "wood", "yarn",
 }  # fmt: skip
 """Names that take no article."""
-TEMPLATES = ("an image of {}", "an emoji of {}", "clip art of {}", "a drawing of {}", "an icon of {}")
+TEMPLATES = ("a picture of {}", "an emoji of {}", "clip art of {}", "a drawing of {}", "an icon of {}")
 
 
 def wordings(drawing: Drawing, colour: str | None, *, name_style: bool) -> list[str]:

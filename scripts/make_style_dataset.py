@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, help="a folder with metadata.jsonl, as make_emoji_dataset.py makes it")
+    parser.add_argument("images", type=Path, help="a folder with metadata.jsonl, as written by make_emoji_dataset.py")
     parser.add_argument("out", type=Path, help="the folder to make; it must not be there")
     parser.add_argument("--count", type=int, default=10, help="how many (10), spread over the set")
     options = parser.parse_args()

@@ -71,8 +71,8 @@ PAIRED = ("animals", "food", "vehicles", "objects", "people", "plants")
 NUMBERS = {2: ("two", "two", "a pair of", "2"), 3: ("three", "three", "3"), 4: ("four", "four", "4")}
 MOODS = ("cute", "little", "beautiful", "big", "nice", "funny", "small", "happy")
 FRAMES = (
-    "an image of {}", "clip art of {}", "an illustration of {}", "a drawing of {}", "an icon of {}", "a cartoon of {}",
-    "an image of {}", "a generating of {}", "a photo of {}",
+    "a picture of {}", "clip art of {}", "an illustration of {}", "a drawing of {}", "an icon of {}", "a cartoon of {}",
+    "an image of {}", "a painting of {}", "a photo of {}",
 )  # fmt: skip
 
 MOUNTS = re.compile(

@@ -154,12 +154,12 @@ def test_the_data_set_is_one_that_training_opens(packages: Path) -> None:
 def test_captions_are_wordings_of_the_name(packages: Path) -> None:
     texts = entries(make(packages, "emoji"))
     assert texts["red apple"] == [
-        "a red apple", "red apple", "an image of a red apple", "an emoji of a red apple", "clip art of a red apple",
+        "a red apple", "red apple", "a picture of a red apple", "an emoji of a red apple", "clip art of a red apple",
         "red apple, food, fruit, ripe", "an apple",
     ]  # fmt: skip
     assert texts["dog face"][0] == "the face of a dog"
     assert texts["dog face"][-1] == "a dog"
-    assert texts["grapes"][:3] == ["grapes", "an image of grapes", "an emoji of grapes"]
+    assert texts["grapes"][:3] == ["grapes", "a picture of grapes", "an emoji of grapes"]
     assert "a blue anchor" in texts["anchor"]
     for wordings in texts.values():
         assert 5 <= len(wordings) == len(set(wordings)) <= 8
