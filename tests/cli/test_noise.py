@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,18 +92,23 @@ def test_timesteps_are_spread_from_the_first_to_the_last() -> None:
     assert process.spread(1000) == list(range(1000))
 
 
+@pytest.mark.parametrize("shift", [None, 3.0])
 @torch.inference_mode()
-def test_the_strip_shows_what_diffusers_parts_make(tiny_folder: Path) -> None:
+def test_the_strip_shows_what_diffusers_parts_make(tiny_folder: Path, shift: float | None) -> None:
     draw(Path("a.png"), size=(64, 64))
-    (facts,) = run("noise", "a.png", "-m", tiny_folder, "--at", "0,300,999", "-o", "strip.png", "--json").json
-    vae = AutoencoderKL.from_pretrained(tiny_folder / "vae").eval()
-    scheduler = DDPMScheduler.from_pretrained(tiny_folder / "scheduler")
+    shutil.copytree(tiny_folder, "shifted")
+    vae = AutoencoderKL.from_pretrained("shifted/vae").eval()
+    vae.register_to_config(shift_factor=shift)
+    vae.save_pretrained("shifted/vae")
+    (facts,) = run("noise", "a.png", "-m", "./shifted", "--at", "0,300,999", "-o", "strip.png", "--json").json
+    scheduler = DDPMScheduler.from_pretrained("shifted/scheduler")
     pixels = to_pixels(Image.open("a.png"))[None]
-    latents = vae.encode(pixels * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+    # as VaeImageProcessor's users in diffusers do it, such as StableDiffusion3Img2ImgPipeline.prepare_latents
+    latents = (vae.encode(pixels * 2 - 1).latent_dist.mean - (shift or 0)) * vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     for cell, t in zip(cells("strip.png", 3, 64, 64), (0, 300, 999), strict=True):
         x_t = scheduler.add_noise(latents, noise, torch.tensor([t]))
-        decoded = vae.decode(x_t / vae.config.scaling_factor).sample / 2 + 0.5
+        decoded = vae.decode(x_t / vae.config.scaling_factor + (shift or 0)).sample / 2 + 0.5
         expected = np.asarray(from_pixels(decoded.clamp(0, 1)[0]), dtype=int)
         assert np.abs(cell - expected).max() <= 1
     assert [level["t"] for level in facts["levels"]] == [0, 300, 999]
@@ -177,7 +183,7 @@ def test_each_wrong_wish_is_refused_with_its_sentence() -> None:
     draw(Path("a.png"))
     Path("text.png").write_text("hello")
     cases = [
-        (["a.png", "--at", "0,1000"], UsageError, "1000 is no timestep of pixels; they are 0 to 999"),
+        (["a.png", "--at", "0,1000"], UsageError, "1000 is not a timestep of pixels: they are 0 to 999"),
         (["a.png", "--steps", "1001"], UsageError, "those of pixels are 0 to 999"),
         (["a.png", "--at", "-1"], UsageError, "--at takes timesteps"),
         (["a.png", "--at", "1,"], UsageError, "--at takes timesteps"),
