@@ -18,7 +18,7 @@ from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
 
 LOOKED_FOR = (
-    f"pictures ({', '.join(sorted(IMAGE_SUFFIXES))}), tar shards (.tar), parquet files (.parquet) "
+    f"images ({', '.join(sorted(IMAGE_SUFFIXES))}), tar shards (.tar), parquet files (.parquet) "
     "or latents (.safetensors)"
 )
 

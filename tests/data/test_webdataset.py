@@ -343,8 +343,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from sdcli.data.webdataset import write_shards
-from sdcli.data.sources import open_pictures
-images = open_pictures(sys.argv[1])
+from sdcli.data.sources import open_images
+images = open_images(sys.argv[1])
 for shard in write_shards(images, Path(sys.argv[2]), indices=list(range(len(images))) * 100000, max_pictures=1):
     print(shard.name, flush=True)
 """
@@ -369,10 +369,10 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from sdcli.data.webdataset import write_shards
-from sdcli.data.sources import open_pictures
+from sdcli.data.sources import open_images
 from sdcli.errors import CannotWrite
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-images = open_pictures(sys.argv[1])
+images = open_images(sys.argv[1])
 try:
     list(write_shards(images, Path(sys.argv[2]), indices=[0] * 40))
 except CannotWrite as error:

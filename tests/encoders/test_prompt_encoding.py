@@ -332,14 +332,14 @@ def test_images_of_other_lengths_do_not_pad_each_other(tiny: Pipeline) -> None:
 @pytest.mark.slow
 def test_each_image_of_a_split_batch_verifies_in_the_company_it_had(tmp_path: Path) -> None:
     registry = load_registry()
-    paint_files(registry, tmp_path, MIXED[:3])
+    generate_files(registry, tmp_path, MIXED[:3])
     for path in (tmp_path / "2.png", tmp_path / "3.png"):
         assert verify_image(path, registry, RunSettings(device="cpu")).identical
 
 
 def test_an_image_of_an_earlier_version_is_painted_the_same(tmp_path: Path) -> None:
     registry = load_registry()
-    paint_files(registry, tmp_path, ["a (red:1.5) [cat|dog]"], prompt_syntax="plain")
+    generate_files(registry, tmp_path, ["a (red:1.5) [cat|dog]"], prompt_syntax="plain")
     (path,) = tmp_path.glob("*.png")
     with Image.open(path) as image:
         assert isinstance(image, PngImagePlugin.PngImageFile)
@@ -357,7 +357,7 @@ def test_an_image_of_an_earlier_version_is_painted_the_same(tmp_path: Path) -> N
     assert request.prompt_syntax == "plain"
 
 
-def paint_files(registry: Registry, folder: Path, prompts: list[str], **typed: Any) -> None:
+def generate_files(registry: Registry, folder: Path, prompts: list[str], **typed: Any) -> None:
     lines = [Line(0, {"prompt": prompt}) for prompt in prompts]
     options = {"model": "tiny", "seed": 7, "steps": 2, **typed}
     jobs = [job for job in expand(lines, options, registry, num_images=1, base_seed=5) if isinstance(job, ResolvedJob)]

@@ -198,7 +198,7 @@ def test_the_process_has_no_secrets_no_network_and_no_other_programs(tmp_path: P
     probe = tmp_path / "probe.py"
     probe.write_text(
         "import os, socket\n"
-        "from sdcli import convert\n"
+        "from sdcli.models import convert\n"
         "convert._leave_the_network()\n"
         "convert._limit(cpu_s=10, memory=10**9)\n"
         "for harm in (lambda: os.system('true'), lambda: socket.create_connection(('127.0.0.1', 1)), os.fork):\n"

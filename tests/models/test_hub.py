@@ -499,8 +499,8 @@ def test_a_controlnet_without_its_shards_or_its_configuration_is_not_whole(tmp_p
 
 
 def test_the_cache_is_where_huggingface_hub_has_it(tmp_path: Path) -> None:
-    code = "from huggingface_hub.constants import HF_HUB_CACHE as theirs; from sdcli import hub_cache; "
-    code += "print(theirs, hub_cache.cache_folder())"
+    code = "from huggingface_hub.constants import HF_HUB_CACHE as theirs; from sdcli.models.hub import cache; "
+    code += "print(theirs, cache.cache_folder())"
     base = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(PACKAGE.parent)}
     for variables in (
         {},

@@ -292,22 +292,22 @@ def test_random_weights_are_the_same_every_time_and_differ_by_seed() -> None:
 LEAN = """
 import sys, torch
 from sdcli.models.loader import load_model
-from sdcli.diffusion.pipeline import Painter
-from sdcli.diffusion.sampling import generate
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.sampling import sample
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.registry import load_registry
 from sdcli.request.schema import GenerationRequest
 heavy = {name for name in ("transformers", "torch._dynamo", "scipy") if sys.modules.get(name) is not None}
 assert not heavy, heavy
 spec = load_registry().find("tiny")
-painter = Painter.of(load_model(spec, device="cpu"))
+pipeline = Pipeline.of(load_model(spec, device="cpu"))
 for scheduler in ("dpmpp-2m", "lms"):
-    *_, step = paint(painter, [resolve(GenerationRequest(prompt="x", seed=1, steps=2, scheduler=scheduler), spec)])
+    *_, step = sample(pipeline, [resolve(GenerationRequest(prompt="x", seed=1, steps=2, scheduler=scheduler), spec)])
     assert sys.modules.get("transformers") is None
 torch.save(step.latents, sys.argv[1])
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # the real ones come after all
 from transformers import CLIPTextModel
-assert isinstance(painter.model.unet, UNet2DConditionModel)
+assert isinstance(pipeline.model.unet, UNet2DConditionModel)
 assert "FromSingleFileMixin" in {base.__name__ for base in StableDiffusionPipeline.__mro__}
 """
 

@@ -65,7 +65,7 @@ def _size(request: GenerationRequest, own: tuple[int, int], step: int) -> dict[s
         typed = (request.width or size[0], request.height or size[1])
         if typed != size:
             asked = f"{typed[0]}x{typed[1]}"
-            raise UsageError(f"--extend makes the picture {size[0]}x{size[1]}, and {asked} is asked for")
+            raise UsageError(f"--extend makes the image {size[0]}x{size[1]}, and {asked} is asked for")
         return {"width": size[0], "height": size[1]}
     if is_latents(request.init_image) and (request.width or width, request.height or height) != (width, height):
         raise UsageError(f"{request.init_image} holds latents of an image of {width}x{height}; they keep their size")

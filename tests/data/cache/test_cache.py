@@ -999,13 +999,13 @@ import numpy as np
 from sdcli.vae import autoencoder
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.cache.fill import fill_latents
-from sdcli.data.sources import open_pictures
+from sdcli.data.sources import open_images
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 
 model, data, cache, pause = sys.argv[1:5]
 loaded = load_model(load_registry().find(model), device="cpu", dtype="float32", parts=("vae",))
-images = open_pictures(data)
+images = open_images(data)
 moments = autoencoder.moments
 def slow(vae, pixels, **options):
     time.sleep(float(pause))
