@@ -518,7 +518,7 @@ def test_a_folder_without_the_two_files_and_a_path_to_nothing_are_told(tmp_path:
 
 
 def test_a_lora_given_as_a_model_is_pointed_to_the_flag_and_shown_as_one(loras: Path) -> None:
-    with pytest.raises(BadWeights, match="paint with it by --lora"):
+    with pytest.raises(BadWeights, match="generate with it by --lora"):
         load_model(load_registry().find(str(loras / "one.safetensors")), device="cpu")
     facts = lora_facts(loras / "one.safetensors")
     assert facts is not None
