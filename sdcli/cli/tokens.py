@@ -12,6 +12,7 @@ from sdcli.errors import UsageError
 from sdcli.models.registry import load_registry
 from sdcli.request.lora_tags import take_tags
 from sdcli.request.prompt_syntax import SubPrompt, subprompts
+from sdcli.request.prompt_syntax import Text as PromptText
 from sdcli.request.schema import parse_request
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def command(
     rows = [("prompt", part) for part in subprompts(request.full_prompt, **read)]
     if negative_prompt is not None:
         rows += [("negative prompt", part) for part in subprompts(negative_prompt, compose=False, **read)]
-    texts = [text for role, part in rows for text in _texts(role, part, tokenizer, syntax=read["syntax"])]
+    texts = [text for role, part in rows for text in _texts(role, part, tokenizer)]
     if as_json:
         for fields in texts:
             Console(json=True).result("", **fields)
@@ -66,9 +67,9 @@ def command(
         _show(texts, tokenizer.room)
 
 
-def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer, *, syntax: str) -> list[dict[str, Any]]:
+def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer) -> list[dict[str, Any]]:
     """Each text of a prompt with the steps that it generates, [first, last] of each stretch; JSON-ready."""
-    stretches: dict[str, list[list[int]]] = {}
+    stretches: dict[PromptText, list[list[int]]] = {}
     first = 1
     for last, text in part.texts:
         stretches.setdefault(text, []).append([first, last])
@@ -78,15 +79,15 @@ def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer, *, syntax: str)
             "role": role,
             "weight": part.weight,
             "steps": steps,
-            "prompt": text,
+            "prompt": text.text,
             "chunks": [
                 [
                     {"id": id, "token": tokenizer.spelled(id), "weight": weight}
                     for id, weight in zip(chunk.ids, chunk.weights, strict=True)
                 ]
-                for chunk in tokenizer.chunks(text, syntax=syntax)
+                for chunk in tokenizer.chunks(text)
             ],
-            "cut": tokenizer(text).cut if syntax == "plain" else "",
+            "cut": tokenizer(text.text).cut if text.plain else "",
         }
         for text, steps in stretches.items()
     ]

@@ -97,7 +97,7 @@ def check_guidance(pipeline: Pipeline, request: ResolvedRequest) -> None:
 
     A network that takes the guidance scale as an input has no unconditional half.
     """
-    joined = pipeline.encode([request], guided=request.guided, steps=request.passes[0]).weights
+    joined = request.prompts[request.passes[0]].weights
     if joined and request.pag_scale:
         raise UsageError("pag_scale does not go with AND: there is no one prompt to perturb")
     if pipeline.model.unet.config.get("time_cond_proj_dim") is None:

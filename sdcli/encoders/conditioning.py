@@ -20,7 +20,7 @@ from sdcli.encoders.token_words import Context
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import BadWeights, UsageError
 from sdcli.request.fields import EmbeddingRef
-from sdcli.request.prompt_syntax import EMPTY, Chunk, SubPrompt, sections, subprompts, unweighted
+from sdcli.request.prompt_syntax import EMPTY, Chunk, Prompts, Text
 from sdcli.request.schema import ResolvedRequest
 
 
@@ -60,12 +60,9 @@ class T5Reader:
 class _Script:
     """What the text encoder reads for one image."""
 
-    prompts: tuple[SubPrompt, ...]
-    """Those that AND joins."""
-    negative: SubPrompt
+    prompts: Prompts
     length: int
     """Chunks of the longest text, the negative one's too where the image is guided; the others are padded to it."""
-    syntax: str
     clip_skip: int
     size: tuple[int, int]
     """Height and width of the image."""
@@ -89,15 +86,15 @@ class TextEncoding:
     def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> ConditioningSchedule:
         """`encoder_hidden_states` [rows, chunks x L, D]."""
         scripts = [self._script(request, steps=steps) for request in requests]
-        prompts = [script.prompts for script in scripts]
+        prompts = [script.prompts.positive for script in scripts]
         by_row = [
-            *([script.negative for script in scripts] if guided else ()),
+            *([script.prompts.negative for script in scripts] if guided else ()),
             *itertools.chain(*zip(*prompts, strict=True)),
         ]
         rows = list(zip(itertools.cycle(scripts), by_row, strict=False))
 
         @lru_cache(maxsize=2)
-        def condition(texts: tuple[str, ...]) -> Conditioning:
+        def condition(texts: tuple[Text, ...]) -> Conditioning:
             negatives = len(scripts) if guided else 0
             return Conditioning.rows(
                 [
@@ -116,38 +113,36 @@ class TextEncoding:
     def shape(self, request: ResolvedRequest) -> Hashable:
         """How many chunks and prompts there are: those of other images must not pad this one's."""
         scripts = [self._script(request, steps=steps) for steps in request.passes]
-        return tuple((script.length, len(script.prompts)) for script in scripts)
+        return tuple((script.length, len(script.prompts.positive)) for script in scripts)
 
     def read(self, request: ResolvedRequest) -> Context:
         """The chunks of its prompts, padded as they are encoded."""
         scripts = [self._script(request, steps=steps) for steps in request.passes]
         script = scripts[0]
-        texts = {tuple(text for prompt in one.prompts for _, text in prompt.texts) for one in scripts}
-        if len(texts) > 1 or len({one.length for one in scripts}) > 1 or len(*texts) > len(script.prompts):
+        texts = {tuple(text for prompt in one.prompts.positive for _, text in prompt.texts) for one in scripts}
+        if len(texts) > 1 or len({one.length for one in scripts}) > 1 or len(*texts) > len(script.prompts.positive):
             raise UsageError(f"the words of {request.full_prompt!r} change over the steps, so none has a place")
-        chunked = [self._chunks(text, script.syntax, script.embeddings) for text in texts.pop()]
+        chunked = [self._chunks(text, script.embeddings) for text in texts.pop()]
         padded = [(*chunks, *[EMPTY] * (script.length - len(chunks))) for chunks in chunked]
         return Context(
             ids=tuple(token for chunks in padded for chunk in chunks for token in self._tokenizer.framed(chunk.ids)),
             embeddings=self._embeddings(script.embeddings).tokens,
-            cut=self._tokenizer(request.full_prompt).cut if script.syntax == "plain" else "",
+            cut=self._tokenizer(request.full_prompt).cut if request.prompt_syntax == "plain" else "",
         )
 
     def _script(self, request: ResolvedRequest, *, steps: int) -> _Script:
-        syntax, embeddings = request.prompt_syntax, request.embeddings
+        prompts, embeddings = request.prompts[steps], request.embeddings
         skip, layers = request.clip_skip or self.usual_clip_skip, self._layers
         if skip > layers:
             raise UsageError(f"clip_skip: {self._name}'s text encoder has {layers} layers, so not {skip}")
-        prompts = subprompts(request.full_prompt, steps=steps, syntax=syntax)
-        (negative,) = subprompts(request.negative_prompt, steps=steps, syntax=syntax, compose=False)
-        texts = {text for prompt in (*prompts, *([negative] if request.guided else [])) for _, text in prompt.texts}
-        length = max(len(self._chunks(text, syntax, embeddings)) for text in texts)
+        read = (*prompts.positive, *([prompts.negative] if request.guided else []))
+        length = max(len(self._chunks(text, embeddings)) for prompt in read for _, text in prompt.texts)
         size = request.height, request.width
-        return _Script(prompts, negative, length, syntax, skip, size, embeddings)
+        return _Script(prompts, length, skip, size, embeddings)
 
-    def _row(self, text: str, script: _Script, *, negative: bool) -> Conditioning:
+    def _row(self, text: Text, script: _Script, *, negative: bool) -> Conditioning:
         """One row of the condition: the chunks' hidden states side by side, all else as of the first chunk."""
-        chunks = self._chunks(text, script.syntax, script.embeddings)
+        chunks = self._chunks(text, script.embeddings)
         padded = (*chunks, *[EMPTY] * (script.length - len(chunks)))
         encoded = [self._encode_once(chunk, script.clip_skip, script.embeddings) for chunk in padded]
         hidden = torch.cat([one.inputs["encoder_hidden_states"] for one in encoded], dim=1)
@@ -165,8 +160,8 @@ class TextEncoding:
     def _device(self) -> torch.device:
         return next(self._readers[-1].network.parameters()).device
 
-    def _split(self, text: str, syntax: str, embeddings: tuple[EmbeddingRef, ...]) -> tuple[Chunk, ...]:
-        return self._tokenizer.chunks(text, syntax=syntax, tokens=self._embeddings(embeddings).tokens)
+    def _split(self, text: Text, embeddings: tuple[EmbeddingRef, ...]) -> tuple[Chunk, ...]:
+        return self._tokenizer.chunks(text, tokens=self._embeddings(embeddings).tokens)
 
     @torch.inference_mode()
     def _encode(self, chunk: Chunk, clip_skip: int, embeddings: tuple[EmbeddingRef, ...]) -> Conditioning:
@@ -259,10 +254,10 @@ class SdxlEncoding(JoinedEncoding):
         super().__init__(model, readers)
         self._unet, self._zeros_for_empty = unet, zeros_for_empty
 
-    def _row(self, text: str, script: _Script, *, negative: bool) -> Conditioning:
+    def _row(self, text: Text, script: _Script, *, negative: bool) -> Conditioning:
         """A row of the texts' condition, with `time_ids`; an empty negative prompt may be all zeros."""
         inputs = super()._row(text, script, negative=negative).inputs
-        if negative and not text and self._zeros_for_empty:
+        if negative and not text.text and self._zeros_for_empty:
             inputs = {name: torch.zeros_like(rows) for name, rows in inputs.items()}
         score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
         last = (score,) if self._room_for_numbers(inputs) == 5 else script.size
@@ -319,11 +314,10 @@ class Sd3Encoding(JoinedEncoding):
         """Raises UsageError: words are attended to together with the image."""
         raise UsageError(f"{request.model} attends to words and image jointly, so there are no maps of its words")
 
-    def _row(self, text: str, script: _Script, *, negative: bool) -> Conditioning:
+    def _row(self, text: Text, script: _Script, *, negative: bool) -> Conditioning:
         inputs = super()._row(text, script, negative=negative).inputs
         clip, config = inputs["encoder_hidden_states"], self._transformer
-        words = text if script.syntax == "plain" else " ".join(map(unweighted, sections(text)))
-        t5 = self._t5_once(words)
+        t5 = self._t5_once(text.unweighted)
         room, pooled = t5.shape[-1] - clip.shape[-1], inputs[self.pooled_name].shape[-1]
         if room < 0 or (t5.shape[-1], pooled) != (config["joint_attention_dim"], config["pooled_projection_dim"]):
             raise BadWeights(f"{self._name}: its transformer does not fit its text encoders")

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from sdcli.errors import BadWeights, NotFound, SdcliError
-from sdcli.request.prompt_syntax import Chunk, chunked
+from sdcli.request.prompt_syntax import Chunk, Text, chunked
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -59,13 +59,8 @@ class ClipTokenizer:
         """The id of a comma, where the vocabulary has one."""
         return self.tokenizer.token_to_id(f",{WORD_END}")
 
-    def chunks(
-        self, text: str, *, syntax: str, tokens: Mapping[str, range] = MappingProxyType({})
-    ) -> tuple[Chunk, ...]:
-        """A text in A1111's syntax as chunks with weights (see `prompt.chunked`); a plain one as one, cut to fit."""
-        if syntax == "plain":
-            ids = self.words(text)[: self.room]
-            return (Chunk(tuple(ids), (1.0,) * len(ids)),)
+    def chunks(self, text: Text, *, tokens: Mapping[str, range] = MappingProxyType({})) -> tuple[Chunk, ...]:
+        """A parsed text as chunks with weights, as `prompt_syntax.chunked` makes them."""
         return chunked(text, self.words, room=self.room, comma=self.comma_id, tokens=tokens)
 
     def words(self, text: str) -> list[int]:

@@ -17,7 +17,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -36,24 +36,62 @@ Words = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class SubPrompt:
-    """One of the prompts that AND joins: its weight, and its text up to each of the steps where it changes."""
-
-    weight: float
-    texts: tuple[tuple[int, str], ...]
-    """(last step, text), ascending; the last one's step is that of the image. Steps count from 1."""
-
-    def at(self, step: int) -> str:
-        """The text that generates a step."""
-        return next(text for last, text in self.texts if step <= last)
-
-
-@dataclass(frozen=True)
 class Span:
     """A piece of text with one weight."""
 
     text: str
     weight: float
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as the text encoder reads it at one step, with its brackets parsed."""
+
+    text: str
+    """As it is written, with its brackets."""
+    sections: tuple[tuple[Span, ...], ...]
+    """The spans between one BREAK and the next."""
+    plain: bool = False
+    """Cut to the text encoder's length, instead of continued in more chunks."""
+
+    @classmethod
+    def of(cls, text: str, syntax: str = "a1111") -> Text:
+        """Parse a text. Raises UsageError for absurd weights."""
+        if syntax == "plain":
+            return cls(text, ((Span(text, 1.0),),), plain=True)
+        return cls(text, tuple(tuple(spans) for spans in sections(text)))
+
+    @property
+    def unweighted(self) -> str:
+        """The words without weights and BREAK."""
+        return " ".join("".join(span.text for span in spans) for spans in self.sections)
+
+
+@dataclass(frozen=True)
+class SubPrompt:
+    """One of the prompts that AND joins: its weight, and its text up to each of the steps where it changes."""
+
+    weight: float
+    texts: tuple[tuple[int, Text], ...]
+    """(last step, text), ascending; the last one's step is that of the image. Steps count from 1."""
+
+    def at(self, step: int) -> Text:
+        """The text that generates a step."""
+        return next(text for last, text in self.texts if step <= last)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompt and the negative prompt of one image, parsed for one pass of so many steps."""
+
+    positive: tuple[SubPrompt, ...]
+    """Those that AND joins."""
+    negative: SubPrompt
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the prompts that AND joins; empty where there is one alone."""
+        return tuple(prompt.weight for prompt in self.positive) if len(self.positive) > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -77,14 +115,25 @@ def subprompts(prompt: str, *, steps: int, syntax: str = "a1111", compose: bool 
     more than MAX_SPELLED characters.
     """
     if syntax == "plain":
-        return (SubPrompt(1.0, ((steps, prompt),)),)
+        return (SubPrompt(1.0, ((steps, Text.of(prompt, syntax)),)),)
     texts = _AND.split(prompt) if compose else [prompt]
     if len(texts) == 1:
-        return (SubPrompt(1.0, schedule(prompt, steps=steps)),)
+        return (_subprompt(1.0, prompt, steps),)
     if len(texts) > MAX_PARTS:
         raise UsageError(f"AND joins {len(texts)} prompts; it may be up to {MAX_PARTS}")
     weighted = [_weighted(text) for text in texts]
-    return tuple(SubPrompt(_checked(float(number or 1)), schedule(before, steps=steps)) for before, number in weighted)
+    return tuple(_subprompt(_checked(float(number or 1)), before, steps) for before, number in weighted)
+
+
+def _subprompt(weight: float, text: str, steps: int) -> SubPrompt:
+    read = cache(Text.of)
+    return SubPrompt(weight, tuple((last, read(spelled)) for last, spelled in schedule(text, steps=steps)))
+
+
+def parse_prompts(prompt: str, negative_prompt: str, *, steps: int, syntax: str) -> Prompts:
+    """Both prompts, parsed for a pass of so many steps. Raises what `subprompts` raises."""
+    (negative,) = subprompts(negative_prompt, steps=steps, syntax=syntax, compose=False)
+    return Prompts(subprompts(prompt, steps=steps, syntax=syntax), negative)
 
 
 def wrapped(prompt: str, template: str) -> str:
@@ -270,11 +319,6 @@ def sections(text: str) -> list[list[Span]]:
     return [_merged(spans) for spans in result]
 
 
-def unweighted(spans: Iterable[Span]) -> str:
-    """The text of a section."""
-    return "".join(span.text for span in spans)
-
-
 def _factors(tokens: Sequence[re.Match[str]]) -> dict[int, tuple[str, float | None]]:
     """Number of a token that is a bracket -> its kind, and for an opening one what it multiplies by."""
     factors: dict[int, tuple[str, float | None]] = {}
@@ -312,15 +356,17 @@ def _checked(weight: float) -> float:
 
 
 def chunked(
-    text: str, words: Words, *, room: int, comma: int | None = None, tokens: Mapping[str, range] = MappingProxyType({})
+    text: Text, words: Words, *, room: int, comma: int | None = None, tokens: Mapping[str, range] = MappingProxyType({})
 ) -> tuple[Chunk, ...]:
-    """A text with weights as chunks of at most `room` tokens, one at least.
+    """A text with weights as chunks of at most `room` tokens, one at least; a plain one as one chunk, cut to fit.
 
     `comma` is the id of the tokenizer's comma. `tokens` are names that rows of embeddings stand for, row numbers by
-    name; those of one name stay together. Raises UsageError for absurd weights.
+    name; those of one name stay together.
     """
+    if text.plain:
+        return (_chunk([(id, 1.0) for id in words(text.text)[:room]]),)
     done: list[Chunk] = []
-    for spans in sections(text):
+    for spans in text.sections:
         done += _cut(units(spans, words, tokens), room, comma)
     return tuple(done if len(done) == 1 or done[-1].ids else done[:-1])
 
@@ -328,7 +374,7 @@ def chunked(
 def used(prompts: Iterable[SubPrompt], names: Iterable[str]) -> set[str]:
     """Which of the names of embeddings stand in the prompts, at any step."""
     texts = {text for part in prompts for _, text in part.texts}
-    spans = [span.text for text in texts for section in sections(text) for span in section]
+    spans = [span.text for text in texts for section in text.sections for span in section]
     return {name for name in names if any(_token_pattern((name,)).search(text) for text in spans)}
 
 

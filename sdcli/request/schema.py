@@ -7,9 +7,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_origin
+from functools import partial
+from typing import Any, Literal, Self, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from sdcli.errors import UsageError
 from sdcli.request.fields import (
@@ -24,7 +25,7 @@ from sdcli.request.fields import (
     plain_unicode,
     with_prompt,
 )
-from sdcli.request.prompt_syntax import wrapped
+from sdcli.request.prompt_syntax import Prompts, parse_prompts, wrapped
 from sdcli.request.schedulers import SCHEDULERS
 
 SCHEMA = 2
@@ -223,6 +224,10 @@ class GenerationRequest(BaseModel):
         return parse_request({**self.typed(), **fields})
 
 
+PARSED_FROM = {"prompt", "negative_prompt", "prompt_template", "prompt_syntax", "steps", "strength", "upscale"}
+"""The fields that decide what the text encoder reads at each step."""
+
+
 class ResolvedRequest(GenerationRequest):
     """A request as it will be generated: `generation.resolve` has chosen every value that each image needs.
 
@@ -240,6 +245,24 @@ class ResolvedRequest(GenerationRequest):
     guidance_scale: float
     scheduler: str
     eta: float
+    _prompts: dict[int, Prompts] = PrivateAttr(default_factory=dict)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Parse the prompts once. Raises UsageError for what their syntax cannot mean."""
+        parsed = partial(parse_prompts, self.full_prompt, self.negative_prompt, syntax=self.prompt_syntax)
+        self._prompts = {steps: parsed(steps=steps) for steps in self.passes}
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed, not checked again; its prompts are parsed again where they changed."""
+        copied = super().model_copy(update=update, deep=deep)
+        if not PARSED_FROM.isdisjoint(update or ()):
+            copied.model_post_init(None)
+        return copied
+
+    @property
+    def prompts(self) -> Mapping[int, Prompts]:
+        """The parsed prompts of each pass, by its number of steps."""
+        return self._prompts
 
     @property
     def guided(self) -> bool:

@@ -12,6 +12,7 @@ from sdcli.request.prompt_syntax import (
     Chunk,
     Span,
     SubPrompt,
+    Text,
     chunked,
     schedule,
     sections,
@@ -154,12 +155,12 @@ def test_what_is_absurd_is_refused(text: str, steps: int, sentence: str) -> None
 
 def test_and_joins_prompts_with_weights_but_not_in_a_negative_prompt() -> None:
     assert subprompts("a cat AND [a:b:2] dog :0.7", steps=4) == (
-        SubPrompt(1.0, ((4, "a cat "),)),
-        SubPrompt(0.7, ((2, " a dog "), (4, " b dog "))),
+        SubPrompt(1.0, ((4, Text.of("a cat ")),)),
+        SubPrompt(0.7, ((2, Text.of(" a dog ")), (4, Text.of(" b dog ")))),
     )
     assert subprompts("a AND b:-.5", steps=1)[1].weight == -0.5
-    assert subprompts("at 12:30", steps=1) == (SubPrompt(1.0, ((1, "at 12:30"),)),)
-    assert subprompts("a SANDY AND", steps=1)[1] == SubPrompt(1.0, ((1, ""),))
+    assert subprompts("at 12:30", steps=1) == (SubPrompt(1.0, ((1, Text.of("at 12:30")),)),)
+    assert subprompts("a SANDY AND", steps=1)[1] == SubPrompt(1.0, ((1, Text.of("")),))
     assert len(subprompts("a AND b", steps=1, compose=False)) == 1
 
 
@@ -181,7 +182,7 @@ def spelled(chunks: tuple[Chunk, ...]) -> list[str]:
 
 
 def cut(text: str, **options: object) -> list[str]:
-    return spelled(chunked(text, words, **{"room": 6, "comma": 0, **options}))  # type: ignore[arg-type]
+    return spelled(chunked(Text.of(text), words, **{"room": 6, "comma": 0, **options}))  # type: ignore[arg-type]
 
 
 def test_chunks_are_filled_and_end_after_a_near_comma() -> None:
@@ -198,7 +199,7 @@ def test_chunks_are_filled_and_end_after_a_near_comma() -> None:
 
 @given(st.text(alphabet="ab ,", max_size=60), st.integers(1, 9))
 def test_chunks_lose_no_token_and_hold_no_more_than_fits(text: str, room: int) -> None:
-    chunks = chunked(f"({text}:0.5)", words, room=room, comma=0)
+    chunks = chunked(Text.of(f"({text}:0.5)"), words, room=room, comma=0)
     assert [id for chunk in chunks for id in chunk.ids] == words(text)
     assert all(len(chunk.ids) <= room and chunk.weights == (0.5,) * len(chunk.ids) for chunk in chunks)
 
@@ -208,6 +209,6 @@ def test_a_word_of_an_embedding_becomes_its_rows_in_any_case_and_within_weights(
     assert cut("a My-Cat hat", tokens=tokens) == ["a <0> <1> hat"]
     assert cut("my-cats, xmy-cat", tokens=tokens) == ["my-cats , xmy-cat"]
     assert cut("a b c d e my-cat f", tokens=tokens) == ["a b c d e", "<0> <1> f"]
-    (chunk,) = chunked("a (my-cat:1.5)", words, room=6, tokens=tokens)
+    (chunk,) = chunked(Text.of("a (my-cat:1.5)"), words, room=6, tokens=tokens)
     assert (chunk.ids[1:], chunk.weights) == ((-1, -2), (1.0, 1.5, 1.5))
     assert used(subprompts("a [fox:my-cat:3]", steps=9), ["my-cat", "cat", "owl"]) == {"my-cat", "cat"}

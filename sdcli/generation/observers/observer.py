@@ -132,7 +132,7 @@ class Tracing:
 def _mapping(words: Sequence[str]) -> Observe:
     @contextlib.contextmanager
     def observe(pipeline: Pipeline, requests: Sequence[ResolvedRequest], decode: Decode) -> Iterator[Observer]:
-        joined = pipeline.encode(requests, guided=False, steps=requests[0].passes[0]).weights
+        joined = requests[0].prompts[requests[0].passes[0]].weights
         with AttentionMaps(len(requests), prompts=max(1, len(joined))).watching(pipeline.model.unet) as maps:
             yield HeatMapping(pipeline, requests, words, maps)
 

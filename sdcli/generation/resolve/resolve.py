@@ -18,7 +18,7 @@ from sdcli.generation.resolve.inputs import (
 )
 from sdcli.images.formats import MAX_PIXELS
 from sdcli.models.registry import ModelSpec, size_problem
-from sdcli.request.prompt_syntax import subprompts, used
+from sdcli.request.prompt_syntax import used
 from sdcli.request.schedulers import SCHEDULERS, schedulers_for
 from sdcli.request.schema import GenerationRequest, ResolvedRequest, check_needs, first_problem, watermark_room
 
@@ -146,12 +146,11 @@ def _check_refiner(request: ResolvedRequest) -> None:
 
 def _check_syntax(request: ResolvedRequest) -> None:
     """Raise UsageError for what a prompt asks for in vain: AND without guidance, an embedding that it does not name."""
-    prompts = subprompts(request.full_prompt, steps=request.steps)
-    if len(prompts) > 1 and not request.guided:
+    prompts = request.prompts[request.passes[0]]
+    if prompts.weights and not request.guided:
         raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
-    negative = subprompts(request.negative_prompt, steps=request.steps, compose=False) if request.guided else ()
     words = [embedding.word for embedding in request.embeddings]
-    unused = sorted(set(words) - used((*prompts, *negative), words))
+    unused = sorted(set(words) - used((*prompts.positive, *([prompts.negative] if request.guided else [])), words))
     if unused:
         raise UsageError(f"embeddings: no prompt has the word {unused[0]!r}, so its vectors would have no effect")
 
