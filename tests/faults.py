@@ -20,6 +20,8 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
+from sdcli.io.temporary_files import temporary_path
+
 DIED = 77
 """Exit status of a process that died at the chosen call."""
 MAKING = {"open", "write", "close", "fsync", "mkdir", "symlink", "link", "save_file", "sendfile"}
@@ -46,6 +48,12 @@ class Call:
 
 
 Hook = Callable[[int, Call], None]
+
+
+def temporary_of(process: int, folder: Path) -> Path:
+    """A temporary name as another process of this machine would choose it."""
+    path = temporary_path(folder)
+    return path.with_name(path.name.replace(f"-{os.getpid()}-", f"-{process}-"))
 
 
 def nothing(index: int, call: Call) -> None:

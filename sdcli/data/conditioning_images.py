@@ -32,7 +32,7 @@ class Maps:
         return self.listed[int(self.places[index])]
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image's map. Raises BadPicture, NotFound and Offline."""
+        """The bytes of an image's map. Raises BadImage, NotFound and Offline."""
         return self.listed.read(int(self.places[index]))
 
 

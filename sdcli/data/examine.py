@@ -22,6 +22,7 @@ from sdcli.data.records import Dropped, ImageSet, Remark
 from sdcli.errors import BadImage, BadLatents, CannotWrite, NotFound
 from sdcli.images.image_files import image_from_bytes
 from sdcli.io.files import write_whole
+from sdcli.io.json_files import parse_json
 
 SCHEMA = 1
 """To be raised when the same bytes may be judged otherwise than before: what was remembered is then not used."""
@@ -232,9 +233,9 @@ class _Memory:
         identity = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:32]
         path = folder / f"examined-{identity}.json"
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             known = content["seen"] if content["schema"] == SCHEMA else {}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             known = {}
         return cls(path, known if isinstance(known, dict) else {})
 

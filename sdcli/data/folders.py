@@ -66,11 +66,11 @@ class LooseFiles(Listed):
     root: Path = field(kw_only=True)
 
     def read(self, index: int) -> bytes:
-        """The image's bytes. Raises NotFound and BadPicture."""
+        """The image's bytes. Raises NotFound and BadImage."""
         return read_file(self.root / self.items[index].name)
 
     def stamp(self, index: int) -> str:
-        """The file's size and time of change. Raises NotFound and BadPicture."""
+        """The file's size and time of change. Raises NotFound and BadImage."""
         return file_stamp(self.root / self.items[index].name)
 
 
@@ -92,7 +92,7 @@ class LatentFiles(Listed):
         return "latents"
 
     def read(self, index: int) -> bytes:
-        """The bytes of the whole file. Raises NotFound and BadPicture."""
+        """The bytes of the whole file. Raises NotFound and BadImage."""
         return read_file(self._path(index))
 
     def read_latents(self, index: int) -> LatentFile:
@@ -104,7 +104,7 @@ class LatentFiles(Listed):
         return LatentFile(file.latents[place : place + 1], file.scaled, file.record)
 
     def stamp(self, index: int) -> str:
-        """The file's size and time of change, and the place in it. Raises NotFound and BadPicture."""
+        """The file's size and time of change, and the place in it. Raises NotFound and BadImage."""
         return f"{file_stamp(self._path(index))}:{self.places[index]}"
 
     def _path(self, index: int) -> Path:
@@ -286,7 +286,7 @@ class _Listing:
 def _tables_of(
     tree: Tree, chosen: Sequence[str], *, image_column: str | None, caption_column: str | None
 ) -> dict[str, Table]:
-    """The metadata tables that stand in the chosen images' folders or above them. Raises UsageError, BadPicture."""
+    """The metadata tables that stand in the chosen images' folders or above them. Raises UsageError, BadImage."""
     folders = {str(above) for name in chosen for above in PurePosixPath(name).parents}
     names = [name for name in tree.tables if str(PurePosixPath(name).parent) in folders]
     for folder, count in Counter(str(PurePosixPath(name).parent) for name in names).items():
@@ -302,7 +302,7 @@ def _tables_of(
 def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None, required: bool) -> dict[str, str]:
     """Image -> the image that its row names in another column, as paths relative to the set's root.
 
-    Empty where no table has such a column and it is not `required`. Raises UsageError and BadPicture.
+    Empty where no table has such a column and it is not `required`. Raises UsageError and BadImage.
     """
     tree = scan(images.root)
     known, found = set(tree.images), {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -28,6 +27,7 @@ from sdcli.data.records import (
 )
 from sdcli.data.tables import CAPTION_COLUMNS, LABEL_COLUMN, pick_column, pyarrow_modules
 from sdcli.errors import BadImage, NotFound, Offline, UsageError, first_line
+from sdcli.io.json_files import parse_json
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes", "pixel_values")
 RETRY_PAUSES = (1.0, 4.0, 15.0)
@@ -77,7 +77,7 @@ class ParquetRows(Listed):
     def read(self, index: int) -> bytes:
         """The bytes in the image's cell.
 
-        Raises BadPicture, NotFound, and Offline where the network fails several times: an image that could not be
+        Raises BadImage, NotFound, and Offline where the network fails several times: an image that could not be
         fetched is no broken image, and must not be passed over as one.
         """
         name = self.items[index].name
@@ -117,7 +117,7 @@ class ParquetRows(Listed):
         return read_file(Path(target))
 
     def stamp(self, index: int) -> str:
-        """The file's stamp and the row. Raises BadPicture and NotFound."""
+        """The file's stamp and the row. Raises BadImage and NotFound."""
         file, group, row = (int(number) for number in self.rows[index])
         stamp = self.stamps[file] if self.remote else file_stamp(Path(self.files[file]))
         return f"{stamp}:{group}:{row}"
@@ -286,8 +286,8 @@ def _columns(
 def _features_of(schema: Any) -> dict[str, Any]:
     """Hugging Face's features in the schema's metadata; {} where there are none, or no sound ones."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
         return {}
     return features if isinstance(features, dict) else {}
 

@@ -89,10 +89,10 @@ class ImageSet(Protocol):
     def __getitem__(self, index: int, /) -> Item: ...
 
     def read(self, index: int, /) -> bytes:
-        """The bytes of the image's file. Raises BadPicture and NotFound, each with a sentence."""
+        """The bytes of the image's file. Raises BadImage and NotFound, each with a sentence."""
 
     def stamp(self, index: int, /) -> str:
-        """What changes when the bytes do, found without reading them. Raises BadPicture and NotFound."""
+        """What changes when the bytes do, found without reading them. Raises BadImage and NotFound."""
 
 
 class Unusable(Exception):
@@ -254,7 +254,7 @@ def captioned_by_class(items: Sequence[Item]) -> list[Item]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a loose image. Raises NotFound and BadPicture."""
+    """The bytes of a loose image. Raises NotFound and BadImage."""
     check_readable(path)
     try:
         return path.read_bytes()
@@ -265,7 +265,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_part(path: Path, *, offset: int, size: int, name: str) -> bytes:
-    """`size` bytes at `offset` of a file. Raises NotFound and BadPicture, whose sentences begin with `name`."""
+    """`size` bytes at `offset` of a file. Raises NotFound and BadImage, whose sentences begin with `name`."""
     if size > MAX_FILE_BYTES:
         raise BadImage(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no image here is")
     try:
@@ -284,7 +284,7 @@ def read_part(path: Path, *, offset: int, size: int, name: str) -> bytes:
 
 
 def file_stamp(path: Path) -> str:
-    """A file's size and times of change. Raises NotFound and BadPicture."""
+    """A file's size and times of change. Raises NotFound and BadImage."""
     try:
         facts = path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdcli.data.records import Dropped, Unusable, captions_of_value, label_of_value
 from sdcli.errors import BadImage, UsageError
+from sdcli.io.rows import CsvFile, json_rows
+from sdcli.io.rows import Row as FileRow
 from sdcli.request.schema import did_you_mean
 
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -47,16 +46,18 @@ class Table:
 def read_table(path: Path, *, name: str, image_column: str | None = None, caption_column: str | None = None) -> Table:
     """Read a metadata file, which `name` names in sentences. The columns may be given; else the usual ones are taken.
 
-    Raises BadPicture for a file that cannot be read at all, UsageError where a column is missing from all its rows.
+    Raises BadImage for a file that cannot be read at all, UsageError where a column is missing from all its rows.
     """
     dropped: list[Dropped] = []
     columns = [image_column, caption_column, LABEL_COLUMN, *FILE_COLUMNS, *CAPTION_COLUMNS]
     try:
         match path.suffix:
             case ".jsonl":
-                lines = list(_json_lines(path.read_bytes(), name, dropped))
+                with open(path, "rb") as table:
+                    lines = list(_rows_of_file(json_rows(table), name, dropped))
             case ".csv":
-                lines = list(_csv_lines(path.read_bytes(), name, dropped))
+                with open(path, "rb") as table:
+                    lines = list(_rows_of_file(CsvFile(table), name, dropped))
             case _:
                 lines = list(_parquet_rows(path, name, columns))
     except OSError as error:
@@ -109,37 +110,17 @@ def _row(place: str, file: str, values: Mapping[str, Any], text_column: str | No
         return Row(place, file, (), None, problem=str(problem))
 
 
-def _json_lines(data: bytes, name: str, dropped: list[Dropped]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            # What is not UTF-8 survives as surrogates, so that it costs its own row only.
-            values = json.loads(line.decode("utf-8", "surrogateescape"))
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict):
-            yield f"line {number}", values
+def _rows_of_file(
+    rows: Iterable[FileRow], name: str, dropped: list[Dropped]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for row in rows:
+        if row.problem:
+            dropped.append(Dropped(f"{name} line {row.line}", row.problem))
         else:
-            dropped.append(Dropped(f"{name} line {number}", "is no JSON object"))
+            yield f"line {row.line}", row.values
 
 
-def _csv_lines(data: bytes, name: str, dropped: list[Dropped]) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    csv.field_size_limit(2**24)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restkey="")
-    try:
-        for values in reader:
-            if "" in values and reader.fieldnames is not None and "" not in reader.fieldnames:
-                reason = "has more fields than the header; a caption with commas must stand in quotes"
-                dropped.append(Dropped(f"{name} line {reader.line_num}", reason))
-                continue
-            yield f"line {reader.line_num}", values
-    except csv.Error as error:
-        dropped.append(Dropped(f"{name} line {reader.line_num}", f"is no CSV, nor is what follows it: {error}"))
-
-
-def _parquet_rows(path: Path, name: str, columns: Sequence[str | None]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, name: str, columns: Sequence[str | None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     arrow, parquet = pyarrow_modules()
     try:
         with parquet.ParquetFile(path) as file:

@@ -36,7 +36,9 @@ from sdcli.data.records import (
     read_part,
 )
 from sdcli.errors import CannotWrite, UsageError
-from sdcli.io.files import AlreadyExists, alive, sync_folder, whole_file
+from sdcli.io.files import AlreadyExists, sync_folder, whole_file
+from sdcli.io.json_files import parse_json
+from sdcli.io.temporary_files import sweep, temporary_path
 
 BLOCK = 512
 MAX_NAME_BYTES = 64 * 1024
@@ -60,14 +62,14 @@ class TarShards(Listed):
         return True
 
     def read(self, index: int) -> bytes:
-        """The image's bytes, read in place. Raises NotFound and BadPicture."""
+        """The image's bytes, read in place. Raises NotFound and BadImage."""
         item = self.items[index]
         return read_part(
             self.files[item.block], offset=int(self.offsets[index]), size=int(self.lengths[index]), name=item.name
         )
 
     def stamp(self, index: int) -> str:
-        """The shard's size and time of change, and the place in it. Raises NotFound and BadPicture."""
+        """The shard's size and time of change, and the place in it. Raises NotFound and BadImage."""
         shard = self.files[int(self.items.blocks[index])]
         return f"{file_stamp(shard)}:{self.offsets[index]}:{self.lengths[index]}"
 
@@ -224,8 +226,8 @@ def _record(file: IO[bytes], members: dict[str, list[Member]]) -> dict[str, Any]
     if ".json" not in members:
         return {}
     try:
-        record = json.loads(_read(file, members[".json"][0]))
-    except (ValueError, RecursionError):
+        record = parse_json(_read(file, members[".json"][0]))
+    except ValueError:
         raise Unusable("its .json is damaged") from None
     if not isinstance(record, dict):
         raise Unusable("its .json holds no object")
@@ -391,8 +393,8 @@ def write_shards(
     folder = Path(os.path.abspath(folder))
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise AlreadyExists(f"{folder} exists already; shards go to a new folder")
-    _sweep(folder.parent)
-    unfinished = folder.parent / f".sdcli-{os.getpid()}-{folder.name[:50]}-shards.tmp"
+    sweep(folder.parent)
+    unfinished = temporary_path(folder.parent, f"{folder.name[:50]}-shards")
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
@@ -466,11 +468,3 @@ def _suffix_of(data: bytes, name: str) -> str:
             return suffix
     suffix = PurePosixPath(name).suffix.lower()
     return suffix if suffix in IMAGE_SUFFIXES else ".png"
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for entry in folder.glob(".sdcli-*-shards.tmp") if folder.is_dir() else ():
-        process = entry.name.split("-")[1]
-        if process.isdigit() and not alive(int(process)):
-            shutil.rmtree(entry, ignore_errors=True)

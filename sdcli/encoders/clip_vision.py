@@ -17,7 +17,8 @@ from sdcli.encoders.conditioning import Encode
 from sdcli.encoders.token_words import Context
 from sdcli.errors import BadImage, BadWeights, first_line
 from sdcli.images.image_files import image_from_bytes
-from sdcli.io.weight_files import files_digest, in_background, read_json_object, shards
+from sdcli.io.json_files import read_json_object
+from sdcli.io.weight_files import files_digest, in_background, shards
 from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.request.fields import FileRef
 from sdcli.request.input_files import read_pinned

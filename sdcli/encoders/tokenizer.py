@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from sdcli.errors import BadWeights, NotFound, SdcliError
+from sdcli.errors import BadWeights, SdcliError
+from sdcli.io.json_files import read_json_object
 from sdcli.request.prompt_syntax import Chunk, Text, chunked
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -88,8 +87,8 @@ def text_from(text: str, offsets: list[tuple[int, int]], first: int) -> str:
 
 def load_tokenizer(folder: Path) -> ClipTokenizer:
     """Read tokenizer.json, or vocab.json and merges.txt. Raises NotFound and BadWeights."""
-    config = _json(folder / "tokenizer_config.json", missing={})
-    special = {**_json(folder / "special_tokens_map.json", missing={}), **config}
+    config = read_json_object(folder / "tokenizer_config.json", default={})
+    special = {**read_json_object(folder / "special_tokens_map.json", default={}), **config}
     pad = special.get("pad_token") or END
     if isinstance(pad, dict):
         pad = pad.get("content", END)
@@ -113,7 +112,7 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
 
 
 def _from_vocabulary(folder: Path) -> Tokenizer:
-    vocabulary = _json(folder / "vocab.json")
+    vocabulary = read_json_object(folder / "vocab.json", missing="the tokenizer needs it", max_bytes=2**24)
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     pairs = (line.split() for line in lines if line and not line.startswith("#version"))
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
@@ -143,17 +142,3 @@ def clip_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Token
         [pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return tokenizer
-
-
-def _json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is None:
-            raise NotFound(f"no file {path}; the tokenizer needs it") from None
-        return missing
-    except (ValueError, RecursionError, OSError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise BadWeights(f"{path} should hold a JSON object")
-    return data

@@ -32,7 +32,8 @@ from sdcli.images.formats import MAX_PIXELS, MAX_SIDE, SUFFIX_OF, ImageFormat
 from sdcli.images.image_files import open_image
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import Fit, fit, from_pixels, to_pixels
-from sdcli.io.files import AlreadyExists, check_folder, check_new, sweep, write_whole
+from sdcli.io.files import AlreadyExists, check_folder, check_new, write_whole
+from sdcli.io.temporary_files import sweep
 from sdcli.metadata.embed import image_bytes
 from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec, Registry

@@ -46,7 +46,8 @@ from sdcli.images.image_files import pixels_digest
 from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.images.watermark import marked
 from sdcli.io.devices import free_caches, out_of_memory
-from sdcli.io.files import AlreadyExists, check_new, numbered, sweep, write_whole
+from sdcli.io.files import AlreadyExists, check_new, numbered, write_whole
+from sdcli.io.temporary_files import sweep
 from sdcli.metadata.embed import image_bytes
 from sdcli.metadata.record import Record
 from sdcli.models.controlnet import ControlNet, load_controlnet, with_controlnets

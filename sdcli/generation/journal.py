@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
-import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.errors import CannotWrite
+from sdcli.io.rows import append_row, json_rows
 
 NAME = ".sdcli-journal.jsonl"
 
@@ -35,20 +35,18 @@ class Journal:
         """Read the journal of a folder, or begin an empty one."""
         journal = cls(folder)
         try:
-            lines = (folder / NAME).read_bytes().split(b"\n")
+            with open(folder / NAME, "rb") as file:
+                entries = [row.values for row in json_rows(file)]
         except FileNotFoundError:
             return journal
         except OSError as error:
             raise CannotWrite(f"cannot read {folder / NAME}: {error.strerror}") from None
-        for line in lines:
-            try:
-                entry = json.loads(line)
+        for entry in entries:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 if "base_seed" in entry:
                     journal._base_seeds[entry["source"]] = int(entry["base_seed"])
                 else:
                     journal._finished[entry["request"]].append((str(entry["path"]), str(entry["sha256"])))
-            except (ValueError, KeyError, TypeError):
-                continue
         return journal
 
     def base_seed(self, source: str) -> int | None:
@@ -80,11 +78,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                size = os.fstat(descriptor).st_size
-                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                line = (b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n"
-                if os.write(descriptor, line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                append_row(descriptor, entry)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

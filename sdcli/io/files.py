@@ -6,24 +6,19 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import itertools
 import os
-import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sdcli.errors import CannotWrite, UsageError
+from sdcli.io.temporary_files import temporary_path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 """The folder of the package `sdcli`."""
 
-_TEMPORARY = re.compile(r"\.sdcli-(\d+)-\d+(?:-[0-9a-f]+)?\.tmp")
-_counter = itertools.count()
-
 
 class AlreadyExists(CannotWrite):
-    """The file is there, and nobody asked to overwrite it."""
+    """The file exists already, and overwriting it was not requested."""
 
 
 def expanded(path: str | Path) -> Path:
@@ -43,7 +38,7 @@ def numbered(name: PurePosixPath, number: int) -> PurePosixPath:
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder where it is missing, and raise CannotWrite now for what would fail after minutes of work."""
+    """Create a folder if it is missing, and raise CannotWrite now if files cannot be written into it later."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,9 +54,9 @@ def check_new(path: Path, *, overwrite: bool) -> None:
 
 
 def check_new_png(path: Path, *, flag: str, overwrite: bool) -> None:
-    """`check_new` for an image that `flag` names. Raises UsageError for another suffix than .png."""
+    """`check_new` for the PNG image that the option `flag` writes. Raises UsageError for another suffix than .png."""
     if path.suffix.lower() != ".png":
-        raise UsageError(f"{flag} names no PNG image: {path.name!r} should end in .png")
+        raise UsageError(f"{flag} writes a PNG image: {path.name!r} should end in .png")
     check_new(path, overwrite=overwrite)
 
 
@@ -73,7 +68,7 @@ def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises AlreadyExists and CannotWrite; whatever happens, no temporary file is left.
     """
     check_new(path, overwrite=overwrite)
-    temporary = path.parent / f".sdcli-{os.getpid()}-{next(_counter)}-{secrets.token_hex(4)}.tmp"
+    temporary = temporary_path(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,8 +117,11 @@ def _link_or_rename(temporary: Path, path: Path) -> None:
 
 def permitted_mode() -> int:
     """The permissions of a new file, as the umask has them."""
-    umask = os.umask(0o077)
-    os.umask(umask)
+    try:
+        umask = int(Path("/proc/self/status").read_text().partition("\nUmask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):  # not Linux: there it can only be read by setting it for a moment
+        umask = os.umask(0o077)
+        os.umask(umask)
     return 0o666 & ~umask
 
 
@@ -134,50 +132,30 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can do that. Raises OSError."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(descriptor)
+    """Wait until the names in a folder are on the disk, where the file system can do that. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two names change places at once; False where the system or the file system cannot. Raises OSError.
+    """Swap two names atomically; False where the system or the file system cannot. Raises OSError.
 
-    Linux's renameat2 with RENAME_EXCHANGE, which Python has no name for.
+    Uses Linux's renameat2 with RENAME_EXCHANGE, which Python does not offer.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):  # another system, or another C library
         return False
-    here, both_stay = -100, 2
-    if renameat2(here, os.fsencode(one), here, os.fsencode(other), both_stay) == 0:
+    at_fdcwd, rename_exchange = -100, 2
+    if renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
         return False
     raise OSError(number, os.strerror(number), str(one))
-
-
-def sweep(folder: Path) -> None:
-    """Remove temporary files that a killed process left in a folder; those of living processes stay."""
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        match = _TEMPORARY.fullmatch(entry.name)
-        if match and not alive(int(match[1])):
-            Path(entry.path).unlink(missing_ok=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of that number runs on this computer."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

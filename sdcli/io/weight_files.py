@@ -1,44 +1,21 @@
-"""Model files on the disk, read without torch: JSON, headers of safetensors, shards and digests."""
+"""Model files on the disk, read without torch: headers of safetensors, shards and digests."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sdcli.errors import BadWeights, NotFound
+from sdcli.errors import BadWeights
 from sdcli.io.files import sha256
+from sdcli.io.json_files import parse_json
 from sdcli.io.pickles import is_pickle, pickle_refused
 
-T = TypeVar("T", dict[str, Any], list[Any])
-
-MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES = 20_000_000
 MAX_TENSORS = 20_000
 FLOATS = {"F64", "F32", "F16", "BF16"}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds an object. Raises NotFound and BadWeights."""
-    return read_json(path, dict)
-
-
-def read_json(path: Path, kind: type[T]) -> T:
-    """A small JSON file that holds an object or a list. Raises NotFound and BadWeights."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BadWeights(f"{path} is larger than any configuration")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}; the model is incomplete") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, kind):
-        raise BadWeights(f"{path} should hold a JSON {'object' if kind is dict else 'list'}")
-    return data
 
 
 def check_header(path: Path) -> dict[str, Any]:
@@ -62,10 +39,10 @@ def check_header(path: Path) -> dict[str, Any]:
             if length > size - 8:
                 raise BadWeights(f"{path} is cut short: its header alone has {length:,} bytes, the file {size:,}")
             raw = file.read(length)
-        header = json.loads(raw)
+        header = parse_json(raw)
     except OSError as error:
         raise BadWeights(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise BadWeights(f"{path} is no safetensors file: its header is not JSON") from None
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
         raise BadWeights(f"{path} is no safetensors file: its header is no table of tensors")
@@ -117,11 +94,11 @@ def _present(index: Path) -> list[str]:
 def shard_names(index: Path) -> list[str]:
     """The file names in a `.safetensors.index.json`, sorted. Raises BadWeights."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(parse_json(index.read_bytes())["weight_map"].values())
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a shard's name is not text")
         return sorted(names)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadWeights(f"{index} is no index of weight files: {error}") from None
 
 

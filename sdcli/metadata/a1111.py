@@ -9,8 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.metadata.tool_record import ToolRecord, mapped_request
-from sdcli.metadata.untrusted_json import json_object
+from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request
 from sdcli.request.fields import LoraRef
 from sdcli.request.lora_tags import tag, take_tags
 from sdcli.request.schedulers import SCHEDULERS

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sdcli.metadata.tool_record import ToolRecord, mapped_request
-from sdcli.metadata.untrusted_json import json_object
+from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request
 
 
 def read_invokeai(text: str) -> ToolRecord | None:

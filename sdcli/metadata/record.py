@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.metadata.untrusted_json import load_json
+from sdcli.io.json_files import parse_json
 from sdcli.request.schema import GenerationRequest, parse_request
 
 SCHEMA = 1
@@ -34,7 +34,7 @@ def record_json(record: Record) -> str:
 def parse_record(text: str) -> Record:
     """Parse what `record_json` returned. Raises UsageError for a damaged record, and for one of a newer schema."""
     try:
-        whole = load_json(text)
+        whole = parse_json(text, strict=True)
     except ValueError as error:
         raise UsageError(f"its sdcli record is damaged: {error}") from None
     if not isinstance(whole, dict) or not isinstance(whole.get("schema"), int):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdcli.errors import UsageError
+from sdcli.io.json_files import parse_json
 from sdcli.request.schema import GenerationRequest, parse_request
 
 Tool = Literal["a1111", "comfyui", "invokeai"]
@@ -38,3 +39,12 @@ def mapped_request(found: dict[str, Any], unmapped: dict[str, Any]) -> Generatio
         except UsageError:
             unmapped[field] = value
     return parse_request({**valid, "prompt_template": "{prompt}"}) if valid else None
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The object in a JSON text; None for invalid JSON and for any other value."""
+    try:
+        value = parse_json(text, strict=True)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel, lean_imports
-from sdcli.io.weight_files import files_digest, in_background, read_json_object, shards
+from sdcli.io.weight_files import files_digest, in_background, shards
 from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.models.hub.download import folder_of
 from sdcli.models.loader import LoadedModel, placed

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdcli.errors import BadWeights, NotFound, UsageError
-from sdcli.io.weight_files import read_json, read_json_object
+from sdcli.io.json_files import read_json_list, read_json_object
 from sdcli.request.schedulers import Process
 from sdcli.request.schema import did_you_mean
 from sdcli.vae.config import cell_of
@@ -248,7 +248,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     file = path / "classes.json"
     if not file.exists():
         return None
-    names = read_json(file, list)
+    names = read_json_list(file)
     for name in names:
         if not isinstance(name, str) or name != name.strip() or not name or len(name) > 1000 or not name.isprintable():
             raise BadWeights(f"{file}: {str(name)[:60]!r} is no name of a class")

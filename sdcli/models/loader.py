@@ -21,6 +21,7 @@ from sdcli.encoders.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.errors import BadWeights, UsageError
 from sdcli.io.devices import keep_freed_memory, pick_device, pick_dtype
 from sdcli.io.files import PACKAGE
+from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import (
     VAE,
     AutoencoderKL,
@@ -31,7 +32,7 @@ from sdcli.io.lean_diffusers import (
     UNet2DModel,
     lean_imports,
 )
-from sdcli.io.weight_files import check_header, files_digest, finished, in_background, read_json_object, shards
+from sdcli.io.weight_files import check_header, files_digest, finished, in_background, shards
 from sdcli.io.weights import N, empty_network, fill, random_tensors, read_tensors
 from sdcli.models.hub.download import folder_of, use_offline
 from sdcli.models.layout import kind_of, network_config, read_layout

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.errors import BadWeights, UsageError
-from sdcli.io.weight_files import check_header, read_json_object
+from sdcli.io.json_files import parse_json, read_json_object
+from sdcli.io.weight_files import check_header
 from sdcli.io.weights import read_tensors
 from sdcli.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_lora, pinned_lora
 from sdcli.models.loader import AppliedLora, LoadedModel
@@ -240,8 +240,8 @@ def _scales(path: Path, metadata: Mapping[str, Any]) -> _Scales:
         configs = {"": read_json_object(path / ADAPTER_CONFIG)}
     else:
         try:
-            flat = _mapping(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-        except (TypeError, ValueError, RecursionError):
+            flat = _mapping(parse_json(metadata.get("lora_adapter_metadata", "{}")))
+        except (TypeError, ValueError):
             raise BadWeights(f"{path} has a lora_adapter_metadata that is not JSON") from None
         configs = {}
         for key, value in flat.items():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdcli.errors import BadWeights, first_line
 from sdcli.images.pixels import to_pixels
-from sdcli.io.weight_files import read_json_object
+from sdcli.io.json_files import read_json_object
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, where feature_extractor/preprocessor_config.json names no others."""

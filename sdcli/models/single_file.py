@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+
+from sdcli.io.json_files import parse_json
 
 MAX_HEADER_BYTES = 20_000_000
 
@@ -82,7 +83,7 @@ def layout_in(path: Path) -> SingleFileLayout | None:
     try:
         status = path.stat()
         return _layout_in(path, status.st_mtime_ns, status.st_size)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
 
 
@@ -92,7 +93,7 @@ def _layout_in(path: Path, changed: int, size: int) -> SingleFileLayout:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size):
             raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("no table of tensors")
     return layout_of(header)

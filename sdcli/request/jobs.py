@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import itertools
-import json
 import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sdcli.errors import NotFound, UsageError
+from sdcli.io.rows import CsvFile, Row, json_rows, text_lines
 from sdcli.request.schema import canonical, field_name, is_list
 from sdcli.request.wildcards import MAX_COMBINATIONS, Wildcards
 
@@ -60,22 +59,27 @@ def _entries(source: str) -> Iterator[Line]:
         kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}.get(
             Path(source).suffix.lower(), "txt"
         )
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if kind == "csv":
-        yield from _csv_lines(data)
-        return
-    parse = _json_line if kind == "jsonl" else _text_line
-    for number, raw in enumerate(data.split(b"\n"), start=1):
-        try:
-            text = raw.decode().strip()
-        except UnicodeDecodeError:
-            yield Line(number, {}, problem="is not UTF-8 text")
-            continue
-        if text and not (kind == "txt" and text.startswith("#")):
+    file = io.BytesIO(data)
+    rows = json_rows(file, utf8=True) if kind == "jsonl" else _csv_rows(file) if kind == "csv" else _text_rows(file)
+    for row in rows:
+        yield Line(row.line, row.values, row.problem or None)
+
+
+def _text_rows(file: BinaryIO) -> Iterator[Row]:
+    for line in text_lines(file, utf8=True):
+        if not line.text.startswith("#"):
             try:
-                yield Line(number, parse(text))
+                yield Row(line.number, {} if line.problem else _text_line(line.text), line.problem)
             except UsageError as error:
-                yield Line(number, {}, problem=str(error))
+                yield Row(line.number, problem=str(error))
+
+
+def _csv_rows(file: BinaryIO) -> Iterator[Row]:
+    for row in CsvFile(file, utf8=True):
+        if None in row.values.values():
+            yield Row(row.line, problem="has fewer cells than the header")
+        else:
+            yield replace(row, values={name.strip(): cell for name, cell in row.values.items() if cell != ""})
 
 
 def _text_line(text: str) -> dict[str, Any]:
@@ -97,33 +101,6 @@ def _text_line(text: str) -> dict[str, Any]:
         else:
             fields[field] = value
     return fields
-
-
-def _json_line(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"is not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UsageError("should be a JSON object")
-    return fields
-
-
-def _csv_lines(data: bytes) -> Iterator[Line]:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        yield Line(data[: error.start].count(b"\n") + 1, {}, problem="is not UTF-8 text")
-        return
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in rows:
-            if None in row or None in row.values():
-                yield Line(rows.line_num, {}, problem="has another number of cells than the header")
-            else:
-                yield Line(rows.line_num, {name.strip(): cell for name, cell in row.items() if cell != ""})
-    except csv.Error as error:
-        yield Line(rows.line_num, {}, problem=f"is not CSV ({error})")
 
 
 DYNAMIC = ("prompt", "negative_prompt")

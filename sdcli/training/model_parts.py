@@ -16,8 +16,8 @@ from torch import nn
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
 from sdcli.io.files import PACKAGE, expanded, write_whole
+from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import UNet2DConditionModel, UNet2DModel
-from sdcli.io.weight_files import read_json_object
 from sdcli.io.weights import network_described
 from sdcli.models.hub.download import folder_of
 from sdcli.models.layout import LAYOUTS

@@ -17,8 +17,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import math
 import os
 import time
@@ -31,6 +29,7 @@ from typing import Any, Self
 
 from sdcli import __version__
 from sdcli.errors import CannotWrite, NotFound, SdcliError
+from sdcli.io.rows import append_row, json_rows
 from sdcli.training.events import (
     CheckpointSaved,
     Event,
@@ -82,13 +81,8 @@ class RunLog:
         Facts are JSON values, mappings, sequences and paths. Raises CannotWrite.
         """
         entry = {"event": event, "time": round(time.time(), 3), **facts}
-        line = json.dumps(strict_json(entry), allow_nan=False).encode() + b"\n"
         with _sentences(self._path):
-            size = os.fstat(self._descriptor).st_size
-            torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
-            line = b"\n" + line if torn else line
-            if os.write(self._descriptor, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append_row(self._descriptor, strict_json(entry))
 
     def rewind(self, step: int) -> None:
         """Say that the run goes on from after `step`: entries of later steps that are there do not count any more."""
@@ -190,16 +184,17 @@ def read_log(run: Path) -> Log:
     entries: dict[Any, dict[str, Any]] = {}
     damaged = 0
     try:
-        for number, line in enumerate(_lines(path)):
-            entry = _entry(line)
-            if entry is None:
-                damaged += bool(line.strip())
-                continue
-            if (step := _goes_on_after(entry)) is not None:
-                entries = {key: old for key, old in entries.items() if not _undone(old, step)}
-            key = (entry["event"], entry["step"]) if entry["event"] in STEPPED else number
-            entries.pop(key, None)  # the later one also stands later
-            entries[key] = entry
+        with path.open("rb") as file:
+            for row in json_rows(file, max_bytes=MAX_LINE):
+                entry = dict(row.values)
+                if not _is_entry(entry):
+                    damaged += 1
+                    continue
+                if (step := _goes_on_after(entry)) is not None:
+                    entries = {key: old for key, old in entries.items() if not _undone(old, step)}
+                key = (entry["event"], entry["step"]) if entry["event"] in STEPPED else row.line
+                entries.pop(key, None)  # the later one also stands later
+                entries[key] = entry
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"{run} is no training run: there is no {path}") from None
     except OSError as error:
@@ -207,25 +202,12 @@ def read_log(run: Path) -> Log:
     return Log(tuple(entries.values()), damaged)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines; of one that is too long only the beginning, so that no file can fill the memory."""
-    with path.open("rb") as file:
-        while line := file.readline(MAX_LINE):
-            yield line
-            while len(line) == MAX_LINE and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE)
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
-        return None
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    if not isinstance(entry.get("event"), str):
+        return False
     step = entry.get("start_step") if entry["event"] == "start" else entry.get("step")
     counted = entry["event"] in {*STEPPED, "start", "resume"}
-    return None if counted and (type(step) is not int or not 0 <= step < 2**63) else entry
+    return not counted or (type(step) is int and 0 <= step < 2**63)
 
 
 def _goes_on_after(entry: Mapping[str, Any]) -> int | None:

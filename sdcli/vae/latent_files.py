@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdcli.errors import BadLatents, BadWeights, NotFound, SdcliError, UsageError
 from sdcli.images.pixels import Fit
+from sdcli.io.json_files import parse_json
 from sdcli.io.pickles import PICKLE_SUFFIXES, is_pickle
 from sdcli.io.weight_files import FLOATS, check_header
 from sdcli.request.schema import first_problem
@@ -171,13 +172,13 @@ def _record(path: Path, header: dict[str, Any]) -> LatentRecord | None:
     if text is None:
         return None
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > SCHEMA:
             raise BadLatents(f"{path} was written by a newer sdcli: its schema is {data['schema']}, not {SCHEMA}")
         return LatentRecord.model_validate(data)
     except ValidationError as error:
         raise BadLatents(f"{path}: its sdcli record is damaged: {first_problem(error)}") from None
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError):
         raise BadLatents(f"{path}: its sdcli record is damaged: no JSON object") from None
 
 

@@ -339,18 +339,20 @@ def test_damaged_lines_cost_their_own_image_only(tmp_path: Path) -> None:
     assert {name: reason for name, reason in dropped(root).items() if name != "c.png"} == {
         "b.png": "its caption is not UTF-8 text",
         "d.png": "its caption is not UTF-8 text",
-        "metadata.jsonl line 3": "is no JSON object",
-        "metadata.jsonl line 4": "is no JSON object",
+        "metadata.jsonl line 3": (
+            "is not a JSON object (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"
+        ),
+        "metadata.jsonl line 4": "is not a JSON object (a list)",
         "metadata.jsonl line 5": "has no file_name",
-        "metadata.jsonl line 7": "is no JSON object",
+        "metadata.jsonl line 7": "is not a JSON object (nested too deeply)",
     }
     table = b'file_name,text\na.png,fine\nb.png,red, big\nc.png,caf\xe9\nd.png,"open\n'
     root = folder_of(tmp_path / "csv", {**files, "metadata.csv": table})
     assert listed(root) == [("a.png", ("fine",), None)]
     reasons = dropped(root)
-    assert "more fields than the header" in reasons["metadata.csv line 3"]
+    assert "more cells than the header" in reasons["metadata.csv line 3"]
     assert reasons["c.png"] == "its caption is not UTF-8 text"
-    assert any("is no CSV" in reason for reason in reasons.values())
+    assert any("is not CSV" in reason for reason in reasons.values())
     root = folder_of(tmp_path / "parquet", {**files, "metadata.parquet": b"PAR1 no"})
     with pytest.raises(BadImage, match=r"metadata.parquet is no parquet file"):
         open_images(root)

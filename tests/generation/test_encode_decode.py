@@ -42,6 +42,7 @@ from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.vae import autoencoder
 from tests.conftest import REPOSITORY, Disk, Run
+from tests.faults import temporary_of
 from tests.tiny import save_tiny_pipeline
 
 
@@ -448,7 +449,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> No
         process.stdout.readline()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    Path(f"latents/.sdcli-{process.pid}-99.tmp").write_bytes(b"half a file")
+    temporary_of(process.pid, Path("latents")).write_bytes(b"half a file")
     there = list(Path("latents").glob("*.safetensors"))
     assert 7 <= len(there) < 60
     for path in there:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sdcli.io.json_files import parse_json
 from sdcli.metadata.a1111 import a1111_text, parse_a1111, read_a1111
 from sdcli.metadata.read import read_tool_record
 from sdcli.metadata.tool_record import ToolRecord
-from sdcli.metadata.untrusted_json import load_json
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import MAX_SEED, GenerationRequest
 
@@ -292,5 +292,5 @@ def test_any_json_at_all_is_read_without_an_error_and_stays_json(record: Any) ->
 )
 def test_bad_json_is_refused_with_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        load_json(text)
+        parse_json(text, strict=True)
     assert read_tool_record({"prompt": text, "invokeai_metadata": text, "sd-metadata": text}) is None

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sdcli.errors import BadWeights, NotFound, SdcliError
 from sdcli.io.files import write_whole
+from sdcli.io.temporary_files import sweep
 from sdcli.io.weight_files import MAX_TENSORS, check_header
 
 SHARD_BYTES = 64 * 2**20
@@ -38,8 +39,6 @@ FLUSH_SECONDS = 120.0
 """A shard is written after this time at the latest, so that a killed process never loses more than that."""
 MAX_OPEN_SHARDS = 256
 """Files that are kept open; the shards beyond are opened for each reading."""
-STALE_SECONDS = 3600.0
-"""A temporary file this old was left by a process that was killed: writing a shard takes seconds."""
 
 KEY_BYTES = 32
 _DTYPES = {
@@ -56,7 +55,6 @@ _DTYPES = {
 }
 _CHECKSUMS = "crc32"
 _SHARD_NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{8}\.safetensors")
-_KEEPS_PLACE = hasattr(os, "pread")  # not on Windows
 
 
 class DamagedCache(SdcliError):
@@ -234,9 +232,9 @@ class TensorStore:
     def _descriptor(self, shard: int, path: Path) -> int | None:
         """A file that stays open, of this process. Two threads may both open it; one of the two is kept."""
         known = self._files.get(shard)
-        if known is not None or not _KEEPS_PLACE or len(self._files) >= MAX_OPEN_SHARDS:
+        if known is not None or len(self._files) >= MAX_OPEN_SHARDS:
             return known
-        opened = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        opened = os.open(path, os.O_RDONLY)
         kept = self._files.setdefault(shard, opened)
         if kept != opened:
             os.close(opened)
@@ -279,18 +277,11 @@ class TensorStore:
             data = save(tensors, metadata={"kind": self.kind, _CHECKSUMS: checksums})
             header = data[: 8 + int.from_bytes(data[:8], "little")]
             name = f"{_header_digest(header)}-{secrets.token_hex(4)}.safetensors"
-            self._sweep()
+            sweep(self.path)
             write_whole(self.path / name, data, overwrite=False)
             self._learn([name])  # before they leave the memory, so that another thread finds them at any time
             self._pending = {}
             self._pending_bytes = self._pending_tensors = 0
-
-    def _sweep(self) -> None:
-        """Remove what killed processes left, on this computer or on another that shares the folder."""
-        for left in self.path.glob(".sdcli-*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    left.unlink(missing_ok=True)
 
     # The index
 

@@ -21,6 +21,7 @@ import platformdirs
 
 from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError, first_line
 from sdcli.io.files import PACKAGE, sha256, write_whole
+from sdcli.io.json_files import parse_json, read_json_object
 from sdcli.io.weight_files import shard_names
 from sdcli.models.hub.cache import COMMIT, cache_folder, cached_commit, ref_file, repo_folder, snapshot_folder
 from sdcli.models.registry import ControlNetSpec, ModelSpec
@@ -180,7 +181,7 @@ def first_missing(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
     else:
         index: dict[str, Any] = {}
         with contextlib.suppress(BadWeights):  # loading it will say so
-            index = _read_index(folder / "model_index.json")
+            index = read_json_object(folder / "model_index.json")
         parts = weighty_parts(index)
         stems = [f"{part}/{WEIGHTS[part]}" for part in parts]
         required = [*(f"{part}/config.json" for part in parts), "scheduler/scheduler_config.json"]
@@ -357,7 +358,7 @@ def _pull(
     index: dict[str, Any] = {}
     if "model_index.json" in remote and sizes["model_index.json"] <= MAX_SIDE_FILE_BYTES:
         _fetch(api, source, commit, remote["model_index.json"], folder, lambda _: None)
-        index = _read_index(folder / "model_index.json")
+        index = read_json_object(folder / "model_index.json")
         require_generation(index, name=spec.name)
     ships_checker = index.get(CHECKER) not in (None, [None, None])
     if safety_checker and not ships_checker:
@@ -410,16 +411,6 @@ def _announced(api: HfApi, source: HubSource) -> tuple[str, dict[str, _Remote]]:
                 raise BadWeights(f"{source.repo}: the hub gives no proper hash and size of {entry.path}")
             remote[entry.path] = _Remote(entry.path, entry.size, entry.blob_id, hash_of_large)
     return commit, remote
-
-
-def _read_index(file: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise BadWeights(f"{file} is not JSON") from None
-    if not isinstance(index, dict):
-        raise BadWeights(f"{file} is no model index")
-    return index
 
 
 def _require_disk(name: str, repo: str, absent: list[_Remote]) -> None:
@@ -555,7 +546,7 @@ def read_manifest(repo: str, commit: str | None) -> dict[str, dict[str, Any]]:
     if commit is None:
         return {}
     try:
-        files = json.loads(manifest_file(repo, commit).read_text(encoding="utf-8"))["files"]
+        files = parse_json(manifest_file(repo, commit).read_bytes())["files"]
         return {str(path): {"size": int(file["size"]), "sha256": str(file["sha256"])} for path, file in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -2,7 +2,7 @@
 
 A save goes through these steps, and each is on the disk before the next begins:
 
-1. RUN/.checkpoint-<step>.tmp-<pid>/ is filled; every file and folder in it is fsynced.
+1. A hidden folder in RUN is filled; every file and folder in it is fsynced.
 2. manifest.json is written into it, with every file's size and SHA-256, and with a digest of itself.
 3. It is renamed to RUN/checkpoint-<step>; RUN is fsynced. From here on the checkpoint exists.
 4. RUN/current, a relative link, is swapped by a rename. RUN/unet -> current/unet never sees two checkpoints mixed.
@@ -34,7 +34,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sdcli.errors import BadOutput, CannotWrite, NotFound
-from sdcli.io.files import alive, exchange, permitted_mode, sweep, sync_file, sync_folder, whole_file, write_whole
+from sdcli.io.files import exchange, permitted_mode, sync_file, sync_folder, whole_file, write_whole
+from sdcli.io.json_files import parse_json
+from sdcli.io.temporary_files import sweep, temporary_path
 
 MANIFEST = "manifest.json"
 CURRENT = "current"
@@ -44,7 +46,6 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What `symlink` fails with where there are none: FAT, some network disks."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(\.replaced)?")
-_LEFT_OVER = re.compile(r"\.(?:checkpoint-[0-9]+\.(?:tmp|old)|.+\.link)-([0-9]{1,9})")
 
 Report = Callable[[Path, str], None]
 """Is told about each broken checkpoint that was left where it is, and why it counts as broken."""
@@ -79,7 +80,7 @@ def save_checkpoint(
     """
     told = json.loads(json.dumps(dict(facts), allow_nan=False))  # fails before anything is written
     path = run / f"checkpoint-{step}"
-    temporary = run / f".checkpoint-{step}.tmp-{os.getpid()}"
+    temporary = temporary_path(run, f"checkpoint-{step}")
     try:
         _make_folder(run)
         _sweep(run)
@@ -331,7 +332,7 @@ def _swap_current(run: Path, name: str) -> None:
 
 def _point(link: Path, target: str) -> bool:
     """Make or replace a relative link at once and durably; False where there are no links. Raises OSError."""
-    temporary = link.with_name(f".{link.name}.link-{os.getpid()}")
+    temporary = temporary_path(link.parent, link.name)
     temporary.unlink(missing_ok=True)
     try:
         os.symlink(target, temporary)
@@ -402,7 +403,7 @@ def _prune(run: Path, *, saved: Path, keep: int | None, report: Report | None) -
 
 def _delete(path: Path) -> None:
     """Delete a checkpoint under a hidden name, so that it is never found with some of its files gone."""
-    hidden = path.with_name(f".{path.name.removesuffix('.replaced')}.old-{os.getpid()}")
+    hidden = temporary_path(path.parent, f"{path.name.removesuffix('.replaced')}-old")
     os.rename(path, hidden)
     sync_folder(path.parent)
     _remove(hidden)
@@ -420,11 +421,7 @@ def _remove(path: Path) -> None:
 def _sweep(run: Path) -> None:
     """Remove what dead processes left, and what this one did: RUN is locked, so it is at no other save."""
     with contextlib.suppress(OSError):
-        sweep(run)
-        for name in os.listdir(run):
-            match = _LEFT_OVER.fullmatch(name)
-            if match and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
-                _remove(run / name)
+        sweep(run, of_this_process=True)
         for entry in _listed(run):  # a crash between the two renames of `_publish`
             if entry.replaced and not os.path.lexists(run / f"checkpoint-{entry.step}"):
                 os.rename(entry.path, run / f"checkpoint-{entry.step}")
@@ -508,7 +505,7 @@ def _read_manifest(folder: Path) -> _Manifest:
         raise _Broken(f"has something else in the place of its {MANIFEST}")
     raw = (folder / MANIFEST).read_bytes()
     try:
-        match json.loads(raw):
+        match parse_json(raw):
             case {"schema": int(schema)} if schema != SCHEMA:
                 raise _Broken(f"was written by another version of sdcli (schema {schema}, this one knows {SCHEMA})")
             case {"step": int(step), "files": dict(files), "facts": dict(facts)} if all(map(_is_entry, files.values())):
@@ -517,7 +514,7 @@ def _read_manifest(folder: Path) -> _Manifest:
                 raise _Broken(f"has a {MANIFEST} without step, files and facts")
         if manifest.as_bytes() != raw:
             raise _Broken(f"has a {MANIFEST} that was changed after it was written")
-    except (ValueError, RecursionError):
+    except ValueError:
         raise _Broken(f"has a {MANIFEST} that is no JSON") from None
     match = _CHECKPOINT.fullmatch(folder.name)
     if match and int(match[1]) != step:

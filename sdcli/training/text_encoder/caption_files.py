@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from sdcli.data.records import Dropped, Unusable, captions_of_value
+from sdcli.data.records import MAX_CAPTION_BYTES, Dropped, Unusable, captions_of_value
 from sdcli.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick_column
 from sdcli.encoders.tokenizer import END, START
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
-
-MAX_FIELD = 2**20
-"""Letters of a CSV field."""
+from sdcli.io.rows import CsvFile, Row, json_rows, text_lines
 
 
 @dataclass(frozen=True)
@@ -106,54 +103,41 @@ def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
 
 
 def _text_rows(path: Path) -> Iterator[_Row | Dropped]:
-    for number, line in _lines(path):
-        yield _Row(f"{path.name} line {number}", line)
+    with _opened(path) as file:
+        for line in text_lines(file):
+            name = f"{path.name} line {line.number}"
+            yield Dropped(name, line.problem) if line.problem else _Row(name, line.text)
 
 
 def _json_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
-    for number, line in _lines(path):
-        name = f"{path.name} line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, dict):
-            # Lines need not have the same keys, so every line is asked anew.
-            column = asked or next((column for column in CAPTION_COLUMNS if column in values), None)
-            yield _Row(name, values.get(column) if column is not None else None, _image(values))
-        else:
-            yield Dropped(name, "is no JSON object")
+    with _opened(path) as file:
+        for row in json_rows(file):
+            # Lines need not have the same keys, so the column is chosen for each.
+            column = asked or next((column for column in CAPTION_COLUMNS if column in row.values), "")
+            yield _row(path, row, column)
 
 
 def _csv_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
-    csv.field_size_limit(MAX_FIELD)
+    with _opened(path) as file:
+        rows = CsvFile(file, strict=False, max_cell=MAX_CAPTION_BYTES)
+        column = _column(asked, rows.columns, path)
+        for row in rows:
+            yield _row(path, row, column)
+
+
+def _row(path: Path, row: Row, column: str) -> _Row | Dropped:
+    name = f"{path.name} line {row.line}"
+    return Dropped(name, row.problem) if row.problem else _Row(name, row.values.get(column), _image(row.values))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file of captions. Raises NotFound, also for what reading it raises."""
     try:
-        # What is not UTF-8 survives as surrogates, so that it costs its own row only.
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = csv.DictReader(file, restkey="\0")
-            column = _column(asked, _header(rows, path), path)
-            while True:
-                try:
-                    values = next(rows, None)
-                except csv.Error as error:
-                    yield Dropped(f"{path.name} line {rows.line_num}", f"is no CSV ({error})")
-                    continue
-                if values is None:
-                    return
-                name = f"{path.name} line {rows.line_num}"
-                if "\0" in values:
-                    yield Dropped(name, "has more fields than the header; a caption with commas must stand in quotes")
-                else:
-                    yield _Row(name, values[column], _image(values))
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         raise NotFound(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _header(rows: csv.DictReader[str], path: Path) -> Sequence[str]:
-    try:
-        return rows.fieldnames or ()
-    except csv.Error as error:
-        raise UsageError(f"{path} is no CSV file: {error}") from None
 
 
 def _parquet_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
@@ -193,19 +177,6 @@ def _image_rows(source: str | Path, column: str | None, extension: str, split: s
         yield _Row(item.name, item.captions)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank; what is not UTF-8 comes as surrogates."""
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if raw.strip():
-                    yield number, raw.decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise NotFound(f"cannot read {path}: {error.strerror or error}") from None
-
-
 def _column(asked: str | None, present: Sequence[str], path: Path) -> str:
     column = pick_column(asked, CAPTION_COLUMNS, present, source=str(path), what="--caption-column")
     if column is None:
@@ -216,7 +187,7 @@ def _column(asked: str | None, present: Sequence[str], path: Path) -> str:
     return column
 
 
-def _image(values: dict[Any, Any]) -> str | None:
+def _image(values: Mapping[str, Any]) -> str | None:
     """Which image a row speaks of."""
     found = next((values[name] for name in FILE_COLUMNS if values.get(name)), None)
     return found if isinstance(found, str) else None

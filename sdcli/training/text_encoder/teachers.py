@@ -7,7 +7,6 @@ using Knowledge Distillation".
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import sha256, write_whole
+from sdcli.io.json_files import parse_json, read_json_list, read_json_object
 from sdcli.io.weight_files import check_header, shards
 from sdcli.io.weights import fill, read_tensors
 
@@ -32,7 +32,6 @@ ENCODERS = {"bert": "BertModel", "distilbert": "DistilBertModel", "mpnet": "MPNe
 BATCH = 64
 TEXTS_PER_FILE = 64 * BATCH
 """Texts whose vectors are stored in one file of the cache."""
-MAX_JSON_BYTES = 2**24
 _VECTORS, _TEXTS, _KEYS = "vectors", "texts", "keys"
 
 
@@ -78,14 +77,16 @@ class SentenceEncoder:
 
         Nothing is downloaded and no code of the folder is executed. Raises NotFound, UsageError and BadWeights.
         """
-        config = _json(folder / "config.json")
+        config = read_json_object(
+            folder / "config.json", missing="a teacher is a folder with a sentence encoder in transformers' layout"
+        )
         name = ENCODERS.get(str(config.get("model_type")))
         if name is None:
             raise UsageError(
                 f"{folder} is a model of type {config.get('model_type')!r}; teachers are {', '.join(sorted(ENCODERS))}"
             )
         pooling = _pooling(folder)
-        limit = _json(folder / "sentence_bert_config.json", missing={}).get("max_seq_length")
+        limit = read_json_object(folder / "sentence_bert_config.json", default={}).get("max_seq_length")
         most = int(config.get("max_position_embeddings", 512)) - (2 if name in ("RobertaModel", "MPNetModel") else 0)
         tokenizer = _tokenizer(
             folder,
@@ -139,12 +140,12 @@ def _known(name: str, wanted: set[str]) -> str | None:
 
 def _pooling(folder: Path) -> str:
     """The pooling of token states according to sentence-transformers' files; the mean if there are none."""
-    modules = _json(folder / "modules.json", missing=[])
+    modules = read_json_list(folder / "modules.json", default=[])
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise UsageError(f"{folder} has layers that sdcli does not support in a teacher: {', '.join(sorted(unknown))}")
-    config = _json(folder / "1_Pooling" / "config.json", missing={"pooling_mode_mean_tokens": True})
+    config = read_json_object(folder / "1_Pooling" / "config.json", default={"pooling_mode_mean_tokens": True})
     modes = [
         name.removeprefix("pooling_mode_")
         for name, on in config.items()
@@ -226,10 +227,10 @@ def _read_safetensors(path: Path) -> tuple[list[str], Tensor]:
     try:
         with safe_open(path, framework="pt", backend="pread") as file:
             vectors, letters = file.get_tensor(_VECTORS), file.get_tensor(_TEXTS)
-        texts = json.loads(bytes(letters.to(torch.uint8).numpy()))
+        texts = parse_json(bytes(letters.to(torch.uint8).numpy()))
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("not a list of texts")
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise BadWeights(f"{path} is damaged: {error}") from None
     return texts, vectors
 
@@ -340,22 +341,3 @@ def _digest(paths: Sequence[Path]) -> str:
         if path.is_file():
             total.update(f"{path.name} {sha256(path)}\n".encode())
     return f"sha256:{total.hexdigest()}"
-
-
-def _json(path: Path, *, missing: Any = None) -> Any:
-    """The content of a JSON file, of the type of `missing` (default: object). Raises NotFound and BadWeights."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise BadWeights(f"{path} is larger than any configuration")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is None:
-            raise NotFound(
-                f"no file {path}; a teacher is a folder with a sentence encoder in transformers' layout"
-            ) from None
-        return missing
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, type({} if missing is None else missing)):
-        raise BadWeights(f"{path} is not a file as sentence-transformers writes it")
-    return data

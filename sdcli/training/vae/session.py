@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from sdcli.errors import UsageError
 from sdcli.io.files import PACKAGE
+from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import VAE, AutoencoderKL, AutoencoderTiny
-from sdcli.io.weight_files import read_json_object
 from sdcli.models.loader import LoadedModel
 from sdcli.models.registry import Registry
 from sdcli.training.events import Event, Preparation

@@ -57,6 +57,7 @@ from tests.faults import (
     full_from,
     in_a_child,
     materialize,
+    temporary_of,
     watched,
 )
 
@@ -261,14 +262,16 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(run: Path) -
 def test_folders_of_dead_processes_are_swept_and_those_of_the_living_are_not(run: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for name in (f".checkpoint-7.tmp-{dead.pid}", f".checkpoint-7.old-{dead.pid}", f".checkpoint-8.tmp-{os.getpid()}"):
-        (run / name / "unet").mkdir(parents=True)
-        (run / name / "unet" / "file").write_text("half")
-    (run / f".current.link-{dead.pid}").symlink_to("checkpoint-7")
-    (run / f".checkpoint-9.tmp-{os.getppid()}").mkdir()
-    (run / ".checkpoint-x.tmp-1a").mkdir()
+    for process in (dead.pid, dead.pid, os.getpid()):
+        folder = temporary_of(process, run) / "unet"
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("half")
+    temporary_of(dead.pid, run).symlink_to("checkpoint-7")
+    living, foreign = temporary_of(os.getppid(), run), run / ".checkpoint-x.tmp-1a"
+    living.mkdir()
+    foreign.mkdir()
     save(run, 40)
-    assert hidden(run) == sorted([".checkpoint-x.tmp-1a", f".checkpoint-9.tmp-{os.getppid()}"])
+    assert hidden(run) == sorted([living.name, foreign.name])
 
 
 # The same step again
@@ -465,8 +468,8 @@ def with_left_overs(run: Path) -> None:
     three(run)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    shutil.copytree(run / "checkpoint-30", run / f".checkpoint-40.tmp-{dead.pid}")
-    (run / f".current.link-{dead.pid}").symlink_to("checkpoint-30")
+    shutil.copytree(run / "checkpoint-30", temporary_of(dead.pid, run))
+    temporary_of(dead.pid, run).symlink_to("checkpoint-30")
 
 
 def with_a_broken_one(run: Path) -> None:
@@ -565,7 +568,7 @@ def test_whichever_call_fails_nothing_is_lost(tmp_path: Path, name: str) -> None
             finished = stage.play(run, failing(index, number=number, half=half))
             refused += not finished
             if not finished and call.kind not in {"unlink", "rmdir"}:
-                assert not list(run.glob(f".checkpoint-*.tmp-{os.getpid()}"))
+                assert not list(run.glob(f".sdcli-*-{os.getpid()}-*-checkpoint-*.tmp"))
             stage.check(run, finished=finished)
     assert refused > 20
 

@@ -281,7 +281,9 @@ def test_no_captions_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no captions"):
         read_captions(tmp_path / "empty.txt")
     (tmp_path / "broken.jsonl").write_text("nonsense")
-    with pytest.raises(UsageError, match=r"no captions \(1 dropped; first broken\.jsonl line 1: is no JSON object\)"):
+    with pytest.raises(
+        UsageError, match=r"no captions \(1 dropped; first broken\.jsonl line 1: is not a JSON object \("
+    ):
         read_captions(tmp_path / "broken.jsonl")
     (tmp_path / "captions.docx").write_text("a fox")
     with pytest.raises(UsageError, match="no file of captions"):
