@@ -46,4 +46,6 @@ def test_every_generate_command_of_the_page_is_understood(monkeypatch: pytest.Mo
 def test_the_whole_page_is_painted_again(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, SCRIPT, tmp_path / "again"], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {path.name for path in (tmp_path / "again").rglob("*.png")} == {path.name for path in FOLDER.rglob("*.png")}
+    shown = {path.name for path in FOLDER.rglob("*.png")}
+    assert shown
+    assert {path.name for path in (tmp_path / "again").rglob("*.png")} == shown

@@ -42,8 +42,8 @@ def test_in_float32_it_is_exact_attention() -> None:
 def test_only_half_precision_on_the_cpu_uses_it(dtype: str, sliced: bool) -> None:
     model = load_denoiser(load_registry().find("starter"), device="cpu", dtype=dtype)
     kinds = {name: isinstance(p, SlicedSelfAttention) for name, p in model.unet.attn_processors.items()}
-    assert all(kinds[name] is sliced for name in kinds if ".attn1." in name)
-    assert not any(kinds[name] for name in kinds if ".attn2." in name)
+    assert {kinds[name] for name in kinds if ".attn1." in name} == {sliced}
+    assert {kinds[name] for name in kinds if ".attn2." in name} == {False}
 
 
 def test_an_image_in_half_precision_stays_close_to_float32() -> None:

@@ -105,6 +105,7 @@ def test_an_image_holds_the_request_that_paints_it_again(registry: Registry, tmp
     again = list(expand([Line(0, {})], info.request.typed(), registry, num_images=1, base_seed=99))
     sample(registry, tmp_path / "second", again)
     assert images(tmp_path / "first") == images(tmp_path / "second")
+    assert len(images(tmp_path / "second")) == 1
 
 
 @pytest.mark.slow
@@ -112,7 +113,9 @@ def test_every_image_of_a_batch_verifies_alone(registry: Registry, tmp_path: Pat
     sample(
         registry, tmp_path, jobs_of(registry, "a cat", "a dog", "a fox", model="starter", seed=3, steps=3), batch_size=3
     )
-    for path in tmp_path.glob("*.png"):
+    paths = sorted(tmp_path.glob("*.png"))
+    assert len(paths) == 3
+    for path in paths:
         assert verify_image(path, registry, RunSettings(device="cpu")).identical
 
 
@@ -164,6 +167,7 @@ def test_out_of_memory_while_denoising_halves_the_batch(
     results = [event for event in events if isinstance(event, Result)]
     assert [result.status for result in results] == ["done"] * 5
     assert any(isinstance(event, Note) and "out of memory" in event.text for event in events)
+    assert len(images(tmp_path / "roomy")) == 5
     for name in images(tmp_path / "roomy"):
         assert np.abs(pixels(tmp_path / "crowded" / name) - pixels(tmp_path / "roomy" / name)).max() <= 2
     record = read_image(tmp_path / "crowded" / "1.png").record

@@ -150,7 +150,9 @@ def test_what_is_no_image_is_refused_whatever_its_name(tmp_path: Path) -> None:
     ppm = io.BytesIO()
     sample_image().save(ppm, "PPM")
     (tmp_path / "portable.png").write_bytes(ppm.getvalue())
-    for path in tmp_path.glob("*.png"):
+    paths = sorted(tmp_path.glob("*.png"))
+    assert len(paths) == 4
+    for path in paths:
         with pytest.raises(BadImage, match="is not a PNG, JPEG, WebP, BMP, GIF or TIFF image"):
             open_image(path)
     with pytest.raises(BadImage, match="folder"):

@@ -394,11 +394,12 @@ def test_sprites_keep_things_and_leave_variants_and_letters(scripts: dict[str, M
 
 @pytest.mark.slow
 def test_every_script_says_what_it_does() -> None:
-    for path in sorted(SCRIPTS.glob("*.py")):
-        if "def main()" in path.read_text():
-            done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-            assert "usage" in done.stdout
+    programs = [path for path in sorted(SCRIPTS.glob("*.py")) if "def main()" in path.read_text()]
+    assert programs
+    for path in programs:
+        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout
 
 
 @pytest.mark.slow
@@ -445,7 +446,9 @@ def test_a_step_begins_with_a_run_or_with_the_embedded_model(scripts: dict[str, 
 
 
 def test_every_recipe_names_settings_that_there_are() -> None:
-    for plan in sorted((REPOSITORY / "recipes" / "starter").glob("*/plan.toml")):
+    plans = sorted((REPOSITORY / "recipes" / "starter").glob("*/plan.toml"))
+    assert plans
+    for plan in plans:
         steps = tomllib.loads(plan.read_text())["step"]
         runs = [step.get("run", step["train"]) for step in steps if "train" in step]
         assert sorted(path.stem for path in plan.parent.glob("*.toml") if path != plan) == sorted(runs)

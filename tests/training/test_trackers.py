@@ -54,7 +54,9 @@ def test_tensorboard_reads_the_figures_of_the_log(run: Path) -> None:
 def test_the_event_files_lie_in_run_and_nowhere_else(run: Path) -> None:
     elsewhere = [file for file in run.parent.rglob("events.out.*") if not file.is_relative_to(run)]
     assert not elsewhere
-    assert not any("checkpoint-" in str(file.relative_to(run)) for file in run.rglob("events.out.*"))
+    inside = [str(file.relative_to(run)) for file in run.rglob("events.out.*")]
+    assert inside
+    assert not any("checkpoint-" in name for name in inside)
 
 
 def test_a_tracker_changes_nothing_of_what_is_learnt(run: Path) -> None:

@@ -126,7 +126,9 @@ def test_pickles_are_refused_in_every_disguise(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "b.safetensors").write_bytes(pickle.dumps(Bomb()))
     (tmp_path / "b.npy").write_bytes(pickle.dumps(Bomb()))
     np.save(tmp_path / "objects.npy", np.array([Bomb(), None], dtype=object), allow_pickle=True)
-    for path in [*tmp_path.glob("*.*")]:
+    paths = sorted(tmp_path.glob("*.*"))
+    assert len(paths) == 5
+    for path in paths:
         with pytest.raises(BadLatents, match=r"is a pickle, which can run any|holds pickled objects"):
             read_latents(path, scaled=True)
     assert not (tmp_path / "canary").exists()
