@@ -42,7 +42,7 @@ from sdcli.generation.settings import (
 )
 from sdcli.images.formats import ImageFormat
 from sdcli.models.registry import Registry, load_registry
-from sdcli.request.fields import FileRef
+from sdcli.request.fields import ImageInput
 from sdcli.request.jobs import DYNAMIC, Line, combinations, read_lines
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import canonical, parse_size
@@ -373,7 +373,7 @@ def _may_choose(choices: Wildcards, text: str) -> bool:
         return True
 
 
-def _measure(start: FileRef, cell: int) -> tuple[int, int]:
+def _measure(start: ImageInput, cell: int) -> tuple[int, int]:
     """`input_images.measure`, which is imported only where there is an init image."""
     from sdcli.diffusion.input_images import measure
 

@@ -15,7 +15,7 @@ from sdcli.errors import UsageError
 from sdcli.images.image_files import image_from_bytes
 from sdcli.images.pixels import fit, to_pixels
 from sdcli.io.files import expanded
-from sdcli.request.fields import Extend, FileRef, Preprocessor
+from sdcli.request.fields import Extend, FileRef, ImageInput, Preprocessor
 from sdcli.request.input_files import is_latents, pinned, read_pinned
 from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.latent_files import LatentFile, read_latents
@@ -47,7 +47,7 @@ class InputImages:
     An instance belongs to one pipeline. `read` returns the bytes of a file, or raises NotFound, BadImage or UsageError.
     """
 
-    def __init__(self, read: Callable[[FileRef], bytes] = read_pinned) -> None:
+    def __init__(self, read: Callable[[ImageInput], bytes] = read_pinned) -> None:
         self._read = read
         self._init_image = lru_cache(maxsize=16)(self._read_init_image)  # as many as an automatic batch has
         self.init_latents = lru_cache(maxsize=4)(read_init_latents)
@@ -67,8 +67,8 @@ class InputImages:
 
     def _read_init_image(
         self,
-        ref: FileRef,
-        mask: FileRef | None,
+        ref: ImageInput,
+        mask: ImageInput | None,
         *,
         extend: Extend | None,
         inverted: bool,
@@ -103,17 +103,17 @@ class InputImages:
         soft = (2 * _levels(white.filter(ImageFilter.GaussianBlur(blur))) - 1).clamp(0, 1) * hard if blur else hard
         return InitImage(pixels, hard, soft)
 
-    def _read_control_map(self, ref: FileRef, preprocessor: Preprocessor, size: tuple[int, int]) -> Tensor:
+    def _read_control_map(self, ref: ImageInput, preprocessor: Preprocessor, size: tuple[int, int]) -> Tensor:
         """[3, H, W] in 0..1."""
         from sdcli.images.preprocessors import control_map  # scipy takes 0.6 s
 
         return to_pixels(control_map(self._open(ref), preprocessor, size))
 
-    def _open(self, ref: FileRef) -> Image.Image:
-        return image_from_bytes(self._read(ref), name=ref.path)
+    def _open(self, ref: ImageInput) -> Image.Image:
+        return image_from_bytes(self._read(ref), name=str(ref))
 
 
-def measure(ref: FileRef, cell: int) -> tuple[int, int]:
+def measure(ref: ImageInput, cell: int) -> tuple[int, int]:
     """Width and height in pixels of an image, or of the image of latents [C, h, w] of cells of `cell` pixels.
 
     Raises what reading raises.
@@ -121,7 +121,7 @@ def measure(ref: FileRef, cell: int) -> tuple[int, int]:
     if is_latents(ref):
         _, height, width = read_init_latents(ref).latents[0].shape
         return width * cell, height * cell
-    return image_from_bytes(read_pinned(ref), name=ref.path).size
+    return image_from_bytes(read_pinned(ref), name=str(ref)).size
 
 
 def read_init_latents(ref: FileRef) -> LatentFile:

@@ -20,7 +20,7 @@ from sdcli.images.image_files import image_from_bytes
 from sdcli.io.json_files import read_json_object
 from sdcli.io.weight_files import files_digest, in_background, shards
 from sdcli.io.weights import empty_network, fill, read_tensors
-from sdcli.request.fields import FileRef
+from sdcli.request.fields import ImageInput
 from sdcli.request.input_files import read_pinned
 from sdcli.request.schema import ResolvedRequest
 
@@ -42,11 +42,11 @@ class ImageEncoder:
         self.pixels = lru_cache(maxsize=64)(self._pixels)
         self.embedding = lru_cache(maxsize=64)(self._embedding)
 
-    def _pixels(self, ref: FileRef) -> Tensor:
+    def _pixels(self, ref: ImageInput) -> Tensor:
         """[1, 3, S, S], normalised as CLIP was trained. Raises NotFound, BadPicture and UsageError."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        image, side = image_from_bytes(read_pinned(ref), name=ref.path), self.network.config.image_size
+        image, side = image_from_bytes(read_pinned(ref), name=str(ref)), self.network.config.image_size
         if max(image.size) > LONGEST * min(image.size):
             shape = f"{image.width}x{image.height}"
             raise BadImage(f"{ref}: is {shape} pixels; an image that prompts is at most {LONGEST} times as long")
@@ -54,7 +54,7 @@ class ImageEncoder:
         return pixels
 
     @torch.inference_mode()
-    def _embedding(self, image: FileRef | None, *, whole: bool) -> Tensor:
+    def _embedding(self, image: ImageInput | None, *, whole: bool) -> Tensor:
         """[1, P] of a whole image, or [1, T, D] of its patches before the last layer; without one, as in training:
         zeros, or the patches of an image that is zero. Raises what `pixels` raises.
         """
@@ -75,7 +75,7 @@ class Look:
     encoder: ImageEncoder
     whole: bool
 
-    def __call__(self, images: Sequence[FileRef | None]) -> Tensor:
+    def __call__(self, images: Sequence[ImageInput | None]) -> Tensor:
         """[B, 1, P] or [B, 1, T, D]; each image is encoded alone, so that it does not depend on its batch."""
         return torch.stack([self.encoder.embedding(image, whole=self.whole) for image in images])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -34,7 +35,7 @@ class FileRef(Part):
 
     path: str = Field(min_length=1)
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """Of its bytes; filled by `registry.resolve`."""
+    """Of its bytes; filled when the request is resolved."""
 
     @classmethod
     def pieces(cls, text: str) -> dict[str, Any]:
@@ -42,6 +43,34 @@ class FileRef(Part):
 
     def __str__(self) -> str:
         return self.path
+
+
+class ImageBytes(BaseModel):
+    """An image held in memory, such as an upload: identified by its digest, and never by the name of a file."""
+
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    data: bytes | None = Field(None, strict=True, exclude=True, repr=False)
+    """Its bytes; None in a request that was read from JSON, which holds the digest alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bytes(cls, value: Any) -> Any:
+        return {"data": value, "sha256": hashlib.sha256(value).hexdigest()} if isinstance(value, bytes) else value
+
+    @model_validator(mode="after")
+    def _digest_fits(self) -> Self:
+        if self.data is not None and hashlib.sha256(self.data).hexdigest() != self.sha256:
+            raise ValueError("sha256 is not the digest of the data")
+        return self
+
+    def __str__(self) -> str:
+        return f"image {self.sha256[:12]}"
+
+
+ImageInput = FileRef | ImageBytes
+"""An image that a request names, or holds."""
 
 
 class EmbeddingRef(FileRef):
@@ -192,7 +221,7 @@ class Control(Part):
 
     model: str = Field(min_length=1, max_length=4096, pattern="^[^=]+$")
     """A name from models.yaml, a folder or a .safetensors file; one with = in its name has no spelling."""
-    image: FileRef
+    image: ImageInput
     preprocessor: Preprocessor = "none"
     weight: float = Field(1.0, ge=0, le=10)
     """How strongly it is listened to: 1 as it was trained."""
@@ -238,7 +267,7 @@ class ImagePrompt(Part):
 
     adapter: FileRef
     """A .safetensors file; one with = in its name has no spelling."""
-    image: FileRef
+    image: ImageInput
     weight: float = Field(1.0, ge=0, le=10)
     """How strongly it is listened to: 1 as it was trained."""
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
+from typing import TypeGuard, TypeVar
 
 from sdcli.errors import BadImage, NotFound, UsageError
 from sdcli.io.files import expanded, numbered, sha256
-from sdcli.request.fields import FileRef
+from sdcli.request.fields import FileRef, ImageBytes, ImageInput
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """The largest image file that is read."""
@@ -92,29 +93,46 @@ def input_digest(path: str) -> str:
         raise BadImage(f"cannot read {path}: {error.strerror}") from None
 
 
-def pinned(ref: FileRef) -> FileRef:
-    """The reference with the digest of the file's bytes.
+Input = TypeVar("Input", bound=ImageInput)
 
-    Raises what `input_digest` raises, and UsageError for another file than the reference's own digest says.
+
+def pinned(image: Input) -> Input:
+    """An input with its digest: of a file's bytes as they are now.
+
+    Raises what `input_digest` raises, and UsageError for another file than the reference's own digest says, and for
+    an image of which only the digest is left.
     """
-    digest = input_digest(ref.path)
-    check_same_file(digest, ref.sha256, what=ref.path)
-    return ref.model_copy(update={"sha256": digest})
+    if isinstance(image, ImageBytes):
+        _held(image)
+        return image
+    digest = input_digest(image.path)
+    check_same_file(digest, image.sha256, what=image.path)
+    return image.model_copy(update={"sha256": digest})
 
 
-def read_pinned(ref: FileRef) -> bytes:
-    """The bytes of a file, or of stdin for `-`.
+def read_pinned(image: ImageInput) -> bytes:
+    """The bytes of an input: those that it holds, or those of its file, or of stdin for `-`.
 
-    Raises what `read_input` raises, and UsageError for another file than the reference's digest says.
+    Raises what `read_input` and `pinned` raise.
     """
-    data = read_input(ref.path)
-    check_same_file(hashlib.sha256(data).hexdigest(), ref.sha256, what=ref.path)
+    if isinstance(image, ImageBytes):
+        return _held(image)
+    data = read_input(image.path)
+    check_same_file(hashlib.sha256(data).hexdigest(), image.sha256, what=image.path)
     return data
 
 
-def is_latents(ref: FileRef | None) -> bool:
+def _held(image: ImageBytes) -> bytes:
+    if image.data is None:
+        raise UsageError(f"{image} was not a file but bytes, which are not recorded; give it again as a file")
+    if len(image.data) > MAX_FILE_BYTES:
+        raise BadImage(f"{image} is larger than {MAX_FILE_BYTES // 1024**2} MiB, more than is read here")
+    return image.data
+
+
+def is_latents(image: ImageInput | None) -> TypeGuard[FileRef]:
     """Whether an init image is a file of latents, by its suffix."""
-    return ref is not None and Path(ref.path).suffix.lower() in LATENT_SUFFIXES
+    return isinstance(image, FileRef) and Path(image.path).suffix.lower() in LATENT_SUFFIXES
 
 
 def check_same_file(digest: str, recorded: str | None, *, what: str) -> None:

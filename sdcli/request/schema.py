@@ -18,6 +18,8 @@ from sdcli.request.fields import (
     EmbeddingRef,
     Extend,
     FileRef,
+    ImageBytes,
+    ImageInput,
     ImagePrompt,
     Interval,
     LoraRef,
@@ -118,13 +120,13 @@ class GenerationRequest(BaseModel):
     variation_strength: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="how much of the other noise: 0 none, 1 nothing else"
     )
-    init_image: FileRef | None = Field(
+    init_image: ImageInput | None = Field(
         None, description="an image or latent file to begin with; - reads an image from stdin"
     )
     strength: float | None = Field(
         None, gt=0, le=1, allow_inf_nan=False, description="how much of the start image is noise: 1 all of it"
     )
-    mask: FileRef | None = Field(None, description="an image: where it is white is generated anew, black is kept")
+    mask: ImageInput | None = Field(None, description="an image: where it is white is generated anew, black is kept")
     mask_blur: float | None = Field(
         None, ge=0, le=256, allow_inf_nan=False, description="pixels over which the new fades into the kept"
     )
@@ -221,7 +223,8 @@ class GenerationRequest(BaseModel):
 
     def changed(self, **fields: Any) -> GenerationRequest:
         """The same request with some fields changed, checked again. Raises UsageError."""
-        return parse_request({**self.typed(), **fields})
+        own = {info.alias or name: getattr(self, name) for name, info in type(self).model_fields.items()}
+        return parse_request({**{name: value for name, value in own.items() if value != ()}, **fields})
 
 
 PARSED_FROM = {"prompt", "negative_prompt", "prompt_template", "prompt_syntax", "steps", "strength", "upscale"}
@@ -380,10 +383,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+_INPUT_TYPES = {FileRef.__name__, ImageBytes.__name__}
+"""What pydantic adds to the place of an error in an `ImageInput`."""
+
+
 def first_problem(error: ValidationError) -> str:
     """Pydantic's first complaint as a sentence: `steps: should be at least 1, not 0`."""
     detail = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in detail["loc"])
+    where = ".".join(str(part) for part in detail["loc"] if part not in _INPUT_TYPES)
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     given = detail.get("input")
     shown = (

@@ -10,7 +10,7 @@ from typing import Any
 from sdcli.errors import UsageError
 from sdcli.models.adapter_files import is_in_folder, lora_not_found, pinned_ip_adapter, pinned_lora
 from sdcli.models.layout import ModelKind
-from sdcli.request.fields import EmbeddingRef, FileRef
+from sdcli.request.fields import EmbeddingRef, ImageInput
 from sdcli.request.input_files import is_latents, pinned
 from sdcli.request.lora_tags import take_tags
 from sdcli.request.schema import GenerationRequest, ResolvedRequest, flag_of
@@ -20,7 +20,7 @@ STRENGTH, STRENGTH_BEHIND_MASK = 0.8, 1.0
 MASK_BLUR = 4.0
 _WORD = re.compile(r"[^\s()\[\]:|\\]{1,100}")
 
-Measure = Callable[[FileRef, int], tuple[int, int]]
+Measure = Callable[[ImageInput, int], tuple[int, int]]
 """(an image or latent file, pixels a side of a latent cell) -> its width and height in pixels."""
 
 
@@ -39,8 +39,8 @@ def start_filled(request: GenerationRequest, *, step: int, cell: int, measure: M
         raise UsageError("--upscale does not go with a mask or --extend: what is kept could not stay as it is")
     filled: dict[str, Any] = {"init_image": pinned(request.init_image)}
     if request.mask is not None:
-        if request.mask.path == "-" == request.init_image.path:
-            raise UsageError("the start image and the mask cannot both be read from stdin")
+        if str(request.mask) == "-" == str(request.init_image):
+            raise UsageError("the init image and the mask cannot both be read from stdin")
         filled["mask"] = pinned(request.mask)
     if request.masked and request.mask_blur is None:
         filled["mask_blur"] = MASK_BLUR
@@ -85,8 +85,7 @@ def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) 
         return {}
     if kind.conditioning != "text":
         raise UsageError(f"{model} takes no captions, and ControlNets are made for models that do")
-    pinned = (one.model_copy(update={"image": pinned(one.image)}) for one in request.controls)
-    return {"controls": tuple(pinned)}
+    return {"controls": tuple(one.model_copy(update={"image": pinned(one.image)}) for one in request.controls)}
 
 
 def image_prompts_filled(request: GenerationRequest, kind: ModelKind, *, model: str) -> dict[str, Any]:
@@ -98,11 +97,11 @@ def image_prompts_filled(request: GenerationRequest, kind: ModelKind, *, model: 
         return {}
     if kind.conditioning != "text":
         raise UsageError(f"{model} takes no captions, and IP-Adapters are made for models that do")
-    pinned = (
+    prompts = (
         one.model_copy(update={"adapter": pinned_ip_adapter(one.adapter), "image": pinned(one.image)})
         for one in request.ip_adapters
     )
-    return {"ip_adapters": tuple(pinned)}
+    return {"ip_adapters": tuple(prompts)}
 
 
 def pinned_embeddings(embeddings: Sequence[EmbeddingRef]) -> tuple[EmbeddingRef, ...]:
