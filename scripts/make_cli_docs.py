@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from sdcli.cli.app import app
+from sdcli.cli.ui.help import command_sections, option_sections
 from sdcli.errors import EXIT_CODES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
@@ -51,7 +52,7 @@ def page() -> Iterator[str]:
 
 
 def section(command: Any, path: str, *, parent: Any = None) -> Iterator[str]:
-    """A command's usage, help, arguments and options, then those of its sub-commands."""
+    """A command's usage, help and options, then those of its sub-commands."""
     context = command.make_context(path, [], parent=parent, resilient_parsing=True)
     yield f"## {path}"
     yield ""
@@ -63,21 +64,19 @@ def section(command: Any, path: str, *, parent: Any = None) -> Iterator[str]:
         yield inspect.cleandoc(command.help).replace("\b", "")
         yield ""
     children: dict[str, Any] = getattr(command, "commands", {})
-    shown = {name: child for name, child in children.items() if not child.hidden}
-    if shown:
-        yield "| command | |"
+    for heading, rows in command_sections(command).items() if children else ():
+        yield f"| {heading} | |"
         yield "| --- | --- |"
-        for name, child in shown.items():
-            yield f"| [{path} {name}](#{anchor(path, name)}) | {cell(child.get_short_help_str(200))} |"
+        for name, text in rows:
+            yield f"| [{path} {name}](#{anchor(path, name)}) | {cell(text)} |"
         yield ""
-    records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
-    if any(records):
-        yield "| argument or option | |"
+    for heading, rows in option_sections(command, context).items():
+        yield f"| {heading} | |"
         yield "| --- | --- |"
-        for name, text in filter(None, records):
+        for name, text in rows:
             yield f"| `{cell(name)}` | {cell(text)} |"
         yield ""
-    for name, child in shown.items():
+    for name, child in children.items():
         yield from section(child, f"{path} {name}", parent=context)
 
 

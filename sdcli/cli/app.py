@@ -8,18 +8,18 @@ import os
 import signal
 import sys
 import traceback
-import types
 from typing import Annotated, NoReturn
 
 import typer
 
 from sdcli import __version__
 from sdcli.cli.ui.console import printable
+from sdcli.cli.ui.help import WIDEST, App
 from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
 
 COMMANDS = {
-    "generate": "Paint",
-    "tokens": "Paint",
+    "generate": "Generate",
+    "tokens": "Generate",
     "train-unet": "Train",
     "train-controlnet": "Train",
     "train-vae": "Train",
@@ -46,13 +46,12 @@ _EXITS = "  ".join(
     f"{code} {meaning.split(':')[0].split(';')[0].split('(')[0].strip()}," for code, meaning in EXIT_CODES.items()
 )
 
-app = typer.Typer(
+app = App(
     name="sdcli",
-    help="Paint images from text with latent diffusion models, and train them.",
+    help="Generate images from text with latent diffusion models, and train such models.",
     epilog=f"Exit codes: {_EXITS.rstrip(',')}.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
 )
 
 
@@ -77,8 +76,6 @@ def _load(arguments: list[str]) -> None:
         return
     gc.set_threshold(*COLLECT_AFTER)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look through every installed package
-    if len(arguments) == 1 or {"-h", "--help"} & set(arguments):
-        _import_help()
     typed = {name for name in arguments[1:2] if name in COMMANDS}
     for name in typed or COMMANDS:
         module = importlib.import_module(f"sdcli.cli.{name.replace('-', '_')}")
@@ -90,22 +87,6 @@ def _load(arguments: list[str]) -> None:
             app.add_typer(module.app, name=name, rich_help_panel=COMMANDS[name])
         else:
             app.command(name, rich_help_panel=COMMANDS[name])(module.command)
-
-
-def _import_help() -> None:
-    """Import what typer writes help with, but for the Markdown parser and the highlighter of code, which it uses in
-    modes that are off here and which take a quarter of the time of `sdcli --help`."""
-    unused = {"rich.markdown": "Markdown", "rich.traceback": "Traceback"}
-    absent = {module: name for module, name in unused.items() if module not in sys.modules}
-    for module, name in absent.items():
-        stand_in = types.ModuleType(module)
-        setattr(stand_in, name, type(name, (), {}))
-        sys.modules[module] = stand_in
-    try:
-        importlib.import_module("typer.rich_utils")
-    finally:
-        for module in absent:
-            del sys.modules[module]
 
 
 _load(sys.argv)

@@ -11,6 +11,7 @@ import typer
 
 from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.help import App
 from sdcli.cli.ui.progress import shown_progress
 from sdcli.errors import BadImage, SdcliError, UsageError
 from sdcli.io.files import expanded
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from sdcli.data.examine import Examination
     from sdcli.data.records import ImageSet
 
-app = typer.Typer(
-    help="Look at training images before they are trained on, and pack them into shards.", no_args_is_help=True
-)
+app = App(help="Examine training images before training, cache their latents, and pack them into shards.")
 
 TINY = 64
 """Images with a shorter side than this are worth a remark."""

@@ -13,6 +13,7 @@ import typer
 
 from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console, plain_terminal, printable
+from sdcli.cli.ui.help import App
 from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.generation.settings import DType
 from sdcli.models.registry import (
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sdcli.models.hub.download import Progress
     from sdcli.models.user_registry import Written
 
-app = typer.Typer(help="See, download, check, add and convert models.", no_args_is_help=True)
+app = App(help="See, download, check, add and convert models.")
 
 NameArg = Annotated[
     str, typer.Argument(metavar="NAME", help="A name from `sdcli models list`, or owner/name(@revision).")

@@ -12,7 +12,7 @@ import pytest
 
 HEAVY = ["torch", "diffusers", "transformers", "accelerate", "PIL", "numpy", "huggingface_hub"]
 
-# Runs the command line as the console script does, and tells on stderr's last line what was loaded by then.
+# Runs the command line as the console script does, and prints on the last line of stderr which of these modules were loaded.
 RUNNER = """
 import json, sys
 heavy = json.loads(sys.argv.pop(1))
@@ -66,15 +66,15 @@ def test_nothing_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
-def test_the_version_is_told_without_any_command(tmp_path: Path) -> None:
+def test_the_version_is_printed_without_any_command(tmp_path: Path) -> None:
     done = run(["--version"], tmp_path, heavy=["pydantic", "yaml", "sdcli.cli.generate"])
     assert done.stdout.startswith("sdcli ")
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["generate", "--help"]], ids=" ".join)
-def test_help_loads_no_markdown_parser_and_leaves_no_stand_in(arguments: list[str], tmp_path: Path) -> None:
-    done = run(arguments, tmp_path, heavy=["markdown_it", "pygments", "rich.markdown", "rich.traceback"])
+def test_help_loads_no_library_for_terminals(arguments: list[str], tmp_path: Path) -> None:
+    done = run(arguments, tmp_path, heavy=["markdown_it", "pygments", "rich"])
     assert "Usage: sdcli" in done.stdout
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
@@ -92,7 +92,7 @@ def test_help_loads_no_markdown_parser_and_leaves_no_stand_in(arguments: list[st
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_told_before_anything_heavy_is_loaded(arguments: list[str], code: int, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_before_anything_heavy_is_loaded(arguments: list[str], code: int, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "taken.png").touch()
     done = run(arguments, tmp_path)
