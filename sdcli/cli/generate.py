@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from sdcli.cli.options.flags import field_options
 from sdcli.cli.options.from_image import kept, left_of, recorded_fields
-from sdcli.cli.options.request_flags import request_options
+from sdcli.cli.options.request_flags import CONTROL, FLAGS, IMAGE, MODEL, START
 from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
@@ -45,14 +46,15 @@ from sdcli.models.registry import Registry, load_registry
 from sdcli.request.fields import ImageInput
 from sdcli.request.jobs import DYNAMIC, Line, combinations, read_lines
 from sdcli.request.schedulers import SCHEDULERS
-from sdcli.request.schema import canonical, parse_size
+from sdcli.request.schema import GenerationRequest, canonical, parse_size
 from sdcli.request.sweep import Axis, parse_axis, swept
 from sdcli.request.wildcards import Wildcards
 
-INPUT, IMAGE, OUTPUT, EXPLAIN, RUN = "Prompts", "The image", "Output", "How it came about", "The run"
+INPUT, OUTPUT, EXPLAIN, RUN = "Prompts", "Output", "Explanations", "The run"
+SECTIONS = (INPUT, MODEL, IMAGE, START, CONTROL, OUTPUT, EXPLAIN, RUN)
 
 
-@request_options
+@field_options(GenerationRequest, FLAGS, sections=SECTIONS)
 def command(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="What to generate; several prompts are several jobs.")

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_args
 
 import typer
 
-from sdcli.cli.options.settings_flags import settings_options
+from sdcli.cli.options.flags import Command, Flag, field_options
 from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
@@ -27,7 +27,7 @@ from sdcli.errors import BadOutput, Interrupted, SdcliError, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import Registry, load_registry
 from sdcli.training.config_files import read_config, settings_from
-from sdcli.training.settings import TrainSettings
+from sdcli.training.settings import DATA, KEEP, MACHINE, MODEL, OBJECTIVE, OPTIMIZER, SHAPE, STEPS, WATCH, TrainSettings
 
 if TYPE_CHECKING:
     from sdcli.training.events import Event
@@ -57,6 +57,23 @@ ProveOpt = Annotated[
 ]
 
 
+METAVARS = {
+    **dict.fromkeys(("model", "vae", "text_encoder", "controlnet"), "MODEL"),
+    **dict.fromkeys(("image_column", "caption_column", "conditioning_image_column"), "NAME"),
+    **dict.fromkeys(("cache_dir", "conditioning_data_dir"), "DIR"),
+    **dict.fromkeys(("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso"), "PIXELS"),
+    "from_scratch": "CONFIG",
+    "caption_extension": ".EXT",
+    "resolution": "N|WxH",
+    "report_to": "tensorboard|wandb",
+    "max_hours": "HOURS",
+    "objective": "NAME[:WEIGHT]",
+    "lora_targets": "LAYER",
+    "sample_prompts": "PROMPT",
+    "lpips": "FILE",
+}
+"""Setting -> placeholder of its value, where the type does not say enough."""
+SECTIONS = (DATA, SHAPE, MODEL, STEPS, OPTIMIZER, OBJECTIVE, KEEP, WATCH, MACHINE)
 ECHO = 0.5
 """Seconds within which a signal comes again because the terminal and the launcher both send it to every process."""
 
@@ -96,6 +113,20 @@ class Trainer(Generic[S]):
         command.__annotations__["data"] = Annotated[str | None, argument]
         command.__doc__ = help_text
         return settings_options(self.kind)(command)
+
+
+def settings_options(kind: type[TrainSettings]) -> Callable[[Command], Command]:
+    """Give a command one option per setting; the typed values arrive as the keyword `typed`, a dict."""
+
+    def flag(name: str) -> Flag:
+        info = kind.model_fields[name]
+        extra: Any = info.json_schema_extra
+        names = (f"--{name.replace('_', '-')}", *extra["also"])
+        if bool in (info.annotation, *get_args(info.annotation)):
+            names = tuple(f"{one}/--no-{one[2:]}" for one in names)
+        return Flag((*names, *(["-m"] if name == "model" else [])), extra["panel"], METAVARS.get(name))
+
+    return field_options(kind, {name: flag(name) for name in kind.model_fields}, sections=SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -226,7 +257,7 @@ def _report(event: Event, console: Console) -> None:
 
 # The proof
 
-STEPS = 5
+PROOF_STEPS = 5
 
 
 def _prove_resume(
@@ -236,9 +267,9 @@ def _prove_resume(
     parent = run.parent if run.parent.is_dir() else Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix=".sdcli-prove-", dir=parent))
     try:
-        limits = {"max_train_steps": 2 * STEPS, "num_train_epochs": None, "max_hours": None}
+        limits = {"max_train_steps": 2 * PROOF_STEPS, "num_train_epochs": None, "max_hours": None}
         never = 10**9
-        every = {"checkpointing_steps": STEPS, "sample_every_n_steps": never, "checkpoints_total_limit": None}
+        every = {"checkpointing_steps": PROOF_STEPS, "sample_every_n_steps": never, "checkpoints_total_limit": None}
         chosen = settings.model_copy(update={**limits, **every})
         import yaml
 
@@ -250,23 +281,25 @@ def _prove_resume(
         command = [sys.executable, "-m", "sdcli", name, "--config", str(config), "--quiet"]
         command += ["--models-file", str(models_file)] if models_file is not None else []
         straight, resumed = folder / "straight", folder / "resumed"
-        console.say(f"training {2 * STEPS} steps without a stop")
+        console.say(f"training {2 * PROOF_STEPS} steps without a stop")
         _finish(subprocess.run([*command, "-o", str(straight)], stdout=subprocess.DEVNULL), "the straight run")
-        console.say(f"training {STEPS} steps, then kill -9")
+        console.say(f"training {PROOF_STEPS} steps, then kill -9")
         _kill_after_first_checkpoint([*command, "-o", str(resumed)])
         console.say("resuming")
         _finish(
             subprocess.run([*command, "-o", str(resumed), "--resume"], stdout=subprocess.DEVNULL), "the resumed run"
         )
-        differences = _differences(straight / f"checkpoint-{2 * STEPS}", resumed / f"checkpoint-{2 * STEPS}")
+        last = f"checkpoint-{2 * PROOF_STEPS}"
+        differences = _differences(straight / last, resumed / last)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if differences:
         raise BadOutput(f"the resumed run differs from the straight one in {', '.join(differences)}")
     console.result(
-        f"identical: {2 * STEPS} steps at once, and {STEPS} + kill -9 + {STEPS} resumed, gave the same bytes",
+        f"identical: {2 * PROOF_STEPS} steps at once, and {PROOF_STEPS} + kill -9 + {PROOF_STEPS} resumed, "
+        "gave the same bytes",
         status="identical",
-        steps=2 * STEPS,
+        steps=2 * PROOF_STEPS,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 HEAVY = ["torch", "diffusers", "transformers", "accelerate", "PIL", "numpy", "huggingface_hub"]
 
-# Runs the command line as the console script does, and prints on the last line of stderr which of these modules were loaded.
+# Runs the command line as the console script does; the last line of stderr names which of these modules were loaded.
 RUNNER = """
 import json, sys
 heavy = json.loads(sys.argv.pop(1))

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from sdcli.cli.options.settings_flags import settings_options
-from sdcli.cli.training_command import Requested, Trainer, _resolved
+from sdcli.cli.training_command import Requested, Trainer, _resolved, settings_options
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import CannotWrite, Interrupted, UsageError

@@ -1,38 +1,26 @@
-"""The flags of a request, made from `GenerationRequest` itself, so that a field is written once; and read backwards."""
+"""The flags of `sdcli generate`, one per field of the request, and the command line that generates a given request."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable
-from functools import wraps
-from types import NoneType
-from typing import Annotated, Any, get_args
 
-import typer
+from sdcli.cli.options.flags import Flag
+from sdcli.request.schema import GenerationRequest, flag_of
 
-from sdcli.request.fields import Part
-from sdcli.request.schema import GenerationRequest, flag_of, is_list
-
+MODEL, IMAGE, START, CONTROL = "Model and prompt", "The image", "Init image", "ControlNet"
 NOT_FLAGS = {"schema_version", "prompt"}
-ALSO_SPELLED = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
-SPELLED = {"guidance_scale"}
-"""Numbers that may also be written otherwise; `GenerationRequest` reads them."""
-PANELS = {
-    **dict.fromkeys(
-        ("model", "refiner", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip", "embeddings", "loras"),
-        "Model and prompt",
-    ),
-    "ip_adapters": "Model and prompt",
-    **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), "Start image"),
-    **dict.fromkeys(("controls", "guess_mode"), "Control"),
+ALIASES = {"guidance_scale": ("--cfg-scale",), "scheduler": ("--sampler",), "model": ("-m",)}
+SECTIONS = {
+    **dict.fromkeys(("model", "refiner", "negative_prompt", "prompt_template", "prompt_syntax", "clip_skip"), MODEL),
+    **dict.fromkeys(("embeddings", "loras", "ip_adapters"), MODEL),
+    **dict.fromkeys(("init_image", "strength", "mask", "mask_blur", "invert_mask", "extend"), START),
+    **dict.fromkeys(("controls", "guess_mode"), CONTROL),
 }
 METAVARS = {
     "model": "MODEL",
     "refiner": "MODEL",
     "scheduler": "NAME",
-    "negative_prompt": "TEXT",
-    "prompt_template": "TEXT",
+    **dict.fromkeys(("width", "height", "mask_blur"), "PIXELS"),
     "embeddings": "FILE[=WORD]",
     "guidance_scale": "NUMBER|FIRST..LAST",
     "guidance_interval": "START-STOP",
@@ -46,29 +34,20 @@ METAVARS = {
 }
 
 
-def request_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of the request; what was typed arrives as the keyword `typed`, a dict.
+def _flag(name: str) -> Flag:
+    return Flag(
+        (flag_of(name), *ALIASES.get(name, ())),
+        SECTIONS.get(name, IMAGE),
+        METAVARS.get(name),
+        as_text=name == "guidance_scale",  # a number, or the first and the last of a schedule
+    )
 
-    A field that holds several is an option in the singular that may be typed several times (`loras`: `--lora`).
-    """
 
-    @wraps(function)
-    def command(*args: Any, **kwargs: Any) -> None:
-        typed = {name: kwargs.pop(name) for name in _fields()}
-        function(*args, **kwargs, typed={name: value for name, value in typed.items() if value not in (None, [])})
-
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "typed"]
-    flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name))
-        for name in _fields()
-    ]
-    command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
-    return command
+FLAGS = {name: _flag(name) for name in GenerationRequest.model_fields if name not in NOT_FLAGS}
 
 
 def request_arguments(request: GenerationRequest) -> list[str]:
-    """What to type after `sdcli generate` for exactly this request: a flag per field that was given, the prompt last.
+    """The arguments of `sdcli generate` for exactly this request: a flag per given field, then the prompt.
 
     A boolean is a flag where it is true, a list repeats its flag.
     """
@@ -114,29 +93,3 @@ def _quoted(word: str) -> str:
 
 def _octal(letter: str) -> str:
     return "".join(f"\\{byte:03o}" for byte in letter.encode())
-
-
-def _fields() -> list[str]:
-    return [name for name in GenerationRequest.model_fields if name not in NOT_FLAGS]
-
-
-def _annotation(name: str) -> Any:
-    info = GenerationRequest.model_fields[name]
-    kind = next(part for part in get_args(info.annotation) if part is not NoneType)
-    spelled = name in SPELLED or (isinstance(kind, type) and issubclass(kind, Part))
-    bounds: dict[str, Any] = {}
-    for constraint in () if spelled else info.metadata:
-        bounds |= {"min": constraint.ge} if hasattr(constraint, "ge") else {}
-        bounds |= {"max": constraint.le} if hasattr(constraint, "le") and name != "seed" else {}
-    option = typer.Option(
-        flag_of(name),
-        *ALSO_SPELLED.get(name, ()),
-        help=f"{info.description[0].upper()}{info.description[1:]}." if info.description else None,
-        metavar=METAVARS.get(name),
-        rich_help_panel=PANELS.get(name, "The image"),
-        show_default=False,
-        **bounds,
-    )
-    if is_list(name):
-        return Annotated[list[str] | None, option]
-    return Annotated[(str if spelled else kind) | None, option]

@@ -11,13 +11,15 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sdcli.request.schema import MAX_SEED
-
 LONGEST_NAME = 26
 """Columns for the names of options; the help of a longer one begins on the next line."""
+LONGEST_KIND = 50
+"""Columns for the values to choose from; more of them stand in the help."""
 WIDEST = 110
 """Columns of a help page on a wide terminal."""
 OTHER = "Other options"
+ENDLESS = 2**53
+"""An upper bound as large as this is not worth a mention."""
 METAVARS = {"int": "N", "float": "NUMBER", "str": "TEXT", "path": "PATH"}
 
 
@@ -63,7 +65,7 @@ def option_sections(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
         argument = parameter.param_type_name == "argument"
         panel = parameter.rich_help_panel or ("Arguments" if argument else None)
         rows = other if panel is None else sections.setdefault(panel, [])
-        rows.append((_names(parameter, ctx), _help(parameter)))
+        rows.append((_names(parameter, ctx), _help(parameter, ctx)))
     return {**sections, (OTHER if set(sections) - {"Arguments"} else "Options"): other} if other else sections
 
 
@@ -72,7 +74,7 @@ def interval(
 ) -> str:
     """A range in words: `1 to 1000`, `0 or more`, `above 0`, `0 to below 1`; nothing where there are no bounds."""
     low = f"{ge}" if ge is not None else f"above {gt}" if gt is not None else ""
-    high = f"{le}" if le is not None and le < MAX_SEED else f"below {lt}" if lt is not None else ""
+    high = f"{le}" if le is not None and le < ENDLESS else f"below {lt}" if lt is not None else ""
     if low and high:
         return f"{low} to {high}"
     if high:
@@ -81,9 +83,12 @@ def interval(
 
 
 def with_facts(text: str, *facts: str) -> str:
-    """`Denoising steps (1 to 1000; default: 20).`"""
-    known = "; ".join(filter(None, facts))
-    return f"{re.sub(r'(?<![.])[.]$', '', text)} ({known})." if known else text
+    """`Denoising steps (1 to 1000; default: 20).` Facts join parentheses that the text ends with."""
+    plain = text[:-1] if text.endswith(".") and not text.endswith("...") else text
+    match = re.fullmatch(r"(.*) \(([^()]*)\)", plain, re.DOTALL)
+    plain, earlier = match.groups() if match else (plain, "")
+    known = "; ".join(filter(None, (*facts, earlier)))
+    return f"{plain} ({known})." if known else f"{plain}."
 
 
 def _names(parameter: Any, ctx: Any) -> str:
@@ -91,21 +96,25 @@ def _names(parameter: Any, ctx: Any) -> str:
         return parameter.metavar or parameter.name.upper()
     names = ", ".join(sorted(parameter.opts, key=lambda name: name.startswith("--")))
     off = "".join(f" / {name}" for name in parameter.secondary_opts)
-    kind = "" if parameter.is_flag else parameter.metavar or _metavar(parameter.display_type(ctx))
-    return f"{names}{off} {kind}".rstrip()
+    if [name.replace("--", "--no-", 1) for name in parameter.opts] == parameter.secondary_opts:
+        names, off = ", ".join(name.replace("--", "--[no-]", 1) for name in parameter.opts), ""
+    kind = "" if parameter.is_flag else parameter.metavar or _kind(parameter, ctx)
+    return f"{names}{off} {kind if len(kind) <= LONGEST_KIND else 'NAME'}".rstrip()
 
 
-def _metavar(kind: str) -> str:
-    plain = kind.strip("<>").removeprefix("list[").removesuffix("]").removesuffix(" range")
+def _kind(parameter: Any, ctx: Any) -> str:
+    """`N`, `TEXT`, or the values to choose from: `auto|off`."""
+    plain = parameter.display_type(ctx).strip("<>").removeprefix("list[").removesuffix("]").removesuffix(" range")
     return METAVARS.get(plain, plain)
 
 
-def _help(parameter: Any) -> str:
-    shown, default = parameter.show_default, parameter.default
+def _help(parameter: Any, ctx: Any) -> str:
+    shown, default, kind = parameter.show_default, parameter.default, _kind(parameter, ctx)
     if not isinstance(shown, str):
         shown = "" if not shown or default in (None, False, ()) else str(default)
     return with_facts(
         parameter.help or "",
+        f"one of {kind.replace('|', ', ')}" if len(kind) > LONGEST_KIND and parameter.metavar is None else "",
         interval(ge=parameter.min, le=parameter.max),
         f"default: {shown}" if shown else "",
         "required" if parameter.required and parameter.param_type_name == "option" else "",
