@@ -89,7 +89,7 @@ def command(
         diff=str(diff) if diff is not None and apart is not None else None,
     )
     if diff is not None and apart is not None:
-        console.say(f"{diff} shows the differences {factor:g} times as large")
+        console.note(f"{diff} shows the differences {factor:g} times as large")
     if min_psnr is not None and apart is None:
         raise BadOutput("the images differ in size, so there is no PSNR to be at least --min-psnr")
     if min_psnr is not None and apart is not None and apart.psnr < min_psnr:

@@ -238,7 +238,7 @@ def shard(
         raise UsageError(f"{data} holds latents; shards hold images")
     found = _examined(images, console, workers)
     for line in found.report():
-        console.say(line)
+        console.note(line)
     if not len(found.used):
         raise BadImage(f"{data} has no image that can be used")
     mixed = not images.streamed if shuffle is None else shuffle

@@ -148,7 +148,7 @@ def command(
         if found.images.kind != "pictures":
             raise UsageError(f"{data} holds latents already; training reads them as they are")
         parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.kind.conditioning == "text" else ("vae",)
-        console.say(f"loading {spec.name}")
+        console.note(f"loading {spec.name}")
         number = "float32" if dtype == "auto" else dtype
         loaded = load_model(spec, device=device, dtype=number, offline=offline, parts=parts)
         with TensorStore(folder, LATENTS) as latents, TensorStore(folder, TEXTS) as states:
@@ -197,7 +197,7 @@ def _opened(
             found: ImageData = ended.value
             return found
         if isinstance(event, RunNote):
-            console.say(event.text)
+            console.note(event.text)
         else:
             display.show(event)
 
@@ -250,7 +250,7 @@ def _report(
     if not console.json:
         if of_texts is not None:
             console.result(_line("texts", of_texts))
-        console.say(f"the cache in {folder} has {size / 1e6:,.1f} MB")
+        console.note(f"the cache in {folder} has {size / 1e6:,.1f} MB")
     if dropped:
         total = len(found.used) + found.dropped
         raise SomeFailed(f"{dropped:,} of {total:,} images were dropped; the others are in the cache")

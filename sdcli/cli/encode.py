@@ -140,7 +140,7 @@ def command(
         overwrite=overwrite,
     )
     check_output(settings)
-    console.say(f"loading the VAE of {spec.name}")
+    console.note(f"loading the VAE of {spec.name}")
     codec = Codec.load(spec, RunSettings(device=device, dtype=dtype, offline=offline))
     alone = len(images) == 1 and not images[0].is_dir()
     errors: list[SdcliError] = []
@@ -182,7 +182,7 @@ def _report(event: Encoded, console: Console, *, alone: bool) -> None:
     facts = event.facts
     assert facts is not None
     if event.status == "skipped":
-        console.say(f"{event.path} is there already, made of {event.source}")
+        console.note(f"{event.path} is there already, made of {event.source}")
     if event.status == "skipped" and not console.json and event.psnr is None:
         return
     checked = {"psnr": _finite(event.psnr), "identical": event.psnr == math.inf} if event.psnr is not None else {}

@@ -1,17 +1,20 @@
-"""`sdcli generate`: generate images from prompts, prompt files and earlier images."""
+"""`sdcli generate`: generate images from prompts, prompt files and the settings of earlier images."""
 
 from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from sdcli.cli.options.flags import field_options
-from sdcli.cli.options.from_image import kept, left_of, recorded_fields
+from sdcli.cli.options.from_image import recorded_fields
+from sdcli.cli.options.prompts import dynamic_lines, prompt_lines
 from sdcli.cli.options.request_flags import CONTROL, FLAGS, IMAGE, MODEL, START
 from sdcli.cli.options.shared import (
     DeviceOpt,
@@ -23,7 +26,6 @@ from sdcli.cli.options.shared import (
     QuietOpt,
     VerboseOpt,
 )
-from sdcli.cli.preflight import Preflight
 from sdcli.cli.sweep_sheet import SweepSheet
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
@@ -31,196 +33,154 @@ from sdcli.cli.ui.progress import ProgressDisplay
 from sdcli.cli.ui.results import report, report_failure
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.cli.ui.terminal_images import best_renderable
-from sdcli.errors import UsageError, raise_for, same_for_all
+from sdcli.errors import SdcliError, UsageError, raise_for, same_for_all
 from sdcli.generation.filenames import check_output, known_paths, output_settings
 from sdcli.generation.journal import Journal
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
-from sdcli.generation.settings import (
-    OutputSettings,
-    RunSettings,
-    TraceFormat,
-    TraceSettings,
-)
-from sdcli.images.formats import ImageFormat
-from sdcli.models.registry import Registry, load_registry
+from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
+from sdcli.images.formats import MAX_SIDE, ImageFormat
+from sdcli.models.hub.download import folder_of
+from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry, load_registry
 from sdcli.request.fields import ImageInput
-from sdcli.request.jobs import DYNAMIC, Line, combinations, read_lines
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import GenerationRequest, canonical, parse_size
-from sdcli.request.sweep import Axis, parse_axis, swept
+from sdcli.request.sweep import parse_axis, swept
 from sdcli.request.wildcards import Wildcards
 
-INPUT, OUTPUT, EXPLAIN, RUN = "Prompts", "Output", "Explanations", "The run"
-SECTIONS = (INPUT, MODEL, IMAGE, START, CONTROL, OUTPUT, EXPLAIN, RUN)
+PROMPTS, OUTPUT, EXPLAIN, RUN = "Prompts", "Output", "Explanations", "The run"
+SECTIONS = (PROMPTS, MODEL, IMAGE, START, CONTROL, OUTPUT, EXPLAIN, RUN)
+_prompts, _image, _output, _explain, _run = (
+    partial(typer.Option, rich_help_panel=panel) for panel in (PROMPTS, IMAGE, OUTPUT, EXPLAIN, RUN)
+)
 
 
 @field_options(GenerationRequest, FLAGS, sections=SECTIONS)
 def command(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to generate; several prompts are several jobs.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="The text to generate an image from; may be repeated.")
     ] = None,
     prompts_file: Annotated[
         str | None,
-        typer.Option(
+        _prompts(
             "--prompts-file",
             metavar="FILE",
-            rich_help_panel=INPUT,
-            help="Jobs from a .txt (a prompt a line), .jsonl or .csv file; - reads stdin.",
+            help="Read jobs from a .txt (a prompt a line), .jsonl or .csv file, or from stdin (-).",
         ),
     ] = None,
     from_image: Annotated[
         Path | None,
-        typer.Option("--from", metavar="IMAGE", rich_help_panel=INPUT, help="Begin with the settings of an image."),
+        _prompts(
+            "--from",
+            metavar="IMAGE",
+            help="Start from the settings stored in an image; other options replace single ones.",
+        ),
     ] = None,
     without: Annotated[
         str | None,
-        typer.Option(
+        _prompts(
             "--without",
-            metavar="FIELD,FIELD,...",
-            rich_help_panel=INPUT,
-            help="Leave these settings of --from out, as lora or refiner, with what has no effect without them.",
+            metavar="FIELD,...",
+            help="Drop these settings of --from, such as lora,refiner, and those that need them.",
         ),
     ] = None,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", rich_help_panel=INPUT, help="Paint --from again, and say whether it is identical."),
+        bool, _prompts("--verify", help="Generate the image of --from again, and report whether it is identical.")
     ] = False,
     dynamic_prompts: Annotated[
         bool,
-        typer.Option(
+        _prompts(
             "--dynamic-prompts",
-            rich_help_panel=INPUT,
-            help="Make the choices in prompts, as {red|blue} or {2$$a|b|c}, by each image's seed.",
+            help="Choose between alternatives in prompts, {red|blue} or {2$$a|b|c}, by the seed of each image.",
         ),
     ] = False,
     wildcards: Annotated[
         Path | None,
-        typer.Option(
+        _prompts(
             "--wildcards",
             metavar="DIR",
-            rich_help_panel=INPUT,
-            help="The same, and __animals__ becomes a line of DIR/animals.txt.",
+            help="Like --dynamic-prompts, and __animals__ becomes a line of DIR/animals.txt.",
         ),
     ] = None,
     all_combinations: Annotated[
-        bool,
-        typer.Option("--all-combinations", rich_help_panel=INPUT, help="The same, but every choice instead of one."),
+        bool, _prompts("--all-combinations", help="Like --dynamic-prompts, but generate every combination.")
     ] = False,
     num_images: Annotated[
-        int,
-        typer.Option("--num-images", "-n", min=1, rich_help_panel=IMAGE, help="Images per prompt: seed, seed+1, ..."),
+        int, _image("--num-images", "-n", min=1, help="Images per prompt, with the seeds seed, seed+1 and so on.")
     ] = 1,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(
+        _prompts(
             "--sweep",
             metavar="FIELD=VALUES",
-            rich_help_panel=INPUT,
-            help="Paint all values (steps=10,20 or guidance-scale=1..9x3) and a sheet of them; repeat for more axes.",
+            help="Generate an image for each value, steps=10,20 or "
+            "guidance-scale=1..9x3 (3 values from 1 to 9), and a contact sheet; repeat for all combinations.",
         ),
     ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="WxH", rich_help_panel=IMAGE, help="Width and height, as 512x768.")
-    ] = None,
+    size: Annotated[str | None, _image("--size", metavar="WxH", help="Width and height in pixels, as 512x768.")] = None,
     output: Annotated[
         str | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="NAME",
-            rich_help_panel=OUTPUT,
-            help="A file name, or a template such as {index:05}-{seed}-{prompt}.png.",
-        ),
+        _output("--output", "-o", metavar="NAME", help="File name, or a template: {index:05}-{seed}-{prompt}.png."),
     ] = None,
     outdir: Annotated[
-        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the images (outputs).")
+        Path | None, _output("--outdir", metavar="DIR", show_default="outputs", help="Folder for the images.")
     ] = None,
-    image_format: Annotated[
-        ImageFormat | None,
-        typer.Option("--format", rich_help_panel=OUTPUT, help="File format (png).", show_default=False),
-    ] = None,
+    image_format: Annotated[ImageFormat | None, _output("--format", show_default="png", help="File format.")] = None,
     lora_dir: Annotated[
         Path | None,
-        typer.Option(
-            "--lora-dir",
-            metavar="DIR",
-            rich_help_panel=RUN,
-            help="Where LoRAs are looked up by name, for --lora NAME and <lora:NAME:0.8> in a prompt.",
-        ),
+        _run("--lora-dir", metavar="DIR", help="Folder in which --lora NAME and <lora:NAME:0.8> find their files."),
     ] = None,
     overwrite: OverwriteOpt = False,
-    no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", rich_help_panel=OUTPUT, help="Write no settings into the images.")
-    ] = False,
+    no_metadata: Annotated[bool, _output("--no-metadata", help="Store no settings in the images.")] = False,
     resume: Annotated[
-        bool,
-        typer.Option("--resume", rich_help_panel=OUTPUT, help="Skip what an earlier run of the prompts file finished."),
+        bool, _output("--resume", help="Skip the images that an earlier run of the same --prompts-file finished.")
     ] = False,
     trace: Annotated[
         str | None,
-        typer.Option(
+        _explain(
             "--trace",
-            metavar="N|STEP,STEP,...|all",
-            rich_help_panel=EXPLAIN,
-            help="Write the denoising beside each image: a strip of N steps, or of these, and an animation.",
+            metavar="N|STEP,...|all",
+            help="Also write the denoising of each image, as a strip of N or of the named steps, and as an animation.",
         ),
     ] = None,
     trace_format: Annotated[
-        TraceFormat | None,
-        typer.Option(
-            "--trace-format", rich_help_panel=EXPLAIN, help="Form of the animation (webp).", show_default=False
-        ),
+        TraceFormat | None, _explain("--trace-format", show_default="webp", help="File format of the animation.")
     ] = None,
     heatmap: Annotated[
         str | None,
-        typer.Option(
+        _explain(
             "--heatmap",
-            metavar="WORD,WORD,...|all",
-            rich_help_panel=EXPLAIN,
-            help="Write beside each image where these words, or phrases, of its prompt were attended to.",
+            metavar="WORD,...|all",
+            help="Also write where in each image these words or phrases of the prompt received attention.",
         ),
     ] = None,
     preview: Annotated[
         str | None,
-        typer.Option(
+        _explain(
             "--preview",
             metavar="FILE.png|terminal",
-            rich_help_panel=EXPLAIN,
-            help="Show how the images come along, in a file that is replaced or on the terminal.",
+            help="Show the images during denoising, in a file or on the terminal.",
         ),
     ] = None,
-    show: Annotated[
-        bool, typer.Option("--show", rich_help_panel=EXPLAIN, help="Show finished images on the terminal, too.")
-    ] = False,
+    show: Annotated[bool, _explain("--show", help="Show finished images on the terminal.")] = False,
     batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Images at once (auto).", show_default=False
-        ),
+        int | None, _run("--batch-size", min=1, max=256, show_default="auto", help="Images to generate at once.")
     ] = None,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
     safety: Annotated[
         Literal["auto", "off"],
-        typer.Option(
+        _run(
             "--safety",
-            rich_help_panel=RUN,
-            help="auto asks a model's own safety checker, where it is here (models pull --safety-checker).",
+            help="Save no image that the model's safety checker flags; auto uses the checker if "
+            "`models pull --safety-checker` fetched it.",
         ),
     ] = "auto",
     strict_prompt: Annotated[
         bool,
-        typer.Option(
-            "--strict-prompt",
-            rich_help_panel=RUN,
-            help="Refuse a plain prompt that is too long, instead of cutting it.",
-        ),
+        _run("--strict-prompt", help="Refuse a plain prompt that is too long for the model, instead of cutting it."),
     ] = False,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", rich_help_panel=RUN, help="Print the resolved requests as JSON and generate nothing."
-        ),
+        bool, _run("--dry-run", help="Print the resolved requests as JSON, and generate nothing.")
     ] = False,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
@@ -230,7 +190,7 @@ def command(
     *,
     typed: dict[str, Any],
 ) -> None:
-    """Paint images. Each path is printed as soon as the image is on the disk."""
+    """Generate images, and print the path of each as soon as it is written."""
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     if typed.get("scheduler") == "help":
         for name, entry in SCHEDULERS.items():
@@ -238,7 +198,7 @@ def command(
         return
     if size is not None:
         if {"width", "height"} & set(typed):
-            raise UsageError("--size goes without --width and --height")
+            raise UsageError("use either --size or --width and --height")
         typed["width"], typed["height"] = parse_size(size)
     typed = canonical(typed)
     run = RunSettings(
@@ -265,21 +225,10 @@ def command(
         check_preview(preview, overwrite=overwrite, quiet=quiet)
 
     if verify:
-        others: list[Any] = [
-            without,
-            prompts,
-            prompts_file,
-            typed,
-            num_images != 1,
-            resume,
-            sweep,
-            dynamic,
-            explained,
-            dry_run,
-        ]
-        others += [output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt]
-        if from_image is None or any(others):
-            raise UsageError("--verify goes with --from IMAGE alone: it paints exactly what the picture says")
+        others = (without, prompts, prompts_file, typed, num_images != 1, resume, sweep, dynamic, explained, dry_run)
+        written = (output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt)
+        if from_image is None or any((*others, *written)):
+            raise UsageError("--verify goes with --from IMAGE alone: it generates exactly what the image records")
         from sdcli.generation.verify import verify_image
 
         verdict = verify_image(from_image, registry, run)
@@ -288,20 +237,18 @@ def command(
         return
 
     if from_image is not None:
-        recorded = recorded_fields(from_image, console=console, lora_dir=lora_dir)
-        if without is not None:
-            recorded = left_of(recorded, without, typed=typed)
-        swept_fields = {name for axis in axes for value in axis.values for name in axis.fields(value)}
-        typed = {**kept(recorded, {*typed, *swept_fields}), **typed}
+        replaced = {*typed, *(name for axis in axes for value in axis.values for name in axis.fields(value))}
+        kept: dict[str, Any] = {"without": without, "typed": typed, "replaced": replaced}
+        typed = {**recorded_fields(from_image, **kept, console=console, lora_dir=lora_dir), **typed}
     elif without is not None:
-        raise UsageError("--without leaves out settings of --from IMAGE, and there is none")
-    asked = {**typed, **{axis.field: axis.values[0] for axis in axes}}
-    lines = _lines(prompts or [], prompts_file, asked, registry)
+        raise UsageError("--without needs --from IMAGE, whose settings it drops")
+    if resume and prompts_file is None:
+        raise UsageError("--resume needs --prompts-file: it skips what an earlier run of that file finished")
+    example = {**typed, **{axis.field: axis.values[0] for axis in axes}}
+    lines = prompt_lines(prompts or [], prompts_file, example, registry)
     choices = Wildcards(wildcards) if dynamic else None
     if choices is not None:
-        lines = _with_choices(lines, asked, axes, choices, all_combinations=all_combinations)
-    if resume and prompts_file is None:
-        raise UsageError("--resume goes with --prompts-file: it skips what an earlier run of that file finished")
+        lines = dynamic_lines(lines, example, axes, choices, all_combinations=all_combinations)
     settings = replace(
         output_settings(output, outdir, image_format),
         overwrite=overwrite,
@@ -319,64 +266,37 @@ def command(
             journal.begin_run(source, base_seed)
         else:
             base_seed = earlier
-    lines = swept(lines, axes, typed, base_seed=base_seed) if axes else lines
-    counted: dict[str, Any] = {"num_images": num_images, "base_seed": base_seed}
-    drawn = None if all_combinations else choices
-    jobs = list(expand(lines, typed, registry, **counted, measure=_measure, lora_dir=lora_dir, wildcards=drawn))
+    jobs = list(
+        expand(
+            swept(lines, axes, typed, base_seed=base_seed) if axes else lines,
+            typed,
+            registry,
+            num_images=num_images,
+            base_seed=base_seed,
+            measure=_measure,
+            lora_dir=lora_dir,
+            wildcards=None if all_combinations else choices,
+        )
+    )
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if dry_run:
         _print_requests(jobs, console)
     else:
         sheet = SweepSheet.of(jobs, axes, num_images=num_images) if axes else None
-        _paint(jobs, registry, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
+        _generate(jobs, registry, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """`all` is every word, as an empty tuple. Raises UsageError for no word."""
+    """The words of --heatmap; `all` is every word, an empty tuple. Raises UsageError for no word."""
     words = tuple(dict.fromkeys(filter(None, (word.strip() for word in text.split(",")))))
     if not words:
         raise UsageError("--heatmap takes words of the prompt, such as fox,snow, or all")
     return () if text == "all" else words
 
 
-def _lines(prompts: list[str], prompts_file: str | None, typed: dict[str, Any], registry: Registry) -> list[Line]:
-    if prompts_file is not None:
-        if prompts:
-            raise UsageError("either prompts or --prompts-file, not both")
-        return list(read_lines(prompts_file))
-    if not prompts and "prompt" not in typed:
-        kind = registry.find(typed.get("model")).kind
-        if kind.conditioning == "class":
-            raise UsageError(f"nothing to generate; name a class: {kind.listed_classes}")
-        if kind.conditioning == "text":
-            raise UsageError('nothing to generate; try: sdcli generate "an astronaut riding a horse"')
-    return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
-
-
-def _with_choices(
-    lines: list[Line], typed: dict[str, Any], axes: list[Axis], choices: Wildcards, *, all_combinations: bool
-) -> list[Line]:
-    """The lines, or all their combinations. Raises UsageError where there is nothing to choose in any of them."""
-    if all_combinations and any(axis.field in DYNAMIC for axis in axes):
-        raise UsageError("--all-combinations goes without a --sweep of prompts: both say which are painted")
-    texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
-    texts += [value for axis in axes if axis.field in DYNAMIC for value in axis.values]
-    if not any(_may_choose(choices, text) for text in texts if isinstance(text, str)):
-        raise UsageError("no prompt has a choice in it, as {red|blue} or __animals__, so that none would be made")
-    return list(combinations(lines, typed, choices)) if all_combinations else lines
-
-
-def _may_choose(choices: Wildcards, text: str) -> bool:
-    """Whether a prompt has a choice in it; one that is malformed is told where its line is generated."""
-    try:
-        return choices.has_choices(text)
-    except UsageError:
-        return True
-
-
 def _measure(start: ImageInput, cell: int) -> tuple[int, int]:
-    """`input_images.measure`, which is imported only where there is an init image."""
+    """Width and height of an init image; the module that reads images is imported only where there is one."""
     from sdcli.diffusion.input_images import measure
 
     return measure(start, cell)
@@ -392,7 +312,7 @@ def _print_requests(jobs: list[ResolvedJob | BadJob], console: Console) -> None:
     raise_for([job.error for job in jobs if isinstance(job, BadJob)], of=len(jobs))
 
 
-def _paint(
+def _generate(
     jobs: list[ResolvedJob | BadJob],
     registry: Registry,
     run: RunSettings,
@@ -404,20 +324,17 @@ def _paint(
     preview: str | None,
     show: bool,
 ) -> None:
-    """Paint what can be generated, and lay it out on the sheet of a sweep.
+    """Generate what can be generated, report it, and lay it out on the sheet of a sweep.
 
-    What is wrong with a request or the folder, and what is not downloaded, is told before torch is imported.
+    Bad requests, unusable folders and missing models are reported before torch is imported.
     """
     alone = len(jobs) == 1
-    preflight = Preflight(registry, settings)
-    refusals = [preflight.refusal(job) for job in jobs]
-    errors = [error for error in refusals if error is not None]
-    good: list[ResolvedJob] = []
-    for job, error in zip(jobs, refusals, strict=True):
-        if error is not None:
-            report_failure(job, error, console, alone=same_for_all(errors, of=len(jobs)))
-        elif isinstance(job, ResolvedJob):
-            good.append(job)
+    refused = dict(_refusals(jobs, settings))
+    errors = list(refused.values())
+    for job in jobs:
+        if job.index in refused:
+            report_failure(job, refused[job.index], console, alone=same_for_all(errors, of=len(jobs)))
+    good = [job for job in jobs if isinstance(job, ResolvedJob) and job.index not in refused]
     if not good:
         raise_for(errors, of=len(jobs))
     check_output(settings)
@@ -427,7 +344,7 @@ def _paint(
         try:
             sheet.check()
         except UsageError as error:
-            console.warn(f"the sweep gets no sheet: {error}")
+            console.warn(f"no contact sheet of the sweep: {error}")
             sheet = None
     stop = GracefulStop(console).install()
     from sdcli.generation.engine import Engine, Note, Phase, Progress
@@ -462,3 +379,37 @@ def _paint(
     if sheet is not None and paths:
         sheet.write(paths, settings, console)
     raise_for(errors, of=len(jobs))
+
+
+def _refusals(jobs: list[ResolvedJob | BadJob], output: OutputSettings) -> Iterator[tuple[int, SdcliError]]:
+    """(index, error) of each job that is malformed, too large for its file format, or lacks a model on this machine.
+
+    With --resume models are not looked for: the images that an earlier run finished need none.
+    """
+    missing: dict[tuple[type, str], SdcliError | None] = {}
+    for job in jobs:
+        if isinstance(job, BadJob):
+            yield job.index, job.error
+            continue
+        width, height = job.request.final_size
+        if max(width, height) > MAX_SIDE[output.format]:
+            yield job.index, UsageError(f"an image of {width}x{height} is too long for {output.format}; use png")
+            continue
+        for spec in () if output.resume else (job.model, job.refiner, *job.controlnets.values()):
+            if spec is None:
+                continue
+            key = type(spec), spec.name
+            if key not in missing:
+                missing[key] = _absence(spec)
+            if (error := missing[key]) is not None:
+                yield job.index, error
+                break
+
+
+def _absence(spec: ModelSpec | ControlNetSpec) -> SdcliError | None:
+    """The error for a model whose files are not all on this machine, such as one that was never pulled."""
+    try:
+        folder_of(spec)
+    except SdcliError as error:
+        return error
+    return None

@@ -60,7 +60,7 @@ def list_models(
     for line in _table([heads, *(_cells(row) for row in rows)]):
         console.result(line)
     if any(not row["supported"] for row in rows):
-        console.say("families in parentheses are not yet supported")
+        console.note("families in parentheses are not yet supported")
 
 
 @app.command()
@@ -111,12 +111,12 @@ def pull(
             report = pull_from_hub(spec, offline=offline, safety_checker=safety_checker, progress=meter.progress)
         for path in report.changed:
             console.warn(f"{spec.name}: {path} is not the file that the last pull recorded; the hub has a new one")
-        console.say(
+        console.note(
             f"{spec.name}: {report.files} files, {megabytes(report.total_bytes)} "
             f"({megabytes(report.downloaded_bytes)} downloaded), commit {report.commit[:12]}"
         )
         if report.checker_left_out:
-            console.say(f"{spec.name} ships a safety checker, which was left out; --safety-checker fetches it, too")
+            console.note(f"{spec.name} ships a safety checker, which was left out; --safety-checker fetches it, too")
         console.result(
             str(report.folder),
             name=spec.name,
@@ -277,8 +277,8 @@ def convert_checkpoint(
     done = convert(source, target, overwrite=overwrite, timeout_s=timeout, memory_gb=memory)
     if done.left_out:
         more = f" and {len(done.left_out) - 5} more" if len(done.left_out) > 5 else ""
-        console.say(f"left out what is no weights: {', '.join(done.left_out[:5])}{more}")
-    console.say(f"{done.tensors} tensors, {megabytes(done.total_bytes)}")
+        console.note(f"left out what is no weights: {', '.join(done.left_out[:5])}{more}")
+    console.note(f"{done.tensors} tensors, {megabytes(done.total_bytes)}")
     console.result(str(done.file), file=str(done.file), tensors=done.tensors, bytes=done.total_bytes)
 
 
@@ -367,7 +367,7 @@ def _delete_download(spec: ModelSpec | ControlNetSpec, registry: Registry, *, re
 
     console = Console()
     if not isinstance(spec.source, HubSource):
-        console.say(f"nothing was downloaded for {spec.name}; its files stay: {spec.origin()}")
+        console.note(f"nothing was downloaded for {spec.name}; its files stay: {spec.origin()}")
         return
     others = [
         other.name
@@ -377,14 +377,14 @@ def _delete_download(spec: ModelSpec | ControlNetSpec, registry: Registry, *, re
     if removed and others:
         console.warn(f"the files of {spec.source.repo} stay: {', '.join(others)} uses them too")
         return
-    console.say(f"freed {megabytes(delete_from_cache(spec.source.repo))} ({spec.source.repo})")
+    console.note(f"freed {megabytes(delete_from_cache(spec.source.repo))} ({spec.source.repo})")
 
 
 def _tell_written(written: Written, what: str) -> None:
     console = Console()
     if written.backup is not None:
         console.warn(f"the comments of {written.file.name} are lost; the former file is {written.backup}")
-    console.say(what)
+    console.note(what)
     console.result(str(written.file))
 
 
@@ -487,4 +487,4 @@ class _Meter:
         tenth = 10 * done // max(total, 1)
         if tenth > self._told:
             self._told = tenth
-            self.console.say(f"{self.name}: {tenth * 10:3d} % of {megabytes(total)} ({file})")
+            self.console.note(f"{self.name}: {tenth * 10:3d} % of {megabytes(total)} ({file})")

@@ -89,7 +89,7 @@ def command(
     from sdcli.images.pixels import to_pixels
 
     opened = open_image(image)
-    console.say(f"loading {spec.name}")
+    console.note(f"loading {spec.name}")
     process = ForwardProcess.of(spec, RunSettings(device=device, dtype=dtype, offline=offline))
     timesteps = asked if asked is not None else process.spread(steps or min(STEPS, len(process)))
     process.check(timesteps)

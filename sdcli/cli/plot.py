@@ -63,7 +63,7 @@ def _read(run: Path, metric: str, console: Console) -> Log:
     """A run's log, if it has the metric."""
     log = read_log(run)
     if log.damaged:
-        console.say(f"{run}: passed over {log.damaged} damaged line{'s' if log.damaged > 1 else ''} of the log")
+        console.note(f"{run}: passed over {log.damaged} damaged line{'s' if log.damaged > 1 else ''} of the log")
     metrics = sorted({*log.metrics("train"), *log.metrics("validation")})
     if not metrics:
         raise UsageError(f"{run} has no steps to show yet")

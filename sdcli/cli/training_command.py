@@ -177,7 +177,7 @@ def train(trainer: Trainer[S], asked: Requested, console: Console) -> None:
         for event in session.prepare(resume=asked.resume, stop=stop):
             _show(event, display, console)
         for line in session.plan_lines():
-            console.say(line)
+            console.note(line)
         if asked.dry_run:
             if session.is_main:
                 console.result(json.dumps(session.plan()), **session.plan())
@@ -281,11 +281,11 @@ def _prove_resume(
         command = [sys.executable, "-m", "sdcli", name, "--config", str(config), "--quiet"]
         command += ["--models-file", str(models_file)] if models_file is not None else []
         straight, resumed = folder / "straight", folder / "resumed"
-        console.say(f"training {2 * PROOF_STEPS} steps without a stop")
+        console.note(f"training {2 * PROOF_STEPS} steps without a stop")
         _finish(subprocess.run([*command, "-o", str(straight)], stdout=subprocess.DEVNULL), "the straight run")
-        console.say(f"training {PROOF_STEPS} steps, then kill -9")
+        console.note(f"training {PROOF_STEPS} steps, then kill -9")
         _kill_after_first_checkpoint([*command, "-o", str(resumed)])
-        console.say("resuming")
+        console.note("resuming")
         _finish(
             subprocess.run([*command, "-o", str(resumed), "--resume"], stdout=subprocess.DEVNULL), "the resumed run"
         )

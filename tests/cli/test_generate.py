@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdcli.cli.options.from_image import kept, left_of
+from sdcli.cli.options.from_image import without_named, without_replaced
 from sdcli.errors import UsageError
 from sdcli.request.jobs import combinations, read_lines
 from sdcli.request.schedulers import SCHEDULERS
@@ -100,7 +100,7 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         (["x", "--steps", "many"], 2, "--steps"),
         (["x", "--size", "100x100"], 2, "multiple of 8"),
         (["x", "--size", "big"], 2, "WIDTHxHEIGHT"),
-        (["x", "--size", "64x64", "--width", "64"], 2, "--size goes without"),
+        (["x", "--size", "64x64", "--width", "64"], 2, "either --size or --width"),
         (["x", "--scheduler", "eulr"], 2, "did you mean 'euler'"),
         (["x", "--eta", "0.5", "--scheduler", "euler"], 2, "eta has no effect"),
         (["x", "--negative-prompt", "y", "--guidance-scale", "1"], 2, "no effect"),
@@ -122,9 +122,9 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         (["x", "-o", "../{seed}.png", "--outdir", "here"], 2, "leaves the output folder"),
         (["x", "-o", "{prompt.__class__}.png"], 2, "no field"),
         (["x", "-o", "x.png", "--format", "jpeg"], 2, "--format asks for jpeg"),
-        (["x", "--resume"], 2, "--resume goes with --prompts-file"),
+        (["x", "--resume"], 2, "--resume needs --prompts-file"),
         (["x", "--verify"], 2, "--verify goes with --from"),
-        (["x", "--prompts-file", "y.txt"], 2, "not both"),
+        (["x", "--prompts-file", "y.txt"], 2, "either prompts or --prompts-file"),
         (["--prompts-file", "y.txt"], 3, "cannot read"),
         (["--from", "y.png"], 3, "y.png"),
         (["x", "--models-file", "y.yaml"], 3, "y.yaml"),
@@ -216,7 +216,7 @@ def test_from_leaves_out_what_is_named_and_what_needs_it(sdcli: Run, tmp_path: P
     unknown = sdcli(*again, "--without", "variation-strenght")
     assert (unknown.returncode, "did you mean 'variation_strength'" in unknown.stderr) == (2, True)
     alone = sdcli("generate", "a cat", "--without", "lora")
-    assert (alone.returncode, "--without leaves out settings of --from" in alone.stderr) == (2, True)
+    assert (alone.returncode, "--without needs --from" in alone.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_what_needs_a_setting_that_is_left_out_goes_with_it(
 ) -> None:
     names = ["init_image", "strength", "mask", "mask_blur", "steps", "refiner", "refiner_start"]
     names += ["extend", "width"] if without == "extend" else []
-    assert left_of(dict.fromkeys(names, "value"), without, typed=typed).keys() == left
+    assert without_named(dict.fromkeys(names, "value"), without, typed=typed).keys() == left
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,9 @@ def test_what_needs_a_setting_that_is_left_out_goes_with_it(
     ],
 )
 def test_what_is_asked_anew_takes_the_place_of_what_was_recorded(asked: set[str], stays: set[str]) -> None:
-    assert kept(dict.fromkeys(("steps", "width", "guidance_scale", "guidance_end"), 1), asked).keys() == stays
+    assert (
+        without_replaced(dict.fromkeys(("steps", "width", "guidance_scale", "guidance_end"), 1), asked).keys() == stays
+    )
 
 
 def test_what_is_not_downloaded_is_told_once_whatever_needs_it(sdcli: Run, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def field_options(
 ) -> Callable[[Command], Command]:
     """Give a command an option for each field in `flags`; the typed values arrive as the keyword `typed`, a dict.
 
-    A field that holds several values is an option that may be repeated. Ranges are checked by the model. The help page
+    A field that holds several values is an option that may be repeated. The help page
     has the `sections` in this order, and after them any other.
     """
 
@@ -62,24 +62,23 @@ def field_options(
 def _annotation(model: type[BaseModel], name: str, flag: Flag) -> Any:
     info = model.model_fields[name]
     kinds = [part for part in get_args(info.annotation) if part is not NoneType]
-    kind = kinds[0] if NoneType in get_args(info.annotation) else info.annotation
+    kind: Any = kinds[0] if NoneType in get_args(info.annotation) else info.annotation
     if get_origin(kind) is tuple:
         kind = list[str]
     elif flag.as_text or not (kind in (bool, int, float, Path) or get_origin(kind) is Literal):
         kind = str
     text = info.description or ""
     bounds = {key: getattr(one, key) for one in info.metadata for key in ("ge", "gt", "le", "lt") if hasattr(one, key)}
+    closed = kind in (int, float) and not {"gt", "lt"} & set(bounds)  # Typer knows no open bounds; the model does
     default = "on" if info.default is True else info.default
     stated = default is None or default is False or default in ((), "") or "default" in text
     option = typer.Option(
         *flag.names,
-        help=with_facts(
-            f"{text[:1].upper()}{text[1:]}",
-            interval(**bounds),
-            "" if stated else f"default: {default}",
-        ),
+        help=with_facts(f"{text[:1].upper()}{text[1:]}", "" if closed else interval(**bounds)),
         metavar=flag.metavar,
         rich_help_panel=flag.section,
-        show_default=False,
+        show_default=False if stated else str(default),
+        min=bounds.get("ge") if closed else None,
+        max=bounds.get("le") if closed else None,
     )
     return Annotated[kind | None, option]

@@ -20,7 +20,7 @@ class Console:
     verbose: bool = False
     json: bool = False
 
-    def say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """A line of talk on stderr; silent with -q."""
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
@@ -28,7 +28,7 @@ class Console:
     def detail(self, text: str) -> None:
         """A line that only -v shows."""
         if self.verbose:
-            self.say(text)
+            self.note(text)
 
     def warn(self, text: str) -> None:
         """Something the user should know although the run goes on; shown even with -q."""

@@ -67,7 +67,7 @@ class ProgressDisplay:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(printable(text), total=phase.steps or None, rate="")
         elif phase.name in ("load", "denoise"):
-            self._console.say(f"{text}{f', {phase.steps} steps' if phase.steps else ''}")
+            self._console.note(f"{text}{f', {phase.steps} steps' if phase.steps else ''}")
 
     def step(self, progress: Progress) -> None:
         """One denoising step is done."""
@@ -82,7 +82,7 @@ class ProgressDisplay:
         elif now - self._spoke > HEARTBEAT:
             self._spoke = now
             left = (progress.count - done) / rate
-            self._console.say(f"step {done} of {progress.count}, {rate:.2f} it/s, {left:.0f} s left")
+            self._console.note(f"step {done} of {progress.count}, {rate:.2f} it/s, {left:.0f} s left")
 
     def image(self, image: Any) -> None:
         """How the images look now, above the bar."""
@@ -134,7 +134,7 @@ def shown_progress(seen: Iterable[T], total: int, console: Console) -> Iterator[
             yield one
             if time.monotonic() - spoke > HEARTBEAT:
                 spoke = time.monotonic()
-                console.say(f"looked at {done:,} of {total:,} images")
+                console.note(f"looked at {done:,} of {total:,} images")
         return
     from rich.progress import TimeRemainingColumn
 

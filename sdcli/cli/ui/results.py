@@ -24,7 +24,7 @@ def report(result: Result, console: Console) -> None:
     if result.status == "done":
         console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
         if result.beside and not console.json:
-            console.say(f"beside it: {', '.join(str(path) for path in result.beside)}")
+            console.note(f"beside it: {', '.join(str(path) for path in result.beside)}")
 
 
 def report_failure(

@@ -73,16 +73,16 @@ class TrainingDisplay:
             case StepMetrics():
                 self._train(event)
             case ValidationMetrics():
-                self._console.say(f"step {event.step}: validation {_figures(event.figures)}")
+                self._console.note(f"step {event.step}: validation {_figures(event.figures)}")
             case CheckpointSaved():
-                self._console.say(f"step {event.step}: checkpoint in {event.path} ({event.seconds:.1f} s)")
+                self._console.note(f"step {event.step}: checkpoint in {event.path} ({event.seconds:.1f} s)")
             case SamplesSaved():
                 for path in event.paths:
-                    self._console.say(f"step {event.step}: samples in {path}")
+                    self._console.note(f"step {event.step}: samples in {path}")
             case RunNote():
-                self._console.say(event.text)
+                self._console.note(event.text)
             case RunEnd():
-                self._console.say(f"ended after step {event.step}: {event.reason}")
+                self._console.note(f"ended after step {event.step}: {event.reason}")
 
     def _prepare(self, event: Preparation) -> None:
         new = event.what != self._preparing
@@ -95,7 +95,7 @@ class TrainingDisplay:
             self._spoke = time.monotonic()
             of = f" of {event.total:,}" if event.total is not None else ""
             count = f": {event.done:,}{of}" if event.done or of else ""
-            self._console.say(f"{event.what}{count}")
+            self._console.note(f"{event.what}{count}")
 
     def _start(self, event: RunStart) -> None:
         self._preparing = ""
@@ -104,7 +104,7 @@ class TrainingDisplay:
         after = f", going on after step {event.start_step:,}" if event.start_step else ""
         trainable = "" if event.trainable == event.parameters else f"{event.trainable:,} of "
         parameters = f"{trainable}{event.parameters:,} parameters"
-        self._console.say(f"training {parameters}, {steps} of {event.batch} samples{after}")
+        self._console.note(f"training {parameters}, {steps} of {event.batch} samples{after}")
         if self._bar is not None:
             self._new_task("training", event.steps)
             self._bar.update(self._task, completed=event.start_step)
@@ -120,7 +120,7 @@ class TrainingDisplay:
             self._spoke = time.monotonic()
             of = f" of {event.steps}" if event.steps is not None else ""
             left = self._pace.left(event)
-            self._console.say(f"step {event.step}{of}: {self._pace.figures(event)}{f', {left}' if left else ''}")
+            self._console.note(f"step {event.step}{of}: {self._pace.figures(event)}{f', {left}' if left else ''}")
 
     def _new_task(self, description: str, total: int | None) -> None:
         if self._task is not None:

@@ -1,0 +1,50 @@
+"""The prompts of `sdcli generate`: from arguments or a file, with the alternatives of dynamic prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdcli.errors import UsageError
+from sdcli.models.registry import Registry
+from sdcli.request.jobs import DYNAMIC, Line, combinations, read_lines
+from sdcli.request.sweep import Axis
+from sdcli.request.wildcards import Wildcards
+
+
+def prompt_lines(
+    prompts: Sequence[str], prompts_file: str | None, typed: Mapping[str, Any], registry: Registry
+) -> list[Line]:
+    """A line per prompt or per entry of the file. Raises UsageError where a model needs a prompt and there is none."""
+    if prompts_file is not None:
+        if prompts:
+            raise UsageError("use either prompts or --prompts-file")
+        return list(read_lines(prompts_file))
+    if not prompts and "prompt" not in typed:
+        kind = registry.find(typed.get("model")).kind
+        if kind.conditioning == "class":
+            raise UsageError(f"nothing to generate; name a class: {kind.listed_classes}")
+        if kind.conditioning == "text":
+            raise UsageError('nothing to generate; try: sdcli generate "an astronaut riding a horse"')
+    return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
+
+
+def dynamic_lines(
+    lines: list[Line], typed: Mapping[str, Any], axes: Sequence[Axis], choices: Wildcards, *, all_combinations: bool
+) -> list[Line]:
+    """The lines, or a line for each combination. Raises UsageError if no prompt has alternatives."""
+    if all_combinations and any(axis.field in DYNAMIC for axis in axes):
+        raise UsageError("use either --all-combinations or a --sweep of prompts")
+    texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
+    texts += [value for axis in axes if axis.field in DYNAMIC for value in axis.values]
+    if not any(_may_choose(choices, text) for text in texts if isinstance(text, str)):
+        raise UsageError("no prompt has alternatives, such as {red|blue} or __animals__")
+    return list(combinations(lines, dict(typed), choices)) if all_combinations else lines
+
+
+def _may_choose(choices: Wildcards, text: str) -> bool:
+    """Whether a prompt has alternatives; a malformed one counts, as its error is reported with its job."""
+    try:
+        return choices.has_choices(text)
+    except UsageError:
+        return True
