@@ -51,7 +51,7 @@ def with_maps_of_folder(images: ImageSet, folder: str) -> tuple[ImageSet, Maps]:
     if root.resolve().is_relative_to(images.root.resolve()):
         inside = root.resolve().relative_to(images.root.resolve())
         if not inside.parts:
-            raise UsageError("--conditioning-data-dir is the folder of the pictures themselves")
+            raise UsageError("--conditioning-data-dir is the folder of the images themselves")
         images = _without(images, lambda name: PurePosixPath(name).is_relative_to(inside))
     places: dict[str, int] = {}
     for place, item in enumerate(maps):

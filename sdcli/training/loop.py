@@ -1,9 +1,9 @@
-"""The training loop: any task, stopped anywhere, gone on with exactly.
+"""The training loop of every task; it can be stopped at any step and resumed exactly.
 
     for each step:  micro-batches -> loss -> gradients -> clip -> optimizer -> moving average
                     then, when due: validate, generate samples, checkpoint
 
-It yields what happens (`events.py`); the caller shows it, logs it, or stops.
+It yields events (`events.py`), which the caller shows and logs.
 """
 
 from __future__ import annotations
@@ -40,32 +40,37 @@ from sdcli.training.events import (
 from sdcli.training.inputs.feed import Feed, Share, on_device
 from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
 from sdcli.training.settings import TrainSettings
-from sdcli.training.state.checkpoint import link_model_folder, save_checkpoint
+from sdcli.training.state.checkpoint import save_checkpoint
+from sdcli.training.state.model_links import link_model_folder
 from sdcli.training.state.training_state import TrainingState
 from sdcli.training.task import Batch, Losses, Networks, OptimizerPhase, Task
 
-PATIENCE = timedelta(days=1)
+PROCESS_TIMEOUT = timedelta(days=1)
 """How long the processes wait for the first one, which fills the caches."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How far to go, and when to look up from the work."""
+    """Length of a run, and the intervals of what is done between steps, in steps."""
 
     steps: int | None
-    """Optimizer steps in all, those before a resume included; None goes on until `seconds` are over."""
+    """Total optimizer steps, including those before a resume; None: until `seconds` are over."""
     seconds: float | None = None
     validate_every: int | None = None
     sample_every: int | None = None
     checkpoint_every: int = 500
     keep: int | None = None
+    """How many checkpoints to keep; None: all."""
 
     def ends_at(self, done: int) -> bool:
         return self.steps is not None and done >= self.steps
 
 
 def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
-    """accelerate's side of a run: device, precision, processes. Accumulation is the loop's own. Raises UsageError."""
+    """The accelerator of a run: device, precision, processes. The loop itself accumulates gradients.
+
+    Raises UsageError.
+    """
     device = pick_device(settings.device)
     if settings.mixed_precision == "fp16" and device.type != "cuda":
         raise UsageError("--mixed-precision fp16 needs a CUDA device; bf16 works everywhere")
@@ -73,23 +78,23 @@ def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         cpu=device.type == "cpu",
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         **extras,
     )
     if accelerator.distributed_type.value not in {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"}:
         kind = accelerator.distributed_type.value
-        raise UsageError(f"accelerate is set up for {kind}, whose sharded states cannot be saved here; use plain DDP")
+        raise UsageError(f"accelerate is configured for {kind}, whose sharded states sdcli cannot save; use plain DDP")
     if settings.num_processes is not None and settings.num_processes != accelerator.num_processes:
         raise UsageError(
-            f"--num-processes is {settings.num_processes}, and a launcher started {accelerator.num_processes}; "
-            "leave it to one of them"
+            f"--num-processes is {settings.num_processes}, but a launcher started {accelerator.num_processes}; "
+            "use only one of them"
         )
     return accelerator
 
 
 @dataclass
 class Trainer:
-    """A task with its optimizers, prepared for this process. `run` is the folder that checkpoints go to."""
+    """A task with its optimizers in this process; checkpoints are written into the folder `run`."""
 
     task: Task
     settings: TrainSettings
@@ -97,9 +102,9 @@ class Trainer:
     run: Path
     plan: Plan
     links: Mapping[str, str] = field(default_factory=dict)
-    """RUN/<part> -> the folder or file in the newest checkpoint, so that RUN is a model folder."""
+    """RUN/<part> -> its folder or file in a checkpoint; the links make RUN a model folder."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What a checkpoint's manifest says beside its files."""
+    """JSON values for each checkpoint's manifest."""
     before_checkpoint: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -123,16 +128,16 @@ class Trainer:
         self._ema = {name: _moving_average(average, settings) for name, average in self.averages.items()}
 
     def resume(self, checkpoint: Path) -> int:
-        """Take up the state of a whole checkpoint; returns the steps it has done. Raises BadWeights."""
+        """Restore a complete checkpoint; returns the number of steps it has done. Raises BadWeights."""
         done = self.state.restore(checkpoint, scaler=self.accelerator.scaler)
         for ema in self._ema.values():
             ema.optimization_step = done
         return done
 
     def train(self, *, done: int = 0, stop: Callable[[], Interrupted | None] = lambda: None) -> Iterator[Event]:
-        """Go on after `done` steps. Raises BadOutput for a loss that is not finite, CannotWrite, and what `stop` says.
+        """Train from step `done` on. However the run ends, the last complete checkpoint is kept.
 
-        Whatever ends the run, the last whole checkpoint is kept.
+        Raises BadOutput for a loss that is not finite, CannotWrite, and what `stop` returns.
         """
         settings, task, accelerator, plan = self.settings, self.task, self.accelerator, self.plan
         world = accelerator.num_processes
@@ -151,7 +156,7 @@ class Trainer:
                 p.numel() for phase in task.phases for group in phase.groups for p in group["params"].values()
             ),
         )
-        computed, note = self._perhaps_compiled(networks)
+        computed, note = self._compiled(networks)
         if note:
             yield RunNote(note)
         with Feed(
@@ -182,7 +187,7 @@ class Trainer:
                     yield from self._checkpoint(done)
                 if reason is not None:
                     yield RunEnd(done, str(reason))
-                    raise type(reason)(f"{reason} (checkpoint at step {done}; --resume goes on)")
+                    raise type(reason)(f"{reason} (checkpoint at step {done}; --resume continues)")
                 if late:
                     break
         yield RunEnd(done, "finished" if plan.ends_at(done) else "--max-hours is over")
@@ -190,13 +195,13 @@ class Trainer:
     def _optimize(
         self, phase: OptimizerPhase, networks: Networks, optimizer: Any, batches: list[Batch], done: int, rate: float
     ) -> dict[str, float]:
-        """One optimizer step of one phase; returns its figures. Raises BadOutput before anything was changed by NaN."""
+        """One optimizer step of one phase; returns its figures. Raises BadOutput before NaN changes any weight."""
         accelerator, count = self.accelerator, len(batches)
         set_learning_rate(optimizer.optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
-            # layers that draw for themselves (dropout) draw counted numbers too
+            # layers with randomness of their own (dropout) draw it from the sample's number, too
             torch.manual_seed(
                 rng.key(
                     self.settings.seed,
@@ -204,23 +209,23 @@ class Trainer:
                     phase.name,
                 )
             )
-            with self._gradients_stay_here(networks) if number < count - 1 else contextlib.nullcontext():
+            with self._without_gradient_sync(networks) if number < count - 1 else contextlib.nullcontext():
                 losses: Losses = phase.loss(networks, batch)
                 accelerator.backward(losses.loss / count)
             for name, value in {"loss": losses.loss, **losses.shown}.items():
                 total[name] = total.get(name, 0) + value.detach().float() / count
         parameters = [parameter for group in phase.groups for parameter in group["params"].values()]
-        norm = self._clipped_norm(optimizer, parameters)
+        norm = self._clip_gradients(optimizer, parameters)
         figures = {name: float(value) for name, value in self._mean(total).items()}
         if not torch.isfinite(torch.tensor(figures["loss"])) or not (torch.isfinite(norm) or accelerator.scaler):
             raise BadOutput(self._not_finite(phase, figures["loss"], done))
-        if any(parameter.grad is not None for parameter in parameters):  # a phase may rest
+        if any(parameter.grad is not None for parameter in parameters):  # a phase may skip steps
             optimizer.step()
         prefix = "" if phase is self.task.phases[0] else f"{phase.name}_"
         return {f"{prefix}{name}": value for name, value in {**figures, "grad_norm": float(norm)}.items()}
 
-    def _clipped_norm(self, optimizer: Any, parameters: list[nn.Parameter]) -> Tensor:
-        """The norm of all gradients before they are clipped."""
+    def _clip_gradients(self, optimizer: Any, parameters: list[nn.Parameter]) -> Tensor:
+        """Clip the gradients; returns their norm before that."""
         if self.settings.max_grad_norm > 0:
             norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         else:
@@ -229,8 +234,8 @@ class Trainer:
         return norm if isinstance(norm, Tensor) else torch.tensor(float(norm))
 
     @contextlib.contextmanager
-    def _gradients_stay_here(self, networks: Networks) -> Iterator[None]:
-        """Between micro-batches of one step the processes need not exchange gradients."""
+    def _without_gradient_sync(self, networks: Networks) -> Iterator[None]:
+        """Do not exchange gradients between processes, for all micro-batches of a step but the last."""
         with contextlib.ExitStack() as stack:
             for network in networks.values():
                 stack.enter_context(self.accelerator.no_sync(network))
@@ -244,7 +249,7 @@ class Trainer:
         return dict(zip(figures, reduced, strict=True))
 
     def _agree(self, reason: Interrupted | None, late: bool) -> tuple[Interrupted | None, bool]:
-        """All processes stop after the same step: the strongest reason that any of them has counts."""
+        """Let all processes stop after the same step, for the strongest reason of any of them."""
         if self.accelerator.num_processes == 1:
             return reason, late
         codes = torch.tensor([reason.exit_code if reason else 0, int(late)], device=self.accelerator.device)
@@ -254,11 +259,11 @@ class Trainer:
         return reason, bool(strongest[1])
 
     def _validate(self, done: int) -> Iterator[Event]:
-        """The processes' copies are equal, so that the first one's answer is enough."""
+        """Validate in the first process; the copies of the others are equal."""
         if self.accelerator.is_main_process:
-            painted = self._painted_with()
-            with _evaluation_mode(painted.values()), torch.no_grad():
-                figures = self.task.validate(painted)
+            networks = self._final_networks()
+            with _evaluation_mode(networks.values()), torch.no_grad():
+                figures = self.task.validate(networks)
             if figures:
                 yield ValidationMetrics(done, figures)
         self.accelerator.wait_for_everyone()
@@ -266,9 +271,9 @@ class Trainer:
     def _sample(self, done: int) -> Iterator[Event]:
         if self.accelerator.is_main_process:
             try:
-                painted = self._painted_with()
-                with _evaluation_mode(painted.values()), torch.no_grad():
-                    paths = self.task.samples(painted, done, self.run / "samples")
+                networks = self._final_networks()
+                with _evaluation_mode(networks.values()), torch.no_grad():
+                    paths = self.task.samples(networks, done, self.run / "samples")
                 if paths:
                     yield SamplesSaved(done, paths)
             except Exception as error:
@@ -277,8 +282,8 @@ class Trainer:
                 yield RunNote(f"no samples at step {done}: {error}")
         self.accelerator.wait_for_everyone()
 
-    def _painted_with(self) -> Networks:
-        """What the finished model consists of: the moving averages where there are some, else the networks."""
+    def _final_networks(self) -> Networks:
+        """The networks of the finished model: the moving averages where there are some, else the trained ones."""
         return {**self.task.networks, **self.averages}
 
     def _checkpoint(self, done: int) -> Iterator[Event]:
@@ -298,7 +303,7 @@ class Trainer:
                 write,
                 facts={**self.facts, "batch": self.settings.total_batch_size(self.accelerator.num_processes)},
                 keep=self.plan.keep,
-                report=lambda path, reason: notes.append(f"{path} {reason}; it is left where it is"),
+                report=lambda path, reason: notes.append(f"{path} {reason}; it was not deleted"),
             )
             link_model_folder(self.run, self.links)
         self.accelerator.wait_for_everyone()
@@ -311,12 +316,12 @@ class Trainer:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return (
             f"the {phase.name} loss is {loss} (or its gradients are not finite) at step {done + 1}, with the samples "
-            f"{shown}; nothing of that step was kept. A lower --learning-rate or --mixed-precision no may help; "
-            "--resume goes on from the last checkpoint"
+            f"{shown}; that step changed nothing. A lower --learning-rate or --mixed-precision no may help; "
+            "--resume continues from the last checkpoint"
         )
 
-    def _perhaps_compiled(self, networks: Networks) -> tuple[Networks, str | None]:
-        """With --compile the compiled networks, unless their gradients differ from the plain ones'."""
+    def _compiled(self, networks: Networks) -> tuple[Networks, str | None]:
+        """The networks, compiled with --compile unless their gradients differ then; and a note about that."""
         if not self.settings.compile:
             return networks, None
         from sdcli.training.optim.compile import compile_if_correct
@@ -358,7 +363,7 @@ class _Means:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process held so far: on a CUDA device its memory, else the process's."""
+    """Peak memory of this process in bytes: of the CUDA device, else of the process itself."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -387,7 +392,7 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
 
 
 def _average_of(network: nn.Module) -> nn.Module:
-    """A copy of the network for its moving average; frozen parameters are shared, not copied."""
+    """A copy of the network for its moving average, sharing the frozen parameters."""
     shared: dict[int, Any] = {id(p): p for p in network.parameters() if not p.requires_grad}
     return copy.deepcopy(network, shared)
 

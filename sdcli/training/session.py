@@ -21,7 +21,9 @@ from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.run_log import RunLog, log_event
 from sdcli.training.settings import TrainSettings
-from sdcli.training.state.checkpoint import CheckpointInfo, newest_checkpoint, run_lock, write_frozen_parts
+from sdcli.training.state.checkpoint import CheckpointInfo, newest_checkpoint
+from sdcli.training.state.model_links import write_frozen_parts
+from sdcli.training.state.run_lock import run_lock
 from sdcli.training.task import Task
 
 S = TypeVar("S", bound=TrainSettings)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sdcli.errors import Interrupted
 from sdcli.training.optim.compile import compile_if_correct, difference
 from sdcli.training.task import Batch, Losses, Networks, OptimizerPhase
 
@@ -147,6 +148,14 @@ def test_a_compiler_that_fails_leaves_the_plain_networks(monkeypatch: pytest.Mon
         assert note.startswith("--compile is off: compiling failed")
         assert reason in note
         assert "\n" not in note
+
+
+def test_an_interrupt_while_compiling_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(plain: nn.Module) -> nn.Module:
+        raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted):
+        tried(monkeypatch, interrupted)
 
 
 def test_a_gradient_that_is_zero_by_nature_may_be_rounding() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sdcli.errors import BadOutput, BadWeights, Interrupted, Terminated
 from sdcli.io import rng
-from sdcli.training.events import CheckpointSaved, Event, RunEnd, StepMetrics
+from sdcli.training.events import CheckpointSaved, Event, RunEnd, RunNote, StepMetrics
 from sdcli.training.inputs.feed import Feed, Share
 from sdcli.training.inputs.order import Order
 from sdcli.training.loop import Plan, Trainer, make_accelerator
@@ -211,6 +211,36 @@ def test_a_stopped_run_finishes_its_step_and_saves_it(tmp_path: Path, reason: In
     assert isinstance(events[-1], RunEnd)
 
 
+def test_an_interrupt_while_sampling_ends_the_run_instead_of_becoming_a_note(tmp_path: Path) -> None:
+    task = ToyTask()
+
+    def interrupted(networks: Networks, step: int, folder: Path) -> list[Path]:
+        raise Interrupted("interrupted; the last checkpoint is kept")
+
+    task.samples = interrupted  # type: ignore[method-assign]
+    events: list[Event] = []
+    with pytest.raises(Interrupted, match="last checkpoint is kept"):
+        events += trainer(tmp_path, task, settings(), sample_every=2, checkpoint_every=1).train()
+    assert newest_checkpoint(tmp_path).step == 1
+    assert not any(isinstance(event, RunNote) for event in events)
+
+
+@pytest.mark.parametrize("part", ["item", "collate"])
+def test_an_interrupt_while_preparing_samples_reaches_the_loop_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    task = ToyTask()
+
+    def interrupted(_: Any) -> Any:
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr(task, part, interrupted)
+    monkeypatch.setattr(Feed, "_worker_died", lambda self: True)
+    feed = Feed(task, share=Share(4, 1), first_step=0, device=torch.device("cpu"))
+    with feed, pytest.raises(Interrupted):
+        feed.step()
+
+
 def test_a_time_limit_ends_the_run_well_and_with_a_checkpoint(tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", ToyTask(), settings(max_train_steps=10_000), seconds=0.3)
     events = list(made.train())
@@ -311,7 +341,7 @@ def test_the_feed_counts_the_time_that_was_waited(tmp_path: Path) -> None:
 
 def test_settings_are_what_toml_yaml_and_flags_say(tmp_path: Path) -> None:
     from sdcli.errors import UsageError
-    from sdcli.training.settings import settings_from
+    from sdcli.training.config_files import settings_from
     from sdcli.training.unet.settings import UnetSettings
 
     (tmp_path / "a.toml").write_text('learning-rate = 0.5\nrank = 4\nsample_prompts = ["a cat", "a dog"]\n')

@@ -1,4 +1,4 @@
-"""Micro-batches for the loop, prepared ahead: by worker processes, or by a thread while the networks compute."""
+"""Prepares micro-batches ahead of the loop, in worker processes or in a thread while the networks compute."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sdcli.errors import SdcliError
 from sdcli.training.task import Batch, Draw, Task
 
 WORKER_DIED = (
-    "a worker process that prepares samples was killed, perhaps for want of memory: fewer --dataloader-num-workers "
-    "need less; --resume goes on from the last checkpoint"
+    "a worker process that prepares samples was killed, perhaps out of memory: fewer --dataloader-num-workers need "
+    "less; --resume continues from the last checkpoint"
 )
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every step is this process's: `rank` of `world`, in micro-batches of `batch`."""
+    """The part of every step that this process computes: `rank` of `world`, in micro-batches of `batch`."""
 
     batch: int
     accumulation: int
@@ -37,15 +37,15 @@ class Share:
     world: int = 1
 
     def of(self, draws: list[Draw]) -> list[list[Draw]]:
-        """A step's draws -> this process's micro-batches. Together the processes take every draw once."""
+        """A step's draws -> this process's micro-batches. Each draw belongs to exactly one process."""
         starts = ((micro * self.world + self.rank) * self.batch for micro in range(self.accumulation))
         return [draws[start : start + self.batch] for start in starts]
 
 
 class Feed:
-    """Yields each step's micro-batches, on the device, and counts the seconds that were spent waiting for them.
+    """Returns each step's micro-batches on the device; `waited` sums up the seconds spent waiting for them.
 
-    A context manager: on exit the thread and the worker processes end.
+    A context manager that ends the thread and the worker processes on exit.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Feed:
             _Items(task),
             batch_sampler=_MicroBatches(task, share, first_step),
             num_workers=workers,
-            collate_fn=partial(_collated, task),
+            collate_fn=partial(_collate, task),
             worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=device.type == "cuda",
             **ahead_of_workers,
@@ -79,11 +79,13 @@ class Feed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join()
-        self._stack.close()
+        try:
+            self._thread.join()
+        finally:
+            self._stack.close()
 
     def step(self) -> list[Batch]:
-        """The micro-batches of the next step. Raises what preparing them raised, and SdcliError for a dead worker."""
+        """The micro-batches of the next step. Raises what their preparation raised; SdcliError for a dead worker."""
         return [self._next() for _ in range(self._accumulation)]
 
     def _next(self) -> Batch:
@@ -97,19 +99,19 @@ class Feed:
     def _prepare(self) -> None:
         try:
             for batch in self._batches:
-                if isinstance(batch, _Failed):
+                if isinstance(batch, _ItemError):
                     raise batch.error
                 self._put(on_device(batch, self._device))
                 if self._ended.is_set():
                     return
         except BaseException as error:
-            told = isinstance(error, SdcliError)
-            self._put(error if told or not self._a_worker_died() else SdcliError(WORKER_DIED))
+            final = isinstance(error, SdcliError) or not isinstance(error, Exception)
+            self._put(error if final or not self._worker_died() else SdcliError(WORKER_DIED))
 
-    def _a_worker_died(self) -> bool:
-        """Asked after an error: what torch raises for a dead worker depends on what it was doing just then.
+    def _worker_died(self) -> bool:
+        """Whether an error comes from a dead worker, for which torch raises different errors at different moments.
 
-        A connection to it can break a moment before the system counts it as dead.
+        Its connection can break a moment before the system counts it as dead.
         """
         workers = getattr(self._batches, "_workers", [])
         return bool(workers and wait([worker.sentinel for worker in workers], timeout=1))
@@ -124,7 +126,7 @@ class Feed:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
+    """Move a batch's tensors to the device."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
@@ -132,32 +134,32 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @dataclass(frozen=True)
-class _Failed:
-    """What came instead of an item or a batch; as an exception, torch would pass it on as the text of a traceback."""
+class _ItemError:
+    """Takes the place of an item or a batch. torch would turn an exception into the text of its traceback."""
 
     error: SdcliError
 
 
-class _Items(Dataset[dict[str, Any] | _Failed]):
-    """The task's items, by draw. In a worker process this is all that runs, and `_collated`."""
+class _Items(Dataset[dict[str, Any] | _ItemError]):
+    """The task's items, by draw. Worker processes run only this and `_collate`."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any] | _Failed:
+    def __getitem__(self, draw: Draw) -> dict[str, Any] | _ItemError:
         try:
             return self._task.item(draw)
         except SdcliError as error:
-            return _Failed(error)
+            return _ItemError(error)
 
 
-def _collated(task: Task, items: list[dict[str, Any] | _Failed]) -> Batch | _Failed:
-    whole = [item for item in items if not isinstance(item, _Failed)]
-    return task.collate(whole) if len(whole) == len(items) else next(i for i in items if isinstance(i, _Failed))
+def _collate(task: Task, items: list[dict[str, Any] | _ItemError]) -> Batch | _ItemError:
+    errors = [item for item in items if isinstance(item, _ItemError)]
+    return errors[0] if errors else task.collate([item for item in items if not isinstance(item, _ItemError)])
 
 
 class _MicroBatches(Sampler[list[Draw]]):
-    """This process's draws, micro-batch by micro-batch, without end."""
+    """This process's draws, one micro-batch after another, endlessly."""
 
     def __init__(self, task: Task, share: Share, first_step: int) -> None:
         self._task, self._share, self._first = task, share, first_step
@@ -169,10 +171,10 @@ class _MicroBatches(Sampler[list[Draw]]):
 
 @contextlib.contextmanager
 def _workers_of(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """The loader's batches, without torch's signal handler, which raises a worker's death wherever the main thread is.
+    """The loader's batches, without torch's SIGCHLD handler.
 
-    In the middle of a checkpoint, say; be it of this loader or of another one before. The feed's thread finds out as
-    well, within seconds, and tells it at a step.
+    That handler raises an error for a dead worker wherever the main thread is, even within a checkpoint. The feed's
+    thread notices a dead worker within seconds, too, and raises at the next step.
     """
     has_handlers = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if has_handlers else None
@@ -190,6 +192,6 @@ def _workers_of(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
-    """Ctrl-C reaches the whole group of processes; the main one finishes its step, and needs its workers for that."""
+    """Ctrl-C reaches the whole process group; the main process finishes its step, for which it needs its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

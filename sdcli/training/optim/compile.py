@@ -1,7 +1,8 @@
-"""torch.compile for training, used only where its gradients are right.
+"""torch.compile for training, used only if its gradients are correct.
 
-torch 2.13's compiled backward returned exact zeros for most layers on a CPU (bfloat16 autocast, channels_last) while
-the loss was right; so the first micro-batch is computed both ways, and a network whose gradients differ stays plain.
+torch 2.13's compiled backward pass returned exact zeros for most layers on a CPU (bfloat16 autocast, channels_last)
+although the loss was correct. So the first micro-batch is computed both ways, and networks whose gradients differ stay
+uncompiled.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from torch import Tensor
 from sdcli.training.task import Batch, Networks, OptimizerPhase
 
 TOLERANCE = 0.05
-"""Largest relative difference of a parameter's gradient, by norm; half precision differs by about 0.01."""
+"""Largest relative difference of a parameter's gradient, by norm; half precision alone gives about 0.01."""
 
 
 def compile_if_correct(networks: Networks, phase: OptimizerPhase, batch: Batch) -> tuple[Networks, str | None]:
-    """The compiled networks and None, or the plain ones and the sentence that says why."""
+    """The compiled networks and None, or the uncompiled ones and the reason as a sentence."""
     plain = _gradients(networks, phase, batch)
     try:
         compiled = {name: torch.compile(network) for name, network in networks.items()}
         other = _gradients(compiled, phase, batch)  # type: ignore[arg-type]
-    except Exception as error:  # a compiler fails in its own ways; training plainly is always right
+    except Exception as error:  # compilers fail in many ways; training without one always works
         first_line = next(iter(str(error).splitlines()), "no reason given")[:200]
         return networks, f"--compile is off: compiling failed ({type(error).__name__}: {first_line})"
     floor = max(float(gradient.norm()) for gradient in plain.values()) * 1e-3
@@ -30,21 +31,21 @@ def compile_if_correct(networks: Networks, phase: OptimizerPhase, batch: Batch) 
     if wrong:
         return networks, (
             f"--compile is off: the compiled gradients of {len(wrong)} of {len(plain)} parameters differ from the "
-            f"plain ones, first {wrong[0]} (by {differences[wrong[0]]:.0%})"
+            f"uncompiled ones, first {wrong[0]} (by {differences[wrong[0]]:.0%})"
         )
     return compiled, None  # type: ignore[return-value]
 
 
-def difference(right: Tensor, other: Tensor, *, floor: float) -> float:
-    """Norm of the difference relative to the norm of the right gradient, or to `floor` where that is larger.
+def difference(correct: Tensor, other: Tensor, *, floor: float) -> float:
+    """Norm of the difference relative to the norm of the correct gradient, or to `floor` if that is larger.
 
-    Some gradients are zero in exact arithmetic (of the keys' bias in attention), and rounding everywhere else.
+    Some gradients are zero in exact arithmetic (of the keys' bias in attention) and consist of rounding errors.
     """
-    return float((other - right).norm()) / max(float(right.norm()), floor, torch.finfo(torch.float32).tiny)
+    return float((other - correct).norm()) / max(float(correct.norm()), floor, torch.finfo(torch.float32).tiny)
 
 
 def _gradients(networks: Networks, phase: OptimizerPhase, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of every parameter of the phase; leaves none behind."""
+    """The gradient of every parameter of the phase; the parameters have none afterwards."""
     named = {f"{group['name']}.{name}": p for group in phase.groups for name, p in group["params"].items()}
     torch.manual_seed(0)
     try:

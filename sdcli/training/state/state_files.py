@@ -1,4 +1,4 @@
-"""The state of optimizers as tensors (safetensors) and JSON, bit for bit and without pickle."""
+"""Saves and loads optimizer states exactly, as safetensors and JSON without pickle."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from torch import Tensor
 
 from sdcli.errors import BadOutput, BadWeights, UsageError
 from sdcli.io.weight_files import check_header
-from sdcli.training.state.checkpoint import check_finite
 
 Tensors = dict[str, Tensor]
-HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Settings of a parameter group that say how a step is computed, not what: those of the resuming machine stay."""
+IMPLEMENTATION_SETTINGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Settings of a parameter group that choose an implementation; a resumed run keeps those of its own machine."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[Tensors, dict[str, Any]]:
     """An optimizer's state as (tensors, JSON); `names` are its parameters' names, in the order of its groups.
 
-    A tensor is called `<what>.<parameter>` (`exp_avg.down.0.weight`); it is the live one, not a copy, so it must be
-    written before the next step. Numbers, the groups' settings and the shapes are in the JSON.
-    Raises BadOutput for NaN and infinity, and UsageError for a state that is more than tensors and numbers.
+    A tensor is called `<kind>.<parameter>` (`exp_avg.down.0.weight`); it is not a copy, so it must be written before
+    the next step. Numbers, the groups' settings and the shapes are in the JSON.
+    Raises BadOutput for NaN and infinity, and UsageError for a state with other values than tensors and numbers.
     """
     optimizer = _own(optimizer)
     parameters = _named(optimizer, names)
@@ -70,13 +69,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Give an optimizer the state that `optimizer_tensors` took, bit for bit, and its groups their settings.
+    """Restore the state that `optimizer_tensors` returned, exactly, and the groups' settings.
 
-    Unlike torch's `load_state_dict` it keeps every dtype. Tensors come to lie where their parameters are, in their
-    memory layout; those that were on the CPU beside parameters that were not (`step`) stay there. They become the
-    state itself and are not copied.
-    Raises BadWeights where the optimizer, its parameters' names or shapes, or the tensors are others than were saved,
-    and for NaN and infinity; the optimizer is unchanged then.
+    Unlike torch's `load_state_dict` it keeps every dtype. Tensors move to the device and memory layout of their
+    parameters; those that were on the CPU although the parameters were not (`step`) stay there. They are not copied.
+    Raises BadWeights where the optimizer, its parameters' names or shapes, or the tensors differ from those saved, and
+    for NaN and infinity; the optimizer is unchanged then.
     """
     optimizer = _own(optimizer)
     parameters = _named(optimizer, names)
@@ -91,7 +89,7 @@ def load_optimizer(
             for name, group in zip(names, _groups(optimizer), strict=True)
         }
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise BadWeights(f"the optimizer's state is not laid out as sdcli writes it: {error!r}") from None
+        raise BadWeights(f"the optimizer's state does not have the layout that sdcli writes: {error!r}") from None
     for group, changed in zip(optimizer.param_groups, settings, strict=True):
         group.update(changed)
     optimizer.state.clear()
@@ -101,21 +99,21 @@ def load_optimizer(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, and the folder it stands in; for the inside of a checkpoint, which does the syncing.
+    """Write a safetensors file and its folder; meant for the inside of a checkpoint, which syncs it.
 
-    Tensors that share memory are written apart. Raises OSError and SafetensorError, which `save_checkpoint` turns into
+    Tensors that share memory are copied. Raises OSError and SafetensorError, which `save_checkpoint` turns into
     CannotWrite.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # by the module's name, so that a test can let it fail
-    safetensors.torch.save_file(_apart(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    # by its full name, so that a test can make it fail
+    safetensors.torch.save_file(_separate(tensors), path, metadata={"format": "pt", **(metadata or {})})
     _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
-    """The library writes several metadata entries in an order that changes from process to process; sort them.
+    """Sort the metadata entries of a file, whose order the library changes from process to process.
 
-    So equal content is equal bytes, and a resumed run can be compared with another by its files' digests.
+    So equal content gives equal bytes, and two runs can be compared by the digests of their files.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -133,24 +131,33 @@ def read_state(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, in their own dtypes, and its metadata. Raises BadWeights."""
     check_header(path)
     try:
-        # pread, not mmap: see weights.read_tensors
+        # pread instead of mmap: see weights.read_tensors
         with safe_open(path, framework="pt", backend="pread") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise BadWeights(f"{path} is damaged: {error}") from None
 
 
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise BadOutput for NaN or infinite values; call it before tensors are saved."""
+    bad = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    if bad:
+        raise BadOutput(
+            f"{len(bad)} of {len(tensors)} tensors hold NaN or infinite numbers, first {bad[0]}; they are not saved"
+        )
+
+
 # Optimizers
 
 
 def _own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, or itself."""
+    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The group of each parameter, in order."""
+    """The group of each parameter, in the optimizer's order."""
     return [group for group in optimizer.param_groups for _ in group["params"]]
 
 
@@ -162,7 +169,7 @@ def _named(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, 
 
 
 def _plain(value: Any, place: str, optimizer: torch.optim.Optimizer) -> Any:
-    """A number, text, None, or a list of them, for JSON; tuples become lists, and tuples again by `_like`."""
+    """A number, text, None, or a list of them, for JSON; tuples become lists, which `_like` reverses."""
     match value:
         case None | bool() | int() | float() | str():
             return _jsonable(value, place)
@@ -173,8 +180,8 @@ def _plain(value: Any, place: str, optimizer: torch.optim.Optimizer) -> Any:
 
 def _unsaveable(optimizer: torch.optim.Optimizer, what: str) -> UsageError:
     return UsageError(
-        f"the optimizer {type(optimizer).__name__} keeps {what}; only those whose state is one tensor or number of "
-        "each kind per parameter can be saved"
+        f"the optimizer {type(optimizer).__name__} keeps {what}; only optimizers whose state is one tensor or "
+        "number of each kind per parameter can be saved"
     )
 
 
@@ -192,7 +199,7 @@ def _check(
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> None:
-    """Refuse a state that is of another optimizer, of other parameters, or not whole. Raises BadWeights."""
+    """Raise BadWeights for a state of another optimizer, of other parameters, or an incomplete one."""
     if facts["optimizer"] != type(optimizer).__name__:
         raise BadWeights(f"the saved state is of the optimizer {facts['optimizer']}, not {type(optimizer).__name__}")
     saved: dict[str, list[int]] = facts["parameters"]
@@ -232,7 +239,7 @@ def _kind(tensor: Tensor) -> list[Any]:
 def _settings(
     group: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings that a group had when it was saved, but for `HOW`; a learning rate that is a tensor stays one."""
+    """A group's saved settings without `IMPLEMENTATION_SETTINGS`; a learning rate that is a tensor stays a tensor."""
     start = f"group {index}."
     saved = {what: _like(value, group.get(what)) for what, value in facts["groups"][index]["settings"].items()}
     saved |= {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
@@ -240,11 +247,11 @@ def _settings(
         present = group.get(what)
         if isinstance(value, Tensor) and isinstance(present, Tensor):
             saved[what] = value.to(present.device)
-    return {what: value for what, value in saved.items() if what not in HOW}
+    return {what: value for what, value in saved.items() if what not in IMPLEMENTATION_SETTINGS}
 
 
 def _like(value: Any, present: Any) -> Any:
-    """JSON knows no tuples: what is one in the optimizer (`betas`) becomes one again."""
+    """Turn a list from JSON back into a tuple where the optimizer has a tuple (`betas`)."""
     return tuple(value) if isinstance(value, list) and isinstance(present, tuple) else value
 
 
@@ -255,17 +262,17 @@ def _state(
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """One parameter's tensors on their devices; `entries` are pairs (what, key in `tensors`)."""
+    """One parameter's tensors on their devices; `entries` are pairs (kind, key in `tensors`)."""
     values: dict[str, Tensor] = {}
     for what, key in entries:
         same_device = facts["device"] == parameter.device.type
         on_cpu = key in facts["on_cpu"] if same_device else _counts_on_cpu(what, group)
-        values[what] = tensors[key] if on_cpu else _laid_out(tensors[key], parameter)
+        values[what] = tensors[key] if on_cpu else _match_layout(tensors[key], parameter)
     return values
 
 
 def _entries(facts: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Parameter name -> (what, key) of each of its tensors."""
+    """Parameter name -> (kind, key) of each of its tensors."""
     found: dict[str, list[tuple[str, str]]] = {}
     for key in facts["tensors"]:
         what, _, name = key.partition(".")
@@ -275,12 +282,12 @@ def _entries(facts: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
 
 
 def _counts_on_cpu(what: str, group: Mapping[str, Any]) -> bool:
-    """Where torch wants the count of steps when a state comes from another kind of device."""
+    """Whether torch expects the step count on the CPU when a state comes from another kind of device."""
     return what == "step" and not (group.get("capturable") or group.get("fused"))
 
 
-def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """On the parameter's device, and in its memory layout (channels_last), which fused kernels insist on."""
+def _match_layout(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor on the parameter's device and in its memory layout (channels_last), which fused kernels require."""
     if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
         return tensor.to(parameter.device)
     return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
@@ -289,15 +296,22 @@ def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
 # Files
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Contiguous tensors that share no memory, as safetensors wants them; copied only if need be."""
-    seen: set[tuple[torch.device, int]] = set()
-    apart: Tensors = {}
+def _separate(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Contiguous tensors that share no memory, as safetensors requires; copied only where necessary."""
+    storages: set[tuple[torch.device, int]] = set()
+    separate: Tensors = {}
     for name, tensor in tensors.items():
         place = (tensor.device, tensor.untyped_storage().data_ptr())
         packed = tensor.detach().contiguous()
-        if packed.data_ptr() == tensor.data_ptr() and place in seen and tensor.numel():
+        if packed.data_ptr() == tensor.data_ptr() and place in storages and tensor.numel():
             packed = packed.clone()
-        seen.add(place)
-        apart[name] = packed
-    return apart
+        storages.add(place)
+        separate[name] = packed
+    return separate
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return bool(wide.isfinite().all())

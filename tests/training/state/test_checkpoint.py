@@ -28,23 +28,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from sdcli.errors import BadOutput, CannotWrite, NotFound
+from sdcli.errors import BadOutput, CannotWrite, Interrupted, NotFound
 from sdcli.io.files import exchange
 from sdcli.models.loader import load_model
 from sdcli.models.registry import spec_of_folder
-from sdcli.training.state import checkpoint
-from sdcli.training.state.checkpoint import (
-    MANIFEST,
-    _Manifest,
-    check_finite,
-    current_checkpoint,
-    link_model_folder,
-    newest_checkpoint,
-    run_lock,
-    save_checkpoint,
-    verify_checkpoint,
-)
-from sdcli.training.state.state_files import read_state, write_tensors
+from sdcli.training.state import checkpoint, manifest
+from sdcli.training.state.checkpoint import newest_checkpoint, save_checkpoint, verify_checkpoint
+from sdcli.training.state.manifest import MANIFEST, Manifest
+from sdcli.training.state.model_links import current_checkpoint, link_model_folder
+from sdcli.training.state.run_lock import run_lock
+from sdcli.training.state.state_files import check_finite, read_state, write_tensors
 from tests.conftest import REPOSITORY, Disk
 from tests.faults import (
     DIED,
@@ -175,7 +168,12 @@ def test_an_exception_while_writing_leaves_no_trace(run: Path) -> None:
         state(40)(folder)
         raise error
 
-    for error in (BadOutput("weights are NaN"), KeyboardInterrupt(), SafetensorError("a mistake of the caller")):
+    for error in (
+        BadOutput("weights are NaN"),
+        KeyboardInterrupt(),
+        Interrupted("interrupted"),
+        SafetensorError("a mistake of the caller"),
+    ):
         with pytest.raises(type(error)):
             save_checkpoint(run, 40, write, facts={}, keep=2)
         assert steps(run) == [10, 20, 30]
@@ -184,7 +182,7 @@ def test_an_exception_while_writing_leaves_no_trace(run: Path) -> None:
 
 
 def test_a_link_inside_a_checkpoint_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no ordinary file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         save_checkpoint(tmp_path, 1, lambda folder: (folder / "a").symlink_to("/etc"), facts={}, keep=None)
     assert not steps(tmp_path)
 
@@ -321,12 +319,14 @@ def test_a_broken_checkpoint_is_passed_over_named_and_left(run: Path) -> None:
     assert [(path.name, reason) for path, reason in found.broken] == [
         (
             "checkpoint-30",
-            "is damaged: 'state/optimizer.safetensors' is not what was written (its SHA-256 differs)",
+            "is damaged: 'state/optimizer.safetensors' has changed (its SHA-256 differs)",
         ),
-        ("checkpoint-20", "lacks 'unet/config.json', which its manifest names"),
+        ("checkpoint-20", "lacks 'unet/config.json', which its manifest lists"),
     ]
     (run / "checkpoint-10" / "extra").write_text("")
-    with pytest.raises(NotFound, match=r"no whole checkpoint .*checkpoint-30 is damaged.*checkpoint-10 holds 'extra'"):
+    with pytest.raises(
+        NotFound, match=r"no complete checkpoint .*checkpoint-30 is damaged.*checkpoint-10 holds 'extra'"
+    ):
         newest_checkpoint(run)
     assert steps(run) == [10, 20, 30]
 
@@ -334,7 +334,7 @@ def test_a_broken_checkpoint_is_passed_over_named_and_left(run: Path) -> None:
 def signed(text: str) -> bytes:
     """A manifest whose digest is right, whatever is in it."""
     content = json.loads(text)
-    return _Manifest(content["step"], content["files"], content["facts"]).as_bytes()
+    return Manifest(content["step"], content["files"], content["facts"]).as_bytes()
 
 
 ENTRY = '{"size": 5, "sha256": "00"}'
@@ -364,7 +364,7 @@ HOSTILE: dict[str, bytes] = {
     "no files": signed('{"step": 30, "files": {}, "facts": {}}'),
     "another step": signed('{"step": 31, "files": {}, "facts": {}}'),
     "a long name": signed(f'{{"step": 30, "files": {{"{"x" * 100_000}": {ENTRY}}}, "facts": {{}}}}'),
-    "huge": b" " * (checkpoint.MAX_MANIFEST_BYTES + 1),
+    "huge": b" " * (manifest.MAX_MANIFEST_BYTES + 1),
 }
 
 
@@ -384,17 +384,17 @@ def test_what_is_no_ordinary_file_is_a_reason_and_is_not_opened(run: Path) -> No
     inside = run / "checkpoint-30"
     (inside / "train_state.json").rename(run.parent / "elsewhere.json")
     (inside / "train_state.json").symlink_to(run.parent / "elsewhere.json")
-    assert "'train_state.json', which is no ordinary file" in str(verify_checkpoint(inside))
+    assert "'train_state.json', which is not a regular file" in str(verify_checkpoint(inside))
     (inside / "train_state.json").unlink()
     os.mkfifo(inside / "train_state.json")
-    assert "no ordinary file" in str(verify_checkpoint(inside))
+    assert "not a regular file" in str(verify_checkpoint(inside))
     (inside / MANIFEST).unlink()
     os.mkfifo(inside / MANIFEST)
-    assert "in the place of its manifest.json" in str(verify_checkpoint(inside))
+    assert "not a file, or too large" in str(verify_checkpoint(inside))
     shutil.rmtree(inside)
-    assert "is no folder" in str(verify_checkpoint(inside))
+    assert "is not a folder" in str(verify_checkpoint(inside))
     inside.write_text("")
-    assert newest_checkpoint(run).broken == ((inside, "is no folder"),)
+    assert newest_checkpoint(run).broken == ((inside, "is not a folder"),)
     inside.unlink()
     inside.symlink_to(run / "checkpoint-30")
     assert newest_checkpoint(run).step == 20
@@ -809,7 +809,7 @@ def test_no_link_is_made_before_there_is_a_checkpoint(tmp_path: Path) -> None:
 def test_what_stands_in_a_links_place_is_never_replaced(run: Path) -> None:
     (run / "unet").mkdir()
     (run / "unet" / "mine").write_text("precious")
-    with pytest.raises(CannotWrite, match=r"cannot let .*unet lead to checkpoint-30"):
+    with pytest.raises(CannotWrite, match=r"cannot link .*unet to checkpoint-30"):
         link_model_folder(run, {"unet": "unet"})
     assert (run / "unet" / "mine").read_text() == "precious"
     assert not hidden(run)
@@ -877,7 +877,7 @@ def test_without_links_no_fault_loses_a_checkpoint_or_leaves_half_a_file(
 HOLDER = """
     import os, sys, time
     from pathlib import Path
-    from sdcli.training.state.checkpoint import run_lock
+    from sdcli.training.state.run_lock import run_lock
     with run_lock(Path(sys.argv[1])):
         if os.fork() == 0:
             print(os.getpid(), flush=True)  # it says so itself: before it first runs it holds what its parent holds
@@ -920,7 +920,7 @@ def test_the_lock_is_free_again_after_the_block_and_not_within_it(tmp_path: Path
 
 def test_a_copied_run_whose_current_is_a_folder_is_refused_before_training(run: Path) -> None:
     copied = Path(shutil.copytree(run, run.parent / "copied"))
-    with pytest.raises(CannotWrite, match="should be a link and is a folder"), run_lock(copied):
+    with pytest.raises(CannotWrite, match="is a folder instead of a link"), run_lock(copied):
         pass
     shutil.rmtree(copied / "current")
     with run_lock(copied):

@@ -20,7 +20,8 @@ from sdcli.errors import NotFound, UsageError
 from sdcli.models.registry import load_registry
 from sdcli.training.events import CheckpointSaved, RunNote, StepMetrics, ValidationMetrics
 from sdcli.training.run_log import read_log
-from sdcli.training.state.checkpoint import MANIFEST, newest_checkpoint
+from sdcli.training.state.checkpoint import newest_checkpoint
+from sdcli.training.state.manifest import MANIFEST
 from tests.conftest import REPOSITORY, Run
 from tests.training_runs import captioned_images, class_images, same_checkpoint, train_unet
 
