@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from sdcli.errors import (
 from sdcli.generation.filenames import image_name, is_literal
 from sdcli.generation.journal import Journal
 from sdcli.generation.observers.observer import File, Observe, Observer, check, observers_for, preview_image
-from sdcli.generation.resolve.jobs import ResolvedJob
+from sdcli.generation.resolve.jobs import ResolvedJob, key_of
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.images.formats import SUFFIX_OF
 from sdcli.images.image_files import pixels_digest
@@ -57,6 +57,7 @@ from sdcli.models.loader import AppliedLora, LoadedModel
 from sdcli.models.lora import with_loras
 from sdcli.models.registry import ModelSpec, Registry
 from sdcli.models.safety_checker import SafetyChecker, load_safety_checker
+from sdcli.models.weight_digests import weights_digest
 from sdcli.request.fields import FileRef, LoraRef
 from sdcli.request.input_files import is_latents
 from sdcli.request.lora_tags import lora_name
@@ -150,6 +151,8 @@ class Engine:
     _image_encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     """Theirs, by their folders."""
     _names: set[str] = field(default_factory=set)
+    _keys: dict[int, str | None] = field(default_factory=dict)
+    """Of the jobs of the batch, for the journal."""
 
     def generate_all(self, jobs: Sequence[ResolvedJob], *, journal: Journal | None = None) -> Iterator[Event]:
         """Paint every job and save it. With a journal, jobs that it knows as finished are skipped.
@@ -162,8 +165,9 @@ class Engine:
         if journal is not None and self.output.resume:
             sweep(self.output.outdir)
             taken: set[str] = set()
+            digest = cache(weights_digest)
             for job in jobs:
-                path = journal.finished(job.request.key(), taken=taken)
+                path = journal.finished(job.request.key(), partial(key_of, job, digest), taken=taken)
                 if path is not None:
                     taken.add(path)
                     there[job.index] = self.output.outdir / path
@@ -181,6 +185,9 @@ class Engine:
                 continue
             stop_if_asked(self.stop)
             started, models = time.monotonic(), _models(batch[0])
+            if journal is not None:  # before loading: weights that change meanwhile are not those of these images
+                digest = cache(weights_digest)
+                self._keys = {job.index: key_of(job, digest) for job in batch}
             if models not in absent:
                 try:
                     yield from self._load_for(batch[0].request)
@@ -358,7 +365,7 @@ class Engine:
                 for file in output.beside(output.outdir / candidate):
                     check_new(file, overwrite=output.overwrite)
                 if journal is not None:
-                    journal.note(request.key(), str(candidate), data)
+                    journal.note(request.key(), self._keys[painted.job.index], str(candidate), data)
                 write_whole(output.outdir / candidate, data, overwrite=output.overwrite)
             except AlreadyExists:
                 if is_literal(output.template) and number == 1:

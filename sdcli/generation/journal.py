@@ -1,4 +1,4 @@
-"""What a batch has finished: an append-only file beside the images, written before each image appears."""
+"""The journal of finished images: an append-only file beside them, written before each image appears."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdcli.errors import CannotWrite
 from sdcli.io.rows import append_row, json_rows
@@ -16,19 +17,28 @@ from sdcli.io.rows import append_row, json_rows
 NAME = ".sdcli-journal.jsonl"
 
 
+class _Entry(NamedTuple):
+    """An image that was written."""
+
+    path: str
+    sha256: str
+    job: str | None
+    """The job's key; None in entries of older versions, which had no digest of the weights."""
+
+
 @dataclass
 class Journal:
     """The journal of one output folder.
 
     An entry is written, with the digest of the file's bytes, before the file gets its name; so after a crash an entry
-    whose file is there with this digest is finished, and any other is not. A torn last line is passed over.
+    whose file is there with this digest is finished, and any other is not. A torn last line is ignored.
     """
 
     folder: Path
-    _finished: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    _finished: dict[str, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
     _base_seeds: dict[str, int] = field(default_factory=dict)
     _begun: dict[str, Any] | None = None
-    """What is to be written before the next entry."""
+    """The run's own entry, until the first image is written."""
 
     @classmethod
     def open(cls, folder: Path) -> Journal:
@@ -46,7 +56,8 @@ class Journal:
                 if "base_seed" in entry:
                     journal._base_seeds[entry["source"]] = int(entry["base_seed"])
                 else:
-                    journal._finished[entry["request"]].append((str(entry["path"]), str(entry["sha256"])))
+                    finished = _Entry(str(entry["path"]), str(entry["sha256"]), entry.get("job"))
+                    journal._finished[entry["request"]].append(finished)
         return journal
 
     def base_seed(self, source: str) -> int | None:
@@ -58,20 +69,33 @@ class Journal:
         self._base_seeds[source] = base_seed
         self._begun = {"source": source, "base_seed": base_seed}
 
-    def finished(self, request_key: str, *, taken: set[str]) -> str | None:
-        """The path, relative to the folder, of a whole image of this request that is not in `taken` yet."""
-        for path, digest in self._finished.get(request_key, ()):
-            file = self.folder / path
-            if path not in taken and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest:
-                return path
+    def finished(self, request_key: str, job_key: Callable[[], str | None], *, taken: set[str]) -> str | None:
+        """The path, relative to the folder, of a whole image of this job that is not in `taken` yet.
+
+        `job_key` covers the weights, too. It is called only where an entry has one (older ones do not), and gives None
+        where the weights are not here to be compared.
+        """
+        for entry in self._finished.get(request_key, ()):
+            file = self.folder / entry.path
+            if (
+                entry.path not in taken
+                and (entry.job is None or job_key() in (None, entry.job))
+                and file.is_file()
+                and hashlib.sha256(file.read_bytes()).hexdigest() == entry.sha256
+            ):
+                return entry.path
         return None
 
-    def note(self, request_key: str, path: str, data: bytes) -> None:
-        """Say that an image of this request is about to appear at `path` with these bytes."""
+    def note(self, request_key: str, job_key: str | None, path: str, data: bytes) -> None:
+        """Record that an image of this job is about to appear at `path` with these bytes. Raises CannotWrite.
+
+        `job_key` is None where the weights are not known.
+        """
         if self._begun is not None:
             self._append(self._begun)
             self._begun = None
-        self._append({"request": request_key, "path": path, "sha256": hashlib.sha256(data).hexdigest()})
+        digest = hashlib.sha256(data).hexdigest()
+        self._append({"request": request_key, "job": job_key, "path": path, "sha256": digest})
 
     def _append(self, entry: dict[str, Any]) -> None:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.errors import BadWeights
-from sdcli.io.files import sha256
+from sdcli.io.digests import digest_of
 from sdcli.io.json_files import parse_json
 from sdcli.io.pickles import is_pickle, pickle_refused
 
@@ -104,16 +104,8 @@ def shard_names(index: Path) -> list[str]:
 
 def files_digest(files: list[Path]) -> str:
     """`sha256:` of one file, or of the digests of several shards."""
-    digests = [_sha256(file) for file in files]
+    digests = [digest_of(file) for file in files]
     return f"sha256:{digests[0] if len(digests) == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
-
-
-def _sha256(file: Path) -> str:
-    """The digest of a file; the hub's cache names its large files by theirs, which saves reading gigabytes again."""
-    blob = file.resolve()
-    if blob.parent.name == "blobs" and len(blob.name) == 64:
-        return blob.name
-    return sha256(file)
 
 
 def finished(identity: str) -> Future[str]:

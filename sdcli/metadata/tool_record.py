@@ -32,6 +32,8 @@ def mapped_request(found: dict[str, Any], unmapped: dict[str, Any]) -> Generatio
         try:
             if isinstance(value, bool):
                 raise UsageError(f"{field}: should not be a boolean")
+            if isinstance(value, float) and value.is_integer():  # in JSON a whole number may be written as 20.0
+                value = int(value)
             side = getattr(parse_request({field: value}), field)
             if field in ("width", "height") and side % 8:  # all these tools generate on the latents of a VAE
                 raise UsageError(f"{field}: should be a multiple of 8, not {side}")

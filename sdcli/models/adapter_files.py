@@ -9,10 +9,11 @@ from pathlib import Path
 import platformdirs
 
 from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.io.digests import digest_of
 from sdcli.io.files import expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
 from sdcli.request.fields import FileRef, LoraRef
-from sdcli.request.input_files import check_same_file, digest_of
+from sdcli.request.input_files import check_same_file
 from sdcli.request.schema import did_you_mean
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

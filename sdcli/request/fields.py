@@ -7,17 +7,38 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 MAX_LORA_WEIGHT = 100.0
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _LORA = re.compile(rf"(?P<path>.+?)(?::(?P<unet_weight>{_NUMBER}))?(?::(?P<text_weight>{_NUMBER}))?", re.DOTALL)
 
 
+def check_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """A value for a field of numbers or booleans, refused where pydantic would turn one kind into another.
+
+    `true` is no number, 2.0 is no whole number, and 1 is no boolean; all of them may be spelled as text. A validator of
+    every field, to run before pydantic's own. Raises ValueError.
+    """
+    annotation = cls.model_fields[str(info.field_name)].annotation
+    kinds = {bool, int, float} & {annotation, *get_args(annotation)}
+    if not kinds or not isinstance(value, bool | int | float):
+        return value
+    if bool in kinds and not isinstance(value, bool):
+        raise ValueError(f"should be true or false, not {value}")
+    if bool not in kinds and isinstance(value, bool):
+        raise ValueError(f"should be a number, not {str(value).lower()}")
+    if kinds == {int} and isinstance(value, float):
+        raise ValueError(f"should be a whole number, not {value}")
+    return value
+
+
 class Part(BaseModel):
     """A value of several pieces with one spelling, which flags and data take and `str` gives back."""
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    _check_number = field_validator("*", mode="before")(check_number)
 
     @model_validator(mode="before")
     @classmethod

@@ -8,12 +8,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TypeGuard, TypeVar
 
 from sdcli.errors import BadImage, NotFound, UsageError
-from sdcli.io.files import expanded, numbered, sha256
+from sdcli.io.digests import digest_of
+from sdcli.io.files import expanded, numbered
 from sdcli.request.fields import FileRef, ImageBytes, ImageInput
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -142,17 +143,6 @@ def check_same_file(digest: str, recorded: str | None, *, what: str) -> None:
             f"{what} is another file than the one that was generated with "
             f"(sha256 {digest[:12]}, recorded {str(recorded)[:12]})"
         )
-
-
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits; it is read once, until its size or time is another. Raises OSError."""
-    facts = path.stat()
-    return _digest(path, facts.st_size, facts.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _digest(path: Path, size: int, changed_ns: int) -> str:
-    return sha256(path)
 
 
 @cache

@@ -24,6 +24,7 @@ from sdcli.request.fields import (
     Interval,
     LoraRef,
     Upscale,
+    check_number,
     plain_unicode,
     with_prompt,
 )
@@ -161,6 +162,8 @@ class GenerationRequest(BaseModel):
         (),
         description="a LoRA, its weight, and one for the text encoder where that differs; may be given several times",
     )
+
+    _check_number = field_validator("*", mode="before")(check_number)
 
     @field_validator("schema_version")
     @classmethod

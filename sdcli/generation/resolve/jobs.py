@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from sdcli.errors import SdcliError, UsageError
 from sdcli.generation.resolve.inputs import Measure, find_loras
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
+from sdcli.models.weight_digests import weights_digest
 from sdcli.request.jobs import DYNAMIC, Line, drawn_seed
 from sdcli.request.schema import MAX_SEED, GenerationRequest, ResolvedRequest, parse_request
 from sdcli.request.wildcards import Wildcards
@@ -32,6 +34,20 @@ class ResolvedJob:
     line: int | None = None
     """The line of the prompts file that it is from."""
 
+    def key(self, digest: Callable[[ModelSpec | ControlNetSpec], str] = weights_digest) -> str:
+        """64 hex digits that are equal for equal requests with equal weights, as they are on the disk now.
+
+        The request itself has the digests of its LoRAs, IP-Adapters, embeddings and images. Reads files: `digest`
+        may remember those of many jobs. Raises what `weights_digest` raises.
+        """
+        controlnets = [self.controlnets[name] for name in sorted(self.controlnets)]
+        specs: list[ModelSpec | ControlNetSpec] = [
+            self.model,
+            *([self.refiner] if self.refiner is not None else []),
+            *controlnets,
+        ]
+        return hashlib.sha256(" ".join([self.request.key(), *map(digest, specs)]).encode()).hexdigest()
+
     @classmethod
     def of(cls, index: int, request: ResolvedRequest, registry: Registry) -> ResolvedJob:
         """A request that is already resolved, with the models that it names. Raises what finding them raises."""
@@ -42,6 +58,14 @@ class ResolvedJob:
             refiner=None if request.refiner is None else registry.find(request.refiner),
             controlnets={one.model: registry.find_controlnet(one.model) for one in request.controls},
         )
+
+
+def key_of(job: ResolvedJob, digest: Callable[[ModelSpec | ControlNetSpec], str] = weights_digest) -> str | None:
+    """The key of a job; None where its weights are missing or damaged, which loading them will report."""
+    try:
+        return job.key(digest)
+    except SdcliError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -129,10 +153,11 @@ def _texts(request: GenerationRequest, wildcards: Wildcards, *, seed: int) -> di
 
 
 def _count(value: Any) -> int:
+    """How many images: a number, or a numeral as text. Raises UsageError."""
     try:
-        count = int(value)
-    except (OverflowError, TypeError, ValueError):
+        count = 0 if isinstance(value, bool | float) else int(value)
+    except (TypeError, ValueError):
         count = 0
     if not 1 <= count <= 100_000:
-        raise UsageError(f"num_images: should be a number from 1 to 100000, not {value!r}")
+        raise UsageError(f"num_images: should be a whole number from 1 to 100000, not {value!r}")
     return count
