@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Time and memory of sdcli beside diffusers, as it comes and tuned by hand: same weights, same machine, one run.
+"""Compare the time and memory of sdcli with diffusers, by default and tuned by hand, on the same weights in one run.
 
 Each contender runs in a process of its own, in turns, so that a busy machine slows all alike; the figures are the
-medians over the rounds. Compare the ratios: the seconds belong to the machine.
+medians over the rounds. Compare the ratios: the seconds depend on the machine.
 
-    python scripts/bench.py                              # random-sd15, 512x512, CPU or CUDA, whatever is here
+    python scripts/bench.py                              # random-sd15, 512x512, on CUDA if available, else the CPU
     python scripts/bench.py --model starter --steps 20 --json docs/bench/starter.json
 """
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 CONTENDERS = {
     "sdcli": "sdcli, dtype auto",
     "sdcli-float32": "sdcli, float32",
-    "default": "diffusers as it comes (float32)",
+    "default": "diffusers by default (float32)",
     "half": "diffusers in sdcli's dtype",
     "tuned": "diffusers in sdcli's dtype, channels_last",
 }
@@ -54,21 +54,23 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random-sd15", help="a registry name or a diffusers folder")
-    parser.add_argument("--size", type=int, default=512, help="side of the image in pixels")
-    parser.add_argument("--steps", type=int, default=3, help="denoising steps to time, after one to warm up")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="random-sd15", help="a registered model or a diffusers folder (%(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="image width and height in pixels (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="timed denoising steps, after one warm-up step (%(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images per batch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--machine", default="", help="the machine's name, for the record")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--machine", default="", help="name of the machine in the output")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One contender, in this process: seconds to load, a guided step, a decode, and the peak memory."""
+    """Measure one contender in this process: seconds to load, per guided step and to decode, and the peak memory."""
     contender = arguments.worker
     started = time.perf_counter()
     import torch
@@ -100,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], float]:
-    """The timed steps and the decode of our own pipeline."""
+    """Seconds of each step and of decoding, with sdcli's own pipeline."""
     from sdcli.diffusion.pipeline import Pipeline
     from sdcli.diffusion.sampling import sample
     from sdcli.generation.resolve.resolve import resolve
@@ -129,14 +131,14 @@ def run_sdcli(model: Any, arguments: argparse.Namespace) -> tuple[list[float], f
 
 
 def run_diffusers(model: Any, arguments: argparse.Namespace) -> tuple[list[float], float]:
-    """The same with StableDiffusionPipeline, given the very same networks."""
+    """Seconds of each step and of decoding, with StableDiffusionPipeline and the same networks."""
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     from sdcli.diffusion.scheduler_factory import make_scheduler
 
-    model.unet.set_attn_processor(AttnProcessor2_0())  # diffusers' own; sdcli has another in half precision
+    model.unet.set_attn_processor(AttnProcessor2_0())  # diffusers' default; sdcli uses another in half precision
     layout = torch.channels_last if arguments.worker == "tuned" else torch.contiguous_format
     pipeline = StableDiffusionPipeline(
         vae=model.vae.to(memory_format=layout),
@@ -180,7 +182,7 @@ def run_diffusers(model: Any, arguments: argparse.Namespace) -> tuple[list[float
 
 
 def wait(device: Any) -> None:
-    """CUDA computes in the background; a clock must wait for it."""
+    """Wait until the device is idle: CUDA kernels run asynchronously."""
     if device.type == "cuda":
         import torch
 
@@ -192,7 +194,7 @@ def differences(ticks: list[float]) -> list[float]:
 
 
 def summary(rounds: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians per contender, and their ratio to the first diffusers contender."""
+    """Medians per contender, with the facts of the run."""
     import diffusers
     import torch
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What the features of `generate` cost: one image with each, beside a plain one, in turns, in one warm process.
+"""Measure the cost of features of `generate`: one image with each, in turns with a plain one, in one warm process.
 
-The ratio counts, the seconds belong to the machine; on a CPU they are the process's own, so that a busy machine changes
-them little. Painting, decoding and saving are in, loading the model is not; start images, LoRAs and ControlNets are
-read once, in a first round that does not count.
+Compare the ratios: the seconds depend on the machine. On a CPU they are CPU time, which other processes hardly change.
+Sampling, decoding and saving are included, loading the model is not; init images, LoRAs and ControlNets are loaded
+once, in a first round that is not counted.
 
     python scripts/bench_features.py                                        # the starter at its own size and steps
     python scripts/bench_features.py --model random-sd15 --size 256 --steps 8 --json docs/bench/features-sd15.json
@@ -58,22 +58,22 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="starter", help="a registry name or a diffusers folder")
-    parser.add_argument("--size", type=int, help="side of the image in pixels (the model's own)")
-    parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="starter", help="a registered model or a diffusers folder (%(default)s)")
+    parser.add_argument("--size", type=int, help="image width and height in pixels (default: the model's)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--rounds", type=int, default=3, help="images with each feature (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--only", nargs="+", metavar="FEATURE", help="of these alone, and plain")
-    parser.add_argument("--machine", default="", help="the machine's name, for the record")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--only", nargs="+", metavar="FEATURE", help="measure only these, and plain")
+    parser.add_argument("--machine", default="", help="name of the machine in the output")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        seconds = measured(arguments)
+        seconds = measure_features(arguments)
     plain = seconds["plain"]
     rows = {}
     for name, times in seconds.items():
-        ratios = [one / beside for one, beside in zip(times, plain, strict=True)]
+        ratios = [one / base for one, base in zip(times, plain, strict=True)]
         rows[name] = {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
         print(f"{name:30} {rows[name]['seconds']:8.3f} s {rows[name]['ratio']:6.2f}")
     if arguments.json:
@@ -81,8 +81,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps({**facts, "features": rows}, indent=2) + "\n")
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each feature, a figure a round; writes into the folder it is in."""
+def measure_features(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Feature -> seconds of each round; writes files into the current folder."""
     import torch
 
     from sdcli.cli.ui.preview import Preview, to_file
@@ -96,27 +96,27 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
     registry = load_registry()
     spec = registry.find(arguments.model)
-    output = OutputSettings(outdir=Path(), template="picture.png", overwrite=True)
+    output = OutputSettings(outdir=Path(), template="image.png", overwrite=True)
     engine = Engine(registry, RunSettings(device=arguments.device, dtype=arguments.dtype), output)
     pipeline = engine.load(spec)
     size = arguments.size or spec.defaults.width
-    asked = {"model": arguments.model, "prompt": PROMPT, "seed": 1, "size": f"{size}x{size}"}
-    asked |= {"steps": arguments.steps} if arguments.steps else {}
+    fields = {"model": arguments.model, "prompt": PROMPT, "seed": 1, "size": f"{size}x{size}"}
+    fields |= {"steps": arguments.steps} if arguments.steps else {}
     make_files(pipeline.model, size)
     clock = time.process_time if pipeline.model.device.type == "cpu" else time.perf_counter
 
     def turn(name: str) -> float:
-        request = resolve(parse_request({**asked, **FEATURES[name]}), spec, measure=measure)
+        request = resolve(parse_request({**fields, **FEATURES[name]}), spec, measure=measure)
         engine.output = replace(
             output,
             trace=TraceSettings.of("8", "webp") if name.startswith("--trace") else None,
             heatmap=() if name.startswith("--heatmap") else None,
         )
-        watched = Preview(to_file(Path("preview.png"))) if name.startswith("--preview") else None
+        preview = Preview(to_file(Path("preview.png"))) if name.startswith("--preview") else None
         began = clock()
         for event in engine.generate_all([ResolvedJob.of(1, request, registry)]):
-            if isinstance(event, Progress) and watched is not None:
-                watched.step(event)
+            if isinstance(event, Progress) and preview is not None:
+                preview.step(event)
             elif isinstance(event, Result) and event.error is not None:
                 raise event.error
         if pipeline.model.device.type == "cuda":
@@ -128,7 +128,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
     for number in range(arguments.rounds + 1):
         for name in names:
             if name == "--lora":
-                turn(name)  # merges it; the next one has it warm
+                turn(name)  # merges the LoRA, so that the next turn finds it warm
             took = turn(name)
             if number:
                 seconds[name].append(took)
@@ -136,7 +136,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def make_files(model: Any, size: int) -> None:
-    """A start image, a mask, and an embedding, a LoRA and a ControlNet of small random weights that fit the model."""
+    """Write an init image, a mask, and an embedding, LoRA and ControlNet of small random weights that fit the model."""
     import torch
     from diffusers import ControlNetModel
     from PIL import Image, ImageDraw

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What attention maps cost: denoising steps of one UNet with and without them, in turns, in one process.
+"""Measure the cost of attention maps: denoising steps of one UNet with and without them, in turns, in one process.
 
-The ratio counts, the seconds belong to the machine; on a CPU they are the process's own, so that a busy machine changes
-them little. Small networks on small images pay the most: there the maps are a large part of a layer's work.
+Compare the ratio: the seconds depend on the machine. On a CPU they are CPU time, which other processes hardly change.
+The cost is highest for small networks and small images, where the maps are a large part of a layer's work.
 
-    python scripts/bench_heatmap.py                                    # random-sd15, 512x512, guided
+    python scripts/bench_heatmap.py                                    # random-sd15, 512x512, with guidance
     python scripts/bench_heatmap.py --model starter --size 128 --steps 20
 """
 
@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random-sd15", help="a registry name or a diffusers folder")
-    parser.add_argument("--size", type=int, default=512, help="side of the image in pixels")
-    parser.add_argument("--steps", type=int, default=1, help="denoising steps in a turn")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of turns")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
+    parser.add_argument("--model", default="random-sd15", help="a registered model or a diffusers folder (%(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="image width and height in pixels (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="denoising steps per turn (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of turns (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images per batch (%(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
     ratio = statistics.median(mapped / plain for plain, mapped in pairs)
     print(
         f"{spec.name}, {arguments.size}x{arguments.size}, batch {arguments.batch}, {model.dtype}: "
-        f"{plain / arguments.steps:.3f} s a step, with maps {mapped / arguments.steps:.3f} s; "
+        f"{plain / arguments.steps:.3f} s per step, with maps {mapped / arguments.steps:.3f} s; "
         f"ratio {ratio:.3f} (median of {arguments.rounds} pairs)"
     )
 

@@ -1,7 +1,7 @@
-"""Measure how long commands take from nothing to their end, as whole processes, beside the shortest diffusers script.
+"""Measure how long commands take as whole processes, compared with the shortest diffusers script.
 
-The commands that compute nothing stand beside `python -c pass`, the ones that generate beside a diffusers script that
-generates the same image. Every round runs each command once, so that a slow moment of the machine hits all alike.
+Commands that compute nothing are compared with `python -c pass`, those that generate with a diffusers script for the
+same image. Every round runs each command once, so that a slow moment of the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTER = ROOT / "sdcli" / "starter"
 PROMPT = "an astronaut riding a horse"
 
-# The same image by hand, at the starter's own defaults.
+# The same image with diffusers alone, at the starter's defaults.
 DEFAULTS = load_registry().find("starter").defaults
 DIFFUSERS = f"""
 import torch
@@ -31,7 +31,7 @@ from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained({str(STARTER)!r}, dtype=torch.float32)
 settings = dict(num_inference_steps={DEFAULTS.steps}, guidance_scale={DEFAULTS.guidance_scale})
 image = pipe("{PROMPT}", generator=torch.Generator("cpu").manual_seed(0), **settings).images[0]
-image.save("picture.png")
+image.save("image.png")
 """
 
 SDCLI = [sys.executable, "-m", "sdcli"]
@@ -58,18 +58,18 @@ BUDGETS = {
     "generate --dry-run": 0.4,
     "generate (tiny)": 3.0,
 }
-"""Seconds that a command may take; what generates with the starter may take 0.7 of the diffusers script."""
+"""Seconds that a command may take; generating with the starter may take 0.7 of the diffusers script's time."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--rounds", type=int, default=7, help="runs of each command (default: %(default)s)")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only commands with this text in their name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time and the machine's name here")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only commands whose names contain this text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times and the machine's name to this file")
     chosen = parser.parse_args()
     commands = {name: command for name, command in COMMANDS.items() if chosen.only in name}
     if not (ROOT / ".venv" / ".sdcli-stamp-run").exists():
-        commands.pop(THROUGH_SCRIPT, None)  # it would measure the set-up
+        commands.pop(THROUGH_SCRIPT, None)  # it would measure the installation
     if not commands or chosen.rounds < 1:
         parser.error("nothing to measure")
     seconds = measure(commands, rounds=chosen.rounds)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measure(commands: dict[str, list[str]], *, rounds: int) -> dict[str, list[float]]:
-    """Name -> seconds of each round; a first round, which only warms the disk's cache, is not counted."""
+    """Name -> seconds of each round; a first round, which only warms the disk cache, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for round_number in range(rounds + 1):
@@ -101,7 +101,7 @@ def measure(commands: dict[str, list[str]], *, rounds: int) -> dict[str, list[fl
 def print_table(seconds: dict[str, list[float]]) -> None:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"{machine()}, Python {platform.python_version()}; seconds, median of {len(next(iter(seconds.values())))}\n")
-    print(f"{'command':28}{'median':>8}{'least':>8}{'budget':>8}   beside")
+    print(f"{'command':28}{'median':>8}{'least':>8}{'budget':>8}   comparison")
     for name, times in seconds.items():
         budget = BUDGETS.get(name)
         if name == "generate (starter)" and BY_HAND in median:
@@ -115,7 +115,7 @@ def print_table(seconds: dict[str, list[float]]) -> None:
 
 
 def machine() -> str:
-    """The processor's name and its cores, as far as the system tells."""
+    """The number of usable cores and the processor's name, as far as the system reports it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Measure training: sdcli beside diffusers' own train_text_to_image loop, written out plainly, on the same work.
+"""Measure training: sdcli compared with diffusers' train_text_to_image loop, reproduced here, on the same work.
 
 Each contender runs in a process of its own, in turns, on the same model, images, batch and precision:
 
-  bare              forward, backward, clip and AdamW step on fixed tensors: what cannot be saved
+  bare              forward, backward, clip and AdamW step on fixed tensors: the lower bound
   sdcli             `sdcli train-unet` from its cache of latents and text states, with its log
   diffusers-cached  the loop of diffusers' script on latents and text states held in memory
-  diffusers         the loop as it is: images read and encoded, captions encoded, in every step
+  diffusers         the loop unchanged: images loaded and encoded, captions encoded, in every step
 
-Prints seconds a step (the median over the steps of all rounds), samples/s and the peak memory of the process.
+Prints seconds per step (the median over the steps of all rounds), samples/s and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ from typing import Any
 
 CONTENDERS = ("bare", "sdcli", "diffusers-cached", "diffusers")
 WARM_UP = 2
-"""Steps that are not counted."""
+"""Uncounted steps at the start."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="starter", help="a model of models.yaml or a folder (starter)")
-    parser.add_argument("--resolution", type=int, default=128, help="pixels a side (128)")
-    parser.add_argument("--batch", type=int, default=16, help="samples of a step (16)")
-    parser.add_argument("--steps", type=int, default=20, help="counted steps of a round (20)")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of every contender (2)")
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no", help="mixed precision (no)")
+    parser.add_argument("--model", default="starter", help="a registered model or a folder (%(default)s)")
+    parser.add_argument("--resolution", type=int, default=128, help="width and height in pixels (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="samples per step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="counted steps per round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each contender (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=["no", "bf16", "fp16"], default="no", help="autocast dtype (%(default)s)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--ema", action="store_true", help="with a moving average of the weights")
+    parser.add_argument("--ema", action="store_true", help="keep a moving average of the weights")
     parser.add_argument("--rank", type=int, help="train a LoRA of this rank (sdcli and bare only)")
     parser.add_argument("--compile", action="store_true", help="torch.compile (sdcli only)")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=CONTENDERS)
-    parser.add_argument("--machine", default=platform.machine(), help="what to call this machine")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--machine", default=platform.machine(), help="name of the machine in the output (%(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -54,16 +56,16 @@ def main() -> None:
         print(json.dumps({"seconds": seconds, "memory": memory}))
         return
     with tempfile.TemporaryDirectory() as work:
-        make_images(Path(work) / "pictures", options.resolution, count=max(8, 2 * options.batch))
+        make_images(Path(work) / "images", options.resolution, count=max(8, 2 * options.batch))
         results = compare(options, Path(work))
     report(options, results)
 
 
 def compare(options: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
-    """Every contender in turn, `rounds` times."""
+    """Run every contender in turn, `rounds` times."""
     steps: dict[str, list[float]] = {name: [] for name in options.only}
     memory: dict[str, int] = {}
-    for turn in range(options.rounds + 1):  # the first turn of sdcli fills its cache, and counts for nobody
+    for turn in range(options.rounds + 1):  # the first turn fills sdcli's cache and is not counted
         for name in options.only if turn else ["sdcli"] if "sdcli" in options.only else []:
             command = [sys.executable, __file__, *sys.argv[1:], "--contender", name, "--work", str(work)]
             command += ["--steps", "1"] if not turn else []
@@ -75,7 +77,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]
                 steps[name] += answer["seconds"]
                 memory[name] = max(memory.get(name, 0), answer["memory"])
                 shown = statistics.median(answer["seconds"])
-                print(f"round {turn} {name}: {shown:.3f} s a step", file=sys.stderr, flush=True)
+                print(f"round {turn} {name}: {shown:.3f} s per step", file=sys.stderr, flush=True)
     return {
         name: {
             "seconds": statistics.median(values),
@@ -115,7 +117,7 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> N
 
 
 def make_images(folder: Path, size: int, *, count: int) -> None:
-    """Images of noise with captions, a little larger than they are trained at."""
+    """Write images of noise with captions, slightly larger than the training resolution."""
     import numpy as np
     from PIL import Image
 
@@ -127,7 +129,7 @@ def make_images(folder: Path, size: int, *, count: int) -> None:
         (folder / f"{number:04}.txt").write_text(f"an image of thing number {number}")
 
 
-# The contenders; each returns seconds a step and the peak memory in bytes
+# The contenders; each returns the seconds of each step and the peak memory in bytes
 
 
 def run_sdcli(options: argparse.Namespace) -> tuple[list[float], int]:
@@ -145,7 +147,7 @@ def run_sdcli(options: argparse.Namespace) -> tuple[list[float], int]:
         channels_last=options.device == "cuda", caption_dropout=0.1,
     )  # fmt: skip
     run = options.work / f"run-{os.getpid()}"
-    with UnetSession(str(options.work / "pictures"), run, settings, load_registry()) as session:
+    with UnetSession(str(options.work / "images"), run, settings, load_registry()) as session:
         list(session.prepare(resume=False))
         seconds = []
         for event in session.train(stop=lambda: None):
@@ -186,7 +188,7 @@ def run_diffusers(options: argparse.Namespace) -> tuple[list[float], int]:
 
 
 def _diffusers(options: argparse.Namespace, *, cached: bool) -> tuple[list[float], int]:
-    """The inner loop of examples/text_to_image/train_text_to_image.py (diffusers 0.42), without its bookkeeping."""
+    """The inner loop of diffusers 0.42's examples/text_to_image/train_text_to_image.py, without its bookkeeping."""
     import torch
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
@@ -199,7 +201,7 @@ def _diffusers(options: argparse.Namespace, *, cached: bool) -> tuple[list[float
     schedule = get_scheduler("constant", optimizer)
     ema = EMAModel(unet.parameters(), foreach=True) if options.ema else None
     unet, optimizer, schedule = accelerator.prepare(unet, optimizer, schedule)
-    noises = DDPMScheduler.from_config(dict(parts.scheduler_config))
+    noise_scheduler = DDPMScheduler.from_config(dict(parts.scheduler_config))
     batches = parts.cached_batches() if cached else parts.loaded_batches()
 
     def step() -> None:
@@ -211,11 +213,11 @@ def _diffusers(options: argparse.Namespace, *, cached: bool) -> tuple[list[float
                 with torch.no_grad():
                     latents, hidden = parts.encode(*batch)
             noise = torch.randn_like(latents)
-            times = torch.randint(0, noises.config.num_train_timesteps, (len(latents),), device=latents.device)
-            noisy = noises.add_noise(latents.float(), noise.float(), times)
+            times = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+            noisy = noise_scheduler.add_noise(latents.float(), noise.float(), times)
             target = noise
-            if noises.config.prediction_type == "v_prediction":
-                target = noises.get_velocity(latents, noise, times)
+            if noise_scheduler.config.prediction_type == "v_prediction":
+                target = noise_scheduler.get_velocity(latents, noise, times)
             output = unet(noisy, times, hidden, return_dict=False)[0]
             loss = torch.nn.functional.mse_loss(output.float(), target.float(), reduction="mean")
             accelerator.gather(loss.repeat(options.batch)).mean().item()
@@ -243,7 +245,7 @@ class Parts:
         self.scheduler_config = self.model.scheduler_config
 
     def trainable(self) -> tuple[Any, Any]:
-        """The UNet with gradients, and AdamW over it."""
+        """The UNet with gradients enabled, and AdamW over its parameters."""
         import torch
 
         unet: Any = self.model.unet.train()
@@ -269,24 +271,24 @@ class Parts:
         return latents * vae.config.scaling_factor, self.model.text_encoder(ids.to(self.model.device))
 
     def loaded_batches(self) -> Any:
-        """Images read, resized, cut and flipped by a DataLoader, captions tokenized."""
+        """Batches from a DataLoader that loads, resizes and crops images and tokenizes captions."""
         from torch.utils.data import DataLoader
 
         while True:
             yield from DataLoader(self._dataset(), batch_size=self.options.batch, shuffle=True, drop_last=True)
 
     def cached_batches(self) -> Any:
-        """The same, encoded once and held in memory."""
+        """The same batches, encoded once and held in memory."""
         import torch
 
         with torch.no_grad():
             items = [self._dataset()[index] for index in range(len(self._dataset()))]
             pairs = [self.encode(pixels[None], ids[None]) for pixels, ids in items]
-        latents, hidden = (torch.cat(some) for some in zip(*pairs, strict=True))
+        latents, hidden = (torch.cat(column) for column in zip(*pairs, strict=True))
         while True:
-            for some in torch.randperm(len(latents)).split(self.options.batch):
-                if len(some) == self.options.batch:
-                    yield latents[some], hidden[some]
+            for rows in torch.randperm(len(latents)).split(self.options.batch):
+                if len(rows) == self.options.batch:
+                    yield latents[rows], hidden[rows]
 
     def _dataset(self) -> Any:
         import torch
@@ -294,7 +296,7 @@ class Parts:
 
         from sdcli.images.pixels import to_pixels
 
-        files = sorted((self.options.work / "pictures").glob("*.jpg"))
+        files = sorted((self.options.work / "images").glob("*.jpg"))
         size, tokenizer = self.options.resolution, self.model.tokenizer
 
         class Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -310,7 +312,7 @@ class Parts:
 
 
 def timed(step: Any, options: argparse.Namespace) -> list[float]:
-    """Seconds of each counted step."""
+    """Run the steps; seconds of each counted one."""
     import torch
 
     seconds = []

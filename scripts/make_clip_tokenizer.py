@@ -17,15 +17,15 @@ from typing import Any
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49408 - 2 * 256 - 2
-"""CLIP has 49,408 tokens: two for each byte, two marks, and one for each of the file's first merges."""
+"""CLIP has 49,408 tokens: two for each byte, two special tokens, and one for each of the file's first merges."""
 MAX_LENGTH = 77
 FOLDER = Path(__file__).resolve().parent.parent / "sdcli" / "encoders" / "clip_tokenizer"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help=f"the open_clip_torch wheel, or {VOCABULARY} itself")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where to write (default: %(default)s)")
+    parser.add_argument("source", type=Path, help=f"the open_clip_torch wheel, or {VOCABULARY}")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: %(default)s)")
     chosen = parser.parse_args()
     out: Path = chosen.out
     out.mkdir(parents=True, exist_ok=True)
@@ -43,12 +43,12 @@ def read_merges(source: Path) -> list[tuple[str, str]]:
     else:
         packed = source.read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
-    pairs = [line.split() for line in lines[1 : MERGES + 1]]  # the first line is a version mark
+    pairs = [line.split() for line in lines[1 : MERGES + 1]]  # the first line is a version header
     return [(left, right) for left, right in pairs]
 
 
 def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Token -> id: the 256 bytes, the same at a word's end, every merged pair, then the two marks."""
+    """Token -> id: the 256 bytes, the same at the end of a word, every merged pair, then the two special tokens."""
     letters = byte_letters()
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]

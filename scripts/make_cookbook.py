@@ -1,10 +1,10 @@
-"""Run every command of docs/cookbook.md, in a folder of its own, so that the page shows what they really generate.
+"""Run every command of docs/cookbook.md in a folder of its own, so that the page shows what they really generate.
 
     python scripts/make_cookbook.py [FOLDER]
 
-Without FOLDER it is docs/cookbook, which is made anew; FOLDER must not be there yet. What the page does not show is
-removed in the end. Ends with the exit code of the first command that fails, and with 1 where the page shows an image
-that no command made.
+FOLDER must not exist; by default it is docs/cookbook, which is deleted first. Files that the page does not show are
+removed at the end. The exit code is that of the first command that fails, or 1 if the page shows an image that no
+command wrote.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
             sys.exit(code)
     missing = [name for name in images() if not (folder / name).is_file()]
     if missing:
-        sys.exit(f"the page shows what no command made: {', '.join(missing)}")
+        sys.exit(f"no command wrote these images of the page: {', '.join(missing)}")
     shown = {folder / name for name in images()}
     for path in folder.rglob("*"):
         if path.is_file() and path not in shown:
@@ -57,7 +57,7 @@ def images() -> list[str]:
 
 
 def draw_mask(path: Path) -> None:
-    """White but for a disc in the middle."""
+    """White with a black disc in the middle."""
     mask = Image.new("L", (128, 128), 255)
     ImageDraw.Draw(mask).ellipse((14, 14, 114, 114), fill=0)
     mask.save(path)

@@ -1,7 +1,7 @@
-"""Make class folders of handwritten digits to train on: scikit-learn's 1797 images of 8x8, OUT/0 to OUT/9.
+"""Make a training set of handwritten digits: scikit-learn's 1797 images of 8x8, in class folders OUT/0 to OUT/9.
 
-They are in scikit-learn itself (pip install scikit-learn), so nothing is downloaded. Each is a grey PNG; the 17 levels
-are spread over 0 to 255. For a pixel-space DDPM:
+They are part of scikit-learn (pip install scikit-learn), so nothing is downloaded. Each is a grayscale PNG; the 17
+levels are spread over 0 to 255. For a pixel-space DDPM:
 
     python scripts/make_digits_dataset.py digits --size 32
     sdcli train-unet digits -o digits-ddpm --space pixel --from-scratch pixel --class-conditional
@@ -18,18 +18,18 @@ import numpy as np
 from PIL import Image
 
 LEVELS = 16
-"""The value of the darkest ink; 0 is paper."""
+"""The highest level, full ink; 0 is the background."""
 METHODS = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the folder to make; it must not be there, or be empty")
-    parser.add_argument("--size", type=int, default=8, help="pixels a side, 8 to 256 (%(default)s: as they are)")
-    parser.add_argument("--resize", choices=METHODS, default="bicubic", help="how larger ones are made (%(default)s)")
+    parser.add_argument("out", type=Path, help="the folder to write; it must be empty or not exist")
+    parser.add_argument("--size", type=int, default=8, help="pixels per side, 8 to 256 (%(default)s: original size)")
+    parser.add_argument("--resize", choices=METHODS, default="bicubic", help="resampling filter (%(default)s)")
     chosen = parser.parse_args()
     if not 8 <= chosen.size <= 256:
-        parser.error("--size is 8 to 256")
+        parser.error("--size must be 8 to 256")
     if chosen.out.exists() and (not chosen.out.is_dir() or any(chosen.out.iterdir())):
         parser.error(f"{chosen.out} exists and is not empty")
     try:

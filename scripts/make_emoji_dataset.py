@@ -1,14 +1,14 @@
-"""Make a folder of captioned images from emoji, to train on: emoji drawings and their names from npm packages.
+"""Make a training set of captioned emoji images, from drawings and names in npm packages.
 
-The drawings come from an @iconify-json package, names and tags from emojibase-data; `npm pack` fetches both, nothing
-else uses the network. Or fetch them yourself and give the folder with --packages. The drawings are SVG; resvg-py makes
-images of them. It is needed for this script alone:
+The drawings come from an @iconify-json package, names and tags from emojibase-data. `npm pack` downloads both; nothing
+else uses the network. With --packages, the script reads packages that you have downloaded. The drawings are SVG and
+are rasterised by resvg-py, which only this script needs:
 
     pip install resvg-py
     python scripts/make_emoji_dataset.py emoji --groups animals-nature,food-drink
     sdcli train-vae emoji -o emoji-vae
 
-Equal packages and options give equal files. emoji/SOURCES.md names the packages and their licences.
+The same packages and options give the same files. emoji/SOURCES.md names the packages and their licences.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ VERSIONS = {
     "@iconify-json/twemoji": "1.2.5",
     NAMES: "17.0.0",
 }
-"""The packages that npm is asked for."""
+"""Package -> the version to download."""
 STYLES = {
     "fluent-emoji-flat": "flat style",
     "fluent-emoji": "glossy style",
     "noto": "cartoon style",
     "twemoji": "simple style",
 }
-"""Package under @iconify-json -> what a caption calls its style."""
+"""Package under @iconify-json -> the name of its style in captions."""
 OVERSAMPLING = 4
-"""How much larger the drawings are rasterised than they are kept."""
+"""Factor by which drawings are rasterised larger than the images written."""
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """A concept: its code points in hexadecimal, its group and name, and words about it, the most general first."""
+    """A concept: its code points in hexadecimal, its group, its name, and its tags, the most general first."""
 
     code: str
     group: str
@@ -75,52 +75,52 @@ class Drawing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the folder to make; it must not be there, or be empty")
+    parser.add_argument("out", type=Path, help="the folder to write; it must be empty or not exist")
     parser.add_argument(
-        "--style", action="append", choices=STYLES, help="whose drawings; several times for several (fluent-emoji-flat)"
+        "--style", action="append", choices=STYLES, help="drawing style; can be repeated (fluent-emoji-flat)"
     )
     parser.add_argument(
         "--groups",
         type=lambda text: text.split(","),
-        help="only these, comma-separated: emojibase's groups (animals-nature, food-drink, travel-places, activities, "
+        help="only these, comma-separated: groups of emojibase (animals-nature, food-drink, travel-places, activities, "
         "objects, smileys-emotion, people-body, symbols, flags) and subgroups (animal-bird, tool, ...)",
     )
-    parser.add_argument("--size", type=int, default=64, help="pixels a side, 8 to 1024 (%(default)s)")
-    parser.add_argument("--margin", type=float, default=0.04, help="empty share at each side (%(default)s)")
-    parser.add_argument("--transparent", action="store_true", help="keep transparency; else the background is white")
+    parser.add_argument("--size", type=int, default=64, help="width and height in pixels, 8 to 1024 (%(default)s)")
+    parser.add_argument("--margin", type=float, default=0.04, help="fraction left empty at each side (%(default)s)")
+    parser.add_argument("--transparent", action="store_true", help="keep transparency instead of a white background")
     parser.add_argument(
         "--captions",
         choices=["metadata", "txt"],
         default="metadata",
-        help="metadata: metadata.jsonl with all wordings; txt: a .txt beside each image, a wording a line",
+        help="metadata: one metadata.jsonl; txt: a .txt file per image, one wording per line (%(default)s)",
     )
-    parser.add_argument("--limit", type=int, help="at most so many concepts, spread evenly over the groups")
+    parser.add_argument("--limit", type=int, help="maximum number of concepts, spread evenly over the groups")
     parser.add_argument(
         "--hold-out",
         type=float,
         default=0.0,
-        help="share of the concepts that goes into validation/, the others into train/ (0: no such folders)",
+        help="fraction of the concepts that goes into validation/, the rest into train/ (0: no such folders)",
     )
-    parser.add_argument(
-        "--packages", type=Path, help="a folder with the packages: what `npm pack` or `npm install` left there"
-    )
+    parser.add_argument("--packages", type=Path, help="a folder with the packages, from `npm pack` or `npm install`")
     chosen = parser.parse_args()
     if not 8 <= chosen.size <= 1024 or not 0 <= chosen.margin < 0.5 or not 0 <= chosen.hold_out < 1:
-        parser.error("--size is 8 to 1024, --margin 0 to 0.5, --hold-out 0 to 1")
+        parser.error(
+            "--size must be 8 to 1024, --margin and --hold-out at least 0, --margin below 0.5, --hold-out below 1"
+        )
     if chosen.limit is not None and chosen.limit < 1:
-        parser.error("--limit is at least 1")
+        parser.error("--limit must be at least 1")
     if chosen.out.exists() and (not chosen.out.is_dir() or any(chosen.out.iterdir())):
         parser.error(f"{chosen.out} exists and is not empty")
     styles = list(dict.fromkeys(chosen.style or ["fluent-emoji-flat"]))
     wanted = [NAMES, *(f"@iconify-json/{style}" for style in styles)]
     with tempfile.TemporaryDirectory() as scratch:
-        packages = chosen.packages or fetched(wanted, Path(scratch))
+        packages = chosen.packages or fetch(wanted, Path(scratch))
         emoji = spread(select(read(packages, NAMES, "en/data.json"), read(packages, NAMES, "meta/groups.json"),
                               chosen.groups), chosen.limit)  # fmt: skip
         drawn = [drawing for style in styles for drawing in drawings(packages, style, emoji)]
         sources = [source(packages, name) for name in wanted]
     if not drawn:
-        sys.exit("none of these emoji is in the packages")
+        sys.exit("the packages have no drawing of these emoji")
     write(drawn, chosen.out, sources, size=chosen.size, margin=chosen.margin, transparent=chosen.transparent,
           captions=chosen.captions, hold_out=chosen.hold_out)  # fmt: skip
     print(chosen.out)
@@ -129,10 +129,10 @@ def main() -> None:
 # Packages
 
 
-def fetched(names: Sequence[str], folder: Path) -> Path:
-    """Fetch packages with `npm pack`, as tarballs into a folder."""
+def fetch(names: Sequence[str], folder: Path) -> Path:
+    """Download packages with `npm pack` as tarballs into a folder, and return the folder."""
     if shutil.which("npm") is None:
-        sys.exit("npm is needed to fetch the packages; or give a folder that has them with --packages")
+        sys.exit("npm is needed to download the packages; --packages names a folder that already has them")
     specs = [f"{name}@{VERSIONS[name]}" for name in names]
     print(f"npm pack {' '.join(specs)}", file=sys.stderr)
     done = subprocess.run(
@@ -147,7 +147,7 @@ def fetched(names: Sequence[str], folder: Path) -> Path:
 
 
 def read(packages: Path, name: str, member: str) -> Any:
-    """A JSON file of a package: of its folder as `npm install` makes it, or of the tarball of `npm pack`."""
+    """Read a JSON file of a package, from its folder (`npm install`) or from its tarball (`npm pack`)."""
     for folder in (packages / name, packages / "node_modules" / name):
         if (folder / member).is_file():
             return json.loads((folder / member).read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def read(packages: Path, name: str, member: str) -> Any:
 
 
 def source(packages: Path, name: str) -> str:
-    """The line of SOURCES.md about a package."""
+    """The line of SOURCES.md for a package."""
     package = read(packages, name, "package.json")
     author = f", {package['author']}" if isinstance(package.get("author"), str) else ""
     licence = package.get("license", "licence not named")
@@ -182,9 +182,9 @@ def source(packages: Path, name: str) -> str:
 
 
 def select(entries: list[dict[str, Any]], names: dict[str, Any], groups: Sequence[str] | None) -> list[Emoji]:
-    """The emoji of these groups, or of all but components, in Unicode's order.
+    """The emoji of these groups, or of all groups except components, in Unicode's order.
 
-    Emoji in other skin tones are no entries of their own in emojibase, so none comes twice.
+    Emojibase has no separate entries for skin tones, so no emoji occurs twice.
     """
     known = {*names["groups"].values(), *names["subgroups"].values()} - {"component", "skin-tone", "hair-style"}
     for group in groups or ():
@@ -202,18 +202,18 @@ def select(entries: list[dict[str, Any]], names: dict[str, Any], groups: Sequenc
 
 
 TYPEWRITER = str.maketrans({"’": "'", "“": None, "”": None, "–": "-"})
-"""What people type in prompts for the marks that printers use."""
+"""Typographic punctuation -> what people type in prompts."""
 
 
 def spread(emoji: list[Emoji], limit: int | None) -> list[Emoji]:
-    """At most `limit` of them, at even distances."""
+    """At most `limit` of them, evenly spaced."""
     if limit is None or limit >= len(emoji):
         return emoji
     return [emoji[index * len(emoji) // limit] for index in range(limit)]
 
 
 def drawings(packages: Path, style: str, emoji: list[Emoji]) -> Iterator[Drawing]:
-    """The drawings of these emoji that a style has. Icons are found by code point, else by name."""
+    """A style's drawings of these emoji. Icons are found by code point, else by name."""
     package = f"@iconify-json/{style}"
     icons = read(packages, package, "icons.json")
     by_code = {plain_code(code): name for code, name in read(packages, package, "chars.json").items()}
@@ -227,7 +227,7 @@ def drawings(packages: Path, style: str, emoji: list[Emoji]) -> Iterator[Drawing
 
 
 def svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
-    """An icon as a document; sizes that it does not have itself are the package's."""
+    """An icon as an SVG document; the package gives the sizes that the icon lacks."""
     left, top, width, height = (
         icon.get(key, icons.get(key, default))
         for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
@@ -237,12 +237,12 @@ def svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
 
 
 def plain_code(code: str) -> str:
-    """A code without the mark that asks for a coloured image, which packages write or leave out as they like."""
+    """A code without the variation selector for coloured display, which packages use inconsistently."""
     return code.lower().replace("-fe0f", "")
 
 
 def slug(label: str) -> str:
-    """A name as iconify writes it, and as a file can be called: lower case letters, digits and dashes."""
+    """A name in iconify's form, also a safe file name: lower case letters, digits and dashes."""
     plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"['.]", "", plain)).strip("-")
 
@@ -250,12 +250,12 @@ def slug(label: str) -> str:
 # Images
 
 
-def rasterised(drawing: Drawing, *, size: int, margin: float, transparent: bool) -> Image.Image | None:
-    """A drawing as a square image: cropped to what is visible, centred; None where nothing is visible."""
+def rasterise(drawing: Drawing, *, size: int, margin: float, transparent: bool) -> Image.Image | None:
+    """Rasterise a drawing to a square image, cropped to its visible part and centred; None if nothing is visible."""
     try:
         import resvg_py  # type: ignore[import-not-found]
     except ImportError:
-        sys.exit("the drawings are SVG, and resvg-py makes images of them: pip install resvg-py")
+        sys.exit("resvg-py is needed to rasterise the drawings: pip install resvg-py")
     data = resvg_py.svg_to_bytes(svg_string=drawing.svg, width=size * OVERSAMPLING, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(data))) as image:
         whole = image.convert("RGBA")
@@ -268,8 +268,8 @@ def rasterised(drawing: Drawing, *, size: int, margin: float, transparent: bool)
     square.paste(visible, ((side - visible.width) // 2, (side - visible.height) // 2))
     if not transparent:
         square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
-    # Pillow multiplies RGBA by its alpha, resizes and divides again: right for this one, which is not multiplied yet.
-    # Hamming's filter leaves no ripples on the white around a hard edge, as Lanczos' does.
+    # Pillow premultiplies RGBA, resizes and divides again, which is right for this image with straight alpha.
+    # Unlike Lanczos, Hamming leaves no ringing on the white around a hard edge.
     return square.resize((size, size), Image.Resampling.HAMMING)
 
 
@@ -282,7 +282,7 @@ COLOURS = (
     ("purple", 258, 300),
     ("pink", 305, 333),
 )
-"""Name, from and to degree of hue; what lies between is called differently by different people."""
+"""Name, and the range of hue in degrees; people disagree on the names of the hues in between."""
 COLOUR_WORDS = {
     *(name for name, _, _ in COLOURS),
     "brown",
@@ -297,7 +297,7 @@ COLOUR_WORDS = {
 
 
 def colour_of(image: Image.Image) -> str | None:
-    """The colour that nearly all of the image has, if there is one that everybody would call so."""
+    """The name of the image's dominant colour, or None if there is none on which people would agree."""
     seen: Counter[str] = Counter()
     coloured = 0
     shades = image.convert("RGBA").resize((32, 32), Image.Resampling.BOX)
@@ -311,7 +311,7 @@ def colour_of(image: Image.Image) -> str | None:
             degree = (hue * 360 + 16) % 360 - 16
             names = [name for name, low, high in COLOURS if low <= degree < high]
             if names:
-                # Dark or pale orange is brown or skin, without a line between them: none of these is named.
+                # Dark or pale orange is brown or skin, with no clear border: neither is named.
                 seen[names[0] if names[0] != "orange" or (value > 0.9 and saturation > 0.65) else ""] += 1
     name, count = seen.most_common(1)[0] if seen else ("", 0)
     return name if name and count > 0.8 * coloured else None
@@ -376,7 +376,7 @@ ALIASES = {
     "tram car": ("tram",),
     "wine glass": ("glass of wine",),
 }  # fmt: skip
-"""Everyday words for emoji whose names are none, or that have a second name."""
+"""Everyday words for emoji with technical names or a second name."""
 PLURALS = {"maracas", "paw prints", "skis"}
 UNCOUNTED = {
     "bacon", "badminton", "baguette bread", "beans", "bowling", "bread", "broccoli", "butter", "camping", "canned food",
@@ -386,12 +386,12 @@ UNCOUNTED = {
     "oden", "ping pong", "popcorn", "pouring liquid", "sake", "salt", "shaved ice", "soap", "spaghetti", "sushi",
     "tennis", "wood", "yarn",
 }  # fmt: skip
-"""Names that take no article."""
+"""Uncountable names, which take no article."""
 TEMPLATES = ("a picture of {}", "an emoji of {}", "clip art of {}", "a drawing of {}", "an icon of {}")
 
 
 def wordings(drawing: Drawing, colour: str | None, *, name_style: bool) -> list[str]:
-    """Five to eight wordings for a drawing, the plainest first, none twice."""
+    """Five to eight different wordings for a drawing, the plainest first."""
     label = drawing.emoji.label
     face = face_of(drawing.emoji)
     named = with_article(label) if face is None else f"the face of {with_article(face)}"
@@ -401,7 +401,7 @@ def wordings(drawing: Drawing, colour: str | None, *, name_style: bool) -> list[
     texts += [with_article(other) for other in (*ALIASES.get(label, ()), *shortened(drawing.emoji))][:2]
     if colour is not None and not words(label) & COLOUR_WORDS and len(label.split()) < 3:
         texts.append(with_article(f"{colour} {face or label}", like=face or label))
-    if len(set(texts)) < 5:  # a name without an article, and no other words about it
+    if len(set(texts)) < 5:  # a name without an article and without other words
         texts += [template.format(named) for template in TEMPLATES[3:]]
     if name_style:
         texts = [text if place % 2 else f"{text}, {STYLES[drawing.style]}" for place, text in enumerate(texts)]
@@ -409,7 +409,7 @@ def wordings(drawing: Drawing, colour: str | None, *, name_style: bool) -> list[
 
 
 def shortened(emoji: Emoji) -> list[str]:
-    """The name of what a longer name describes: an apple for a red apple, a dog for a dog's face."""
+    """Shorter names: an apple for a red apple, a dog for a dog's face."""
     first, _, rest = emoji.label.partition(" ")
     if first in COLOUR_WORDS and rest:
         return [rest]
@@ -418,13 +418,13 @@ def shortened(emoji: Emoji) -> list[str]:
 
 
 def face_of(emoji: Emoji) -> str | None:
-    """Which animal's face it is, where it is one; "grinning face" is a face, but no grinning's."""
+    """The animal whose face an emoji shows, or None; "grinning face" is not the face of an animal."""
     name, _, last = emoji.label.rpartition(" ")
     return name if last == "face" and emoji.group == "animals-nature" else None
 
 
 def with_article(name: str, *, like: str | None = None) -> str:
-    """A name with "a" or "an", where it is one thing; `like` is the name that says whether it is."""
+    """A name with "a" or "an" if it is countable and singular, which `like` decides if given."""
     thing = like or name
     head = thing.split(" with ")[0].split(" of ")[0].split(" and ")[0]
     many = head.endswith("s") and not head.endswith(("ss", "us", "is", "as", "os"))
@@ -437,7 +437,7 @@ def with_article(name: str, *, like: str | None = None) -> str:
 
 
 def words(text: str) -> set[str]:
-    """The words of a text in lower case, and each without the s of a plural."""
+    """The words of a text in lower case, with and without a plural s."""
     found = set(re.findall(r"[a-z0-9-]+", text.lower()))
     return found | {word.removesuffix("s") for word in found}
 
@@ -462,7 +462,7 @@ def write(
     names: set[str] = set()
     blank = 0
     for drawing in drawn:
-        image = rasterised(drawing, size=size, margin=margin, transparent=transparent)
+        image = rasterise(drawing, size=size, margin=margin, transparent=transparent)
         if image is None:
             blank += 1
             continue
@@ -486,11 +486,11 @@ def write(
     )
     (out / "SOURCES.md").write_text(title + "\n".join(sources) + "\n", encoding="utf-8")
     count = f"{len(drawn) - blank} images of {len({drawing.emoji for drawing in drawn})} emoji"
-    print(count + (f"; {blank} drawings show nothing and were left out" if blank else ""), file=sys.stderr)
+    print(count + (f"; {blank} empty drawings were skipped" if blank else ""), file=sys.stderr)
 
 
 def split_of(label: str, hold_out: float) -> str:
-    """The folder of a concept: always the same one, whatever else is in the data set; "" without any hold-out."""
+    """The folder of a concept, independent of the rest of the data set; "" if nothing is held out."""
     if not hold_out:
         return ""
     place = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") / 2**64

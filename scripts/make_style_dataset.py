@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Ten images in one style, for a LoRA: some of a captioned set, as white drawings on deep blue.
+"""Make a data set in one style for a LoRA: ten images of a captioned set, as white drawings on deep blue.
 
 python scripts/make_emoji_dataset.py emoji --style fluent-emoji --size 128
 python scripts/make_style_dataset.py emoji cyanotype
@@ -19,11 +19,11 @@ from PIL import Image, ImageOps
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="a folder with metadata.jsonl, as written by make_emoji_dataset.py")
-    parser.add_argument("out", type=Path, help="the folder to make; it must not be there")
-    parser.add_argument("--count", type=int, default=10, help="how many (10), spread over the set")
+    parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
+    parser.add_argument("--count", type=int, default=10, help="number of images, spread over the set (%(default)s)")
     options = parser.parse_args()
     if options.out.exists():
-        sys.exit(f"{options.out} is there already")
+        sys.exit(f"{options.out} exists already")
     rows = [json.loads(line) for line in (options.images / "metadata.jsonl").read_text().splitlines()]
     options.out.mkdir(parents=True)
     for row in rows[:: max(1, len(rows) // options.count)][: options.count]:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def cyanotype(image: Image.Image) -> Image.Image:
-    """The old photographic print of plants: what was dark becomes white, what was light a deep blue."""
+    """An image as a cyanotype (the photographic print): dark areas become white, light ones deep blue."""
     grey = ImageOps.autocontrast(ImageOps.grayscale(image))
     return ImageOps.colorize(grey, black=(255, 255, 255), mid=(120, 170, 225), white=(16, 42, 120))
 

@@ -1,8 +1,8 @@
-"""Make the folder that sdcli embeds out of a run of training: the same parts, weights in float16.
+"""Convert a training run into the model folder that sdcli embeds: the same parts, weights in float16.
 
     python scripts/starter/assemble.py RUN sdcli/starter
 
-Weights and configurations in OUT are replaced; other files there (the model card) stay. Refuses more than 40 MB.
+Replaces weights and configurations in OUT and keeps other files (the model card). Refuses weights above 40 MB.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save
 
-MOST = 40_000_000
-"""Bytes of weights that a package may carry."""
+MAX_BYTES = 40_000_000
+"""Maximum size of the weights in the package."""
 PARTS = {
     "scheduler": ["scheduler_config.json"],
     "text_encoder": ["config.json", "model.safetensors"],
@@ -28,19 +28,19 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="RUN of `sdcli train-unet` or `train-text-encoder`")
-    parser.add_argument("out", type=Path, help="the model folder")
+    parser.add_argument("run", type=Path, help="a run of `sdcli train-unet` or `train-text-encoder`")
+    parser.add_argument("out", type=Path, help="the model folder to write")
     chosen = parser.parse_args()
     size = sum((chosen.run / part / name).stat().st_size for part, names in PARTS.items() for name in names
                if name.endswith(".safetensors")) // 2  # fmt: skip
-    if size > MOST:
-        sys.exit(f"the weights would take {size:,} bytes in float16; at most {MOST:,} are wanted")
+    if size > MAX_BYTES:
+        sys.exit(f"the weights would take {size:,} bytes in float16; the maximum is {MAX_BYTES:,}")
     assemble(chosen.run, chosen.out)
     print(f"{chosen.out}: {size:,} bytes of weights")
 
 
 def assemble(run: Path, out: Path) -> None:
-    """Write the parts of `run` into `out`."""
+    """Write the model parts of `run` to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     index = json.loads((run / "model_index.json").read_text(encoding="utf-8"))
     write_json(out / "model_index.json", index)
@@ -53,11 +53,11 @@ def assemble(run: Path, out: Path) -> None:
                 config = json.loads(source.read_text(encoding="utf-8"))
                 write_json(out / part / name, config | ({"dtype": "float16"} if "dtype" in config else {}))
             else:
-                (out / part / name).write_bytes(halved(source))
+                (out / part / name).write_bytes(float16_bytes(source))
 
 
-def halved(path: Path) -> bytes:
-    """A file's bytes; weights in float16."""
+def float16_bytes(path: Path) -> bytes:
+    """The content of a file, with safetensors weights converted to float16."""
     if path.suffix != ".safetensors":
         return path.read_bytes()
     return save({name: tensor.half().contiguous() for name, tensor in load_file(path).items()}, {"format": "pt"})

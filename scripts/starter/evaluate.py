@@ -1,13 +1,13 @@
-"""Measure a starter model: generate prompts in groups and let the judge say whether what was asked for is there.
+"""Evaluate a starter model: generate groups of prompts and let the judge check what the images show.
 
     python scripts/starter/evaluate.py WORK MODEL --out WORK/evaluation
 
-MODEL is anything that `sdcli generate --model` takes. The judge is trained first unless WORK/judge.pt is there, and its
-accuracy on real scenes is printed before anything else. Then `sdcli generate` runs every prompt with seeds 0 to 3 at
-the model's own steps and guidance. OUT, which should be another one for another model, gets the images; table.md and
-figures.json: percent of the images of a group that show what was asked for, the VAE's PSNR, the Frechet distance to
-real sprites in the judge's features beside that of real ones among themselves, and how far the images of a prompt lie
-apart; and a grid for each group: its first prompts, seed 0, whatever they look like.
+MODEL is any value of `sdcli generate --model`. The judge is trained first unless WORK/judge.pt exists; its accuracy on
+real scenes is printed before anything else. Then `sdcli generate` runs every prompt with seeds 0 to 3 at the model's
+default steps and guidance. OUT (use one per model) receives the images; table.md and figures.json: the percentage of
+images in each group that match their prompts, the VAE's PSNR, the Frechet distance to real sprites in the judge's
+features (and between two sets of real ones), and the diversity of a prompt's images; and a grid for each group: its
+first prompts with seed 0, not selected.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 import judge as judging
 import numpy as np
 import torch
-from judge import ABOVE, BESIDE, COLOUR_NAMES, HELD_OUT_STYLE, PAIR_AMONG, PLACE_NAMES, Seen
+from judge import ABOVE, BESIDE, COLOUR_NAMES, HELD_OUT_STYLE, PAIR_TOP_K, PLACE_NAMES, Predictions
 from PIL import Image
-from scenes import HUES, NUMBERS, PLACES, SIDE, Composer, colourable, lay, plain, sprite_of
+from scenes import HUES, NUMBERS, PLACES, SIDE, Composer, blend, colourable, plain, sprite_of
 from torch import Tensor
-from words import LISTS, UNSEEN, Concept, held_out, one, several
+from words import LISTS, UNSEEN, Concept, is_held_out, plural, singular
 
 from sdcli.images.contact_sheet import contact_sheet
 from sdcli.images.metrics import psnr
@@ -39,46 +39,46 @@ from sdcli.models.registry import load_registry
 from sdcli.vae.autoencoder import decode, moments, scaling_factor
 
 SEEDS = 4
-FIRST_TRIED = "an astronaut riding a horse"
+CLASSIC = "an astronaut riding a horse"
 GRID = 48
-"""Prompts in a grid."""
+"""Maximum number of prompts in a grid."""
 
 
 @dataclass(frozen=True)
-class Requested:
-    """A prompt and what must be there."""
+class Expectation:
+    """A prompt and what its images must show."""
 
     group: str
     prompt: str
     things: tuple[frozenset[int], ...]
-    """Each by the numbers of the concepts that count for it."""
-    among: int = 5
-    """Each must be among so many of the judge's first guesses."""
+    """For each thing, the numbers of the concepts that count for it."""
+    top_k: int = 5
+    """Each thing must be among the judge's first k predictions."""
     count: int | None = None
     colour: str | None = None
     place: str | None = None
 
     @property
     def windows(self) -> tuple[tuple[int, int], ...]:
-        """Where the judge looks for two things; nothing where it looks at the whole image."""
+        """The centres of the judge's windows for two things; none if it classifies the whole image."""
         kind = self.group.removeprefix("held-out ")
         return {"two objects": BESIDE, "riding": ABOVE}.get(kind, ())
 
-    def found(self, seen: Seen, row: int) -> bool:
-        """Whether an image shows what its group asks for. `seen` is of windows where it has some."""
+    def is_met(self, seen: Predictions, row: int) -> bool:
+        """Whether an image matches, by the predictions for its windows if it has some, else for the whole image."""
         if self.windows:
-            return seen.find_both(row, [set(thing) for thing in self.things], self.among)
+            return seen.has_both(row, [set(thing) for thing in self.things], self.top_k)
         if self.count is not None:
             return int(seen.count[row]) == self.count
         if self.colour is not None:
             return COLOUR_NAMES[int(seen.colour[row])] == self.colour
         if self.place is not None:
             return PLACE_NAMES[int(seen.place[row])] == self.place
-        return all(seen.finds(row, set(thing), self.among) for thing in self.things)
+        return all(seen.has(row, set(thing), self.top_k) for thing in self.things)
 
 
 class Prompts:
-    """The prompts of all groups, always the same for the same sprites."""
+    """The prompts of all groups; the same sprites give the same prompts."""
 
     def __init__(self, composer: Composer, *, seed: int = 11) -> None:
         self.composer = composer
@@ -90,62 +90,72 @@ class Prompts:
             for name in concept.names:
                 self._named.setdefault(name, set()).add(number)
 
-    def all(self) -> list[Requested]:
+    def all(self) -> list[Expectation]:
         return [*self.objects(120), *self.synonyms(), *self.combined(), *self.sentences()]
 
-    def every_object(self) -> list[Requested]:
+    def every_object(self) -> list[Expectation]:
         """Every concept once, by its usual name."""
-        return [Requested("every object", one(c.name), (self._thing(c),), 1) for c in self.concepts]
+        return [Expectation("every object", singular(c.name), (self._thing(c),), 1) for c in self.concepts]
 
-    def objects(self, count: int) -> Iterator[Requested]:
+    def objects(self, count: int) -> Iterator[Expectation]:
         for concept in self.source.sample(self.concepts, count):
-            yield Requested("objects", one(concept.name), (self._thing(concept),), 1)
+            yield Expectation("objects", singular(concept.name), (self._thing(concept),), 1)
 
-    def synonyms(self) -> Iterator[Requested]:
+    def synonyms(self) -> Iterator[Expectation]:
         for word, labels in UNSEEN.items():
             thing = frozenset(self.numbers[label] for label in labels if label in self.numbers)
-            yield Requested("unseen synonyms", one(word), (thing,))
+            yield Expectation("unseen synonyms", singular(word), (thing,))
 
-    def combined(self) -> Iterator[Requested]:
-        """Combinations of the training, then held-out ones, and what everybody tries first."""
+    def combined(self) -> Iterator[Expectation]:
+        """Combinations from training, held-out ones, and the prompt that everybody tries first."""
         yield from self._combinations("", 32, new=False)
         yield from self._combinations("held-out ", 16, new=True)
         both = (self._thing(self._of("astronaut")), self._thing(self._of("horse")))
-        yield Requested("held-out riding", FIRST_TRIED, both, PAIR_AMONG)
+        yield Expectation("held-out riding", CLASSIC, both, PAIR_TOP_K)
 
-    def _combinations(self, name: str, each: int, *, new: bool) -> Iterator[Requested]:
+    def _combinations(self, name: str, each: int, *, new: bool) -> Iterator[Expectation]:
         """Colours, counts, backgrounds, two objects and riding, `each` of them."""
         roles = self.composer.roles
         popular = {role: [c for c in of_role if c.popular] for role, of_role in roles.items()}
         coloured = [c for c in self.concepts if c.popular and self._hue(c) is not None]
         countable = popular["animals"] + popular["food"] + popular["vehicles"]
         things = countable + popular["objects"]
-        for c, colour in self._drawn(coloured, list(HUES), each, lambda c, x: held_out(c.label, x) == new):
-            yield Requested(f"{name}colours", one(f"{colour} {_without_colour(c)}"), (self._thing(c),), colour=colour)
-        for c, number in self._drawn(countable, [2, 3, 4], each, lambda c, n: held_out(c.label, str(n)) == new):
-            yield Requested(f"{name}counts", f"{NUMBERS[number][0]} {several(c.name)}", (self._thing(c),), count=number)
-        for c, place in self._drawn(popular["ground"], list(PLACES), each, lambda c, p: held_out(c.label, p) == new):
-            yield Requested(f"{name}backgrounds", f"{one(c.name)} {PLACES[place][0]}", (self._thing(c),), place=place)
+        for c, colour in self._sample_pairs(coloured, list(HUES), each, lambda c, x: is_held_out(c.label, x) == new):
+            yield Expectation(
+                f"{name}colours", singular(f"{colour} {_without_colour(c)}"), (self._thing(c),), colour=colour
+            )
+        for c, number in self._sample_pairs(
+            countable, [2, 3, 4], each, lambda c, n: is_held_out(c.label, str(n)) == new
+        ):
+            yield Expectation(
+                f"{name}counts", f"{NUMBERS[number][0]} {plural(c.name)}", (self._thing(c),), count=number
+            )
+        for c, place in self._sample_pairs(
+            popular["ground"], list(PLACES), each, lambda c, p: is_held_out(c.label, p) == new
+        ):
+            yield Expectation(
+                f"{name}backgrounds", f"{singular(c.name)} {PLACES[place][0]}", (self._thing(c),), place=place
+            )
 
         def beside(a: Concept, b: Concept) -> bool:
-            return _apart(a, b) and held_out(*sorted((a.label, b.label))) == new
+            return _distinct(a, b) and is_held_out(*sorted((a.label, b.label))) == new
 
         def rides(a: Concept, b: Concept) -> bool:
-            return _apart(a, b) and held_out(a.label, "rides", b.label) == new
+            return _distinct(a, b) and is_held_out(a.label, "rides", b.label) == new
 
-        for a, b in self._drawn(things, things, each, beside):
+        for a, b in self._sample_pairs(things, things, each, beside):
             both = (self._thing(a), self._thing(b))
-            yield Requested(f"{name}two objects", f"{one(a.name)} and {one(b.name)}", both, PAIR_AMONG)
-        for a, b in self._drawn(popular["riders"], popular["mounts"], each, rides):
+            yield Expectation(f"{name}two objects", f"{singular(a.name)} and {singular(b.name)}", both, PAIR_TOP_K)
+        for a, b in self._sample_pairs(popular["riders"], popular["mounts"], each, rides):
             both = (self._thing(a), self._thing(b))
-            yield Requested(f"{name}riding", f"{one(a.name)} riding {one(b.name)}", both, PAIR_AMONG)
+            yield Expectation(f"{name}riding", f"{singular(a.name)} riding {singular(b.name)}", both, PAIR_TOP_K)
 
-    def sentences(self) -> Iterator[Requested]:
+    def sentences(self) -> Iterator[Expectation]:
         for sentence, labels in LISTS["sentences"].items():
-            yield Requested("free sentences", sentence, tuple(self._thing(self._of(label)) for label in labels))
+            yield Expectation("free sentences", sentence, tuple(self._thing(self._of(label)) for label in labels))
 
     def _thing(self, concept: Concept) -> frozenset[int]:
-        """The concepts that share the usual name: "a moon" may be full or a crescent."""
+        """The concepts that share its name: "a moon" may be full or a crescent."""
         return frozenset(self._named[concept.name])
 
     def _of(self, label: str) -> Concept:
@@ -155,21 +165,21 @@ class Prompts:
         sprite = sprite_of(concept, "fluent-emoji")
         return self.composer.hue(sprite) if sprite is not None and colourable(concept) else None
 
-    def _drawn(
+    def _sample_pairs(
         self, first: Sequence[Any], second: Sequence[Any], count: int, fits: Callable[[Any, Any], bool]
     ) -> list[tuple[Any, Any]]:
-        """Different pairs of one of each that fit."""
-        chosen: dict[tuple[Any, Any], None] = {}
+        """Up to `count` different random pairs that fit."""
+        pairs: dict[tuple[Any, Any], None] = {}
         for _ in range(100_000):
             pair = (self.source.choice(first), self.source.choice(second))
-            if len(chosen) == count:
+            if len(pairs) == count:
                 break
             if fits(*pair):
-                chosen[pair] = None
-        return list(chosen)
+                pairs[pair] = None
+        return list(pairs)
 
 
-def _apart(a: Concept, b: Concept) -> bool:
+def _distinct(a: Concept, b: Concept) -> bool:
     return not set(a.names) & set(b.names)
 
 
@@ -177,27 +187,27 @@ def _without_colour(concept: Concept) -> str:
     return " ".join(word for word in concept.name.split() if word not in HUES and word != "brown")
 
 
-# Painting
+# Images
 
 
-def painted(model: str, asked: Sequence[Requested], out: Path, *, seeds: int) -> np.ndarray:
-    """Run `sdcli generate`; uint8 [prompts, seeds, 128, 128, 3]. Existing images are not generated again."""
+def generate_images(model: str, expectations: Sequence[Expectation], out: Path, *, seeds: int) -> np.ndarray:
+    """Run `sdcli generate`; uint8 [prompts, seeds, 128, 128, 3]. Existing images are kept."""
     out.mkdir(parents=True, exist_ok=True)
     jobs = out / "jobs.jsonl"
     lines = [
-        json.dumps({"prompt": one_asked.prompt, "seed": seed, "custom_id": f"{number:04d}-{seed}"}) + "\n"
-        for number, one_asked in enumerate(asked)
+        json.dumps({"prompt": expected.prompt, "seed": seed, "custom_id": f"{number:04d}-{seed}"}) + "\n"
+        for number, expected in enumerate(expectations)
         for seed in range(seeds)
     ]
     jobs.write_text("".join(lines), encoding="utf-8")
     command = ["generate", "--model", model, "--prompts-file", str(jobs), "--outdir", str(out)]
     command += ["--output", "{custom_id}.png", "--resume", "--quiet"]
     subprocess.run([Path(sys.executable).with_name("sdcli"), *command], check=True, stdout=subprocess.DEVNULL)
-    whole = [
+    images = [
         [np.asarray(Image.open(out / f"{number:04d}-{seed}.png").convert("RGB")) for seed in range(seeds)]
-        for number in range(len(asked))
+        for number in range(len(expectations))
     ]
-    return np.array(whole)
+    return np.array(images)
 
 
 # Figures
@@ -209,29 +219,29 @@ def frechet(a: Tensor, b: Tensor) -> float:
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); the trace of the root is the sum of the roots of the product's
     eigenvalues. Not comparable with FIDs of other networks.
     """
-    means, covariances = zip(*((one.double().mean(0), torch.cov(one.double().T)) for one in (a, b)), strict=True)
+    means, covariances = zip(*((x.double().mean(0), torch.cov(x.double().T)) for x in (a, b)), strict=True)
     eigenvalues = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0)
     trace = covariances[0].trace() + covariances[1].trace() - 2 * eigenvalues.sqrt().sum()
     return float((means[0] - means[1]).square().sum() + trace)
 
 
 def diversity(features: Tensor) -> float:
-    """1 - the mean cosine between the images of one prompt, over prompts; features [prompts, seeds, D]."""
+    """1 - mean cosine similarity between the images of a prompt, over all prompts; features [prompts, seeds, D]."""
     unit = torch.nn.functional.normalize(features, dim=2)
     seeds = range(features.shape[1])
     return float(torch.stack([1 - (unit[:, a] * unit[:, b]).sum(1) for a, b in combinations(seeds, 2)]).mean())
 
 
-def real_images(composer: Composer, asked: Sequence[Requested], *, seed: int) -> np.ndarray:
-    """Real sprites of what was asked for, in the default style on white: uint8 [n, 128, 128, 3]."""
+def real_images(composer: Composer, expectations: Sequence[Expectation], *, seed: int) -> np.ndarray:
+    """Real sprites of the expected things, in the default style on white: uint8 [n, 128, 128, 3]."""
     source, images = random.Random(seed), []
-    for one_asked in asked:
-        concept = composer.concepts[min(one_asked.things[0])]
+    for expected in expectations:
+        concept = composer.concepts[min(expected.things[0])]
         sprite = sprite_of(concept, "fluent-emoji")
         canvas = plain((255, 255, 255))
         if sprite is not None:
             at = (64 + source.uniform(-3, 3), 64 + source.uniform(-3, 3))
-            lay(canvas, composer.sprites[sprite], *at, SIDE * source.uniform(0.82, 0.94))
+            blend(canvas, composer.sprites[sprite], *at, SIDE * source.uniform(0.82, 0.94))
         images.append(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
     return np.stack(images)
 
@@ -243,59 +253,61 @@ def round_trip(composer: Composer, model: str, *, count: int = 200) -> float:
     found = []
     for place in random.Random(2).sample(drawn, min(count, len(drawn))):
         canvas = plain((255, 255, 255))
-        lay(canvas, composer.sprites[place], 64, 64, SIDE * 0.9)
+        blend(canvas, composer.sprites[place], 64, 64, SIDE * 0.9)
         image = judging.as_tensor((canvas + 0.5).astype(np.uint8)[None])
         mean, _ = moments(vae, image)
         found.append(psnr(decode(vae, mean * scaling_factor(vae)), image))
     return float(torch.cat(found).mean())
 
 
-def table(asked: Sequence[Requested], seen: Seen, seen_in_windows: Mapping[int, Seen], seeds: int) -> dict[str, float]:
-    """Percent found by group; objects also by the first five guesses.
+def table(
+    expectations: Sequence[Expectation], seen: Predictions, seen_in_windows: Mapping[int, Predictions], seeds: int
+) -> dict[str, float]:
+    """Percentage of matching images by group; objects also among the first five predictions.
 
-    `seen_in_windows`: number of a prompt that asks for two things -> what the windows of its images show.
+    `seen_in_windows`: number of a prompt with two things -> the predictions for the windows of its images.
     """
     found: dict[str, list[bool]] = {}
-    for number, one_asked in enumerate(asked):
+    for number, expected in enumerate(expectations):
         for row in range(number * seeds, (number + 1) * seeds):
-            if one_asked.windows:
-                both = one_asked.found(seen_in_windows[number], row - number * seeds)
-                found.setdefault(one_asked.group, []).append(both)
-            elif one_asked.group in ("objects", "every object"):
-                for name, among in (("top-1", 1), ("top-5", 5)):
-                    right = seen.finds(row, set(one_asked.things[0]), among)
-                    found.setdefault(f"{one_asked.group} {name}", []).append(right)
+            if expected.windows:
+                both = expected.is_met(seen_in_windows[number], row - number * seeds)
+                found.setdefault(expected.group, []).append(both)
+            elif expected.group in ("objects", "every object"):
+                for name, top_k in (("top-1", 1), ("top-5", 5)):
+                    right = seen.has(row, set(expected.things[0]), top_k)
+                    found.setdefault(f"{expected.group} {name}", []).append(right)
             else:
-                found.setdefault(one_asked.group, []).append(one_asked.found(seen, row))
+                found.setdefault(expected.group, []).append(expected.is_met(seen, row))
     return {name: 100 * sum(rights) / len(rights) for name, rights in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="what sprites.py wrote")
-    parser.add_argument("model", help="what `sdcli generate --model` takes")
+    parser.add_argument("work", type=Path, help="the folder that sprites.py wrote")
+    parser.add_argument("model", help="a model, as for `sdcli generate --model`")
     parser.add_argument("--out", type=Path, required=True, help="the folder for images and figures")
-    parser.add_argument("--every-object", action="store_true", help="paint every concept once, and nothing else")
+    parser.add_argument("--every-object", action="store_true", help="generate every concept once, and nothing else")
     chosen = parser.parse_args()
     judge = judging.load_judge(chosen.work)
     print(f"The judge on real scenes:\n{judging.report(judge, chosen.work)}", flush=True)
     composer = Composer(chosen.work)
     prompts = Prompts(composer)
-    asked = prompts.every_object() if chosen.every_object else prompts.all()
+    expectations = prompts.every_object() if chosen.every_object else prompts.all()
     seeds = 1 if chosen.every_object else SEEDS
-    images = painted(chosen.model, asked, chosen.out / "pictures", seeds=seeds)
-    seen = judging.look(judge, judging.shrunk(images.reshape(-1, SIDE, SIDE, 3)))
+    images = generate_images(chosen.model, expectations, chosen.out / "images", seeds=seeds)
+    seen = judging.predict(judge, judging.downscale(images.reshape(-1, SIDE, SIDE, 3)))
     parts = {
-        number: judging.look(judge, judging.windows(images[number], one_asked.windows))
-        for number, one_asked in enumerate(asked)
-        if one_asked.windows
+        number: judging.predict(judge, judging.windows(images[number], expected.windows))
+        for number, expected in enumerate(expectations)
+        if expected.windows
     }
-    figures = table(asked, seen, parts, seeds)
+    figures = table(expectations, seen, parts, seeds)
     figures["VAE round trip of held-out sprites, dB"] = round_trip(composer, chosen.model)
-    objects = [number for number, one_asked in enumerate(asked) if one_asked.group in ("objects", "every object")]
-    features = seen.features.reshape(len(asked), seeds, -1)[objects]
-    real = [real_images(composer, [asked[number] for number in objects], seed=seed) for seed in range(2 * seeds)]
-    real_features = [judging.look(judge, judging.shrunk(one_set)).features for one_set in real]
+    objects = [number for number, expected in enumerate(expectations) if expected.group in ("objects", "every object")]
+    features = seen.features.reshape(len(expectations), seeds, -1)[objects]
+    real = [real_images(composer, [expectations[number] for number in objects], seed=seed) for seed in range(2 * seeds)]
+    real_features = [judging.predict(judge, judging.downscale(one_set)).features for one_set in real]
     figures["distance to real images"] = frechet(features.flatten(0, 1), torch.cat(real_features[:seeds]))
     figures["distance of real ones among themselves"] = frechet(
         torch.cat(real_features[seeds:]), torch.cat(real_features[:seeds])
@@ -304,17 +316,17 @@ def main() -> None:
         figures["diversity over seeds"] = diversity(features)
         figures["diversity of real ones"] = diversity(torch.stack(real_features[:seeds], dim=1))
     lines = [f"| {name} | {value:.3g} |" for name, value in figures.items()]
-    text = "\n".join(["| what | figure |", "|---|---|", *lines, ""])
+    text = "\n".join(["| measure | figure |", "|---|---|", *lines, ""])
     (chosen.out / "table.md").write_text(text, encoding="utf-8")
     (chosen.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    for group in dict.fromkeys(one_asked.group for one_asked in asked):
-        rows = [number for number, one_asked in enumerate(asked) if one_asked.group == group][:GRID]
+    for group in dict.fromkeys(expected.group for expected in expectations):
+        rows = [number for number, expected in enumerate(expectations) if expected.group == group][:GRID]
         shown = [Image.fromarray(images[number, 0]) for number in rows]
-        sheet = contact_sheet(shown, columns=8, labels=[asked[number].prompt for number in rows])
+        sheet = contact_sheet(shown, columns=8, labels=[expectations[number].prompt for number in rows])
         sheet.save(chosen.out / f"{group.replace(' ', '-')}.png")
-    for number, one_asked in enumerate(asked):
-        if one_asked.prompt == FIRST_TRIED:
-            text += f"{FIRST_TRIED} is prompt {number}"
+    for number, expected in enumerate(expectations):
+        if expected.prompt == CLASSIC:
+            text += f"{CLASSIC} is prompt {number}"
     print(text)
 
 

@@ -1,11 +1,11 @@
-"""The judge of the starter's images: a small network that names what an image shows, trained on real sprites.
+"""Train the judge: a small classifier that names the contents of the starter's images, trained on real sprites.
 
     python scripts/starter/judge.py WORK
 
-trains it and writes WORK/judge.pt. It sees scenes in the three trained styles, never one in the fourth (twemoji), and
-tells which things are there, how many, what colour the thing was given and what the background is. `report` says how
-well it does that on scenes that it has not seen. It judges images of 128x128 by their 64x64 mean, and where two
-things should be, by a window of 80x80 around either: in the whole image it finds both in only 70 % of real ones.
+trains it and writes WORK/judge.pt. It is trained on scenes in the three trained styles, never in the fourth (twemoji),
+and predicts the things, their number, the colour that was given to the thing, and the background. `report` measures its
+accuracy on new scenes. It classifies images of 128x128 downscaled to 64x64 and, where two things are expected, a window
+of 80x80 around each: in the whole image it finds both in only 70 % of real ones.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from scenes import BACKGROUNDS, HUES, KINDS, PLACES, SIDE, STYLE_WORDS, Composer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SEEN = 64
-"""Pixels a side that the judge looks at."""
+INPUT_SIDE = 64
+"""Width and height of the judge's input in pixels."""
 HELD_OUT_STYLE = "twemoji"
 COUNTS = 4
 PLACE_NAMES = ("white", *BACKGROUNDS, *PLACES)
 COLOUR_NAMES = (*HUES, "brown")
 STEPS = 2500
 UNKNOWN = -100
-"""What cross_entropy passes over."""
+"""The class index that cross_entropy ignores."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What there is to see in B images."""
+    """The labels of B images."""
 
     things: Tensor
-    """float32 [B, concepts]: the share of each thing among the things that are there."""
+    """float32 [B, concepts]: each concept's share of the things in the image."""
     count: Tensor
-    """int64 [B]: how many of a kind, less 1; UNKNOWN for two kinds."""
+    """int64 [B]: the number of things, minus 1; UNKNOWN for two kinds."""
     place: Tensor
-    """int64 [B], in PLACE_NAMES."""
+    """int64 [B]: indices into PLACE_NAMES."""
     colour: Tensor
-    """int64 [B], in COLOUR_NAMES; UNKNOWN where the thing has several or its own."""
+    """int64 [B]: indices into COLOUR_NAMES; UNKNOWN for several colours or none of these."""
 
-    def rows(self, wanted: Tensor) -> Truth:
-        return Truth(self.things[wanted], self.count[wanted], self.place[wanted], self.colour[wanted])
+    def rows(self, indices: Tensor) -> Truth:
+        return Truth(self.things[indices], self.count[indices], self.place[indices], self.colour[indices])
 
 
 class Block(nn.Module):
-    """Half the size, then a residual pair of convolutions (He et al. 2016)."""
+    """Halves the resolution, then applies a residual pair of convolutions (He et al. 2016)."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Images [B, 3, 64, 64] in 0..1 -> features [B, 768] and the logits of the four questions."""
+    """Images [B, 3, 64, 64] in 0..1 -> features [B, 768] and logits for things, count, place and colour."""
 
     def __init__(self, concepts: int, widths: Sequence[int] = (32, 64, 128, 256, 384)) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Judge(nn.Module):
         self.colour = nn.Linear(features, len(COLOUR_NAMES))
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, 768]: mean and maximum over the image."""
+        """[B, 768]: mean and maximum over the positions."""
         states = self.last(self.blocks(self.stem(images * 2 - 1)))
         return torch.cat([states.mean(dim=(2, 3)), states.amax(dim=(2, 3))], dim=1)
 
@@ -94,18 +94,18 @@ class Judge(nn.Module):
         return self.things(found), self.count(found), self.place(found), self.colour(found)
 
 
-# Scenes with the truth about them
+# Labelled scenes
 
 
 def scenes(
     work: Path, jobs: Sequence[tuple[int, str]], styles: Sequence[str] = tuple(STYLE_WORDS)
 ) -> tuple[np.ndarray, Truth]:
-    """Scenes of (seed, kind) as uint8 [n, 128, 128, 3], and what is in them."""
+    """Images of scenes by (seed, kind), uint8 [n, 128, 128, 3], and their labels."""
     composer = Composer(work, styles=styles, shares=[1] * len(styles))
     numbers = {concept.label: number for number, concept in enumerate(composer.concepts)}
     images = np.empty((len(jobs), SIDE, SIDE, 3), np.uint8)
     things = torch.zeros(len(jobs), len(numbers))
-    answers = torch.full((3, len(jobs)), UNKNOWN)
+    targets = torch.full((3, len(jobs)), UNKNOWN)
     for row, (seed, kind) in enumerate(jobs):
         source = random.Random(seed)
         scene = composer.plan(kind, source)
@@ -113,30 +113,30 @@ def scenes(
         for label in scene.labels:
             things[row, numbers[label]] += 1 / len(scene.labels)
         if len(set(scene.labels)) == 1:
-            answers[0, row] = len(scene.labels) - 1
-        answers[1, row] = PLACE_NAMES.index(scene.place)
+            targets[0, row] = len(scene.labels) - 1
+        targets[1, row] = PLACE_NAMES.index(scene.place)
         hue = composer.hue(scene.placed[0].sprite)
         if scene.placed[0].colour is not None:
-            answers[2, row] = COLOUR_NAMES.index(scene.placed[0].colour)
+            targets[2, row] = COLOUR_NAMES.index(scene.placed[0].colour)
         elif len(scene.labels) == 1 and hue is not None:
-            answers[2, row] = COLOUR_NAMES.index(hue[1])
-    return images, Truth(things, *answers)
+            targets[2, row] = COLOUR_NAMES.index(hue[1])
+    return images, Truth(things, *targets)
 
 
 def _small_scenes(work: Path, jobs: Sequence[tuple[int, str]]) -> tuple[np.ndarray, Truth]:
     images, truth = scenes(work, jobs)
-    return shrunk(images), truth
+    return downscale(images), truth
 
 
-def shrunk(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, 128, 128, 3] -> [n, 64, 64, 3], the mean of four pixels each."""
+def downscale(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, 128, 128, 3] -> [n, 64, 64, 3], each pixel the mean of four."""
     count, height, width, _ = images.shape
-    parts = images.reshape(count, SEEN, height // SEEN, SEEN, width // SEEN, 3)
+    parts = images.reshape(count, INPUT_SIDE, height // INPUT_SIDE, INPUT_SIDE, width // INPUT_SIDE, 3)
     return (parts.mean(axis=(2, 4)) + 0.5).astype(np.uint8)
 
 
 def many_scenes(work: Path, count: int, *, seed: int) -> tuple[np.ndarray, Truth]:
-    """`count` scenes of all kinds, drawn by all processors; things that are easy to see are a little rarer."""
+    """`count` scenes of all kinds, drawn by all processors; easy kinds are slightly rarer."""
     source = random.Random(seed)
     kinds = source.choices(list(KINDS), [30, 12, 14, 16, 8, 10, 10, 4], k=count)
     jobs = [(seed * 10**9 + number, kind) for number, kind in enumerate(kinds)]
@@ -149,24 +149,29 @@ def many_scenes(work: Path, count: int, *, seed: int) -> tuple[np.ndarray, Truth
     )
 
 
-def varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images [B, 3, 64, 64] moved by a few pixels, some softened, some noisy: as a decoder's are."""
-    moves = torch.randint(-3, 4, (len(images), 2), generator=generator)
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Augment images [B, 3, 64, 64] to resemble a decoder's: shifted by a few pixels, some blurred, some noisy."""
+    shifts = torch.randint(-3, 4, (len(images), 2), generator=generator)
     padded = F.pad(images, (3, 3, 3, 3), mode="replicate")
-    moved = torch.stack(
-        [one[:, 3 + y : 3 + y + SEEN, 3 + x : 3 + x + SEEN] for one, (y, x) in zip(padded, moves.tolist(), strict=True)]
+    shifted = torch.stack(
+        [
+            one[:, 3 + y : 3 + y + INPUT_SIDE, 3 + x : 3 + x + INPUT_SIDE]
+            for one, (y, x) in zip(padded, shifts.tolist(), strict=True)
+        ]
     )
-    soft = F.interpolate(F.avg_pool2d(moved, 2), scale_factor=2.0, mode="bilinear")
+    blurred = F.interpolate(F.avg_pool2d(shifted, 2), scale_factor=2.0, mode="bilinear")
     share = torch.rand(len(images), 1, 1, 1, generator=generator) ** 2
-    noise = torch.randn(moved.shape, generator=generator) * 0.05 * torch.rand(len(images), 1, 1, 1, generator=generator)
-    return (moved + share * (soft - moved) + noise).clamp(0, 1)
+    noise = (
+        torch.randn(shifted.shape, generator=generator) * 0.05 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    )
+    return (shifted + share * (blurred - shifted) + noise).clamp(0, 1)
 
 
-# Training and looking
+# Training and inference
 
 
-def trained(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int = 128, seed: int = 3) -> Judge:
-    """A judge after so many steps on `count` scenes: AdamW with a cosine, bfloat16."""
+def train(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int = 128, seed: int = 3) -> Judge:
+    """Train a judge on `count` scenes: AdamW with a cosine schedule, bfloat16."""
     torch.manual_seed(seed)
     images, truth = many_scenes(work, count, seed=seed)
     judge = Judge(truth.things.shape[1])
@@ -177,22 +182,22 @@ def trained(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int =
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
         rows = torch.randint(len(images), (batch,), generator=generator)
-        seen = varied(as_tensor(images[rows.numpy()]), generator)
+        batch_images = augment(as_tensor(images[rows.numpy()]), generator)
         with torch.autocast("cpu", torch.bfloat16):
-            answers = [answer.float() for answer in judge(seen)]
-        loss = loss_of(answers, truth.rows(rows))
+            logits = [head.float() for head in judge(batch_images)]
+        loss = loss_of(logits, truth.rows(rows))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if (step + 1) % 200 == 0:
-            took = time.monotonic() - began
-            print(f"step {step + 1} of {steps}: loss {float(loss.detach()):.3f}, {took:.0f} s", flush=True)
+            elapsed = time.monotonic() - began
+            print(f"step {step + 1} of {steps}: loss {float(loss.detach()):.3f}, {elapsed:.0f} s", flush=True)
     return judge.eval()
 
 
-def loss_of(answers: Sequence[Tensor], truth: Truth) -> Tensor:
-    """The sum of four cross entropies."""
-    things, count, place, colour = answers
+def loss_of(logits: Sequence[Tensor], truth: Truth) -> Tensor:
+    """The weighted sum of the four cross-entropy losses."""
+    things, count, place, colour = logits
     return (
         F.cross_entropy(things, truth.things, label_smoothing=0.02)
         + 0.3 * F.cross_entropy(count, truth.count)
@@ -207,29 +212,29 @@ def as_tensor(images: np.ndarray) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the judge says of n images."""
+class Predictions:
+    """The judge's predictions for n images."""
 
     features: Tensor
     things: Tensor
-    """int64 [n, concepts], the likeliest first."""
+    """int64 [n, concepts], the most likely first."""
     count: Tensor
     """int64 [n]"""
     place: Tensor
     colour: Tensor
 
-    def find_both(self, row: int, wanted: Sequence[set[int]], among: int) -> bool:
-        """Whether each of these is among the first ones of one of the two windows of image `row` (see `windows`)."""
-        return all(any(self.finds(2 * row + part, one, among) for part in (0, 1)) for one in wanted)
+    def has_both(self, row: int, wanted: Sequence[set[int]], top_k: int) -> bool:
+        """Whether each of these is in the top k of one of the two windows of image `row` (see `windows`)."""
+        return all(any(self.has(2 * row + part, one, top_k) for part in (0, 1)) for one in wanted)
 
-    def finds(self, row: int, wanted: set[int], among: int) -> bool:
-        """Whether one of these concepts is among the first ones of an image."""
-        return bool(wanted & set(self.things[row, :among].tolist()))
+    def has(self, row: int, wanted: set[int], top_k: int) -> bool:
+        """Whether one of these concepts is in the top k of an image."""
+        return bool(wanted & set(self.things[row, :top_k].tolist()))
 
 
 @torch.inference_mode()
-def look(judge: Judge, images: np.ndarray) -> Seen:
-    """uint8 [n, 64, 64, 3] -> what is there."""
+def predict(judge: Judge, images: np.ndarray) -> Predictions:
+    """Classify images, uint8 [n, 64, 64, 3]."""
     parts = []
     for start in range(0, len(images), 256):
         features = judge.features(as_tensor(images[start : start + 256]))
@@ -237,42 +242,42 @@ def look(judge: Judge, images: np.ndarray) -> Seen:
         rest = [head(features).argmax(dim=1) for head in (judge.count, judge.place, judge.colour)]
         parts.append([features, things, *rest])
     features, things, count, place, colour = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Seen(features, things, count + 1, place, colour)
+    return Predictions(features, things, count + 1, place, colour)
 
 
-PAIR_AMONG = 3
-"""Either of two things counts as found when it is among so many of the judge's first guesses of a window."""
+PAIR_TOP_K = 3
+"""Each of two things counts as found if it is among the judge's first k predictions for a window."""
 WINDOW = 80
-"""Pixels a side of a window."""
+"""Width and height of a window in pixels."""
 BESIDE, ABOVE = ((36, 60), (92, 68)), ((64, 34), (64, 84))
-"""The windows' centres in pixels for things side by side, and one above the other."""
+"""The windows' centres in pixels, for things side by side and one above the other."""
 
 
 def windows(images: np.ndarray, centres: Sequence[tuple[int, int]]) -> np.ndarray:
-    """uint8 [n, 128, 128, 3] -> [windows * n, 64, 64, 3], the windows of each image one after the other."""
+    """uint8 [n, 128, 128, 3] -> [windows * n, 64, 64, 3], the windows of an image in sequence."""
     padded = np.pad(images, ((0, 0), (WINDOW // 2, WINDOW // 2), (WINDOW // 2, WINDOW // 2), (0, 0)), mode="edge")
     parts = np.stack([padded[:, y : y + WINDOW, x : x + WINDOW] for x, y in centres], axis=1)
-    smaller = F.interpolate(as_tensor(parts.reshape(-1, WINDOW, WINDOW, 3)), SEEN, mode="area")
+    smaller = F.interpolate(as_tensor(parts.reshape(-1, WINDOW, WINDOW, 3)), INPUT_SIDE, mode="area")
     return (smaller * 255 + 0.5).byte().permute(0, 2, 3, 1).numpy()
 
 
 def accuracy(judge: Judge, work: Path, style: str, *, each: int = 300, seed: int = 8) -> dict[str, float]:
-    """How often the judge is right about new scenes in a style, in percent."""
+    """Accuracy of the judge on new scenes in a style, in percent."""
     found = {}
-    for place, kind in enumerate(("plain", "pair", "ride", "count", "place", "recoloured")):
-        jobs = [((seed * 100 + place) * 10**6 + number, kind) for number in range(each)]
+    for number, kind in enumerate(("plain", "pair", "ride", "count", "place", "recoloured")):
+        jobs = [((seed * 100 + number) * 10**6 + index, kind) for index in range(each)]
         images, truth = scenes(work, jobs, [style])
         if kind in ("pair", "ride"):
-            seen = look(judge, windows(images, ABOVE if kind == "ride" else BESIDE))
+            seen = predict(judge, windows(images, ABOVE if kind == "ride" else BESIDE))
         else:
-            seen = look(judge, shrunk(images))
+            seen = predict(judge, downscale(images))
         wanted = [set(row.nonzero().flatten().tolist()) for row in truth.things]
         if kind == "plain":
-            for name, among in (("objects top-1", 1), ("objects top-5", 5)):
-                found[name] = _percent(seen.finds(row, one, among) for row, one in enumerate(wanted))
+            for name, top_k in (("objects top-1", 1), ("objects top-5", 5)):
+                found[name] = _percent(seen.has(row, one, top_k) for row, one in enumerate(wanted))
         elif kind in ("pair", "ride"):
             found[f"{kind}: both"] = _percent(
-                seen.find_both(row, [{thing} for thing in both], PAIR_AMONG) for row, both in enumerate(wanted)
+                seen.has_both(row, [{thing} for thing in both], PAIR_TOP_K) for row, both in enumerate(wanted)
             )
         elif kind == "count":
             found["counts"] = _percent(seen.count == truth.count + 1)
@@ -290,14 +295,14 @@ def _percent(right: Iterator[bool] | Tensor) -> float:
 
 
 def new_judge(work: Path, *, steps: int = STEPS) -> Judge:
-    """Train a judge and keep it in WORK."""
-    judge = trained(work, steps=steps)
+    """Train a judge and save it in WORK."""
+    judge = train(work, steps=steps)
     torch.save(judge.state_dict(), work / "judge.pt")
     return judge
 
 
 def load_judge(work: Path) -> Judge:
-    """The judge that WORK has, or a new one."""
+    """The judge saved in WORK, or a new one."""
     if not (work / "judge.pt").exists():
         return new_judge(work)
     weights = torch.load(work / "judge.pt", weights_only=True)
@@ -307,7 +312,7 @@ def load_judge(work: Path) -> Judge:
 
 
 def report(judge: Judge, work: Path) -> str:
-    """The judge's own accuracy, a line for each style."""
+    """The judge's own accuracy, one line per style."""
     lines = []
     for style in (*STYLE_WORDS, HELD_OUT_STYLE):
         figures = ", ".join(f"{name} {value:.1f} %" for name, value in accuracy(judge, work, style).items())
@@ -317,8 +322,8 @@ def report(judge: Judge, work: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="what sprites.py wrote")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training (%(default)s)")
+    parser.add_argument("work", type=Path, help="the folder that sprites.py wrote")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (%(default)s)")
     chosen = parser.parse_args()
     print(report(new_judge(chosen.work, steps=chosen.steps), chosen.work))
 

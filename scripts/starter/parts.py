@@ -1,11 +1,11 @@
-"""Carry the making of the starter to a machine that forgets everything and takes little: pack WORK small, unpack it.
+"""Pack the training state of the starter into small files, and unpack it on a machine that keeps nothing.
 
     python scripts/starter/parts.py pack WORK OUT
     python scripts/starter/parts.py unpack IN WORK
 
-OUT holds no file of more than 15 MiB and, for the starter, less than 64 MiB in all: the sprites as lossless WebP, the
-texts, and the weights of finished runs in float16. Optimizers stay behind, so pack between runs: a step of the plan
-that was not finished begins again. After `unpack`, train.py goes on with the next step.
+The files in OUT have at most 15 MiB each and, for the starter, less than 64 MiB in all: the sprites as lossless WebP,
+the texts, and the weights of finished runs in float16. Optimizer states are not packed, so pack between runs: an
+unfinished step of the plan starts again. After `unpack`, train.py continues with the next step.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from assemble import halved
+from assemble import float16_bytes
 from PIL import Image
 
 CHUNK = 15 * 2**20
-"""Bytes a file."""
+"""Maximum bytes of a file."""
 COLUMNS = 96
-"""Sprites in a row of the packed image; WebP takes at most 16,383 pixels a side."""
+"""Sprites in a row of the packed image; WebP allows at most 16,383 pixels per side."""
 SMALL_FILES = ("sprites.json", "texts.txt")
-MADE_AGAIN = "scenes"
-"""Steps whose shards are not carried."""
+NOT_PACKED = "scenes"
+"""Prefix of the steps whose shards are not packed, but made again."""
 
 
 def main() -> None:
@@ -38,44 +38,44 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     chosen = parser.parse_args()
     if not chosen.source.is_dir():
-        sys.exit(f"no folder {chosen.source}")
+        sys.exit(f"{chosen.source} is not a folder")
     chosen.target.mkdir(parents=True, exist_ok=True)
     (pack if chosen.action == "pack" else unpack)(chosen.source, chosen.target)
 
 
 def pack(work: Path, out: Path) -> None:
-    """WORK as one archive, cut into files of at most CHUNK bytes."""
+    """Write WORK to `out` as one archive, split into files of at most CHUNK bytes."""
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as archive:
-        put(archive, "sprites.webp", sprites_as_webp(np.load(work / "sprites.npy", mmap_mode="r")))
+        add_file(archive, "sprites.webp", encode_sprites(np.load(work / "sprites.npy", mmap_mode="r")))
         for name in SMALL_FILES:
             if (work / name).exists():
-                put(archive, f"{name}.gz", gzip.compress((work / name).read_bytes(), mtime=0))
+                add_file(archive, f"{name}.gz", gzip.compress((work / name).read_bytes(), mtime=0))
         for marker in sorted((work / "done").glob("*")):
             run = work / "runs" / marker.name
-            if not marker.name.startswith(MADE_AGAIN):
-                put(archive, f"done/{marker.name}", b"")
-            for path in sorted(parts_of(run)):
-                put(archive, str(path.relative_to(work)), halved(path))
+            if not marker.name.startswith(NOT_PACKED):
+                add_file(archive, f"done/{marker.name}", b"")
+            for path in sorted(model_files(run)):
+                add_file(archive, str(path.relative_to(work)), float16_bytes(path))
     data = whole.getvalue()
     for place, start in enumerate(range(0, len(data), CHUNK)):
         (out / f"part-{place:02d}").write_bytes(data[start : start + CHUNK])
 
 
 def unpack(source: Path, work: Path) -> None:
-    """The contrary of `pack`."""
+    """The inverse of `pack`."""
     whole = io.BytesIO(b"".join(path.read_bytes() for path in sorted(source.glob("part-*"))))
     with tarfile.open(fileobj=whole) as archive:
         archive.extractall(work, filter="data")
-    np.save(work / "sprites.npy", sprites_of_webp((work / "sprites.webp").read_bytes()))
+    np.save(work / "sprites.npy", decode_sprites((work / "sprites.webp").read_bytes()))
     (work / "sprites.webp").unlink()
     for path in work.glob("*.gz"):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
 
 
-def parts_of(run: Path) -> list[Path]:
-    """The files of a finished run that make it a model: RUN's links, not its checkpoints."""
+def model_files(run: Path) -> list[Path]:
+    """The files of a finished run that make up its model, without the checkpoints."""
     if not (run / "model_index.json").exists():
         return []
     index = json.loads((run / "model_index.json").read_text(encoding="utf-8"))
@@ -85,15 +85,15 @@ def parts_of(run: Path) -> list[Path]:
     ]
 
 
-def put(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a file."""
+def add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to an archive."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
 
 
-def sprites_as_webp(sprites: np.ndarray) -> bytes:
-    """uint8 [n, S, S, 4] -> one lossless image; behind the last sprite there is nothing."""
+def encode_sprites(sprites: np.ndarray) -> bytes:
+    """uint8 [n, S, S, 4] -> one lossless WebP; the cells after the last sprite are transparent."""
     count, side = sprites.shape[:2]
     rows = -(-count // COLUMNS)
     padded = np.zeros((rows * COLUMNS, side, side, 4), np.uint8)
@@ -109,8 +109,8 @@ def sprites_as_webp(sprites: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def sprites_of_webp(data: bytes) -> np.ndarray:
-    """The contrary of `sprites_as_webp`."""
+def decode_sprites(data: bytes) -> np.ndarray:
+    """The inverse of `encode_sprites`."""
     with Image.open(io.BytesIO(data)) as image:
         facts = json.loads(image.info["exif"].removeprefix(b"Exif\0\0"))
         sheet = np.asarray(image.convert("RGBA"))

@@ -2,12 +2,12 @@
 
     python scripts/starter/scenes.py WORK WORK/scenes --count 100000 --seed 1
 
-writes tar shards of PNG and caption files that `sdcli train-unet` and `sdcli train-vae` read. WORK is what sprites.py
-wrote. Scene n of a seed is always the same, so a longer set begins with a shorter one.
+writes tar shards of PNG and caption files that `sdcli train-unet` and `sdcli train-vae` read. WORK is the folder that
+sprites.py wrote. Scene n of a seed is always the same, so a longer set begins with a shorter one.
 
-What is composed: an object on white, on a colour, in a landscape; recoloured; two, three and four of a kind; two
-things side by side; one riding another; one above another. Every tenth combination is held out (`words.held_out`), and
-the words of `words.UNSEEN` and drawings of the style twemoji never occur.
+The scenes: an object on white, on a colour, in a landscape; recoloured; two, three and four of a kind; two things side
+by side; one riding another; one above another. Every tenth combination is held out (`words.is_held_out`). The words of
+`words.UNSEEN` and drawings in the style twemoji never occur.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from words import Concept, concepts, held_out, one, several
+from words import Concept, concepts, is_held_out, plural, singular
 
 SIDE = 128
-"""Pixels a side."""
+"""Width and height in pixels."""
 SHARD = 2000
-"""Scenes in a shard."""
+"""Scenes per shard."""
 DEFAULT_STYLE = "fluent-emoji"
 STYLE_WORDS = {"fluent-emoji": "glossy style", "fluent-emoji-flat": "flat style", "noto": "cartoon style"}
-"""The styles that are trained; the fourth is held out."""
+"""The styles in the training data; the fourth is held out."""
 STYLE_SHARES = (70, 17, 13)
 
 Colour = tuple[float, float, float]
@@ -47,7 +47,7 @@ HUES = {
     "red": (0, 1.0, 1.0), "orange": (28, 1.0, 1.05), "yellow": (50, 1.0, 1.15), "green": (120, 0.9, 0.9),
     "blue": (218, 1.0, 1.0), "purple": (278, 0.9, 0.95), "pink": (332, 0.65, 1.15),
 }  # fmt: skip
-"""Name of a colour -> hue in degrees, and what saturation and value are multiplied by."""
+"""Name of a colour -> hue in degrees, and factors for saturation and value."""
 PLACES = {
     "field": ("in a green field", "on the grass", "in a meadow", "outdoors on a sunny day", "in the park"),
     "beach": ("on the beach", "at the beach", "by the sea", "on a sandy beach"),
@@ -61,13 +61,13 @@ PLACES = {
     "mountains": ("in the mountains", "in front of mountains", "on a mountain meadow"),
     "city": ("in the city", "in a big city", "in front of skyscrapers"),
 }
-"""Landscape -> how captions say it."""
+"""Landscape -> its wordings in captions."""
 KINDS = {
     "plain": 46, "colour": 12, "recoloured": 12, "pair": 8, "count": 6, "ride": 8, "place": 7, "above": 2,
 }  # fmt: skip
-"""What is composed, with its share in percent (nearly)."""
+"""Kind of scene -> its share, in percent (the sum is about 100)."""
 PAIRED = ("animals", "food", "vehicles", "objects", "people", "plants")
-"""Roles of things that stand beside each other."""
+"""Roles of things that occur in pairs."""
 NUMBERS = {2: ("two", "two", "a pair of", "2"), 3: ("three", "three", "3"), 4: ("four", "four", "4")}
 MOODS = ("cute", "little", "beautiful", "big", "nice", "funny", "small", "happy")
 FRAMES = (
@@ -91,7 +91,7 @@ NO_VEHICLES = re.compile(r"stop|sign|light|fuel|road|track|seat|pump|barrier|buo
 
 
 class Backdrop(NamedTuple):
-    """What is behind the things: how it is drawn, what captions say of it, and its name (see `Scene.place`)."""
+    """A background: how it is drawn, its words in captions, and its name (see `Scene.place`)."""
 
     draw: Callable[[random.Random], np.ndarray]
     words: str
@@ -100,7 +100,7 @@ class Backdrop(NamedTuple):
 
 @dataclass(frozen=True)
 class Placed:
-    """A sprite in a scene: centre and side in pixels, and its new colour."""
+    """A sprite in a scene: centre and size in pixels, and its new colour."""
 
     sprite: int
     x: float
@@ -112,14 +112,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be drawn, and what may be said about it."""
+    """The contents of an image, and its captions."""
 
     captions: tuple[str, ...]
     backdrop: Backdrop
     placed: tuple[Placed, ...]
     labels: tuple[str, ...]
-    """The concepts in it, for those who judge."""
-    said: str = ""
+    """The concepts in it, as labels for the judge."""
+    attribute: str = ""
     """The colour or number that the captions name."""
 
     @property
@@ -130,7 +130,7 @@ class Scene:
 
 @dataclass
 class Composer:
-    """Makes scenes from the sprites of a folder; a pure function of seed and number."""
+    """Makes scenes from the sprites in a folder; a scene depends only on its seed and number."""
 
     work: Path
     styles: Sequence[str] = tuple(STYLE_WORDS)
@@ -139,7 +139,7 @@ class Composer:
 
     @cached_property
     def sprites(self) -> np.ndarray:
-        """uint8 [sprites, 128, 128, 4], premultiplied RGBA, read as it is asked for."""
+        """uint8 [sprites, 128, 128, 4], premultiplied RGBA, memory-mapped."""
         return np.load(self.work / "sprites.npy", mmap_mode="r")
 
     @cached_property
@@ -153,7 +153,7 @@ class Composer:
 
     @cached_property
     def roles(self) -> dict[str, list[Concept]]:
-        """The concepts by the part that they can play."""
+        """Role in a scene -> the concepts that can play it."""
 
         def of(*beginnings: str) -> list[Concept]:
             return [c for c in self.concepts if c.subgroup and c.subgroup.startswith(beginnings)]
@@ -177,14 +177,14 @@ class Composer:
         }  # fmt: skip
 
     def scene(self, seed: int, number: int, kinds: Mapping[str, int] = KINDS) -> tuple[Scene, np.ndarray]:
-        """Scene `number` of a seed, by the shares of its kinds, with its image, uint8 [128, 128, 3]."""
+        """Scene `number` of a seed and its image, uint8 [128, 128, 3]; `kinds` weights the kinds."""
         source = random.Random(f"{seed}/{number}")
         kind = source.choices(list(kinds), list(kinds.values()))[0]
         scene = self.plan(kind, source)
         return scene, self.draw(scene, source)
 
     def plan(self, kind: str, source: random.Random) -> Scene:
-        """A scene of a kind; tries again where the drawn combination is held out or not there in the drawn style."""
+        """A random scene of a kind. Draws again while the combination is held out or missing in the drawn style."""
         while True:
             style = source.choices(list(self.styles), self.shares)[0]
             planned: Scene | None = getattr(self, f"_{kind}")(source, style)
@@ -197,8 +197,8 @@ class Composer:
         for placed in scene.placed:
             sprite = self.sprites[placed.sprite]
             if placed.colour is not None:
-                sprite = self.recoloured(placed.sprite, placed.colour)
-            lay(canvas, sprite[:, ::-1] if placed.mirrored else sprite, placed.x, placed.y, placed.side)
+                sprite = self.recolour(placed.sprite, placed.colour)
+            blend(canvas, sprite[:, ::-1] if placed.mirrored else sprite, placed.x, placed.y, placed.side)
         return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
     # The kinds
@@ -223,7 +223,7 @@ class Composer:
         return Scene(_styled(names, style, source), backdrop, placed, (concept.label,))
 
     def _described(self, source: random.Random, concept: Concept, sprite: int) -> str:
-        """One wording for a single thing."""
+        """A random wording for a single thing."""
         name = source.choice(concept.names[:1] * 2 + concept.names)
         hue = self.hue(sprite)
         if (
@@ -235,27 +235,27 @@ class Composer:
             name = f"{hue[1]} {name}"
         chance = source.random()
         if chance < 0.08:
-            return one(f"{source.choice(MOODS)} {name}")
+            return singular(f"{source.choice(MOODS)} {name}")
         if chance < 0.2:
             return name
         if chance < 0.34:
-            return source.choice(FRAMES).format(one(name))
+            return source.choice(FRAMES).format(singular(name))
         if chance < 0.44 and concept.tags:
             return ", ".join([name, *source.sample(concept.tags, min(len(concept.tags), source.randint(1, 3)))])
-        return one(name)
+        return singular(name)
 
     def _recoloured(self, source: random.Random, style: str) -> Scene | None:
         concept = source.choices(self.concepts, self._weights)[0]
         sprite = sprite_of(concept, style)
         hue = self.hue(sprite) if sprite is not None and colourable(concept) else None
         colour = source.choice(list(HUES))
-        if sprite is None or hue is None or held_out(concept.label, colour):
+        if sprite is None or hue is None or is_held_out(concept.label, colour):
             return None
         names = [" ".join(w for w in name.split() if w not in HUES and w != "brown") for name in concept.names]
         backdrop = _mostly_white(source)
         words = backdrop.words
-        captions = [f"{one(f'{colour} {source.choice(names)}')}{words}", f"{colour} {names[0]}{words}"]
-        captions.append(source.choice(FRAMES).format(one(f"{colour} {names[0]}")) + words)
+        captions = [f"{singular(f'{colour} {source.choice(names)}')}{words}", f"{colour} {names[0]}{words}"]
+        captions.append(source.choice(FRAMES).format(singular(f"{colour} {names[0]}")) + words)
         placed = Placed(
             sprite, 64 + source.uniform(-3, 3), 64 + source.uniform(-3, 3), SIDE * source.uniform(0.78, 0.92),
             colour if colour != hue[1] else None,
@@ -263,13 +263,13 @@ class Composer:
         return Scene(_styled(captions, style, source), backdrop, (placed,), (concept.label,), colour)
 
     def _pair(self, source: random.Random, style: str) -> Scene | None:
-        """Two things side by side; usual ones more often."""
+        """Two things side by side, popular ones more often."""
         kinds = [self.roles[name] for name in PAIRED]
         mixed = [c for kind in kinds for c in kind]
         kind = source.choice([*kinds, mixed, mixed])
         left, right = source.choices(kind, [4 if c.popular else 1 for c in kind], k=2)
         a, b = sprite_of(left, style), sprite_of(right, style)
-        if a is None or b is None or left is right or held_out(*sorted((left.label, right.label))):
+        if a is None or b is None or left is right or is_held_out(*sorted((left.label, right.label))):
             return None
         backdrop = self._any_backdrop(source)
         y = source.uniform(60, 70)
@@ -278,7 +278,7 @@ class Composer:
             Placed(b, 93 + source.uniform(-2, 2), y, SIDE * source.uniform(0.46, 0.53)),
         )
         words = backdrop.words
-        first, second = one(source.choice(left.names)), one(source.choice(right.names))
+        first, second = singular(source.choice(left.names)), singular(source.choice(right.names))
         captions = [
             f"{first} {source.choice(['and', 'and', 'with'])} {second}",
             f"{first} {source.choice(['next to', 'beside', 'and', 'to the left of', 'left of'])} {second}",
@@ -293,7 +293,7 @@ class Composer:
         kind = lists["animals"] + lists["food"] + lists["vehicles"] + lists["objects"] + lists["plants"] + popular * 10
         concept, number = source.choice(kind), source.choice([2, 2, 3, 3, 4])
         sprite = sprite_of(concept, style)
-        if sprite is None or held_out(concept.label, str(number)):
+        if sprite is None or is_held_out(concept.label, str(number)):
             return None
         backdrop = _mostly_white(source)
         words = backdrop.words
@@ -306,19 +306,19 @@ class Composer:
             Placed(sprite, x + source.uniform(-2, 2), y + source.uniform(-2, 2), SIDE * side) for x, y, side in spots
         )
         captions = [
-            f"{source.choice(NUMBERS[number])} {several(source.choice(concept.names))}{words}",
-            f"{NUMBERS[number][0]} {several(concept.name)}{words}",
-            f"{source.choice(FRAMES).format(f'{NUMBERS[number][0]} {several(concept.name)}')}{words}",
+            f"{source.choice(NUMBERS[number])} {plural(source.choice(concept.names))}{words}",
+            f"{NUMBERS[number][0]} {plural(concept.name)}{words}",
+            f"{source.choice(FRAMES).format(f'{NUMBERS[number][0]} {plural(concept.name)}')}{words}",
         ]
         return Scene(_styled(captions, style, source), backdrop, placed, (concept.label,) * number, str(number))
 
     def _ride(self, source: random.Random, style: str) -> Scene | None:
         rider, mount = source.choice(self.roles["riders"]), source.choice(self.roles["mounts"])
         above, below = sprite_of(rider, style), sprite_of(mount, style)
-        if above is None or below is None or rider is mount or held_out(rider.label, "rides", mount.label):
+        if above is None or below is None or rider is mount or is_held_out(rider.label, "rides", mount.label):
             return None
         if (rider.label, mount.label) == ("astronaut", "horse"):
-            return None  # what everybody tries first shall be a test
+            return None  # the prompt that everybody tries first is reserved for evaluation
         backdrop = self._any_backdrop(source)
         words = backdrop.words
         placed = (
@@ -326,10 +326,12 @@ class Composer:
             Placed(above, 64 + source.uniform(-5, 5), 34 + source.uniform(-3, 3), SIDE * source.uniform(0.48, 0.54)),
         )
         captions = [
-            f"{one(rider.name)} riding {one(mount.name)}",
-            f"{one(source.choice(rider.names))} riding {source.choice(['on ', ''])}{one(source.choice(mount.names))}",
-            f"{one(source.choice(rider.names))} {source.choice(['on top of', 'on', 'sitting on', 'on the back of'])} "
-            f"{one(source.choice(mount.names))}",
+            f"{singular(rider.name)} riding {singular(mount.name)}",
+            f"{singular(source.choice(rider.names))} riding {source.choice(['on ', ''])}"
+            f"{singular(source.choice(mount.names))}",
+            f"{singular(source.choice(rider.names))} "
+            f"{source.choice(['on top of', 'on', 'sitting on', 'on the back of'])} "
+            f"{singular(source.choice(mount.names))}",
         ]
         captions = [caption + words for caption in captions]
         return Scene(_styled(captions, style, source), backdrop, placed, (rider.label, mount.label))
@@ -339,7 +341,7 @@ class Composer:
         kind = lists["animals"] * 2 + lists["people"] + lists["vehicles"] + lists["ground"] + lists["plants"]
         concept, place = source.choice(kind), source.choice(list(PLACES))
         sprite = sprite_of(concept, style)
-        if sprite is None or held_out(concept.label, place):
+        if sprite is None or is_held_out(concept.label, place):
             return None
         share = source.uniform(0.58, 0.76)
         bottom = 118 if place not in ("underwater", "space") else 64 + share * 64
@@ -348,9 +350,9 @@ class Composer:
         )
         verbs = ["", "", "", "standing", "sitting", "resting", "waiting"]
         captions = [
-            f"{one(source.choice(concept.names))} {source.choice(PLACES[place])}",
-            f"{one(concept.name)} {source.choice(verbs)} {source.choice(PLACES[place])}".replace("  ", " "),
-            f"{source.choice(FRAMES).format(one(concept.name))} {source.choice(PLACES[place])}",
+            f"{singular(source.choice(concept.names))} {source.choice(PLACES[place])}",
+            f"{singular(concept.name)} {source.choice(verbs)} {source.choice(PLACES[place])}".replace("  ", " "),
+            f"{source.choice(FRAMES).format(singular(concept.name))} {source.choice(PLACES[place])}",
         ]
         backdrop = Backdrop(LANDSCAPES[place], "", place)
         return Scene(_styled(captions, style, source), backdrop, placed, (concept.label,))
@@ -358,7 +360,7 @@ class Composer:
     def _above(self, source: random.Random, style: str) -> Scene | None:
         low, high = source.choice(self.roles["ground"]), source.choice(self.roles["sky"])
         a, b = sprite_of(low, style), sprite_of(high, style)
-        if a is None or b is None or low is high or held_out(low.label, "under", high.label):
+        if a is None or b is None or low is high or is_held_out(low.label, "under", high.label):
             return None
         backdrop = self._any_backdrop(source, 0.5)
         words = backdrop.words
@@ -366,7 +368,7 @@ class Composer:
             Placed(a, 64 + source.uniform(-8, 8), 87, SIDE * 0.6),
             Placed(b, source.choice([32, 64, 96]), 28, SIDE * source.uniform(0.34, 0.42)),
         )
-        first, second = one(source.choice(low.names)), one(source.choice(high.names))
+        first, second = singular(source.choice(low.names)), singular(source.choice(high.names))
         second = re.sub(r"^a (?=moon$|sun$)", "the ", second)
         captions = [
             f"{first} under {second}",
@@ -386,7 +388,7 @@ class Composer:
     # Colours
 
     def hue(self, sprite: int) -> tuple[int, str] | None:
-        """The hue (0..255) that nearly all of a sprite has, and its name; None where it has several or none."""
+        """The dominant hue (0..255) of a sprite and its name; None if it has several or none."""
         if sprite not in self._hues:
             self._hues[sprite] = self._find_hue(sprite)
         return self._hues[sprite]
@@ -408,19 +410,19 @@ class Composer:
         )
         return hue, "brown" if name == "orange" and hsv[..., 2][coloured].mean() < 190 else name
 
-    def recoloured(self, sprite: int, colour: str) -> np.ndarray:
-        """A sprite whose main hue is turned into another colour."""
+    def recolour(self, sprite: int, colour: str) -> np.ndarray:
+        """A sprite with its dominant hue replaced by another colour."""
         pixels, hue = self.sprites[sprite], self.hue(sprite)
         assert hue is not None
         hsv = _hsv(pixels)
-        apart = (hsv[..., 0] - hue[0] + 128) % 256 - 128
-        turned = (np.abs(apart) < 26) & (hsv[..., 1] > 40)
+        offset = (hsv[..., 0] - hue[0] + 128) % 256 - 128
+        replaced = (np.abs(offset) < 26) & (hsv[..., 1] > 40)
         degrees, saturation, value = HUES[colour]
         new = np.stack(
             [
-                np.where(turned, (int(degrees * 256 / 360) + apart // 2) % 256, hsv[..., 0]),
-                np.where(turned, np.clip(hsv[..., 1] * saturation, 0, 255), hsv[..., 1]),
-                np.where(turned, np.clip(hsv[..., 2] * value, 0, 255), hsv[..., 2]),
+                np.where(replaced, (int(degrees * 256 / 360) + offset // 2) % 256, hsv[..., 0]),
+                np.where(replaced, np.clip(hsv[..., 1] * saturation, 0, 255), hsv[..., 1]),
+                np.where(replaced, np.clip(hsv[..., 2] * value, 0, 255), hsv[..., 2]),
             ],
             axis=-1,
         ).astype(np.uint8)
@@ -435,19 +437,19 @@ GROUND = frozenset(
 
 
 def sprite_of(concept: Concept, style: str) -> int | None:
-    """The place of a concept's drawing; a concept without a glossy one has a flat one instead."""
+    """The index of a concept's sprite; the flat style replaces a missing glossy one."""
     if style == DEFAULT_STYLE and style not in concept.sprites:
         return concept.sprites.get("fluent-emoji-flat")
     return concept.sprites.get(style)
 
 
 def colourable(concept: Concept) -> bool:
-    """Whether people would ask for it in another colour; skin and smileys are left alone."""
+    """Whether it makes sense in another colour; skin and smileys do not."""
     return concept.group not in ("people-body", "smileys-emotion") or "heart" in concept.label
 
 
 def _styled(captions: Sequence[str], style: str, source: random.Random) -> tuple[str, ...]:
-    """The captions, none twice. The default style is named now and then, the others always, the held-out one never."""
+    """The captions without repetitions; some name the default style, all another one, none the held-out one."""
     if style not in STYLE_WORDS:
         return tuple(dict.fromkeys(captions))
     chance = 0.15 if style == DEFAULT_STYLE else 1.0
@@ -456,16 +458,16 @@ def _styled(captions: Sequence[str], style: str, source: random.Random) -> tuple
 
 
 def _hsv(pixels: np.ndarray) -> np.ndarray:
-    """Premultiplied RGBA as int32 [128, 128, 3], each 0..255."""
+    """Premultiplied RGBA as HSV, int32 [128, 128, 3], each 0..255."""
     colours = pixels[..., :3].astype(np.float32) * 255 / np.maximum(pixels[..., 3:], 1)
     rgb = np.clip(colours, 0, 255).astype(np.uint8)
     return np.asarray(Image.fromarray(rgb).convert("HSV")).astype(np.int32)
 
 
-def lay(canvas: np.ndarray, sprite: np.ndarray, x: float, y: float, side: float) -> None:
-    """Blend a sprite, premultiplied uint8 [128, 128, 4], over a float32 canvas, its centre at x, y."""
+def blend(canvas: np.ndarray, sprite: np.ndarray, x: float, y: float, side: float) -> None:
+    """Blend a sprite, premultiplied uint8 [128, 128, 4], over a float32 image, centred at x, y."""
     size = max(8, round(side))
-    # Pillow multiplies RGBA by its alpha while it resizes, and these are multiplied already: CMYK is four plain bands.
+    # Pillow premultiplies RGBA when it resizes, and these are premultiplied already: CMYK is four plain bands.
     image = Image.frombytes("CMYK", (SIDE, SIDE), np.ascontiguousarray(sprite).tobytes())
     if size != SIDE:
         image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -506,8 +508,10 @@ def _coloured(source: random.Random) -> Backdrop:
     name = source.choice(list(BACKGROUNDS))
     colour = np.clip(np.array(BACKGROUNDS[name]) + [source.gauss(0, 6) for _ in range(3)], 0, 255)
     if source.random() < 0.2:
-        return Backdrop(lambda _: gradient(colour, colour * 0.6 + 100), f" on {one(name)} gradient background", name)
-    words = source.choice([f" on {one(name)} background"] * 3 + [f", {name} background"])
+        return Backdrop(
+            lambda _: gradient(colour, colour * 0.6 + 100), f" on {singular(name)} gradient background", name
+        )
+    words = source.choice([f" on {singular(name)} background"] * 3 + [f", {name} background"])
     return Backdrop(lambda _: plain(colour), words, name)
 
 
@@ -586,8 +590,8 @@ LANDSCAPES: dict[str, Callable[[random.Random], np.ndarray]] = {
 # Writing
 
 
-class Job(NamedTuple):
-    """A shard to write."""
+class Shard(NamedTuple):
+    """A shard to be written: scenes `start` to `start` + `count` of a seed."""
 
     work: Path
     out: Path
@@ -602,16 +606,16 @@ class Job(NamedTuple):
         return self.out / f"{self.seed:03d}-{self.start // SHARD:05d}.tar"
 
 
-def shard(job: Job) -> Path:
-    """Write one tar of scenes: PNG and captions, a line each."""
-    seed, start, count, crop = job.seed, job.start, job.count, job.crop
-    composer = _composer(job.work)
-    partial = job.path.with_suffix(".partial")
+def write_shard(shard: Shard) -> Path:
+    """Write a tar of scenes: for each, a PNG and a text file with one caption per line."""
+    seed, start, count, crop = shard.seed, shard.start, shard.count, shard.crop
+    composer = _composer(shard.work)
+    partial = shard.path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(start, start + count):
-            scene, image = composer.scene(seed, number, job.kinds)
+            scene, image = composer.scene(seed, number, shard.kinds)
             if crop is not None:
-                image = liveliest(image, crop, random.Random(f"crop {seed}/{number}"))
+                image = most_detailed_crop(image, crop, random.Random(f"crop {seed}/{number}"))
             png = io.BytesIO()
             Image.fromarray(image).save(png, "PNG", compress_level=1)
             key = f"{seed:03d}{number:08d}"
@@ -619,12 +623,12 @@ def shard(job: Job) -> Path:
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    partial.rename(job.path)
-    return job.path
+    partial.rename(shard.path)
+    return shard.path
 
 
-def liveliest(image: np.ndarray, side: int, source: random.Random) -> np.ndarray:
-    """The square window with the most contrast of three drawn ones: a VAE learns nothing from white paper."""
+def most_detailed_crop(image: np.ndarray, side: int, source: random.Random) -> np.ndarray:
+    """The crop with the most contrast of three random ones: a VAE learns nothing from a white background."""
     free = SIDE - side
     spots = [(source.randint(0, free), source.randint(0, free)) for _ in range(3)]
     windows = [image[y : y + side, x : x + side] for x, y in spots]
@@ -635,20 +639,20 @@ _composers: dict[Path, Composer] = {}
 
 
 def _composer(work: Path) -> Composer:
-    """One a process."""
+    """The composer of this process."""
     return _composers.setdefault(work, Composer(work))
 
 
-def jobs(
+def missing_shards(
     work: Path, out: Path, *, seed: int, count: int, crop: int | None = None, kinds: Mapping[str, int] = KINDS
-) -> list[Job]:
-    """The shards that are not there yet."""
-    every = [Job(work, out, seed, at, min(SHARD, count - at), crop, kinds) for at in range(0, count, SHARD)]
-    return [job for job in every if not job.path.exists()]
+) -> list[Shard]:
+    """The shards of a set that do not exist yet."""
+    every = [Shard(work, out, seed, at, min(SHARD, count - at), crop, kinds) for at in range(0, count, SHARD)]
+    return [shard for shard in every if not shard.path.exists()]
 
 
-def share(text: str) -> tuple[str, int]:
-    """`kind=percent`. Raises ValueError, which argparse tells."""
+def parse_share(text: str) -> tuple[str, int]:
+    """Parse `kind=percent`; argparse reports a ValueError."""
     kind, _, percent = text.partition("=")
     if kind not in KINDS:
         raise ValueError(kind)
@@ -657,23 +661,23 @@ def share(text: str) -> tuple[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="what sprites.py wrote")
-    parser.add_argument("out", type=Path, help="the folder for the shards; those that are there are kept")
-    parser.add_argument("--count", type=int, default=100_000, help="scenes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--crop", type=int, help="only a square of so many pixels of each: what a VAE is trained on")
+    parser.add_argument("work", type=Path, help="the folder that sprites.py wrote")
+    parser.add_argument("out", type=Path, help="the folder for the shards; existing ones are kept")
+    parser.add_argument("--count", type=int, default=100_000, help="number of scenes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument("--crop", type=int, help="crop each image to a square of this many pixels, to train a VAE")
     parser.add_argument(
-        "--share", dest="shares", action="append", type=share, default=[], metavar="KIND=PERCENT",
-        help=f"how many scenes are of a kind ({', '.join(f'{kind}={percent}' for kind, percent in KINDS.items())})",
+        "--share", dest="shares", action="append", type=parse_share, default=[], metavar="KIND=PERCENT",
+        help=f"share of a kind; can be repeated ({', '.join(f'{kind}={percent}' for kind, percent in KINDS.items())})",
     )  # fmt: skip
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    todo = jobs(
+    todo = missing_shards(
         chosen.work, chosen.out, seed=chosen.seed, count=chosen.count, crop=chosen.crop,
         kinds=KINDS | dict(chosen.shares),
     )  # fmt: skip
     with Pool() as pool:
-        for done, path in enumerate(pool.imap_unordered(shard, todo), 1):
+        for done, path in enumerate(pool.imap_unordered(write_shard, todo), 1):
             print(f"{done} of {len(todo)}: {path}", flush=True)
 
 

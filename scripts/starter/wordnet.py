@@ -1,4 +1,4 @@
-"""WordNet's nouns: their meanings, synonyms and hypernyms, out of Debian's package wordnet-base (format: wndb(5WN))."""
+"""WordNet's nouns: meanings, synonyms and hypernyms, from Debian's package wordnet-base (format: wndb(5WN))."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 THINGS = {"05": 6, "06": 6, "08": 2, "13": 5, "15": 1, "17": 3, "18": 4, "20": 3, "27": 1}
-"""WordNet's files of nouns that can be generated (animal, artifact, body, food, location, object, person, plant,
-substance), and how often captions are made of them."""
+"""WordNet's noun files for visible things (animal, artifact, body, food, location, object, person, plant, substance) ->
+their weights in random captions."""
 
 
 class Synset(NamedTuple):
-    """A meaning: its words, the most usual first, what they mean, and the meanings that are wider."""
+    """A meaning: its words, the most frequent first, its definition, and its hypernyms."""
 
     file: str
     lemmas: tuple[str, ...]
     gloss: str
     offset: str
     hypernyms: tuple[str, ...]
-    """By their offsets."""
+    """Their offsets."""
 
 
-def fetched(packages: Path) -> Path:
-    """WordNet's folder out of Debian's package, which `apt-get download` fetches into `packages` unless it is there."""
+def fetch(packages: Path) -> Path:
+    """WordNet's folder, unpacked from Debian's package, which `apt-get download` saves in `packages` once."""
     folder = packages / "wordnet" / "usr" / "share" / "wordnet"
     if not folder.exists():
         packages.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,9 @@ def fetched(packages: Path) -> Path:
 
 
 def synsets(path: Path) -> Iterator[Synset]:
-    """The meanings in one of WordNet's data files."""
+    """Read the meanings in one of WordNet's data files."""
     for line in path.read_text(encoding="latin-1").splitlines():
-        if not line.startswith("  "):  # the licence stands at the top
+        if not line.startswith("  "):  # the licence at the top is indented
             fields, _, gloss = line.partition(" | ")
             parts = fields.split(" ")
             words = int(parts[3], 16)
@@ -51,7 +51,7 @@ def synsets(path: Path) -> Iterator[Synset]:
 
 
 def counts(folder: Path) -> dict[str, int]:
-    """How often each noun stands in the texts that WordNet's makers read."""
+    """Noun -> its frequency in the texts that WordNet's authors annotated."""
     found: dict[str, int] = {}
     for line in (folder / "cntlist.rev").read_text(encoding="latin-1").splitlines():
         sense, _, count = line.split(" ")
@@ -67,19 +67,19 @@ def _readable(lemma: str) -> str:
 
 
 class Nouns:
-    """The nouns of WordNet's folder by their words."""
+    """The nouns in WordNet's folder, found by word."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def synsets(self) -> dict[str, Synset]:
-        """By offset."""
+        """Offset -> meaning."""
         return {synset.offset: synset for synset in synsets(self.folder / "data.noun")}
 
     @cached_property
     def _index(self) -> dict[str, list[str]]:
-        """Word -> the offsets of its meanings, the most usual first."""
+        """Word -> the offsets of its meanings, the most frequent first."""
         found = {}
         for line in (self.folder / "index.noun").read_text(encoding="latin-1").splitlines():
             if not line.startswith("  "):
@@ -88,15 +88,15 @@ class Nouns:
         return found
 
     def thing(self, word: str) -> Synset | None:
-        """What a word, or its plural, means when it is generated: its most usual meaning that is a thing."""
+        """The most frequent meaning of a word, or of a plural, that is a visible thing; None if there is none."""
         for known in (word, word.removesuffix("s")):
             if known in self._index:
                 meanings = (self.synsets[offset] for offset in self._index[known])
                 return next((one for one in meanings if one.file in THINGS), None)
         return None
 
-    def said_fully(self, word: str) -> str:
-        """A word with its synonyms and the next wider word: "telly, television, receiver"; or alone."""
+    def with_synonyms(self, word: str) -> str:
+        """A word, its synonyms and its hypernym: "telly, television, receiver"; the word alone if unknown."""
         synset = self.thing(word)
         if synset is None:
             return word

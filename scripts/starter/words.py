@@ -1,4 +1,4 @@
-"""What people call the things that the starter generates: names, other words about them, articles and plurals."""
+"""The vocabulary of the starter's things: names, tags, articles and plurals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from make_emoji_dataset import COLOUR_WORDS, with_article
 
 LISTS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 UNSEEN: dict[str, list[str]] = LISTS["unseen"]
-"""Word that no caption has -> the labels of what an image of it may show."""
-NEVER = re.compile(rf"\b({'|'.join(map(re.escape, UNSEEN))})(s|es)?\b", re.IGNORECASE)
+"""Word that no caption contains -> the labels of the emoji that count for it."""
+UNSEEN_WORD = re.compile(rf"\b({'|'.join(map(re.escape, UNSEEN))})(s|es)?\b", re.IGNORECASE)
 ALREADY_SEVERAL = re.compile(
     r"([^s]s|fries|teeth|people|mail|money|bread|fire|rice|bacon|cheese|popcorn|snow|fog|wind|"
     r"water|coral|butter|salt|ice|corn|coffee|tea)$"
@@ -33,45 +33,45 @@ IRREGULAR = {
 
 @dataclass(frozen=True)
 class Concept:
-    """A thing with its drawings."""
+    """A thing with its names and drawings."""
 
     label: str
     """Unicode's name of the emoji."""
     group: str
     subgroup: str
     names: tuple[str, ...]
-    """What captions call it, the most usual first; none is a word of `UNSEEN`."""
+    """Its names in captions, the most common first; none contains a word of `UNSEEN`."""
     tags: tuple[str, ...]
     sprites: dict[str, int] = field(hash=False)
-    """Style -> place in sprites.npy."""
+    """Style -> index in sprites.npy."""
 
     @property
     def name(self) -> str:
-        """The most usual name."""
+        """The most common name."""
         return self.names[0]
 
     @property
     def popular(self) -> bool:
-        """Whether it has everyday names of its own."""
+        """Whether words.toml lists everyday names for it."""
         return self.label in LISTS["names"]
 
 
 def concepts(work: Path) -> list[Concept]:
-    """What sprites.py drew into `work`, in Unicode's order. Concepts without a permitted name are left out."""
+    """The concepts that sprites.py wrote to `work`, in Unicode's order, except those without a permitted name."""
     found: dict[str, Concept] = {}
     for place, line in enumerate((work / "sprites.json").read_text(encoding="utf-8").splitlines()):
         facts = json.loads(line)
         label = facts["label"]
         if label not in found:
             names = names_of(label, facts["group"])
-            tags = tuple(tag for tag in facts["tags"] if len(tag) > 2 and tag.isalpha() and not NEVER.search(tag))
+            tags = tuple(tag for tag in facts["tags"] if len(tag) > 2 and tag.isalpha() and not UNSEEN_WORD.search(tag))
             found[label] = Concept(label, facts["group"], facts["subgroup"], names, tags, {})
         found[label].sprites[facts["style"]] = place
     return [concept for concept in found.values() if concept.names]
 
 
 def names_of(label: str, group: str) -> tuple[str, ...]:
-    """The everyday names of an emoji, then its own."""
+    """The everyday names of an emoji, then its Unicode name."""
     own = label.lower().replace(":", "")
     names = [*LISTS["names"].get(label, ())]
     if group == "animals-nature" and own.endswith(" face"):
@@ -83,18 +83,18 @@ def names_of(label: str, group: str) -> tuple[str, ...]:
         first, _, rest = own.partition(" ")
         if first in COLOUR_WORDS and rest and group in ("food-drink", "objects", "travel-places"):
             names.append(rest)
-    return tuple(dict.fromkeys(name for name in names if not NEVER.search(name)))
+    return tuple(dict.fromkeys(name for name in names if not UNSEEN_WORD.search(name)))
 
 
-def one(name: str) -> str:
-    """With an article where it takes one: "an apple", "jeans"."""
+def singular(name: str) -> str:
+    """A name with its article, if it takes one: "an apple", "jeans"."""
     if re.match(r"(the|a|an|my|two|three) ", name) or name in ("santa", "santa claus", "mrs. claus"):
         return name
     return with_article(name)
 
 
-def several(name: str) -> str:
-    """The plural: "dogs", "cups of coffee"."""
+def plural(name: str) -> str:
+    """The plural of a name: "dogs", "cups of coffee"."""
     head = re.split(r" (?:with|of|in|on|and|at|over|behind) ", name)[0]
     rest = name.removeprefix(head)
     before, _, last = head.rpartition(" ")
@@ -111,6 +111,6 @@ def several(name: str) -> str:
     return f"{before} {last}{rest}".strip()
 
 
-def held_out(*parts: str) -> bool:
-    """Whether a combination is kept out of training: every tenth, by its words alone."""
+def is_held_out(*parts: str) -> bool:
+    """Whether a combination is excluded from training: every tenth, by a hash of its words."""
     return hashlib.sha256("|".join(parts).encode()).digest()[0] < 26

@@ -200,7 +200,7 @@ def test_a_mirrored_alias_is_mirrored_and_other_turns_are_left_out() -> None:
     fake.svg_to_bytes = lambda **_: data.getvalue()  # type: ignore[attr-defined]
     sys.modules["resvg_py"] = fake
     try:
-        image = module.rasterised(drawing, size=16, margin=0.0, transparent=False)
+        image = module.rasterise(drawing, size=16, margin=0.0, transparent=False)
     finally:
         del sys.modules["resvg_py"]
     assert image.getpixel((1, 8))[2] > 200
@@ -273,7 +273,7 @@ def test_what_is_missing_is_told_in_a_sentence(packages: Path, tmp_path: Path) -
             "no group 'food'; there are animal-",
         ),
         ([tmp_path / "out", "--packages", packages, "--groups", "component"], rasteriser, "no group 'component'"),
-        ([tmp_path / "out", "--packages", packages, "--size", "4"], rasteriser, "--size is 8 to 1024"),
+        ([tmp_path / "out", "--packages", packages, "--size", "4"], rasteriser, "--size must be 8 to 1024"),
         ([tmp_path / "out", "--packages", packages, "--style", "comic"], rasteriser, "invalid choice"),
     ]
     if importlib.util.find_spec("resvg_py") is None:

@@ -110,26 +110,26 @@ def test_no_caption_has_a_word_that_measures_meaning_or_a_combination_that_is_he
             assert 1 <= len(scene.captions) <= 3
             assert len(set(scene.captions)) == len(scene.captions)
             for caption in scene.captions:
-                assert not words.NEVER.search(caption), caption
+                assert not words.UNSEEN_WORD.search(caption), caption
                 assert caption == caption.strip()
                 assert "  " not in caption
             labels = scene.labels
             if kind == "pair":
-                assert not words.held_out(*sorted(labels))
+                assert not words.is_held_out(*sorted(labels))
             elif kind == "ride":
-                assert not words.held_out(labels[0], "rides", labels[1])
+                assert not words.is_held_out(labels[0], "rides", labels[1])
                 assert labels != ("astronaut", "horse")
             elif kind == "place":
-                assert not words.held_out(labels[0], scene.place)
+                assert not words.is_held_out(labels[0], scene.place)
             elif kind == "count":
                 assert len(set(labels)) == 1
-                assert not words.held_out(labels[0], str(len(labels)))
-                assert len(scene.placed) == len(labels) == int(scene.said)
+                assert not words.is_held_out(labels[0], str(len(labels)))
+                assert len(scene.placed) == len(labels) == int(scene.attribute)
             elif kind == "recoloured":
-                assert not words.held_out(labels[0], scene.said)
-                assert all(scene.said in caption for caption in scene.captions)
+                assert not words.is_held_out(labels[0], scene.attribute)
+                assert all(scene.attribute in caption for caption in scene.captions)
     for a in THINGS:
-        held += sum(words.held_out(a[0], place) for place in scenes.PLACES)
+        held += sum(words.is_held_out(a[0], place) for place in scenes.PLACES)
     assert 5 < held < 40, "about every tenth of 187"
 
 
@@ -155,7 +155,7 @@ def test_images_show_what_the_scene_says(scripts: dict[str, ModuleType], work: P
         assert (image[0, 0] == 255).all(), "white behind it"
     for _ in range(30):
         scene = composer.plan("recoloured", source)
-        hue = scenes.HUES[scene.said][0]
+        hue = scenes.HUES[scene.attribute][0]
         pixels = Image.fromarray(composer.draw(scene, source)).convert("HSV").crop((54, 54, 74, 74))
         found = np.asarray(pixels)[..., 0].astype(float).mean() * 360 / 256
         assert abs((found - hue + 180) % 360 - 180) < 25, (scene, found)
@@ -167,10 +167,10 @@ def test_a_laid_sprite_has_no_rim_of_another_colour(scripts: dict[str, ModuleTyp
     sprite = np.zeros((128, 128, 4), np.uint8)
     sprite[30:90, 30:90] = 255
     canvas = scenes.plain((255, 255, 255))
-    scenes.lay(canvas, sprite, 64, 64, 70.3)
+    scenes.blend(canvas, sprite, 64, 64, 70.3)
     assert np.allclose(canvas, 255, atol=1.01), "white on white stays white"
     before = canvas.copy()
-    scenes.lay(canvas, sprite, -300, 64, 40)
+    scenes.blend(canvas, sprite, -300, 64, 40)
     assert np.array_equal(canvas, before), "beside the canvas there is nothing to draw"
 
 
@@ -179,8 +179,8 @@ def test_shards_are_read_by_the_trainers_and_a_longer_set_goes_on_from_a_shorter
 ) -> None:
     scenes = scripts["scenes"]
     monkeypatch.setattr(scenes, "SHARD", 8)
-    for job in scenes.jobs(work, tmp_path, seed=5, count=16):
-        scenes.shard(job)
+    for shard in scenes.missing_shards(work, tmp_path, seed=5, count=16):
+        scenes.write_shard(shard)
     images = open_images(tmp_path)
     assert len(images) == 16
     scene, drawn = scenes.Composer(work).scene(5, 9)
@@ -189,8 +189,8 @@ def test_shards_are_read_by_the_trainers_and_a_longer_set_goes_on_from_a_shorter
     with tarfile.open(tmp_path / "005-00001.tar") as tar:
         assert np.array_equal(np.asarray(Image.open(tar.extractfile("00500000009.png"))), drawn)  # type: ignore[arg-type]
     assert number == 9
-    assert [job.start for job in scenes.jobs(work, tmp_path, seed=5, count=24)] == [16]
-    crop = scenes.liveliest(drawn, 32, random.Random(0))
+    assert [shard.start for shard in scenes.missing_shards(work, tmp_path, seed=5, count=24)] == [16]
+    crop = scenes.most_detailed_crop(drawn, 32, random.Random(0))
     assert crop.shape == (32, 32, 3)
 
 
@@ -201,7 +201,7 @@ def test_shards_are_read_by_the_trainers_and_a_longer_set_goes_on_from_a_shorter
      ("house with a garden", "houses with a garden"), ("monkey", "monkeys"), ("star", "stars")],
 )  # fmt: skip
 def test_plurals(scripts: dict[str, ModuleType], name: str, plural: str) -> None:
-    assert scripts["words"].several(name) == plural
+    assert scripts["words"].plural(name) == plural
 
 
 def test_texts_of_the_text_encoder_have_the_words_that_captions_leave_out(
@@ -241,21 +241,21 @@ def small_wordnet(folder: Path) -> Path:
     return folder
 
 
-def test_wordnet_tells_synonyms_and_the_next_wider_word(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_wordnet_gives_synonyms_and_the_hypernym(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     nouns = scripts["wordnet"].Nouns(small_wordnet(tmp_path / "dict"))
-    assert nouns.said_fully("dog") == "dog, domestic dog, canine"
+    assert nouns.with_synonyms("dog") == "dog, domestic dog, canine"
     assert nouns.thing("dogs") == nouns.thing("dog"), "a plural"
-    assert nouns.said_fully("cognition") == "cognition", "no thing"
-    assert nouns.said_fully("zebra") == "zebra", "not in this dictionary"
-    meant = scripts["meanings"].alone("domestic dog", nouns)
+    assert nouns.with_synonyms("cognition") == "cognition", "not a thing"
+    assert nouns.with_synonyms("zebra") == "zebra", "not in this dictionary"
+    phrased = scripts["meanings"].phrasings("domestic dog", nouns)
     full = "domestic dog, dog, canine"
-    assert set(meant) == {"domestic dog", "a domestic dog", "domestic dogs"}
-    assert set(meant.values()) == {("a domestic dog", full, f"{full}, a member of the genus canis")}
+    assert set(phrased) == {"domestic dog", "a domestic dog", "domestic dogs"}
+    assert set(phrased.values()) == {("a domestic dog", full, f"{full}, a member of the genus canis")}
 
 
-def test_a_meaning_is_the_mean_of_what_the_teacher_says(scripts: dict[str, ModuleType]) -> None:
+def test_a_meaning_is_the_mean_of_the_teachers_vectors(scripts: dict[str, ModuleType]) -> None:
     table = {"a": torch.tensor([1.0, 0]), "b": torch.tensor([0, 1.0])}
-    found = scripts["meanings"].meanings(lambda texts: torch.stack([table[text] for text in texts]), {
+    found = scripts["meanings"].meaning_vectors(lambda texts: torch.stack([table[text] for text in texts]), {
         "x": ("a",), "y": ("a", "b"), "z": ("b", "a", "b"),
     })  # fmt: skip
     wanted = torch.tensor([[1, 0], [0.5**0.5, 0.5**0.5], [0.2**0.5, 0.8**0.5]])
@@ -268,7 +268,7 @@ def test_a_synonym_is_near_to_its_name_and_a_caption_has_it_in_its_place(
     composer, synonyms = scripts["scenes"].Composer(work), scripts["synonyms"]
     names = [name for concept in composer.concepts for name in concept.names]
     words = ["poodle", "arabian", "tabby", "nothing", "dog", "green", "dog house", "police dog"]
-    texts = list(dict.fromkeys(scripts["words"].one(text) for text in (*names, *words)))
+    texts = list(dict.fromkeys(scripts["words"].singular(text) for text in (*names, *words)))
     rows = {text: row for row, text in enumerate(texts)}
     vectors = torch.eye(len(texts))
     near = {
@@ -280,31 +280,31 @@ def test_a_synonym_is_near_to_its_name_and_a_caption_has_it_in_its_place(
         "police dog": "dog",
     }
     for word, name in near.items():
-        row = rows[scripts["words"].one(word)]
+        row = rows[scripts["words"].singular(word)]
         vectors[row] = torch.nn.functional.normalize(vectors[row] + 3 * vectors[rows[f"a {name}"]], dim=0)
     found = synonyms.synonyms(composer, words, rows, vectors)
     assert found == {"dog": ("poodle", "police dog"), "horse": ("arabian",), "cat": ("tabby",)}
 
     assert ["an horse", "an arabian"] in list(synonyms.words(found, {}))  # the word alone makes the difference
-    assert list(synonyms.words(found, {"tabby": 3})).count(["cats", "tabbies"]) == synonyms.USUAL
+    assert list(synonyms.words(found, {"tabby": 3})).count(["cats", "tabbies"]) == synonyms.COMMON_WEIGHT
     assert list(synonyms.words(found, {})).count(["dogs", "poodles", "police dogs"]) == 1
     lists = list(synonyms.captions(composer, found, {}, random.Random(1), 300))
     assert len(lists) == 300
     both = [pair for pair in lists if len(pair) == 2]
     assert len(both) > 30
     for first, other in both:
-        said = next(word for words in found.values() for word in words if word in other)
-        name = next(name for name, words in found.items() if said in words)
-        assert other.replace(said, name, 1) == first
+        synonym = next(word for words in found.values() for word in words if word in other)
+        name = next(name for name, words in found.items() if synonym in words)
+        assert other.replace(synonym, name, 1) == first
         assert not re.search(r"\ba arabian|\ban (poodle|police|tabby)", other)
 
 
 def test_prompts_ask_for_what_was_trained_and_for_what_was_held_out(scripts: dict[str, ModuleType], work: Path) -> None:
     evaluate, words = scripts["evaluate"], scripts["words"]
     prompts = evaluate.Prompts(scripts["scenes"].Composer(work))
-    asked = list(prompts.combined())
-    assert [one.prompt for one in asked] == [one.prompt for one in evaluate.Prompts(prompts.composer).combined()]
-    groups = {one.group for one in asked}
+    expectations = list(prompts.combined())
+    assert [one.prompt for one in expectations] == [one.prompt for one in evaluate.Prompts(prompts.composer).combined()]
+    groups = {one.group for one in expectations}
     assert {
         "colours",
         "held-out colours",
@@ -314,10 +314,10 @@ def test_prompts_ask_for_what_was_trained_and_for_what_was_held_out(scripts: dic
         "counts",
         "backgrounds",
     } <= groups
-    assert asked[-1].prompt == "an astronaut riding a horse"
-    assert not {one.prompt for one in asked if one.group == "riding"} & {asked[-1].prompt}
+    assert expectations[-1].prompt == "an astronaut riding a horse"
+    assert not {one.prompt for one in expectations if one.group == "riding"} & {expectations[-1].prompt}
     unseen = list(prompts.synonyms())
-    assert {one.prompt for one in unseen} == {words.one(word) for word in words.UNSEEN}
+    assert {one.prompt for one in unseen} == {words.singular(word) for word in words.UNSEEN}
     puppy = next(one for one in unseen if one.prompt == "a puppy")
     assert puppy.things == (frozenset({prompts.numbers["dog"]}),)
 
@@ -327,7 +327,7 @@ def test_the_judge_learns_the_sprites_and_its_report_names_the_held_out_style(
     scripts: dict[str, ModuleType], work: Path
 ) -> None:
     judge = scripts["judge"]
-    trained = judge.trained(work, steps=160, count=600, batch=32)
+    trained = judge.train(work, steps=160, count=600, batch=32)
     seen_styles = judge.accuracy(trained, work, "fluent-emoji", each=40)
     assert seen_styles["objects top-1"] > 50, "17 things: chance is 6 %"
     assert seen_styles["backgrounds"] > 15, "23 backgrounds: chance is 4 %"
@@ -349,15 +349,15 @@ def test_frechet_distance_and_diversity_have_their_closed_forms(scripts: dict[st
 
 def test_groups_count_what_they_ask_for(scripts: dict[str, ModuleType]) -> None:
     evaluate, judge = scripts["evaluate"], scripts["judge"]
-    asked = [
-        evaluate.Requested("objects", "a cat", (frozenset({2}),), 1),
-        evaluate.Requested("two objects", "a cat and a dog", (frozenset({2}), frozenset({1})), 3),
-        evaluate.Requested("counts", "two cats", (frozenset({2}),), count=2),
-        evaluate.Requested("colours", "a red cat", (frozenset({2}),), colour="red"),
-        evaluate.Requested("backgrounds", "a cat in the snow", (frozenset({2}),), place="snow"),
+    expectations = [
+        evaluate.Expectation("objects", "a cat", (frozenset({2}),), 1),
+        evaluate.Expectation("two objects", "a cat and a dog", (frozenset({2}), frozenset({1})), 3),
+        evaluate.Expectation("counts", "two cats", (frozenset({2}),), count=2),
+        evaluate.Expectation("colours", "a red cat", (frozenset({2}),), colour="red"),
+        evaluate.Expectation("backgrounds", "a cat in the snow", (frozenset({2}),), place="snow"),
     ]
     order = torch.tensor([[1, 2, 0, 3, 4, 5]] * 5)
-    seen = judge.Seen(
+    seen = judge.Predictions(
         features=torch.zeros(5, 2),
         things=order,
         count=torch.tensor([1, 1, 2, 1, 1]),
@@ -365,10 +365,10 @@ def test_groups_count_what_they_ask_for(scripts: dict[str, ModuleType]) -> None:
         colour=torch.tensor([judge.COLOUR_NAMES.index("blue")] * 5),
     )
     order = torch.tensor([[2, 0, 0, 0], [0, 0, 0, 1]])
-    parts = {1: judge.Seen(seen.features, order, seen.count, seen.place, seen.colour)}
-    assert evaluate.table(asked, seen, parts, 1)["two objects"] == 0, "the dog is the fourth guess"
+    parts = {1: judge.Predictions(seen.features, order, seen.count, seen.place, seen.colour)}
+    assert evaluate.table(expectations, seen, parts, 1)["two objects"] == 0, "the dog is the fourth guess"
     parts[1].things[1] = torch.tensor([0, 1, 0, 0])
-    assert evaluate.table(asked, seen, parts, 1) == {
+    assert evaluate.table(expectations, seen, parts, 1) == {
         "objects top-1": 0, "objects top-5": 100, "two objects": 100, "counts": 100, "colours": 0, "backgrounds": 100,
     }  # fmt: skip
 
@@ -393,7 +393,7 @@ def test_sprites_keep_things_and_leave_variants_and_letters(scripts: dict[str, M
 
 
 @pytest.mark.slow
-def test_every_script_says_what_it_does() -> None:
+def test_every_script_has_a_help_page() -> None:
     programs = [path for path in sorted(SCRIPTS.glob("*.py")) if "def main()" in path.read_text()]
     assert programs
     for path in programs:
@@ -413,7 +413,7 @@ def test_the_recipe_in_miniature_makes_a_model_folder_in_two_goes(
     command = [sys.executable, SCRIPTS / "train.py", tmp_path, "--recipe", recipe]
     first = subprocess.run([*command, "--max-minutes", "0.01"], capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
-    assert "the time is over" in first.stderr
+    assert "time is up" in first.stderr
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     again = subprocess.run(command, capture_output=True, text=True, check=True)
