@@ -226,7 +226,7 @@ def shard(
 
     Equal images give equal shards, byte for byte. DIR appears with all its shards, or not at all.
     """
-    from sdcli.data.webdataset import write_shards
+    from sdcli.data.write_shards import write_shards
     from sdcli.io.rng import permutation
 
     console = Console(quiet=quiet, verbose=verbose, json=json)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdcli.data.folders import LatentFiles
+from sdcli.data.latent_folders import LatentFiles
 from sdcli.data.records import Dropped, ImageSet, Remark
 from sdcli.errors import BadImage, BadLatents, CannotWrite, NotFound
 from sdcli.images.image_files import image_from_bytes

@@ -62,7 +62,7 @@ class ImageSet(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """Images; or latents, which have `read_latents` as well (`folders.LatentFiles`)."""
+        """Images; or latents, which have `read_latents` as well (`latent_folders.LatentFiles`)."""
 
     @property
     def streamed(self) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from sdcli.data.folders import LATENT_SUFFIXES, Tree, open_folder, open_latents, scan, split_by_name
+from sdcli.data.file_tree import LATENT_SUFFIXES, Tree, scan, split_by_name
+from sdcli.data.folders import open_folder
 from sdcli.data.hub_datasets import HUB_DATA, open_hub
+from sdcli.data.latent_folders import open_latents
 from sdcli.data.parquet import open_rows
+from sdcli.data.patterns import matches
 from sdcli.data.records import IMAGE_SUFFIXES, Dropped, ImageSet, file_stamp
-from sdcli.data.webdataset import expand_braces, open_shards
+from sdcli.data.webdataset import open_shards
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
 
@@ -61,7 +63,7 @@ def open_images(
     if os.path.lexists(path):
         return _open_files([str(path)], source=source, extension=extension, columns=columns, dropped=())
     if re.search(r"[*?\[{]", source):
-        files, dropped = _matches(os.path.expanduser(source))
+        files, dropped = matches(os.path.expanduser(source))
         return _open_files(files, source=source, extension=extension, columns=columns, dropped=dropped)
     hub = HUB_DATA.fullmatch(source)
     if hub is not None and (hub["sure"] or not path.parent.is_dir()):
@@ -130,22 +132,6 @@ def _open_files(
     if suffixes & (IMAGE_SUFFIXES | LATENT_SUFFIXES | {".jsonl", ".csv"}):
         raise UsageError(f"{source} names single files; give the folder in which they lie")
     raise UsageError(f"{source} is no folder, and neither tar shards nor parquet files; looked for {LOOKED_FOR}")
-
-
-def _matches(pattern: str) -> tuple[list[str], tuple[Dropped, ...]]:
-    """The files that a pattern stands for, in its order, and those that it names and are not there."""
-    files: list[str] = []
-    absent: list[Dropped] = []
-    for path in expand_braces(pattern):
-        if re.search(r"[*?\[]", path):
-            files += sorted(glob.glob(path, recursive=True))
-        elif os.path.lexists(path):
-            files.append(path)
-        else:
-            absent.append(Dropped(path, "there is no such file"))
-    if not files:
-        raise NotFound(f"no file is called {pattern}")
-    return list(dict.fromkeys(files)), tuple(absent)
 
 
 def _short_names(files: Sequence[str]) -> list[str]:

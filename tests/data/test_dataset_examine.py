@@ -18,7 +18,7 @@ from sdcli.data import examine as module
 from sdcli.data.duplicates import same_bytes, similar
 from sdcli.data.examine import Examination, difference_hash, examination, examine, look
 from sdcli.data.sources import open_images
-from sdcli.data.webdataset import write_shards
+from sdcli.data.write_shards import write_shards
 from sdcli.errors import BadImage
 from sdcli.images.image_files import image_from_bytes, open_image
 from tests.data.test_dataset_folders import IMAGE, folder_of, image_bytes, latent_file, tree_digest

@@ -19,9 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdcli.data.patterns import expand_braces
 from sdcli.data.records import Item, Items, Listed
 from sdcli.data.sources import open_images
-from sdcli.data.webdataset import expand_braces, members_of, write_shards
+from sdcli.data.tar import members_of
+from sdcli.data.write_shards import write_shards
 from sdcli.errors import BadImage, CannotWrite, NotFound, UsageError
 from sdcli.io.files import AlreadyExists
 from tests.data.test_dataset_folders import IMAGE, dropped, folder_of, image_bytes, listed
@@ -342,7 +344,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> 
 KILLED = """
 import sys
 from pathlib import Path
-from sdcli.data.webdataset import write_shards
+from sdcli.data.write_shards import write_shards
 from sdcli.data.sources import open_images
 images = open_images(sys.argv[1])
 for shard in write_shards(images, Path(sys.argv[2]), indices=list(range(len(images))) * 100000, max_pictures=1):
@@ -368,7 +370,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path: Path
 FULL = """
 import resource, sys
 from pathlib import Path
-from sdcli.data.webdataset import write_shards
+from sdcli.data.write_shards import write_shards
 from sdcli.data.sources import open_images
 from sdcli.errors import CannotWrite
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))

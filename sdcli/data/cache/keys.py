@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from sdcli.data.buckets import Size
-from sdcli.data.cache.store import KEY_BYTES, Records, TensorStore
-from sdcli.data.folders import LatentFiles
+from sdcli.data.cache.records import Records
+from sdcli.data.cache.shards import KEY_BYTES
+from sdcli.data.cache.store import TensorStore
+from sdcli.data.latent_folders import LatentFiles
 from sdcli.data.records import Dropped
 from sdcli.encoders.clip import ClipTextConfig
 from sdcli.encoders.tokenizer import ClipTokenizer
@@ -42,7 +44,7 @@ _NOT_ARITHMETIC = frozenset(
 
 @dataclass(frozen=True)
 class Frame:
-    """How an image was brought to a size; see `framing.frame`."""
+    """How an image was brought to a size; see `buckets.frame`."""
 
     size: Size
     at: tuple[float, float] = (0.5, 0.5)

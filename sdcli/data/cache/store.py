@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
-import math
 import os
-import re
-import secrets
 import threading
 import time
 import weakref
@@ -22,56 +18,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from sdcli.errors import BadWeights, NotFound, SdcliError
+from sdcli.data.cache.shards import DTYPES, KEY_BYTES, DamagedCache, Part, changed, records_in, shard_of
+from sdcli.errors import NotFound
 from sdcli.io.files import write_whole
 from sdcli.io.temporary_files import sweep
-from sdcli.io.weight_files import MAX_TENSORS, check_header
+from sdcli.io.weight_files import MAX_TENSORS
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 120.0
 """A shard is written after this time at the latest, so that a killed process never loses more than that."""
 MAX_OPEN_SHARDS = 256
 """Files that are kept open; the shards beyond are opened for each reading."""
-
-KEY_BYTES = 32
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CHECKSUMS = "crc32"
-_SHARD_NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{8}\.safetensors")
-
-
-class DamagedCache(SdcliError):
-    """A file of the cache is not as it was written."""
-
-
-class _Part(NamedTuple):  # of which an index is made by the hundred thousand, and quicker than a dataclass
-    """One tensor of a record, without its place."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +67,7 @@ class TensorStore:
         self._shard_bytes = shard_bytes
         self._shards: list[str] = []
         self._damaged: list[str] = []
-        self._layouts: list[tuple[_Part, ...]] = []
+        self._layouts: list[tuple[Part, ...]] = []
         self._index = _Index()
         self._reset()
         self.refresh()
@@ -198,8 +161,8 @@ class TensorStore:
         for place, part in enumerate(self._layouts[index.layouts[number]], start=first):
             data = self._bytes_at(shard, int(index.offsets[place]), part.size)
             if zlib.crc32(data) != index.checksums[place]:
-                raise DamagedCache(_changed(self.path / self._shards[shard]))
-            dtype = _DTYPES[part.dtype]
+                raise DamagedCache(changed(self.path / self._shards[shard]))
+            dtype = DTYPES[part.dtype]
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             record[part.name] = flat.reshape(part.shape)
         return record
@@ -210,6 +173,10 @@ class TensorStore:
             return 0
         sizes = np.array([sum(part.size for part in layout) for layout in self._layouts], dtype=np.int64)
         return int(sizes[self._index.layouts[numbers]].sum())
+
+    def layouts_of(self, numbers: np.ndarray) -> tuple[np.ndarray, Sequence[tuple[Part, ...]]]:
+        """The layout of each of these records, int32 [n], as places in the list of all layouts."""
+        return self._index.layouts[numbers], self._layouts
 
     def _bytes_at(self, shard: int, offset: int, size: int) -> bytearray:
         path = self.path / self._shards[shard]
@@ -268,15 +235,7 @@ class TensorStore:
         with self._lock:
             if not self._pending:
                 return
-            tensors = {
-                f"{key.hex()}.{name}": tensor
-                for key, record in self._pending.items()
-                for name, tensor in record.items()
-            }
-            checksums = "".join(f"{zlib.crc32(_bytes_of(tensors[name])):08x}" for name in sorted(tensors))
-            data = save(tensors, metadata={"kind": self.kind, _CHECKSUMS: checksums})
-            header = data[: 8 + int.from_bytes(data[:8], "little")]
-            name = f"{_header_digest(header)}-{secrets.token_hex(4)}.safetensors"
+            name, data = shard_of(self._pending, self.kind)
             sweep(self.path)
             write_whole(self.path / name, data, overwrite=False)
             self._learn([name])  # before they leave the memory, so that another thread finds them at any time
@@ -311,7 +270,7 @@ class TensorStore:
         before = len(self._index.offsets)
         for name in names:
             try:
-                records = _records_of(self.path / name)
+                records = records_in(self.path / name)
             except DamagedCache:
                 self._damaged.append(name)
                 continue
@@ -342,83 +301,6 @@ class TensorStore:
         )
 
 
-class Records:
-    """Chosen records of a store, by number: in memory where they fit into `budget` bytes, else read when asked for.
-
-    Raises DamagedCache, at once for what is held.
-    """
-
-    def __init__(self, store: TensorStore, numbers: np.ndarray, *, budget: int = 0) -> None:
-        self._store = store
-        self._numbers = np.unique(numbers)
-        self._stacks: list[dict[str, Tensor]] = []
-        self.held = 0 < store.size_of(self._numbers) <= budget
-        """Whether they are in memory."""
-        if self.held:
-            self._hold()
-
-    def __contains__(self, number: int) -> bool:
-        place = int(np.searchsorted(self._numbers, number))
-        return place < len(self._numbers) and bool(self._numbers[place] == number)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        if not self.held:
-            return self._store.read(number)
-        place = int(np.searchsorted(self._numbers, number))
-        stack = self._stacks[self._stack_of[place]]
-        return {name: tensor[self._row_of[place]].clone() for name, tensor in stack.items()}
-
-    def _hold(self) -> None:
-        """Records of equal layout are stacked: a hundred thousand tensor objects take more room than small latents."""
-        layouts = self._store._index.layouts[self._numbers]
-        self._stack_of = np.zeros(len(self._numbers), dtype=np.int32)
-        self._row_of = np.zeros(len(self._numbers), dtype=np.int64)
-        for number, layout in enumerate(np.unique(layouts)):
-            places = np.flatnonzero(layouts == layout)
-            self._stack_of[places], self._row_of[places] = number, np.arange(len(places))
-            parts = self._store._layouts[layout]
-            stack = {part.name: torch.empty((len(places), *part.shape), dtype=_DTYPES[part.dtype]) for part in parts}
-            for row, place in enumerate(places):
-                for name, tensor in self._store.read(int(self._numbers[place])).items():
-                    stack[name][row] = tensor
-            self._stacks.append(stack)
-
-
-def _records_of(path: Path) -> dict[bytes, list[tuple[_Part, int, int]]]:
-    """The records in a shard by its header: key -> for each tensor its part, offset in the file and CRC-32.
-
-    Raises DamagedCache for whatever is not as it was written; then nothing of the shard is used.
-    """
-    try:
-        header = check_header(path)
-        with open(path, "rb") as file:
-            start = file.read(8)
-            raw = start + file.read(int.from_bytes(start, "little"))
-    except (BadWeights, OSError):
-        raise DamagedCache(_changed(path)) from None
-    name = _SHARD_NAME.fullmatch(path.name)
-    if name is None or _header_digest(raw) != name[1]:
-        raise DamagedCache(_changed(path))
-    records: dict[str, list[tuple[_Part, int, int]]] = {}
-    sizes: dict[_Part, int] = {}
-    try:
-        checksums = bytes.fromhex(header.pop("__metadata__")[_CHECKSUMS])
-        for place, stored in enumerate(sorted(header)):
-            entry = header[stored]
-            key, name_in_record = stored[: 2 * KEY_BYTES], stored[2 * KEY_BYTES + 1 :]
-            part = _Part(name_in_record, entry["dtype"], tuple(entry["shape"]))
-            if part not in sizes:
-                sizes[part] = part.size
-            begin, end = entry["data_offsets"]
-            if begin < 0 or end - begin != sizes[part]:
-                raise ValueError
-            checksum = int.from_bytes(checksums[4 * place : 4 * place + 4])
-            records.setdefault(key, []).append((part, len(raw) + begin, checksum))
-        return {bytes.fromhex(key): parts for key, parts in records.items()}
-    except (KeyError, TypeError, ValueError):
-        raise DamagedCache(_changed(path)) from None
-
-
 @contextlib.contextmanager
 def _without_collecting_garbage() -> Iterator[None]:
     """Headers become millions of small objects, none of them garbage; looking for some took half of the time."""
@@ -431,22 +313,9 @@ def _without_collecting_garbage() -> Iterator[None]:
             gc.enable()
 
 
-def _changed(path: Path) -> str:
-    return f"{path} is not as it was written; delete it, and what it held is computed again"
-
-
-def _header_digest(header: bytes) -> str:
-    return hashlib.sha256(header).hexdigest()[:16]
-
-
 def _beginnings(keys: np.ndarray) -> np.ndarray:
     """The first 8 bytes of keys, uint8 [n, 32], as numbers."""
     return np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _close_all(files: dict[int, int]) -> None:

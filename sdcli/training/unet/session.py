@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, check_same_vae
-from sdcli.data.folders import LatentFiles
+from sdcli.data.latent_folders import LatentFiles
 from sdcli.diffusion.attention.sliced import use_plain_small_attention
 from sdcli.diffusion.noise_schedule import NoiseSchedule, schedule_config
 from sdcli.errors import UsageError

@@ -49,8 +49,10 @@ from sdcli.data.cache.keys import (
     check_same_vae,
     sample_latents,
 )
-from sdcli.data.cache.store import DamagedCache, Records, TensorStore
-from sdcli.data.folders import LatentFiles
+from sdcli.data.cache.records import Records
+from sdcli.data.cache.shards import DamagedCache
+from sdcli.data.cache.store import TensorStore
+from sdcli.data.latent_folders import LatentFiles
 from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.encoders.conditioning import ClipReader, TextEncoding
@@ -795,7 +797,7 @@ def test_what_does_not_fit_into_memory_is_encoded_in_smaller_batches_then_in_til
         return moments(vae, pixels, tiled=tiled)
 
     monkeypatch.setattr(autoencoder, "moments", narrow)
-    monkeypatch.setattr(cache_fill, "free_caches", lambda: None)  # slow in a process as large as this
+    monkeypatch.setattr("sdcli.data.cache.vae_encoder.free_caches", lambda: None)  # slow in a process as large as this
     images, notes = open_images(folder), list[str]()
     store = TensorStore(tmp_path / "cache", "latents")
     for progress in fill_latents(images, range(6), [SIZE] * 6, model=model, store=store, batch_size=4):

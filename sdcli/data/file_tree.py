@@ -1,0 +1,153 @@
+"""The files below a folder by kind, and which of them belong to a split (train, validation, test)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sdcli.data.records import IMAGE_SUFFIXES, UNREAD_SUFFIXES, Dropped
+from sdcli.data.tables import TABLE_NAMES
+from sdcli.errors import NotFound, UsageError
+
+LATENT_SUFFIXES = frozenset({".safetensors", ".latent"})
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> what its folder may be called, as in Hugging Face's datasets."""
+ALL_SPLITS = "all"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files of a folder and its sub-folders by kind: relative paths with slashes, sorted, hidden ones left out."""
+
+    root: Path
+    images: tuple[str, ...] = ()
+    latents: tuple[str, ...] = ()
+    tars: tuple[str, ...] = ()
+    parquets: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    others: frozenset[str] = frozenset()
+    """Everything else; caption files are looked up here."""
+    dropped: tuple[Dropped, ...] = ()
+
+
+def scan(root: Path) -> Tree:
+    """All files below a folder; links are followed, but never round in a circle. Raises NotFound."""
+    kinds: dict[str, list[str]] = {name: [] for name in ("images", "latents", "tars", "parquets", "tables")}
+    others: set[str] = set()
+    dropped: list[Dropped] = []
+    for name in sorted(_walk(root, dropped)):
+        base = name.rpartition("/")[2]
+        suffix = PurePosixPath(base).suffix.lower()
+        if base in TABLE_NAMES:
+            kinds["tables"].append(name)
+        elif suffix in IMAGE_SUFFIXES:
+            kinds["images"].append(name)
+        elif suffix in LATENT_SUFFIXES:
+            kinds["latents"].append(name)
+        elif suffix == ".tar" or base.lower().endswith((".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz")):
+            kinds["tars"].append(name)
+        elif suffix == ".parquet":
+            kinds["parquets"].append(name)
+        elif suffix in UNREAD_SUFFIXES:
+            dropped.append(Dropped(name, f"is of a kind that is not read ({suffix}); a PNG or JPEG copy would be"))
+        else:
+            others.add(name)
+    found = {kind: tuple(names) for kind, names in kinds.items()}
+    return Tree(root, **found, others=frozenset(others), dropped=tuple(sorted(dropped, key=lambda one: one.name)))
+
+
+def _walk(root: Path, dropped: list[Dropped]) -> Iterator[str]:
+    """Relative paths of the ordinary files, in no order."""
+    pending: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(root), "", frozenset())]
+    while pending:
+        folder, below, above = pending.pop()
+        try:
+            facts = os.stat(folder)
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            if not below:
+                raise NotFound(f"cannot read the folder {root}: {error.strerror}") from None
+            dropped.append(Dropped(below.rstrip("/"), f"is a folder that cannot be read: {error.strerror}"))
+            continue
+        identity = (facts.st_dev, facts.st_ino)
+        if identity in above:  # a link to a folder that it lies in
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            name = below + entry.name
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:  # a link to itself, or through a file
+                dropped.append(Dropped(name, f"cannot be looked at: {error.strerror}"))
+                continue
+            if is_folder:
+                pending.append((entry.path, f"{name}/", above | {identity}))
+            elif is_file:
+                yield name
+            elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES | LATENT_SUFFIXES | {".tar", ".parquet"}:
+                dropped.append(Dropped(name, "is a link to nothing" if entry.is_symlink() else "is no ordinary file"))
+
+
+# Splits
+
+
+def split_by_folder(names: Sequence[str], *, split: str, source: str) -> tuple[tuple[str, ...], int]:
+    """Those of the relative paths that belong to a split, and how many leading folders (0 or 1) are splits.
+
+    Without split folders everything is `train`.
+
+    Sub-folders are splits where all of them are called so. Raises UsageError where only some are, or the split that
+    was asked for is not there.
+    """
+    tops = sorted({name.partition("/")[0] if "/" in name else "" for name in names})
+    named = {top: canonical for top in tops if (canonical := split_called(top)) is not None}
+    if not named or (split == ALL_SPLITS and len(named) < len(tops)):
+        _check_split(split, {"train"}, source)
+        return tuple(names), 0
+    if len(named) < len(tops):
+        others = ", ".join(top or "files outside of folders" for top in tops if top not in named)
+        raise UsageError(
+            f"{source} has {', '.join(named)} beside {others}: are they splits, or classes? Give {source}/"
+            f"{next(iter(named))} for one split, or --split {ALL_SPLITS} for everything"
+        )
+    _check_split(split, set(named.values()), source)
+    wanted = set(named.values()) if split == ALL_SPLITS else {split_called(split)}
+    return tuple(name for name in names if named[name.partition("/")[0]] in wanted), 1
+
+
+def split_by_name(names: Sequence[str], *, split: str, source: str) -> tuple[tuple[str, ...], tuple[Dropped, ...]]:
+    """Those of some shards or parquet files that belong to a split, by their folder or a word of their name.
+
+    Where no name says anything, all are `train`; else those that say nothing are dropped. Raises UsageError.
+    """
+    said = {name: _split_in_path(name) for name in names}
+    if split == ALL_SPLITS or not any(said.values()):
+        _check_split(split, {"train"}, source)
+        return tuple(names), ()
+    _check_split(split, {name for name in said.values() if name}, source)
+    silent = (Dropped(name, "belongs to no split, while other files do") for name in names if said[name] is None)
+    return tuple(name for name in names if said[name] == split_called(split)), tuple(silent)
+
+
+def split_called(name: str) -> str | None:
+    """The split that a word means."""
+    return next((split for split, words in SPLITS.items() if name.lower() in words), None)
+
+
+def _split_in_path(name: str) -> str | None:
+    words = PurePosixPath(name).with_suffix("").as_posix()
+    for separator in "/-_. ":
+        words = words.replace(separator, "\n")
+    return next((split for word in words.split("\n") if (split := split_called(word.rstrip("0123456789")))), None)
+
+
+def _check_split(split: str, there: set[str], source: str) -> None:
+    if split != ALL_SPLITS and split_called(split) not in there:
+        raise UsageError(f"{source} has no split {split!r}; it has {', '.join(sorted(there))} (--split)")

@@ -1,0 +1,116 @@
+"""Folders of latent files that `sdcli encode` wrote, with caption files or in class folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sdcli.data.file_tree import Tree, split_by_folder
+from sdcli.data.folder_listing import Listing, base_of, caption_files, class_of, no_class, stem_of, with_caption_file
+from sdcli.data.records import Item, Items, Kind, Listed, captioned_by_class, file_stamp, read_file
+from sdcli.errors import BadLatents, NotFound
+from sdcli.vae.latent_files import LatentFile, LatentRecord, read_latents, read_record
+
+
+@dataclass(frozen=True, eq=False)
+class LatentFiles(Listed):
+    """Latents that `sdcli encode` wrote, all by the same VAE."""
+
+    root: Path = field(kw_only=True)
+    places: np.ndarray = field(kw_only=True)
+    """int32 [n]: which of the latents in its file; -1 where the file holds one."""
+    sizes: np.ndarray = field(kw_only=True)
+    """int32 [n, 2]: width and height in pixels of what was encoded."""
+    vae: str = field(kw_only=True)
+    """The identity of the VAE's weights: `sha256:...` or `random:...`."""
+    scaling_factor: float = field(kw_only=True)
+
+    @property
+    def kind(self) -> Kind:
+        return "latents"
+
+    def read(self, index: int) -> bytes:
+        """The bytes of the whole file. Raises NotFound and BadImage."""
+        return read_file(self._path(index))
+
+    def read_latents(self, index: int) -> LatentFile:
+        """The latents [1, C, h, w] of one image, finite float32. Raises NotFound and BadLatents."""
+        path, place = self._path(index), max(0, int(self.places[index]))
+        file = read_latents(path)
+        if place >= len(file.latents):
+            raise BadLatents(f"{path} holds fewer latents than when it was listed")
+        return LatentFile(file.latents[place : place + 1], file.scaled, file.record)
+
+    def stamp(self, index: int) -> str:
+        """The file's size and time of change, and the place in it. Raises NotFound and BadImage."""
+        return f"{file_stamp(self._path(index))}:{self.places[index]}"
+
+    def _path(self, index: int) -> Path:
+        name = self.items[index].name
+        return self.root / (name if self.places[index] < 0 else name.rpartition(":")[0])
+
+
+def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", split: str = "train") -> LatentFiles:
+    """The latent files of a folder, each with a caption file beside it, or in class folders.
+
+    A file that holds several has a caption file for each image it was made of, named as that image was.
+    Raises BadLatents where they were made by different VAEs, UsageError for a split that is not there.
+    """
+    chosen, below = split_by_folder(tree.latents, split=split, source=source)
+    beside = caption_files(tree.others, caption_extension)
+    listing = Listing(list(tree.dropped))
+    records: dict[str, LatentRecord] = {}
+    for name in chosen:
+        try:
+            record = read_record(tree.root / name)
+        except (BadLatents, NotFound) as error:
+            listing.drop(name, _without(str(error), tree.root / name))
+            continue
+        if record is None:
+            listing.drop(name, "does not say by which VAE it was made; `sdcli encode` writes files that do")
+        elif not record.source:
+            listing.drop(name, "does not say of which images it was made")
+        else:
+            records[name] = record
+    makers = {(record.vae, record.scaling_factor): name for name, record in records.items()}
+    if len(makers) > 1:
+        first, second, *_ = sorted(makers.values())
+        raise BadLatents(f"{source} holds latents of different VAEs, {first} and {second} for example")
+    captioned = any(stem in beside for name, record in records.items() for stem in _caption_stems(name, record))
+    label_of = no_class if captioned else class_of(list(records), below=below)
+    items, places, sizes = [], [], []
+    for name, record in records.items():
+        for place, (stem, made_of) in enumerate(zip(_caption_stems(name, record), record.source, strict=True)):
+            plain = Item(name if len(record.source) == 1 else f"{name}:{place}", (), label_of(name))
+            item = with_caption_file(tree.root, plain, beside[stem], listing) if stem in beside else plain
+            if item is not None:
+                items.append(item)
+                places.append(place if len(record.source) > 1 else -1)
+                sizes.append((made_of.fitted_width, made_of.fitted_height))
+    vae, scaling_factor = next(iter(makers), ("", 1.0))
+    return LatentFiles(
+        source,
+        Items.of(captioned_by_class(items)),
+        dropped=tuple(listing.dropped),
+        remarks=tuple(listing.remarks),
+        root=tree.root,
+        places=np.array(places, dtype=np.int32),
+        sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
+        vae=vae,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _caption_stems(name: str, record: LatentRecord) -> list[str]:
+    """Where the captions of a file's latents are looked for: a path without suffix for each."""
+    if len(record.source) == 1:
+        return [stem_of(name)]
+    folder = name[: -len(base_of(name))]
+    return [folder + stem_of(base_of(made_of.name)) for made_of in record.source]
+
+
+def _without(sentence: str, path: Path) -> str:
+    """A reason that follows the file's name, of a sentence that begins with it."""
+    return sentence.removeprefix(f"{path} ").removeprefix(f"{path}: ")

@@ -1,0 +1,72 @@
+"""Patterns of file names (`{00..03}.tar`, `train-*.parquet`) -> the files that they match."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+
+from sdcli.data.records import Dropped
+from sdcli.errors import NotFound, UsageError
+
+MAX_PATTERN = 1_000_000
+"""The most paths that braces may stand for."""
+
+
+def matches(pattern: str) -> tuple[list[str], tuple[Dropped, ...]]:
+    """The files that a pattern stands for, in its order, and those that it names and are not there."""
+    files: list[str] = []
+    absent: list[Dropped] = []
+    for path in expand_braces(pattern):
+        if re.search(r"[*?\[]", path):
+            files += sorted(glob.glob(path, recursive=True))
+        elif os.path.lexists(path):
+            files.append(path)
+        else:
+            absent.append(Dropped(path, "there is no such file"))
+    if not files:
+        raise NotFound(f"no file is called {pattern}")
+    return list(dict.fromkeys(files)), tuple(absent)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`{00..03}` -> 00 01 02 03, `{a,b}` -> a b, nested and several of them, as bash and WebDataset do.
+
+    Raises UsageError for braces that are not closed, and for more than a million results.
+    """
+    depth, start = 0, pattern.find("{")
+    if start < 0:
+        return [pattern]
+    for end in range(start, len(pattern)):
+        depth += {"{": 1, "}": -1}.get(pattern[end], 0)
+        if depth == 0:
+            break
+    else:
+        raise UsageError(f"the brace in {pattern!r} is not closed")
+    heads = _alternatives(pattern[start + 1 : end])
+    tails = expand_braces(pattern[end + 1 :])
+    if len(heads) * len(tails) > MAX_PATTERN:
+        raise UsageError(f"{pattern!r} stands for more than {MAX_PATTERN:,} files")
+    return [pattern[:start] + head + tail for head in heads for tail in tails]
+
+
+def _alternatives(inside: str) -> list[str]:
+    match = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?", inside)
+    if match is not None:
+        first, last, step = int(match[1]), int(match[2]), abs(int(match[3] or 1)) or 1
+        if abs(last - first) // step >= MAX_PATTERN:
+            raise UsageError(f"{{{inside}}} stands for more than {MAX_PATTERN:,} files")
+        padded = any(len(end.lstrip("-")) > 1 and end.lstrip("-")[0] == "0" for end in (match[1], match[2]))
+        width = max(len(match[1]), len(match[2])) if padded else 0
+        numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+        return [f"{number:0{width}d}" for number in numbers]
+    parts, depth = [""], 0
+    for letter in inside:
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if len(parts) == 1:  # `{x}` is no list: it stays as it is
+        return [f"{{{one}}}" for one in expand_braces(inside)]
+    return [one for part in parts for one in expand_braces(part)]
