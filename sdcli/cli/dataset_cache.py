@@ -137,7 +137,7 @@ def command(
 
     from sdcli.cli.ui.training_progress import TrainingDisplay
     from sdcli.data.cache.fill import fill_latents, fill_texts
-    from sdcli.data.cache.keys import LATENTS, TEXTS
+    from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
     from sdcli.data.cache.store import TensorStore
     from sdcli.models.loader import Part, load_model
 
@@ -156,7 +156,7 @@ def command(
                 found.images,
                 found.used,
                 [found.sizes[int(index)] for index in found.used],
-                model=loaded,
+                vae=CacheVae(loaded.vae, loaded.identity("vae")),
                 store=latents,
                 digests=found.digests,
                 flips=random_flip,
@@ -169,7 +169,10 @@ def command(
             if "text_encoder" in parts:
                 template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
                 texts = _texts(found, prefix=caption_prefix, template=template)
-                filling = fill_texts(texts, model=loaded, store=states, stop=stop)
+                assert loaded.tokenizer is not None
+                identity = loaded.identity("text_encoder")
+                encoder = CacheTextEncoder(loaded.text_encoder, loaded.tokenizer, identity, spec.name)
+                filling = fill_texts(texts, encoder=encoder, store=states, stop=stop)
                 of_texts = _shown(filling, "encoding captions", display, console)
     _report(console, folder, found, of_pictures, of_texts)
 

@@ -98,11 +98,6 @@ class Examination:
         }
 
 
-def examine(images: ImageSet, *, memory: Path | None = None, workers: int | None = None) -> Examination:
-    """Look at every image and say what was found; see `look` for the arguments."""
-    return examination(images, look(images, memory=memory, workers=workers))
-
-
 def look(images: ImageSet, *, memory: Path | None = None, workers: int | None = None) -> Iterator[Seen]:
     """Decode every image once, in threads, and yield what was seen, in order of the index; for a progress display.
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from sdcli.data import examine as module
 from sdcli.data.duplicates import same_bytes, similar
-from sdcli.data.examine import Examination, difference_hash, examination, examine, look
+from sdcli.data.examine import Examination, difference_hash, examination, look
+from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.data.write_shards import write_shards
 from sdcli.errors import BadImage
@@ -29,6 +30,11 @@ def jpeg(image: Image.Image, **options: int) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", **options)
     return stream.getvalue()
+
+
+def examine(images: ImageSet, *, memory: Path | None = None, workers: int | None = None) -> Examination:
+    """Every image looked at, and summed up."""
+    return examination(images, look(images, memory=memory, workers=workers))
 
 
 @pytest.fixture

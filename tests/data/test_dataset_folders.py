@@ -379,7 +379,7 @@ def test_windows_slashes_and_other_spellings_of_accents_find_their_file(tmp_path
 def test_what_is_ambiguous_is_asked_about(tmp_path: Path) -> None:
     row = json.dumps({"file_name": "a.png", "text": "table"})
     root = folder_of(tmp_path / "both", {"a.png": IMAGE, "a.txt": "file", "metadata.jsonl": row})
-    with pytest.raises(UsageError, match=r"in metadata.jsonl and in 1 .txt files \(a.txt\): --caption-column"):
+    with pytest.raises(UsageError, match=r"in metadata.jsonl and in 1 .txt files \(a.txt\): .*--caption-column"):
         open_images(root)
     assert listed(root, caption_column="text") == [("a.png", ("table",), None)]
     root = folder_of(

@@ -24,7 +24,7 @@ from sdcli.data.hub_datasets import HUB_DATA, open_hub
 from sdcli.data.parquet import ParquetRows, open_rows
 from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
-from sdcli.errors import BadImage, NotFound, Offline, UsageError
+from sdcli.errors import BadImage, Interrupted, NotFound, Offline, UsageError
 from tests.data.test_dataset_folders import dropped, folder_of, image_bytes, listed
 
 IMAGES = [image_bytes(number) for number in range(7)]
@@ -397,3 +397,20 @@ def test_ids_of_the_hub_are_told_from_paths() -> None:
         assert HUB_DATA.fullmatch(data)
     for data in ("./owner/name", "/owner/name", "name", "a/b/c", "~/x", "owner/name/", "../name"):
         assert not HUB_DATA.fullmatch(data)
+
+
+@pytest.mark.parametrize("reason", [Interrupted, KeyboardInterrupt])
+def test_an_interruption_is_never_taken_for_a_damaged_file(
+    data: Path, monkeypatch: pytest.MonkeyPatch, reason: type[BaseException]
+) -> None:
+    """Neither while files are listed, where they would be dropped, nor while an image is read."""
+    images = open_images(data)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise reason("stopped")
+
+    monkeypatch.setattr(parquet, "open_parquet", interrupted)
+    with pytest.raises(reason):
+        open_images(data)
+    with pytest.raises(reason):
+        images.read(0)

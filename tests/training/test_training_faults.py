@@ -31,6 +31,7 @@ from sdcli.training.state import checkpoint
 from sdcli.training.state.checkpoint import newest_checkpoint, verify_checkpoint
 from sdcli.training.unet.session import UnetSession
 from sdcli.training.unet.settings import UnetSettings
+from sdcli.vae import autoencoder
 from tests.conftest import REPOSITORY, Disk
 from tests.faults import WRITING, Call, Hook, failing, nothing, watched
 from tests.training_runs import QUICK, captioned_images, fresh_accelerator, same_checkpoint, train_unet
@@ -251,9 +252,7 @@ def test_the_frozen_parts_have_the_permissions_of_other_files(tmp_path: Path, im
 def test_an_image_whose_latents_are_not_finite_is_dropped_and_told(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdcli.data.cache import fill
-
-    real = fill.latent_space.moments
+    real = autoencoder.moments
 
     def moments(vae: Any, pixels: torch.Tensor, **options: Any) -> Any:
         mean, logvar = real(vae, pixels, **options)
@@ -261,7 +260,7 @@ def test_an_image_whose_latents_are_not_finite_is_dropped_and_told(
         return (mean * float("nan") if len(encoded) == 3 else mean), logvar
 
     encoded: list[int] = []
-    monkeypatch.setattr(fill.latent_space, "moments", moments)
+    monkeypatch.setattr(autoencoder, "moments", moments)
     events = train_unet(images, tmp_path / "run", max_train_steps=2, validation_split=0.0)
     assert re.search(r"dropped \d\.png: its latents are not finite", told(events))
     assert all(np.isfinite(event.loss) for event in events if isinstance(event, StepMetrics))

@@ -20,16 +20,24 @@ import torch
 from torch import Tensor
 
 from sdcli.data.buckets import Size, frame
-from sdcli.data.cache.keys import HIDDEN, LOGVAR, MEAN, Frame, LatentIndex, LatentKeys, TextKeys
+from sdcli.data.cache.keys import (
+    HIDDEN,
+    LOGVAR,
+    MEAN,
+    CacheTextEncoder,
+    CacheVae,
+    Frame,
+    LatentIndex,
+    LatentKeys,
+    TextKeys,
+)
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.cache.vae_encoder import Moments, VaeEncoder
 from sdcli.data.records import Dropped, ImageSet
-from sdcli.encoders.clip import ClipTextEncoder
 from sdcli.errors import BadImage, BadOutput, NotFound, Stop, stop_if_asked
 from sdcli.images.image_files import image_from_bytes
 from sdcli.images.pixels import to_pixels
-from sdcli.models.loader import LoadedModel
 
 NOT_FINITE = "its latents are not finite (NaN or too large), in float32 too"
 
@@ -58,7 +66,7 @@ def fill_latents(
     used: Sequence[int] | np.ndarray,
     sizes: Sequence[Size] | np.ndarray,
     *,
-    model: LoadedModel,
+    vae: CacheVae,
     store: TensorStore,
     digests: Sequence[str] | None = None,
     flips: bool = False,
@@ -68,7 +76,7 @@ def fill_latents(
 ) -> Generator[CacheProgress, None, None]:
     """Encode the `used` items of a set, each at its size of `sizes` (width, height), cut in the middle.
 
-    What is stored are the moments of the VAE's distribution, unscaled, in the model's number format; with `flips` those
+    What is stored are the moments of the VAE's distribution, unscaled, in the VAE's number format; with `flips` those
     of the mirrored images as well. `digests` are the SHA-256 of the images' bytes in hexadecimal, by item, as
     `examine` knows them: an image whose latents are all in the store under its digest is not read at all. Images of
     equal size are encoded `batch_size` at a time (1 on the CPU, where more gains nothing, else 8). Batches of another
@@ -79,12 +87,12 @@ def fill_latents(
     """
     ways = (False, True) if flips else (False,)
     items = np.asarray(used, dtype=np.int64)
-    filling = _Filling(images, items, sizes, LatentKeys.of(model), store, digests, ways)
-    encoder = VaeEncoder(model.vae)
+    filling = _Filling(images, items, sizes, LatentKeys.of(vae), store, digests, ways)
+    encoder = VaeEncoder(vae.network)
     store.refresh()
     filling.take_what_is_there()
     yield filling.progress(notes=_damage(store))
-    batches = _Batches(batch_size or (1 if model.device.type == "cpu" else 8))
+    batches = _Batches(batch_size or (1 if vae.device.type == "cpu" else 8))
     try:
         for prepared in filling.read_ahead(workers or _cpus(), held=batches.limit):
             stop_if_asked(stop)
@@ -105,22 +113,22 @@ def fill_latents(
 def fill_texts(
     texts: Iterable[str],
     *,
-    model: LoadedModel,
+    encoder: CacheTextEncoder,
     store: TensorStore,
     batch_size: int | None = None,
     stop: Stop = lambda: None,
 ) -> Generator[CacheProgress, None, None]:
-    """Encode texts, each once: hidden states [L, D] in the model's number format, as `generate` computes them.
+    """Encode texts, each once: hidden states [L, D] in the encoder's number format, as `generate` computes them.
 
     One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. Raises what `stop` answers,
     CannotWrite, and BadOutput where the text encoder gives NaN, in float32 too.
     """
-    keys, began = TextKeys.of(model), time.perf_counter()
+    keys, began = TextKeys.of(encoder), time.perf_counter()
     store.refresh()
     wanted = {keys.key(text): text for text in texts}
     numbers = store.find(np.frombuffer(b"".join(wanted), dtype=np.uint8).reshape(-1, KEY_BYTES))
     absent = [key for key, number in zip(wanted, numbers, strict=True) if number < 0]
-    at_once = batch_size or (1 if model.device.type == "cpu" else 64)
+    at_once = batch_size or (1 if encoder.device.type == "cpu" else 64)
     reused = len(wanted) - len(absent)
 
     def progress(encoded: int, notes: tuple[str, ...] = ()) -> CacheProgress:
@@ -132,7 +140,7 @@ def fill_texts(
         for start in range(0, len(absent), at_once):
             stop_if_asked(stop)
             batch = absent[start : start + at_once]
-            states = _hidden_states(model, [wanted[key] for key in batch])
+            states = _hidden_states(encoder, [wanted[key] for key in batch])
             for key, hidden in zip(batch, states, strict=True):
                 store.add(key, {HIDDEN: hidden})
             yield progress(start + len(batch))
@@ -335,17 +343,14 @@ class _Batches:
 
 
 @torch.inference_mode()
-def _hidden_states(model: LoadedModel, texts: Sequence[str]) -> Tensor:
+def _hidden_states(encoder: CacheTextEncoder, texts: Sequence[str]) -> Tensor:
     """[B, L, D] on the CPU in the model's dtype. Raises BadOutput."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    ids = torch.tensor([tokenizer(text).ids for text in texts], device=model.device)
-    states = model.text_encoder(ids)
-    if not states.isfinite().all() and model.dtype != torch.float32:
-        exact: ClipTextEncoder = copy.deepcopy(model.text_encoder).float()
-        states = exact(ids).to(model.dtype)
+    ids = torch.tensor([encoder.tokenizer(text).ids for text in texts], device=encoder.device)
+    states: Tensor = encoder.network(ids)
+    if not states.isfinite().all() and encoder.dtype != torch.float32:
+        states = copy.deepcopy(encoder.network).float()(ids).to(encoder.dtype)
     if not states.isfinite().all():
-        raise BadOutput(f"the text encoder of {model.spec.name} gives NaN or infinite numbers; is the model damaged?")
+        raise BadOutput(f"the text encoder of {encoder.model} gives NaN or infinite numbers; is the model damaged?")
     return states.cpu()
 
 

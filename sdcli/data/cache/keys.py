@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdcli.data.buckets import Size
 from sdcli.data.cache.records import Records
@@ -23,10 +23,10 @@ from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.latent_folders import LatentFiles
 from sdcli.data.records import Dropped
-from sdcli.encoders.clip import ClipTextConfig
+from sdcli.encoders.clip import ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import NotFound, UsageError
-from sdcli.models.loader import LoadedModel
+from sdcli.io.lean_diffusers import VAE
 
 LATENTS, TEXTS = "latents", "texts"
 """The kinds of records, each a sub-folder of the cache."""
@@ -40,6 +40,47 @@ _NOT_ARITHMETIC = frozenset(
 
 
 # Keys
+
+
+@dataclass(frozen=True, eq=False)
+class CacheVae:
+    """The VAE whose latents are cached."""
+
+    network: VAE
+    identity: str
+    """Of its weights: `sha256:...` of the file, `random:...`; anything else means that they exist in memory only."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in and its latents are stored in."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device
+
+
+@dataclass(frozen=True, eq=False)
+class CacheTextEncoder:
+    """The text encoder whose hidden states are cached."""
+
+    network: ClipTextEncoder
+    tokenizer: ClipTokenizer
+    identity: str
+    """Of its weights; see `CacheVae`."""
+    model: str
+    """The model's name, for error messages."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in and its states are stored in."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -61,14 +102,15 @@ class LatentKeys:
     """What the VAE computes in and the latents are stored in."""
 
     @classmethod
-    def of(cls, model: LoadedModel) -> Self:
-        """For a model whose VAE is loaded."""
+    def of(cls, vae: CacheVae) -> Self:
+        """The keys under a loaded VAE."""
         config = {
             name: value
-            for name, value in dict(model.vae.config).items()
+            for name, value in dict(vae.network.config).items()
             if not name.startswith("_") and name not in _NOT_ARITHMETIC
         }
-        return cls(f"{_weights(model, 'vae')} {type(model.vae).__name__} {_digest(config)}", _name(model.dtype))
+        weights = _weights(vae.network, vae.identity)
+        return cls(f"{weights} {type(vae.network).__name__} {_digest(config)}", _name(vae.dtype))
 
     def key(self, image: bytes, frame: Frame) -> bytes:
         """The key of an image, given by the SHA-256 of its file."""
@@ -86,25 +128,23 @@ class TextKeys:
     dtype: str
 
     @classmethod
-    def of(cls, model: LoadedModel) -> Self:
-        """For a model whose text encoder is loaded."""
-        assert model.tokenizer is not None
-        config: ClipTextConfig = model.text_encoder.config
-        parts = (_weights(model, "text_encoder"), _digest(dataclasses.asdict(config)), _tokenizer(model.tokenizer))
-        return cls(" ".join(parts), _name(model.dtype))
+    def of(cls, encoder: CacheTextEncoder) -> Self:
+        """The keys under a loaded text encoder."""
+        config = _digest(dataclasses.asdict(encoder.network.config))
+        parts = (_weights(encoder.network, encoder.identity), config, _tokenizer(encoder.tokenizer))
+        return cls(" ".join(parts), _name(encoder.dtype))
 
     def key(self, text: str) -> bytes:
         """The key of a text, as the text encoder gets it."""
         return _sha256("text 1", self.encoder, self.dtype, text)
 
 
-def _weights(model: LoadedModel, part: str) -> str:
-    """The identity of a part's weights; what was made in memory has no file, so its numbers themselves are digested."""
-    identity = model.identity(part)
+def _weights(network: nn.Module, identity: str) -> str:
+    """The identity of weights; those that exist in memory only have no file, so the numbers themselves are digested."""
     if identity.startswith(("sha256:", "random:")):
         return identity
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.parts[part].state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"tensors:{digest.hexdigest()}"
@@ -227,13 +267,12 @@ class EncodedLatents:
         return self.files.read_latents(index).unscaled(self.files.scaling_factor)[0], None
 
 
-def check_same_vae(files: LatentFiles, model: LoadedModel) -> None:
-    """Raise UsageError where latent files were made with another VAE than the model's."""
-    identity = model.identity("vae")
+def check_same_vae(files: LatentFiles, *, identity: str, model: str) -> None:
+    """Raise UsageError where latent files were made with another VAE than that of the model of this name."""
     if files.vae != identity:
         raise UsageError(
             f"the latents in {files.source} were made with another VAE ({files.vae[:19]}) "
-            f"than that of {model.spec.name} ({identity[:19]})"
+            f"than that of {model} ({identity[:19]})"
         )
 
 

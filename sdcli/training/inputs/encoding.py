@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterator
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from sdcli.data.cache.fill import CacheProgress, fill_latents, fill_texts
-from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, TextKeys
+from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, CacheTextEncoder, CacheVae, TextKeys
 from sdcli.data.cache.store import TensorStore
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io.devices import free_memory
@@ -47,7 +46,7 @@ def encode_images(
         data.images,
         data.used,
         [data.sizes[int(index)] for index in data.used],
-        model=_vae_in_half(vae_of) if half else vae_of,
+        vae=CacheVae(_in_half(vae_of.vae) if half else vae_of.vae, vae_of.identity("vae")),
         store=store,
         digests=data.digests,
         flips=settings.random_flip,
@@ -93,8 +92,9 @@ def encode_captions(
         yield RunNote(f"captions are encoded as they are needed: their text states would take more than {size}")
         return texts
     store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
-    yield from _shown(fill_texts(wanted, model=text_of, store=store), "encoding captions")
-    states = CachedTexts(store, TextKeys.of(text_of), wanted, budget=_budget())
+    encoder = CacheTextEncoder(text_of.text_encoder, tokenizer, text_of.identity("text_encoder"), text_of.spec.name)
+    yield from _shown(fill_texts(wanted, encoder=encoder, store=store), "encoding captions")
+    states = CachedTexts(store, TextKeys.of(encoder), wanted, budget=_budget())
     return TextConditioning(data.images, rules, settings.seed, states=states, ignored=ignored)
 
 
@@ -113,10 +113,6 @@ def frozen_text_encoder(text_of: LoadedModel, conditions: SampleConditioning, *,
 def _in_half(frozen: N) -> N:
     """A frozen network in bfloat16: a copy, since float32 generates images."""
     return copy.deepcopy(frozen).to(torch.bfloat16)
-
-
-def _vae_in_half(model: LoadedModel) -> LoadedModel:
-    return replace(model, dtype=torch.bfloat16, parts={**model.parts, "vae": _in_half(model.vae)})
 
 
 def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None, CacheProgress]:

@@ -254,7 +254,7 @@ class UnetSession(Session[UnetSettings]):
             if model.vae_of is None:
                 raise UsageError(f"--space pixel cannot train on {self.data}, which holds latents")
             files = cast(LatentFiles, data.images)
-            check_same_vae(files, model.vae_of)
+            check_same_vae(files, identity=model.vae_of.identity("vae"), model=model.vae_of.spec.name)
             return Latents(EncodedLatents(files), scaling_factor(model.vae_of.vae), settings.seed)
         if model.vae_of is None:
             pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)

@@ -35,12 +35,13 @@ from typer.testing import CliRunner
 
 from sdcli.cli import dataset_cache
 from sdcli.data.buckets import frame
-from sdcli.data.cache import fill as cache_fill
 from sdcli.data.cache import store as cache_store
 from sdcli.data.cache.fill import CacheProgress, fill_latents, fill_texts
 from sdcli.data.cache.keys import (
     CachedLatents,
     CachedTexts,
+    CacheTextEncoder,
+    CacheVae,
     EncodedLatents,
     Frame,
     LatentIndex,
@@ -130,8 +131,17 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+def vae_of(model: LoadedModel) -> CacheVae:
+    return CacheVae(model.vae, model.identity("vae"))
+
+
+def text_encoder_of(model: LoadedModel) -> CacheTextEncoder:
+    assert model.tokenizer is not None
+    return CacheTextEncoder(model.text_encoder, model.tokenizer, model.identity("text_encoder"), model.spec.name)
+
+
 def fill(
-    images: ImageSet | Path, model: LoadedModel, store: TensorStore, *, digests: bool = False, **options: Any
+    images: ImageSet | Path, model: LoadedModel | CacheVae, store: TensorStore, *, digests: bool = False, **options: Any
 ) -> CacheProgress:
     """Fill the store with a set at 32x32, to the end."""
     if isinstance(images, Path):
@@ -139,7 +149,8 @@ def fill(
     used = np.arange(len(images))
     if digests:
         options["digests"] = [hashlib.sha256(images.read(int(index))).hexdigest() for index in used]
-    *_, last = fill_latents(images, used, [SIZE] * len(used), model=model, store=store, **options)
+    vae = vae_of(model) if isinstance(model, LoadedModel) else model
+    *_, last = fill_latents(images, used, [SIZE] * len(used), vae=vae, store=store, **options)
     assert last.done == last.total == last.encoded + last.reused + last.dropped
     return last
 
@@ -149,10 +160,11 @@ def read_all(store: TensorStore, index: LatentIndex, *, ways: int = 1) -> list[t
     return [cached[int(item), bool(way)] for item in index.items for way in range(ways)]
 
 
-def moments_of(model: LoadedModel, *images: Image.Image) -> tuple[Tensor, Tensor | None]:
+def moments_of(model: LoadedModel | CacheVae, *images: Image.Image) -> tuple[Tensor, Tensor | None]:
     """Straight from the VAE, with pixels laid out as diffusers' image processor lays them out."""
     pixels = torch.stack([to_pixels(image) for image in images])
-    return autoencoder.moments(model.vae, pixels.contiguous(memory_format=torch.channels_last))
+    vae = model.vae if isinstance(model, LoadedModel) else model.network
+    return autoencoder.moments(vae, pixels.contiguous(memory_format=torch.channels_last))
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -530,9 +542,9 @@ def test_the_cache_holds_what_sdcli_encode_gives_bit_for_bit(
         assert same_bits(cached[item, False][0], mean)
     with pytest.raises(UsageError, match="cannot be mirrored"):
         encoded[0, True]
-    check_same_vae(source, model)
+    check_same_vae(source, identity=model.identity("vae"), model="tiny")
     with pytest.raises(UsageError, match="another VAE"):
-        check_same_vae(source, model.with_parts(vae=model.vae))
+        check_same_vae(source, identity="memory", model="tiny")
 
 
 def test_mirrored_images_are_encoded_mirrored_not_flipped_as_latents(
@@ -571,7 +583,7 @@ def test_a_second_filling_encodes_nothing(
         known = [hashlib.sha256(images.read(index)).hexdigest() for index in range(6)]
         unread = type("Unread", (), {"__len__": lambda _: 6, "__getitem__": lambda _, index: images[index]})()
         *_, second = fill_latents(
-            unread, range(6), [SIZE] * 6, model=model, store=store, digests=known, flips=True
+            unread, range(6), [SIZE] * 6, vae=vae_of(model), store=store, digests=known, flips=True
         )  # such a set cannot even be read
     else:
         second = fill(images, model, store, flips=True)
@@ -628,7 +640,7 @@ def test_everything_that_changes_the_numbers_changes_the_key(tmp_path: Path, tin
     (scaled / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
 
     def keys(model: LoadedModel) -> LatentKeys:
-        return LatentKeys.of(model)
+        return LatentKeys.of(vae_of(model))
 
     plain, digest = Frame(SIZE), hashlib.sha256(b"a").digest()
     key = keys(base).key(digest, plain)
@@ -641,7 +653,7 @@ def test_everything_that_changes_the_numbers_changes_the_key(tmp_path: Path, tin
         keys(loaded(tiny_folder, dtype="bfloat16")).key(digest, plain),
         keys(loaded(changed)).key(digest, plain),
         keys(loaded(eps)).key(digest, plain),
-        keys(base.with_parts(vae=AutoencoderTiny())).key(digest, plain),
+        LatentKeys.of(CacheVae(AutoencoderTiny(), base.identity("vae"))).key(digest, plain),
     }
     assert len({key, *others}) == 10
     assert keys(loaded(tiny_folder)).key(digest, plain) == key
@@ -649,8 +661,7 @@ def test_everything_that_changes_the_numbers_changes_the_key(tmp_path: Path, tin
 
 
 def test_two_networks_that_were_made_in_memory_never_share_records(model: LoadedModel) -> None:
-    one, other = (model.with_parts(vae=AutoencoderKL(**model.vae.config).eval()) for _ in range(2))
-    assert one.identity("vae") == other.identity("vae") == "memory"
+    one, other = (CacheVae(AutoencoderKL(**model.vae.config).eval(), "memory") for _ in range(2))
     frame_, digest = Frame(SIZE), hashlib.sha256(b"a").digest()
     assert LatentKeys.of(one).key(digest, frame_) != LatentKeys.of(other).key(digest, frame_)
     assert LatentKeys.of(one).key(digest, frame_) == LatentKeys.of(one).key(digest, frame_)
@@ -685,7 +696,7 @@ def test_a_damaged_shard_is_told_and_what_it_held_is_encoded_again(
     opened = TensorStore(tmp_path / "cache", "latents")
     images = open_images(folder)
     notes: list[str] = []
-    for progress in fill_latents(images, range(6), [SIZE] * 6, model=model, store=opened):
+    for progress in fill_latents(images, range(6), [SIZE] * 6, vae=vae_of(model), store=opened):
         notes += progress.notes
     assert (progress.encoded, progress.reused) == (2, 4)
     assert [str(shard) in note for shard, note in zip(shards[:2], sorted(notes), strict=True)] == [True, True]
@@ -712,8 +723,8 @@ def test_broken_images_are_dropped_with_a_reason_and_the_others_are_encoded(
         cached[1, False]
 
 
-def going_wrong(model: LoadedModel, *, wrong: Callable[[Tensor], Tensor]) -> LoadedModel:
-    """The model with a VAE whose encoder gives NaN where `wrong` (a value per image of the batch) says so."""
+def going_wrong(model: LoadedModel, *, wrong: Callable[[Tensor], Tensor]) -> CacheVae:
+    """The model's VAE, whose encoder gives NaN where `wrong` (a value per image of the batch) says so."""
     import copy
 
     def spoil(_: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -721,7 +732,7 @@ def going_wrong(model: LoadedModel, *, wrong: Callable[[Tensor], Tensor]) -> Loa
 
     vae = copy.deepcopy(model.vae)
     vae.encoder.register_forward_hook(spoil)
-    return model.with_parts(vae=vae, identity="sha256:spoilt")
+    return CacheVae(vae, "sha256:spoilt")
 
 
 def test_latents_that_are_not_finite_are_never_stored(tmp_path: Path, folder: Path, model: LoadedModel) -> None:
@@ -758,7 +769,7 @@ def test_what_goes_wrong_in_half_precision_is_encoded_in_float32(
 
 def test_a_vae_without_a_distribution_stores_the_latent_alone(tmp_path: Path, folder: Path, model: LoadedModel) -> None:
     torch.manual_seed(0)
-    tiny = model.with_parts(vae=AutoencoderTiny().eval())
+    tiny = CacheVae(AutoencoderTiny().eval(), "memory")
     store = TensorStore(tmp_path / "cache", "latents")
     index = fill(folder, tiny, store).latents
     assert index is not None
@@ -772,13 +783,13 @@ def test_images_of_several_sizes_are_batched_by_size(
 ) -> None:
     images, sizes = open_images(folder), [(32, 32), (48, 24), (32, 32), (48, 24), (32, 32), (24, 48)]
     store = TensorStore(tmp_path / "cache", "latents")
-    *_, done = fill_latents(images, range(6), np.array(sizes), model=model, store=store, batch_size=2)
+    *_, done = fill_latents(images, range(6), np.array(sizes), vae=vae_of(model), store=store, batch_size=2)
     assert sorted(encodes) == [1, 1, 2, 2]
     assert done.latents is not None
     cached = CachedLatents(store, done.latents)
     assert [tuple(cached[item, False][0].shape) for item in range(6)] == [(4, h // 8, w // 8) for w, h in sizes]
     alone = TensorStore(tmp_path / "alone", "latents")
-    *_, one_by_one = fill_latents(images, range(6), sizes, model=model, store=alone, batch_size=1)
+    *_, one_by_one = fill_latents(images, range(6), sizes, vae=vae_of(model), store=alone, batch_size=1)
     assert one_by_one.latents is not None
     for item in range(6):
         assert torch.allclose(
@@ -800,7 +811,7 @@ def test_what_does_not_fit_into_memory_is_encoded_in_smaller_batches_then_in_til
     monkeypatch.setattr("sdcli.data.cache.vae_encoder.free_caches", lambda: None)  # slow in a process as large as this
     images, notes = open_images(folder), list[str]()
     store = TensorStore(tmp_path / "cache", "latents")
-    for progress in fill_latents(images, range(6), [SIZE] * 6, model=model, store=store, batch_size=4):
+    for progress in fill_latents(images, range(6), [SIZE] * 6, vae=vae_of(model), store=store, batch_size=4):
         notes += progress.notes
     assert progress.encoded == 6
     assert len(notes) == len(set(notes)) == 3
@@ -852,13 +863,13 @@ def test_filling_stops_between_batches_and_keeps_what_is_done(tmp_path: Path, fo
         return Interrupted("interrupted") if done[0] == 3 else None
 
     def fill_until_stopped() -> None:
-        for progress in fill_latents(images, range(6), [SIZE] * 6, model=model, store=store, stop=stop):
+        for progress in fill_latents(images, range(6), [SIZE] * 6, vae=vae_of(model), store=store, stop=stop):
             done[0] = progress.encoded
 
     with pytest.raises(Interrupted):
         fill_until_stopped()
     assert len(TensorStore(tmp_path / "cache", "latents")) == 3
-    left = fill_latents(images, range(6), [SIZE] * 6, model=model, store=store)
+    left = fill_latents(images, range(6), [SIZE] * 6, vae=vae_of(model), store=store)
     assert any(progress.encoded for progress in left)
     left.close()  # a caller that walks away
     assert len(TensorStore(tmp_path / "cache", "latents")) == 4
@@ -929,28 +940,28 @@ CAPTIONS = ["", "a red fox", "eine Füchsin, 狐", "x " * 200, "two\nlines", "a 
 def test_a_cached_text_is_what_generate_computes_bit_for_bit(tmp_path: Path, model: LoadedModel, budget: int) -> None:
     readers = [ClipReader(model.tokenizer, model.text_encoder)]
     store, encoding = TensorStore(tmp_path, "texts"), TextEncoding("tiny", readers)
-    *_, done = fill_texts(CAPTIONS, model=model, store=store)
+    *_, done = fill_texts(CAPTIONS, encoder=text_encoder_of(model), store=store)
     assert (done.total, done.encoded) == (5, 5)
-    *_, again = fill_texts([*CAPTIONS, "new"], model=model, store=TensorStore(tmp_path, "texts"))
+    *_, again = fill_texts([*CAPTIONS, "new"], encoder=text_encoder_of(model), store=TensorStore(tmp_path, "texts"))
     assert (again.encoded, again.reused) == (1, 5)
-    texts = CachedTexts(TensorStore(tmp_path, "texts"), TextKeys.of(model), CAPTIONS, budget=budget)
+    texts = CachedTexts(TensorStore(tmp_path, "texts"), TextKeys.of(text_encoder_of(model)), CAPTIONS, budget=budget)
     assert texts.held == (budget > 0)
     for text in CAPTIONS:
         request = resolve(GenerationRequest(prompt=text, prompt_syntax="plain"), model.spec)
-        expected = encoding([request], guided=False, steps=1).at(1).inputs["encoder_hidden_states"][0]
+        expected = encoding([request], guided=False, steps=request.passes[0]).at(1).inputs["encoder_hidden_states"][0]
         assert same_bits(texts[text], expected)
         assert same_bits(pickle.loads(pickle.dumps(texts))[text], expected)
     with pytest.raises(NotFound, match="'absent'"):
         texts["absent"]
     with pytest.raises(NotFound, match="lacks 1 of 2 texts, first 'absent'"):
-        CachedTexts(store, TextKeys.of(model), ["", "absent"])
+        CachedTexts(store, TextKeys.of(text_encoder_of(model)), ["", "absent"])
 
 
 def test_another_text_encoder_or_tokenizer_means_other_keys(tmp_path: Path, tiny_folder: Path) -> None:
     def changed(name: str, change: Callable[[Path], None]) -> bytes:
         shutil.copytree(tiny_folder, tmp_path / name)
         change(tmp_path / name)
-        return TextKeys.of(loaded(tmp_path / name)).key("a fox")
+        return TextKeys.of(text_encoder_of(loaded(tmp_path / name))).key("a fox")
 
     def flip_a_weight(folder: Path) -> None:
         data = bytearray((folder / "text_encoder" / "model.safetensors").read_bytes())
@@ -970,16 +981,16 @@ def test_another_text_encoder_or_tokenizer_means_other_keys(tmp_path: Path, tiny
         data["model"]["merges"].pop()
         (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(data))
 
-    base = TextKeys.of(loaded(tiny_folder))
+    base = TextKeys.of(text_encoder_of(loaded(tiny_folder)))
     changes = {"weight": flip_a_weight, "act": other_activation, "short": shorter, "merge": one_merge_less}
     keys = {
         base.key("a fox"),
         base.key("a fox "),
-        TextKeys.of(loaded(tiny_folder, dtype="bfloat16")).key("a fox"),
+        TextKeys.of(text_encoder_of(loaded(tiny_folder, dtype="bfloat16"))).key("a fox"),
         *(changed(name, change) for name, change in changes.items()),
     }
     assert len(keys) == 7
-    assert TextKeys.of(loaded(tiny_folder)).key("a fox") == base.key("a fox")
+    assert TextKeys.of(text_encoder_of(loaded(tiny_folder))).key("a fox") == base.key("a fox")
 
 
 def test_a_text_encoder_that_gives_nan_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
@@ -988,7 +999,7 @@ def test_a_text_encoder_that_gives_nan_is_refused(tmp_path: Path, tiny_folder: P
         broken.text_encoder.final_layer_norm.weight.fill_(torch.nan)
     store = TensorStore(tmp_path, "texts")
     with pytest.raises(BadOutput, match="text encoder"):
-        list(fill_texts(["a"], model=broken, store=store))
+        list(fill_texts(["a"], encoder=text_encoder_of(broken), store=store))
     assert len(store) == 0
 
 
@@ -1001,6 +1012,7 @@ import numpy as np
 from sdcli.vae import autoencoder
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.cache.fill import fill_latents
+from sdcli.data.cache.keys import CacheVae
 from sdcli.data.sources import open_images
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
@@ -1017,7 +1029,8 @@ store = TensorStore(Path(cache), "latents", shard_bytes=1500)
 used = np.arange(len(images))
 print("ready", flush=True)
 sys.stdin.readline()
-for last in fill_latents(images, used, [(32, 32)] * len(used), model=loaded, store=store):
+vae = CacheVae(loaded.vae, loaded.identity("vae"))
+for last in fill_latents(images, used, [(32, 32)] * len(used), vae=vae, store=store):
     pass
 print(last.encoded, last.reused, len(last.latents.items), flush=True)
 """
@@ -1171,7 +1184,9 @@ def test_the_command_fills_both_caches_and_says_what_it_did(
     assert row["cache_bytes"] > 0
     assert len(TensorStore(tmp_path / "cache", "latents")) == 12
     model = loaded(tiny_folder)
-    texts = CachedTexts(TensorStore(tmp_path / "cache", "texts"), TextKeys.of(model), ["", "fox 3", "animal"])
+    texts = CachedTexts(
+        TensorStore(tmp_path / "cache", "texts"), TextKeys.of(text_encoder_of(model)), ["", "fox 3", "animal"]
+    )
     assert texts["animal"].shape == (77, 32)
 
 
