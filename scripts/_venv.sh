@@ -1,21 +1,21 @@
-# Makes and mends the checkout's .venv; sourced by scripts/sdcli and scripts/test, which set `root` first.
+# Creates and updates the checkout's .venv; sourced by scripts/sdcli and scripts/test, which set `root` first.
 #
-# Environment: SDCLI_PYTHON        the Python 3.11 to 3.13 to use (default: the first found on PATH)
-#              SDCLI_TORCH_INDEX   a further package index to take torch from, such as the CPU builds at
-#                                  https://download.pytorch.org/whl/cpu (pip's own settings hold as well)
+# Environment: SDCLI_PYTHON        path of Python 3.11 to 3.13 (default: the first one found on PATH)
+#              SDCLI_TORCH_INDEX   an extra package index for torch, such as the CPU builds at
+#                                  https://download.pytorch.org/whl/cpu (pip's own settings also apply)
 
 venv=${root:?}/.venv
 python=$venv/bin/python
 
-# ensure_venv run|dev: after this, $python has the packages of pyproject.toml (with the dev extra for `dev`).
-# All talk goes to stderr. What was done is stamped last, so a set-up that was killed is taken up again.
+# ensure_venv run|dev: installs the packages of pyproject.toml for $python (with the dev extra for `dev`).
+# All messages go to stderr. A stamp file is written last, so the next call repeats a set-up that was killed.
 ensure_venv() {
     is_ready "$1" && return
     local found
     found=$(find_python) || fail "found no Python 3.11, 3.12 or 3.13 with venv (on Debian and Ubuntu:" \
-        "apt install python3 python3-venv); SDCLI_PYTHON=/path/to/python3 names one"
-    { exec 9>"$root/.venv.lock"; } 2>/dev/null || fail "cannot write in $root, where .venv has to be made"
-    trap 'say "the set-up was interrupted; the next call takes it up again"; exit 130' INT TERM
+        "apt install python3 python3-venv); SDCLI_PYTHON=/path/to/python3 selects another"
+    { exec 9>"$root/.venv.lock"; } 2>/dev/null || fail "cannot write to $root, where .venv is created"
+    trap 'report "the set-up was interrupted; the next call continues it"; exit 130' INT TERM
     lock "$found"
     is_ready "$1" || set_up "$1" "$found" # another process may have done it while this one waited
     trap - INT TERM
@@ -26,7 +26,7 @@ is_ready() {
     [ -x "$python" ] && [ -x "$venv/bin/sdcli" ] && [ "$(cat "$venv/.sdcli-stamp-$1" 2>/dev/null)" = "$(stamp)" ]
 }
 
-# What the set-up depends on: the two files, where the checkout is, and the Python that the links in .venv end at.
+# The inputs of the set-up: two files, the location of the checkout, and the Python behind the links in .venv.
 stamp() {
     local sum=sha256sum
     command -v sha256sum >/dev/null || sum="shasum -a 256"
@@ -39,7 +39,7 @@ stamp() {
 find_python() {
     local candidate
     for candidate in ${SDCLI_PYTHON:+"$SDCLI_PYTHON"} python3.11 python3.12 python3.13 python3 python; do
-        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null && right_version "$candidate"; then
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null && is_supported "$candidate"; then
             command -v "$candidate"
             return
         fi
@@ -47,11 +47,11 @@ find_python() {
     return 1
 }
 
-right_version() {
+is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
-# One set-up at a time: Python locks the open file 9, and the lock lasts until this shell closes it or dies.
+# One set-up at a time: Python locks file descriptor 9; the lock is released when this shell closes it or exits.
 lock() {
     "$1" - <<'PYTHON'
 import fcntl, sys
@@ -63,26 +63,26 @@ except OSError:
 PYTHON
 }
 
-# Bring .venv up to date in place where that works, else make it anew.
+# Updates .venv in place if possible, else creates it again.
 set_up() {
     rm -f "$venv"/.sdcli-stamp-*
     if ! { is_sound && install "$1" && works "$1"; }; then
-        if is_sound && works run; then # the network is away, say: what is there is worth keeping
-            fail "could not bring $venv up to date (see above); the next call tries again, rm -r .venv starts anew"
+        if is_sound && works run; then # no network, for instance: keep the working .venv
+            fail "could not bring $venv up to date (see above); the next call tries again, after rm -r .venv from scratch"
         fi
-        say "making $venv with $("$2" -V): a few minutes, once"
+        report "creating $venv with $("$2" -V); this takes a few minutes, once"
         rm -rf "$venv"
-        "$2" -m venv "$venv" >&2 || fail "could not make $venv (see above)"
+        "$2" -m venv "$venv" >&2 || fail "could not create $venv (see above)"
         { install "$1" && works "$1"; } || fail "could not install the packages (see above); the next call tries again"
     fi
     stamp >"$venv/.sdcli-stamp-run"
     [ "$1" = run ] || stamp >"$venv/.sdcli-stamp-$1"
 }
 
-# Whether .venv was made here, by a Python that is still there and of a right version.
+# Whether .venv was created here, by a supported Python that still exists.
 is_sound() {
     [ -x "$python" ] && [[ $(grep '^command = ' "$venv/pyvenv.cfg" 2>/dev/null) == *" -m venv $venv" ]] &&
-        right_version "$python" && "$python" -c 'import pip' 2>/dev/null
+        is_supported "$python" && "$python" -c 'import pip' 2>/dev/null
 }
 
 install() (
@@ -90,10 +90,10 @@ install() (
     [ "$1" = run ] || target=".[$1]"
     pip=("$python" -m pip install --disable-pip-version-check)
     [ -t 2 ] || pip+=(--quiet)
-    say "installing the packages into $venv"
+    report "installing the packages into $venv"
     cd "$root" || exit
     export PIP_USER=0
-    # torch first, so that a further index serves torch alone
+    # torch first, so that the extra index serves only torch
     "${pip[@]}" "$(grep '^torch==' constraints.txt)" -c constraints.txt \
         ${SDCLI_TORCH_INDEX:+--extra-index-url "$SDCLI_TORCH_INDEX"} >&2 &&
         "${pip[@]}" -e "$target" -c constraints.txt >&2
@@ -105,9 +105,9 @@ works() {
     "$python" -c "import $modules" >&2
 }
 
-say() { echo "sdcli: $*" >&2; }
+report() { echo "sdcli: $*" >&2; }
 
 fail() {
-    say "$@"
+    report "$@"
     exit 1
 }

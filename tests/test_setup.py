@@ -1,4 +1,4 @@
-"""What a stranger's first command meets: the set-up scripts, and the wheel."""
+"""The set-up scripts and the wheel: the first command in a fresh checkout or installation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 
-# Stands for python3.11: makes a venv that holds itself, notes what pip is asked for, and is Python for the rest.
+# A stand-in for python3.11: creates a venv of itself, records the arguments of pip, and else runs Python.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
     "-m venv "*)
@@ -108,7 +108,7 @@ def test_the_first_call_sets_up_and_a_second_finds_it_done(checkout: Checkout) -
 
 
 def test_a_link_to_the_script_works_from_anywhere(checkout: Checkout, tmp_path: Path) -> None:
-    link = tmp_path / "bin" / "paint"
+    link = tmp_path / "bin" / "generate"
     link.symlink_to(checkout.root / "scripts" / "sdcli")
     shown = subprocess.run([link, "x"], cwd="/", env=checkout.env, capture_output=True, text=True, check=True)
     assert shown.stdout == "/|x\n"
@@ -140,7 +140,7 @@ def test_a_set_up_that_was_killed_is_taken_up_again(checkout: Checkout) -> None:
     assert killed.communicate(timeout=60)[0] == ""
 
 
-def test_a_failed_install_says_so_and_the_next_call_tries_again(checkout: Checkout) -> None:
+def test_a_failed_install_is_reported_and_the_next_call_tries_again(checkout: Checkout) -> None:
     fails = Path(checkout.env["PIP_FAILS"])
     fails.touch()
     failed = checkout.run("x")
@@ -205,7 +205,7 @@ def test_two_first_calls_at_once_make_one_venv(checkout: Checkout) -> None:
     assert sum("waiting for it" in err for _, err in results) == 2
 
 
-def test_without_a_right_python_a_sentence_says_which_is_needed(checkout: Checkout) -> None:
+def test_without_a_supported_python_the_error_names_the_versions(checkout: Checkout) -> None:
     for name in ("python3.11", "python3.12", "python3.13", "python3", "python"):
         (checkout.path / name).write_text("#!/bin/sh\nexit 1\n")
         (checkout.path / name).chmod(0o755)

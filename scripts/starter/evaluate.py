@@ -137,13 +137,13 @@ class Prompts:
                 f"{name}backgrounds", f"{singular(c.name)} {PLACES[place][0]}", (self._thing(c),), place=place
             )
 
-        def beside(a: Concept, b: Concept) -> bool:
+        def side_by_side(a: Concept, b: Concept) -> bool:
             return _distinct(a, b) and is_held_out(*sorted((a.label, b.label))) == new
 
         def rides(a: Concept, b: Concept) -> bool:
             return _distinct(a, b) and is_held_out(a.label, "rides", b.label) == new
 
-        for a, b in self._sample_pairs(things, things, each, beside):
+        for a, b in self._sample_pairs(things, things, each, side_by_side):
             both = (self._thing(a), self._thing(b))
             yield Expectation(f"{name}two objects", f"{singular(a.name)} and {singular(b.name)}", both, PAIR_TOP_K)
         for a, b in self._sample_pairs(popular["riders"], popular["mounts"], each, rides):

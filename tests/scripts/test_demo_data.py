@@ -99,7 +99,7 @@ def svg_to_bytes(*, svg_string, width, skip_system_fonts):
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """The packages as `npm install` leaves them, and the rasteriser beside them."""
+    """The packages as `npm install` leaves them, and a stand-in for the rasteriser."""
     for name, files in FILES.items():
         for member, content in files.items():
             path = tmp_path / "packages" / "node_modules" / name / member
@@ -258,7 +258,7 @@ def test_tarballs_of_npm_pack_are_read_unpacked(packages: Path, tmp_path: Path) 
     assert (tmp_path / "out" / "metadata.jsonl").read_bytes() == (whole / "metadata.jsonl").read_bytes()
 
 
-def test_what_is_missing_is_told_in_a_sentence(packages: Path, tmp_path: Path) -> None:
+def test_an_error_is_a_sentence(packages: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     (tmp_path / "bare").mkdir()

@@ -59,7 +59,7 @@ STYLES = ("fluent-emoji", "fluent-emoji-flat", "noto", "twemoji")
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules, found beside each other as Python finds them when it runs one."""
+    """The scripts as modules, which import each other as when Python runs one of them."""
     sys.path.insert(0, str(SCRIPTS))
     try:
         yield {name: importlib.import_module(name) for name in NAMES}
@@ -171,7 +171,7 @@ def test_a_laid_sprite_has_no_rim_of_another_colour(scripts: dict[str, ModuleTyp
     assert np.allclose(canvas, 255, atol=1.01), "white on white stays white"
     before = canvas.copy()
     scenes.blend(canvas, sprite, -300, 64, 40)
-    assert np.array_equal(canvas, before), "beside the canvas there is nothing to draw"
+    assert np.array_equal(canvas, before), "a sprite outside of the canvas changes nothing"
 
 
 def test_shards_are_read_by_the_trainers_and_a_longer_set_goes_on_from_a_shorter_one(
