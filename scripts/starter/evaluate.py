@@ -94,7 +94,7 @@ class Prompts:
         return [*self.objects(120), *self.synonyms(), *self.combined(), *self.sentences()]
 
     def every_object(self) -> list[Expectation]:
-        """Every concept once, by its usual name."""
+        """Every concept once, by its most common name."""
         return [Expectation("every object", singular(c.name), (self._thing(c),), 1) for c in self.concepts]
 
     def objects(self, count: int) -> Iterator[Expectation]:

@@ -6,8 +6,8 @@
 runs the steps of RECIPE/plan.toml in order: scripts of this folder, and train-vae, train-text-encoder and train-unet
 with the settings in RECIPE/<run>.toml. Data and runs are written to WORK. After any interruption (Ctrl-C,
 --max-minutes, a power cut), the same command continues: it skips finished steps and resumes an unfinished run from its
-last checkpoint. A run whose recipe sets max-hours is finished after that time without interruption. The last run is
-the model; assemble.py converts it into the folder that sdcli embeds.
+last checkpoint. A run whose recipe sets max-hours is finished once it has run that long without interruption. The last
+run is the model; assemble.py converts it into the folder that sdcli embeds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     for step in read_steps(recipe, chosen.until):
         left = None if chosen.max_minutes is None else chosen.max_minutes - (time.monotonic() - began) / 60
         if left is not None and left <= 0:
-            print("time is up; the same command continues", file=sys.stderr)
+            print("time is up; run the same command to continue", file=sys.stderr)
             return
         done = work / "done" / step_name(step)
         if done.exists():
