@@ -1,4 +1,4 @@
-"""The `compare` command: how far apart two images are, and what their records say differently."""
+"""`sdcli compare`: measure how much two images differ, and list the differences of their settings."""
 
 from __future__ import annotations
 
@@ -23,22 +23,27 @@ if TYPE_CHECKING:
     from sdcli.metadata.read import ImageInfo
 
 LONGEST_LINE = 100
-"""Letters of two values on one line; longer ones stand one below the other."""
+"""Characters of two values on one line; longer ones are put below each other."""
 
 
 def command(
     a: Annotated[Path, typer.Argument(metavar="A", help="A PNG, JPEG or WebP image.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another image.")],
     diff: Annotated[
         Path | None,
         typer.Option(
-            "--diff", metavar="FILE", help="Write a .png of the differences, amplified until the largest is 255."
+            "--diff",
+            metavar="FILE",
+            help="Write the difference of the pixels to this .png, scaled so that the largest is 255.",
         ),
     ] = None,
     min_psnr: Annotated[
         float | None,
         typer.Option(
-            "--min-psnr", metavar="DB", min=0, help="Exit with 6 when the PSNR is lower; inf asks for equal pixels."
+            "--min-psnr",
+            metavar="DB",
+            min=0,
+            help="Exit with code 6 if the PSNR in dB is lower; inf: if any pixel differs.",
         ),
     ] = None,
     overwrite: OverwriteOpt = False,
@@ -46,11 +51,10 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Say how far apart two images are, and what their records say differently.
+    """Measure how much two images differ, and list the differences of their settings.
 
-    Of the pixels: the largest and the mean difference of their levels (0 to 255), PSNR and SSIM; both images as they
-    are shown, in RGB, transparent parts on white. Of the records: the fields of the requests, other tools' too, and the
-    facts of the runs.
+    Pixels are compared in RGB, upright and on white: largest and mean difference (0 to 255), PSNR and SSIM. Settings
+    are the stored requests, also those of other tools, and the provenance.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     if overwrite and diff is None:
@@ -67,7 +71,7 @@ def command(
     images = open_image(a), open_image(b)
     apart, ssim = distance(*images), similarity(*images)
     if diff is not None and apart is None and min_psnr is None:
-        raise UsageError(f"--diff needs pictures of equal size; {a} is {_size(images[0])}, {b} {_size(images[1])}")
+        raise UsageError(f"--diff needs images of equal size; {a} is {_size(images[0])}, {b} {_size(images[1])}")
     factor = 1.0
     if diff is not None and apart is not None:
         factor = _write_difference(diff, images, apart, overwrite=overwrite)
@@ -89,9 +93,9 @@ def command(
         diff=str(diff) if diff is not None and apart is not None else None,
     )
     if diff is not None and apart is not None:
-        console.note(f"{diff} shows the differences {factor:g} times as large")
+        console.note(f"{diff} shows the differences, multiplied by {factor:g}")
     if min_psnr is not None and apart is None:
-        raise BadOutput("the images differ in size, so there is no PSNR to be at least --min-psnr")
+        raise BadOutput("the images differ in size, so their PSNR is undefined")
     if min_psnr is not None and apart is not None and apart.psnr < min_psnr:
         raise BadOutput(f"the PSNR is {apart.psnr:.2f} dB, less than --min-psnr {min_psnr:g}")
 
@@ -130,7 +134,7 @@ def _size(image: Image.Image) -> str:
 
 def _pixels(apart: Distance | None, ssim: float | None) -> str:
     if apart is None:
-        return "pixels: of other sizes"
+        return "pixels: different sizes"
     if not apart.largest:
         return "pixels: identical"
     structure = f", SSIM {ssim:.4f}" if ssim is not None else ""
@@ -141,9 +145,9 @@ def _pixels(apart: Distance | None, ssim: float | None) -> str:
 
 
 def _table(title: str, differences: Differences | None) -> list[str]:
-    """A line for each field that differs, or one that says why there is none."""
+    """A line per field that differs, or the reason why there is none."""
     if not differences:
-        return [f"{title}: {'the same' if differences is not None else 'not in both records'}"]
+        return [f"{title}: {'identical' if differences is not None else 'not stored in both images'}"]
     width = max(map(len, differences))
     rows = [f"{title}:"]
     for name, pair in differences.items():

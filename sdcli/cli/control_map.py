@@ -1,4 +1,4 @@
-"""The `control-map` command: an image as a ControlNet sees it, saved."""
+"""`sdcli control-map`: compute the map that a ControlNet gets from an image."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def command(
         MapMaker,
         typer.Argument(
             metavar="HOW",
-            help="canny: thin edges. scribble: thick strokes. softedge: soft slopes. blur, tile: without detail. "
-            "palette: blocks of colour. depth: a depth map at hand, stretched to black and white.",
+            help="Kind of map: canny (thin edges), scribble (thick strokes), softedge (soft edges), blur or tile (no "
+            "details), palette (blocks of colour), depth (a given depth map, stretched to black and white).",
         ),
     ],
-    image: Annotated[str, typer.Argument(metavar="IMAGE|-", help="The image; - reads it from stdin.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The map: a .png file.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE|-", help="Image file, or - for stdin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write, .png.")],
     size: Annotated[
         str | None,
-        typer.Option("--size", metavar="WxH", help="Width and height (the image's own).", show_default=False),
+        typer.Option("--size", metavar="WxH", help="Width and height in pixels.", show_default="those of the image"),
     ] = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Save the map that `generate --control HOW:MODEL=IMAGE` shows to a ControlNet.
+    """Write the map that `generate --control HOW:MODEL=IMAGE` passes to a ControlNet.
 
-    At the size of the image to be generated it is that map to the bit: --control MODEL=FILE then generates the same.
+    At the size of the generated image it is the same map, bit for bit: --control MODEL=FILE generates the same image.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     check_new_png(output, flag="-o", overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""`sdcli dataset`: look at training images before they are trained on, and pack them into shards."""
+"""`sdcli dataset`: examine training images, and pack them into shards."""
 
 from __future__ import annotations
 
@@ -27,36 +27,45 @@ if TYPE_CHECKING:
 app = App(help="Examine training images before training, cache their latents, and pack them into shards.")
 
 TINY = 64
-"""Images with a shorter side than this are worth a remark."""
+"""Images with a shorter side, in pixels, are mentioned."""
 
 DataArg = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A folder of images, parquet files or tar shards, a pattern (shards/{00000..00099}.tar), or owner/name.",
+        help="Folder of images, parquet files or tar shards, pattern (shards/{00000..00099}.tar), or owner/name of the "
+        "Hugging Face hub.",
     ),
 ]
-SplitOpt = Annotated[str, typer.Option("--split", help="train, validation, test, or all.")]
+SplitOpt = Annotated[str, typer.Option("--split", metavar="NAME", help="Split: train, validation, test or all.")]
 ImageColumnOpt = Annotated[
-    str | None, typer.Option("--image-column", metavar="NAME", help="The column with images, or their file names.")
+    str | None,
+    typer.Option(
+        "--image-column",
+        metavar="NAME",
+        help="Column of the images or their file names.",
+        show_default="image or file_name",
+    ),
 ]
 CaptionColumnOpt = Annotated[
-    str | None, typer.Option("--caption-column", metavar="NAME", help="The column with captions (text, caption).")
+    str | None,
+    typer.Option("--caption-column", metavar="NAME", help="Column of the captions.", show_default="text or caption"),
 ]
 CaptionExtensionOpt = Annotated[
-    str, typer.Option("--caption-extension", metavar=".EXT", help="What caption files beside images end in.")
+    str, typer.Option("--caption-extension", metavar=".EXT", help="Extension of caption files.")
 ]
 ResolutionOpt = Annotated[
-    str | None, typer.Option("--resolution", metavar="N or WxH", help="Show the aspect-ratio buckets for this size.")
+    str | None,
+    typer.Option("--resolution", metavar="N|WxH", help="Show the aspect-ratio buckets for this size in pixels."),
 ]
 BucketStepOpt = Annotated[
-    int, typer.Option("--bucket-reso-steps", min=8, help="Sides of buckets are multiples of this.")
+    int, typer.Option("--bucket-reso-steps", min=8, metavar="PIXELS", help="Step between the sides of buckets.")
 ]
 BatchSizeOpt = Annotated[
-    int | None, typer.Option("--train-batch-size", min=1, help="Show how many images a batch of this size repeats.")
+    int | None, typer.Option("--train-batch-size", min=1, help="Show how many images batches of this size repeat.")
 ]
 WorkersOpt = Annotated[
-    int | None, typer.Option("--workers", min=1, max=256, help="Threads that read images (one per CPU).")
+    int | None, typer.Option("--workers", min=1, max=256, help="Threads that read images.", show_default="one per CPU")
 ]
 
 
@@ -67,7 +76,7 @@ def check(
     image_column: ImageColumnOpt = None,
     caption_column: CaptionColumnOpt = None,
     caption_extension: CaptionExtensionOpt = ".txt",
-    unconditional: Annotated[bool, typer.Option("--unconditional", help="Missing captions are no problem.")] = False,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Accept missing captions.")] = False,
     resolution: ResolutionOpt = None,
     bucket_reso_steps: BucketStepOpt = 64,
     train_batch_size: BatchSizeOpt = None,
@@ -76,9 +85,9 @@ def check(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Look at every image and caption, and say what is wrong; exit 1 where images or captions would be lost.
+    """Check every image and caption; exit 1 if training would drop any.
 
-    Nothing is changed. Duplicates, tiny images and buckets that repeat images are told and are no failure.
+    Nothing is changed. Duplicates, tiny images and repeats of images in buckets are listed, and are no failure.
     """
     from sdcli.data.duplicates import same_bytes, similar
 
@@ -110,7 +119,7 @@ def check(
     else:
         for line in found.report():
             console.result(line)
-        for text, groups in (("equal byte for byte", equal), ("nearly alike", alike)):
+        for text, groups in (("identical byte for byte", equal), ("nearly identical", alike)):
             if groups:
                 shown = "; ".join(" = ".join(images[index].name for index in group[:3]) for group in groups[:3])
                 console.result(f"  note {sum(map(len, groups)):,} images are {text}: {shown}")
@@ -123,7 +132,7 @@ def check(
         for line in _bucket_lines(fills, train_batch_size):
             console.result(line)
         if not problems:
-            console.result("nothing is lost")
+            console.result("no problems")
     if problems:
         raise SdcliError(f"{data}: {' and '.join(problems)}")
 
@@ -145,9 +154,9 @@ def stats(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Print the sizes of the images, their buckets and classes, and how long the captions are.
+    """Print statistics of a data set: image sizes, buckets, classes, and lengths of captions.
 
-    With -m MODEL captions are also counted in the tokens of its text encoder, which cuts longer ones.
+    With -m MODEL caption lengths are also counted in tokens of its text encoder.
     """
     console = Console(quiet=quiet, verbose=verbose, json=json)
     framing = _framing(resolution, bucket_reso_steps, train_batch_size)
@@ -198,33 +207,36 @@ def stats(
 def shard(
     data: DataArg,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="The new folder for 00000.tar, 00001.tar, ...")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="New folder for the shards 00000.tar, 00001.tar and so on."),
     ],
     split: SplitOpt = "train",
     image_column: ImageColumnOpt = None,
     caption_column: CaptionColumnOpt = None,
     caption_extension: CaptionExtensionOpt = ".txt",
     shard_size: Annotated[
-        float, typer.Option("--shard-size", min=0.02, metavar="MB", help="A shard's most megabytes.")
+        float, typer.Option("--shard-size", min=0.02, metavar="MB", help="Maximum size of a shard in megabytes.")
     ] = 500.0,
-    shard_pictures: Annotated[int, typer.Option("--shard-pictures", min=1, help="A shard's most images.")] = 10_000,
+    shard_pictures: Annotated[
+        int, typer.Option("--shard-pictures", min=1, help="Maximum number of images in a shard.")
+    ] = 10_000,
     shuffle: Annotated[
         bool | None,
         typer.Option(
             "--shuffle/--no-shuffle",
-            help="Mix the images, so that every shard is like the whole; so it is unless DATA is a stream.",
-            show_default=False,
+            help="Shuffle the images.",
+            show_default="on, unless DATA is a stream",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="For --shuffle.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of --shuffle.")] = 0,
     workers: WorkersOpt = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Pack the images that can be used into WebDataset tar shards, each with its captions, class and name.
+    """Pack images with their captions, classes and names into WebDataset tar shards, and print their paths.
 
-    Equal images give equal shards, byte for byte. DIR appears with all its shards, or not at all.
+    Equal input gives equal shards, byte for byte. DIR appears only when all shards are written.
     """
     from sdcli.data.write_shards import write_shards
     from sdcli.io.rng import permutation
@@ -232,7 +244,7 @@ def shard(
     console = Console(quiet=quiet, verbose=verbose, json=json)
     target, folder = expanded(output).resolve(), expanded(data).resolve()
     if folder.is_dir() and target.is_relative_to(folder):
-        raise UsageError(f"{output} lies in {data}, where nothing is ever written; choose another folder")
+        raise UsageError(f"{output} is inside {data}, which is never changed; choose another folder")
     images = _open(data, split, image_column, caption_column, caption_extension)
     if images.kind != "pictures":
         raise UsageError(f"{data} holds latents; shards hold images")
@@ -240,7 +252,7 @@ def shard(
     for line in found.report():
         console.note(line)
     if not len(found.used):
-        raise BadImage(f"{data} has no image that can be used")
+        raise BadImage(f"{data} has no usable image")
     mixed = not images.streamed if shuffle is None else shuffle
     order = found.used[permutation(seed, 0, "shard", len(found.used))] if mixed else found.used
     shards = list(
@@ -252,12 +264,12 @@ def shard(
             max_pictures=shard_pictures,
         )
     )
-    for written in shards:  # told when all are there: until then none is
+    for written in shards:  # reported at the end, when all exist
         path = str(output / written.name)
         console.result(path, path=path, pictures=written.images, bytes=written.size)
 
 
-# What the commands share
+# Shared by the commands
 
 
 def _open(data: str, split: str, image: str | None, caption: str | None, extension: str) -> ImageSet:
@@ -287,10 +299,10 @@ def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
 
 
 def _framing(resolution: str | None, step: int, batch_size: int | None) -> Framing | None:
-    """The buckets that were asked for. Raises UsageError."""
+    """The buckets of --resolution. Raises UsageError."""
     if resolution is None:
         if batch_size is not None:
-            raise UsageError("--train-batch-size goes with --resolution")
+            raise UsageError("--train-batch-size has no effect without --resolution")
         return None
     from sdcli.data.buckets import Framing, bucket_sizes
 

@@ -1,4 +1,4 @@
-"""`sdcli dataset cache`: encode images and captions once, before training does it."""
+"""`sdcli dataset cache`: encode images and captions before training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DATA, SHAPE, RUN = "Data", "Images", "The run"
 SHOWN = 10
-"""Dropped images that are named on the terminal; --json has all."""
+"""Dropped images that are listed on the terminal; --json lists all."""
 
 
 def command(
@@ -51,39 +51,63 @@ def command(
     resolution: Annotated[
         str | None,
         typer.Option(
-            "--resolution", metavar="N or WxH", rich_help_panel=SHAPE, help="Pixels; the model's own if not given."
+            "--resolution",
+            metavar="N|WxH",
+            rich_help_panel=SHAPE,
+            show_default="the model's own",
+            help="Size in pixels.",
         ),
     ] = None,
     random_flip: Annotated[
-        bool, typer.Option("--random-flip", rich_help_panel=SHAPE, help="Encode mirrored images as well.")
+        bool, typer.Option("--random-flip", rich_help_panel=SHAPE, help="Also encode mirrored images.")
     ] = False,
     enable_bucket: Annotated[
         bool,
-        typer.Option("--enable-bucket", rich_help_panel=SHAPE, help="Keep proportions: sizes by aspect ratio."),
+        typer.Option("--enable-bucket", rich_help_panel=SHAPE, help="Group images by aspect ratio."),
     ] = False,
     bucket_reso_steps: Annotated[
         int | None,
         typer.Option(
-            "--bucket-reso-steps", min=8, rich_help_panel=SHAPE, help="Sides of buckets are multiples of this (1/8)."
+            "--bucket-reso-steps",
+            min=8,
+            rich_help_panel=SHAPE,
+            metavar="PIXELS",
+            show_default="1/8 of the resolution",
+            help="Step between the sides of buckets.",
         ),
     ] = None,
     min_bucket_reso: Annotated[
         int | None,
-        typer.Option("--min-bucket-reso", min=8, rich_help_panel=SHAPE, help="Shortest side of a bucket (half)."),
+        typer.Option(
+            "--min-bucket-reso",
+            metavar="PIXELS",
+            min=8,
+            rich_help_panel=SHAPE,
+            show_default="1/2 of the resolution",
+            help="Minimum side of a bucket.",
+        ),
     ] = None,
     max_bucket_reso: Annotated[
         int | None,
-        typer.Option("--max-bucket-reso", min=8, rich_help_panel=SHAPE, help="Longest side of a bucket (twice)."),
+        typer.Option(
+            "--max-bucket-reso",
+            metavar="PIXELS",
+            min=8,
+            rich_help_panel=SHAPE,
+            show_default="twice the resolution",
+            help="Maximum side of a bucket.",
+        ),
     ] = None,
     caption_prefix: Annotated[
-        str, typer.Option("--caption-prefix", rich_help_panel=DATA, help="Put before every caption.")
+        str, typer.Option("--caption-prefix", rich_help_panel=DATA, help="Text put before every caption.")
     ] = "",
     prompt_template: Annotated[
         str | None,
         typer.Option(
             "--prompt-template",
             rich_help_panel=DATA,
-            help="Wraps captions: '{prompt}, in oil' (the model's own).",
+            show_default="the model's own",
+            help="Template around captions: '{prompt}, in oil'.",
         ),
     ] = None,
     split: SplitOpt = "train",
@@ -92,12 +116,23 @@ def command(
     caption_extension: CaptionExtensionOpt = ".txt",
     cache_dir: Annotated[
         Path | None,
-        typer.Option("--cache-dir", metavar="DIR", rich_help_panel=RUN, help="Where to keep it (your cache folder)."),
+        typer.Option(
+            "--cache-dir",
+            metavar="DIR",
+            rich_help_panel=RUN,
+            show_default="in your cache folder",
+            help="Folder of the cache.",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Images at once (1 on the CPU, else 8)."
+            "--batch-size",
+            min=1,
+            max=256,
+            rich_help_panel=RUN,
+            show_default="1 on the CPU, else 8",
+            help="Images to encode at once.",
         ),
     ] = None,
     workers: WorkersOpt = None,
@@ -109,11 +144,11 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Encode every image and caption once, and keep latents and text states for training.
+    """Encode images and captions once, and keep latents and text states for training.
 
-    A record is found by what it was made of (the image's bytes, the size, the VAE, the number format), so training
-    with the same settings finds all of them, and one new image costs one encode. Stop it at any time; the next run
-    goes on. --dtype auto is float32 here; training with --mixed-precision bf16 on a CPU looks for bfloat16.
+    Records are found by a digest of the image, its size, the VAE and the number format: training with the same settings
+    reads all of them, and a new image costs one encoding. An interrupted run can be repeated. --dtype auto is float32
+    here; use bfloat16 for training with --mixed-precision bf16 on a CPU.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     typed = {
@@ -132,7 +167,7 @@ def command(
     settings = settings_from(ImageSettings, {name: value for name, value in typed.items() if value is not None})
     spec = load_registry(models_file).find(model)
     if spec.kind.space != "latent":
-        raise UsageError(f"{spec.name} works on pixels, without a VAE; there is nothing to encode")
+        raise UsageError(f"{spec.name} works on pixels, without a VAE, so there are no latents to cache")
     stop = GracefulStop(console, unit="the batch in hand", kept="what was encoded is kept").install()
 
     from sdcli.cli.ui.training_progress import TrainingDisplay
@@ -180,13 +215,13 @@ def command(
 def _refuse_inside(folder: Path, data: str) -> None:
     source = expanded(data)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{folder} lies in {data}, where nothing is ever written; choose another --cache-dir")
+        raise UsageError(f"{folder} is inside {data}, which is never changed; choose another --cache-dir")
 
 
 def _opened(
     data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingDisplay, console: Console
 ) -> ImageData:
-    """The images as training would take them."""
+    """The images as training would read them."""
     from sdcli.training.events import RunNote
     from sdcli.training.inputs.image_data import examine_data, list_data
 
@@ -206,7 +241,7 @@ def _opened(
 
 
 def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:
-    """Every text that training can draw; the empty one for dropped captions is always among them."""
+    """Every text that training can sample, with the empty one for dropped captions."""
     from sdcli.training.inputs.captions import CaptionRules
 
     rules = CaptionRules(prefix=prefix, template=template)
@@ -214,7 +249,7 @@ def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:
 
 
 def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingDisplay, console: Console) -> CacheProgress:
-    """Go through with it, with progress on stderr; returns the last of it."""
+    """Consume the progress, showing it on stderr; return the last one."""
     from sdcli.training.events import Preparation
 
     last = None
@@ -231,13 +266,13 @@ def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingDisplay
 def _report(
     console: Console, folder: Path, found: ImageData, of_pictures: CacheProgress, of_texts: CacheProgress | None
 ) -> None:
-    """The figures on stdout. Raises SomeFailed where images were dropped."""
+    """Print the figures. Raises SomeFailed if images were dropped."""
     assert of_pictures.latents is not None
     late = of_pictures.latents.dropped
     for one in late[:SHOWN]:
         console.warn(f"{one.name} is dropped: {one.reason}")
     if len(late) > SHOWN:
-        console.warn(f"and {len(late) - SHOWN:,} more; --json names them all")
+        console.warn(f"and {len(late) - SHOWN:,} more; --json lists all")
     dropped = found.dropped + len(late)
     rows = {"latents": _row(of_pictures), **({"texts": _row(of_texts)} if of_texts is not None else {})}
     size = sum(entry.stat().st_size for name in rows for entry in _entries(folder / name))
@@ -280,7 +315,7 @@ def _line(what: str, progress: CacheProgress) -> str:
     counts += f", {progress.dropped:,} dropped" if what == "pictures" else ""
     if not progress.encoded:
         return counts
-    waiting = f", {100 * _waiting(progress):.0f} % of the time waiting for data" if what == "pictures" else ""
+    waiting = f", {100 * _waiting(progress):.0f} % of the time spent waiting for data" if what == "pictures" else ""
     return f"{counts}; {_speed(progress):.1f} {what}/s{waiting}"
 
 

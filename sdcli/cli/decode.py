@@ -1,4 +1,4 @@
-"""`sdcli decode`: latent files to images."""
+"""`sdcli decode`: decode latent files to images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def command(
         typer.Argument(
             metavar="LATENTS",
             readable=False,
-            help="Files of `sdcli encode`, ComfyUI's .latent, plain .safetensors or .npy; folders.",
+            help="Files written by `sdcli encode`, ComfyUI (.latent), or plain .safetensors or .npy; or folders.",
         ),
     ],
     model: ModelOpt = None,
@@ -46,19 +46,25 @@ def command(
         bool | None,
         typer.Option(
             "--scaled/--unscaled",
-            help="Whether plain files are multiplied by the VAE's scaling factor; the others say it themselves.",
-            show_default=False,
+            help="Whether plain files hold latents that are multiplied by the VAE's scaling factor; other files record "
+            "it.",
+            show_default="unscaled",
         ),
     ] = None,
     tile: Annotated[
-        bool, typer.Option("--tile", help="Decode in tiles, for little memory; chosen alone where it must be.")
+        bool,
+        typer.Option(
+            "--tile", help="Decode in tiles, which needs less memory; automatic after an out-of-memory error."
+        ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The one image to write.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write, for a single image.")
     ] = None,
-    outdir: Annotated[Path | None, typer.Option("--outdir", help="The folder for the images (outputs).")] = None,
+    outdir: Annotated[
+        Path | None, typer.Option("--outdir", metavar="DIR", show_default="outputs", help="Folder for the images.")
+    ] = None,
     image_format: Annotated[
-        ImageFormat | None, typer.Option("--format", help="File format (png).", show_default=False)
+        ImageFormat | None, typer.Option("--format", help="File format.", show_default="png")
     ] = None,
     overwrite: OverwriteOpt = False,
     device: DeviceOpt = "auto",
@@ -69,15 +75,15 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Decode latents to images. Each path is printed as soon as its image is on the disk.
+    """Decode latents to images, and print the path of each as soon as it is written.
 
-    Without -m the model that the file names is taken. --dtype auto is float32 here, the one that loses nothing.
+    Without -m the model recorded in the file is used. --dtype auto is float32 here, for the best quality.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     if output is not None and outdir is not None:
-        raise UsageError("either -o or --outdir, not both")
+        raise UsageError("use either -o or --outdir")
     if output is not None and (len(latents) > 1 or latents[0].is_dir()):
-        raise UsageError("-o names a single image; several files need --outdir")
+        raise UsageError("-o is for a single image; use --outdir for several files")
     format = _format(output, image_format)
     registry = load_registry(models_file)
     if model is not None:
@@ -114,9 +120,9 @@ def _format(output: Path | None, image_format: ImageFormat | None) -> ImageForma
         return image_format or "png"
     named = FORMAT_OF.get(output.suffix.lower())
     if named is None:
-        raise UsageError(f"-o names no image: {output.name!r} should end in {', '.join(FORMAT_OF)}")
+        raise UsageError(f"-o: {output.name!r} should end in {', '.join(FORMAT_OF)}")
     if image_format not in (None, named):
-        raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
+        raise UsageError(f"-o names a {named} file, but --format is {image_format}")
     return named
 
 

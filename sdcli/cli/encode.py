@@ -1,4 +1,4 @@
-"""`sdcli encode`: images to latent files."""
+"""`sdcli encode`: encode images to latent files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from sdcli.generation.codec import Encoded
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-INPUT, OUTPUT, RUN = "The images", "Output", "The run"
+INPUT, OUTPUT, RUN = "Images", "Output", "The run"
 
 
 def command(
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="Images, or folders of them.")
+        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="Images, or folders of images.")
     ],
     model: ModelOpt = None,
     size: Annotated[
@@ -44,8 +44,8 @@ def command(
             "--size",
             metavar="WxH",
             rich_help_panel=INPUT,
-            help="Bring every image to this size; without it the middle is cut out at multiples of the VAE's cell, "
-            "mostly 8.",
+            help="Resize every image to this width and height in pixels, multiples of 8.",
+            show_default="the image's own size, cropped to multiples of 8",
         ),
     ] = None,
     fit: Annotated[
@@ -53,48 +53,55 @@ def command(
         typer.Option(
             "--fit",
             rich_help_panel=INPUT,
-            help="How an image of other proportions gets --size (crop); pad adds black.",
-            show_default=False,
+            help="How an image of another aspect ratio is brought to --size; pad adds black borders.",
+            show_default="crop",
         ),
     ] = None,
     sample: Annotated[
         bool,
-        typer.Option("--sample", rich_help_panel=INPUT, help="Draw from the VAE's distribution, not take its mean."),
+        typer.Option(
+            "--sample", rich_help_panel=INPUT, help="Sample from the VAE's distribution instead of taking its mean."
+        ),
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed", min=0, max=2**63 - 1, rich_help_panel=INPUT, help="For --sample (0).", show_default=False
-        ),
+        typer.Option("--seed", min=0, max=2**63 - 1, rich_help_panel=INPUT, help="Seed of --sample.", show_default="0"),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", rich_help_panel=OUTPUT, help="The one file to write."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            help="File to write, for a single image or --pack.",
+        ),
     ] = None,
     outdir: Annotated[
-        Path | None, typer.Option("--outdir", rich_help_panel=OUTPUT, help="The folder for the latents (latents).")
+        Path | None,
+        typer.Option(
+            "--outdir", metavar="DIR", rich_help_panel=OUTPUT, show_default="latents", help="Folder for the latents."
+        ),
     ] = None,
     pack: Annotated[
         bool,
-        typer.Option("--pack", rich_help_panel=OUTPUT, help="One file a batch (16 images), instead of one an image."),
+        typer.Option("--pack", rich_help_panel=OUTPUT, help="Write one file per 16 images instead of one per image."),
     ] = False,
     half: Annotated[
-        bool, typer.Option("--half", rich_help_panel=OUTPUT, help="Store 16-bit numbers; half the size.")
+        bool, typer.Option("--half", rich_help_panel=OUTPUT, help="Store 16-bit instead of 32-bit numbers.")
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option(
-            "--overwrite", rich_help_panel=OUTPUT, help="Replace files made of other images or with other settings."
-        ),
+        typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace existing files of other images or settings."),
     ] = False,
     check: Annotated[
         bool,
-        typer.Option("--check", rich_help_panel=OUTPUT, help="Decode again, and print what the VAE loses (PSNR, dB)."),
+        typer.Option("--check", rich_help_panel=OUTPUT, help="Decode again, and print the PSNR to the original in dB."),
     ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Images at once (1).", show_default=False
+            "--batch-size", min=1, max=256, rich_help_panel=RUN, help="Images to encode at once.", show_default="1"
         ),
     ] = None,
     device: DeviceOpt = "auto",
@@ -105,22 +112,22 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Encode images to latents: .safetensors files that say how they were made, and that ComfyUI reads.
+    """Encode images to latents, in .safetensors files that ComfyUI reads too.
 
-    Each path is printed as soon as its file is on the disk. A second run skips what is there already. The numbers are
-    the VAE's own, not multiplied by its scaling factor. --dtype auto is float32 here, the one that loses nothing.
+    Each path is printed as soon as its file is written. A second run skips finished files. The latents are not
+    multiplied by the VAE's scaling factor. --dtype auto is float32 here, for the best quality.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     if fit is not None and size is None:
-        raise UsageError("--fit goes with --size; without a size nothing is fitted")
+        raise UsageError("--fit has no effect without --size")
     if seed is not None and not sample:
-        raise UsageError("--seed goes with --sample; the mean needs none")
+        raise UsageError("--seed has no effect without --sample")
     if output is not None and outdir is not None:
-        raise UsageError("either -o or --outdir, not both")
+        raise UsageError("use either -o or --outdir")
     if output is not None and not pack and (len(images) > 1 or images[0].is_dir()):
-        raise UsageError("-o names a single file; several images need --outdir, or --pack")
+        raise UsageError("-o is for a single file; use --outdir or --pack for several images")
     if output is not None and output.suffix.lower() not in (".safetensors", ".latent"):
-        raise UsageError(f"latents go into a .safetensors file (or .latent, for ComfyUI), not {output.name!r}")
+        raise UsageError(f"-o: {output.name!r} should end in .safetensors or .latent")
     spec = load_registry(models_file).find(model)
     files = input_files(images, suffixes=IMAGES, kind="pictures")
     stop = GracefulStop(console).install()
@@ -169,7 +176,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _report(event: Encoded, console: Console, *, alone: bool) -> None:
-    """One image as one line: the path, with --check the decibels behind it; a failure's sentence goes to stderr."""
+    """One image as one line: the path, with --check and its PSNR; the sentence of a failure goes to stderr."""
     for note in event.notes:
         console.warn(f"{event.source}: {note}")
     fields = {"status": event.status, "source": str(event.source)}
@@ -182,7 +189,7 @@ def _report(event: Encoded, console: Console, *, alone: bool) -> None:
     facts = event.facts
     assert facts is not None
     if event.status == "skipped":
-        console.note(f"{event.path} is there already, made of {event.source}")
+        console.note(f"{event.path} exists already, from {event.source}")
     if event.status == "skipped" and not console.json and event.psnr is None:
         return
     checked = {"psnr": _finite(event.psnr), "identical": event.psnr == math.inf} if event.psnr is not None else {}

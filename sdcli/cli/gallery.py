@@ -1,4 +1,4 @@
-"""`sdcli gallery`: a folder of images as a web page to look through, filter and compare."""
+"""`sdcli gallery`: write a web page to browse, filter and compare the images of a folder."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ if TYPE_CHECKING:
 
 def command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", readable=False, help="A folder of images, sub-folders included.")
+        Path, typer.Argument(metavar="DIR", readable=False, help="Folder of images, searched with its subfolders.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page (DIR/gallery.html).")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write, .html.", show_default="DIR/gallery.html"),
     ] = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Write one HTML page that shows the images of a folder with their settings, and print its path.
+    """Write an HTML page that shows the images of a folder with their settings, and print its path.
 
-    Works offline: filters by prompt, model and seed, sorting, two images side by side, and the command that generates
-    an image again. Thumbnails and settings, also those of A1111, ComfyUI and InvokeAI, are inside the page; the large
-    view loads the images from where they are. What cannot be read is left out.
+    The page works offline: filter by prompt, model and seed, sort, compare two images, copy the command that generates
+    an image again. It contains thumbnails and settings, also those of A1111, ComfyUI and InvokeAI; the large view loads
+    the image files. Unreadable files are reported and left out.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     target = output if output is not None else folder / "gallery.html"
     if target.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"-o names no web page: {target.name!r} should end in .html")
+        raise UsageError(f"-o: {target.name!r} should end in .html")
     if not folder.is_dir():
-        raise NotFound(f"no folder {folder}")
+        raise NotFound(f"there is no folder {folder}")
     errors: list[SdcliError] = []
     with whole_file(target, overwrite=overwrite) as temporary:
         from sdcli.metadata.gallery import page, read_entries
@@ -64,7 +65,7 @@ def command(
 def _readable(
     entries: Iterable[Entry], folder: Path, target: Path, console: Console, errors: list[SdcliError], *, alone: bool
 ) -> Iterator[dict[str, Any]]:
-    """What the page says of each image; those that cannot be read are told at once, and added to `errors`."""
+    """The page's entry of each image; errors are reported at once, and added to `errors`."""
     from sdcli.metadata.gallery import entry_json
 
     for entry in entries:

@@ -1,4 +1,4 @@
-"""The `grid` command: finished images on one contact sheet, labelled by what tells them apart."""
+"""`sdcli grid`: lay images out on a contact sheet, labelled by the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -21,35 +21,32 @@ LABEL_LINES = 3
 def command(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="PNG, JPEG or WebP images; folders of them."),
+        typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="PNG, JPEG or WebP images, or folders of them."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet: a .png file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write, .png.")],
     columns: Annotated[
         int | None,
-        typer.Option(
-            "--columns", min=1, help="Images in a row; without it as many as there are rows.", show_default=False
-        ),
+        typer.Option("--columns", min=1, help="Images per row.", show_default="as many as rows"),
     ] = None,
     label: Annotated[
         str | None,
         typer.Option(
             "--label",
             metavar="FIELDS",
-            help=f"What stands below each: some of {', '.join(SHORT)} with commas between, or none. "
-            "Without it what differs between the images, or else their names.",
-            show_default=False,
+            help=f"Text below each image: fields separated by commas, or none. Fields: {', '.join(SHORT)}.",
+            show_default="the fields that differ, else the file names",
         ),
     ] = None,
-    enlarge: Annotated[int, typer.Option("--enlarge", min=1, max=64, help="Show each pixel as so many a side.")] = 1,
+    enlarge: Annotated[int, typer.Option("--enlarge", min=1, max=64, help="Factor by which pixels are enlarged.")] = 1,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Lay finished images out on one sheet, each with a label, and print the sheet's path.
+    """Lay images out on a contact sheet with labels, and print its path.
 
-    The labels come from the images' own records, other tools' too. What is on the sheet stands in its text chunk
-    `sdcli-sheet`. An image that cannot be read is reported, and the others are laid out.
+    Labels are made from the settings stored in the images, also those of other tools. The PNG text chunk
+    `sdcli-sheet` lists the images. Unreadable images are reported and left out.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     check_new_png(output, flag="-o", overwrite=overwrite)
@@ -60,7 +57,7 @@ def command(
         if file.path.resolve() != output.resolve()  # the sheet of an earlier run, in the folder that it shows
     ]
     if not files:
-        raise NotFound(f"there is no image but {output}, which is to be written")
+        raise NotFound(f"there are no images besides {output}, the file to write")
 
     from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
     from sdcli.images.image_files import upright_rgb
@@ -89,14 +86,14 @@ def command(
     requests = [request.typed() if request is not None else None for _, request in shown]
     on_it = [{"name": file.path.name, "request": request} for (file, _), request in zip(shown, requests, strict=True)]
     write_sheet(output, sheet, {"pictures": on_it}, overwrite=overwrite)
-    said = labels if labels is not None else [None] * len(shown)
+    texts = labels if labels is not None else [None] * len(shown)
     console.result(
         str(output),
         status="ok",
         path=str(output),
         width=sheet.width,
         height=sheet.height,
-        pictures=[{"path": str(file.path), "label": text} for (file, _), text in zip(shown, said, strict=True)],
+        pictures=[{"path": str(file.path), "label": text} for (file, _), text in zip(shown, texts, strict=True)],
         failed=[str(error) for error in errors],
     )
     raise_for(errors, of=len(files))

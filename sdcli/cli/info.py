@@ -1,4 +1,4 @@
-"""The `info` command: what an image says about how it was made, or a copy of it that says nothing."""
+"""`sdcli info`: print the settings stored in images, or write copies without metadata."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ TOOLS = {"sdcli": "sdcli", "a1111": "A1111's text", "comfyui": "ComfyUI", "invok
 def command(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG, JPEG or WebP images.")],
     strip: Annotated[
-        bool, typer.Option("--strip", help="Write a copy without any metadata (NAME-stripped) and print its path.")
+        bool, typer.Option("--strip", help="Write a copy without metadata, NAME-stripped, and print its path.")
     ] = False,
     watermark: Annotated[
-        bool, typer.Option("--watermark", help="Look for a text that generate --watermark hid in the colours.")
+        bool, typer.Option("--watermark", help="Also read the text hidden by `generate --watermark`.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --strip: where the copy goes.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write, with --strip.")
     ] = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Print how images were made, as far as they say: sdcli's own record, or A1111's, ComfyUI's, InvokeAI's.
+    """Print the settings stored in images by sdcli, A1111, ComfyUI or InvokeAI.
 
-    --strip writes a copy without metadata instead; nothing is encoded again, so its pixels are the same.
+    --strip writes a copy without metadata instead; the pixels are not encoded again.
     """
     if (output is not None or overwrite) and not strip:
         raise UsageError(f"{'--output' if output is not None else '--overwrite'} has no effect without --strip")
     if output is not None and len(images) > 1:
-        raise UsageError(f"--output names one copy, and there are {len(images)} pictures")
+        raise UsageError(f"--output is for a single copy; there are {len(images)} images")
     if watermark and strip:
         raise UsageError("--watermark has no effect with --strip")
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
@@ -98,22 +98,22 @@ def _strip(path: Path, output: Path | None, console: Console, *, overwrite: bool
 
     info = read_image(path)
     if output is not None and output.suffix.lower() not in SUFFIXES[info.format]:
-        raise UsageError(f"the copy of {path} is a {info.format} image, and {output.name!r} is no name for one")
+        raise UsageError(f"the copy of {path} is a {info.format} image, so its name cannot be {output.name!r}")
     copy = output if output is not None else path.with_name(f"{path.stem}-stripped{path.suffix}")
     write_whole(copy, strip(path.read_bytes()), overwrite=overwrite)
     console.result(str(copy), path=str(path), status="ok", stripped=str(copy))
 
 
 def _described(info: ImageInfo) -> str:
-    """A paragraph for people: one line of facts, then the request, the run, and what was not understood."""
-    known = f"record: {TOOLS[info.source]}" if info.source is not None else "says nothing about how it was made"
+    """Text for people: a line of facts, then the request, the provenance, and settings without a field of a request."""
+    known = f"record: {TOOLS[info.source]}" if info.source is not None else "no settings stored"
     lines = [f"{info.path}: {info.width}x{info.height} {info.format}, {known}"]
     if info.request is not None:
         lines += _rows({key: value for key, value in info.request.typed().items() if key != "schema"})
     if info.record is not None:
         lines += ["  provenance:", *_rows(info.record.provenance, indent=4)]
     if info.unmapped:
-        lines += ["  also there, without a field in a request:", *_rows(info.unmapped, indent=4)]
+        lines += ["  settings that sdcli has no field for:", *_rows(info.unmapped, indent=4)]
     return "\n".join(lines)
 
 

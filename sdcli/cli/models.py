@@ -1,4 +1,4 @@
-"""`sdcli models`: see, download, check, add and convert models."""
+"""`sdcli models`: list, download, verify, add and convert models."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from sdcli.models.hub.download import Progress
     from sdcli.models.user_registry import Written
 
-app = App(help="See, download, check, add and convert models.")
+app = App(help="List, download, verify, add and convert models.")
 
 NameArg = Annotated[
-    str, typer.Argument(metavar="NAME", help="A name from `sdcli models list`, or owner/name(@revision).")
+    str, typer.Argument(metavar="NAME", help="Name from `sdcli models list`, or owner/name[@revision].")
 ]
 NamesArg = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="Names from `sdcli models list`, or owner/name.")
+    list[str], typer.Argument(metavar="NAME...", help="Names from `sdcli models list`, or owner/name[@revision].")
 ]
 
 
 @app.command("list")
 def list_models(
-    controlnets: Annotated[bool, typer.Option("--controlnets", help="The ControlNets instead.")] = False,
+    controlnets: Annotated[bool, typer.Option("--controlnets", help="List ControlNets instead.")] = False,
     models_file: ModelsFileOpt = None,
     json: JsonOpt = False,
 ) -> None:
-    """List the models that sdcli knows by name; `*` marks the default."""
+    """List the models known by name; `*` marks the default."""
     console, registry = Console(json=json), load_registry(models_file)
     known = registry.controlnets if controlnets else registry.models
     rows = [_summary(spec, registry) for spec in known.values()]
@@ -60,12 +60,12 @@ def list_models(
     for line in _table([heads, *(_cells(row) for row in rows)]):
         console.result(line)
     if any(not row["supported"] for row in rows):
-        console.note("families in parentheses are not yet supported")
+        console.note("families in parentheses are not supported yet")
 
 
 @app.command()
 def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False) -> None:
-    """Print everything that is known about a model, with the files that are here."""
+    """Print the facts of a model, and its files on this machine."""
     registry = load_registry(models_file)
     spec = registry.find_either(name)
     fields: dict[str, Any] = {
@@ -86,7 +86,7 @@ def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False
 def pull(
     names: NamesArg,
     safety_checker: Annotated[
-        bool, typer.Option("--safety-checker", help="With the safety checker that a model ships.")
+        bool, typer.Option("--safety-checker", help="Also download the model's safety checker.")
     ] = False,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
@@ -94,11 +94,10 @@ def pull(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Download models into the Hugging Face cache and record their hashes.
+    """Download models into the Hugging Face cache, and record their hashes.
 
-    No other command uses the network, but for training on a hub data set that is named.
-
-    Only safetensors weights and small text files are fetched. An interrupted pull goes on where it stopped.
+    No other command uses the network, except for training on a data set of the hub. Only safetensors weights and small
+    text files are downloaded. An interrupted download can be continued.
     """
     console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
 
@@ -110,13 +109,13 @@ def pull(
         with _Meter(console, spec.name) as meter:
             report = pull_from_hub(spec, offline=offline, safety_checker=safety_checker, progress=meter.progress)
         for path in report.changed:
-            console.warn(f"{spec.name}: {path} is not the file that the last pull recorded; the hub has a new one")
+            console.warn(f"{spec.name}: {path} changed on the hub since the last pull")
         console.note(
             f"{spec.name}: {report.files} files, {megabytes(report.total_bytes)} "
             f"({megabytes(report.downloaded_bytes)} downloaded), commit {report.commit[:12]}"
         )
         if report.checker_left_out:
-            console.note(f"{spec.name} ships a safety checker, which was left out; --safety-checker fetches it, too")
+            console.note(f"{spec.name} has a safety checker; --safety-checker downloads it too")
         console.result(
             str(report.folder),
             name=spec.name,
@@ -139,7 +138,7 @@ def verify(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Compare the files of downloaded models with the hashes that `pull` recorded; exit 1 where one differs."""
+    """Compare downloaded files with the hashes that `pull` recorded; exit 1 if any differs."""
     console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
 
     def one(name: str) -> None:
@@ -147,9 +146,11 @@ def verify(
 
         spec = registry.find_either(name)
         report = verify_in_cache(spec)
-        against = "recorded" if report.recorded else "the cache's own names say (nothing was recorded by `pull`)"
+        against = (
+            "the recorded hashes" if report.recorded else "the hashes in the names of the cache (none were recorded)"
+        )
         text = "\n".join(f"{spec.name}: {line}" for line in report.differences) or (
-            f"{spec.name}: {report.files} files are as {against}"
+            f"{spec.name}: {report.files} files match {against}"
         )
         console.result(
             text,
@@ -161,33 +162,39 @@ def verify(
             differences=list(report.differences),
         )
         if report.differences:
-            raise BadWeights(f"{spec.name} is damaged; `sdcli models pull {spec.name}` fetches what differs again")
+            raise BadWeights(
+                f"{spec.name} is damaged; `sdcli models pull {spec.name}` downloads the differing files again"
+            )
 
     _each(names, one, console=console)
 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")],
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A diffusers folder, a .safetensors file or owner/name(@revision).")
+        str, typer.Argument(metavar="SOURCE", help="Diffusers folder, .safetensors file, or owner/name[@revision].")
     ],
-    description: Annotated[str, typer.Option(help="One line about it.")] = "",
-    license: Annotated[str | None, typer.Option(help="Its licence.")] = None,
-    family: Annotated[Family, typer.Option(help="What it descends from.")] = "sd1",
-    steps: Annotated[int | None, typer.Option(help="Default steps.")] = None,
+    description: Annotated[str, typer.Option(metavar="TEXT", help="Description, one line.")] = "",
+    license: Annotated[str | None, typer.Option(metavar="TEXT", help="Licence.")] = None,
+    family: Annotated[Family, typer.Option(help="Family of the model.")] = "sd1",
+    steps: Annotated[int | None, typer.Option(help="Default number of steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default guidance scale.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Default scheduler.")] = None,
+    scheduler: Annotated[str | None, typer.Option(metavar="NAME", help="Default scheduler.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Default size in pixels.")] = None,
     prompt_template: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Wraps every prompt: '{prompt}, glossy style'.")
+        str | None, typer.Option(metavar="TEXT", help="Template around every prompt: '{prompt}, glossy style'.")
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Default number format.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Which weight files of the repository: fp16.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of the repository.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variant of the weight files, such as fp16.")
+    ] = None,
     overwrite: OverwriteOpt = False,
 ) -> None:
-    """Give a model a name and defaults, in your own models file; nothing is downloaded."""
+    """Add a model with a name and defaults to your models file; nothing is downloaded."""
     from sdcli.models.user_registry import add_model, source_of
 
     defaults: dict[str, Any] = {
@@ -207,43 +214,43 @@ def add(
         **({"license": license} if license is not None else {}),
         **({"defaults": typed} if typed else {}),
     }
-    _tell_written(add_model(name, entry, overwrite=overwrite), f"added {name}")
+    _report_written(add_model(name, entry, overwrite=overwrite), f"added {name}")
 
 
 @app.command()
 def remove(
     name: NameArg,
-    files: Annotated[bool, typer.Option("--files", help="Also delete what was downloaded for it.")] = False,
+    files: Annotated[bool, typer.Option("--files", help="Also delete its downloaded files.")] = False,
 ) -> None:
-    """Take a model out of your own models file; with --files, delete its download too (of any model of the hub)."""
+    """Remove a model from your models file, or with --files the downloaded files of any model."""
     from sdcli.models.user_registry import remove_model
 
     registry = load_registry()
     spec = registry.find_either(name)
     removable = name in registry.models and not _is_packaged(name)
     if not files or removable:
-        _tell_written(remove_model(name), f"removed {name}")
+        _report_written(remove_model(name), f"removed {name}")
     if files:
         _delete_download(spec, registry, removed=removable)
 
 
 @app.command()
-def default(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The new default.")] = None) -> None:
-    """Print the model that is used without -m, or choose another."""
+def default(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="New default model.")] = None) -> None:
+    """Print the default model, or set it."""
     if name is None:
         Console().result(load_registry().default)
         return
     from sdcli.models.user_registry import set_default
 
-    _tell_written(set_default(name), f"{name} is the default now")
+    _report_written(set_default(name), f"{name} is now the default")
 
 
 @app.command()
 def path(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A model.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Model.")] = None,
     models_file: ModelsFileOpt = None,
 ) -> None:
-    """Print where your own models file is, or where a model's files are."""
+    """Print the path of your models file, or of a model's files."""
     if name is None:
         Console().result(str(user_registry_file()))
         return
@@ -252,24 +259,27 @@ def path(
     if folder is None:
         raise UsageError(f"{spec.name!r} has no files: {spec.origin()}")
     if not folder.exists():
-        raise NotFound(f"{spec.name!r} should be at {folder}, which is not there")
+        raise NotFound(f"{spec.name!r} should be at {folder}, which does not exist")
     Console().result(str(folder))
 
 
 @app.command("convert")
 def convert_checkpoint(
-    source: Annotated[Path, typer.Argument(metavar="IN.ckpt", help="A pickled checkpoint (.ckpt, .pt, .bin).")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="What to write.")],
+    source: Annotated[Path, typer.Argument(metavar="IN.ckpt", help="Pickled checkpoint (.ckpt, .pt or .bin).")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
     overwrite: OverwriteOpt = False,
-    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up after so long.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit in seconds.")] = 600.0,
     memory: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GB", help="Give up beyond so much; by default 2 + 4 x the file.")
+        float | None,
+        typer.Option(
+            min=0.1, metavar="GB", show_default="2 + 4 x the size of the file", help="Memory limit in gigabytes."
+        ),
     ] = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Convert a pickled checkpoint to safetensors, in a process that can do little harm."""
+    """Convert a pickled checkpoint to safetensors, in a restricted process."""
     from sdcli.models.convert import convert
     from sdcli.models.hub.download import megabytes
 
@@ -277,12 +287,12 @@ def convert_checkpoint(
     done = convert(source, target, overwrite=overwrite, timeout_s=timeout, memory_gb=memory)
     if done.left_out:
         more = f" and {len(done.left_out) - 5} more" if len(done.left_out) > 5 else ""
-        console.note(f"left out what is no weights: {', '.join(done.left_out[:5])}{more}")
+        console.note(f"skipped entries other than weights: {', '.join(done.left_out[:5])}{more}")
     console.note(f"{done.tensors} tensors, {megabytes(done.total_bytes)}")
     console.result(str(done.file), file=str(done.file), tensors=done.tensors, bytes=done.total_bytes)
 
 
-# What stands where
+# Facts of a model
 
 
 def _summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, Any]:
@@ -345,7 +355,7 @@ def _files(spec: ModelSpec | ControlNetSpec) -> Iterator[tuple[str, int]]:
 
 
 def _lora(spec: ModelSpec) -> dict[str, Any]:
-    """What a file holds that is no model but a LoRA, which people hold in the same folders."""
+    """The facts of a file that is a LoRA, which people keep in the same folders as models."""
     if not isinstance(spec.source, FileSource) or not spec.source.path.is_file():
         return {}
     from sdcli.models.lora import lora_facts
@@ -367,7 +377,7 @@ def _delete_download(spec: ModelSpec | ControlNetSpec, registry: Registry, *, re
 
     console = Console()
     if not isinstance(spec.source, HubSource):
-        console.note(f"nothing was downloaded for {spec.name}; its files stay: {spec.origin()}")
+        console.note(f"{spec.name} was not downloaded; its files are kept: {spec.origin()}")
         return
     others = [
         other.name
@@ -375,21 +385,21 @@ def _delete_download(spec: ModelSpec | ControlNetSpec, registry: Registry, *, re
         if isinstance(other.source, HubSource) and other.source.repo == spec.source.repo and other.name != spec.name
     ]
     if removed and others:
-        console.warn(f"the files of {spec.source.repo} stay: {', '.join(others)} uses them too")
+        console.warn(f"the files of {spec.source.repo} are kept: {', '.join(others)} uses them too")
         return
     console.note(f"freed {megabytes(delete_from_cache(spec.source.repo))} ({spec.source.repo})")
 
 
-def _tell_written(written: Written, what: str) -> None:
+def _report_written(written: Written, what: str) -> None:
     console = Console()
     if written.backup is not None:
-        console.warn(f"the comments of {written.file.name} are lost; the former file is {written.backup}")
+        console.warn(f"comments of {written.file.name} were removed; the old file is kept as {written.backup}")
     console.note(what)
     console.result(str(written.file))
 
 
 def _each(names: list[str], one: Callable[[str], None], *, console: Console) -> None:
-    """Do one after the other; a failure of one of several is told and the rest goes on."""
+    """Call `one` for each name; the failure of one of several is reported, and the others follow."""
     if len(names) == 1:
         one(names[0])
         return
@@ -404,7 +414,7 @@ def _each(names: list[str], one: Callable[[str], None], *, console: Console) -> 
         raise SomeFailed(f"{len(failed)} of {len(names)} models failed: {', '.join(failed)}")
 
 
-# How it looks
+# Formatting
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The `noise` command: what a model's forward process makes of an image, timestep by timestep."""
+"""`sdcli noise`: show the forward process of a model, an image with more and more noise."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
     from sdcli.generation.forward_process import ForwardProcess, Level
 
 STEPS = 8
-"""Timesteps where none are chosen."""
+"""Number of timesteps unless chosen."""
 MOST_COLUMNS = 10
 SMALL = 64
 """Pixels a side; smaller images are enlarged towards it."""
 
 
 def command(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image; its middle, at the model's own size.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The strip: a .png file.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image, cropped to the size of the model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write, .png.")],
     model: ModelOpt = None,
     at: Annotated[
         str | None,
-        typer.Option("--at", metavar="T,T,...", help="The timesteps, 0 to 999 for most models.", show_default=False),
+        typer.Option("--at", metavar="T,...", help="Timesteps to show, 0 to 999 for most models."),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help=f"So many timesteps at equal distances ({STEPS}).", show_default=False),
+        typer.Option("--steps", min=1, help="Number of equally spaced timesteps to show.", show_default=str(STEPS)),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
     curves: Annotated[
         Path | None,
-        typer.Option("--curves", metavar="FILE", help="Draw the schedule as well: a .png, .svg or .pdf file."),
+        typer.Option("--curves", metavar="FILE", help="Also draw the noise schedule to this .png, .svg or .pdf file."),
     ] = None,
     overwrite: OverwriteOpt = False,
     device: DeviceOpt = "auto",
@@ -64,20 +64,20 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Show what noise does to an image before a model learns to undo it: the forward process, step by step.
+    """Show the forward process of a model: an image with the noise of chosen training timesteps.
 
-    The image is encoded with the model's VAE, mixed with noise as at each timestep t of training, and decoded. Below
-    each stand t, alpha-bar (the share of the signal's variance that is left) and the signal-to-noise ratio.
-    --curves draws both, and beta, over all timesteps. Models without a VAE noise the pixels themselves.
+    The image is encoded with the model's VAE, mixed with noise, and decoded. Below each image are the timestep t,
+    alpha-bar (the remaining share of the signal's variance) and the signal-to-noise ratio. --curves draws these and
+    beta over all timesteps. Models without a VAE add noise to the pixels.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     if at is not None and steps is not None:
-        raise UsageError("either --at or --steps, not both")
-    asked = _timesteps(at) if at is not None else None
+        raise UsageError("use either --at or --steps")
+    chosen = _timesteps(at) if at is not None else None
     check_new_png(output, flag="-o", overwrite=overwrite)
     if curves is not None:
         if curves.suffix.lower() not in FORMATS:
-            raise UsageError(f"--curves names no picture: {curves.name!r} should end in {', '.join(FORMATS)}")
+            raise UsageError(f"--curves: {curves.name!r} should end in {', '.join(FORMATS)}")
         if curves.resolve() == output.resolve():
             raise UsageError("-o and --curves name the same file")
         check_new(curves, overwrite=overwrite)
@@ -91,7 +91,7 @@ def command(
     opened = open_image(image)
     console.note(f"loading {spec.name}")
     process = ForwardProcess.of(spec, RunSettings(device=device, dtype=dtype, offline=offline))
-    timesteps = asked if asked is not None else process.spread(steps or min(STEPS, len(process)))
+    timesteps = chosen if chosen is not None else process.spread(steps or min(STEPS, len(process)))
     process.check(timesteps)
     fitted = process.fitted(opened)
     enlarge = max(1, SMALL // fitted.width)

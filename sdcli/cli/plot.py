@@ -1,4 +1,4 @@
-"""The `plot` command: the curves of training runs as an image."""
+"""`sdcli plot`: draw the loss curves of training runs."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from sdcli.training.run_log import Log, read_log
 
 FORMATS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 LONGEST_NAME = 48
-"""Characters of a run's name that the image shows."""
+"""Characters of a run's name in the legend."""
 
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders of the training commands.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The image: a .png, .svg or .pdf file.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File to write, .png, .svg or .pdf.")
     ] = Path("curves.png"),
-    metric: Annotated[str, typer.Option("--metric", help="Which logged figure the large panel shows.")] = "loss",
+    metric: Annotated[str, typer.Option("--metric", help="Logged value in the large panel.")] = "loss",
     smooth: Annotated[
-        float, typer.Option("--smooth", min=0, max=0.99999, help="Decay of the moving average; 0 is off.")
+        float, typer.Option("--smooth", min=0, max=0.99999, help="Decay of the moving average per step; 0: off.")
     ] = 0.98,
-    log_scale: Annotated[bool, typer.Option("--log-scale", help="Logarithmic axis for the metric.")] = False,
+    log_scale: Annotated[bool, typer.Option("--log-scale", help="Use a logarithmic axis for the metric.")] = False,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Draw the curves of one or several training runs, and print the image's path.
+    """Draw the curves of training runs, and print the path of the figure.
 
-    The loss while training (smoothed, and faintly as it is) and in validation; below it learning rate, gradient norm
-    and samples/s. A run may still be training. Of a resumed run, steps that were done twice count once.
+    The large panel shows the metric in training (smoothed, and faintly as logged) and in validation; below are
+    learning rate, gradient norm and samples/s. Runs may still be training. Steps repeated after a resume count once.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     format = FORMATS.get(output.suffix.lower())
     if format is None:
-        raise UsageError(f"-o names no image: {output.name!r} should end in {', '.join(FORMATS)}")
+        raise UsageError(f"-o: {output.name!r} should end in {', '.join(FORMATS)}")
     logs = [_read(run, metric, console) for run in runs]
     check_new(output, overwrite=overwrite)
 
@@ -60,20 +60,20 @@ def command(
 
 
 def _read(run: Path, metric: str, console: Console) -> Log:
-    """A run's log, if it has the metric."""
+    """The log of a run. Raises UsageError if it lacks the metric."""
     log = read_log(run)
     if log.damaged:
-        console.note(f"{run}: passed over {log.damaged} damaged line{'s' if log.damaged > 1 else ''} of the log")
+        console.note(f"{run}: skipped {log.damaged} damaged line{'s' if log.damaged > 1 else ''} of the log")
     metrics = sorted({*log.metrics("train"), *log.metrics("validation")})
     if not metrics:
-        raise UsageError(f"{run} has no steps to show yet")
+        raise UsageError(f"{run} has logged no steps yet")
     if metric not in metrics:
-        raise UsageError(f"{run} logs no {metric!r}; there are {', '.join(metrics)}")
+        raise UsageError(f"{run} has no metric {metric!r}; it has {', '.join(metrics)}")
     return log
 
 
 def _facts(run: Path, log: Log, metric: str) -> dict[str, Any]:
-    """What --json says about a run: its last step, and the metric's last and lowest values."""
+    """The facts of a run for --json: its last step, and the last and lowest values of the metric."""
     steps = {event: log.series(event, metric) for event in ("train", "validation")}
     facts: dict[str, Any] = {"run": str(run), "step": max((max(at) for at, _ in steps.values() if at), default=0)}
     for event, (at, values) in steps.items():
@@ -85,7 +85,7 @@ def _facts(run: Path, log: Log, metric: str) -> dict[str, Any]:
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """What each run is called in the image: its folder's name, and as many parents as tell it from the others."""
+    """The legend of each run: the name of its folder, with as many parents as needed to be unique."""
     paths = [run.absolute().parts for run in runs]
     depth = 1
     while depth < max(map(len, paths)) and len({parts[-depth:] for parts in paths}) < len(set(paths)):

@@ -1,4 +1,4 @@
-"""`sdcli selftest`: whether everything works here, and what the machine can do."""
+"""`sdcli selftest`: check that generating works on this machine, and print its devices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Try every part with a miniature model, offline, in seconds; then say what this machine computes with.
+    """Check every step of generation with a tiny model, offline, in seconds, and print devices and versions.
 
-    Nothing is left on the disk. Any failure ends with exit code 1.
+    No files are left. The exit code is 1 if a check fails.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     from sdcli.generation.selftest import checks, machine

@@ -1,4 +1,4 @@
-"""The `tokens` command: how a model reads a prompt, token by token and step by step."""
+"""`sdcli tokens`: show how a model reads a prompt, token by token."""
 
 from __future__ import annotations
 
@@ -22,27 +22,33 @@ if TYPE_CHECKING:
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt to read.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt.")],
     model: ModelOpt = None,
     negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="A negative prompt to read, too.")
+        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="Negative prompt to show as well.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Denoising steps, of which editing speaks.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Denoising steps, for prompts that change during them.",
+            show_default="the model's own",
+        ),
     ] = None,
     prompt_syntax: Annotated[
-        Literal["a1111", "plain"] | None, typer.Option(help="How prompts are read.", show_default=False)
+        Literal["a1111", "plain"] | None, typer.Option(help="Prompt syntax.", show_default="a1111")
     ] = None,
     models_file: ModelsFileOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Show how a model reads a prompt: its tokens and their weights, the chunks, and what is told at which step.
+    """Show how a model reads a prompt: tokens with weights, chunks, and the steps at which each text applies.
 
-    Nothing is generated, and only the model's tokenizer is loaded. The model's prompt template is applied.
+    Only the tokenizer of the model is loaded. The model's prompt template is applied.
     """
     spec = load_registry(models_file).find(model)
     if spec.kind.conditioning != "text":
-        raise UsageError(f"{spec.name} has no text encoder, so it reads no tokens")
+        raise UsageError(f"{spec.name} has no text encoder, so it reads no prompts")
     typed = {"negative_prompt": negative_prompt, "steps": steps, "prompt_syntax": prompt_syntax}
     asked = parse_request({"prompt": prompt, **typed})
     request = asked.changed(
@@ -68,7 +74,7 @@ def command(
 
 
 def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer) -> list[dict[str, Any]]:
-    """Each text of a prompt with the steps that it generates, [first, last] of each stretch; JSON-ready."""
+    """Each text of a prompt with the steps at which it applies, as [first, last] of each range; JSON-ready."""
     stretches: dict[PromptText, list[list[int]]] = {}
     first = 1
     for last, text in part.texts:
@@ -94,7 +100,7 @@ def _texts(role: str, part: SubPrompt, tokenizer: ClipTokenizer) -> list[dict[st
 
 
 def _show(texts: list[dict[str, Any]], room: int) -> None:
-    """For people; in colour where stdout is a terminal that shows it, and NO_COLOR is not set."""
+    """Print the texts for people; in colour on a terminal, unless NO_COLOR is set."""
     from rich.console import Console as Terminal
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""`sdcli train-controlnet`: teach a network to guide a model by a map."""
+"""`sdcli train-controlnet`: train a ControlNet for a model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ command = Trainer(
     ControlNetSettings,
     _open,
     data_metavar="DATA",
-    data_help="Captioned images: a folder, parquet files, tar shards (with braces), or a hub data set.",
-).command("""Train a ControlNet, which guides a model by a map: edges, strokes, depth, whatever is beside the images.
+    data_help="Captioned images: folder, parquet files, tar shards (with braces), or hub data set.",
+).command("""Train a ControlNet, which guides a model by maps of edges, strokes, depth and the like.
 
-The maps come from the column conditioning_image of metadata.jsonl or parquet files, from --conditioning-data-dir (the
-same names in another folder), or with --preprocessor canny from the images themselves. The model stays as it is.
-`sdcli generate -m MODEL --control RUN=MAP.png` generates with the result, and diffusers loads RUN/controlnet.
+The maps come from the column conditioning_image of metadata.jsonl or parquet files, from --conditioning-data-dir
+(another folder with the same file names), or are computed from the images, with --preprocessor canny. The model itself
+is not trained. Use the result with `sdcli generate -m MODEL --control RUN=MAP.png`; diffusers loads RUN/controlnet.
 """)

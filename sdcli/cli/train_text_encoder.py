@@ -24,9 +24,8 @@ command = Trainer(
     TextSettings,
     _open,
     data_metavar="CAPTIONS",
-    data_help="A .txt (a caption a line), .jsonl, .csv or .parquet file, or a data set of images.",
-).command("""Train a text encoder on captions; `train-unet --text-encoder RUN` builds on it.
+    data_help="Captions: a .txt (one per line), .jsonl, .csv or .parquet file, or a data set of images.",
+).command("""Train a small text encoder on captions, for `train-unet --text-encoder RUN`.
 
-It learns to predict the next word, to find alternative captions alike, what a sentence encoder says of them, or other
-words for what a model knows.
+It learns the vectors of a sentence encoder (distil), or alternative captions of what a model knows (align).
 """)

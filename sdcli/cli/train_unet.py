@@ -1,4 +1,4 @@
-"""`sdcli train-unet`: train or fine-tune the denoiser on captioned images."""
+"""`sdcli train-unet`: train or fine-tune a denoiser on captioned images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ command = Trainer(
     UnetSettings,
     _open,
     data_metavar="DATA",
-    data_help="A folder of captioned images, parquet files, tar shards (with braces), latents, or a hub data set.",
-).command("""Train a UNet on images, so that `sdcli generate -m RUN` generates like them.
+    data_help="Folder of captioned images, parquet files, tar shards (with braces), latents, or a hub data set.",
+).command("""Train or fine-tune a UNet, or a LoRA for it, on captioned images.
 
-RUN is a model folder after every checkpoint. Ctrl-C finishes the step and saves; --resume goes on exactly there.
+RUN becomes a model folder: `sdcli generate -m RUN`. Ctrl-C finishes the step and saves a checkpoint; --resume continues
+exactly there.
 """)

@@ -1,4 +1,4 @@
-"""`sdcli train-vae`: train or fine-tune the autoencoder between images and latents."""
+"""`sdcli train-vae`: train or fine-tune an autoencoder on images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ command = Trainer(
     VaeSettings,
     _open,
     data_metavar="DATA",
-    data_help="A folder of images, parquet files, tar shards (with braces), or a hub data set.",
-).command("""Train a VAE on images; captions are not needed. `train-unet --vae RUN` builds on it.
+    data_help="Folder of images, parquet files, tar shards (with braces), or a hub data set.",
+).command("""Train or fine-tune a VAE on images without captions, for `train-unet --vae RUN`.
 
-Its scaling factor, 1 / the latents' standard deviation, is measured at each checkpoint and stands in its config.
+The scaling factor, 1 / the standard deviation of the latents, is measured at each checkpoint.
 """)

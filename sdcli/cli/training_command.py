@@ -1,4 +1,4 @@
-"""What the training commands share: settings, RUN, processes, signals, display, and the proof of an exact resume."""
+"""The shared part of the training commands: options, processes, signals, display, and --prove-resume."""
 
 from __future__ import annotations
 
@@ -36,23 +36,22 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=TrainSettings)
 
 OutputRunOpt = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="RUN", help="The folder of the run, and of what it trains.")
+    Path | None,
+    typer.Option("--output", "-o", metavar="RUN", help="Folder of the run, and of the model that it trains."),
 ]
 ConfigOpt = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings from a .toml or .yaml file; typed ones win."),
+    typer.Option("--config", metavar="FILE", help="Read settings from a .toml or .yaml file; options take precedence."),
 ]
 ResumeOpt = Annotated[
-    bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in RUN, exactly where it was.")
+    bool, typer.Option("--resume", help="Continue from the newest complete checkpoint in RUN, as if never stopped.")
 ]
-DryRunOpt = Annotated[
-    bool, typer.Option("--dry-run", help="Look at data and settings, say what would be done, and stop.")
-]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Examine data and settings, print the plan, and stop.")]
 ProveOpt = Annotated[
     bool,
     typer.Option(
         "--prove-resume",
-        help="Train 10 steps, and 5 + kill -9 + 5 resumed; compare all bytes. Leaves nothing behind.",
+        help="Check that resuming is exact: compare 10 steps with 5 + kill -9 + 5 resumed, in temporary folders.",
     ),
 ]
 
@@ -75,12 +74,12 @@ METAVARS = {
 """Setting -> placeholder of its value, where the type does not say enough."""
 SECTIONS = (DATA, SHAPE, MODEL, STEPS, OPTIMIZER, OBJECTIVE, KEEP, WATCH, MACHINE)
 ECHO = 0.5
-"""Seconds within which a signal comes again because the terminal and the launcher both send it to every process."""
+"""Seconds within which a repeated signal counts once: terminal and launcher both send it to every process."""
 
 
 @dataclass(frozen=True)
 class Trainer(Generic[S]):
-    """One training command: its name, its settings, and how its session is made (heavy imports inside)."""
+    """One training command: its name, its settings, and a function that opens its session (with heavy imports)."""
 
     name: str
     kind: type[S]
@@ -89,7 +88,7 @@ class Trainer(Generic[S]):
     data_help: str
 
     def command(self, help_text: str) -> Callable[..., None]:
-        """The Typer command: its own argument, what all trainers take, and an option for each setting."""
+        """The Typer command: its argument, the options of all trainers, and an option per setting."""
 
         def command(
             data: str | None = None,
@@ -106,8 +105,8 @@ class Trainer(Generic[S]):
             typed: dict[str, Any],
         ) -> None:
             registry = load_registry(models_file)
-            asked = Requested(data, output, config, resume, dry_run, prove_resume, typed, registry, models_file)
-            train(self, asked, Console(quiet=quiet, verbose=verbose, json=as_json))
+            call = TrainingCall(data, output, config, resume, dry_run, prove_resume, typed, registry, models_file)
+            train(self, call, Console(quiet=quiet, verbose=verbose, json=as_json))
 
         argument = typer.Argument(metavar=self.data_metavar, help=self.data_help, show_default=False)
         command.__annotations__["data"] = Annotated[str | None, argument]
@@ -130,8 +129,8 @@ def settings_options(kind: type[TrainSettings]) -> Callable[[Command], Command]:
 
 
 @dataclass(frozen=True)
-class Requested:
-    """What was typed beside the settings."""
+class TrainingCall:
+    """The command line of one training command, parsed."""
 
     data: str | None
     output: Path | None
@@ -144,16 +143,16 @@ class Requested:
     models_file: Path | None = None
 
 
-def train(trainer: Trainer[S], asked: Requested, console: Console) -> None:
-    """Carry out one training command, from what was typed to the last checkpoint."""
-    data, run, settings = _resolved(trainer, asked)
-    if asked.prove_resume:
-        _prove_resume(trainer.name, data, run, settings, asked.models_file, console)
+def train(trainer: Trainer[S], call: TrainingCall, console: Console) -> None:
+    """Run one training command."""
+    data, run, settings = _resolved(trainer, call)
+    if call.prove_resume:
+        _prove_resume(trainer.name, data, run, settings, call.models_file, console)
         return
     from sdcli.training.launch import inside_a_launch, launch
     from sdcli.training.run_folder import check_free
 
-    if not asked.resume and not inside_a_launch() and not (asked.dry_run and asked.output is None):
+    if not call.resume and not inside_a_launch() and not (call.dry_run and call.output is None):
         check_free(run)
     if (settings.num_processes or 1) > 1 and not inside_a_launch():
         code = launch(sys.argv[1:], processes=settings.num_processes or 1)
@@ -163,22 +162,22 @@ def train(trainer: Trainer[S], asked: Requested, console: Console) -> None:
     stop = GracefulStop(
         console,
         unit="the step in hand",
-        kept="whole checkpoints are kept" if not asked.dry_run else "nothing was changed",
+        kept="whole checkpoints are kept" if not call.dry_run else "nothing was changed",
         echo=ECHO if inside_a_launch() else 0.0,
     ).install()
     with ExitStack() as stack:
-        session = trainer.open_session(data, run, settings, asked.registry)
+        session = trainer.open_session(data, run, settings, call.registry)
         stack.enter_context(session)
         if not session.is_main:
             console = dataclasses.replace(console, quiet=True)
         from sdcli.cli.ui.training_progress import TrainingDisplay
 
         display = stack.enter_context(TrainingDisplay(console))
-        for event in session.prepare(resume=asked.resume, stop=stop):
+        for event in session.prepare(resume=call.resume, stop=stop):
             _show(event, display, console)
         for line in session.plan_lines():
             console.note(line)
-        if asked.dry_run:
+        if call.dry_run:
             if session.is_main:
                 console.result(json.dumps(session.plan()), **session.plan())
             return
@@ -201,22 +200,22 @@ class _AlreadyPrinted(SdcliError):
         self.exit_code = code
 
 
-def _resolved(trainer: Trainer[S], asked: Requested) -> tuple[str, Path, S]:
+def _resolved(trainer: Trainer[S], call: TrainingCall) -> tuple[str, Path, S]:
     from sdcli.training.run_folder import recorded
 
-    typed = dict(asked.typed)
-    given = read_config(asked.config, trainer.kind) if asked.config is not None else {}
-    data = asked.data if asked.data is not None else given.pop("data", None)
-    output = asked.output if asked.output is not None else given.pop("output", None)
+    typed = dict(call.typed)
+    given = read_config(call.config, trainer.kind) if call.config is not None else {}
+    data = call.data if call.data is not None else given.pop("data", None)
+    output = call.output if call.output is not None else given.pop("output", None)
     given = {name: value for name, value in given.items() if name in trainer.kind.model_fields}
     if output is None:
-        if asked.prove_resume or asked.dry_run:
+        if call.prove_resume or call.dry_run:
             output = "run"
         else:
-            raise UsageError("name the folder of the run: -o RUN")
+            raise UsageError("-o RUN is missing, the folder of the run")
     run = expanded(output)
     before: dict[str, Any] = {}
-    if asked.resume:
+    if call.resume:
         begun_with, before = recorded(run, command=trainer.name, kind=trainer.kind)
         data = data if data is not None else begun_with
     if data is None:
@@ -225,7 +224,7 @@ def _resolved(trainer: Trainer[S], asked: Requested) -> tuple[str, Path, S]:
 
 
 def _over(values: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
-    """Newer values over older ones: a limit replaces a limit of another kind, it does not contradict it."""
+    """Newer values over older ones; a newer limit (steps, epochs) replaces an older one of the other kind."""
     limits = {"max_train_steps", "num_train_epochs"}
     replaced = limits if limits & set(newer) else set()
     return {**{name: value for name, value in values.items() if name not in replaced}, **newer}
@@ -241,7 +240,7 @@ def _show(event: Event, display: Any, console: Console) -> None:
 
 
 def _report(event: Event, console: Console) -> None:
-    """Checkpoints and samples as results on stdout; with --json every event."""
+    """Print checkpoints and samples on stdout; with --json every event."""
     from sdcli.training.events import CheckpointSaved, Preparation, SamplesSaved
     from sdcli.training.run_log import strict_json
 
@@ -255,7 +254,7 @@ def _report(event: Event, console: Console) -> None:
             console.result(str(path))
 
 
-# The proof
+# --prove-resume
 
 PROOF_STEPS = 5
 
@@ -263,7 +262,7 @@ PROOF_STEPS = 5
 def _prove_resume(
     name: str, data: str, run: Path, settings: TrainSettings, models_file: Path | None, console: Console
 ) -> None:
-    """Straight against killed and resumed, with the user's own settings, in two throw-away runs."""
+    """Compare an uninterrupted run with a killed and resumed one, with the user's settings, in temporary folders."""
     parent = run.parent if run.parent.is_dir() else Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix=".sdcli-prove-", dir=parent))
     try:
@@ -281,8 +280,8 @@ def _prove_resume(
         command = [sys.executable, "-m", "sdcli", name, "--config", str(config), "--quiet"]
         command += ["--models-file", str(models_file)] if models_file is not None else []
         straight, resumed = folder / "straight", folder / "resumed"
-        console.note(f"training {2 * PROOF_STEPS} steps without a stop")
-        _finish(subprocess.run([*command, "-o", str(straight)], stdout=subprocess.DEVNULL), "the straight run")
+        console.note(f"training {2 * PROOF_STEPS} steps without interruption")
+        _finish(subprocess.run([*command, "-o", str(straight)], stdout=subprocess.DEVNULL), "the uninterrupted run")
         console.note(f"training {PROOF_STEPS} steps, then kill -9")
         _kill_after_first_checkpoint([*command, "-o", str(resumed)])
         console.note("resuming")
@@ -294,7 +293,7 @@ def _prove_resume(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if differences:
-        raise BadOutput(f"the resumed run differs from the straight one in {', '.join(differences)}")
+        raise BadOutput(f"the resumed run differs from the uninterrupted one in {', '.join(differences)}")
     console.result(
         f"identical: {2 * PROOF_STEPS} steps at once, and {PROOF_STEPS} + kill -9 + {PROOF_STEPS} resumed, "
         "gave the same bytes",
@@ -315,13 +314,13 @@ def _kill_after_first_checkpoint(command: list[str]) -> None:
         line = next((line for line in process.stdout if b"checkpoint-" in line), None)
         if line is None:
             _finish(subprocess.CompletedProcess(command, process.wait() or 1), "the run to be killed")
-    finally:  # also when Ctrl-C ends the proof: it does not reach another session
+    finally:  # also after Ctrl-C, which does not reach a process of another session
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _differences(one: Path, other: Path) -> list[str]:
-    """The files of two checkpoints that differ, by their manifests' digests."""
+    """The names of files that differ between two checkpoints, by the digests in their manifests."""
     files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in (one, other)]
     return sorted(name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name))

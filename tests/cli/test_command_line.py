@@ -1,4 +1,4 @@
-"""A request as the command line that asks for it: the way back from `cli/request_options.py`'s flags."""
+"""The command line of a request: the inverse of the flags in `cli/options/request_flags.py`."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_json_is_one_object_a_line_with_the_whole_record(sdcli: Run, image: Path
 def test_an_image_without_a_record_is_no_failure(sdcli: Run, tmp_path: Path) -> None:
     (tmp_path / "plain.jpg").write_bytes(image_bytes(Image.new("RGB", (16, 24)), "jpeg", None))
     done = sdcli("info", "plain.jpg")
-    assert (done.returncode, done.stdout) == (0, "plain.jpg: 16x24 jpeg, says nothing about how it was made\n")
+    assert (done.returncode, done.stdout) == (0, "plain.jpg: 16x24 jpeg, no settings stored\n")
 
 
 def test_one_bad_image_among_several_is_reported_and_the_rest_goes_on(sdcli: Run, image: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_strip_never_overwrites_unless_asked(sdcli: Run, image: Path, tmp_path: 
     [
         (("-o", "x.png"), "--output has no effect without --strip"),
         (("--overwrite",), "--overwrite has no effect without --strip"),
-        (("--strip", "walrus.png", "-o", "x.png"), "--output names one copy"),
+        (("--strip", "walrus.png", "-o", "x.png"), "--output is for a single copy"),
         (("--strip", "-o", "x.jpg"), "is a png image"),
     ],
 )

@@ -72,8 +72,12 @@ def test_each_wrong_wish_ends_with_its_own_code(sdcli: RunSdcli, tmp_path: Path)
     cases = [
         (["absent"], 3, "absent is no training run"),
         (["run", "absent"], 3, "absent is no training run"),
-        (["run", "--metric", "fid"], 2, "run logs no 'fid'; there are grad_norm, loss, lr, psnr, samples_per_second"),
-        (["fresh"], 2, "fresh has no steps to show yet"),
+        (
+            ["run", "--metric", "fid"],
+            2,
+            "run has no metric 'fid'; it has grad_norm, loss, lr, psnr, samples_per_second",
+        ),
+        (["fresh"], 2, "fresh has logged no steps yet"),
         (["run", "-o", "curves.gif"], 2, "should end in .png, .svg, .pdf"),
         (["run", "--smooth", "1"], 2, "--smooth"),
     ]
@@ -93,7 +97,7 @@ def test_a_damaged_log_is_drawn_as_far_as_it_goes(tmp_path: Path, capsys: pytest
         file.write(b'nonsense\n{"event": "train", "st')
     command([run], output=tmp_path / "curves.png")
     seen = capsys.readouterr()
-    assert "passed over 2 damaged lines" in seen.err
+    assert "skipped 2 damaged lines" in seen.err
     assert (tmp_path / "curves.png").is_file()
 
 

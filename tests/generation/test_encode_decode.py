@@ -339,7 +339,7 @@ def test_a_second_run_skips_what_is_there_and_encodes_what_changed() -> None:
     Path(first[1]).unlink()
     outcome = run("encode", folder, "-m", "tiny")
     assert outcome.out == [first[1]]
-    assert f"{first[0]} is there already" in outcome.err
+    assert f"{first[0]} exists already" in outcome.err
     assert digests(Path("latents")) == before
     assert os.stat(first[0]).st_mtime_ns == times[first[0]]
 

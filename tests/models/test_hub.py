@@ -92,7 +92,7 @@ def test_a_pulled_model_is_whole_verifies_and_is_found_by_other_tools(
 
     verified = models("verify", NAME)
     assert verified.returncode == 0, verified.stderr
-    assert f"{len(model_files) - len(EXTRAS)} files are as recorded" in verified.stdout
+    assert f"{len(model_files) - len(EXTRAS)} files match the recorded hashes" in verified.stdout
     assert models("path", NAME).stdout.strip() == str(folder)
     assert '"here": "downloaded"' in models("show", NAME, "--json").stdout
 
@@ -123,7 +123,7 @@ def test_a_controlnet_is_pulled_by_its_name_and_its_pickles_are_left(
     here = {row["name"]: row["here"] for row in map(json.loads, listed)}
     assert (here["edges"], here["canny"]) == ("downloaded", "not downloaded")
     verified = models("verify", "edges", *own)
-    assert "2 files are as recorded" in verified.stdout, verified.stderr
+    assert "2 files match the recorded hashes" in verified.stdout, verified.stderr
 
 
 def test_a_safety_checker_comes_when_it_is_asked_for_and_stays(
@@ -140,7 +140,7 @@ def test_a_safety_checker_comes_when_it_is_asked_for_and_stays(
 
     left_out = models("pull", NAME)
     assert left_out.returncode == 0, left_out.stderr
-    assert "ships a safety checker, which was left out; --safety-checker fetches it" in left_out.stderr
+    assert "has a safety checker; --safety-checker downloads it" in left_out.stderr
     folder = Path(left_out.stdout.strip())
     assert not files_of(folder).keys() & checker.keys()
     refused = models("pull", NAME, "--safety-checker", "--offline")
@@ -256,7 +256,7 @@ def test_without_a_record_the_hashes_in_the_cache_are_compared(models: Run, tmp_
         manifest.unlink()
     fine = models("verify", NAME)
     assert fine.returncode == 0
-    assert "nothing was recorded" in fine.stdout
+    assert "none were recorded" in fine.stdout
     (folder / "unet/config.json").resolve().write_text("{}")
     assert models("verify", NAME).returncode == 1
 
@@ -268,7 +268,7 @@ def test_a_file_that_changed_on_the_hub_is_told(server: HubServer, models: Run, 
     before = server.weight_bytes_sent()
     second = models("pull", NAME)
     assert second.returncode == 0
-    assert "warning: maker/small: unet/config.json is not the file that the last pull recorded" in second.stderr
+    assert "warning: maker/small: unet/config.json changed on the hub since the last pull" in second.stderr
     assert second.stdout != first.stdout
     assert server.weight_bytes_sent() == before, "unchanged weights are not downloaded again"
 

@@ -1,4 +1,4 @@
-"""The options that several commands share, each spelled once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ ModelOpt = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="A name from `sdcli models list`, a diffusers folder, a .safetensors file, or owner/name(@revision).",
+        help="Name from `sdcli models list`, diffusers folder, .safetensors file, or owner/name[@revision] of the "
+        "Hugging Face hub (default: see `sdcli models default`).",
     ),
 ]
 ModelsFileOpt = Annotated[
-    Path | None, typer.Option("--models-file", metavar="FILE", help="A models.yaml laid over the others.")
+    Path | None, typer.Option("--models-file", metavar="FILE", help="Read further models from this models.yaml.")
 ]
-DeviceOpt = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes cuda, mps or cpu.")]
+DeviceOpt = Annotated[Device, typer.Option("--device", help="Device; auto: cuda, else mps, else cpu.")]
 DTypeOpt = Annotated[
-    DType, typer.Option("--dtype", help="Number format; auto takes what is quick and safe on the device.")
+    DType,
+    typer.Option("--dtype", help="Number format; auto: the fastest that is safe on the device."),
 ]
-OfflineOpt = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Results as JSON, one object a line.")]
-QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results and warnings.")]
-VerboseOpt = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; show tracebacks.")]
+OfflineOpt = Annotated[bool, typer.Option("--offline", help="Do not use the network.")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print results as JSON, one object per line.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and warnings, no progress.")]
+VerboseOpt = Annotated[bool, typer.Option("--verbose", "-v", help="Print more details, and tracebacks of errors.")]

@@ -1205,7 +1205,7 @@ def test_the_command_refuses_what_makes_no_sense(
     tmp_path: Path, folder: Path, tiny_folder: Path, cache: Callable[..., Any]
 ) -> None:
     refused = {
-        ("--cache-dir", folder / "cache"): "nothing is ever written",
+        ("--cache-dir", folder / "cache"): "which is never changed",
         ("--resolution", "33"): "multiple of 8",
         ("--min-bucket-reso", "16"): "--enable-bucket",
     }
