@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from sdcli.cli.training_command import TrainingCall, Trainer, _resolved, settings_options
+from sdcli.cli.training_command import Trainer, TrainingCall, _resolved, settings_options
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import CannotWrite, Interrupted, UsageError
