@@ -45,10 +45,11 @@ from sdcli.request.fields import Control, Preprocessor
 from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.ldm import ldm_controlnet
+from tests.oracle import Batch, comparable, latents, prompts, reference_latents
 from tests.tiny import save_tiny_controlnet, save_tiny_pipeline, save_tiny_sdxl
 
-SEEDS = [11, 42]
 STEPS = 5
+CAT, CATS = prompts("a cat", seeds=(7,)), prompts("a cat", "a cat")
 NAMES = ("one", "two")
 
 
@@ -86,9 +87,7 @@ def oracle(model: Path, files: Path, kind: type, nets: tuple[str, ...]) -> Any:
     plain = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     controls = [ControlNetModel.from_pretrained(files / name) for name in nets]
     controlnet = controls[0] if len(controls) == 1 else MultiControlNetModel(controls)
-    reference = kind(**plain.components, controlnet=controlnet, requires_safety_checker=False)
-    reference.set_progress_bar_config(disable=True)
-    return reference
+    return comparable(kind(**plain.components, controlnet=controlnet, requires_safety_checker=False))
 
 
 def resolved(pipeline: Pipeline, **fields: Any) -> GenerationRequest:
@@ -96,25 +95,15 @@ def resolved(pipeline: Pipeline, **fields: Any) -> GenerationRequest:
     return resolve(asked, pipeline.model.spec, measure=measure)
 
 
-def ours(pipeline: Pipeline, *, seeds: list[int] = SEEDS, **fields: Any) -> Tensor:
-    *_, last = sample(pipeline, [resolved(pipeline, seed=seed, **fields) for seed in seeds])
-    return last.latents
+def ours(pipeline: Pipeline, batch: Batch = CATS, **fields: Any) -> Tensor:
+    return latents(pipeline, batch, **{"steps": STEPS, "width": 64, "height": 48, **fields})
 
 
-def theirs(
-    pipeline: Pipeline, reference: Any, scheduler: str, *, scale: float, seeds: list[int], **given: Any
-) -> Tensor:
-    reference.scheduler = make_scheduler(scheduler, pipeline.model.scheduler_config)
-    positive, negative = reference.encode_prompt("a cat", "cpu", 1, True)
-    return reference(  # type: ignore[no-any-return]
-        prompt_embeds=positive.repeat(len(seeds), 1, 1),
-        negative_prompt_embeds=negative.repeat(len(seeds), 1, 1) if scale > 1 else None,
-        num_inference_steps=STEPS,
-        guidance_scale=scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **given,
-    ).images
+def theirs(pipeline: Pipeline, reference: Any, scheduler: str, batch: Batch, *, scale: float, **given: Any) -> Tensor:
+    config = pipeline.model.scheduler_config
+    return reference_latents(
+        reference, batch, steps=STEPS, guidance_scale=scale, scheduler=scheduler, config=config, **given
+    )
 
 
 @pytest.mark.parametrize("part", [(0.0, 1.0), (0.2, 0.7)])
@@ -130,15 +119,15 @@ def test_a_control_gives_diffusers_latents_bit_for_bit(
         own,
         reference,
         scheduler,
+        CAT,
         scale=5.0,
-        seeds=[7],
         image=Image.open(files / "a.png"),
         controlnet_conditioning_scale=0.7,
         control_guidance_start=part[0],
         control_guidance_end=part[1],
     )
     control = f"{files}/one={files}/a.png:0.7@{part[0]}-{part[1]}"
-    assert torch.equal(ours(own, seeds=[7], scheduler=scheduler, guidance_scale=5.0, controls=control), expected)
+    assert torch.equal(ours(own, CAT, scheduler=scheduler, guidance_scale=5.0, controls=control), expected)
 
 
 @pytest.mark.parametrize("guess", [False, True])
@@ -151,8 +140,8 @@ def test_two_controls_over_a_batch_give_diffusers_latents_bit_for_bit(
         own,
         reference,
         "ddim",
+        CATS,
         scale=scale,
-        seeds=SEEDS,
         image=[[Image.open(files / f"{name}.png") for name in "ab"]] * 2,  # each image's own
         controlnet_conditioning_scale=[0.5, 1.5],
         control_guidance_start=[0.0, 0.4],
@@ -169,9 +158,9 @@ def test_a_control_of_a_start_image_gives_diffusers_latents_bit_for_bit(tiny_fol
     reference = oracle(tiny_folder, files, StableDiffusionControlNetImg2ImgPipeline, ("one",))
     start, seen = Image.open(files / "start.png"), Image.open(files / "a.png")
     given = {"image": start, "control_image": seen, "strength": 0.6, "control_guidance_end": 0.5}
-    expected = theirs(own, reference, "euler", scale=5.0, seeds=[7], controlnet_conditioning_scale=1.0, **given)
+    expected = theirs(own, reference, "euler", CAT, scale=5.0, controlnet_conditioning_scale=1.0, **given)
     fields = {"init_image": f"{files}/start.png", "strength": 0.6, "controls": f"{files}/one={files}/a.png@-0.5"}
-    assert torch.equal(ours(own, seeds=[7], scheduler="euler", guidance_scale=5.0, **fields), expected)
+    assert torch.equal(ours(own, CAT, scheduler="euler", guidance_scale=5.0, **fields), expected)
 
 
 @pytest.mark.parametrize("channels", [4, 9])
@@ -185,8 +174,8 @@ def test_a_control_behind_a_mask_gives_diffusers_latents_bit_for_bit(
         own,
         reference,
         "ddim",
+        CAT,
         scale=5.0,
-        seeds=[7],
         image=Image.open(files / "start.png"),
         mask_image=Image.open(files / "mask.png"),
         control_image=Image.open(files / "a.png"),
@@ -196,7 +185,7 @@ def test_a_control_behind_a_mask_gives_diffusers_latents_bit_for_bit(
         height=48,
     )
     given = {"init_image": f"{files}/start.png", "mask": f"{files}/mask.png", "controls": f"{files}/one={files}/a.png"}
-    got = ours(own, seeds=[7], scheduler="ddim", guidance_scale=5.0, **given)
+    got = ours(own, CAT, scheduler="ddim", guidance_scale=5.0, **given)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -224,7 +213,7 @@ def test_a_control_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_
         output_type="latent",
     ).images
     given = {"scheduler": "euler", "guidance_scale": 5.0, "negative_prompt": "a dog"}
-    got = ours(own, seeds=[7], controls=f"{net}={files}/a.png:0.7@0-0.6", **given)
+    got = ours(own, CAT, controls=f"{net}={files}/a.png:0.7@0-0.6", **given)
     assert torch.equal(got, expected)
     with pytest.raises(UsageError, match="does not fit"):
         load_controlnet(registry.find_controlnet(str(files / "one")), model)
@@ -242,7 +231,7 @@ def test_a_control_of_a_distilled_model_gives_diffusers_latents(files: Path, tmp
         generator=torch.Generator().manual_seed(7),
         output_type="latent",
     ).images
-    got = ours(own, seeds=[7], scheduler="lcm", guidance_scale=8.0, controls=f"{files}/one={files}/a.png")
+    got = ours(own, CAT, scheduler="lcm", guidance_scale=8.0, controls=f"{files}/one={files}/a.png")
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -279,8 +268,8 @@ def test_a_second_pass_sees_the_map_at_its_own_size(
         return forward(*args, controlnet_cond=controlnet_cond, **rest)
 
     monkeypatch.setattr(network, "forward", watched)
-    latents = ours(own, seeds=[7], controls=f"canny:{files}/one={files}/a.png", upscale="2x:0.5")
-    assert latents.shape[-2:] == (12, 16)
+    found = ours(own, CAT, controls=f"canny:{files}/one={files}/a.png", upscale="2x:0.5")
+    assert found.shape[-2:] == (12, 16)
     assert list(dict.fromkeys(sizes)) == [(48, 64), (96, 128)]
 
 
@@ -291,7 +280,7 @@ def test_perturbed_attention_asks_no_control_again(
     network = own.model.parts[f"controlnet:{files}/one"]
     forward = network.forward
     monkeypatch.setattr(network, "forward", lambda *given, **rest: calls.append(1) or forward(*given, **rest))
-    ours(own, seeds=[7], controls=f"{files}/one={files}/a.png", pag_scale=2.0, scheduler="euler")
+    ours(own, CAT, controls=f"{files}/one={files}/a.png", pag_scale=2.0, scheduler="euler")
     assert len(calls) == STEPS
 
 
@@ -568,8 +557,8 @@ def test_maps_say_what_they_should() -> None:
 def test_a_saved_map_paints_as_the_image_it_was_made_of(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
     save_map("canny", str(files / "a.png"), tmp_path / "edges.png", size="64x48")
     own = pipeline(tiny_folder, files)
-    drawn = ours(own, seeds=[7], controls=f"canny:{files}/one={files}/a.png")
-    assert torch.equal(ours(own, seeds=[7], controls=f"{files}/one={tmp_path}/edges.png"), drawn)
+    drawn = ours(own, CAT, controls=f"canny:{files}/one={files}/a.png")
+    assert torch.equal(ours(own, CAT, controls=f"{files}/one={tmp_path}/edges.png"), drawn)
     with pytest.raises(AlreadyExists):
         save_map("canny", str(files / "a.png"), tmp_path / "edges.png")
     with pytest.raises(UsageError, match="should end in"):

@@ -11,35 +11,32 @@ from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from sdcli.diffusion.pipeline import Pipeline
-from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.layout import ModelKind
-from sdcli.models.loader import load_model
-from sdcli.models.registry import spec_of_folder
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import parse_request
+from tests import oracle
 from tests.tiny import save_tiny_pipeline
+
+CAT = oracle.prompts("a cat", seeds=(7,))
 
 
 def latents(pipeline: Pipeline, **fields: Any) -> Tensor:
-    asked = {"prompt": "a cat", "seed": 7, "steps": 4, "width": 64, "height": 64, **fields}
-    *_, last = sample(pipeline, [resolve(parse_request(asked), pipeline.model.spec)])
-    return last.latents
+    return oracle.latents(pipeline, CAT, **{"steps": 4, "width": 64, "height": 64, **fields})
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_folder: Path) -> Pipeline:
-    return Pipeline.of(load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu"))
+    return oracle.pipeline_of(tiny_folder)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_folder: Path) -> Any:
     plain = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
-    made = StableDiffusionPAGPipeline(**plain.components, requires_safety_checker=False, pag_applied_layers=["mid"])
-    made.set_progress_bar_config(disable=True)
-    return made
+    more = {"requires_safety_checker": False, "pag_applied_layers": ["mid"]}
+    return oracle.comparable(StableDiffusionPAGPipeline(**plain.components, **more))
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmpp-2m"])
@@ -49,11 +46,8 @@ def reference(tiny_folder: Path) -> Any:
 def test_perturbed_attention_equals_diffusers(
     pipeline: Pipeline, reference: Any, scheduler: str, guidance: dict[str, float]
 ) -> None:
-    reference.scheduler = make_scheduler(scheduler, pipeline.model.scheduler_config)
-    expected = reference(
-        "a cat", num_inference_steps=4, width=64, height=64, generator=torch.Generator().manual_seed(7),
-        output_type="latent", pag_scale=3.0, **guidance,
-    ).images  # fmt: skip
+    fields = {"steps": 4, "width": 64, "height": 64, "scheduler": scheduler, "pag_scale": 3.0, **guidance}
+    expected = oracle.reference_latents(reference, CAT, config=pipeline.model.scheduler_config, **fields)
     got = latents(pipeline, scheduler=scheduler, pag_scale=3.0, **guidance)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -69,7 +63,7 @@ def test_perturbed_attention_is_refused_where_it_means_nothing(pipeline: Pipelin
     with pytest.raises(UsageError, match="does not go with AND"):
         latents(pipeline, prompt="a cat AND a dog", pag_scale=3.0)
     folder = save_tiny_pipeline(tmp_path / "no-middle", mid_block_type=None)
-    other = Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+    other = oracle.pipeline_of(folder)
     with pytest.raises(UsageError, match="no self-attention in the middle"):
         latents(other, pag_scale=3.0)
 

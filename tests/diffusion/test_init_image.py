@@ -17,7 +17,6 @@ from sdcli.diffusion.init_latents import slerp
 from sdcli.diffusion.input_images import InputImages, measure
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
-from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadImage, BadOutput, NotFound, UsageError
 from sdcli.generation.engine import generate_images, plan
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
@@ -32,20 +31,21 @@ from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.vae import autoencoder
 from sdcli.vae.latent_space import LatentSpace
+from tests.oracle import comparable, latents, pipeline_of, prompts, reference_latents
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.tiny import save_tiny_pipeline
 
-SEEDS = [11, 42]
 STEPS = 6
+CAT, CATS = prompts("a cat", seeds=(7,)), prompts("a cat", "a cat")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """picture.png (64x48) and mask.png: white in the right half."""
+    """image.png (64x48) and mask.png: white in the right half."""
     folder = tmp_path_factory.mktemp("start")
     source = np.random.default_rng(0)
     coarse = Image.fromarray(source.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    coarse.resize((64, 48), Image.Resampling.BICUBIC).save(folder / "picture.png")
+    coarse.resize((64, 48), Image.Resampling.BICUBIC).save(folder / "image.png")
     mask = np.zeros((48, 64), np.uint8)
     mask[:, 32:] = 255
     Image.fromarray(mask).save(folder / "mask.png")
@@ -61,33 +61,10 @@ def nine_channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def loaded(folder: Path, oracle: type) -> tuple[Pipeline, Any]:
-    pipeline = Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
+def loaded(folder: Path, kind: type) -> tuple[Pipeline, Any]:
+    """A model in a pipeline of ours and in one of diffusers."""
     plain = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    reference = oracle(**plain.components, requires_safety_checker=False)
-    reference.set_progress_bar_config(disable=True)
-    return pipeline, reference
-
-
-def ours(pipeline: Pipeline, *, seeds: list[int] = SEEDS, **fields: Any) -> Tensor:
-    spec = pipeline.model.spec
-    asked = [parse_request({"prompt": "a cat", "seed": seed, "steps": STEPS, **fields}) for seed in seeds]
-    *_, last = sample(pipeline, [resolve(one, spec, measure=measure) for one in asked])
-    return last.latents
-
-
-def theirs(pipeline: Pipeline, reference: Any, scheduler: str, *, seeds: list[int] = SEEDS, **arguments: Any) -> Tensor:
-    reference.scheduler = make_scheduler(scheduler, pipeline.model.scheduler_config)
-    positive, negative = reference.encode_prompt("a cat", "cpu", 1, True)
-    return reference(  # type: ignore[no-any-return]
-        prompt_embeds=positive.repeat(len(seeds), 1, 1),
-        negative_prompt_embeds=negative.repeat(len(seeds), 1, 1),
-        num_inference_steps=STEPS,
-        guidance_scale=5.0,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **arguments,
-    ).images
+    return pipeline_of(folder), comparable(kind(**plain.components, requires_safety_checker=False))
 
 
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
@@ -96,10 +73,11 @@ def test_a_start_image_gives_diffusers_latents_bit_for_bit(
     tiny_folder: Path, files: Path, scheduler: str, strength: float
 ) -> None:
     pipeline, reference = loaded(tiny_folder, StableDiffusionImg2ImgPipeline)
-    image = Image.open(files / "picture.png")
-    expected = theirs(pipeline, reference, scheduler, image=image, strength=strength)
-    given = {"init_image": str(files / "picture.png"), "strength": strength, "scheduler": scheduler}
-    assert torch.equal(ours(pipeline, guidance_scale=5.0, **given), expected)
+    image = Image.open(files / "image.png")
+    fields = {"steps": STEPS, "guidance_scale": 5.0, "scheduler": scheduler, "strength": strength}
+    config = pipeline.model.scheduler_config
+    expected = reference_latents(reference, CATS, config=config, image=image, **fields)
+    assert torch.equal(latents(pipeline, CATS, init_image=str(files / "image.png"), **fields), expected)
 
 
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
@@ -109,15 +87,16 @@ def test_a_mask_gives_diffusers_latents_bit_for_bit(
     tiny_folder: Path, nine_channels: Path, files: Path, scheduler: str, strength: float, channels: int
 ) -> None:
     pipeline, reference = loaded(tiny_folder if channels == 4 else nine_channels, StableDiffusionInpaintPipeline)
-    image, mask = (Image.open(files / name) for name in ("picture.png", "mask.png"))
-    more = {"image": image, "mask_image": mask, "strength": strength, "width": 64, "height": 48}
-    # one image: for several, diffusers encodes the start once, with the first one's generator
-    expected = theirs(pipeline, reference, scheduler, seeds=[7], **more)
-    given = {"init_image": str(files / "picture.png"), "mask": str(files / "mask.png"), "strength": strength}
-    assert torch.equal(ours(pipeline, seeds=[7], guidance_scale=5.0, scheduler=scheduler, **given), expected)
+    image, mask = (Image.open(files / name) for name in ("image.png", "mask.png"))
+    more = {"image": image, "mask_image": mask, "width": 64, "height": 48, "config": pipeline.model.scheduler_config}
+    fields = {"steps": STEPS, "guidance_scale": 5.0, "scheduler": scheduler, "strength": strength}
+    # one image: for several, diffusers encodes the init image once, with the first one's generator
+    expected = reference_latents(reference, CAT, **fields, **more)
+    given = {"init_image": str(files / "image.png"), "mask": str(files / "mask.png")}
+    assert torch.equal(latents(pipeline, CAT, **fields, **given), expected)
 
 
-def painted(pipeline: Pipeline, **fields: Any) -> Image.Image:
+def generated(pipeline: Pipeline, **fields: Any) -> Image.Image:
     request = resolve(
         parse_request({"prompt": "a cat", "seed": 3, "steps": 4, **fields}), pipeline.model.spec, measure=measure
     )
@@ -135,25 +114,25 @@ def tiny() -> Pipeline:
 def test_what_a_mask_keeps_is_the_same_to_the_bit_and_the_rest_is_not(
     tiny: Pipeline, files: Path, inverted: bool, blur: int
 ) -> None:
-    given = {"init_image": str(files / "picture.png"), "mask": str(files / "mask.png")}
-    result = np.asarray(painted(tiny, **given, invert_mask=inverted, mask_blur=blur))
-    before = np.asarray(Image.open(files / "picture.png"))
+    given = {"init_image": str(files / "image.png"), "mask": str(files / "mask.png")}
+    result = np.asarray(generated(tiny, **given, invert_mask=inverted, mask_blur=blur))
+    before = np.asarray(Image.open(files / "image.png"))
     kept, anew = (slice(32, 64), slice(0, 32)) if inverted else (slice(0, 32), slice(32, 64))
     assert (result[:, kept] == before[:, kept]).all()
     assert (result[:, anew] != before[:, anew]).mean() > 0.5
 
 
 def test_new_canvas_surrounds_the_image_which_stays_as_it_is(tiny: Pipeline, files: Path) -> None:
-    result = painted(tiny, init_image=str(files / "picture.png"), extend="left=16,bottom=8")
+    result = generated(tiny, init_image=str(files / "image.png"), extend="left=16,bottom=8")
     assert result.size == (64 + 16, 48 + 8)
-    assert result.crop((16, 0, 80, 48)).tobytes() == Image.open(files / "picture.png").tobytes()
+    assert result.crop((16, 0, 80, 48)).tobytes() == Image.open(files / "image.png").tobytes()
 
 
 @pytest.mark.slow
 def test_a_latent_file_starts_as_the_image_that_it_was_encoded_from(
     tiny: Pipeline, files: Path, tmp_path: Path, sdcli: Any
 ) -> None:
-    done = sdcli("encode", files / "picture.png", "-m", "tiny", "-o", tmp_path / "x.safetensors", "-q")
+    done = sdcli("encode", files / "image.png", "-m", "tiny", "-o", tmp_path / "x.safetensors", "-q")
     assert done.returncode == 0, done.stderr
     fields = {"prompt": "a cat", "seed": 3, "steps": 4, "init_image": str(tmp_path / "x.safetensors")}
     request = resolve(parse_request(fields), tiny.model.spec, measure=measure)
@@ -165,7 +144,7 @@ def test_a_latent_file_starts_as_the_image_that_it_was_encoded_from(
 
 
 def test_an_init_image_is_read_again_only_where_it_has_changed(tiny: Pipeline, files: Path, tmp_path: Path) -> None:
-    ref = pinned(FileRef(path=str(files / "picture.png")))
+    ref = pinned(FileRef(path=str(files / "image.png")))
     request = resolve(parse_request({"prompt": "x", "init_image": ref.path}), tiny.model.spec, measure=measure)
     images = InputImages()
     assert images.init_image(request) is images.init_image(request.model_copy(update={"init_image": pinned(ref)}))
@@ -178,7 +157,7 @@ def test_an_init_image_is_read_again_only_where_it_has_changed(tiny: Pipeline, f
 
 def test_an_image_does_not_depend_on_the_other_starts_of_its_batch(tiny: Pipeline, files: Path) -> None:
     given = {"steps": 4, "width": 64, "height": 48, "strength": 0.7}
-    starts = [str(files / "picture.png"), str(files / "mask.png")]
+    starts = [str(files / "image.png"), str(files / "mask.png")]
     asked = [parse_request({"seed": n, "init_image": start, **given}) for n, start in enumerate(starts)]
     requests = [resolve(one, tiny.model.spec) for one in asked]
     together = generate_images(tiny, requests, batch_size=2)
@@ -221,7 +200,7 @@ def test_a_start_that_needs_too_much_memory_is_encoded_in_tiles(
 
 def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path) -> None:
     spec = load_registry().find("tiny")
-    given = {"init_image": str(files / "picture.png"), "strength": 1.0}
+    given = {"init_image": str(files / "image.png"), "strength": 1.0}
     asked = [{}, {"mask": str(files / "mask.png")}, {"extend": "left=8", "width": 72}, {}]
     jobs = [ResolvedJob(n, resolve(parse_request({**given, **one}), spec), spec) for n, one in enumerate(asked)]
     batches = plan(jobs, RunSettings(batch_size=4))
@@ -229,8 +208,8 @@ def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path
 
 
 def test_a_variation_goes_from_one_seed_to_the_other(tiny: Pipeline) -> None:
-    plain, other = painted(tiny), painted(tiny, seed=8)
-    variations = [painted(tiny, variation_seed=8, variation_strength=share) for share in (0, 0.3, 1)]
+    plain, other = generated(tiny), generated(tiny, seed=8)
+    variations = [generated(tiny, variation_seed=8, variation_strength=share) for share in (0, 0.3, 1)]
     assert variations[0].tobytes() == plain.tobytes()
     assert variations[1].tobytes() not in (plain.tobytes(), other.tobytes())
     assert variations[2].tobytes() == other.tobytes()
@@ -254,13 +233,13 @@ def test_several_variations_count_their_own_seed() -> None:
 
 
 def test_a_second_pass_is_the_first_image_enlarged_and_painted_on(tiny: Pipeline, tmp_path: Path) -> None:
-    assert painted(tiny, upscale="2x:0.5").size == (128, 128)
-    assert painted(tiny, upscale="1.5x:1:latent").size == (96, 96)
+    assert generated(tiny, upscale="2x:0.5").size == (128, 128)
+    assert generated(tiny, upscale="1.5x:1:latent").size == (96, 96)
     *steps, last = sample(tiny, [resolve(parse_request({"seed": 3, "upscale": "2x:0.5"}), tiny.model.spec)])
     assert [step.index for step in steps] + [last.index] == [0, 1, 2, 3, 0, 1]
     assert last.latents.shape == (1, 4, 16, 16)
-    plain = painted(tiny)
-    assert painted(tiny, upscale="2x:0.25").resize((64, 64)).tobytes() != plain.tobytes()
+    plain = generated(tiny)
+    assert generated(tiny, upscale="2x:0.25").resize((64, 64)).tobytes() != plain.tobytes()
 
 
 def test_a_first_pass_that_is_no_image_is_not_painted_on(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,23 +250,25 @@ def test_a_first_pass_that_is_no_image_is_not_painted_on(tiny: Pipeline, monkeyp
 
     monkeypatch.setattr(LatentSpace, "decode", broken)
     with pytest.raises(BadOutput):
-        painted(tiny, upscale="2x:0.5")
+        generated(tiny, upscale="2x:0.5")
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_rescale_equals_diffusers(tiny_folder: Path, rescale: float) -> None:
     pipeline, reference = loaded(tiny_folder, StableDiffusionPipeline)
-    expected = theirs(pipeline, reference, "ddim", guidance_rescale=rescale, width=64, height=64)
-    got = ours(pipeline, guidance_scale=5.0, guidance_rescale=rescale, scheduler="ddim", width=64, height=64)
+    fields = {"steps": STEPS, "guidance_scale": 5.0, "scheduler": "ddim", "width": 64, "height": 64}
+    fields |= {"guidance_rescale": rescale}
+    expected = reference_latents(reference, CATS, config=pipeline.model.scheduler_config, **fields)
+    got = latents(pipeline, CATS, **fields)
     assert torch.equal(got, expected)
 
 
 def test_guidance_over_all_steps_and_a_level_schedule_are_plain_guidance(tiny: Pipeline) -> None:
-    plain = painted(tiny, guidance_scale=5.0)
-    assert painted(tiny, guidance_scale="5..5").tobytes() == plain.tobytes()
-    assert painted(tiny, guidance_scale=5.0, guidance_interval="0-1").tobytes() == plain.tobytes()
-    assert painted(tiny, guidance_scale="9..1").tobytes() != plain.tobytes()
-    assert painted(tiny, guidance_scale=5.0, guidance_interval="0.5-").tobytes() != plain.tobytes()
+    plain = generated(tiny, guidance_scale=5.0)
+    assert generated(tiny, guidance_scale="5..5").tobytes() == plain.tobytes()
+    assert generated(tiny, guidance_scale=5.0, guidance_interval="0-1").tobytes() == plain.tobytes()
+    assert generated(tiny, guidance_scale="9..1").tobytes() != plain.tobytes()
+    assert generated(tiny, guidance_scale=5.0, guidance_interval="0.5-").tobytes() != plain.tobytes()
 
 
 def test_outside_its_interval_guidance_computes_no_unconditional_half(
@@ -301,21 +282,21 @@ def test_outside_its_interval_guidance_computes_no_unconditional_half(
         return forward(x, *args, **kwargs)
 
     monkeypatch.setattr(tiny.model.unet, "forward", counted)
-    painted(tiny, steps=10, guidance_interval="0.2-0.8")
+    generated(tiny, steps=10, guidance_interval="0.2-0.8")
     assert rows == [1, 1, 2, 2, 2, 2, 2, 2, 1, 1]
 
 
 REFUSED = [
     ({"strength": 0.5}, "--strength has no effect without --init-image"),
     ({"mask": "mask.png"}, "--mask has no effect without --init-image"),
-    ({"init_image": "picture.png", "mask_blur": 3}, "--mask-blur has no effect without --mask or --extend"),
-    ({"init_image": "picture.png", "invert_mask": True}, "--invert-mask has no effect without --mask"),
-    ({"init_image": "picture.png", "strength": 0.1, "steps": 4}, "leaves no step"),
-    ({"init_image": "picture.png", "extend": "left=9"}, "left should be a multiple of 8"),
-    ({"init_image": "picture.png", "extend": "left=8", "width": 64}, "makes the image 72x48"),
-    ({"init_image": "picture.png", "extend": "left=8", "upscale": "2x"}, "--upscale does not go with"),
-    ({"init_image": "picture.png", "extend": "up=8"}, "extend: is written as left=64,top=32"),
-    ({"init_image": "picture.png", "extend": "left=0"}, "extend: adds nothing"),
+    ({"init_image": "image.png", "mask_blur": 3}, "--mask-blur has no effect without --mask or --extend"),
+    ({"init_image": "image.png", "invert_mask": True}, "--invert-mask has no effect without --mask"),
+    ({"init_image": "image.png", "strength": 0.1, "steps": 4}, "leaves no step"),
+    ({"init_image": "image.png", "extend": "left=9"}, "left should be a multiple of 8"),
+    ({"init_image": "image.png", "extend": "left=8", "width": 64}, "makes the image 72x48"),
+    ({"init_image": "image.png", "extend": "left=8", "upscale": "2x"}, "--upscale does not go with"),
+    ({"init_image": "image.png", "extend": "up=8"}, "extend: is written as left=64,top=32"),
+    ({"init_image": "image.png", "extend": "left=0"}, "extend: adds nothing"),
     ({"upscale": "2"}, None),
     ({"upscale": "0.5x"}, "upscale.factor"),
     ({"upscale": "big"}, "upscale: is written as 2x"),
@@ -326,7 +307,7 @@ REFUSED = [
     ({"variation_seed": 3}, "--variation-seed has no effect without --variation-strength"),
     ({"variation_seed": 0}, "--variation-seed has no effect without --variation-strength"),
     ({"variation_seed": 3, "variation_strength": 0}, None),
-    ({"init_image": "picture.png", "mask_blur": 0}, "--mask-blur has no effect without --mask or --extend"),
+    ({"init_image": "image.png", "mask_blur": 0}, "--mask-blur has no effect without --mask or --extend"),
     ({"width": 8192, "height": 8192, "upscale": "2x"}, "an image of 16384x16384 would have more than"),
 ]
 
@@ -351,21 +332,21 @@ def test_an_inpainting_model_needs_a_mask(nine_channels: Path) -> None:
 
 
 def test_broken_starts_are_told_apart(tiny: Pipeline, files: Path, tmp_path: Path) -> None:
-    image = str(files / "picture.png")
+    image = str(files / "image.png")
     Image.new("L", (64, 48)).save(tmp_path / "black.png")
     Image.new("L", (32, 48), 255).save(tmp_path / "narrow.png")
-    (tmp_path / "cut.png").write_bytes((files / "picture.png").read_bytes()[:200])
+    (tmp_path / "cut.png").write_bytes((files / "image.png").read_bytes()[:200])
     with pytest.raises(UsageError, match="the mask is black all over"):
-        painted(tiny, init_image=image, mask=str(tmp_path / "black.png"))
+        generated(tiny, init_image=image, mask=str(tmp_path / "black.png"))
     Image.new("L", (64, 48), 255).save(tmp_path / "white.png")
     with pytest.raises(UsageError, match=r"the mask is white all over, .* without --invert-mask"):
-        painted(tiny, init_image=image, mask=str(tmp_path / "white.png"), invert_mask=True)
+        generated(tiny, init_image=image, mask=str(tmp_path / "white.png"), invert_mask=True)
     with pytest.raises(UsageError, match="the mask is 32x48 pixels, the init image 64x48"):
-        painted(tiny, init_image=image, mask=str(tmp_path / "narrow.png"))
+        generated(tiny, init_image=image, mask=str(tmp_path / "narrow.png"))
     with pytest.raises(BadImage, match=r"cut\.png"):
-        painted(tiny, init_image=str(tmp_path / "cut.png"))
+        generated(tiny, init_image=str(tmp_path / "cut.png"))
     with pytest.raises(NotFound, match=r"none\.png"):
-        painted(tiny, init_image=str(tmp_path / "none.png"))
+        generated(tiny, init_image=str(tmp_path / "none.png"))
 
 
 def test_another_image_under_the_same_name_is_not_painted_from(tiny: Pipeline, tmp_path: Path) -> None:
@@ -381,10 +362,10 @@ def test_another_image_under_the_same_name_is_not_painted_from(tiny: Pipeline, t
 @pytest.mark.slow
 def test_a_start_from_stdin_is_painted_recorded_and_verified(files: Path, tmp_path: Path, sdcli: Any) -> None:
     begin = ["generate", "a cat", "-m", "tiny", "--steps", "3", "--seed", "5", "-q"]
-    with open(files / "picture.png", "rb") as piped:
+    with open(files / "image.png", "rb") as piped:
         first = sdcli(*begin, "--init-image", "-", "-o", "a.png", stdin=piped)
     assert first.returncode == 0, first.stderr
-    second = sdcli(*begin, "--init-image", files / "picture.png", "-o", "b.png")
+    second = sdcli(*begin, "--init-image", files / "image.png", "-o", "b.png")
     assert second.returncode == 0, second.stderr
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
     verified = sdcli("generate", "--from", "b.png", "--verify")

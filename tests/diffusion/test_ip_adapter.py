@@ -26,7 +26,6 @@ from sdcli.diffusion.attention.maps import AttentionMaps
 from sdcli.diffusion.attention.sliced import SlicedSelfAttention
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
-from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadImage, BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.engine import Engine, plan
 from sdcli.generation.resolve.jobs import ResolvedJob
@@ -38,6 +37,7 @@ from sdcli.request.fields import ImagePrompt
 from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.models.families.test_pixel_models import save_pixel_model
+from tests.oracle import comparable, prompts, reference_latents, reference_of
 from tests.tiny import save_tiny_controlnet, save_tiny_ip_adapter, save_tiny_pipeline, save_tiny_sdxl
 
 STEPS = 3
@@ -73,29 +73,17 @@ def ours(model: Path, *requests: dict[str, Any], **fields: Any) -> Tensor:
 
 
 def oracle(model: Path, files: Path, kind: type, *names: str, **more: Any) -> Any:
-    reference = kind.from_pretrained(model, dtype=torch.float32, **more)  # type: ignore[attr-defined]
+    reference = reference_of(kind, model, **more)
     listed = [f"{name}.safetensors" for name in names]
     reference.load_ip_adapter(files, subfolder=["models"] * len(names), weight_name=listed)
-    reference.set_progress_bar_config(disable=True)
-    second = getattr(reference, "text_encoder_2", None)
-    for projection in (reference.image_encoder.visual_projection, *([second.text_projection] if second else [])):
-        projection.weight.data = projection.weight.data.clone()  # where a file is mapped to, rounding differs
-    return reference
+    return comparable(reference)
 
 
-def theirs(model: Path, reference: Any, *, scale: float, seeds: list[int] | None = None, **given: Any) -> Tensor:
-    seeds = seeds or [3]
-    reference.scheduler = make_scheduler("ddim", engine().load(load_registry().find(str(model))).model.scheduler_config)
-    return reference(  # type: ignore[no-any-return]
-        prompt=["a cat"] * len(seeds),
-        num_inference_steps=STEPS,
-        guidance_scale=scale,
-        width=64,
-        height=48,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **given,
-    ).images
+def theirs(model: Path, reference: Any, *, scale: float, seeds: tuple[int, ...] = (3,), **given: Any) -> Tensor:
+    batch = prompts(*["a cat"] * len(seeds), seeds=seeds)
+    config = engine().load(load_registry().find(str(model))).model.scheduler_config
+    fields = {"steps": STEPS, "width": 64, "height": 48, "scheduler": "ddim", "config": config}
+    return reference_latents(reference, batch, guidance_scale=scale, **fields, **given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +108,7 @@ def test_images_of_one_batch_are_prompted_by_two_adapters_and_their_own_images(t
     rows = [torch.stack([one[row] for row in (0, 1) for one in pair]) for pair in zip(*embeds, strict=True)]
     # diffusers repeats what is given for each image of the batch, so it cannot be given one each
     reference.prepare_ip_adapter_image_embeds = lambda *_: rows
-    expected = theirs(tiny_folder, reference, scale=5.0, seeds=[7, 8], ip_adapter_image=[a, b])
+    expected = theirs(tiny_folder, reference, scale=5.0, seeds=(7, 8), ip_adapter_image=[a, b])
     plain, plus = (f"{files}/models/{kind}.safetensors=" for kind in ("plain", "plus"))
     prompts = [(f"{files}/a.png", f"{files}/b.png", 7), (f"{files}/b.png", f"{files}/a.png", 8)]
     requests = [{"ip_adapters": [f"{plain}{one}:0.7", f"{plus}{two}:1.5"], "seed": seed} for one, two, seed in prompts]
