@@ -1,4 +1,4 @@
-"""Latents: the noise they start from, and the VAE between them and pixels."""
+"""Functions on a diffusers VAE: moments, samples, decoding, scaling; and the initial noise of latents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sdcli.io.lean_diffusers import VAE, AutoencoderTiny
 from sdcli.vae.config import cell_of
 
 TILE = 64
-"""Latent cells a side of a tile (512 pixels with Stable Diffusion's VAE)."""
+"""Latent cells per side of a tile (512 pixels with Stable Diffusion's VAE)."""
 
 Moments = tuple[Tensor, Tensor | None]
 """Mean and log variance of latents, not scaled; see `moments`."""
 
 
 def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image: its noise depends on its seed alone, not on batch, neighbours or device."""
+    """One CPU generator per image: its noise depends on its seed alone, not on batch mates or device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -104,7 +104,7 @@ def decode(vae: VAE, latents: Tensor, *, tiled: bool = False) -> Tensor:
 
 
 def scaled(vae: VAE, latents: Tensor) -> Tensor:
-    """The VAE's own latents as a network is to see them: a mean of about 0 and a standard deviation of about 1."""
+    """The VAE's own latents -> the denoiser's: a mean of about 0 and a standard deviation of about 1."""
     return (latents - shift_factor(vae)) * scaling_factor(vae)
 
 
@@ -114,27 +114,27 @@ def unscaled(vae: VAE, latents: Tensor) -> Tensor:
 
 
 def scaling_factor(vae: VAE) -> float:
-    """What the VAE's own latents are multiplied by, so that their standard deviation is about 1."""
+    """The factor on the VAE's own latents that makes their standard deviation about 1."""
     return float(vae.config.scaling_factor)
 
 
 def shift_factor(vae: VAE) -> float:
-    """What is taken off the VAE's own latents before that; 0 for all but newer ones, such as Stable Diffusion 3's."""
+    """The number subtracted from the VAE's own latents before scaling; 0 except for VAEs such as SD3's."""
     return float(vae.config.get("shift_factor") or 0)
 
 
 def latent_channels(vae: VAE) -> int:
-    """C of the latents [B, C, h, w] that the VAE makes and takes."""
+    """C of the VAE's latents [B, C, h, w]."""
     return int(vae.config.latent_channels)
 
 
 def cell(vae: VAE) -> int:
-    """Pixels a side that become one cell of the latents; 8 for the VAE of Stable Diffusion."""
+    """Pixels per side of one latent cell; 8 for the VAE of Stable Diffusion."""
     return cell_of(vae.config)
 
 
 def has_distribution(vae: VAE) -> bool:
-    """Whether there are samples to draw; AutoencoderTiny knows only one latent per image."""
+    """Whether encoding gives a distribution to sample; AutoencoderTiny gives one latent per image."""
     return not isinstance(vae, AutoencoderTiny)
 
 
@@ -152,7 +152,7 @@ def fits_in_memory(vae: VAE, height: int, width: int) -> bool:
 
 @contextlib.contextmanager
 def _tiles(vae: VAE, tile: int = TILE) -> Iterator[None]:
-    """Let the VAE work in overlapping tiles of at most `tile` latent cells a side."""
+    """Make the VAE work in overlapping tiles of at most `tile` latent cells per side, inside the block."""
     before = (vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size)
     vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = True, tile, tile * cell(vae)
     try:

@@ -1,4 +1,4 @@
-"""Latent files: written so that they say what they are and ComfyUI reads them; read from sdcli, ComfyUI and numpy."""
+"""Latent files: written with a record and readable by ComfyUI; read from sdcli, ComfyUI, safetensors and numpy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sdcli.request.schema import first_problem
 SCHEMA = 1
 SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
 COMFYUI_FACTOR = 0.18215
-"""What ComfyUI's first `.latent` files, those without the marker, were multiplied by."""
+"""The factor that scaled ComfyUI's first `.latent` files, those without the marker tensor."""
 
 _TENSOR, _MARKER, _RECORD = "latent_tensor", "latent_format_version_0", "sdcli"
 MAX_NUMPY_HEADER = 10_000
@@ -36,7 +36,7 @@ class _Frozen(BaseModel):
 
 
 class Source(_Frozen):
-    """The image that one latent was made of. Sizes are pixels; `fitted` is what the VAE saw."""
+    """The image that a latent was encoded from. Sizes are pixels; the fitted size is what the VAE saw."""
 
     name: str
     sha256: str
@@ -49,7 +49,7 @@ class Source(_Frozen):
 
 
 class LatentRecord(_Frozen):
-    """What a latent file says about itself."""
+    """The record of how a latent file was made."""
 
     schema_version: Literal[1] = Field(1, alias="schema")
     kind: Literal["latents"] = "latents"
@@ -58,28 +58,28 @@ class LatentRecord(_Frozen):
     """The identity of the VAE's weights: `sha256:...` or `random:...`."""
     scaling_factor: float = Field(gt=0)
     scaled: bool = False
-    """Whether the numbers are multiplied by the scaling factor; sdcli writes the VAE's own, which are not."""
+    """Whether the numbers are multiplied by the scaling factor; those that sdcli writes are not."""
     sample: Literal["mean", "sample"]
     seed: int | None = None
     size: tuple[int, int] | None = None
-    """The size that was asked for; None where every image kept its own."""
+    """The requested size; None if every image kept its own."""
     dtype: str = "float32"
-    """What the VAE computed in."""
+    """The dtype that the VAE computed in."""
     stored: Literal["float32", "float16"] = "float32"
-    """What the tensor is stored as."""
+    """The dtype of the stored tensor."""
     source: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
 class LatentFile:
-    """Latents [B, C, h, w], float32 and finite, with what is known about them."""
+    """Latents [B, C, h, w], float32 and finite, whether they are scaled, and their record if there is one."""
 
     latents: Tensor
     scaled: bool
     record: LatentRecord | None = None
 
     def unscaled(self, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
-        """The VAE's own latents; the scaling factor counts only where the file does not say by which it was scaled."""
+        """The VAE's own latents; the arguments are used if the file does not say what it was scaled with."""
         if not self.scaled:
             return self.latents
         return self.latents / (self.record.scaling_factor if self.record is not None else scaling_factor) + shift_factor
@@ -88,66 +88,66 @@ class LatentFile:
 def latent_bytes(latents: Tensor, record: LatentRecord) -> bytes:
     """Unscaled latents [B, C, h, w], float32 or float16, as a whole file; equal arguments give equal bytes.
 
-    ComfyUI's LoadLatent takes the tensor as it is where the empty marker tensor is there.
+    The empty marker tensor tells ComfyUI's LoadLatent to use the latents as they are.
     """
     tensors = {_TENSOR: latents.contiguous(), _MARKER: torch.zeros(0)}
     return save(tensors, metadata={_RECORD: json.dumps(record.model_dump(by_alias=True))})
 
 
 def read_record(path: Path) -> LatentRecord | None:
-    """What a file of sdcli says about itself, from its header alone; None where it is somebody else's.
+    """The record in a latent file, read from its header alone; None if sdcli did not write the file.
 
-    Raises NotFound, and BadLatents for a file that is damaged.
+    Raises NotFound, and BadLatents for a damaged file.
     """
     return _record(path, _header(path))
 
 
 def read_latents(path: Path, *, scaled: bool | None = None) -> LatentFile:
-    """The latents in a file of sdcli or ComfyUI (`.latent`), or in a plain `.safetensors` or `.npy`.
+    """The latents in a file of sdcli or ComfyUI (`.latent`), or in a plain `.safetensors` or `.npy` file.
 
-    Plain files do not say whether they are multiplied by the scaling factor, so there `scaled` must.
-    Raises NotFound, BadLatents for what cannot be read or is not finite, and UsageError where `scaled` is missing
-    or is not what the file says.
+    Plain files do not record whether they are multiplied by the scaling factor, so they need `scaled`.
+    Raises NotFound, BadLatents for files that cannot be read and numbers that are not finite, and UsageError if
+    `scaled` is missing or contradicts the file.
     """
     if path.suffix.lower() == ".npy":
         _refuse_pickles(path)
-        return LatentFile(latents=_checked(path, _read_numpy(path)), scaled=_said(path, scaled))
+        return LatentFile(latents=_checked(path, _read_numpy(path)), scaled=_required(path, scaled))
     header = _header(path)
     record = _record(path, header)
     names = [name for name in header if name not in ("__metadata__", _MARKER)]
     if _TENSOR in names:
-        _agree(path, scaled, record.scaled if record is not None else False)
+        _check_agrees(path, scaled, record.scaled if record is not None else False)
         latents = _checked(path, _read_tensor(path, _TENSOR, header))
         if record is not None:
             if len(record.source) not in (0, len(latents)):
-                raise BadLatents(f"{path} holds {len(latents)} latents and speaks of {len(record.source)} images")
+                raise BadLatents(
+                    f"{path} holds {len(latents)} latents, its record lists {len(record.source)} images"
+                )
             return LatentFile(latents=latents, scaled=record.scaled, record=record)
         return LatentFile(latents=latents if _MARKER in header else latents * (1.0 / COMFYUI_FACTOR), scaled=False)
     if len(names) != 1:
         raise BadLatents(f"{path} holds {len(names)} tensors; a latent file holds one, or one called {_TENSOR}")
-    return LatentFile(latents=_checked(path, _read_tensor(path, names[0], header)), scaled=_said(path, scaled))
+    return LatentFile(latents=_checked(path, _read_tensor(path, names[0], header)), scaled=_required(path, scaled))
 
 
-def _said(path: Path, scaled: bool | None) -> bool:
+def _required(path: Path, scaled: bool | None) -> bool:
     if scaled is None:
         raise UsageError(
-            f"{path} does not say whether its latents are multiplied by the VAE's scaling factor; "
-            "--scaled or --unscaled must (diffusers' pipelines work with scaled ones)"
+            f"{path} does not record whether its latents are multiplied by the VAE's scaling factor; "
+            "add --scaled or --unscaled (latents of diffusers' pipelines are scaled)"
         )
     return scaled
 
 
-def _agree(path: Path, said: bool | None, recorded: bool) -> None:
-    if said is not None and said != recorded:
-        raise UsageError(
-            f"{path} says itself that its latents are {'' if recorded else 'un'}scaled; leave the option out"
-        )
+def _check_agrees(path: Path, scaled: bool | None, recorded: bool) -> None:
+    if scaled is not None and scaled != recorded:
+        raise UsageError(f"{path} records that its latents are {'' if recorded else 'un'}scaled; leave the option out")
 
 
 def _refuse_pickles(path: Path) -> None:
     try:
         if not path.is_file():
-            raise NotFound(f"no file {path}") if not path.exists() else BadLatents(f"{path} is no ordinary file")
+            raise NotFound(f"no file {path}") if not path.exists() else BadLatents(f"{path} is not a regular file")
         with open(path, "rb") as file:
             start, size = file.read(8), path.stat().st_size
     except (OSError, ValueError) as error:
@@ -179,7 +179,7 @@ def _record(path: Path, header: dict[str, Any]) -> LatentRecord | None:
     except ValidationError as error:
         raise BadLatents(f"{path}: its sdcli record is damaged: {first_problem(error)}") from None
     except (TypeError, ValueError):
-        raise BadLatents(f"{path}: its sdcli record is damaged: no JSON object") from None
+        raise BadLatents(f"{path}: its sdcli record is damaged: not a JSON object") from None
 
 
 def _read_tensor(path: Path, name: str, header: dict[str, Any]) -> Tensor:
@@ -193,7 +193,7 @@ def _read_tensor(path: Path, name: str, header: dict[str, Any]) -> Tensor:
 
 
 def _read_numpy(path: Path) -> Tensor:
-    """The header first: numpy reserves what it announces before it looks at the file's size."""
+    """Checks the header first: numpy allocates the size it announces before it looks at the file's size."""
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
@@ -207,17 +207,17 @@ def _read_numpy(path: Path) -> Tensor:
                 raise BadLatents(f"{path} holds {dtype}, not floating-point numbers")
             left = path.stat().st_size - file.tell()
             if math.prod(shape) * dtype.itemsize > left:
-                raise BadLatents(f"{path} is cut short: its header announces {shape}, {left:,} bytes follow")
-        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as that
+                raise BadLatents(f"{path} is cut short: its header announces {shape}, but {left:,} bytes follow")
+        with np.errstate(over="ignore"):  # numbers too large become infinite, which is refused later
             return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
     except SdcliError:
         raise
     except Exception as error:  # numpy reads the header as a Python expression, which fails in a dozen ways
-        raise BadLatents(f"{path} is no numpy array: {error}") from None
+        raise BadLatents(f"{path} is not a numpy array: {error}") from None
 
 
 def _checked(path: Path, tensor: Tensor) -> Tensor:
-    """[C, h, w] or [B, C, h, w] -> [B, C, h, w]. Raises BadLatents for another shape, nothing, NaN and infinity."""
+    """[C, h, w] or [B, C, h, w] -> [B, C, h, w]. Raises BadLatents for another shape, no numbers, NaN and infinity."""
     shape = "x".join(str(side) for side in tensor.shape) or "()"
     if tensor.ndim not in (3, 4) or not tensor.numel():
         raise BadLatents(f"{path} holds a tensor of shape {shape}; latents are [C, h, w] or [B, C, h, w]")

@@ -1,4 +1,4 @@
-"""A quick look at latents: their image for little work, good enough to watch it come along."""
+"""A cheap approximation of the image that latents decode to, to watch it while it is denoised."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional
 from sdcli.vae.latent_space import PixelSpace, Space
 
 FEW_CELLS = 256
-"""Latents that are decoded as they are; 16x16 is an image of 128x128."""
+"""Latents of at most this many cells are decoded exactly; 16x16 cells are an image of 128x128 pixels."""
 
 
 def latent_preview(space: Space, x: Tensor) -> Tensor:
-    """x [C, h, w] -> pixels [3, H, W] in 0..1 on the CPU: one for each cell of latents with many, else all of them.
+    """x [C, h, w] -> pixels [3, H, W] in 0..1 on the CPU; of large latents one pixel per cell.
 
-    A latent's colour is nearly a linear function of it. The function is fitted to these very latents, by least squares
-    between a reduced copy of at most FEW_CELLS and what the VAE makes of that.
+    The colour of a cell is nearly a linear function of its latent. That function is fitted by least squares to a copy
+    of these latents, reduced to at most FEW_CELLS cells, and its decoded image.
     """
     _, height, width = x.shape
     if isinstance(space, PixelSpace) or height * width <= FEW_CELLS:
@@ -32,6 +32,6 @@ def latent_preview(space: Space, x: Tensor) -> Tensor:
 
 
 def _with_one(x: Tensor) -> Tensor:
-    """x [C, h, w] -> [h w, C + 1], a row for each cell and a 1 behind it."""
+    """x [C, h, w] -> [h w, C + 1], a row for each cell, with a constant 1 for the intercept."""
     rows = x.float().cpu().flatten(1).T
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)

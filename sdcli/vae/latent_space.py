@@ -1,4 +1,4 @@
-"""Where a model denoises, on the latents of a VAE or on the pixels themselves: the shape of x, its way to pixels."""
+"""The space that a model denoises in, latents of a VAE or pixels: the shape of x, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sdcli.io.lean_diffusers import VAE
 from sdcli.vae import autoencoder
 
 Report = Callable[[str], None]
-"""Hears, in a sentence, what had to be done because memory ran out or numbers went wrong."""
+"""Receives a sentence for each fallback, used because memory ran out or numbers went wrong."""
 
 
 def quiet(note: str) -> None:
-    """A `Report` that nobody hears."""
+    """A `Report` that drops its sentences."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class LatentSpace:
 
     vae: VAE
     black_is_wrong: ClassVar[bool] = True
-    """An image that is black all over comes of a VAE that overflowed."""
+    """An image that is completely black means that the VAE overflowed."""
     _moments: WeakTensorKeyDictionary = field(
         default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
     )
-    """Of pixels that someone holds, with what had to be done for them."""
+    """Moments and notes of encoded pixels, kept as long as the caller keeps the pixels."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What decoding computes in."""
+        """The dtype that decoding computes in."""
         return next(self.vae.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where decoding computes."""
+        """The device that decoding computes on."""
         return next(self.vae.parameters()).device
 
     def shape(self, *, width: int, height: int) -> tuple[int, int, int]:
@@ -64,10 +64,10 @@ class LatentSpace:
     def encode(
         self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator], *, report: Report = quiet
     ) -> Tensor:
-        """Pixels [3, H, W] in 0..1, of equal size -> x [B, C, h, w], float32 on the CPU: samples of what the VAE says.
+        """Pixels [3, H, W] in 0..1, of equal size -> samples x [B, C, h, w] of the VAE, float32 on the CPU.
 
-        One by one, so that none depends on its neighbours, and what is still known of the same tensor is not computed
-        again. `report` hears what had to be done for it. Raises OutOfMemory.
+        Images are encoded one by one, so that none depends on its batch mates; the moments of a pixel tensor that was
+        encoded before are reused. `report` receives notes about fallbacks. Raises OutOfMemory.
         """
         rows = []
         for one, generator in zip(pixels, generators, strict=True):
@@ -89,7 +89,7 @@ class LatentSpace:
         return autoencoder.fits_in_memory(self.vae, x.shape[1] * cell, x.shape[2] * cell)
 
     def moved(self, **to: Any) -> LatentSpace:
-        """The same with a copy of the VAE on another device or in another dtype."""
+        """The same space with a copy of the VAE on another device or in another dtype."""
         return replace(self, vae=copy.deepcopy(self.vae).to(**to))
 
 
@@ -123,7 +123,7 @@ class PixelSpace:
         return True
 
     def moved(self, **to: Any) -> PixelSpace:
-        """The same: there is nothing to move."""
+        """The same space: there is nothing to move."""
         return self
 
 

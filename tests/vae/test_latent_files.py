@@ -100,7 +100,7 @@ def test_plain_files_are_what_the_caller_says(tmp_path: Path, name: str, scaled:
 
 def test_a_file_that_speaks_for_itself_is_not_overruled(tmp_path: Path) -> None:
     assert torch.equal(read_latents(ours(tmp_path), scaled=False).latents, LATENTS)
-    with pytest.raises(UsageError, match="says itself that its latents are unscaled"):
+    with pytest.raises(UsageError, match="records that its latents are unscaled"):
         read_latents(tmp_path / "ours.safetensors", scaled=True)
     scaled = read_latents(ours(tmp_path, scaled=True))
     assert torch.equal(scaled.unscaled(0.1), LATENTS / 0.5)
@@ -141,11 +141,11 @@ def test_other_things_are_refused_in_a_sentence_each(tmp_path: Path) -> None:
 
     refused("absent.safetensors", "no file", NotFound)
     (tmp_path / "folder.safetensors").mkdir()
-    refused("folder.safetensors", "no ordinary file")
+    refused("folder.safetensors", "not a regular file")
     (tmp_path / "text.safetensors").write_text("hello, this is no latent file")
     refused("text.safetensors", "no safetensors file")
     (tmp_path / "text.npy").write_text("hello, this is no numpy array")
-    refused("text.npy", "no numpy array")
+    refused("text.npy", "not a numpy array")
     np.save(tmp_path / "whole.npy", np.zeros((4, 8, 8), dtype=np.int32))
     refused("whole.npy", "not floating-point")
     np.save(tmp_path / "flat.npy", np.zeros((8, 8), dtype=np.float32))
