@@ -1,4 +1,4 @@
-"""What the training loop tells while it runs: one small dataclass for each kind of event."""
+"""The events of a training run, from its preparation to its end."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Preparation:
-    """Work before the first step goes on: `done` of `total` images examined, latents encoded."""
+    """Progress before the first step: `done` of `total` images examined, latents encoded and so on."""
 
     what: str
-    """In a word or two that fit before a count: "examining images"."""
+    """The work in a few words, to be shown before the count: "examining images"."""
     done: int
     total: int | None = None
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """The steps begin, from the first or, resumed, from after `start_step`."""
+    """The first step starts, or the one after `start_step` in a resumed run."""
 
     steps: int | None
-    """How many steps the run will have when it ends; None where only the time limits it."""
+    """Total steps of the run; None where only --max-hours limits it."""
     start_step: int
-    """Steps that are done already."""
+    """Steps that were done before."""
     batch: int
     """Samples of one optimizer step, over all processes."""
     parameters: int
@@ -33,7 +33,7 @@ class RunStart:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Optimizer steps up to number `step` are done; the figures are means over those since the last event."""
+    """Figures of training up to optimizer step `step`: means over the steps since the previous such event."""
 
     step: int
     steps: int | None
@@ -43,20 +43,20 @@ class StepMetrics:
     """L2 norm of all gradients before clipping."""
     samples_per_second: float
     waiting: float
-    """Share of the time that was spent waiting for data, 0..1."""
+    """Share of the time spent waiting for data, 0..1."""
     seconds: float
-    """Of one step."""
+    """Duration of one step."""
     memory_bytes: int | None
-    """The most that was in use: of the accelerator's memory, or the process's where there is none."""
+    """Peak memory: of the CUDA device, else of the process."""
     shown: Mapping[str, float] = field(default_factory=dict)
-    """Further figures of the trainer, by name: the parts of the loss, say."""
+    """Further figures of the trainer by name, such as the terms of its loss."""
     samples: int | None = None
-    """Samples seen since the first step."""
+    """Samples trained on since the first step."""
 
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """The held-out images were measured; `figures` has at least `loss`."""
+    """Figures over the held-out data; at least `loss`."""
 
     step: int
     figures: Mapping[str, float]
@@ -64,7 +64,7 @@ class ValidationMetrics:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is whole and on the disk."""
+    """A checkpoint is complete and on the disk."""
 
     step: int
     path: Path
@@ -81,11 +81,11 @@ class SamplesSaved:
 
 @dataclass(frozen=True)
 class RunNote:
-    """Something the user should read, and find in the log later."""
+    """A message for the user, which is also logged."""
 
     text: str
     warning: bool = True
-    """Whether it may be other than was wanted; else it is only told."""
+    """Whether it is a warning rather than information."""
 
 
 @dataclass(frozen=True)

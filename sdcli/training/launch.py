@@ -1,6 +1,6 @@
-"""Several processes on this machine, each with its own rank: what `accelerate launch` and torchrun do for many.
+"""Starts several processes on this machine, each with its own rank, as `accelerate launch` and torchrun do.
 
-Started here and not through them because they answer every failure with exit code 1, and sdcli's say what happened.
+Those end with exit code 1 after any failure; here the exit code of the failed process is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MARK = "SDCLI_RANKS_STARTED"
 
 
 def inside_a_launch() -> bool:
-    """Whether this process is one of several already, whoever started them."""
+    """Whether a launcher has already started this process as one of several."""
     return "LOCAL_RANK" in os.environ or "RANK" in os.environ
 
 
@@ -78,7 +78,7 @@ def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """The others wait for the failed one in a collective call, where no signal handler of Python runs."""
+    """End processes that wait for the failed one in a collective call, where Python's signal handlers do not run."""
     for rank in ranks:
         try:
             rank.wait(timeout=5)

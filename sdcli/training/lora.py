@@ -1,7 +1,7 @@
 """LoRA: low-rank additions to a frozen network (Hu et al. 2021, arXiv 2106.09685), through peft; and its files.
 
-Two files hold the same numbers: `pytorch_lora_weights.safetensors` in the diffusers/PEFT dialect, and
-`lora_kohya.safetensors` in the one that kohya's scripts, AUTOMATIC1111's web UI and ComfyUI read.
+Two files hold the same weights: `pytorch_lora_weights.safetensors` in the format of diffusers and PEFT, and
+`lora_kohya.safetensors` in that of kohya's scripts, AUTOMATIC1111's web UI and ComfyUI.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sdcli.training.state.state_files import write_tensors
 
 ADAPTER = "default"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The attention projections of a UNet, which diffusers' own LoRA trainer takes."""
+"""The attention projections of a UNet, as in diffusers' LoRA trainer."""
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
 
 @dataclass(frozen=True)
 class LoraShape:
-    """What is added: W + alpha / rank * B A with B A of the given rank, at the layers whose names end in `targets`."""
+    """A LoRA's settings: W becomes W + alpha / rank * B A in the layers whose names end in one of `targets`."""
 
     rank: int
     alpha: float
@@ -37,7 +37,7 @@ class LoraShape:
 
 
 def add_lora(network: nn.Module, shape: LoraShape, *, seed: int) -> None:
-    """Freeze a network and put a LoRA, at first without effect, into it. Raises UsageError where no layer matches."""
+    """Freeze a network and add a LoRA, which initially has no effect. Raises UsageError where no layer matches."""
     from peft import LoraConfig, inject_adapter_in_model
 
     network.requires_grad_(False)
@@ -57,19 +57,19 @@ def add_lora(network: nn.Module, shape: LoraShape, *, seed: int) -> None:
         )
         raise UsageError(
             f"no layer of the network matches --lora-targets {' '.join(shape.targets)}; "
-            f"linear layers there are called {', '.join(names[:20])}"
+            f"its linear layers are called {', '.join(names[:20])}"
         ) from None
 
 
 def lora_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The LoRA's own tensors by PEFT's names, `<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]."""
+    """The LoRA's tensors by PEFT's names: `<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]."""
     return {
         name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in network.state_dict().items() if ".lora_" in name
     }
 
 
 def merged_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of the plain network with the LoRA added in; the network itself stays as it is."""
+    """The network's weights with the LoRA merged into them; the network itself does not change."""
     from peft.tuners.lora import LoraLayer
 
     tensors = {
@@ -85,7 +85,7 @@ def merged_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def write_lora(folder: Path, networks: Mapping[str, nn.Module], shapes: Mapping[str, LoraShape]) -> None:
-    """Write the LoRAs of some networks ("unet", "text_encoder") as one file in each dialect."""
+    """Write the LoRAs of some networks ("unet", "text_encoder") as one file in each format."""
     peft: dict[str, Tensor] = {}
     kohya: dict[str, Tensor] = {}
     for part, network in networks.items():
@@ -118,7 +118,7 @@ def to_kohya(tensors: Mapping[str, Tensor], *, part: str, alpha: float) -> dict[
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, kind = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
-        # kohya's text encoder paths carry the prefix of older transformers
+        # kohya's names of text encoder layers have the prefix of older transformers versions
         full = f"text_model.{path}" if part == "text_encoder" and not path.startswith("text_model.") else path
         layer = f"{KOHYA_PREFIX[part]}_{full.replace('.', '_')}"
         renamed[f"{layer}.lora_{'down' if kind == 'A' else 'up'}.weight"] = tensor
@@ -127,7 +127,7 @@ def to_kohya(tensors: Mapping[str, Tensor], *, part: str, alpha: float) -> dict[
 
 
 def _peft_metadata(shapes: Mapping[str, LoraShape]) -> dict[str, Any]:
-    """The header in which diffusers' loader finds rank and alpha."""
+    """The metadata from which diffusers reads rank and alpha."""
     return {
         f"{part}.{key}": value
         for part, shape in shapes.items()

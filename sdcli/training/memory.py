@@ -1,4 +1,4 @@
-"""How much memory training will take, said before it starts: weights, gradients, optimizer, activations."""
+"""Estimates the memory of a training run: weights, gradients, optimizer state and activations."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sdcli.training.vae.task import VaeTask, plain
 from sdcli.vae.autoencoder import cell
 
 MARGIN = 1.15
-"""Buffers of convolutions and what the allocator leaves unused."""
+"""Factor for buffers of convolutions and unused memory of the allocator."""
 RUNTIME_BYTES = 600 * 2**20
 """Python, torch and the libraries."""
 MOMENTS = {"adamw": 2.0, "muon": 1.1, "adamw-8bit": 0.5, "sgd": 1.0}
-"""What the optimizers keep, in units of the trained weights."""
+"""The size of the optimizers' states relative to the trained weights."""
 
 
 def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
-    """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
+    """Estimated peak bytes of a step; `size` is the width and height of the largest bucket in pixels."""
     unet: Any = task.networks["unet"]
 
     def run(network: Any) -> None:
@@ -34,7 +34,7 @@ def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int
 
 
 def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
-    """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
+    """Estimated peak bytes of a step; `size` is the width and height of the largest bucket in pixels."""
     unet: Any = task.unet
 
     def run(controlnet: Any, frozen: Any) -> None:
@@ -49,7 +49,7 @@ def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tu
 
 
 def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[int, int]) -> dict[str, Any]:
-    """What a denoiser sees in a step."""
+    """Empty inputs of a denoiser in one step."""
     factor = 1 if task.vae is None else cell(task.vae)
     batch = settings.train_batch_size
     inputs: dict[str, Any] = {
@@ -64,12 +64,12 @@ def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[in
 
 
 def vae_memory(task: VaeTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
-    """Bytes at the peak of a step, about; `size` is the width and height of the largest bucket in pixels."""
+    """Estimated peak bytes of a step; `size` is the width and height of the largest bucket in pixels."""
     vae: Any = plain(task.networks)
 
     def run(network: Any) -> None:
-        encoded = network.encode(torch.empty(settings.train_batch_size, 3, size[1], size[0]))
-        network.decode(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
+        output = network.encode(torch.empty(settings.train_batch_size, 3, size[1], size[0]))
+        network.decode(output.latents if hasattr(output, "latents") else output.latent_dist.mean)
 
     return _total(task.networks.values(), settings, _activations([vae], run, settings))
 
@@ -83,13 +83,13 @@ def _total(networks: Iterable[nn.Module], settings: TrainSettings, activations: 
 
 
 def _activations(likes: Sequence[Any], run: Callable[..., None], settings: TrainSettings) -> int:
-    """Bytes that a forward pass keeps for the backward pass, counted on networks of tensors without numbers.
+    """Bytes that a forward pass saves for the backward pass, counted with fake tensors, which have no data.
 
-    What has no trained weight before or in it keeps nothing: a network of `likes` without gradients has none here.
+    Layers without trained weights in or before them save nothing, so frozen networks of `likes` are frozen here, too.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     alive: list[Tensor] = []
     with FakeTensorMode():
         networks = [type(like).from_config(like.config) for like in likes]
@@ -99,16 +99,16 @@ def _activations(likes: Sequence[Any], run: Callable[..., None], settings: Train
                 network.enable_gradient_checkpointing()
         own = {parameter.untyped_storage()._cdata for network in networks for parameter in network.parameters()}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def save(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:  # views of one storage count once
-                kept[storage._cdata] = storage.nbytes()
-                alive.append(tensor)  # so that no other storage takes its place meanwhile
+                saved[storage._cdata] = storage.nbytes()
+                alive.append(tensor)  # so that its id is not reused
             return tensor
 
         with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision != "no"),
         ):
             run(*networks)
-    return sum(kept.values())
+    return sum(saved.values())

@@ -70,7 +70,7 @@ LATENT_SCHEDULE: dict[str, Any] = {
 
 
 def unet_config(name: str) -> dict[str, Any]:
-    """What --from-scratch names: a preset or a unet/config.json. Raises UsageError, NotFound and BadWeights."""
+    """The configuration of --from-scratch: a preset or a unet/config.json. Raises UsageError, NotFound, BadWeights."""
     match name:
         case "starter":
             return read_json_object(PACKAGE / "starter" / "unet" / "config.json")
@@ -84,25 +84,25 @@ def unet_config(name: str) -> dict[str, Any]:
 
 
 def config_file(name: str, part: str, *, presets: Collection[str]) -> dict[str, Any]:
-    """A config.json that --from-scratch names, or its folder. Raises UsageError, NotFound and BadWeights."""
+    """The config.json that --from-scratch names, itself or by its folder. Raises UsageError, NotFound, BadWeights."""
     path = expanded(name)
     if path.is_dir():
         path = path / "config.json"
     if path.suffix != ".json":
         hint = did_you_mean(name, presets)
-        raise UsageError(f"--from-scratch {name}: should be a {part}/config.json, or one of {', '.join(presets)}{hint}")
+        raise UsageError(f"--from-scratch {name}: must be a {part}/config.json or one of {', '.join(presets)}{hint}")
     return read_json_object(path)
 
 
 def new_unet(config: Mapping[str, Any], *, seed: int) -> nn.Module:
-    """A UNet with torch's own random initialisation, float32. Raises UsageError and BadWeights."""
+    """A UNet with torch's default initialisation, in float32. Raises UsageError and BadWeights."""
     return new_network(config, (UNet2DConditionModel, UNet2DModel), seed=seed)
 
 
 def new_network(config: Mapping[str, Any], classes: Sequence[Any], *, seed: int) -> Any:
-    """A network of one of diffusers' classes (the first, where the configuration names none) with random weights.
+    """A network with random weights, of the class that the configuration names, by default the first of `classes`.
 
-    Raises UsageError for another class, and BadWeights for a configuration of no network.
+    Raises UsageError for another class, and BadWeights for an invalid configuration.
     """
     known = {one.__name__: one for one in classes}
     name = config.get("_class_name", classes[0].__name__)
@@ -122,7 +122,7 @@ def fitted_config(
     classes: Sequence[str],
     guidance_class: bool,
 ) -> dict[str, Any]:
-    """A configuration with the sizes of what surrounds the UNet: the latents, the text states, the classes."""
+    """A UNet configuration with the sizes that the VAE, the text encoder and the classes require."""
     factor = cell(vae_of.vae) if vae_of is not None else 1
     height, width = resolution[1] // factor, resolution[0] // factor
     fitted = {**config, "sample_size": height if height == width else [height, width]}
@@ -136,9 +136,10 @@ def fitted_config(
 
 
 def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> LoadedModel:
-    """Load a model in float32. Raises what `load_model` raises, and UsageError for one of the sdxl or sd3 family.
+    """Load a model in float32 to be trained. Raises what `load_model` raises.
 
-    No session knows their conditions. It is refused before its weights are read, where the spec says so already.
+    Raises UsageError for the sdxl and sd3 families, whose conditioning no trainer supports; if the spec says so, before
+    the weights are read.
     """
     flow = spec.kind.process == "flow" or spec.family == "sd3"
     model = (
@@ -146,39 +147,39 @@ def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> Load
     )
     if model is None or model.is_sdxl:
         family = "sd3" if flow else "sdxl"
-        raise UsageError(f"{spec.name} is of the {family} family, which sdcli generates with but does not train yet")
+        raise UsageError(f"{spec.name} is of the {family} family, which sdcli cannot train yet")
     return refuse_shifted(model)
 
 
 def refuse_shifted(model: LoadedModel) -> LoadedModel:
-    """The model. Raises UsageError for a VAE as of Stable Diffusion 3, whose latents are shifted, not scaled alone."""
+    """Return the model. Raises UsageError for a VAE that shifts its latents, as that of Stable Diffusion 3."""
     if "vae" in model.parts and shift_factor(model.vae):
         raise UsageError(
-            f"the VAE of {model.spec.name} shifts its latents (shift_factor); sdcli does not train on such"
+            f"the VAE of {model.spec.name} shifts its latents (shift_factor), which training does not support"
         )
     return model
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """How RUN becomes a model folder: which pipeline it says it is, and the parts that training leaves alone."""
+    """The files that make RUN a model folder: model_index.json and the parts that training does not change."""
 
     pipeline: str
-    """`_class_name` of model_index.json; see model_folder.py."""
+    """`_class_name` of model_index.json; see models/layout.py."""
     scheduler_config: Mapping[str, Any]
     defaults: Mapping[str, Any]
-    """How the model likes to generate; goes into sdcli.json."""
+    """The model's defaults for generation, for sdcli.json."""
     frozen: Mapping[str, tuple[LoadedModel, str]]
-    """Sub-folder -> the model whose part it is, and the part's name (`vae`, `text_encoder`, `tokenizer`)."""
+    """Sub-folder -> the model that the part comes from, and the part's name (`vae`, `text_encoder`, `tokenizer`)."""
     trained: Mapping[str, str]
-    """Parts that a checkpoint holds, by its sub-folders -> the class of their network (`tokenizer`: CLIPTokenizer)."""
+    """The parts in a checkpoint, by sub-folder -> the class of the network (`tokenizer`: CLIPTokenizer)."""
     averaged: tuple[str, ...] = ()
-    """Those of them that have an average beside them."""
+    """Those of them that have a moving average."""
     classes: tuple[str, ...] = ()
 
     @classmethod
     def around(cls, model: LoadedModel | None, *, trained: Mapping[str, str], averaged: tuple[str, ...]) -> ModelFiles:
-        """For a trained VAE or text encoder: the rest is the model's; without one the other parts are absent."""
+        """Files for a trained VAE or text encoder: the other parts are those of `model`, or absent without one."""
         pipeline, frozen = "StableDiffusionPipeline", {}
         generates = model is not None and "unet" in model.parts
         if model is not None:
@@ -197,17 +198,17 @@ class ModelFiles:
         )
 
     def links(self) -> dict[str, str]:
-        """RUN/<part> -> the sub-folder of a checkpoint; with averages RUN has those, and RUN/raw the others."""
+        """RUN/<part> -> sub-folder of a checkpoint; with averages RUN has these, and RUN/raw the trained weights."""
         folders = {part: self._folder_of(part) for part in self.trained}
         links = {folders[part]: f"{part}_ema" if part in self.averaged else part for part in self.trained}
         return {**links, **({f"raw/{folders[part]}": part for part in self.trained} if self.averaged else {})}
 
     def _folder_of(self, part: str) -> str:
-        """Where a part stands in this kind of model folder; see model_folder.py."""
+        """A part's sub-folder in this kind of model folder; see models/layout.py."""
         return LAYOUTS[self.pipeline].components[part][0]
 
     def write(self, run: Path) -> None:
-        """Write all of it but the trained parts."""
+        """Write everything but the trained parts."""
         for folder in (run, *([run / "raw"] if self.averaged else [])):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "model_index.json", self._index())
@@ -219,13 +220,13 @@ class ModelFiles:
                 write_part(folder / name, model, part)
 
     def _index(self) -> dict[str, Any]:
-        """model_index.json: the components that are there, each with its library and class; the others are null."""
-        there = {name: _class_name(model, part) for name, (model, part) in self.frozen.items()}
-        there |= {self._folder_of(part): kind for part, kind in self.trained.items()}
+        """model_index.json: each component with its library and class, or null if it is absent."""
+        classes = {name: _class_name(model, part) for name, (model, part) in self.frozen.items()}
+        classes |= {self._folder_of(part): kind for part, kind in self.trained.items()}
         expected = [name for name, _ in LAYOUTS[self.pipeline].components.values()]
         components: dict[str, Any] = {
-            name: ["transformers" if there[name].startswith("CLIP") else "diffusers", there[name]]
-            if name in there
+            name: ["transformers" if classes[name].startswith("CLIP") else "diffusers", classes[name]]
+            if name in classes
             else [None, None]
             for name in expected
         }
@@ -242,13 +243,13 @@ class ModelFiles:
 
 
 def _class_name(model: LoadedModel, part: str) -> str:
-    """What model_index.json calls the class of a part."""
+    """The class of a part as model_index.json names it."""
     fixed = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     return fixed.get(part) or type(model.parts[part]).__name__
 
 
 def write_part(folder: Path, model: LoadedModel, part: str) -> None:
-    """A frozen part of a model as a sub-folder: its own files where it has some, else from the network in memory."""
+    """Write a frozen part of a model: a copy of its files if it has a folder, else the network in memory."""
     source = folder_of(model.spec)
     if source is not None and (source / part).is_dir():
         shutil.rmtree(folder, ignore_errors=True)
@@ -265,7 +266,7 @@ def write_part(folder: Path, model: LoadedModel, part: str) -> None:
 def generation_defaults(
     base: ModelDefaults | None, *, resolution: tuple[int, int], guided: bool, prompt_template: str | None
 ) -> dict[str, Any]:
-    """What sdcli.json says: the habits of the base model, if any, at the size and with the template of training."""
+    """The defaults in sdcli.json: those of the base model, if any, with the size and the template of training."""
     width, height = resolution
     trained: dict[str, Any] = {"width": width, "height": height}
     if prompt_template is not None:

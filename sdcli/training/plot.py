@@ -1,4 +1,4 @@
-"""Curves -> one figure: of training runs (the loss on top, learning rate and others below), or of a noise schedule."""
+"""Figures of training runs (the loss above, learning rate and others below) and of noise schedules."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sdcli.training.run_log import Log
 from sdcli.training.smoothing import MovingAverage
 
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("samples_per_second", "samples/s"))
-"""Figures of the small panels: name in the log, title."""
+"""The small panels: name in the log, title."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which colour-blind people tell apart."""
+"""Okabe and Ito's palette, distinguishable with colour blindness."""
 _STYLE: dict[Any, Any] = {
-    "agg.path.chunksize": 10_000,  # long curves overflow the renderer in one piece
+    "agg.path.chunksize": 10_000,  # long curves overflow the renderer if drawn at once
     "axes.axisbelow": True,
     "axes.edgecolor": "#888888",
     "axes.grid": True,
@@ -44,14 +44,14 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over steps: int [n], float [n]; the values may hold NaN."""
+    """Values over steps: int [n], float [n]; values may be NaN."""
 
     steps: np.ndarray
     values: np.ndarray
 
     @classmethod
     def of(cls, log: Log, event: str, name: str) -> Curve:
-        """A figure of a log; empty where it is not logged."""
+        """A metric of a log; empty if it is not logged."""
         steps, values = log.series(event, name)
         return cls(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
 
@@ -59,14 +59,14 @@ class Curve:
         return len(self.steps)
 
     def smoothed(self, decay: float) -> Curve:
-        """The exponential moving average, see `MovingAverage`."""
+        """The curve's exponential moving average, see `MovingAverage`."""
         average = MovingAverage(decay)
         return Curve(self.steps, np.array([average.add(value) for value in self.values.tolist()]))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run in the image, under the name that the legend shows."""
+    """A run to draw, and its name in the legend."""
 
     name: str
     log: Log
@@ -75,8 +75,8 @@ class Run:
 def draw_curves(runs: Sequence[Run], *, metric: str = "loss", smooth: float = 0.98, log_scale: bool = False) -> Figure:
     """One figure of 1500x1000 pixels with the curves of all runs, a colour each.
 
-    The training metric is drawn as it is (faint) and as its moving average of decay `smooth` (bold), that of validation
-    with markers. Panels that no run has figures for are left out. `log_scale` is for the metric and the gradient norm.
+    The training metric is drawn unsmoothed (faint) and as its moving average with decay `smooth` (bold), the validation
+    metric with markers. Panels without data are left out. `log_scale` applies to the metric and the gradient norm.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 20 / 3), dpi=150, layout="constrained")
@@ -95,12 +95,12 @@ def draw_schedule(
 ) -> Figure:
     """One figure of 1500x500 pixels with a noise schedule over its timesteps: beta, alpha-bar, log SNR in decibels.
 
-    `betas` and `alphas_cumprod` are float [T]; the timesteps in `marked` get a point on each curve.
+    `betas` and `alphas_cumprod` are float [T]; the timesteps in `marked` are marked on each curve.
     """
     signal = alphas_cumprod.astype(np.float64)
     with np.errstate(divide="ignore"):
         snr = 10 * np.log10(signal / (1 - signal))
-    snr[~np.isfinite(snr)] = np.nan  # where no signal is left there is nothing to draw
+    snr[~np.isfinite(snr)] = np.nan  # no signal is left there
     panels = (
         ("variance of each step, $\\beta_t$", betas),
         ("signal left, $\\bar\\alpha_t$", signal),
@@ -120,16 +120,16 @@ def draw_schedule(
 
 
 def save_figure(figure: Figure, path: Path, *, format: str) -> None:
-    """Write a figure as png, svg or pdf, without times: equal figures give equal bytes."""
+    """Write a figure as png, svg or pdf, without a date, so that equal figures give equal bytes."""
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format, {})
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is shown for it, and that is enough
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the box drawn for it is enough
         figure.savefig(path, format=format, metadata=undated)
 
 
 def _draw_metric(axes: Axes, runs: Sequence[Run], metric: str, smooth: float, *, log_scale: bool) -> None:
     alone = len(runs) == 1
-    seen: list[np.ndarray] = []
+    drawn: list[np.ndarray] = []
     rise = 0.0
     names: list[tuple[str, Line2D]] = []
     kinds: dict[str, Line2D] = {}
@@ -146,44 +146,46 @@ def _draw_metric(axes: Axes, runs: Sequence[Run], metric: str, smooth: float, *,
             kinds[f"training, smoothed {smooth:g}" if smooth else "training"] = Line2D(
                 [], [], **_BOLD, color=line["color"] if alone else "black"
             )
-            seen += [_without_outliers(training.values), mean.values]
+            drawn += [_without_outliers(training.values), mean.values]
             rise += mean.values[-1] - mean.values[0]
         if len(validation):
             if alone:
                 line["color"] = COLOURS[1]
             axes.plot(validation.steps, validation.values, **_MARKED, **line)
             kinds["validation"] = Line2D([], [], **_MARKED, color=line["color"] if alone else "black")
-            seen.append(validation.values)
+            drawn.append(validation.values)
             rise += validation.values[-1] - validation.values[0]
-    _set_axes(axes, seen, log_scale=log_scale, ticks=8)
+    _set_axes(axes, drawn, log_scale=log_scale, ticks=8)
     axes.set_ylabel(metric)
     axes.set_xlabel("step")
     shown = [*([] if alone else names), *kinds.items()]
-    # The space before is for names that begin with an underscore, which a legend leaves out.
+    # The leading space keeps names that start with an underscore, which a legend would leave out.
     legend = axes.legend(
         [line for _, line in shown],
         [f" {name}" for name, _ in shown],
-        loc="lower right" if rise > 0 else "upper right",  # where no curve is; to look for the best place takes seconds
+        loc="lower right"
+        if rise > 0
+        else "upper right",  # usually free of curves; to search for the best location takes seconds
     )
     title = axes.set_title(runs[0].name if alone else "", loc="left", fontweight="bold")
     for text in (title, *legend.get_texts()):
-        text.set_parse_math(False)  # a dollar sign in a name is one
+        text.set_parse_math(False)  # a dollar sign in a name is not mathematics
 
 
 def _draw_panel(axes: Axes, runs: Sequence[Run], name: str, title: str, smooth: float, *, log_scale: bool) -> None:
-    seen = []
+    drawn = []
     for number, run in enumerate(runs):
         curve = Curve.of(run.log, "train", name)
         line: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": _line_style(number)}
         if name == "lr" or not smooth:
             axes.plot(curve.steps, curve.values, **_BOLD, **line)
-            seen.append(curve.values)
+            drawn.append(curve.values)
             continue
         mean = curve.smoothed(smooth)
         axes.plot(curve.steps, curve.values, **_FAINT, color=line["color"])
         axes.plot(mean.steps, mean.values, **_BOLD, **line)
-        seen += [_without_outliers(curve.values), mean.values]
-    _set_axes(axes, seen, log_scale=log_scale, ticks=4, from_zero=True)
+        drawn += [_without_outliers(curve.values), mean.values]
+    _set_axes(axes, drawn, log_scale=log_scale, ticks=4, from_zero=True)
     axes.set_title(title, loc="left")
 
 
@@ -193,21 +195,21 @@ _MARKED: dict[str, Any] = {"marker": "o", "markersize": 5, "markerfacecolor": "w
 
 
 def _line_style(number: int) -> str:
-    """Of a run's lines, once all colours are taken."""
+    """The line style of a run, which changes once all colours are used."""
     return ("-", "--", ":")[number // len(COLOURS) % 3]
 
 
 def _without_outliers(values: np.ndarray) -> np.ndarray:
-    """The range that nearly all values are in: one spike must not flatten the curve."""
+    """The range of nearly all values, so that one spike does not flatten the curve."""
     finite = values[np.isfinite(values)]
     return np.quantile(finite, [0.005, 0.995]) if len(finite) else finite
 
 
-def _set_axes(axes: Axes, seen: Sequence[np.ndarray], *, log_scale: bool, ticks: int, from_zero: bool = False) -> None:
-    """Show all the values that are in `seen`, with a little room and no more, and plain numbers at the ticks."""
+def _set_axes(axes: Axes, drawn: Sequence[np.ndarray], *, log_scale: bool, ticks: int, from_zero: bool = False) -> None:
+    """Fit the axes to the values in `drawn` with a small margin, and label the ticks with plain numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    values = np.concatenate([np.empty(0), *seen])
+    values = np.concatenate([np.empty(0), *drawn])
     values = values[np.isfinite(values) & ((values > 0) | (not log_scale))]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.1, 1.0)
     if log_scale:

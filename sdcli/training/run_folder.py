@@ -1,12 +1,12 @@
-"""RUN, the folder of a training run: its settings, its frozen parts, and the links that make it a model folder.
+"""RUN, the folder of a training run, and its settings.yaml.
 
 RUN/settings.yaml                 the resolved settings; `--config RUN/settings.yaml` repeats the run
-RUN/model_index.json, sdcli.json  what kind of model this is, and how it likes to generate
-RUN/vae, tokenizer, scheduler, …  the parts that training leaves alone
-RUN/unet -> current/unet(_ema)    the trained parts; RUN/current -> checkpoint-<step>, swapped at each checkpoint
+RUN/model_index.json, sdcli.json  the components of the model, and its defaults for generation
+RUN/vae, tokenizer, scheduler, …  the parts that training does not change
+RUN/unet -> current/unet(_ema)    the trained parts; RUN/current -> checkpoint-<step>, replaced at each checkpoint
 RUN/raw/                          with --use-ema: the same model with the weights as trained, not averaged
-RUN/checkpoint-<step>/            see checkpoint.py
-RUN/log.jsonl, RUN/samples/       what happened, and sample sheets
+RUN/checkpoint-<step>/            see state/checkpoint.py
+RUN/log.jsonl, RUN/samples/       the log, and sample sheets
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ MAY_CHANGE = frozenset(
         "report_to",
     }
 )
-"""Settings that a resumed run may be given anew: they change how far it goes and what is shown, not what is learnt."""
-TRADED = frozenset({"train_batch_size", "gradient_accumulation_steps", "num_processes"})
-"""May change together as long as their product, the samples of a step, stays."""
+"""Settings that a resumed run may change: they affect its length and its output, but not the training itself."""
+PRODUCT = frozenset({"train_batch_size", "gradient_accumulation_steps", "num_processes"})
+"""Settings that may change as long as their product, the samples of a step, stays the same."""
 
 
 def check_free(run: Path) -> None:
-    """Refuse a folder that no new run can begin in; asked again early, before an hour of encoding is lost.
+    """Check that a new run can start in a folder; called early, too, before an hour of encoding is lost.
 
-    Raises UsageError where something else is there, and CannotWrite.
+    Raises UsageError for a folder with other content, and CannotWrite.
     """
     nearest = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "is a file" if not nearest.is_dir() else "may not be written into"
+        reason = "is a file" if not nearest.is_dir() else "is not writable"
         raise CannotWrite(f"cannot write into {run}: {nearest} {reason}")
     if not run.is_dir():
         return
     if any(run.glob("checkpoint-*")):
-        raise UsageError(f"{run} holds a training run already; --resume goes on with it, another -o starts a new one")
+        raise UsageError(
+            f"{run} already has a training run; continue it with --resume, or use another -o for a new one"
+        )
     others = [entry.name for entry in run.iterdir() if not entry.name.startswith(".")]
     if others and not (run / SETTINGS).exists():
-        raise UsageError(
-            f"{run} holds something else already ({', '.join(sorted(others)[:3])}); name a new folder with -o"
-        )
+        raise UsageError(f"{run} has other content ({', '.join(sorted(others)[:3])}); use a new folder with -o")
 
 
 def begin(run: Path, settings: TrainSettings, *, command: str, data: str) -> None:
-    """Write the settings of a new run into RUN, which may be left over from a run without a checkpoint.
+    """Write the settings of a new run into RUN, which may hold a run without checkpoints.
 
-    Raises UsageError where something else is there, and CannotWrite.
+    Raises UsageError for a folder with other content, and CannotWrite.
     """
     check_free(run)
     values = {"command": command, "data": data, **settings.model_dump(mode="json")}
@@ -80,34 +80,34 @@ def begin(run: Path, settings: TrainSettings, *, command: str, data: str) -> Non
 
 
 def recorded(run: Path, *, command: str, kind: type[TrainSettings]) -> tuple[str, dict[str, Any]]:
-    """The data and the settings that a run was begun with. Raises NotFound and UsageError."""
+    """The data and the settings that a run started with. Raises NotFound and UsageError."""
     if not (run / SETTINGS).is_file():
-        raise NotFound(f"{run} holds no training run to resume: there is no {SETTINGS}")
+        raise NotFound(f"{run} has no training run to resume: it has no {SETTINGS}")
     values = read_yaml(run / SETTINGS)
-    begun_by = values.pop("command", command)
-    if begun_by != command:
-        raise UsageError(f"{run} was begun by sdcli {begun_by}, not by {command}")
+    started_by = values.pop("command", command)
+    if started_by != command:
+        raise UsageError(f"{run} was started by sdcli {started_by}, not by {command}")
     data = str(values.pop("data", ""))
     unknown = set(values) - set(kind.model_fields)
     if unknown:
-        raise UsageError(f"{run / SETTINGS}: no setting {min(unknown)!r} in this sdcli")
+        raise UsageError(f"{run / SETTINGS}: this version of sdcli has no setting {min(unknown)!r}")
     return data, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def check_unchanged(before: TrainSettings, now: TrainSettings, *, batch: tuple[int, int]) -> None:
-    """Refuse a resume that would not go on with the same run. `batch`: the samples of a step until here, and now."""
+    """Raise UsageError for settings that would change the run. `batch`: the samples of a step before and now."""
     for name in type(now).model_fields:
         old, new = getattr(before, name), getattr(now, name)
-        if old != new and name not in MAY_CHANGE | TRADED:
+        if old != new and name not in MAY_CHANGE | PRODUCT:
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} was {old} when this run began; a resumed run cannot change it (now {new})")
+            raise UsageError(f"{flag} was {old} when this run started; a resumed run cannot change it (now {new})")
     if batch[0] != batch[1]:
         raise UsageError(
-            f"a step of this run has {batch[0]} samples, now it would have {batch[1]}: --train-batch-size x "
+            f"a step of this run has {batch[0]} samples, but would now have {batch[1]}: --train-batch-size x "
             "--gradient-accumulation-steps x processes must stay the same"
         )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A small JSON file, whole and durable, replaced where it exists."""
+    """Write a small JSON file atomically and durably, replacing an existing one."""
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode(), overwrite=True)

@@ -1,4 +1,4 @@
-"""The log of a training run: RUN/log.jsonl, append-only, one JSON object a line; written, rewound and read here.
+"""The log of a training run: RUN/log.jsonl, append-only, with one JSON object per line.
 
     {"event": "start", "time": 1767225600.0, "steps": 1000, "start_step": 0, "batch": 16, "versions": {...}, ...}
     {"event": "train", "time": ..., "step": 1, "loss": 0.98, "lr": 0.0001, "grad_norm": 1.7, "samples": 16, ...}
@@ -10,8 +10,8 @@
     {"event": "end", "time": ..., "step": 1000, "reason": "..."}
 
 `time` is in seconds since 1970. Every line is strict JSON: NaN and infinities are the strings "NaN", "Infinity" and
-"-Infinity". Nothing is ever rewritten: a resumed run marks with a `resume` line that steps after it are done again, and
-`read_log` leaves out what was undone by that. So the log of an interrupted run reads as that of an uninterrupted one.
+"-Infinity". Nothing is rewritten: a resumed run adds a `resume` line, after which later steps are done again, and
+`read_log` leaves out what that undid. So the log of an interrupted run reads like that of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from sdcli.training.events import (
 
 NAME = "log.jsonl"
 MAX_LINE = 1024 * 1024
-"""Bytes; a longer line is none of ours."""
+"""Bytes; sdcli writes no longer lines."""
 STEPPED = frozenset({"train", "validation", "checkpoint", "sample"})
-"""Events of a step, which a resume from an earlier step undoes."""
+"""Events that belong to a step; a resume from an earlier step undoes them."""
 
 
 class RunLog:
-    """The log of one run, open for writing. Only the first process of a run may have it. A context manager."""
+    """The log of a run, open for writing by its first process. A context manager."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -58,12 +58,12 @@ class RunLog:
 
     @classmethod
     def open(cls, run: Path) -> RunLog:
-        """Open the log of a run folder, made when it is not there; lines are added to what it holds.
+        """Open the log of a run folder, and create it if missing; lines are appended.
 
         Raises CannotWrite.
         """
         path = run / NAME
-        with _sentences(path):
+        with _cannot_write(path):
             run.mkdir(parents=True, exist_ok=True)
             return cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
 
@@ -76,25 +76,25 @@ class RunLog:
         self.close()
 
     def write(self, event: str, **facts: Any) -> None:
-        """Add a line; readers see it at once, and it survives `kill -9` (not a power cut: see `sync`).
+        """Append a line. Readers see it at once, and it survives `kill -9` (but a power cut only after `sync`).
 
         Facts are JSON values, mappings, sequences and paths. Raises CannotWrite.
         """
         entry = {"event": event, "time": round(time.time(), 3), **facts}
-        with _sentences(self._path):
+        with _cannot_write(self._path):
             append_row(self._descriptor, strict_json(entry))
 
     def rewind(self, step: int) -> None:
-        """Say that the run goes on from after `step`: entries of later steps that are there do not count any more."""
+        """Record that the run continues after `step`: entries of later steps no longer count."""
         self.write("resume", step=step)
 
     def sync(self) -> None:
-        """Bring all lines onto the disk: before a checkpoint is committed, so that no power cut loses earlier steps."""
-        with _sentences(self._path):
+        """Sync all lines to the disk; done before each checkpoint, so that a power cut loses no step before it."""
+        with _cannot_write(self._path):
             os.fsync(self._descriptor)
 
     def relative(self, path: Path) -> Path:
-        """A path inside the run as seen from there, so that the run can be moved; any other as it is."""
+        """A path inside the run relative to it, so that the run can be moved; other paths unchanged."""
         return path.relative_to(self._path.parent) if path.is_relative_to(self._path.parent) else path
 
     def close(self) -> None:
@@ -105,10 +105,10 @@ class RunLog:
 
 
 def log_event(log: RunLog, event: Event, **facts: Any) -> None:
-    """Write an event of the training loop, with further facts beside its own; `Preparation` leaves no line.
+    """Write an event of the training loop with further facts; `Preparation` is not logged.
 
-    Paths inside the run are written relative to it. A `RunStart` that does not begin at the first step writes its
-    `resume` line before it. Raises CannotWrite.
+    Paths inside the run are written relative to it. A `RunStart` after the first step writes a `resume` line first.
+    Raises CannotWrite.
     """
     own = {name: getattr(event, name) for name in event.__dataclass_fields__}
     match event:
@@ -135,7 +135,7 @@ def log_event(log: RunLog, event: Event, **facts: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run's numbers depend on, read without importing anything."""
+    """The versions of the packages that affect a run, read without importing them."""
     found = {"sdcli": __version__}
     for name in ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy"):
         try:
@@ -147,19 +147,19 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Log:
-    """What a run's log says, without the steps that a resume undid."""
+    """The entries of a run's log without those that a resume undid."""
 
     entries: tuple[dict[str, Any], ...]
-    """In the order they were written; of one kind of event and one step, only the last."""
+    """In the order of writing; only the last one for each kind of event and step."""
     damaged: int = 0
-    """Lines that are no entry, such as one that a killed process left unfinished."""
+    """The number of invalid lines, such as one that a killed process left unfinished."""
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """The entries of one kind of event."""
         return [entry for entry in self.entries if entry["event"] == event]
 
     def series(self, event: str, name: str) -> tuple[list[int], list[float]]:
-        """Steps, and the values of a figure at them; NaN and infinities are among the values."""
+        """The steps and values of a figure; values may be NaN and infinite."""
         steps, values = [], []
         for entry in self.entries:
             if entry["event"] == event and (value := _number(entry.get(name))) is not None:
@@ -168,7 +168,7 @@ class Log:
         return steps, values
 
     def metrics(self, event: str) -> list[str]:
-        """The names of the figures that an event has, in the order of their first appearance."""
+        """The names of an event's figures, in the order of their first appearance."""
         names: dict[str, None] = {}
         for entry in self.of(event):
             names.update({name: None for name, value in entry.items() if _number(value) is not None})
@@ -176,9 +176,9 @@ class Log:
 
 
 def read_log(run: Path) -> Log:
-    """Read a run's log, which may be growing meanwhile. Damaged lines are counted, none is fatal.
+    """Read a run's log, which may be growing. Invalid lines are counted and skipped.
 
-    Raises NotFound where there is no log, and SdcliError where it cannot be read.
+    Raises NotFound if there is no log, and SdcliError if it cannot be read.
     """
     path = run / NAME
     entries: dict[Any, dict[str, Any]] = {}
@@ -190,13 +190,13 @@ def read_log(run: Path) -> Log:
                 if not _is_entry(entry):
                     damaged += 1
                     continue
-                if (step := _goes_on_after(entry)) is not None:
+                if (step := _resumed_from(entry)) is not None:
                     entries = {key: old for key, old in entries.items() if not _undone(old, step)}
                 key = (entry["event"], entry["step"]) if entry["event"] in STEPPED else row.line
-                entries.pop(key, None)  # the later one also stands later
+                entries.pop(key, None)  # a repeated entry moves to the end
                 entries[key] = entry
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"{run} is no training run: there is no {path}") from None
+        raise NotFound(f"{run} is not a training run: there is no {path}") from None
     except OSError as error:
         raise SdcliError(f"cannot read {path}: {error.strerror}") from None
     return Log(tuple(entries.values()), damaged)
@@ -210,14 +210,14 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
     return not counted or (type(step) is int and 0 <= step < 2**63)
 
 
-def _goes_on_after(entry: Mapping[str, Any]) -> int | None:
-    """After which step a run goes on with this entry; None where it is not the start of a process."""
+def _resumed_from(entry: Mapping[str, Any]) -> int | None:
+    """The step after which an entry starts or resumes the run; None for other entries."""
     step = {"resume": "step", "start": "start_step"}.get(entry["event"])
     return int(entry[step]) if step is not None else None
 
 
 def _undone(entry: Mapping[str, Any], step: int) -> bool:
-    """Whether going on after `step` takes an entry back: later steps, and that the run had ended."""
+    """Whether a resume after `step` undoes an entry: one of a later step, or the end of the run."""
     return entry["event"] == "end" or (entry["event"] in STEPPED and entry["step"] > step)
 
 
@@ -231,12 +231,12 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return math.inf if value > 0 else -math.inf
 
 
 def strict_json(value: Any) -> Any:
-    """A value as strict JSON has it: NaN and infinities as strings."""
+    """A value for strict JSON, with NaN and infinities as strings."""
     match value:
         case float() if not math.isfinite(value):
             return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -251,8 +251,8 @@ def strict_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _sentences(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a CannotWrite that names the file."""
+def _cannot_write(path: Path) -> Iterator[None]:
+    """Turn an OSError within the block into a CannotWrite that names the file."""
     try:
         yield
     except OSError as error:

@@ -27,28 +27,28 @@ from sdcli.request.fields import Control, FileRef
 from sdcli.request.schema import GenerationRequest
 from sdcli.training.task import Networks
 
-MOST = 16
-"""Images on a sheet where no prompts were given."""
+MAX_IMAGES = 16
+"""Images on a sheet without --sample-prompts."""
 
 
 @dataclass(frozen=True)
 class SampleSheet:
-    """Paints RUN/samples/step-<n>.png; seed number i belongs to prompt number i, at every step the same."""
+    """Generates RUN/samples/step-<n>.png; prompt number i has seed i at every step."""
 
     name: str
     prompts: Sequence[str]
     defaults: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
     frozen: Mapping[str, nn.Module]
-    """`vae` and `text_encoder`, as far as the model has them; also the `unet` where a ControlNet is trained."""
+    """`vae` and `text_encoder`, if the model has them and they are not trained; the `unet` of a ControlNet."""
     tokenizer: ClipTokenizer | None = None
     classes: Sequence[str] | None = None
     steps: int | None = None
     maps: Sequence[Image.Image] = ()
-    """With a ControlNet: what it sees, one for each prompt; they are written into RUN/samples, too."""
+    """The ControlNet's maps, one for each prompt; they are also written into RUN/samples."""
 
     def __call__(self, networks: Networks, step: int, folder: Path) -> list[Path]:
-        """Paint with the networks as they are now; returns the sheet. Raises BadOutput for NaN."""
+        """Generate with the networks in their current state; returns the sheet's path. Raises BadOutput for NaN."""
         spec = ModelSpec(
             name=self.name,
             source=FolderSource(kind="folder", path=folder.parent),
@@ -78,7 +78,7 @@ class SampleSheet:
         ]
         images = [from_pixels(painted.pixels) for painted in generate_images(pipeline, requests)]
         labels, columns = [request.prompt for request in requests], None
-        if self.maps:  # each beside what it led to
+        if self.maps:  # each map next to its image
             columns = 2 * math.ceil(math.sqrt(len(images) / 2))
             images = [one for pair in zip(self.maps, images, strict=True) for one in pair]
             labels = [one for label in labels for one in ("", label)]
@@ -90,7 +90,7 @@ class SampleSheet:
         return [path]
 
     def _controls(self, folder: Path) -> list[tuple[Control, ...]]:
-        """What each image's ControlNet sees."""
+        """The ControlNet input of each image."""
         if not self.maps:
             return [()] * len(self.prompts)
         paths = [folder / f"map-{number}.png" for number in range(len(self.maps))]
@@ -100,13 +100,13 @@ class SampleSheet:
 
 
 def default_prompts(captions: Sequence[tuple[str, ...]], classes: Sequence[str], *, unconditional: bool) -> list[str]:
-    """What to generate where no prompts were given: the classes, or captions spread over the data, or nothing."""
+    """Prompts of the sample sheet without --sample-prompts: the classes, captions spread over the data, or none."""
     if classes:
-        return [classes[number % len(classes)] for number in range(max(MOST, min(len(classes), 2 * MOST)))]
+        return [classes[number % len(classes)] for number in range(max(MAX_IMAGES, min(len(classes), 2 * MAX_IMAGES)))]
     if unconditional:
-        return [""] * MOST
+        return [""] * MAX_IMAGES
     firsts = [some[0] for some in captions if some]
     if not firsts:
-        return [""] * MOST
-    step = max(1, len(firsts) // MOST)
-    return firsts[::step][:MOST]
+        return [""] * MAX_IMAGES
+    step = max(1, len(firsts) // MAX_IMAGES)
+    return firsts[::step][:MAX_IMAGES]

@@ -1,4 +1,4 @@
-"""One training command from its data to its last checkpoint: what all trainers do around the loop."""
+"""A training command from its data to its last checkpoint: what all trainers share around the loop."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ S = TypeVar("S", bound=TrainSettings)
 
 @dataclass(frozen=True)
 class RunSetup:
-    """A task ready to train, and how RUN becomes a model folder around it."""
+    """A task that is ready to train, and the files around it that make RUN a model folder."""
 
     task: Task
     samples: int
-    """Items of one epoch."""
+    """The number of items of an epoch."""
     links: Mapping[str, str]
-    """RUN/<part> -> current/<folder or file>."""
+    """RUN/<part> -> its folder or file in a checkpoint."""
     write_frozen: Callable[[Path], None]
-    """Writes the parts that training leaves alone, model_index.json and sdcli.json into RUN."""
+    """Writes the parts that training does not change, model_index.json and sdcli.json into RUN."""
     memory_bytes: int
-    """About what training will hold at most on the device."""
+    """Estimated peak memory on the device."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What --dry-run, the log and the manifests tell of data and model."""
+    """Facts about data and model for --dry-run, the log and the manifests."""
 
 
 class Session(ABC, Generic[S]):
-    """A training run of this process; a context manager. `prepare`, then `train`; both yield what happens."""
+    """A training run in this process, a context manager: call `prepare`, then `train`; both yield events."""
 
     command: ClassVar[str]
     kind: ClassVar[type[TrainSettings]]
@@ -58,7 +58,7 @@ class Session(ABC, Generic[S]):
         trackers = list(settings.report_to) or None
         self.accelerator = make_accelerator(settings, log_with=trackers, project_dir=str(run) if trackers else None)
         self._setup: RunSetup | None = None
-        self._found: CheckpointInfo | None = None
+        self._checkpoint: CheckpointInfo | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -74,23 +74,23 @@ class Session(ABC, Generic[S]):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and talks."""
+        """Whether this process writes the files and the messages."""
         return bool(self.accelerator.is_main_process)
 
     @abstractmethod
     def build(self) -> Generator[Event, None, RunSetup]:
-        """Read the data, load or make the networks; yields what takes time, returns the task.
+        """Read the data and load or make the networks; yields progress, returns the setup.
 
-        In a run of several processes the first one fills caches while the others wait.
+        With several processes the first one fills the caches while the others wait.
         """
 
     def prepare(self, *, resume: bool, stop: Stop = lambda: None) -> Iterator[Event]:
-        """Everything before the first step that writes nothing into RUN."""
+        """Do everything before the first step; writes nothing into RUN."""
         if resume:
-            self._found = newest_checkpoint(self.run)
+            self._checkpoint = newest_checkpoint(self.run)
             self._check_unchanged()
-            for path, reason in self._found.broken:
-                yield RunNote(f"passed over {path}: it {reason}; it is left where it is")
+            for path, reason in self._checkpoint.broken:
+                yield RunNote(f"skipped {path}: it {reason}; it was not deleted")
         building = self.build()
         while True:
             try:
@@ -102,9 +102,9 @@ class Session(ABC, Generic[S]):
             if stopped is not None:
                 raise type(stopped)(f"{str(stopped).split(' after')[0]} while preparing; nothing was trained yet")
 
-        if self._found is not None:
-            self._check_same_data(self._found)
-            yield from self._told_of_another_schedule(self._found)
+        if self._checkpoint is not None:
+            self._check_same_data(self._checkpoint)
+            yield from self._note_changed_schedule(self._checkpoint)
 
     @property
     def setup(self) -> RunSetup:
@@ -122,12 +122,12 @@ class Session(ABC, Generic[S]):
         return self.settings.total_batch_size(self.accelerator.num_processes)
 
     def plan(self) -> dict[str, Any]:
-        """What is going to happen, in figures."""
+        """The run's plan in figures, for --dry-run --json."""
         return {
             "command": self.command,
             "run": str(self.run),
             "steps": self.steps,
-            "done": self._found.step if self._found else 0,
+            "done": self._checkpoint.step if self._checkpoint else 0,
             "batch": self.batch,
             "samples": self.setup.samples,
             "steps_per_epoch": round(self.setup.samples / self.batch, 2),
@@ -139,7 +139,7 @@ class Session(ABC, Generic[S]):
         }
 
     def plan_lines(self) -> Iterator[str]:
-        """The same in sentences."""
+        """The run's plan in sentences."""
         plan = self.plan()
         steps = f"{plan['steps']:,} steps" if plan["steps"] else f"{self.settings.max_hours:g} hours"
         resumed = f" from step {plan['done']:,}" if plan["done"] else ""
@@ -148,7 +148,7 @@ class Session(ABC, Generic[S]):
             f"{plan['steps_per_epoch']:g} steps"
         )
         need, free = plan["memory_bytes"], plan["free_bytes"]
-        yield f"will need about {need / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free"
+        yield f"needs about {need / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free"
         if need > free:
             yield (
                 "that may not fit: a smaller --train-batch-size, --gradient-checkpointing, --mixed-precision bf16 or "
@@ -156,12 +156,12 @@ class Session(ABC, Generic[S]):
             )
 
     def train(self, *, stop: Stop) -> Iterator[Event]:
-        """Write RUN's frozen parts, train, checkpoint, log. Raises what `loop.Trainer.train` raises."""
+        """Write RUN's frozen parts, then train, save and log. Raises what `loop.Trainer.train` raises."""
         settings, setup = self.settings, self.setup
         log = None
         if self.is_main:
             self._stack.enter_context(run_lock(self.run))
-            if self._found is None:
+            if self._checkpoint is None:
                 run_folder.begin(self.run, settings, command=self.command, data=self.data)
                 write_frozen_parts(self.run, setup.write_frozen)
             log = self._stack.enter_context(RunLog.open(self.run))
@@ -183,7 +183,7 @@ class Session(ABC, Generic[S]):
             facts={"command": self.command, **setup.facts},
             before_checkpoint=log.sync if log is not None else lambda: None,
         )
-        done = trainer.resume(self._found.path) if self._found is not None else 0
+        done = trainer.resume(self._checkpoint.path) if self._checkpoint is not None else 0
         self._start_trackers()
         for event in trainer.train(done=done, stop=stop):
             if log is not None:
@@ -192,37 +192,37 @@ class Session(ABC, Generic[S]):
             yield event
 
     def _check_unchanged(self) -> None:
-        """What may not change between the parts of one run."""
-        assert self._found is not None
+        """Raise UsageError for settings that a resumed run cannot change."""
+        assert self._checkpoint is not None
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
         before = self.kind.model_validate(values)
-        run_folder.check_unchanged(before, self.settings, batch=(_batch_until(self._found, before), self.batch))
+        run_folder.check_unchanged(before, self.settings, batch=(_batch_until(self._checkpoint, before), self.batch))
 
-    def _check_same_data(self, found: CheckpointInfo) -> None:
-        """Other images or captions would be another run, whatever the seed."""
-        before, now = found.facts.get("data_fingerprint"), self.setup.facts.get("data_fingerprint")
+    def _check_same_data(self, checkpoint: CheckpointInfo) -> None:
+        """Raise UsageError if the data or the frozen weights changed since the run started."""
+        before, now = checkpoint.facts.get("data_fingerprint"), self.setup.facts.get("data_fingerprint")
         if before != now:
             raise UsageError(
-                f"{self.data} is not what the run began with: images or captions came, went or changed. Put them "
-                f"back, or begin a new run from this one: -m {self.run} -o ANOTHER"
+                f"{self.data} changed since the run started: images or captions were added, removed or edited. Restore "
+                f"them, or start a new run from this one: -m {self.run} -o ANOTHER"
             )
-        base, present = found.facts.get("base", {}), self.setup.facts.get("base", {})
+        base, present = checkpoint.facts.get("base", {}), self.setup.facts.get("base", {})
         changed = sorted(part for part in {*base, *present} if base.get(part) != present.get(part))
         if changed:
             raise UsageError(
-                f"{', '.join(changed)}: not the weights that the run began with, and training leaves them as they are; "
-                "put them back, or begin a new run"
+                f"{', '.join(changed)}: the weights changed since the run started, which does not train them; restore "
+                "them, or start a new run"
             )
 
-    def _told_of_another_schedule(self, found: CheckpointInfo) -> Iterator[Event]:
-        """Another number of steps is another learning rate at every step to come, where it is not constant."""
+    def _note_changed_schedule(self, checkpoint: CheckpointInfo) -> Iterator[Event]:
+        """Note if the number of steps changed, and with it the learning rate of all later steps."""
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
         settings = self.kind.model_validate(values)
-        before = settings.steps(self.setup.samples, _batch_until(found, settings))
+        before = settings.steps(self.setup.samples, _batch_until(checkpoint, settings))
         if before != self.steps and not self.settings.lr_scheduler.startswith("constant"):
             yield RunNote(
-                f"the learning rate fell over {before:,} steps until here and falls over {self.steps:,} from now on: "
-                f"--lr-scheduler {self.settings.lr_scheduler} depends on how many there are"
+                f"the learning rate was scheduled over {before:,} steps so far and over {self.steps:,} from now on: "
+                f"--lr-scheduler {self.settings.lr_scheduler} depends on the number of steps"
             )
 
     def _start_trackers(self) -> None:
@@ -254,18 +254,18 @@ class Session(ABC, Generic[S]):
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """A short digest of JSON values, for logs and manifests."""
+    """A short digest of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _batch_until(found: CheckpointInfo, settings: TrainSettings) -> int:
-    """Samples of a step until a checkpoint; older ones say instead how many processes there were."""
-    batch = found.facts.get("batch")
-    return settings.total_batch_size(found.facts.get("processes", 1)) if batch is None else batch
+def _batch_until(checkpoint: CheckpointInfo, settings: TrainSettings) -> int:
+    """Samples of a step before a checkpoint; older checkpoints recorded the number of processes instead."""
+    batch = checkpoint.facts.get("batch")
+    return settings.total_batch_size(checkpoint.facts.get("processes", 1)) if batch is None else batch
 
 
 def _leave_group() -> None:
-    """Leave a group of processes without waiting for the others, which may wait for this one in a collective call."""
+    """Leave a process group without waiting for the others, which may wait for this process in a collective call."""
     import torch.distributed as distributed
 
     if distributed.is_initialized() and os.environ.get(MARK):

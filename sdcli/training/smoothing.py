@@ -1,4 +1,4 @@
-"""The running mean that makes a noisy loss readable."""
+"""Smoothing of noisy curves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class MovingAverage:
     """An exponential moving average without a bias towards its start.
 
-    After n values: sum of decay^(n-i) * x_i over the sum of those weights (the bias correction of Adam, Kingma and Ba
-    2015, section 3). So the first mean is the first value, and `decay` 0 smooths nothing.
+    After n values it is the mean of x_i with weights decay^(n-i) (the bias correction of Adam, Kingma & Ba 2015,
+    section 3). So the first mean is the first value, and `decay` 0 does not smooth.
     """
 
     decay: float
@@ -19,7 +19,7 @@ class MovingAverage:
     _weight: float = 0.0
 
     def add(self, value: float) -> float:
-        """Take in a value and return the mean; NaN and infinities are passed over, and return NaN before any other."""
+        """Add a value and return the mean, which is NaN before the first finite value; other values are ignored."""
         if math.isfinite(value):
             self._sum = self.decay * self._sum + (1 - self.decay) * value
             self._weight = self.decay * self._weight + (1 - self.decay)

@@ -1,4 +1,4 @@
-"""What a trainer tells the training loop: which networks, which samples, which loss, what to save and to show."""
+"""The interface between trainers and the training loop: networks, samples, losses, files and sample images."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
-"""A micro-batch on the device: tensors [b, ...] by name, and lists of what is no tensor."""
+"""A micro-batch on the device: tensors [b, ...] by name, and lists of other values."""
 Networks = Mapping[str, nn.Module]
-"""The networks being trained, by the name of their folder, as the loop prepared them (autocast, DDP)."""
+"""The trained networks by the name of their folder, as prepared by the loop (autocast, DDP)."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of one step. `counter` numbers the samples of the whole run; it seeds all that is random about it."""
+    """One sample of one step. `counter` is its number in the whole run, which seeds everything random about it."""
 
     counter: int
     index: int
-    """Which item of the data set."""
+    """The item of the data set."""
     size: tuple[int, int] | None = None
     """Width and height of the bucket, for images."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """A micro-batch's loss (scalar, mean over its samples, with gradient) and numbers worth logging beside it."""
+    """A micro-batch's loss (a scalar with gradient, the mean over its samples) and further figures for the log."""
 
     loss: Tensor
     shown: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached scalars; the log holds their mean over the step."""
+    """Detached scalars; their mean over the step is logged."""
 
 
 @dataclass(frozen=True)
 class OptimizerPhase:
-    """One optimizer and its loss. Most trainers have one phase; a discriminator is a second one of the same step."""
+    """One optimizer and its loss. Most trainers have one phase; a discriminator is a second one within each step."""
 
     name: str
     groups: Sequence[dict[str, Any]]
@@ -46,32 +46,34 @@ class OptimizerPhase:
 
 
 class Task(Protocol):
-    """A trainer. Everything in it is a pure function of the settings and of its arguments, but for the networks."""
+    """A trainer. Its methods are pure functions of the settings, their arguments and the networks."""
 
     networks: dict[str, nn.Module]
-    """Every network with trained parameters, by folder name ("unet", "vae", "text_encoder", "discriminator")."""
+    """All networks with trained parameters, by folder name ("unet", "vae", "text_encoder", "discriminator")."""
     averaged: tuple[str, ...]
-    """Which of them have an EMA beside them."""
+    """Those of them that may have a moving average (EMA)."""
     phases: Sequence[OptimizerPhase]
 
     def draws(self, step: int) -> list[Draw]:
-        """The samples of a step, total batch size of them; the first step is 0."""
+        """The samples of a step, as many as the total batch size; the first step is 0."""
 
     def item(self, draw: Draw) -> dict[str, Any]:
-        """What the loss needs of one sample; runs in worker processes when there are some, and draws its randomness
-        from `counted`. Tensors are float32 or int64, without batch axis."""
+        """What the loss needs of one sample: float32 or int64 tensors without a batch axis.
+
+        May run in a worker process; its randomness comes from `io.rng`, by the draw's counter.
+        """
 
     def collate(self, items: list[dict[str, Any]]) -> Batch:
         """Items -> a micro-batch, on the CPU."""
 
     def item_name(self, index: int) -> str:
-        """What people call an item, for messages."""
+        """An item's name in messages."""
 
     def validate(self, networks: Networks) -> dict[str, float]:
-        """Figures over the held-out part, with fixed randomness; {} where nothing is held out."""
+        """Figures over the held-out data, with fixed randomness; {} where nothing is held out."""
 
     def save(self, folder: Path, networks: Networks, averages: Mapping[str, nn.Module]) -> None:
-        """Write the trained parts as diffusers sub-folders of `folder` (`unet`, and `unet_ema` from `averages`)."""
+        """Write the trained parts as sub-folders of `folder` in diffusers' layout (`unet`, and `unet_ema`)."""
 
     def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
-        """Paint or reconstruct something to look at, into `folder`; returns the files."""
+        """Write samples for people to look at into `folder`; returns the files."""

@@ -70,8 +70,8 @@ def test_each_wrong_wish_ends_with_its_own_code(sdcli: RunSdcli, tmp_path: Path)
     make_run(tmp_path / "run")
     RunLog.open(tmp_path / "fresh").write("start", start_step=0)
     cases = [
-        (["absent"], 3, "absent is no training run"),
-        (["run", "absent"], 3, "absent is no training run"),
+        (["absent"], 3, "absent is not a training run"),
+        (["run", "absent"], 3, "absent is not a training run"),
         (
             ["run", "--metric", "fid"],
             2,

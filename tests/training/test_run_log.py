@@ -198,7 +198,7 @@ def test_no_bytes_at_all_make_reading_fail(tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_folder_without_a_log_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"is no training run: there is no .*log\.jsonl"):
+    with pytest.raises(NotFound, match=r"is not a training run: there is no .*log\.jsonl"):
         read_log(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(NotFound):

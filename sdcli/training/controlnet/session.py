@@ -1,4 +1,4 @@
-"""`sdcli train-controlnet` from its settings to a task: which model, which images, which maps belong to them."""
+"""`sdcli train-controlnet`: from its settings to a task, with the model, the images and their maps."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.controlnet.task import ControlNetTask, new_controlnet
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
-from sdcli.training.inputs.image_data import ImageData, examine_data, examined, list_data
+from sdcli.training.inputs.image_data import ImageData, examine_data, examine_images, list_data
 from sdcli.training.inputs.sources import Latents, Pixels, WithMaps
 from sdcli.training.memory import controlnet_memory
 from sdcli.training.sample_images import SampleSheet
 from sdcli.training.session import RunSetup, Session, fingerprint
-from sdcli.training.unet.task import Objective
+from sdcli.training.unet.task import DenoisingObjective
 
-MOST_SAMPLES = 8
-"""Images on a sample sheet where no prompts were given, each with its map."""
+MAX_SAMPLES = 8
+"""Images on a sample sheet without --sample-prompts, each with its map."""
 
 
 class ControlNetSession(Session[ControlNetSettings]):
-    """See `Session`."""
+    """A run of `sdcli train-controlnet`."""
 
     command: ClassVar[str] = "train-controlnet"
     kind: ClassVar[type[ControlNetSettings]] = ControlNetSettings
@@ -49,7 +49,7 @@ class ControlNetSession(Session[ControlNetSettings]):
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
         if "=" in str(self.run):
-            raise UsageError(f"{self.run} has a = in its name, and --control RUN=IMAGE could not tell it apart")
+            raise UsageError(f"the name {self.run} has a =, which `generate --control RUN=IMAGE` could not parse")
         images, maps = self._listed()
         yield Preparation("loading the model", 0)
         model = self._model()
@@ -68,29 +68,31 @@ class ControlNetSession(Session[ControlNetSettings]):
         half = computes_in_half(settings=settings, device=self.accelerator.device)
         with self.accelerator.main_process_first():
             source = yield from encode_images(data, settings, model, half=half)
-            conditions = yield from encode_captions(data, settings, model, template=model.spec.defaults.prompt_template)
+            conditioning = yield from encode_captions(
+                data, settings, model, template=model.spec.defaults.prompt_template
+            )
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
-            model.vae.to("cpu")  # wanted for sample images alone from here on
-        shown = None  # the pixels of the images themselves, which a preprocessor makes maps of
+            model.vae.to("cpu")  # from here on needed for sample images only
+        map_pixels = None  # None: the source's own pixels, from which a preprocessor makes maps
         if maps is not None or not isinstance(source, Pixels):
-            shown = Pixels(maps or data.images, data.framing, settings.seed, flip=settings.random_flip)
+            map_pixels = Pixels(maps or data.images, data.framing, settings.seed, flip=settings.random_flip)
         task = ControlNetTask(
             networks={"controlnet": controlnet},
             unet=self._frozen_unet(model, controlnet),
             autocast=self.accelerator.autocast,
-            objective=Objective.of(NoiseSchedule.from_config(model.scheduler_config), settings),
+            objective=DenoisingObjective.of(NoiseSchedule.from_config(model.scheduler_config), settings),
             order=data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer),
-            source=WithMaps(source, shown, settings.preprocessor or "none"),
-            conditions=conditions,
+            source=WithMaps(source, map_pixels, settings.preprocessor or "none"),
+            conditioning=conditioning,
             seed=settings.seed,
             learning_rates={"controlnet": settings.learning_rate},
             held_out=data.validation(),
-            frozen_text_encoder=frozen_text_encoder(model, conditions, half=half),
+            frozen_text_encoder=frozen_text_encoder(model, conditioning, half=half),
             vae=model.vae,
             name_of=lambda index: data.images[index].name,
         )
-        task.pipeline = self._pipeline(model, task, data, resolution)
+        task.sample_sheet = self._sample_sheet(model, task, data, resolution)
         averaged = "_ema" if settings.use_ema else ""
         return RunSetup(
             task=task,
@@ -116,11 +118,11 @@ class ControlNetSession(Session[ControlNetSettings]):
     # The data
 
     def _listed(self) -> tuple[ImageSet, Maps | None]:
-        """The images, and their maps where these are not made of them."""
+        """The images, and their maps unless a preprocessor makes them."""
         settings = self.settings
         images = list_data(self.data, settings)
         if images.kind != "pictures":
-            raise UsageError(f"{self.data} holds latents; a ControlNet is trained on images and their maps")
+            raise UsageError(f"{self.data} holds latents, but a ControlNet is trained on images and their maps")
         if settings.preprocessor is not None:
             return images, None
         if settings.conditioning_data_dir is not None:
@@ -134,13 +136,13 @@ class ControlNetSession(Session[ControlNetSettings]):
         )
 
     def _paired(self, data: ImageData, maps: Maps | None) -> Generator[Event, None, tuple[ImageData, dict[str, str]]]:
-        """Without the images that have no map that can be used; and the digests of the maps, by the images' names.
+        """The data without images that lack a usable map, and the digests of the maps by the images' names.
 
-        Raises UsageError where none is left.
+        Raises UsageError if no image is left.
         """
         if maps is None:
             return data, {}
-        found = yield from examined(maps.listed, self.settings, what="maps")
+        found = yield from examine_images(maps.listed, self.settings, what="maps")
         reasons = {one.name: one.reason for one in found.dropped}
         whole = set(found.used.tolist())
         digests: dict[str, str] = {}
@@ -154,7 +156,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 reason = f"its map {reasons.get(maps[index].name, 'cannot be used')}" if place >= 0 else "has no map"
                 yield RunNote(f"dropped {name}: {reason}", warning=True)
         if not paired:
-            raise UsageError(f"no image of {self.data} has a map that can be used")
+            raise UsageError(f"no image of {self.data} has a usable map")
         return data.only(np.array(paired)), digests
 
     # The networks
@@ -162,9 +164,9 @@ class ControlNetSession(Session[ControlNetSettings]):
     def _model(self) -> LoadedModel:
         spec = self._registry.find(self.settings.model)
         if spec.kind.conditioning != "text" or spec.kind.space != "latent":
-            raise UsageError(f"{spec.name} takes no captions, and ControlNets are made for models that do")
+            raise UsageError(f"{spec.name} takes no captions; ControlNets need a latent model with a text encoder")
         if spec.kind.inpaints:
-            raise UsageError(f"{spec.name} is an inpainting model; a ControlNet is trained with its plain sister")
+            raise UsageError(f"{spec.name} is an inpainting model; train the ControlNet with its base model instead")
         return model_parts.load_to_train(spec, device=str(self.accelerator.device))
 
     def _controlnet(self, model: LoadedModel) -> nn.Module:
@@ -178,7 +180,7 @@ class ControlNetSession(Session[ControlNetSettings]):
         return network.requires_grad_(True)
 
     def _frozen_unet(self, model: LoadedModel, controlnet: nn.Module) -> nn.Module:
-        """The UNet as it takes part: without gradients of its own, but they pass through its second half."""
+        """The UNet without gradients of its own; those of the ControlNet pass through its second half."""
         settings, unet = self.settings, model.unet.requires_grad_(False)
         if computes_in_half(settings=settings, device=self.accelerator.device):
             for network in (unet, controlnet):
@@ -189,13 +191,13 @@ class ControlNetSession(Session[ControlNetSettings]):
             unet.to(memory_format=torch.channels_last)
         return unet
 
-    def _pipeline(
+    def _sample_sheet(
         self, model: LoadedModel, task: ControlNetTask, data: ImageData, resolution: tuple[int, int]
     ) -> SampleSheet:
-        """Paints what held-out maps say, or those of trained images where none are held out, at the resolution."""
+        """The sample sheet with the maps of held-out images, or of trained ones if none are held out."""
         settings = self.settings
         pool = data.held_out if len(data.held_out) else data.trained
-        count = len(settings.sample_prompts) or min(MOST_SAMPLES, len(pool))
+        count = len(settings.sample_prompts) or min(MAX_SAMPLES, len(pool))
         chosen = [int(pool[number * len(pool) // count]) for number in range(count)]
         captions = [(data.images[index].captions or ("",))[0] for index in chosen]
         return SampleSheet(

@@ -1,4 +1,4 @@
-"""An image's captions -> the text of one sample: alternatives, dropout, shuffling, prefix, template."""
+"""The text of a training sample from an image's captions: choice, dropout, shuffling, prefix and template."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from sdcli.io import rng
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """What happens to captions on their way to the text encoder."""
+    """How captions are changed before they are encoded."""
 
     dropout: float = 0.1
-    """Share of samples that get the empty caption, so that the model also learns to generate without one."""
+    """Share of samples with the empty caption, so that the model also learns unconditional generation."""
     shuffle: bool = False
     keep: int = 0
-    """Comma-separated parts at the front that stay there when the others are shuffled."""
+    """Number of comma-separated parts at the start that are not shuffled."""
     prefix: str = ""
     template: str = "{prompt}"
-    """Wraps every caption but the empty one, as `generate` wraps prompts."""
+    """Template around every caption but the empty one, as in `generate`."""
 
     def text(self, captions: Sequence[str], *, seed: int, counter: int) -> str:
-        """The caption of one sample; a pure function of its arguments."""
+        """The text of one sample; a pure function of its arguments."""
         draw = rng.scalars(seed, counter, "caption")
         dropped = draw.random() < self.dropout
         chosen = draw.choice(captions) if captions else ""
@@ -36,11 +36,11 @@ class CaptionRules:
         return self.wrapped(chosen)
 
     def wrapped(self, caption: str) -> str:
-        """A caption with prefix and template."""
+        """A caption with the prefix, in the template."""
         return self.template.replace("{prompt}", self.prefix + caption)
 
     def all_texts(self, captions: Sequence[str]) -> list[str] | None:
-        """Every text that `text` can give for these captions; None where shuffling makes them countless."""
+        """All texts that `text` can return for these captions; None with shuffling, which has too many."""
         if self.shuffle:
             return None
         return ["", *(self.wrapped(caption) for caption in captions)]

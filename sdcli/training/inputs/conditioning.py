@@ -1,4 +1,4 @@
-"""What a sample is generated under: text states, token ids, a class, or nothing."""
+"""The conditioning of training samples: text states, token ids, a class, or nothing."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sdcli.training.task import Draw
 
 
 class SampleConditioning(Protocol):
-    """The condition part of an item. Both methods are pure functions of their arguments."""
+    """The conditioning of an item. Both methods are pure functions of their arguments."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]: ...
 
     def fixed(self, index: int) -> dict[str, Tensor]:
-        """The condition without anything random, for validation."""
+        """The conditioning without randomness, for validation."""
 
 
 @dataclass(frozen=True)
 class NoConditioning:
-    """For networks that generate without a condition."""
+    """For unconditional networks."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
         return {}
@@ -39,26 +39,26 @@ class NoConditioning:
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """Captions as text states `hidden` [L, D] from the cache, or as token `ids` [L] for an encoder in the loop."""
+    """Captions as text states `hidden` [L, D] from the cache, or as token `ids` [L] that are encoded in the loop."""
 
     images: ImageSet
     rules: CaptionRules
     seed: int
     states: CachedTexts | None = None
-    """None tokenizes instead."""
+    """Cached text states; None to tokenize instead."""
     tokenizer: ClipTokenizer | None = None
     ignored: bool = False
-    """Every caption is empty: unconditional training of a network that wants text."""
+    """Use the empty caption for every sample: unconditional training of a network with text conditioning."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
         captions = () if self.ignored else self.images[draw.index].captions
-        return self._encoded(self.rules.text(captions, seed=self.seed, counter=draw.counter))
+        return self._tensors(self.rules.text(captions, seed=self.seed, counter=draw.counter))
 
     def fixed(self, index: int) -> dict[str, Tensor]:
         captions = () if self.ignored else self.images[index].captions
-        return self._encoded(self.rules.wrapped(captions[0]) if captions else "")
+        return self._tensors(self.rules.wrapped(captions[0]) if captions else "")
 
-    def _encoded(self, text: str) -> dict[str, Tensor]:
+    def _tensors(self, text: str) -> dict[str, Tensor]:
         if self.states is not None:
             return {"hidden": self.states[text].float()}
         assert self.tokenizer is not None
@@ -67,7 +67,7 @@ class TextConditioning:
 
 @dataclass(frozen=True)
 class ClassConditioning:
-    """Classes as `label`, a number; the number after the last class means none, for guidance."""
+    """Classes as `label`, a number; the number after the last class stands for no class, for guidance."""
 
     images: ImageSet
     numbers: Mapping[str, int]

@@ -1,4 +1,4 @@
-"""What a denoiser learns from, encoded once and kept where that can be: images as latents, captions as states."""
+"""Encodes the data of denoisers once, into the cache: images to latents, captions to text states."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from sdcli.training.settings import DenoiserSettings, cache_folder
 from sdcli.vae.autoencoder import scaling_factor
 
 N = TypeVar("N", bound=nn.Module)
-MOST_TEXT_BYTES = 2 * 2**30
-"""Text states that are cached; beyond, reading them back costs more than encoding them."""
+MAX_TEXT_BYTES = 2 * 2**30
+"""Largest size of cached text states; to read more back takes longer than to encode them."""
 
 
 def encode_images(
     data: ImageData, settings: DenoiserSettings, vae_of: LoadedModel, *, half: bool
 ) -> Generator[Event, None, Pixels | Latents]:
-    """The images as latents from the cache, which is filled, or as pixels where each sample is cut anew.
+    """Fill the cache of latents and return the images from there, or as pixels where each sample is cropped anew.
 
-    `half`: the VAE computes in bfloat16, as `load_model` in that format gives it.
+    With `half` the VAE computes in bfloat16.
     """
     pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)
     if not settings.cache_latents or settings.random_crop:
         if settings.random_crop and settings.cache_latents:
-            yield RunNote("latents are not cached: --random-crop cuts each sample anew, so it is encoded each time")
+            yield RunNote("latents are not cached, because --random-crop crops each sample anew")
         return pixels
     store = TensorStore(cache_folder(settings.cache_dir), LATENTS)
     filling = fill_latents(
@@ -68,9 +68,10 @@ def encode_captions(
     ignored: bool = False,
     trained: bool = False,
 ) -> Generator[Event, None, TextConditioning]:
-    """The captions as text states from the cache, which is filled, or as token ids where they are too many or change.
+    """Fill the cache of text states and return the captions from there, or as token ids where that is impossible.
 
-    `template` is the model's own; `ignored`: every caption is empty; `trained`: the text encoder learns along.
+    That is with shuffled captions, with too many of them, and with a text encoder that is `trained`, too. `template` is
+    the model's own; with `ignored` every caption is empty.
     """
     rules = CaptionRules(
         dropout=settings.caption_dropout,
@@ -86,10 +87,10 @@ def encode_captions(
         return texts
     wanted = sorted({text for some in countable if some for text in some})
     config = text_of.text_encoder.config
-    # not by the memory that is free: a run must not compute otherwise when it is resumed
-    if len(wanted) * config.max_position_embeddings * config.hidden_size * 4 > MOST_TEXT_BYTES:
-        size = f"{MOST_TEXT_BYTES / 2**30:.0f} GiB"
-        yield RunNote(f"captions are encoded as they are needed: their text states would take more than {size}")
+    # independent of free memory: a resumed run must compute the same
+    if len(wanted) * config.max_position_embeddings * config.hidden_size * 4 > MAX_TEXT_BYTES:
+        size = f"{MAX_TEXT_BYTES / 2**30:.0f} GiB"
+        yield RunNote(f"captions are encoded at each step, because their text states would take more than {size}")
         return texts
     store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
     encoder = CacheTextEncoder(text_of.text_encoder, tokenizer, text_of.identity("text_encoder"), text_of.spec.name)
@@ -99,24 +100,24 @@ def encode_captions(
 
 
 def computes_in_half(*, settings: DenoiserSettings, device: torch.device) -> bool:
-    """Whether frozen networks compute in bfloat16: on a CPU that trains so."""
+    """Whether frozen networks compute in bfloat16: with --mixed-precision bf16 on a CPU."""
     return device.type == "cpu" and settings.mixed_precision == "bf16"
 
 
-def frozen_text_encoder(text_of: LoadedModel, conditions: SampleConditioning, *, half: bool) -> nn.Module | None:
-    """What encodes the captions during training, in bfloat16 if `half`; None where their states are cached."""
-    if not isinstance(conditions, TextConditioning) or conditions.states is not None:
+def frozen_text_encoder(text_of: LoadedModel, conditioning: SampleConditioning, *, half: bool) -> nn.Module | None:
+    """The text encoder for token ids, in bfloat16 with `half`; None where text states are cached."""
+    if not isinstance(conditioning, TextConditioning) or conditioning.states is not None:
         return None
     return _in_half(text_of.text_encoder) if half else text_of.text_encoder
 
 
 def _in_half(frozen: N) -> N:
-    """A frozen network in bfloat16: a copy, since float32 generates images."""
+    """A copy of a frozen network in bfloat16; the original generates sample images in float32."""
     return copy.deepcopy(frozen).to(torch.bfloat16)
 
 
 def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None, CacheProgress]:
-    """A cache's progress as events; returns the last one."""
+    """Yield a cache's progress as events; returns the last progress."""
     progress = None
     for progress in filling:
         for note in progress.notes:
@@ -127,5 +128,5 @@ def _shown(filling: Iterator[CacheProgress], what: str) -> Generator[Event, None
 
 
 def _budget() -> int:
-    """Bytes of cached tensors that may be held in memory: a quarter of what is free."""
+    """Bytes of cached tensors to hold in memory: a quarter of the free memory."""
     return free_memory(torch.device("cpu")) // 4

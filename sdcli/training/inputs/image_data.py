@@ -1,4 +1,4 @@
-"""From DATA to the images of a run: examined, framed, split into trained and held-out ones, and put in order."""
+"""The images of a run: listed, examined, assigned to buckets, and split into training and validation images."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class ImageData:
     """int64 indices into `images`"""
     held_out: np.ndarray
     sizes: dict[int, tuple[int, int]]
-    """Each usable image's bucket, by index."""
+    """The bucket of each usable image, by index: width and height in pixels."""
     digests: tuple[str, ...]
     """The SHA-256 of each image's bytes, by index."""
     dropped: int
 
     def only(self, usable: np.ndarray) -> ImageData:
-        """Without the images that turned out later to be unusable. Raises UsageError where nothing is left."""
+        """The data without images outside `usable`. Raises UsageError if no training image is left."""
         trained = np.intersect1d(self.trained, usable)
         if not len(trained):
             raise UsageError("no image could be encoded")
@@ -46,7 +46,7 @@ class ImageData:
 
     @property
     def used(self) -> np.ndarray:
-        """Trained and held-out ones, in the order of the set."""
+        """The indices of training and validation images, in the order of the set."""
         return np.sort(np.concatenate([self.trained, self.held_out]))
 
     def largest(self) -> tuple[int, int]:
@@ -54,16 +54,16 @@ class ImageData:
         return max({self.sizes[int(index)] for index in self.used}, key=lambda size: size[0] * size[1])
 
     def validation(self) -> list[tuple[int, tuple[int, int]]]:
-        """The held-out images with their buckets."""
+        """The validation images with their buckets."""
         return [(int(index), self.sizes[int(index)]) for index in self.held_out]
 
     def order(self, *, batch: int, seed: int, buffer: int) -> Order:
-        """The order of the trained ones, for steps of `batch` samples."""
+        """The order of the training images, for steps of `batch` samples."""
         buckets: dict[tuple[int, int] | None, list[int]] = {}
         for index in self.trained.tolist():
             buckets.setdefault(self.sizes[index], []).append(index)
         blocks, window = None, self.images.shuffle_window
-        if window is not None:  # further apart, and shards would be read again and again
+        if window is not None:  # a larger window would read shards again and again
             buffer = min(buffer, window)
         if self.images.streamed:
             blocks = np.array([self.images[index].block for index in range(len(self.images))])
@@ -72,12 +72,12 @@ class ImageData:
         )
 
     def contents(self) -> dict[str, Any]:
-        """What every usable image is, by its name: a resumed run must find the same."""
+        """Digest and captions of every usable image by name; a resumed run must find the same."""
         named = ((self.images[int(index)], self.digests[int(index)]) for index in self.used)
         return {item.name: (digest, item.captions) for item, digest in named}
 
     def buckets(self) -> dict[str, int]:
-        """How many trained images each bucket has, by its size: `512x768`."""
+        """The number of training images in each bucket, by its size as `512x768`."""
         return dict(Counter("{}x{}".format(*self.sizes[index]) for index in self.trained.tolist()))
 
     def texts(self) -> list[tuple[str, ...]]:
@@ -86,7 +86,7 @@ class ImageData:
 
 
 def list_data(data: str, settings: ImageSettings) -> ImageSet:
-    """The images of DATA, listed and not yet read. Raises NotFound, UsageError, Offline and BadLatents."""
+    """List the images of DATA without reading them. Raises NotFound, UsageError, Offline and BadLatents."""
     return open_images(
         data,
         image_column=settings.image_column,
@@ -105,19 +105,19 @@ def examine_data(
     size_step: int,
     captions: bool,
 ) -> Generator[Event, None, ImageData]:
-    """Look at every image of DATA; yields progress, and a note for everything that is not used.
+    """Examine every image of DATA; yields progress, and a note for everything that is not used.
 
-    `captions` says that each image must have one. Raises UsageError where nothing is left or captions are missing.
+    With `captions` each image must have one. Raises UsageError if no image is left or captions are missing.
     """
     if images.kind == "latents":
         _refuse_framing(settings, data)
     framing = _framing(settings, resolution, size_step=size_step)
-    found = yield from examined(images, settings, what="pictures")
+    found = yield from examine_images(images, settings, what="pictures")
     for line in found.report():
         yield RunNote(line, warning=line.lstrip().startswith(("dropped", "note")))
     used = found.used
     if not len(used):
-        raise UsageError(f"{data} holds no image that can be used")
+        raise UsageError(f"{data} has no usable image")
     if settings.max_train_samples is not None:
         used = used[: settings.max_train_samples]
     if captions:
@@ -140,31 +140,31 @@ def examine_data(
     )
 
 
-def examined(images: ImageSet, settings: ImageSettings, *, what: str) -> Generator[Event, None, Examination]:
-    """Look at every image, or at what `what` calls them; yields progress."""
-    seen = []
+def examine_images(images: ImageSet, settings: ImageSettings, *, what: str) -> Generator[Event, None, Examination]:
+    """Examine every image of a set; yields progress about `what`."""
+    looks = []
     for one in look(images, memory=cache_folder(settings.cache_dir) / "examined"):
-        seen.append(one)
-        if len(seen) % 100 == 0 or len(seen) == len(images):
-            yield Preparation(f"examining {what}", len(seen), len(images))
-    return examination(images, seen)
+        looks.append(one)
+        if len(looks) % 100 == 0 or len(looks) == len(images):
+            yield Preparation(f"examining {what}", len(looks), len(images))
+    return examination(images, looks)
 
 
 def _framing(settings: ImageSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:
     for side in resolution:
         if side % size_step or side < size_step:
-            raise UsageError(f"--resolution: should be a multiple of {size_step}, not {side}")
+            raise UsageError(f"--resolution: must be a multiple of {size_step}, not {side}")
     if not settings.enable_bucket:
         return Framing((resolution,), settings.random_crop)
     step = settings.bucket_reso_steps or max(size_step, min(resolution) // 8 // size_step * size_step)
     if step % size_step:
-        raise UsageError(f"--bucket-reso-steps: should be a multiple of {size_step}, not {step}")
+        raise UsageError(f"--bucket-reso-steps: must be a multiple of {size_step}, not {step}")
     buckets = bucket_sizes(resolution, step=step, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso)
     return Framing(buckets, settings.random_crop)
 
 
 def _refuse_framing(settings: ImageSettings, data: str) -> None:
-    """Latents have the size that they were encoded at."""
+    """Refuse settings of cropping and mirroring: latents have the size that they were encoded at."""
     framed = {"resolution", "random_crop", "random_flip", "enable_bucket"}
     for name in sorted(framed):
         if getattr(settings, name):
@@ -177,12 +177,12 @@ def _require_captions(images: ImageSet, used: np.ndarray, data: str) -> None:
         shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         raise UsageError(
             f"{len(without)} of {len(used)} images in {data} have no caption ({shown}); "
-            "caption them, or train without: --unconditional, or --caption-dropout 1"
+            "caption them, or train without captions: --unconditional, or --caption-dropout 1"
         )
 
 
 def _held_out(images: ImageSet, used: np.ndarray, share: float) -> np.ndarray:
-    """The validation images: chosen by their names alone, so that every run on this data holds out the same."""
+    """The validation images, chosen by their names only, so that every run on this data holds out the same ones."""
     count = int(len(used) * share)
     digests = [hashlib.blake2b(images[int(index)].name.encode(errors="surrogateescape")).digest() for index in used]
     chosen = sorted(range(len(used)), key=lambda place: digests[place])[:count]

@@ -1,8 +1,8 @@
-"""Which samples make up step s: a pure function of (seed, s), so that a resumed run goes on exactly where it was.
+"""The samples of each step, a pure function of the seed and the step, so that a run can be resumed exactly.
 
-Each bucket (images of one size) is an endless stream: epoch after epoch, each in an order of its own. A step takes
-the next samples of one bucket. How often each bucket's turn comes is exact over time, without repeats and leftovers:
-after k rounds a bucket of n images has had floor(k * n / batch) steps.
+Each bucket (images of one size) is an endless stream of epochs, each in a random order of its own. A step takes the
+next samples of one bucket. The number of steps of each bucket is exact over time, without repeats and leftovers: after
+k rounds a bucket of n images has had floor(k * n / batch) steps.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ Size = tuple[int, int] | None
 class Order:
     """The order of samples of a run.
 
-    `buckets`: size -> indices of its items, int64 [n], none of them empty. `blocks`: which shard each item of the data
-    set lies in; given for sharded sets, whose items are then shuffled within a window of `buffer`, so that shards are
-    read from front to back.
+    `buckets`: size -> indices of its items, int64 [n], not empty. `blocks`: the shard of each item of the data set, for
+    sharded sets; their items are shuffled within a window of `buffer`, so that shards are read from front to back.
     """
 
     buckets: Mapping[Size, np.ndarray]
@@ -50,11 +49,11 @@ class Order:
         object.__setattr__(self, "_rounds", {})
 
     def __len__(self) -> int:
-        """Items in one epoch."""
+        """The number of items of an epoch."""
         return sum(len(stream.indices) for stream in self._streams.values())
 
     def draws(self, step: int) -> list[Draw]:
-        """The samples of a step, `batch` of them."""
+        """The `batch` samples of a step."""
         number = self._round_with(step)
         if number not in self._rounds:
             self._rounds.clear()
@@ -67,11 +66,11 @@ class Order:
         ]
 
     def _steps_before(self, number: int) -> int:
-        """Steps in the rounds before this one."""
+        """The number of steps before a round."""
         return sum(number * len(stream.indices) // self.batch for stream in self._streams.values())
 
     def _round_with(self, step: int) -> int:
-        """The round that a step lies in, by bisection: the number of steps before a round never falls."""
+        """The round of a step, by bisection, as the number of steps before a round never decreases."""
         low, high = 0, 1
         while self._steps_before(high) <= step:
             low, high = high, high * 2
@@ -81,7 +80,7 @@ class Order:
         return low
 
     def _round(self, number: int) -> list[tuple[Size, int]]:
-        """The steps of a round in order: (bucket, which turn of this bucket since the start of the run)."""
+        """The steps of a round in order: (bucket, number of the bucket's earlier steps in the run)."""
         turns = [
             (size, turn)
             for size, stream in self._streams.items()
@@ -97,7 +96,7 @@ class Order:
 
 @dataclass
 class _Stream:
-    """One bucket's items, for ever: item number p is item p % n of epoch p // n."""
+    """The endless stream of a bucket's n items: position p is position p % n of epoch p // n."""
 
     indices: np.ndarray
     seed: int
@@ -120,10 +119,10 @@ class _Stream:
 
 
 def windowed_shuffle(blocks: np.ndarray, seed: int, epoch: int, purpose: str, *, buffer: int) -> np.ndarray:
-    """An order of 0..n-1 that visits blocks one after the other, shuffled, and mixes neighbours within `buffer`.
+    """A permutation of 0..n-1 that goes through blocks in random order and mixes items within a window of `buffer`.
 
-    What a bounded shuffle buffer does to a stream, as a pure function: every item is late by 0 to `buffer` places,
-    and the items are sorted by where that puts them.
+    It does what a bounded shuffle buffer does to a stream, as a pure function: every item is delayed by 0 to `buffer`
+    positions, and the items are sorted by the result.
     """
     names, number_of = np.unique(blocks, return_inverse=True)
     rank = np.empty(len(names), dtype=np.int64)

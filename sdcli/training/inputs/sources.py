@@ -1,4 +1,4 @@
-"""Where a sample's image comes from: pixels read and framed anew, or latents from the cache."""
+"""The images of training samples: pixels that are read and cropped, or latents from the cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdcli.vae.latent_space import in_pixel_space
 
 
 class Readable(Protocol):
-    """Images by index: what there is to a `ImageSet`, and to the maps that belong to one."""
+    """Images by index: an `ImageSet`, or the maps that belong to one."""
 
     def __getitem__(self, index: int, /) -> Item: ...
 
@@ -30,15 +30,15 @@ class Source(Protocol):
     """The image part of an item. Both methods are pure functions of their arguments."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
-        """`x0` [C, h, w], what the denoiser learns to generate, or `pixels` [3, H, W] in 0..1 for an encoder."""
+        """`x0` [C, h, w], the denoiser's target, or `pixels` [3, H, W] in 0..1, which are encoded in the loop."""
 
     def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The same without anything random, for validation: cut in the middle, not mirrored, the mean latents."""
+        """The same without randomness, for validation: center crop, not mirrored, mean latents."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images read from their files; the crop and the flip of a sample are counted randomness."""
+    """Images read from their files, cropped and mirrored at random by the draw's counter."""
 
     images: Readable
     framing: Framing
@@ -63,7 +63,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class NormalizedPixels:
-    """Pixels as what the denoiser generates: -1..1, grey (C = 1, the mean of the channels) or in colour."""
+    """Pixels as `x0` of pixel space: -1..1, in grey (C = 1, the mean of the channels) or in colour."""
 
     pixels: Pixels
     channels: int
@@ -77,7 +77,7 @@ class NormalizedPixels:
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents from the cache, or from files of `sdcli encode`: each sample is drawn from the VAE's distribution."""
+    """Latents from the cache or from files of `sdcli encode`; samples are drawn from the VAE's distribution."""
 
     cached: CachedLatents | EncodedLatents
     scaling: float
@@ -96,11 +96,11 @@ class Latents:
 
 @dataclass(frozen=True)
 class WithMaps:
-    """A source whose items have a `map` [3, H, W] in 0..1 too, framed and mirrored as the image is."""
+    """A source whose items also have a `map` [3, H, W] in 0..1, cropped and mirrored like the image."""
 
     source: Source
     maps: Pixels | None
-    """What the maps are, or are made of; None where that is the source's own pixels. Framed and mirrored as those."""
+    """The maps, or the images they are made from, cropped like the source; None: the source's own pixels."""
     preprocessor: Preprocessor = "none"
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
@@ -120,5 +120,5 @@ class WithMaps:
 
 
 def flipped(seed: int, counter: int) -> bool:
-    """Whether a sample is mirrored; every second one is."""
+    """Whether a sample is mirrored, with probability 1/2."""
     return rng.scalars(seed, counter, "flip").random() < 0.5

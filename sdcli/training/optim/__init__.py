@@ -1,0 +1,1 @@
+"""Optimizers, learning rates, and torch.compile with a check of its gradients."""

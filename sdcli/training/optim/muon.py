@@ -1,8 +1,8 @@
 """Muon for matrices and convolutions, AdamW for everything else, as one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) makes the momentum of a matrix nearly orthogonal
-before it is a step. torch.optim.Muon takes matrices alone; here a convolution is the matrix of its output channels by
-all else, and parameters that are no hidden matrix (biases, norms, embeddings, the first and last layer) get AdamW.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix before
+the update. torch.optim.Muon takes matrices only; here a convolution is treated as a matrix with a row for each output
+channel, and other parameters (biases, norms, embeddings, the first and last layer) get AdamW.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 MOMENTUM = 0.95
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration, chosen by Jordan et al. for their slope at 0."""
-NO_HIDDEN_MATRIX = ("embedding", "conv_in.", "conv_out.")
-"""Parts of names of layers that take or give numbers of another meaning than channels."""
+"""Coefficients of the quintic Newton-Schulz iteration, chosen by Jordan et al. for its slope at 0."""
+NOT_HIDDEN = ("embedding", "conv_in.", "conv_out.")
+"""Parts of the names of input and output layers."""
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon is for this parameter."""
-    return parameter.ndim >= 2 and not any(part in name for part in NO_HIDDEN_MATRIX)
+    """Whether Muon updates this parameter."""
+    return parameter.ndim >= 2 and not any(part in name for part in NOT_HIDDEN)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix [m, n] with its singular values brought to 0.7 to 1.2, in bfloat16: five Newton-Schulz iterations."""
+    """A matrix [m, n] with singular values of about 0.7 to 1.2, in bfloat16, by five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     x = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -43,10 +43,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """Groups as AdamW takes them; `names` are those of the parameters, in the order of the groups.
+    """The optimizer, with parameter groups as for AdamW; `names` are the parameters' names in the order of the groups.
 
-    A matrix [m, n] moves by 0.2 sqrt(max(m, n)) times the learning rate, in the root mean square as far as AdamW moves
-    it (Liu et al. 2025, arXiv 2502.16982), so both take the same rate and the same weight decay.
+    The update of a matrix [m, n] is scaled by 0.2 sqrt(max(m, n)), so that its root mean square is that of AdamW
+    (Liu et al. 2025, arXiv 2502.16982), and both use the same learning rate and weight decay.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], *, names: Sequence[str], **adam: Any) -> None:
@@ -57,7 +57,7 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of all parameters that have gradients."""
+        """Update all parameters that have gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -65,22 +65,22 @@ class MuonWithAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in self._matrices and parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group)
         with self._without_matrices():
             super().step()
         return loss
 
-    def _move(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # AdamW looks for it in every state
+            state["step"] = torch.zeros(())  # AdamW expects it in every state
             state["momentum"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["step"] += 1
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's look ahead
+        direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov momentum
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        reach = group["lr"] * 0.2 * math.sqrt(max(direction.shape))
-        parameter.add_(direction.to(parameter.dtype).reshape(parameter.shape), alpha=-reach)
+        rate = group["lr"] * 0.2 * math.sqrt(max(direction.shape))
+        parameter.add_(direction.to(parameter.dtype).reshape(parameter.shape), alpha=-rate)
 
     @contextmanager
     def _without_matrices(self) -> Iterator[None]:

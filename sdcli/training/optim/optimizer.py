@@ -1,4 +1,4 @@
-"""Optimizers and learning rates: torch's and diffusers' own, chosen by the settings."""
+"""The optimizer and the learning rate schedule that the settings name, from torch, diffusers and `muon.py`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def learning_rate(settings: TrainSettings, steps: int | None) -> Callable[[int], float]:
-    """Step -> what the learning rates are multiplied by, 0..1; the schedules of diffusers' trainers.
+    """A function from the step to the factor of the learning rates, 0..1, with the schedules of diffusers' trainers.
 
-    A pure function of the step, taken out of `diffusers.optimization.get_scheduler`: nothing has to be saved.
+    It is taken from `diffusers.optimization.get_scheduler` and depends on the step only, so it has no state to save.
     """
     from diffusers.optimization import get_scheduler
 
@@ -61,12 +61,12 @@ def learning_rate(settings: TrainSettings, steps: int | None) -> Callable[[int],
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-    """Give every group its own rate times the multiplier."""
+    """Set every group's learning rate to its initial one times the multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
 
 
 def _has_fused(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether torch has the one-kernel AdamW for where the parameters are."""
+    """Whether torch has a fused AdamW for the parameters' devices."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(p.is_floating_point() and p.device.type in {"cpu", "cuda", "mps", "xpu"} for p in parameters)

@@ -1,4 +1,4 @@
-"""Captions to train a text encoder on, from a file of them or an image data set; alternatives stay together."""
+"""Reads captions for text encoder training, from a file of captions or an image data set."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sdcli.io.rows import CsvFile, Row, json_rows, text_lines
 
 @dataclass(frozen=True)
 class Captions:
-    """Texts in their order, and which of them are alternatives: they describe one image, so they mean the same."""
+    """Texts in their order, in groups of alternatives: captions of one image, with the same meaning."""
 
     texts: tuple[str, ...]
     groups: tuple[int, ...]
-    """A number for each text, counting from 0; alternatives share theirs and stand side by side."""
+    """The number of each text's group, from 0; the texts of a group are adjacent."""
     dropped: tuple[Dropped, ...] = ()
 
     @property
     def has_alternatives(self) -> bool:
-        """Whether any group has two texts."""
+        """Whether any group has several texts."""
         return bool(self.groups) and self.groups[-1] + 1 < len(self.groups)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """An entry of a file: where it stands, its caption or list of captions, and the image it speaks of, if any."""
+    """An entry of a file: its place, its caption or list of captions, and the image that it describes, if any."""
 
     name: str
     value: Any
@@ -44,11 +44,11 @@ class _Row:
 def read_captions(
     source: str | Path, *, caption_column: str | None = None, caption_extension: str = ".txt", split: str = "train"
 ) -> Captions:
-    """Captions from a .txt (one a line), .jsonl, .csv or .parquet file, or from whatever `open_images` takes.
+    """Read captions from a .txt (one per line), .jsonl, .csv or .parquet file, or from a source of `open_images`.
 
-    In tables the column is `caption_column`, else text or caption; a cell may hold a list of alternatives, and rows
-    that name the same image (file_name, image_path or image) are alternatives too. A broken line is dropped, with
-    its reason; repeats within a group and blank lines just go. Raises NotFound, and UsageError where not one is left.
+    In tables the column is `caption_column`, else text or caption. A cell may hold a list of alternatives, and rows
+    with the same image (file_name, image_path or image) are alternatives, too. Invalid rows are dropped with a reason;
+    blank lines and repeats within a group are skipped. Raises NotFound, and UsageError if no caption is left.
     """
     path = expanded(source)
     one_file = not path.is_dir() and not re.search(r"[*?\[{]", str(source))
@@ -65,14 +65,14 @@ def read_captions(
         case _:
             if path.is_file():
                 raise UsageError(
-                    f"{path} is no file of captions: those are .txt, .jsonl, .csv and .parquet, or a folder of images"
+                    f"{path} is not a file of captions (.txt, .jsonl, .csv, .parquet) or a folder of images"
                 )
             rows = _image_rows(source, caption_column, caption_extension, split)
     return _grouped(rows, source=str(source))
 
 
 def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
-    groups: dict[str, dict[str, None]] = {}  # image, or place in the file -> its captions, each once
+    groups: dict[str, dict[str, None]] = {}  # image or place in the file -> its captions, without repeats
     dropped: list[Dropped] = []
     for row in rows:
         if isinstance(row, Dropped):
@@ -83,7 +83,7 @@ def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
             if not found:
                 raise Unusable("has no caption")
             if any(START in text or END in text for text in found):
-                raise Unusable(f"its caption holds {START} or {END}, which mark where texts begin and end")
+                raise Unusable(f"its caption contains {START} or {END}, which mark the start and end of texts")
         except Unusable as problem:
             dropped.append(Dropped(row.name, str(problem)))
             continue
@@ -91,7 +91,7 @@ def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
         groups.setdefault(key, {}).update(dict.fromkeys(found))
     if not groups:
         why = f" ({len(dropped)} dropped; first {dropped[0].name}: {dropped[0].reason})" if dropped else ""
-        raise UsageError(f"{source} holds no captions{why}")
+        raise UsageError(f"{source} has no captions{why}")
     return Captions(
         texts=tuple(text for group in groups.values() for text in group),
         groups=tuple(number for number, group in enumerate(groups.values()) for _ in group),
@@ -99,7 +99,7 @@ def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
     )
 
 
-# One reader for each kind of file
+# One reader per file format
 
 
 def _text_rows(path: Path) -> Iterator[_Row | Dropped]:
@@ -109,18 +109,18 @@ def _text_rows(path: Path) -> Iterator[_Row | Dropped]:
             yield Dropped(name, line.problem) if line.problem else _Row(name, line.text)
 
 
-def _json_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
+def _json_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
     with _opened(path) as file:
         for row in json_rows(file):
             # Lines need not have the same keys, so the column is chosen for each.
-            column = asked or next((column for column in CAPTION_COLUMNS if column in row.values), "")
+            column = column_name or next((column for column in CAPTION_COLUMNS if column in row.values), "")
             yield _row(path, row, column)
 
 
-def _csv_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
+def _csv_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
     with _opened(path) as file:
         rows = CsvFile(file, strict=False, max_cell=MAX_CAPTION_BYTES)
-        column = _column(asked, rows.columns, path)
+        column = _column(column_name, rows.columns, path)
         for row in rows:
             yield _row(path, row, column)
 
@@ -132,7 +132,7 @@ def _row(path: Path, row: Row, column: str) -> _Row | Dropped:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file of captions. Raises NotFound, also for what reading it raises."""
+    """Open a file of captions. Raises NotFound for all errors of the file system within the block."""
     try:
         with open(path, "rb") as file:
             yield file
@@ -140,8 +140,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise NotFound(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _parquet_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
-    """Row group by row group, so that a damaged one costs itself only."""
+def _parquet_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
+    """Read one row group after another, so that a damaged one does not affect the others."""
     from sdcli.data.parquet import pyarrow_modules
 
     arrow, parquet = pyarrow_modules()
@@ -149,7 +149,7 @@ def _parquet_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
         raise NotFound(f"no file {path}")
     try:
         with parquet.ParquetFile(path) as file:
-            column = _column(asked, file.schema_arrow.names, path)
+            column = _column(column_name, file.schema_arrow.names, path)
             texts = [field.name for field in file.schema_arrow if arrow.types.is_string(field.type)]
             columns = [column, *(name for name in FILE_COLUMNS if name in texts and name != column)]
             first = 1
@@ -164,7 +164,7 @@ def _parquet_rows(path: Path, asked: str | None) -> Iterator[_Row | Dropped]:
                     yield _Row(f"{path.name} row {place}", values[column], _image(values))
                 first += count
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise UsageError(f"{path} is no parquet file that can be read: {error}") from None
+        raise UsageError(f"{path} is not a readable parquet file: {error}") from None
 
 
 def _image_rows(source: str | Path, column: str | None, extension: str, split: str) -> Iterator[_Row | Dropped]:
@@ -177,8 +177,8 @@ def _image_rows(source: str | Path, column: str | None, extension: str, split: s
         yield _Row(item.name, item.captions)
 
 
-def _column(asked: str | None, present: Sequence[str], path: Path) -> str:
-    column = pick_column(asked, CAPTION_COLUMNS, present, source=str(path), what="--caption-column")
+def _column(column_name: str | None, present: Sequence[str], path: Path) -> str:
+    column = pick_column(column_name, CAPTION_COLUMNS, present, source=str(path), what="--caption-column")
     if column is None:
         raise UsageError(
             f"{path} has no column {' or '.join(CAPTION_COLUMNS)} (it has {', '.join(present) or 'none'}); "
@@ -188,6 +188,6 @@ def _column(asked: str | None, present: Sequence[str], path: Path) -> str:
 
 
 def _image(values: Mapping[str, Any]) -> str | None:
-    """Which image a row speaks of."""
+    """The image that a row describes."""
     found = next((values[name] for name in FILE_COLUMNS if values.get(name)), None)
     return found if isinstance(found, str) else None

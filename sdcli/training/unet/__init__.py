@@ -1,0 +1,1 @@
+"""The trainer of denoising UNets, also as LoRAs: start reading at `task.py`."""

@@ -1,22 +1,20 @@
-"""`sdcli train-unet` from its settings to a task: which model, which images, what is cached, what is generated."""
+"""`sdcli train-unet`: from its settings to a task, with the model, the data, the caches and the sample sheets."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 from torch import nn
 
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, check_same_vae
 from sdcli.data.latent_folders import LatentFiles
 from sdcli.diffusion.attention.sliced import use_plain_small_attention
-from sdcli.diffusion.noise_schedule import NoiseSchedule, schedule_config
+from sdcli.diffusion.noise_schedule import NoiseSchedule
 from sdcli.errors import UsageError
-from sdcli.io.lean_diffusers import UNet2DConditionModel
-from sdcli.models.loader import LoadedModel, load_model
-from sdcli.models.registry import ModelDefaults, ModelSpec, Registry
+from sdcli.models.loader import LoadedModel
+from sdcli.models.registry import Registry
 from sdcli.training import model_parts
 from sdcli.training.events import Event, Preparation
 from sdcli.training.inputs.conditioning import ClassConditioning, NoConditioning, SampleConditioning
@@ -29,36 +27,14 @@ from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
 from sdcli.training.sample_images import SampleSheet, default_prompts
 from sdcli.training.session import RunSetup, Session, fingerprint
+from sdcli.training.unet.model import TrainedModel, trained_model, with_classes
 from sdcli.training.unet.settings import UnetSettings
-from sdcli.training.unet.task import Objective, UnetTask
-from sdcli.vae.autoencoder import cell, scaling_factor
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What is trained, and what stands around it."""
-
-    unet: nn.Module
-    vae_of: LoadedModel | None
-    """The model with the VAE; None in pixel space."""
-    text_of: LoadedModel | None
-    """The model with the text encoder and the tokenizer; None without text."""
-    base_of: LoadedModel | None
-    """The model whose UNet goes on; None from scratch."""
-    scheduler_config: dict[str, Any]
-    defaults: ModelDefaults | None
-    resolution: tuple[int, int]
-    classes: tuple[str, ...] = ()
-
-    @property
-    def size_step(self) -> int:
-        depth = len(self.unet.config.block_out_channels)  # type: ignore[union-attr,arg-type]
-        factor = cell(self.vae_of.vae) if self.vae_of is not None else 1
-        return factor if isinstance(self.unet, UNet2DConditionModel) else factor * 2 ** (depth - 1)
+from sdcli.training.unet.task import DenoisingObjective, UnetTask
+from sdcli.vae.autoencoder import scaling_factor
 
 
 class UnetSession(Session[UnetSettings]):
-    """See `Session`."""
+    """A run of `sdcli train-unet`."""
 
     command: ClassVar[str] = "train-unet"
     kind: ClassVar[type[UnetSettings]] = UnetSettings
@@ -71,8 +47,7 @@ class UnetSession(Session[UnetSettings]):
         settings = self.settings
         images = list_data(self.data, settings)
         yield Preparation("loading the model", 0)
-        model = self._model()
-        self._check_effects(model)
+        model = trained_model(settings, self._registry, device=str(self.accelerator.device))
         schedule = NoiseSchedule.from_config(model.scheduler_config)
         captions = not (settings.unconditional or settings.class_conditional or settings.space == "pixel")
         data = yield from examine_data(
@@ -83,15 +58,15 @@ class UnetSession(Session[UnetSettings]):
             size_step=model.size_step,
             captions=captions and model.text_of is not None and settings.caption_dropout < 1,
         )
-        model = self._with_classes(model, data)
+        model = with_classes(model, settings, data, source=self.data)
         networks, loras = self._networks(model)
-        source, conditions = yield from self._inputs(model, data)
+        source, conditioning = yield from self._inputs(model, data)
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
         order = data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer)
         files = self._files(model, networks)
-        task = self._task(model, schedule, data, source, conditions, networks, loras, order)
-        task.pipeline = self._pipeline(model, data, files)
+        task = self._task(model, schedule, data, source, conditioning, networks, loras, order)
+        task.sample_sheet = self._sample_sheet(model, data, files)
         return RunSetup(
             task=task,
             samples=len(order),
@@ -108,147 +83,27 @@ class UnetSession(Session[UnetSettings]):
                 "trained_parameters": sum(
                     p.numel() for n in networks.values() for p in n.parameters() if p.requires_grad
                 ),
-                "base": _unchanging(model, networks, loras),
+                "base": _frozen_weights(model, networks, loras),
             },
         )
 
-    # The model
-
-    def _model(self) -> _Model:
-        """Everything but the data's classes; loads only the parts that are needed."""
-        settings = self.settings
-        if settings.from_scratch is None:
-            return self._from_model()
-        return self._from_scratch()
-
-    def _from_model(self) -> _Model:
-        settings = self.settings
-        spec = self._registry.find(settings.model)
-        loaded = model_parts.load_to_train(spec, device=self._device())
-        kind = loaded.spec.kind
-        if settings.unconditional and kind.conditioning == "class":
-            raise UsageError(f"{spec.name} generates classes; --unconditional goes with --from-scratch")
-        if settings.class_conditional and kind.conditioning != "class":
-            raise UsageError(f"{spec.name} generates no classes; --class-conditional goes with --from-scratch")
-        defaults = loaded.spec.defaults
-        return _Model(
-            unet=loaded.unet,
-            vae_of=loaded if kind.space == "latent" else None,
-            text_of=loaded if kind.conditioning == "text" else None,
-            base_of=loaded,
-            scheduler_config=self._schedule(loaded.scheduler_config),
-            defaults=defaults,
-            resolution=settings.target_size((defaults.width, defaults.height)),
-            classes=kind.classes,
-        )
-
-    def _from_scratch(self) -> _Model:
-        settings = self.settings
-        assert settings.from_scratch is not None
-        config = model_parts.unet_config(settings.from_scratch)
-        is_text = config.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
-        if settings.space == "pixel" and is_text:
-            raise UsageError("--space pixel trains a UNet2DModel: --from-scratch pixel, pixel-grey, or its config.json")
-        if settings.class_conditional and is_text:
-            raise UsageError("--class-conditional trains a UNet2DModel: --from-scratch latent, or its config.json")
-        if not is_text and not settings.class_conditional and not settings.unconditional and settings.space == "latent":
-            raise UsageError("a UNet2DModel takes no captions: add --unconditional or --class-conditional")
-        if settings.text_encoder is not None and not is_text:
-            raise UsageError("--text-encoder has no effect: this UNet takes no captions")
-        vae_of = text_of = None
-        base = self._registry.find(settings.model)
-        if settings.space == "latent":
-            vae_of = self._part(settings.vae, base, "vae")
-            text_of = self._part(settings.text_encoder, base, "text_encoder") if is_text else None
-        otherwise = (32, 32) if vae_of is None else (base.defaults.width, base.defaults.height)
-        resolution = settings.target_size(otherwise)
-        schedule = dict(vae_of.scheduler_config) if vae_of is not None else model_parts.DDPM_SCHEDULE
-        fitted = model_parts.fitted_config(
-            config, resolution=resolution, vae_of=vae_of, text_of=text_of, classes=(), guidance_class=False
-        )
-        return _Model(
-            unet=model_parts.new_unet(fitted, seed=settings.seed),
-            vae_of=vae_of,
-            text_of=text_of,
-            base_of=None,
-            scheduler_config=self._schedule(schedule),
-            defaults=None,
-            resolution=resolution,
-        )
-
-    def _part(self, name: str | None, base: ModelSpec, part: Any) -> LoadedModel:
-        spec = base if name is None else self._registry.find(name)
-        loaded = load_model(spec, device=self._device(), dtype="float32", parts=(part,))
-        return model_parts.refuse_shifted(loaded)
-
-    def _check_effects(self, model: _Model) -> None:
-        """Refuse what speaks of captions where the model takes none."""
-        if model.text_of is not None:
-            return
-        captions = {"shuffle_caption", "caption_prefix", "prompt_template", "train_text_encoder"}
-        if not model.classes and not self.settings.class_conditional:
-            captions |= {"caption_dropout", "sample_prompts"}
-        typed = captions & self.settings.given()
-        if typed:
-            raise UsageError(f"--{min(typed).replace('_', '-')} has no effect: this model takes no captions")
-
-    def _with_classes(self, model: _Model, data: ImageData) -> _Model:
-        """With --class-conditional the UNet gets a row for each class of the data (and one for none)."""
-        settings = self.settings
-        if not settings.class_conditional and not model.classes:
-            return model
-        classes = tuple(data.images.classes)
-        without = [data.images[int(i)].name for i in data.used if data.images[int(i)].label is None]
-        if not classes or without:
-            missing = f"{len(without)} images without a class ({', '.join(without[:3])})" if classes else "no classes"
-            wants = "--class-conditional" if settings.class_conditional else "the model, which generates classes,"
-            raise UsageError(f"{self.data} has {missing}; {wants} wants class folders or labels")
-        if model.classes:
-            if classes != model.classes:
-                raise UsageError(f"the data's classes ({', '.join(classes[:5])}, ...) are not those of the model")
-            return model
-        fitted = model_parts.fitted_config(
-            dict(model.unet.config),  # type: ignore[arg-type]
-            resolution=model.resolution,
-            vae_of=model.vae_of,
-            text_of=None,
-            classes=classes,
-            guidance_class=settings.caption_dropout > 0,
-        )
-        unet = model_parts.new_unet({**fitted, "_class_name": "UNet2DModel"}, seed=settings.seed)
-        return replace(model, unet=unet, text_of=None, classes=classes)
-
-    def _schedule(self, base: Any) -> dict[str, Any]:
-        s = self.settings
-        return dict(
-            schedule_config(
-                base,
-                beta_schedule=s.beta_schedule,
-                beta_start=s.beta_start,
-                beta_end=s.beta_end,
-                prediction_type=s.prediction_type,
-                rescale_betas_zero_snr=s.rescale_betas_zero_snr,
-            )
-        )
-
-    def _device(self) -> str:
-        return str(self.accelerator.device)
-
     # The inputs
 
-    def _inputs(self, model: _Model, data: ImageData) -> Generator[Event, None, tuple[Source, SampleConditioning]]:
-        """Where samples come from; fills the caches, the first process for all."""
+    def _inputs(
+        self, model: TrainedModel, data: ImageData
+    ) -> Generator[Event, None, tuple[Source, SampleConditioning]]:
+        """The images and the conditioning of samples; the first process fills the caches."""
         settings = self.settings
         with self.accelerator.main_process_first():
             source = yield from self._source(model, data)
-            conditions = yield from self._conditions(model, data)
+            conditioning = yield from self._conditioning(model, data)
         if model.vae_of is not None and not isinstance(source, Pixels):
-            model.vae_of.vae.to("cpu")  # wanted for sample images alone from here on
+            model.vae_of.vae.to("cpu")  # from here on needed for sample images only
         if settings.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
-        return source, conditions
+        return source, conditioning
 
-    def _source(self, model: _Model, data: ImageData) -> Generator[Event, None, Source]:
+    def _source(self, model: TrainedModel, data: ImageData) -> Generator[Event, None, Source]:
         settings = self.settings
         if data.images.kind == "latents":
             if model.vae_of is None:
@@ -265,7 +120,7 @@ class UnetSession(Session[UnetSettings]):
     def _half(self) -> bool:
         return computes_in_half(settings=self.settings, device=self.accelerator.device)
 
-    def _conditions(self, model: _Model, data: ImageData) -> Generator[Event, None, SampleConditioning]:
+    def _conditioning(self, model: TrainedModel, data: ImageData) -> Generator[Event, None, SampleConditioning]:
         settings = self.settings
         if model.classes:
             numbers = {name: number for number, name in enumerate(model.classes)}
@@ -289,8 +144,8 @@ class UnetSession(Session[UnetSettings]):
 
     # The task
 
-    def _networks(self, model: _Model) -> tuple[dict[str, nn.Module], dict[str, LoraShape]]:
-        """What is trained, with gradients where they are wanted."""
+    def _networks(self, model: TrainedModel) -> tuple[dict[str, nn.Module], dict[str, LoraShape]]:
+        """The networks to train, with gradients, and the LoRAs in them."""
         settings = self.settings
         networks: dict[str, nn.Module] = {"unet": model.unet}
         if self._half:
@@ -313,11 +168,11 @@ class UnetSession(Session[UnetSettings]):
 
     def _task(
         self,
-        model: _Model,
+        model: TrainedModel,
         schedule: NoiseSchedule,
         data: ImageData,
         source: Source,
-        conditions: SampleConditioning,
+        conditioning: SampleConditioning,
         networks: dict[str, nn.Module],
         loras: dict[str, LoraShape],
         order: Order,
@@ -325,13 +180,13 @@ class UnetSession(Session[UnetSettings]):
         settings = self.settings
         frozen_text = None
         if model.text_of is not None and not settings.train_text_encoder:
-            frozen_text = frozen_text_encoder(model.text_of, conditions, half=self._half)
+            frozen_text = frozen_text_encoder(model.text_of, conditioning, half=self._half)
         return UnetTask(
             networks=networks,
-            objective=Objective.of(schedule, settings),
+            objective=DenoisingObjective.of(schedule, settings),
             order=order,
             source=source,
-            conditions=conditions,
+            conditioning=conditioning,
             seed=settings.seed,
             learning_rates={
                 "unet": settings.learning_rate,
@@ -344,7 +199,7 @@ class UnetSession(Session[UnetSettings]):
             name_of=lambda index: data.images[index].name,
         )
 
-    def _pipeline(self, model: _Model, data: ImageData, files: ModelFiles) -> SampleSheet:
+    def _sample_sheet(self, model: TrainedModel, data: ImageData, files: ModelFiles) -> SampleSheet:
         settings = self.settings
         frozen: dict[str, nn.Module] = {}
         if model.vae_of is not None:
@@ -365,7 +220,7 @@ class UnetSession(Session[UnetSettings]):
             steps=settings.sample_steps,
         )
 
-    def _files(self, model: _Model, networks: dict[str, nn.Module]) -> ModelFiles:
+    def _files(self, model: TrainedModel, networks: dict[str, nn.Module]) -> ModelFiles:
         settings = self.settings
         frozen: dict[str, tuple[LoadedModel, str]] = {}
         if model.vae_of is not None:
@@ -394,8 +249,8 @@ class UnetSession(Session[UnetSettings]):
         )
 
 
-def _unchanging(model: _Model, networks: dict[str, nn.Module], loras: dict[str, LoraShape]) -> dict[str, str]:
-    """The identities of the weights that are not trained themselves; those below a LoRA are among them."""
+def _frozen_weights(model: TrainedModel, networks: dict[str, nn.Module], loras: dict[str, LoraShape]) -> dict[str, str]:
+    """The digests of the weights that are not trained, including those that a LoRA is added to."""
     of = {"vae": model.vae_of, "text_encoder": model.text_of, "unet": model.base_of}
     return {
         part: loaded.identity(part)

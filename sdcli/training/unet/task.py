@@ -1,4 +1,4 @@
-"""`sdcli train-unet`: teach a UNet to take noise away, from latents or pixels, under text, classes or nothing."""
+"""`sdcli train-unet`: train a UNet to denoise latents or pixels, conditioned on text, classes or nothing."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from sdcli.training.text_encoder.network import write_text_encoder
 from sdcli.vae.autoencoder import cell, moments, scaling_factor
 
 VALIDATION_TIMES = 4
-"""Noise levels that every held-out image is validated at, spread over all of them."""
+"""Noise levels at which every held-out image is validated, evenly spaced."""
 VALIDATION_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is minimised: the noise schedule and how noise and timesteps are drawn and weighed."""
+class DenoisingObjective:
+    """The diffusion objective: the noise schedule, and how noise and timesteps are drawn and weighted."""
 
     schedule: NoiseSchedule
     snr_gamma: float | None = None
@@ -50,7 +50,7 @@ class Objective:
     stratified: bool = True
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, settings: DenoiserSettings) -> Objective:
+    def of(cls, schedule: NoiseSchedule, settings: DenoiserSettings) -> DenoisingObjective:
         return cls(
             schedule,
             snr_gamma=settings.snr_gamma,
@@ -62,24 +62,24 @@ class Objective:
 
 @dataclass
 class UnetTask:
-    """See `task.Task`. `networks` holds "unet", and "text_encoder" when that is trained along."""
+    """The task of `train-unet`; see `task.Task`. `networks` has "unet", and "text_encoder" if that is trained, too."""
 
     networks: dict[str, nn.Module]
-    objective: Objective
+    objective: DenoisingObjective
     order: Order
     source: Source
-    conditions: SampleConditioning
+    conditioning: SampleConditioning
     seed: int
     learning_rates: Mapping[str, float]
     held_out: Sequence[tuple[int, tuple[int, int]]] = ()
-    """Indices of the validation images, each with its size."""
+    """Indices of the validation images, each with its width and height."""
     frozen_text_encoder: nn.Module | None = None
-    """Encodes `ids` where text states are not cached."""
+    """Encodes `ids` if text states are not cached."""
     vae: VAE | None = None
-    """Encodes `pixels` where latents are not cached; None in pixel space."""
+    """Encodes `pixels` if latents are not cached; None in pixel space."""
     loras: Mapping[str, LoraShape] = field(default_factory=dict)
     """The networks that are trained as LoRAs."""
-    pipeline: Callable[[Networks, int, Path], list[Path]] | None = None
+    sample_sheet: Callable[[Networks, int, Path], list[Path]] | None = None
     name_of: Callable[[int], str] = str
     averaged: tuple[str, ...] = field(init=False)
     phases: Sequence[OptimizerPhase] = field(init=False)
@@ -105,8 +105,8 @@ class UnetTask:
         return self.name_of(index)
 
     def item(self, draw: Draw) -> dict[str, Any]:
-        """`x0` [C, h, w] or `pixels` [3, H, W]; `noise` like x0; `t`; the condition."""
-        item = {**self.source.item(draw), **self.conditions.item(draw)}
+        """`x0` [C, h, w] or `pixels` [3, H, W]; `noise` like x0; `t`; the conditioning."""
+        item = {**self.source.item(draw), **self.conditioning.item(draw)}
         shape = self._shape(item)
         item["t"] = torch.tensor(self._timestep(draw.counter))
         item["noise"] = training_noise(self.seed, draw.counter, shape, noise_offset=self.objective.noise_offset)
@@ -127,7 +127,7 @@ class UnetTask:
         return Losses(self.losses(networks, batch).mean())
 
     def losses(self, networks: Networks, batch: Batch, *, weighted: bool = True) -> Tensor:
-        """The mean squared error of each sample, float32 [B]; weighted by min-SNR where that is asked for."""
+        """The mean squared error of each sample, float32 [B]; weighted by min-SNR where the objective says so."""
         objective = self.objective
         x0 = batch["x0"] if "x0" in batch else self._encoded(batch["pixels"], batch.get("posterior"))
         noised = add_noise(
@@ -140,12 +140,14 @@ class UnetTask:
         return diffusion_loss(output, target(objective.schedule, x0, batch["noise"], batch["t"]), weights)
 
     def predicted(self, networks: Networks, noised: Tensor, batch: Batch) -> Tensor:
-        """What the denoiser makes of noised latents [B, C, h, w] at `t`, under the batch's condition."""
-        output: Tensor = networks["unet"](noised, batch["t"], **self.condition(networks, batch), return_dict=False)[0]
+        """The denoiser's output for noised latents [B, C, h, w] at `t`, with the batch's conditioning."""
+        output: Tensor = networks["unet"](
+            noised, batch["t"], **self.conditioning_arguments(networks, batch), return_dict=False
+        )[0]
         return output
 
-    def condition(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-        """The condition by the names that diffusers' networks take it under."""
+    def conditioning_arguments(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """The conditioning as keyword arguments of diffusers' networks."""
         if "label" in batch:
             return {"class_labels": batch["label"]}
         if "hidden" in batch:
@@ -182,10 +184,10 @@ class UnetTask:
         factor = cell(self.vae)
         return int(self.vae.config.latent_channels), height // factor, width // factor
 
-    # Validation: the same images, noise and timesteps in every run, so that curves can be compared
+    # Validation, with the same images, noise and timesteps in every run, so that curves can be compared
 
     def validate(self, networks: Networks) -> dict[str, float]:
-        """The mean loss over the held-out images, and that of each noise level from clean (0) to pure noise."""
+        """The mean loss over the held-out images, and the loss at each noise level, the lowest first."""
         if not self.held_out:
             return {}
         total = len(self.objective.schedule.alphas_cumprod)
@@ -198,7 +200,7 @@ class UnetTask:
         for size, indices in by_size.items():
             for start in range(0, len(indices), VALIDATION_BATCH):
                 some = indices[start : start + VALIDATION_BATCH]
-                items = [{**self.source.fixed(index, size), **self.conditions.fixed(index)} for index in some]
+                items = [{**self.source.fixed(index, size), **self.conditioning.fixed(index)} for index in some]
                 fixed = {name: value.to(device) for name, value in self.collate(items).items()}
                 if "x0" not in fixed:  # encoded once for all levels
                     fixed["x0"] = self._encoded(fixed["pixels"], None)
@@ -213,12 +215,12 @@ class UnetTask:
         }
 
     def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
-        return self.pipeline(networks, step, folder) if self.pipeline is not None else []
+        return self.sample_sheet(networks, step, folder) if self.sample_sheet is not None else []
 
     # Files
 
     def save(self, folder: Path, networks: Networks, averages: Mapping[str, nn.Module]) -> None:
-        """`unet/` (a LoRA merged into it), `unet_ema/`, `text_encoder/` ..., and a LoRA's own files."""
+        """`unet/` (with a LoRA merged into it), `unet_ema/`, `text_encoder/` and so on, and the files of a LoRA."""
         for suffix, some in (("", networks), ("_ema", averages)):
             for name, network in some.items():
                 tensors = merged_tensors(network) if name in self.loras else network.state_dict()
@@ -229,7 +231,7 @@ class UnetTask:
 
 
 def write_network(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """A sub-folder that diffusers (or transformers, for a text encoder) loads: config.json and the weights."""
+    """Write config.json and the weights, in the layout of diffusers or, for a text encoder, of transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(network, "save_config"):
         network.save_config(folder)  # type: ignore[operator]

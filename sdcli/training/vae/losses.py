@@ -1,7 +1,7 @@
-"""What a VAE is trained to be good at: pixels, edges, tame latents; LPIPS and a discriminator where asked for.
+"""The losses of VAE training: pixels, edges, regularisation of latents, and optionally LPIPS and a discriminator.
 
-Images are [B, 3, H, W] in -1..1, as the VAE itself takes and gives them, and every loss is one number per image,
-float32 [B], so that the mean over micro-batches and processes is that over the whole batch.
+Images are [B, 3, H, W] in -1..1, as a VAE takes and returns them. Every loss is one number per image, float32 [B], so
+that the mean over micro-batches and processes equals that over the whole batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdcli.io.weight_files import check_header
 from sdcli.io.weights import fill, read_tensors
 
 SCALES = 4
-"""Sizes of the image that `structure` looks at: whole, half, quarter, eighth."""
+"""The number of scales that `structure` compares: full size, half, quarter, eighth."""
 
 
 def reconstruction(pixels: Tensor, reconstructed: Tensor) -> Tensor:
@@ -32,11 +32,11 @@ def reconstruction(pixels: Tensor, reconstructed: Tensor) -> Tensor:
 def structure(pixels: Tensor, reconstructed: Tensor) -> Tensor:
     """Multi-scale gradient matching, [B]: the mean absolute difference of the slopes, averaged over scales.
 
-    L1 alone is content with blurred edges. The slopes of the error at several scales see an edge that is too soft or
-    in the wrong place: Mathieu et al. 2016 (arXiv 1511.05440, section 3.2) compare the slopes of an image, Li &
+    L1 alone tolerates blurred edges. The slopes of the error at several scales detect edges that are too soft or
+    misplaced: Mathieu et al. 2016 (arXiv 1511.05440, section 3.2) compare the slopes of an image, Li &
     Snavely 2018 (MegaDepth, arXiv 1804.00607, eq. 4) those of the error at four scales, as here. Chosen over 1 - SSIM
-    because its gradient is as strong on flat ground as elsewhere (SSIM divides by a local variance that is zero on a
-    white background), it costs next to nothing, and SSIM remains an independent judge in validation.
+    because its gradient is as strong in flat regions as elsewhere (SSIM divides by a local variance, which is zero on a
+    white background), it is cheap, and SSIM remains an independent metric in validation.
     """
     error = pixels.float() - reconstructed.float()
     total = torch.zeros(len(error), device=error.device)
@@ -63,8 +63,8 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
 def latents_regularisation(latents: Tensor) -> Tensor:
     """How far the latents [B, C, h, w] are from mean 0 and standard deviation 1 in each channel; a scalar.
 
-    For a VAE without a distribution, whose decoder clips latents softly at 3. It looks at a whole micro-batch, as one
-    image's latents need not have mean 0: so it is the one term that depends on how a batch is divided.
+    For a VAE without a distribution, whose decoder clips latents softly at 3. It is computed over a micro-batch, as one
+    image's latents need not have mean 0, so it is the only term that depends on the size of micro-batches.
     """
     values = latents.float().transpose(0, 1).flatten(1)
     mean = values.mean(dim=1)
@@ -75,7 +75,7 @@ def latents_regularisation(latents: Tensor) -> Tensor:
 # LPIPS
 
 SMALLEST_FOR_LPIPS = 16
-"""Pixels a side: four halvings leave one."""
+"""Pixels per side, of which four halvings leave one."""
 WIDTHS = (64, 128, 256, 512, 512)
 """Channels of VGG16's five stages."""
 CONVOLUTIONS = (2, 2, 3, 3, 3)
@@ -84,9 +84,9 @@ CONVOLUTIONS = (2, 2, 3, 3, 3)
 class LPIPS(nn.Module):
     """The learned perceptual distance of Zhang et al. 2018 (arXiv 1801.03924, eq. 1), version 0.1 on VGG16.
 
-    The squared difference of unit-length features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, weighed by
-    channel, averaged over the image and summed. Random weights until `load_lpips` fills it; the parameters' names
-    are those of its files (see there).
+    The squared difference of unit-length features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, weighted per
+    channel, averaged over the image and summed. The weights are random until `load_lpips` loads them; the parameters
+    have the names in its files.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor, other: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in -1..1, at least 16 pixels a side -> distances [B]; 0 for equal ones."""
+        """Images [B, 3, H, W] in -1..1, at least 16 pixels per side -> distances [B]; 0 for equal images."""
         total = torch.zeros(len(pixels), device=pixels.device)
         for stage, (one, two) in enumerate(zip(self._stages(pixels), self._stages(other), strict=True)):
             weights = self.get_submodule(f"lin{stage}")
@@ -126,7 +126,7 @@ class LPIPS(nn.Module):
 
 
 class _ChannelWeights(nn.Module):
-    """A number for each channel; the file's name for it is `model.1.weight`, after a dropout that only training has."""
+    """A weight per channel, called `model.1.weight` in the files because a dropout layer precedes it in training."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class _ChannelWeights(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Each place's features at length 1. The small number is under the root, where its slope is finite at 0."""
+    """Features normalised to length 1 at each place. Epsilon is under the root, so that the slope at 0 is finite."""
     return features / (features.square().sum(dim=1, keepdim=True) + 1e-10).sqrt()
 
 
@@ -145,12 +145,12 @@ _STORED = re.compile(r"(?:features|net\.slice\d)\.(\d+\.(?:weight|bias))|(lin\d\
 
 
 def load_lpips(path: Path) -> LPIPS:
-    """LPIPS with the weights of a .safetensors file, or of all those of a folder; float32, frozen, from the disk only.
+    """Load LPIPS from a .safetensors file or from all of a folder; float32, frozen, never downloaded.
 
     Expected are torchvision's VGG16 (`features.0.weight` [64, 3, 3, 3], `features.0.bias`, ... `features.28.bias`; in
-    a saved `lpips.LPIPS(net="vgg")` they are called `net.slice1.0.weight` and so on, which is understood too) and the
-    linear layers of lpips 0.1 (`lin0.model.1.weight` [1, 64, 1, 1] to `lin4.model.1.weight`). What else the files hold
-    (VGG16's classifier) is not read. Raises NotFound, and BadWeights for what is missing or of another shape.
+    a saved `lpips.LPIPS(net="vgg")` they are called `net.slice1.0.weight` and so on, which works, too) and the
+    linear layers of lpips 0.1 (`lin0.model.1.weight` [1, 64, 1, 1] to `lin4.model.1.weight`). Other
+    tensors (VGG16's classifier) are ignored. Raises NotFound, and BadWeights for missing tensors or other shapes.
     """
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
@@ -183,15 +183,15 @@ def _own_name(stored: str) -> str | None:
 # The discriminator
 
 SMALLEST_FOR_DISCRIMINATOR = 24
-"""Pixels a side."""
+"""Pixels per side."""
 
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN of Isola et al. 2017 (arXiv 1611.07004, appendix 6.1.2): a logit for every patch of 70x70 pixels.
 
-    Three strided layers, as in latent diffusion. Normalised by each image's own statistics, which is what pix2pix'
-    batches of one came to: with batch norm the answer would depend on the other images of a micro-batch, and so on
-    the accumulation and the number of processes.
+    It has three strided layers, as in latent diffusion. Instance norm is what pix2pix had in effect, with batches of
+    one; with batch norm the logits would depend on the other images of a micro-batch, and so on accumulation and the
+    number of processes.
     """
 
     def __init__(self, *, seed: int, channels: int = 64, layers: int = 3) -> None:
@@ -214,7 +214,7 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(part.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in -1..1, at least 24 pixels a side -> logits [B, 1, h, w]; above 0 looks real."""
+        """Images [B, 3, H, W] in -1..1, at least 24 pixels per side -> logits [B, 1, h, w]; above 0 looks real."""
         return self.layers(pixels)
 
 
@@ -226,5 +226,5 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adversarial(fake: Tensor) -> Tensor:
-    """What a reconstruction's logits cost the VAE, [B]: lower the more real it looks."""
+    """The VAE's adversarial loss from the logits of reconstructions, [B]: lower for more realistic ones."""
     return -fake.float().flatten(1).mean(dim=1)

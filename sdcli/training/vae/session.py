@@ -1,4 +1,4 @@
-"""`sdcli train-vae` from its settings to a task: which VAE, which images, which losses."""
+"""`sdcli train-vae`: from its settings to a task, with the VAE, the images and the losses."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ KL_PRESET: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
-USUAL = (256, 256)
-"""The size of images for a VAE without a UNet, which has none of its own, in pixels."""
+DEFAULT_SIZE = (256, 256)
+"""Width and height in pixels for a VAE without a UNet, which does not define a size."""
 PRESETS = {
     "kl": "a small AutoencoderKL, 4.4 million parameters, 8 pixels a latent cell",
     "tiny": "the shape of the embedded model's AutoencoderTiny, 0.6 million parameters",
@@ -42,7 +42,7 @@ PRESETS = {
 
 
 class VaeSession(Session[VaeSettings]):
-    """See `Session`."""
+    """A run of `sdcli train-vae`."""
 
     command: ClassVar[str] = "train-vae"
     kind: ClassVar[type[VaeSettings]] = VaeSettings
@@ -55,12 +55,12 @@ class VaeSession(Session[VaeSettings]):
         settings = self.settings
         images = list_data(self.data, settings)
         if images.kind != "pictures":
-            raise UsageError(f"{self.data} holds latents; a VAE is trained on images")
+            raise UsageError(f"{self.data} holds latents, but a VAE is trained on images")
         yield Preparation("loading the model", 0)
-        model, vae, otherwise = self._vae()
+        model, vae, default = self._vae()
         self._check_effects(vae)
         lpips = load_lpips(settings.lpips.expanduser()) if settings.lpips is not None else None
-        resolution = settings.target_size(otherwise)
+        resolution = settings.target_size(default)
         data = yield from examine_data(
             self.data, images, settings, resolution=resolution, size_step=cell(vae), captions=False
         )
@@ -110,17 +110,17 @@ class VaeSession(Session[VaeSettings]):
         )
 
     def _vae(self) -> tuple[LoadedModel | None, VAE, tuple[int, int]]:
-        """The model whose VAE goes on (None from scratch), the VAE, and its usual size of images."""
+        """The base model (None for a new VAE), the VAE to train, and its default image size."""
         settings = self.settings
         if settings.from_scratch is not None:
-            return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), USUAL
+            return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), DEFAULT_SIZE
         model = load_to_train(self._registry.find(settings.model), device="cpu", needs="vae")
         model.vae.requires_grad_(True)
         defaults = model.spec.defaults
-        return model, model.vae, (defaults.width, defaults.height) if "unet" in model.parts else USUAL
+        return model, model.vae, (defaults.width, defaults.height) if "unet" in model.parts else DEFAULT_SIZE
 
     def _check_effects(self, vae: VAE) -> None:
-        """Refuse weights of terms that this kind of VAE does not have."""
+        """Refuse settings of loss terms that this kind of VAE does not have."""
         without = {"kl_weight"} if not has_distribution(vae) else {"latents_regularisation", "latent_noise"}
         typed = without & self.settings.given()
         if typed:
@@ -129,7 +129,7 @@ class VaeSession(Session[VaeSettings]):
 
 
 def vae_config(name: str) -> dict[str, Any]:
-    """The configuration that --from-scratch names: a preset or a vae/config.json. Raises UsageError and NotFound."""
+    """The VAE configuration of --from-scratch: a preset or a vae/config.json. Raises UsageError and NotFound."""
     match name:
         case "kl":
             return dict(KL_PRESET)
@@ -141,6 +141,6 @@ def vae_config(name: str) -> dict[str, Any]:
 
 
 def new_vae(config: Mapping[str, Any], *, seed: int) -> VAE:
-    """A VAE with torch's own random initialisation, float32. Raises UsageError and BadWeights."""
+    """A VAE with torch's default initialisation, in float32. Raises UsageError and BadWeights."""
     vae: VAE = new_network(config, (AutoencoderKL, AutoencoderTiny), seed=seed)
     return vae

@@ -1,4 +1,4 @@
-"""`sdcli train-vae`: teach an autoencoder to squeeze images into latents and to give them back."""
+"""`sdcli train-vae`: train an autoencoder to compress images into latents and to reconstruct them."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from sdcli.training.vae.losses import LPIPS, PatchDiscriminator
 from sdcli.vae.autoencoder import cell, has_distribution, latent_channels, moments
 
 VALIDATION_BATCH = 16
-"""Images that are encoded at once ..."""
+"""Images per batch of validation ..."""
 VALIDATION_PIXELS = 256 * 256 * VALIDATION_BATCH
-"""... or fewer when they are larger than 256x256: validating should not need more memory than training, whose batch may
-be a single image."""
-SHOWN = 8
+"""... or fewer if they are larger than 256x256: validation should not need more memory than training with batches of
+one image."""
+SHEET_IMAGES = 8
 """Images on a sample sheet."""
 MEASURED_IMAGES = 256
-"""Images that the scaling factor is measured on, spread over the data ..."""
+"""Images on which the scaling factor is measured, spread over the data ..."""
 MEASURED_PIXELS = 256 * 256 * MEASURED_IMAGES
-"""... or fewer when they are larger than 256x256: it is measured at every checkpoint, which must not take long. The
-standard deviation over 64 images of 512x512 already rests on a million latents."""
+"""... or fewer if they are larger than 256x256, because it is measured at every checkpoint. 64 images of 512x512 have a
+million latents."""
 
 
 @dataclass(frozen=True)
 class VaeObjective:
-    """What is minimised, per value of the image (in -1..1): the weights of the terms in `losses.py`.
+    """The weights of the loss terms in `losses.py`, per value of an image in -1..1.
 
-    The discriminator's weight is a number, not latent diffusion's quotient of two gradients, which would depend on how
-    a batch is divided into micro-batches.
+    The discriminator's weight is constant, unlike latent diffusion's ratio of two gradients, which would depend on the
+    size of micro-batches.
     """
 
     l1: float = 1.0
@@ -54,52 +54,53 @@ class VaeObjective:
     kl: float = 1e-6
     """For a VAE with a distribution (AutoencoderKL); as in latent diffusion (see `losses.kl`)."""
     latents_regularisation: float = 3e-3
-    """For one without (AutoencoderTiny)."""
+    """For a VAE without a distribution (AutoencoderTiny)."""
     latent_noise: float = 0.07
-    """For one without: the standard deviation of the noise its decoder learns to bear, as a denoiser never leaves
-    latents quite clean."""
+    """For a VAE without a distribution: the standard deviation of noise added before decoding, because a denoiser's
+    latents are never free of noise."""
     lpips: float = 1.0
     discriminator: float = 0.05
     discriminator_start: int = 0
-    """The first step at which the discriminator learns and is listened to; until then it rests."""
+    """The step from which the discriminator is trained and its term counts."""
 
 
 class Autoencoding(nn.Module):
-    """A VAE whose call does all that training needs, so that autocast, DDP and torch.compile see one forward pass.
+    """A VAE whose `forward` does everything for training, so that autocast, DDP and torch.compile see one call.
 
-    It has the VAE's own sub-modules under their own names: parameters and state_dict are those of the plain VAE.
-    (AutoencoderKL's own call hides its moments, AutoencoderTiny's rounds the latents to bytes, which ends gradients.)
+    It has the VAE's sub-modules under their own names, so parameters and state_dict are those of the plain VAE.
+    (AutoencoderKL's own `forward` does not return its moments, AutoencoderTiny's rounds latents to bytes, which stops
+    gradients.)
     """
 
     plain: VAE
 
     def __init__(self, vae: VAE, *, latent_noise: float) -> None:
         super().__init__()
-        # beside the sub-modules, not among them
+        # not as a sub-module
         object.__setattr__(self, "plain", vae)
         self.latent_noise = latent_noise
         for name, part in vae.named_children():
             self.add_module(name, part)
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images [B, 3, H, W] in -1..1 and normal noise [B, C, h, w] -> reconstructions of a draw of latents, the
-        latents' mean, and their log variance where the VAE has one."""
+        """Images [B, 3, H, W] in -1..1 and normal noise [B, C, h, w] -> reconstructions of sampled latents, the
+        latents' mean, and their log variance if the VAE has one."""
         vae = self.plain
-        encoded = vae.encode(pixels)
+        output = vae.encode(pixels)
         if has_distribution(vae):
-            mean, logvar = encoded.latent_dist.mean, encoded.latent_dist.logvar
+            mean, logvar = output.latent_dist.mean, output.latent_dist.logvar
             latents = mean + torch.exp(0.5 * logvar) * noise
         else:
-            mean, logvar = encoded.latents, None
+            mean, logvar = output.latents, None
             latents = mean + self.latent_noise * noise
         return vae.decode(latents).sample, mean, logvar
 
 
 @dataclass
 class VaeTask:
-    """See `task.Task`. `networks` holds "vae", and "discriminator" when that is asked for.
+    """The task of `train-vae`; see `task.Task`. `networks` has "vae", and "discriminator" if there is one.
 
-    The VAE comes in float32, its parameters with gradients. Raises UsageError for what cannot be trained.
+    The VAE is in float32, its parameters with gradients. Raises UsageError for combinations that cannot be trained.
     """
 
     vae: VAE
@@ -123,13 +124,13 @@ class VaeTask:
         if not has_distribution(self.vae) and self.vae.encoder.gradient_checkpointing:
             # diffusers 0.42's EncoderTiny forgets to bring -1..1 to 0..1 in that branch
             raise UsageError("--gradient-checkpointing does not work with an AutoencoderTiny; it is small without")
-        for judge, wanted, needed in (
+        for name, used, minimum in (
             ("the discriminator", self.discriminator, losses.SMALLEST_FOR_DISCRIMINATOR),
             ("LPIPS", self.lpips is not None, losses.SMALLEST_FOR_LPIPS),
         ):
-            if wanted and self._shortest_side() < needed:
+            if used and self._shortest_side() < minimum:
                 raise UsageError(
-                    f"{judge} needs images of at least {needed} pixels a side, not {self._shortest_side()}"
+                    f"{name} needs images of at least {minimum} pixels per side, not {self._shortest_side()}"
                 )
         self.networks = {"vae": Autoencoding(self.vae, latent_noise=self.objective.latent_noise)}
         phases = [OptimizerPhase("vae", [self._group("vae")], self.loss)]
@@ -139,7 +140,7 @@ class VaeTask:
         self.phases = tuple(phases)
 
     def _shortest_side(self) -> int:
-        """Of all images, trained and held out, in pixels."""
+        """The shortest side of all training and validation images, in pixels."""
         return min(
             min(size) for size in (*self.order.buckets, *(size for _, size in self.held_out)) if size is not None
         )
@@ -157,13 +158,13 @@ class VaeTask:
         return self.name_of(index)
 
     def item(self, draw: Draw) -> dict[str, Any]:
-        """`pixels` [3, H, W] in 0..1, `noise` [C, h, w] for the draw of latents, and the step's number."""
+        """`pixels` [3, H, W] in 0..1, `noise` [C, h, w] to sample latents with, and the step's number."""
         pixels = self.source.item(draw)["pixels"]
         noise = rng.noise(self.seed, draw.counter, "posterior", self._latents_of(pixels))
         return {"pixels": pixels, "noise": noise, "step": draw.counter // self.order.batch}
 
     def collate(self, items: list[dict[str, Any]]) -> Batch:
-        """`step` stays a plain number: asking a tensor on the device for it would wait for the device."""
+        """Stack the tensors; `step` stays a number, because reading a tensor would wait for the device."""
         tensors = [{name: item[name] for name in ("pixels", "noise")} for item in items]
         return {**default_collate(tensors), "step": items[0]["step"]}
 
@@ -174,7 +175,7 @@ class VaeTask:
     # The losses
 
     def loss(self, networks: Networks, batch: Batch) -> Losses:
-        """What the VAE is to make small."""
+        """The VAE's loss."""
         pixels = batch["pixels"] * 2 - 1
         reconstructed, mean, logvar = networks["vae"](pixels, batch["noise"])
         terms = self._terms(pixels, reconstructed, mean, logvar)
@@ -196,52 +197,52 @@ class VaeTask:
         elif objective.latents_regularisation:
             terms["latents"] = (objective.latents_regularisation, losses.latents_regularisation(mean))
         if self.lpips is not None:
-            judge = self.lpips.to(pixels.device)
-            terms["lpips"] = (objective.lpips, judge(pixels, reconstructed).mean())
+            lpips = self.lpips.to(pixels.device)
+            terms["lpips"] = (objective.lpips, lpips(pixels, reconstructed).mean())
         return terms
 
     def _adversarial(self, reconstructed: Tensor, step: int) -> Tensor:
-        """How unreal the reconstructions look. The discriminator judges with copies of its parameters that take no
-        gradient, and outside DDP, which expects a backward pass through all of them."""
+        """The adversarial term. The discriminator is called with detached parameters, and outside DDP, which expects a
+        backward pass through all of them."""
         if step < self.objective.discriminator_start:
             return torch.zeros((), device=reconstructed.device)
-        judge = self.networks["discriminator"]
-        fixed = {name: parameter.detach() for name, parameter in judge.named_parameters()}
-        return losses.adversarial(functional_call(judge, fixed, (reconstructed,))).mean()
+        discriminator = self.networks["discriminator"]
+        fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+        return losses.adversarial(functional_call(discriminator, fixed, (reconstructed,))).mean()
 
     def discriminator_loss(self, networks: Networks, batch: Batch) -> Losses:
-        """What the discriminator is to make small, against the VAE after its own step (as in LDM)."""
+        """The discriminator's loss, against the VAE after its optimizer step (as in LDM)."""
         pixels = batch["pixels"] * 2 - 1
         if batch["step"] < self.objective.discriminator_start:
-            # it is connected to no parameter: none has a gradient, so that the optimizer leaves them alone
-            resting = torch.zeros((), device=pixels.device)
-            return Losses(resting.clone().requires_grad_(), {"real": resting, "fake": resting})
+            # not connected to a parameter, so that none has a gradient and the optimizer changes nothing
+            zero = torch.zeros((), device=pixels.device)
+            return Losses(zero.clone().requires_grad_(), {"real": zero, "fake": zero})
         with torch.no_grad():
             reconstructed = networks["vae"](pixels, batch["noise"])[0]
-        # in one pass, as DDP expects one before each backward pass
+        # one forward pass, as DDP expects before each backward pass
         real, fake = networks["discriminator"](torch.cat([pixels, reconstructed.float()])).chunk(2)
         loss = losses.hinge(real, fake).mean()
         return Losses(loss, {"real": real.detach().float().mean(), "fake": fake.detach().float().mean()})
 
-    # Validation, with the mean latents: nothing random
+    # Validation, with the mean latents and so without randomness
 
     def validate(self, networks: Networks) -> dict[str, float]:
         """Over the held-out images: the loss (without the discriminator), PSNR in decibels, SSIM, L1 (as in
-        training, of images in -1..1), and mean and standard deviation of the latents, of all and of each channel.
-        No SSIM where images are smaller than its window."""
+        training, of images in -1..1), and mean and standard deviation of the latents, over all and per channel.
+        SSIM is left out if images are smaller than its window."""
         if not self.held_out:
             return {}
         vae = plain(networks)
         device = next(vae.parameters()).device
-        judged = {"psnr": metrics.psnr}
+        scores = {"psnr": metrics.psnr}
         if self._shortest_side() >= metrics.WINDOW:
-            judged["ssim"] = metrics.ssim
+            scores["ssim"] = metrics.ssim
         sums: dict[str, float] = {}
-        spread = _Spread()
+        statistics = _LatentStatistics()
         for pixels in self._batches(self.held_out):
             mean, logvar = moments(vae, pixels)
             reconstructed = _decoded(vae, mean)
-            spread.add(mean, logvar)
+            statistics.add(mean, logvar)
             terms = self._terms(
                 (pixels * 2 - 1).to(device),  # LPIPS is slow elsewhere
                 (reconstructed * 2 - 1).to(device),
@@ -250,20 +251,22 @@ class VaeTask:
             )
             figures = {
                 "loss": sum(weight * float(term) for weight, term in terms.values()),
-                **{name: float(judge(pixels, reconstructed).mean()) for name, judge in judged.items()},
+                **{name: float(score(pixels, reconstructed).mean()) for name, score in scores.items()},
                 **{name: float(term) for name, (_, term) in terms.items()},
             }
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + value * len(pixels)
         means = {name: value / len(self.held_out) for name, value in sums.items()}
-        return {**means, **spread.figures()}
+        return {**means, **statistics.figures()}
 
     def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
-        """A sheet of held-out images (the first trained ones where none is held out) above what comes back."""
+        """A sheet of held-out images (of the first trained ones if none are held out) above their reconstructions."""
         vae = plain(networks)
         chosen = (
-            list(self.held_out[:SHOWN])
-            or list(dict.fromkeys((draw.index, draw.size) for draw in self.draws(0) if draw.size is not None))[:SHOWN]
+            list(self.held_out[:SHEET_IMAGES])
+            or list(dict.fromkeys((draw.index, draw.size) for draw in self.draws(0) if draw.size is not None))[
+                :SHEET_IMAGES
+            ]
         )
         originals, reconstructed, decibels = [], [], []
         for index, size in chosen:
@@ -287,7 +290,7 @@ class VaeTask:
         return [path]
 
     def _batches(self, chosen: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[Tensor]:
-        """Images without anything random, [b, 3, H, W] in 0..1, those of one size together."""
+        """Batches of images of equal size, [b, 3, H, W] in 0..1, without randomness."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, size in chosen:
             by_size.setdefault(size, []).append(index)
@@ -300,8 +303,8 @@ class VaeTask:
     # Files
 
     def save(self, folder: Path, networks: Networks, averages: Mapping[str, nn.Module]) -> None:
-        """`vae/` and `vae_ema/`, each with its own scaling factor in config.json, so that RUN is a right model folder
-        at every checkpoint. The live VAE keeps the configuration it came with. Raises BadOutput."""
+        """`vae/` and `vae_ema/`, each with its own scaling factor in config.json, so that every checkpoint is a valid
+        model. The configuration of the VAE in memory does not change. Raises BadOutput."""
         for name, some in (("vae", networks), ("vae_ema", averages)):
             if "vae" not in some:
                 continue
@@ -311,7 +314,7 @@ class VaeTask:
             _set_in_config(folder / name / "config.json", scaling_factor=factor)
 
     def _measured(self) -> list[tuple[int, tuple[int, int]]]:
-        """The images that the scaling factor is measured on: always the same ones, spread over the trained."""
+        """The images on which the scaling factor is measured: always the same ones, spread over the training images."""
         everything = sorted(
             (int(index), size) for size, indices in self.order.buckets.items() if size is not None for index in indices
         )
@@ -321,7 +324,7 @@ class VaeTask:
 
 
 def plain(networks: Mapping[str, nn.Module]) -> VAE:
-    """The VAE itself, of the task's networks or their averages."""
+    """The plain VAE within the task's networks or their averages."""
     network = networks["vae"]
     assert isinstance(network, Autoencoding)
     return network.plain
@@ -331,25 +334,25 @@ def measure_scaling_factor(vae: VAE, pixels: Iterable[Tensor]) -> float:
     """1 / the standard deviation of the latents of batches of images [b, 3, H, W] in 0..1.
 
     Rombach et al. 2022 (arXiv 2112.10752), appendix G: over all images, channels and places together, about their
-    common mean. Of latents drawn from the VAE's distribution, whose variance is that of the means plus the mean of the
-    variances, so nothing need be drawn and equal weights give an equal factor. An AutoencoderTiny's latents are
-    their own means. Raises BadOutput for latents that are not finite or all alike.
+    common mean. The variance of latents sampled from the VAE's distribution is that of the means plus the mean of the
+    variances, so no sampling is needed and equal weights give an equal factor. An AutoencoderTiny's latents are their
+    own means. Raises BadOutput for latents that are not finite or all equal.
     """
-    spread = _Spread()
+    statistics = _LatentStatistics()
     for some in pixels:
-        spread.add(*moments(vae, some))
-    std = spread.std()
+        statistics.add(*moments(vae, some))
+    std = statistics.std()
     if not 0 < std < float("inf"):
-        raise BadOutput(f"the standard deviation of the VAE's latents is {std}; there is no scaling factor for that")
+        raise BadOutput(f"the standard deviation of the VAE's latents is {std}; so there is no scaling factor")
     return 1 / std
 
 
 @dataclass
-class _Spread:
-    """Sums over latents, in float64, each [C]."""
+class _LatentStatistics:
+    """Running sums over latents for their mean and standard deviation, in float64, each [C]."""
 
     count: int = 0
-    """Latents in each channel."""
+    """The number of latents per channel."""
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
     variances: Tensor | float = 0.0
@@ -363,13 +366,13 @@ class _Spread:
             self.variances = self.variances + logvar.double().exp().transpose(0, 1).flatten(1).sum(dim=1)
 
     def std(self) -> float:
-        """Of all latents together."""
+        """The standard deviation of all latents."""
         mean = torch.as_tensor(self.total).mean() / self.count
         second = (torch.as_tensor(self.squares) + self.variances).mean() / self.count
         return float((second - mean**2).clamp(min=0).sqrt())
 
     def figures(self) -> dict[str, float]:
-        """Mean and standard deviation of all latents, then of each channel."""
+        """Mean and standard deviation of all latents, and of each channel."""
         total = torch.as_tensor(self.total) / self.count
         second = (torch.as_tensor(self.squares) + self.variances) / self.count
         channels = {
@@ -382,12 +385,12 @@ class _Spread:
 
 @torch.inference_mode()
 def _decoded(vae: VAE, latents: Tensor) -> Tensor:
-    """The VAE's own latents, not scaled, -> pixels in 0..1, float32 on the CPU."""
+    """Decode unscaled latents to pixels in 0..1, float32 on the CPU."""
     pixels = vae.decode(latents.to(next(vae.parameters())), return_dict=False)[0]
     return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
 def _set_in_config(path: Path, **changes: Any) -> None:
-    """Change entries of a config.json that diffusers wrote, in its own form."""
+    """Change entries of a config.json, in the format that diffusers writes."""
     config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -196,7 +196,7 @@ def test_a_text_file_has_one_caption_a_line(tmp_path: Path) -> None:
     assert not found.has_alternatives
     assert [entry.name for entry in found.dropped] == ["captions.txt line 4", "captions.txt line 6"]
     assert "not UTF-8" in found.dropped[0].reason
-    assert "mark where texts begin and end" in found.dropped[1].reason
+    assert "mark the start and end of texts" in found.dropped[1].reason
 
 
 def test_a_json_file_has_alternatives_as_lists_and_as_lines_of_one_image(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_no_captions_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"no\.parquet"):
         read_captions(tmp_path / "no.parquet")
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(UsageError, match="holds no captions"):
+    with pytest.raises(UsageError, match="has no captions"):
         read_captions(tmp_path / "empty.txt")
     (tmp_path / "broken.jsonl").write_text("nonsense")
     with pytest.raises(
@@ -286,5 +286,5 @@ def test_no_captions_is_told_in_a_sentence(tmp_path: Path) -> None:
     ):
         read_captions(tmp_path / "broken.jsonl")
     (tmp_path / "captions.docx").write_text("a fox")
-    with pytest.raises(UsageError, match="no file of captions"):
+    with pytest.raises(UsageError, match="not a file of captions"):
         read_captions(tmp_path / "captions.docx")

@@ -142,7 +142,7 @@ def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = train_unet(images, tmp_path / "cached", max_train_steps=3)
-    monkeypatch.setattr("sdcli.training.inputs.encoding.MOST_TEXT_BYTES", 1)
+    monkeypatch.setattr("sdcli.training.inputs.encoding.MAX_TEXT_BYTES", 1)
     looped = train_unet(images, tmp_path / "looped", max_train_steps=3)
     losses = [[event.loss for event in events if isinstance(event, StepMetrics)] for events in (cached, looped)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -265,9 +265,9 @@ def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, images: Pa
     train_unet(images, run, max_train_steps=1)
     with pytest.raises(UsageError, match=r"--learning-rate was 0\.0001"):
         train_unet(images, run, max_train_steps=2, learning_rate=0.5, resume=True)
-    with pytest.raises(UsageError, match="2 samples, now it would have 3"):
+    with pytest.raises(UsageError, match="2 samples, but would now have 3"):
         train_unet(images, run, max_train_steps=2, train_batch_size=3, resume=True)
-    with pytest.raises(UsageError, match="holds a training run already"):
+    with pytest.raises(UsageError, match="already has a training run"):
         train_unet(images, run, max_train_steps=2)
     train_unet(images, run, max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2, resume=True)
     assert newest_checkpoint(run).step == 2
@@ -282,7 +282,7 @@ def test_a_run_whose_checkpoints_name_processes_instead_of_a_batch_goes_on(tmp_p
     content["facts"]["processes"] = 1
     digest = hashlib.sha256(spelled(content)).hexdigest()
     manifest.write_bytes(spelled({**content, "digest": digest}))
-    with pytest.raises(UsageError, match="2 samples, now it would have 3"):
+    with pytest.raises(UsageError, match="2 samples, but would now have 3"):
         train_unet(images, run, max_train_steps=2, train_batch_size=3, resume=True)
     train_unet(images, run, max_train_steps=2, resume=True)
     assert newest_checkpoint(run).step == 2
@@ -299,7 +299,7 @@ def test_a_run_on_other_data_is_not_resumed(tmp_path: Path, images: Path, change
         (images / "1.png").write_bytes((images / "2.png").read_bytes())
     else:
         captioned_images(images, 7)
-    with pytest.raises(UsageError, match=r"not what the run began with.*-m .*run -o"):
+    with pytest.raises(UsageError, match=r"changed since the run started.*-m .*run -o"):
         train_unet(images, run, max_train_steps=2, resume=True)
 
 
@@ -312,7 +312,7 @@ def test_a_broken_checkpoint_is_passed_over_told_and_left_alone(tmp_path: Path, 
     weights.write_bytes(data)
     events = train_unet(images, run, max_train_steps=6, resume=True)
     told = "\n".join(event.text for event in events if isinstance(event, RunNote))
-    assert "passed over" in told
+    assert "skipped" in told
     assert "checkpoint-4" in told
     assert next(event.step for event in events if isinstance(event, StepMetrics)) == 3
     assert weights.read_bytes() == bytes(data)

@@ -482,9 +482,9 @@ def test_under_ddp_both_phases_have_the_gradients_they_have_without(tmp_path: Pa
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least 24 pixels a side, not 16"):
+    with pytest.raises(UsageError, match="at least 24 pixels per side, not 16"):
         task_of("AutoencoderKL", size=(32, 16), discriminator=True)
-    with pytest.raises(UsageError, match="LPIPS needs images of at least 16 pixels a side, not 8"):
+    with pytest.raises(UsageError, match="LPIPS needs images of at least 16 pixels per side, not 8"):
         task_of("AutoencoderKL", held_out=[(0, (32, 8))], lpips=LPIPS())
     vae = tiny_vae()
     vae.enable_gradient_checkpointing()
