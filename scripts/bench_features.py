@@ -87,18 +87,23 @@ def measure_features(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
     from sdcli.cli.ui.preview import Preview, to_file
     from sdcli.diffusion.input_images import measure
-    from sdcli.generation.engine import Engine, Progress, Result
+    from sdcli.generation.events import Progress, Result
+    from sdcli.generation.model_cache import ModelCache
     from sdcli.generation.resolve.jobs import ResolvedJob
     from sdcli.generation.resolve.resolve import resolve
+    from sdcli.generation.service import generate
     from sdcli.generation.settings import OutputSettings, RunSettings, TraceSettings
+    from sdcli.generation.writer import Writer
     from sdcli.models.registry import load_registry
     from sdcli.request.schema import parse_request
 
     registry = load_registry()
     spec = registry.find(arguments.model)
     output = OutputSettings(outdir=Path(), template="image.png", overwrite=True)
-    engine = Engine(registry, RunSettings(device=arguments.device, dtype=arguments.dtype), output)
-    pipeline = engine.load(spec)
+    cache = ModelCache(RunSettings(device=arguments.device, dtype=arguments.dtype))
+    plain = resolve(parse_request({"model": arguments.model, "prompt": PROMPT}), spec)
+    with cache.lease(ResolvedJob(1, plain, spec)) as lease:
+        pipeline = lease.pipeline
     size = arguments.size or spec.defaults.width
     fields = {"model": arguments.model, "prompt": PROMPT, "seed": 1, "size": f"{size}x{size}"}
     fields |= {"steps": arguments.steps} if arguments.steps else {}
@@ -107,14 +112,14 @@ def measure_features(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
     def turn(name: str) -> float:
         request = resolve(parse_request({**fields, **FEATURES[name]}), spec, measure=measure)
-        engine.output = replace(
+        settings = replace(
             output,
             trace=TraceSettings.of("8", "webp") if name.startswith("--trace") else None,
             heatmap=() if name.startswith("--heatmap") else None,
         )
         preview = Preview(to_file(Path("preview.png"))) if name.startswith("--preview") else None
         began = clock()
-        for event in engine.generate_all([ResolvedJob.of(1, request, registry)]):
+        for event in generate([ResolvedJob.of(1, request, registry)], cache, Writer(settings)):
             if isinstance(event, Progress) and preview is not None:
                 preview.step(event)
             elif isinstance(event, Result) and event.error is not None:

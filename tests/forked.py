@@ -15,8 +15,9 @@ from pathlib import Path
 
 PRELOADED = [
     "sdcli.cli.generate",
-    "sdcli.generation.engine",
-    "sdcli.generation.codec",
+    "sdcli.generation.service",
+    "sdcli.generation.encode_files",
+    "sdcli.generation.decode_files",
     "sdcli.training.plot",
     "sdcli.training.unet.session",
 ]

@@ -27,7 +27,7 @@ from sdcli.models.registry import load_registry
 from sdcli.request.input_files import input_files
 
 if TYPE_CHECKING:
-    from sdcli.generation.codec import Decoded
+    from sdcli.generation.decode_files import DecodeResult
 
 LATENTS = frozenset({".safetensors", ".latent", ".npy"})
 
@@ -91,7 +91,9 @@ def command(
     files = input_files(latents, suffixes=LATENTS, kind="latent files")
     stop = GracefulStop(console).install()
 
-    from sdcli.generation.codec import DecodeSettings, check_output, decode_all
+    from sdcli.generation.decode_files import DecodeSettings, decode_files
+    from sdcli.generation.model_cache import ModelCache
+    from sdcli.generation.vae_output import check_output
 
     settings = DecodeSettings(
         outdir=outdir or DecodeSettings.outdir,
@@ -101,12 +103,12 @@ def command(
         tiled=tile,
         overwrite=overwrite,
     )
-    check_output(settings)
-    run = RunSettings(device=device, dtype=dtype, offline=offline)
+    check_output(settings.outdir, settings.output)
+    cache = ModelCache(RunSettings(device=device, dtype=dtype, offline=offline))
     alone = len(latents) == 1 and not latents[0].is_dir()
     errors: list[SdcliError] = []
     count = 0
-    for event in decode_all(files, registry, run, settings, model=model, stop=stop):
+    for event in decode_files(files, registry, cache, settings, model=model, stop=stop):
         if count == 1 and alone and errors:
             console.warn(str(errors[0]))  # it is not the only image, so it does not end the process
         count += 1
@@ -126,7 +128,7 @@ def _format(output: Path | None, image_format: ImageFormat | None) -> ImageForma
     return named
 
 
-def _report(event: Decoded, console: Console, *, told: bool) -> None:
+def _report(event: DecodeResult, console: Console, *, told: bool) -> None:
     """One image as one line; a failure's sentence goes to stderr, where nobody else tells it."""
     for note in event.notes:
         console.warn(note)

@@ -27,7 +27,7 @@ from sdcli.request.input_files import input_files
 from sdcli.request.schema import parse_size
 
 if TYPE_CHECKING:
-    from sdcli.generation.codec import Encoded
+    from sdcli.generation.encode_files import EncodeResult
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 INPUT, OUTPUT, RUN = "Images", "Output", "The run"
@@ -132,7 +132,9 @@ def command(
     files = input_files(images, suffixes=IMAGES, kind="pictures")
     stop = GracefulStop(console).install()
 
-    from sdcli.generation.codec import Codec, EncodeSettings, check_output, encode_all
+    from sdcli.generation.encode_files import EncodeSettings, encode_files
+    from sdcli.generation.model_cache import ModelCache
+    from sdcli.generation.vae_output import check_output
 
     settings = EncodeSettings(
         outdir=outdir or EncodeSettings.outdir,
@@ -146,21 +148,22 @@ def command(
         check=check,
         overwrite=overwrite,
     )
-    check_output(settings)
+    check_output(settings.outdir, settings.output)
     console.note(f"loading the VAE of {spec.name}")
-    codec = Codec.load(spec, RunSettings(device=device, dtype=dtype, offline=offline))
+    cache = ModelCache(RunSettings(device=device, dtype=dtype, offline=offline))
     alone = len(images) == 1 and not images[0].is_dir()
     errors: list[SdcliError] = []
     decibels: list[float] = []
     count, printed = 0, None
-    for event in encode_all(files, codec, settings, stop=stop):
-        count += 1
-        errors += [event.error] if event.error is not None else []
-        decibels += [event.psnr] if event.psnr is not None else []
-        named = event.path == printed and not as_json and not check  # a packed file is printed once
-        if not named or event.error is not None:
-            _report(event, console, alone=alone)
-        printed = event.path if event.error is None else printed
+    with cache.lease_vae(spec) as vae:
+        for event in encode_files(files, vae, settings, stop=stop):
+            count += 1
+            errors += [event.error] if event.error is not None else []
+            decibels += [event.psnr] if event.psnr is not None else []
+            named = event.path == printed and not as_json and not check  # a packed file is printed once
+            if not named or event.error is not None:
+                _report(event, console, alone=alone)
+            printed = event.path if event.error is None else printed
     if decibels:
         mean = sum(decibels) / len(decibels)
         text = f"mean PSNR {_decibels(mean)} over {len(decibels)} images"
@@ -175,7 +178,7 @@ def _size(text: str) -> tuple[int, int]:
     return size
 
 
-def _report(event: Encoded, console: Console, *, alone: bool) -> None:
+def _report(event: EncodeResult, console: Console, *, alone: bool) -> None:
     """One image as one line: the path, with --check and its PSNR; the sentence of a failure goes to stderr."""
     for note in event.notes:
         console.warn(f"{event.source}: {note}")

@@ -347,16 +347,19 @@ def _generate(
             console.warn(f"no contact sheet of the sweep: {error}")
             sheet = None
     stop = GracefulStop(console).install()
-    from sdcli.generation.engine import Engine, Note, Phase, Progress
+    from sdcli.generation.events import Note, Phase, Progress
+    from sdcli.generation.model_cache import ModelCache
+    from sdcli.generation.service import generate
+    from sdcli.generation.writer import Writer
 
-    engine = Engine(registry, run, settings, stop=stop)
+    cache, writer = ModelCache(run), Writer(settings, journal)
     renderable = best_renderable() if show else None
     paths: dict[int, Path] = {}
     with ProgressDisplay(console, images=preview == TERMINAL) as display:
         watched = None
         if preview is not None:
             watched = Preview(display.image if preview == TERMINAL else to_file(Path(preview)), warn=console.warn)
-        for event in engine.generate_all(good, journal=journal):
+        for event in generate(good, cache, writer, stop=stop):
             if isinstance(event, Phase):
                 display.phase(event)
             elif isinstance(event, Progress):

@@ -22,7 +22,8 @@ from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.request.input_files import is_latents
 from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.autoencoder import generators_for, initial_noise, scaled, scaling_factor, shift_factor
-from sdcli.vae.latent_space import LatentSpace, Report, Space, decode_with_fallbacks, quiet
+from sdcli.vae.decode import decode_with_fallbacks
+from sdcli.vae.latent_space import LatentSpace, Report, Space, quiet
 
 Generators = Sequence[torch.Generator]
 """One per image."""

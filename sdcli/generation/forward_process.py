@@ -17,8 +17,10 @@ from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import fit, from_pixels
 from sdcli.models.loader import LoadedModel, load_model
 from sdcli.models.registry import ModelSpec, described
-from sdcli.vae.autoencoder import drawn, generators_for, initial_noise, moments_with_fallbacks
-from sdcli.vae.latent_space import LatentSpace, PixelSpace, decode_with_fallbacks, in_pixel_space
+from sdcli.vae.autoencoder import drawn, generators_for, initial_noise
+from sdcli.vae.decode import decode_with_fallbacks
+from sdcli.vae.encode import moments_with_fallbacks
+from sdcli.vae.latent_space import LatentSpace, PixelSpace, in_pixel_space
 
 Notes = tuple[str, ...]
 """Fallbacks that a result needed, such as tiled decoding."""

@@ -17,11 +17,15 @@ from PIL import Image
 
 import sdcli
 from sdcli.errors import SdcliError
-from sdcli.generation.codec import Codec, DecodeSettings, EncodeSettings, decode_all, encode_all
-from sdcli.generation.engine import Engine, Result
+from sdcli.generation.decode_files import DecodeSettings, decode_files
+from sdcli.generation.encode_files import EncodeSettings, encode_files
+from sdcli.generation.events import Result
+from sdcli.generation.model_cache import ModelCache
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
+from sdcli.generation.service import generate
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
+from sdcli.generation.writer import Writer
 from sdcli.images.image_files import open_image
 from sdcli.images.pixels import to_pixels
 from sdcli.io.devices import cpu_has_bfloat16, free_memory, pick_dtype
@@ -104,43 +108,47 @@ class _Trial:
     def __post_init__(self) -> None:
         file = packaged_registry_file()  # without the user's own, which may be what is broken
         self.registry = Registry(default="tiny", models=read_registry_file(file)[1], files=(file,))
-        self.engine = Engine(self.registry, self.run, OutputSettings(outdir=self.folder, template="first"))
+        self.cache = ModelCache(self.run)
         self.image, self.again = self.folder / "first.png", self.folder / "second.png"
         self.latents, self.decoded = self.folder / "first.safetensors", self.folder / "decoded.png"
 
     def generate(self) -> None:
-        self._paint("first")
+        self._generate("first")
         with Image.open(self.image) as image:
             image.load()
 
     def repetition(self) -> None:
-        self._paint("second")
+        self._generate("second")
         _expect(self.image.read_bytes() == self.again.read_bytes(), "the same request gave other bytes")
 
     def metadata(self) -> None:
         record = read_image(self.image).record
-        _expect(record is not None and record.request == self._job().request, "the record is not the request")
+        _expect(
+            record is not None and record.request.key() == self._job().request.key(), "the record is not the request"
+        )
 
     def verify(self) -> None:
         verdict = verify_image(self.image, self.registry, self.run)
         _expect(verdict.identical, verdict.sentence())
 
     def encode(self) -> None:
-        codec, settings = self._codec(), EncodeSettings(output=self.latents)
-        (event,) = encode_all([InputFile(self.image, PurePosixPath("first"))], codec, settings)
+        with self.cache.lease_vae(self.registry.find("tiny")) as vae:
+            files = [InputFile(self.image, PurePosixPath("first"))]
+            (event,) = encode_files(files, vae, EncodeSettings(output=self.latents))
+            expected, _ = vae.encode([to_pixels(open_image(self.image))], seeds=None)
         if event.error is not None:
             raise event.error
-        expected, _ = codec.encode([to_pixels(open_image(self.image))], seeds=None)
         stored = read_latents(self.latents).latents
         _expect(torch.equal(stored, expected), "the file holds other latents than the VAE made")
 
     def decode(self) -> None:
         settings = DecodeSettings(output=self.decoded)
         files = [InputFile(self.latents, PurePosixPath("first"))]
-        (event,) = decode_all(files, self.registry, self.run, settings)
+        (event,) = decode_files(files, self.registry, self.cache, settings)
         if event.error is not None:
             raise event.error
-        expected, _ = self._codec().decode(read_latents(self.latents).latents[0])
+        with self.cache.lease_vae(self.registry.find("tiny")) as vae:
+            expected, _ = vae.decode(read_latents(self.latents).latents[0])
         same = open_image(self.decoded).tobytes() == expected.tobytes()
         _expect(same, "the file holds another image than the VAE made")
 
@@ -149,14 +157,11 @@ class _Trial:
         assert isinstance(job, ResolvedJob)
         return job
 
-    def _paint(self, name: str) -> None:
-        self.engine.output = OutputSettings(outdir=self.folder, template=name)
-        (result,) = (event for event in self.engine.generate_all([self._job()]) if isinstance(event, Result))
+    def _generate(self, name: str) -> None:
+        writer = Writer(OutputSettings(outdir=self.folder, template=name))
+        (result,) = (event for event in generate([self._job()], self.cache, writer) if isinstance(event, Result))
         if result.error is not None:
             raise result.error
-
-    def _codec(self) -> Codec:
-        return Codec.load(self.registry.find("tiny"), self.run)
 
 
 def _expect(holds: bool, otherwise: str) -> None:

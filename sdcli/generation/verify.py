@@ -1,4 +1,4 @@
-"""Paint an image again from its own record, and say whether it is identical, or what differs."""
+"""Generate an image again from its own record, and compare: identical, or which weights and versions differ."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
-from sdcli.errors import BadOutput, SdcliError, UsageError
-from sdcli.generation.engine import DecodedImage, Engine, provenance
+from sdcli.errors import BadOutput, UsageError
+from sdcli.generation.events import Failed, Generated
+from sdcli.generation.model_cache import ModelCache
+from sdcli.generation.plan import Batch
+from sdcli.generation.provenance import provenance
 from sdcli.generation.resolve.jobs import ResolvedJob
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.run_batch import run_batch
+from sdcli.generation.settings import RunSettings
 from sdcli.images.image_files import pixels_digest
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
@@ -24,7 +28,7 @@ from sdcli.request.schema import ResolvedRequest, first_problem
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of generating an image again."""
+    """The comparison of an image with the one generated again."""
 
     path: str
     identical: bool
@@ -35,7 +39,7 @@ class Verdict:
     edited: bool
     """The file's own pixels are no longer those that were generated (lossless formats only)."""
     differences: tuple[str, ...]
-    """Weights, versions, device and dtype that are not what the record says."""
+    """Weights, versions, device and dtype that differ from the record."""
 
     def sentence(self) -> str:
         """One line for people."""
@@ -61,7 +65,7 @@ class Verdict:
 
 
 def verify_image(path: Path, registry: Registry, run: RunSettings) -> Verdict:
-    """Paint the request in an image's record, in a batch of the recorded size and at the same place in it.
+    """Generate the request in an image's record, in a batch of the recorded size and at the same place in it.
 
     Raises UsageError for an image without an sdcli record, and what generating raises.
     """
@@ -75,22 +79,19 @@ def verify_image(path: Path, registry: Registry, run: RunSettings) -> Verdict:
     size, position = (batch.get("size", 1), batch.get("index", 0)) if isinstance(batch, dict) else (None, None)
     if not (isinstance(size, int) and isinstance(position, int) and 0 <= position < size <= 256):
         raise UsageError(f"{path}: its record has an impossible batch, {batch!r}")
-    engine = Engine(registry, replace(run, batch_size=size), OutputSettings())
     try:
         request = ResolvedRequest.model_validate(dict(info.record.request))
     except ValidationError as invalid:
         raise UsageError(f"{path}: its record is incomplete: {first_problem(invalid)}") from None
     jobs = [ResolvedJob.of(index, request, registry) for index in range(size)]
-    painted = None
-    for event in engine.run_batch(jobs, {position}):
-        error = getattr(event, "error", None)
-        if isinstance(error, SdcliError):
-            raise error
-        painted = event if isinstance(event, DecodedImage) else painted
-    assert painted is not None
-    now = from_pixels(painted.pixels)
-    pipeline = engine.pipeline_for(request)
-    return _compare(path, facts, now, provenance(pipeline, fallbacks=painted.fallbacks))
+    with ModelCache(replace(run, safety="off")).lease(jobs[0]) as lease:
+        for event in run_batch(lease, Batch(tuple(jobs), frozenset({position}))):
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Generated):
+                now = provenance(lease.pipeline, fallbacks=event.fallbacks)
+                return _compare(path, facts, from_pixels(event.pixels), now)
+    raise AssertionError("run_batch ends each wanted job")
 
 
 def _compare(path: Path, then: dict[str, Any], image: Image.Image, now: dict[str, Any]) -> Verdict:

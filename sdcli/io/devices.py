@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 from pathlib import Path
 
@@ -71,18 +70,3 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc accepts
         mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def free_caches() -> None:
-    """Give cached memory back before the next attempt."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out: torch has a class for CUDA and a sentence for the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sdcli.encoders.clip_vision import CONFIG, ImageEncoder, Look, load_image_encoder
 from sdcli.errors import BadWeights, NotFound, UsageError, first_line
-from sdcli.io.devices import out_of_memory
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import UNet2DConditionModel
+from sdcli.io.out_of_memory import out_of_memory
 from sdcli.io.weight_files import finished
 from sdcli.io.weights import read_tensors
 from sdcli.models.adapter_files import ip_adapter_path, pinned_ip_adapter

@@ -13,7 +13,7 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated, UsageError
 from sdcli.io import rng
-from sdcli.io.devices import out_of_memory, pick_device
+from sdcli.io.devices import pick_device
+from sdcli.io.out_of_memory import out_of_memory
+from sdcli.training.evaluation import evaluating
 from sdcli.training.events import (
     CheckpointSaved,
     Event,
@@ -262,7 +264,7 @@ class Trainer:
         """Validate in the first process; the copies of the others are equal."""
         if self.accelerator.is_main_process:
             networks = self._final_networks()
-            with _evaluation_mode(networks.values()), torch.no_grad():
+            with evaluating(networks.values()), torch.no_grad():
                 figures = self.task.validate(networks)
             if figures:
                 yield ValidationMetrics(done, figures)
@@ -272,7 +274,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             try:
                 networks = self._final_networks()
-                with _evaluation_mode(networks.values()), torch.no_grad():
+                with evaluating(networks.values()), torch.no_grad():
                     paths = self.task.samples(networks, done, self.run / "samples")
                 if paths:
                     yield SamplesSaved(done, paths)
@@ -368,19 +370,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextlib.contextmanager
-def _evaluation_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Switch dropout and the like off inside the block; afterwards each layer is in the mode it was in before."""
-    layers = [layer for network in networks for layer in network.modules() if layer.training]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = True
 
 
 def _due(every: int | None, done: int) -> bool:

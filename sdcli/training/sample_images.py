@@ -1,4 +1,4 @@
-"""What a UNet generates while it is being trained: fixed prompts and seeds, through the engine of `generate`."""
+"""What a UNet generates while it is being trained: fixed prompts and seeds, through the service behind `generate`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import nn
 
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.encoders.tokenizer import ClipTokenizer
-from sdcli.generation.engine import generate_images
+from sdcli.generation.model_cache import Lease
+from sdcli.generation.plan import Limits
+from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.resolve.resolve import resolve
+from sdcli.generation.service import generate_images
 from sdcli.images.contact_sheet import contact_sheet, write_sheet
 from sdcli.images.pixels import from_pixels
 from sdcli.io.files import write_whole
@@ -25,6 +28,7 @@ from sdcli.models.registry import ModelDefaults, ModelSpec
 from sdcli.models.sources import FolderSource
 from sdcli.request.fields import Control, FileRef
 from sdcli.request.schema import GenerationRequest
+from sdcli.training.evaluation import evaluating
 from sdcli.training.task import Networks
 
 MAX_IMAGES = 16
@@ -68,7 +72,6 @@ class SampleSheet:
         )
         for network in self.frozen.values():
             network.to(model.device)
-        pipeline = Pipeline.of(model)
         requests = [
             resolve(
                 GenerationRequest(prompt=prompt, prompt_syntax="plain", seed=seed, steps=self.steps, controls=controls),
@@ -76,7 +79,10 @@ class SampleSheet:
             )
             for seed, (prompt, controls) in enumerate(zip(self.prompts, self._controls(folder), strict=True))
         ]
-        images = [from_pixels(painted.pixels) for painted in generate_images(pipeline, requests)]
+        jobs = [ResolvedJob(index, request, model.spec) for index, request in enumerate(requests)]
+        with evaluating(model.parts.values()):
+            generated = generate_images(Lease(Pipeline.of(model)), jobs, Limits(on_gpu=model.device.type == "cuda"))
+        images = [from_pixels(one.pixels) for one in generated]
         labels, columns = [request.prompt for request in requests], None
         if self.maps:  # each map next to its image
             columns = 2 * math.ceil(math.sqrt(len(images) / 2))

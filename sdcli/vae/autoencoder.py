@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sdcli.errors import OutOfMemory
-from sdcli.io.devices import free_caches, free_memory, out_of_memory
+from sdcli.io.devices import free_memory
 from sdcli.io.lean_diffusers import VAE, AutoencoderTiny
 from sdcli.vae.config import cell_of
 
@@ -43,39 +42,6 @@ def moments(vae: VAE, pixels: Tensor, *, tiled: bool = False) -> Moments:
     if isinstance(vae, AutoencoderTiny):
         return encoded.latents.float().cpu(), None
     return encoded.latent_dist.mean.float().cpu(), encoded.latent_dist.logvar.float().cpu()
-
-
-def moments_with_fallbacks(vae: VAE, pixels: Sequence[Tensor]) -> tuple[Moments, tuple[str, ...]]:
-    """The `moments` of pixels [3, H, W] of equal size, and what had to be done for them: one by one, tiles.
-
-    Raises OutOfMemory.
-    """
-    tiled = not fits_in_memory(vae, *pixels[0].shape[1:])
-    notes: tuple[str, ...] = ("encoded in tiles: the whole image would not fit into memory",) if tiled else ()
-    found = _try_moments(vae, pixels, tiled=tiled)
-    if found is None and len(pixels) > 1:
-        singles = [moments_with_fallbacks(vae, [one]) for one in pixels]
-        means, logvars = zip(*(moments for moments, _ in singles), strict=True)
-        halved = f"batch of {len(pixels)} encoded one by one: out of memory"
-        notes = (halved, *dict.fromkeys(note for _, theirs in singles for note in theirs))
-        return (torch.cat(means), None if logvars[0] is None else torch.cat(logvars)), notes
-    if found is None and not tiled:
-        notes = ("encoded in tiles: out of memory",)
-        found = _try_moments(vae, pixels, tiled=True)
-    if found is None:
-        raise OutOfMemory("out of memory while encoding a single image, even in tiles; try a smaller --size")
-    return found, notes
-
-
-def _try_moments(vae: VAE, pixels: Sequence[Tensor], *, tiled: bool) -> Moments | None:
-    try:
-        # in the layout that diffusers' image processor gives, to which convolutions round bit for bit alike
-        return moments(vae, torch.stack(list(pixels)).contiguous(memory_format=torch.channels_last), tiled=tiled)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-    free_caches()
-    return None
 
 
 @torch.inference_mode()

@@ -120,9 +120,7 @@ def read_latents(path: Path, *, scaled: bool | None = None) -> LatentFile:
         latents = _checked(path, _read_tensor(path, _TENSOR, header))
         if record is not None:
             if len(record.source) not in (0, len(latents)):
-                raise BadLatents(
-                    f"{path} holds {len(latents)} latents, its record lists {len(record.source)} images"
-                )
+                raise BadLatents(f"{path} holds {len(latents)} latents, its record lists {len(record.source)} images")
             return LatentFile(latents=latents, scaled=record.scaled, record=record)
         return LatentFile(latents=latents if _MARKER in header else latents * (1.0 / COMFYUI_FACTOR), scaled=False)
     if len(names) != 1:

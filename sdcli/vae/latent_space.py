@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sdcli.errors import BadOutput, OutOfMemory
-from sdcli.io.devices import free_caches, out_of_memory
 from sdcli.io.lean_diffusers import VAE
 from sdcli.vae import autoencoder
+from sdcli.vae.encode import moments_with_fallbacks
 
 Report = Callable[[str], None]
 """Receives a sentence for each fallback, used because memory ran out or numbers went wrong."""
@@ -72,7 +71,7 @@ class LatentSpace:
         rows = []
         for one, generator in zip(pixels, generators, strict=True):
             if one not in self._moments:
-                self._moments[one] = autoencoder.moments_with_fallbacks(self.vae, [one])
+                self._moments[one] = moments_with_fallbacks(self.vae, [one])
             moments, notes = self._moments[one]
             for note in notes:
                 report(note)
@@ -134,51 +133,3 @@ def in_pixel_space(pixels: Tensor, *, channels: int) -> Tensor:
     """Pixels [3, H, W] in 0..1 -> x_0 [C, H, W] in -1..1; grey (C = 1) is the mean of the channels."""
     chosen = pixels.mean(dim=0, keepdim=True) if channels == 1 else pixels
     return chosen * 2 - 1
-
-
-def decode_with_fallbacks(
-    space: Space, latents: Tensor, *, tiled: bool = False, may_be_black: bool = False
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Latents [C, h, w] -> pixels [3, H, W] and what had to be done for it: tiles, the CPU, float32.
-
-    `tiled` asks for tiles from the start. A black image of a VAE counts as a failure, unless it `may_be_black`: then
-    only NaN does. The latents are kept through every attempt. Raises OutOfMemory and BadOutput.
-    """
-    if not latents.isfinite().all():
-        raise BadOutput("the latents are not finite (NaN); try --dtype float32")
-    may_be_black = may_be_black or not space.black_is_wrong
-    notes: tuple[str, ...] = ()
-    if not tiled and not space.fits_in_memory(latents):
-        tiled = True
-        notes = ("decoded in tiles: the whole image would not fit into memory",)
-    pixels = _try_decode(space, latents, tiled=tiled)
-    if pixels is None and not tiled:
-        notes = ("decoded in tiles: out of memory",)
-        pixels = _try_decode(space, latents, tiled=True)
-    if pixels is None and space.device.type != "cpu":
-        notes = (*notes, "decoded on the CPU: out of memory")
-        pixels = _try_decode(space.moved(device="cpu"), latents.cpu(), tiled=True)
-    if pixels is None:
-        raise OutOfMemory("out of memory while decoding, even in tiles; try a smaller --size")
-    if wrong(pixels, may_be_black=may_be_black) and space.dtype != torch.float32:
-        notes = (*notes, "decoded in float32: the half-precision VAE gave no image")
-        pixels = _try_decode(space.moved(dtype=torch.float32), latents, tiled=tiled)
-    if pixels is None or wrong(pixels, may_be_black=may_be_black):
-        kind = "NaN" if pixels is None or not pixels.isfinite().all() else "all black"
-        raise BadOutput(f"the decoded image is {kind}; nothing was saved")
-    return pixels, notes
-
-
-def wrong(pixels: Tensor, *, may_be_black: bool = False) -> bool:
-    """Whether a decoded image is no image: NaN somewhere, or black everywhere."""
-    return not bool(pixels.isfinite().all()) or (float(pixels.max()) == 0.0 and not may_be_black)
-
-
-def _try_decode(space: Space, latents: Tensor, *, tiled: bool) -> Tensor | None:
-    try:
-        return space.decode(latents[None], tiled=tiled)[0]
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-    free_caches()
-    return None

@@ -23,7 +23,7 @@ from sdcli.cli.ui.preview import SHARE, Preview, Throttle
 from sdcli.cli.ui.terminal_images import BELOW, HalfBlocks
 from sdcli.diffusion.pipeline import space_of
 from sdcli.errors import CannotWrite, SdcliError, UsageError
-from sdcli.generation.engine import Progress
+from sdcli.generation.events import Progress
 from sdcli.images.contact_sheet import KEY
 from sdcli.io.files import AlreadyExists
 from sdcli.models.loader import load_model
@@ -99,7 +99,7 @@ def test_a_short_run_is_shown_once_at_its_end_and_what_cannot_be_seen_is_not() -
     preview = Preview(shown.append, Throttle(lambda: next(ticks) / 1000), warn=shown.append)
     for last in (None, "first", "second"):
         for index in range(3):
-            preview.step(Progress(index, 3, 1, lambda last=last: last))  # type: ignore[misc]
+            preview.step(Progress((1,), index, 3, lambda last=last: last))  # type: ignore[misc]
     assert shown == ["first"]
 
 
@@ -110,7 +110,7 @@ def test_a_preview_that_cannot_be_written_is_told_once_and_ends_nothing() -> Non
     told: list[str] = []
     preview = Preview(full, warn=told.append)
     for index in range(3):
-        preview.step(Progress(index, 1, 1, lambda: "a guess"))  # type: ignore[arg-type, return-value]
+        preview.step(Progress((1,), index, 1, lambda: "a guess"))  # type: ignore[arg-type, return-value]
     assert told == ["there is no preview any more: the disk is full"]
 
 

@@ -130,10 +130,10 @@ BAR_OF_GENERATE = """
 import time
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.progress import ProgressDisplay
-from sdcli.generation.engine import Phase
+from sdcli.generation.events import Phase
 console = Console()
 with ProgressDisplay(console) as display:
-    display.phase(Phase("load", "a model", 0))
+    display.phase(Phase("load", (1,), "a model"))
     console.result("the result")
 """
 

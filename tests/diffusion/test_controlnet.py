@@ -31,10 +31,10 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadImage, BadWeights, NotFound, Offline, SdcliError, UsageError
-from sdcli.generation.engine import Engine, generate_images, plan
+from sdcli.generation.plan import Limits, plan
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.preprocessors import PREPROCESSORS, control_map
 from sdcli.io.files import AlreadyExists
@@ -46,6 +46,7 @@ from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.ldm import ldm_controlnet
 from tests.oracle import Batch, comparable, latents, prompts, reference_latents
+from tests.service import cache_of, generate_images, pipeline_for
 from tests.tiny import save_tiny_controlnet, save_tiny_pipeline, save_tiny_sdxl
 
 STEPS = 5
@@ -288,7 +289,7 @@ def test_each_image_of_a_batch_has_its_own_map(tiny_folder: Path, files: Path) -
     own = pipeline(tiny_folder, files)
     requests = [resolved(own, controls=f"{files}/one={files}/{name}.png") for name in "ab"]
     jobs = [ResolvedJob(n, request, own.model.spec) for n, request in enumerate(requests)]
-    assert len(plan(jobs, RunSettings(batch_size=2))) == 1
+    assert len(plan(jobs, Limits(2))) == 1
     together = generate_images(own, requests, batch_size=2)
     for n, request in enumerate(requests):
         company = generate_images(own, [request, request], batch_size=2)[0]
@@ -476,19 +477,21 @@ def test_another_image_under_the_same_name_is_not_painted_from(tiny_folder: Path
         next(sample(own, [request]))
 
 
-def test_the_engine_keeps_what_goes_on_and_lets_the_rest_go(tiny_folder: Path, files: Path) -> None:
-    engine = Engine(load_registry(), RunSettings(device="cpu"), OutputSettings())
+def test_the_cache_keeps_controlnets_that_the_next_job_needs_and_drops_the_others(
+    tiny_folder: Path, files: Path
+) -> None:
+    cache = cache_of()
     asked = {name: GenerationRequest(model=str(tiny_folder), controls=(f"{files}/{name}=x",)) for name in NAMES}  # type: ignore[arg-type]
     both = asked["one"].model_copy(update={"controls": asked["one"].controls + asked["two"].controls})
-    first = engine.pipeline_for(asked["one"]).model.parts
-    second = engine.pipeline_for(both).model.parts
-    third = engine.pipeline_for(asked["two"]).model.parts
+    first = pipeline_for(cache, asked["one"]).model.parts
+    second = pipeline_for(cache, both).model.parts
+    third = pipeline_for(cache, asked["two"]).model.parts
     one, two = (f"controlnet:{files}/{name}" for name in NAMES)
     assert second[one] is first[one]
     assert third[two] is second[two]
     assert one not in third
     assert not [
-        name for name in engine.pipeline_for(GenerationRequest(model=str(tiny_folder))).model.parts if ":" in name
+        name for name in pipeline_for(cache, GenerationRequest(model=str(tiny_folder))).model.parts if ":" in name
     ]
 
 

@@ -18,10 +18,9 @@ from sdcli.diffusion.input_images import InputImages, measure
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadImage, BadOutput, NotFound, UsageError
-from sdcli.generation.engine import generate_images, plan
+from sdcli.generation.plan import Limits, plan
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import from_pixels
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry, spec_of_folder
@@ -33,6 +32,7 @@ from sdcli.vae import autoencoder
 from sdcli.vae.latent_space import LatentSpace
 from tests.oracle import comparable, latents, pipeline_of, prompts, reference_latents
 from tests.schedulers import DIFFUSION_SCHEDULERS
+from tests.service import generate_images, indices
 from tests.tiny import save_tiny_pipeline
 
 STEPS = 6
@@ -203,8 +203,7 @@ def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path
     given = {"init_image": str(files / "image.png"), "strength": 1.0}
     asked = [{}, {"mask": str(files / "mask.png")}, {"extend": "left=8", "width": 72}, {}]
     jobs = [ResolvedJob(n, resolve(parse_request({**given, **one}), spec), spec) for n, one in enumerate(asked)]
-    batches = plan(jobs, RunSettings(batch_size=4))
-    assert [[job.index for job in batch] for batch in batches] == [[0, 3], [1], [2]]
+    assert indices(plan(jobs, Limits(4))) == [[0, 3], [1], [2]]
 
 
 def test_a_variation_goes_from_one_seed_to_the_other(tiny: Pipeline) -> None:

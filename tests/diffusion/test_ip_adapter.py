@@ -27,10 +27,11 @@ from sdcli.diffusion.attention.sliced import SlicedSelfAttention
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadImage, BadWeights, NotFound, SdcliError, UsageError
-from sdcli.generation.engine import Engine, plan
+from sdcli.generation.model_cache import ModelCache
+from sdcli.generation.plan import Limits, plan
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.models.registry import load_registry
 from sdcli.request.fields import ImagePrompt
@@ -38,6 +39,7 @@ from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest, parse_request
 from tests.models.families.test_pixel_models import save_pixel_model
 from tests.oracle import comparable, prompts, reference_latents, reference_of
+from tests.service import cache_of, generate_files, indices, pipeline_for, pipeline_of, results
 from tests.tiny import save_tiny_controlnet, save_tiny_ip_adapter, save_tiny_pipeline, save_tiny_sdxl
 
 STEPS = 3
@@ -57,8 +59,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 
 
 @cache
-def engine(dtype: str = "float32") -> Engine:
-    return Engine(load_registry(), RunSettings(device="cpu", dtype=dtype, safety="off"), OutputSettings())  # type: ignore[arg-type]
+def cache(dtype: str = "float32") -> ModelCache:
+    return cache_of(dtype=dtype, safety="off")
 
 
 def resolved(model: Path, **fields: Any) -> GenerationRequest:
@@ -68,7 +70,7 @@ def resolved(model: Path, **fields: Any) -> GenerationRequest:
 
 def ours(model: Path, *requests: dict[str, Any], **fields: Any) -> Tensor:
     asked = [resolved(model, **fields, **request) for request in requests or ({},)]
-    *_, last = sample(engine().pipeline_for(asked[0]), asked)
+    *_, last = sample(pipeline_for(cache(), asked[0]), asked)
     return last.latents
 
 
@@ -81,7 +83,7 @@ def oracle(model: Path, files: Path, kind: type, *names: str, **more: Any) -> An
 
 def theirs(model: Path, reference: Any, *, scale: float, seeds: tuple[int, ...] = (3,), **given: Any) -> Tensor:
     batch = prompts(*["a cat"] * len(seeds), seeds=seeds)
-    config = engine().load(load_registry().find(str(model))).model.scheduler_config
+    config = pipeline_of(cache(), load_registry().find(str(model))).model.scheduler_config
     fields = {"steps": STEPS, "width": 64, "height": 48, "scheduler": "ddim", "config": config}
     return reference_latents(reference, batch, guidance_scale=scale, **fields, **given)
 
@@ -143,7 +145,7 @@ def test_a_later_image_without_an_adapter_is_as_before(tiny_folder: Path, files:
     assert not torch.equal(ours(tiny_folder, ip_adapters=prompts), before)
     assert torch.equal(ours(tiny_folder), before)
     with pytest.raises(UsageError, match="was loaded with other IP-Adapters"):
-        next(iter(sample(engine().pipeline_for(resolved(tiny_folder)), [resolved(tiny_folder, ip_adapters=prompts)])))
+        next(iter(sample(pipeline_for(cache(), resolved(tiny_folder)), [resolved(tiny_folder, ip_adapters=prompts)])))
 
 
 def test_an_image_prompt_is_of_the_prompt_alone_whatever_becomes_of_the_text(tiny_folder: Path, files: Path) -> None:
@@ -165,8 +167,8 @@ def test_the_image_weighs_more_the_larger_its_weight(tiny_folder: Path, files: P
 def test_the_maps_of_words_are_those_of_the_text_alone(tiny_folder: Path, files: Path) -> None:
     def maps(**fields: Any) -> Tensor:
         request = resolved(tiny_folder, **fields)
-        own = engine().pipeline_for(request)
-        with AttentionMaps(1).watching(own.model.unet) as watched:
+        own = pipeline_for(cache(), request)
+        with AttentionMaps(1).recording(own.model.unet) as watched:
             for _ in sample(own, [request]):
                 watched.step((6, 8))
         return next(iter(watched._sums.values()))
@@ -181,7 +183,7 @@ def test_the_maps_of_words_are_those_of_the_text_alone(tiny_folder: Path, files:
 
 def test_half_precision_on_the_cpu_keeps_its_own_self_attention(tiny_folder: Path, files: Path) -> None:
     request = resolved(tiny_folder, ip_adapters=f"{files}/models/plus.safetensors={files}/a.png")
-    own = engine("bfloat16").pipeline_for(request)
+    own = pipeline_for(cache("bfloat16"), request)
     processors = own.model.unet.attn_processors
     layers = [name for name in processors if name.endswith("attn1.processor")]
     assert layers
@@ -195,8 +197,7 @@ def test_jobs_that_differ_in_their_images_alone_are_one_batch(tiny_folder: Path,
     adapter = f"{files}/models/plain.safetensors"
     asked = [f"{adapter}={files}/a.png:0.5", f"{adapter}={files}/b.png:0.5", f"{adapter}={files}/a.png:0.6", []]
     jobs = [ResolvedJob.of(n, resolved(tiny_folder, ip_adapters=one), load_registry()) for n, one in enumerate(asked)]
-    batches = plan(jobs, RunSettings(batch_size=4))
-    assert [[job.index for job in batch] for batch in batches] == [[0, 1], [2], [3]]
+    assert indices(plan(jobs, Limits(4))) == [[0, 1], [2], [3]]
 
 
 def test_an_image_with_an_image_prompt_paints_again_from_its_record(
@@ -205,12 +206,9 @@ def test_an_image_with_an_image_prompt_paints_again_from_its_record(
     adapter = save_tiny_ip_adapter(tmp_path / "models", tiny_folder)
     (tmp_path / "seen.png").write_bytes((files / "a.png").read_bytes())
     request = resolved(tiny_folder, ip_adapters=f"{adapter}={tmp_path}/seen.png:0.6")
-    run, output = RunSettings(device="cpu", dtype="float32", safety="off"), OutputSettings(outdir=tmp_path / "out")
-    (result,) = [
-        e
-        for e in Engine(load_registry(), run, output).generate_all([ResolvedJob.of(1, request, load_registry())])
-        if hasattr(e, "status")
-    ]
+    run = RunSettings(device="cpu", dtype="float32", safety="off")
+    jobs = [ResolvedJob.of(1, request, load_registry())]
+    (result,) = results(generate_files(jobs, tmp_path / "out", cache=ModelCache(run)))
     assert result.path is not None, result.error
     assert verify_image(result.path, load_registry(), run).sentence().endswith(": identical")
     again = GenerationRequest.model_validate(request.model_dump())
@@ -264,7 +262,7 @@ def test_lines_of_a_prompt_file_have_image_prompts_too(tmp_path: Path) -> None:
 
 
 def loaded(model: Path, files: Path, adapter: Path) -> Pipeline:
-    return engine().pipeline_for(resolved(model, ip_adapters=f"{adapter}={files}/a.png"))
+    return pipeline_for(cache(), resolved(model, ip_adapters=f"{adapter}={files}/a.png"))
 
 
 def changed(adapter: Path, **tensors: Tensor | None) -> Path:
@@ -350,9 +348,7 @@ def test_the_first_encoder_that_fits_is_taken(tiny_folder: Path, files: Path, tm
     for weights in shared.glob("*.safetensors"):
         weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(BadWeights, match="is a pickle"):
-        Engine(load_registry(), RunSettings(device="cpu"), OutputSettings()).pipeline_for(
-            resolved(tiny_folder, ip_adapters=f"{adapter}={files}/a.png")
-        )
+        pipeline_for(cache_of(), resolved(tiny_folder, ip_adapters=f"{adapter}={files}/a.png"))
 
 
 def test_an_image_that_cannot_be_seen_fails_alone(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
@@ -364,11 +360,9 @@ def test_an_image_that_cannot_be_seen_fails_alone(tiny_folder: Path, files: Path
         ResolvedJob.of(n, resolved(tiny_folder, ip_adapters=f"{adapter}={one}"), load_registry())
         for n, one in enumerate(images)
     ]
-    pipeline = engine("float32")
-    pipeline.output = OutputSettings(outdir=tmp_path / "out")
-    results = [event for event in pipeline.generate_all(jobs) if hasattr(event, "status")]
-    assert [result.status for result in results] == ["failed", "failed", "done"]
-    assert all(isinstance(result.error, BadImage) for result in results[:2])
+    found = results(generate_files(jobs, tmp_path / "out", cache=cache()))
+    assert [result.status for result in found] == ["failed", "failed", "done"]
+    assert all(isinstance(result.error, BadImage) for result in found[:2])
 
 
 def test_a_model_without_captions_takes_no_image_prompt(files: Path, tmp_path: Path) -> None:

@@ -22,10 +22,9 @@ from sdcli.diffusion.predict import steps_by_timestep
 from sdcli.diffusion.sampling import sample, scheduler_for
 from sdcli.encoders.conditioning import emphasised
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
-from sdcli.generation.engine import Engine, Result, generate_images
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.metadata.read import read_image
 from sdcli.metadata.record import parse_record
@@ -36,7 +35,9 @@ from sdcli.request.fields import EmbeddingRef
 from sdcli.request.jobs import Line
 from sdcli.request.prompt_syntax import Chunk
 from sdcli.request.schema import GenerationRequest, parse_request
+from tests import service
 from tests.schedulers import DIFFUSION_SCHEDULERS
+from tests.service import generate_images, results
 
 
 @pytest.fixture(scope="module")
@@ -361,10 +362,8 @@ def generate_files(registry: Registry, folder: Path, prompts: list[str], **typed
     lines = [Line(0, {"prompt": prompt}) for prompt in prompts]
     options = {"model": "tiny", "seed": 7, "steps": 2, **typed}
     jobs = [job for job in expand(lines, options, registry, num_images=1, base_seed=5) if isinstance(job, ResolvedJob)]
-    run = RunSettings(device="cpu", batch_size=4)
-    output = OutputSettings(outdir=folder, template="{index}")
-    results = [e for e in Engine(registry, run, output).generate_all(jobs) if isinstance(e, Result)]
-    assert [result.error for result in results] == [None] * len(prompts)
+    found = results(service.generate_files(jobs, folder, template="{index}", run={"batch_size": 4}))
+    assert [result.error for result in found] == [None] * len(prompts)
 
 
 def test_a_distilled_model_refuses_and_and_a_second_scale(tiny: Pipeline) -> None:

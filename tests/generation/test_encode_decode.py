@@ -140,7 +140,7 @@ def test_the_round_trip_is_that_of_diffusers_bit_for_bit(model: str) -> None:
 
 
 def test_a_sample_is_drawn_as_diffusers_does_with_a_seed_of_the_image_itself() -> None:
-    from sdcli.generation.codec import seed_of
+    from sdcli.generation.encode_files import seed_of
 
     folder = folder_of(2)
     good("encode", folder, "-m", "tiny", "--sample", "--seed", "5")
@@ -417,19 +417,19 @@ def test_a_folder_without_images_is_said() -> None:
 def test_a_signal_ends_the_stream_after_the_image_in_hand(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sdcli.generation.codec import Codec
+    from sdcli.generation.loaded_vae import LoadedVae
 
     folder = folder_of(4)
-    encode = Codec.encode
+    encode = LoadedVae.encode
     calls: list[int] = []
 
-    def interrupted(self: Codec, *arguments: Any, **options: Any) -> Any:
+    def interrupted(self: LoadedVae, *arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return encode(self, *arguments, **options)
 
-    monkeypatch.setattr(Codec, "encode", interrupted)
+    monkeypatch.setattr(LoadedVae, "encode", interrupted)
     with pytest.raises(Interrupted):
         typer.main.get_command(app).main(["encode", str(folder), "-m", "tiny"], standalone_mode=False)
     printed = capsys.readouterr()
@@ -678,9 +678,9 @@ def test_a_folder_without_permission_ends_with_exit_8_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """As root everything is permitted but a disk that is mounted to be read."""
-    from sdcli.generation.codec import Codec
+    from sdcli.generation.loaded_vae import LoadedVae
 
-    monkeypatch.setattr(Codec, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(LoadedVae, "load", lambda *_: pytest.fail("the model was loaded"))
     draw(Path("a.png"))
     np.save("a.npy", np.zeros((4, 2, 2), dtype=np.float32))
     locked = Path("locked")

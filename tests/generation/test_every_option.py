@@ -13,14 +13,17 @@ from torch import Tensor
 
 from sdcli.diffusion.input_images import measure
 from sdcli.errors import BadWeights, SdcliError, UsageError
-from sdcli.generation.engine import DecodedImage, Engine, Result
+from sdcli.generation.events import Failed, Generated
+from sdcli.generation.model_cache import ModelCache
+from sdcli.generation.plan import Batch
 from sdcli.generation.resolve.jobs import BadJob, expand
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.run_batch import run_batch
 from sdcli.models.registry import load_registry
 from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest
 from tests.loras import random_pairs, save_diffusers
 from tests.models.families.test_pixel_models import ANIMALS, save_pixel_model
+from tests.service import cache_of, pipeline_of
 from tests.tiny import save_tiny_ip_adapter, save_tiny_pipeline, save_tiny_sd3, save_tiny_sdxl
 
 TEXT = {"prompt": "a (cat:1.4) and pomme", "size": "64x64", "steps": 4, "seed": 1, "scheduler": "ddim"}
@@ -110,11 +113,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(load_registry(), RunSettings(device="cpu", dtype="float32", batch_size=1), OutputSettings())
+def cache() -> ModelCache:
+    return cache_of(dtype="float32", batch_size=1)
 
 
-def painted(engine: Engine, model: Path, files: Path, fields: dict[str, Any]) -> Tensor | SdcliError:
+def painted(cache: ModelCache, model: Path, files: Path, fields: dict[str, Any]) -> Tensor | SdcliError:
     """The image, or why there is none."""
     given = {name: value for name, value in fields.items() if value is not None}
     for name in ("init_image", "mask"):
@@ -126,17 +129,17 @@ def painted(engine: Engine, model: Path, files: Path, fields: dict[str, Any]) ->
             "ip_adapters": ["=".join(str(files / one) for one in each.split("=")) for each in given["ip_adapters"]]
         }
     line = Line(0, given)
-    (job,) = expand([line], {"model": str(model)}, engine.registry, num_images=1, base_seed=0, measure=measure)
+    (job,) = expand([line], {"model": str(model)}, load_registry(), num_images=1, base_seed=0, measure=measure)
     if isinstance(job, BadJob):
         return job.error
     try:
-        *_, last = engine.run_batch([job], {job.index})
+        with cache.lease(job) as lease:
+            *_, last = run_batch(lease, Batch.of([job]))
     except SdcliError as error:
         return error
-    if isinstance(last, Result):
-        assert last.error is not None
+    if isinstance(last, Failed):
         return last.error
-    assert isinstance(last, DecodedImage)
+    assert isinstance(last, Generated)
     return last.pixels
 
 
@@ -147,16 +150,16 @@ def test_every_field_is_walked() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
 def test_each_field_changes_the_image_or_is_refused(
-    engine: Engine, models: dict[str, Path], files: Path, kind: str
+    cache: ModelCache, models: dict[str, Path], files: Path, kind: str
 ) -> None:
     if not (files / "lora.safetensors").exists():
-        save_lora(engine, models["sd1"], files / "lora.safetensors")
+        save_lora(cache, models["sd1"], files / "lora.safetensors")
         save_tiny_ip_adapter(files, models["sd1"])
     ignored = []
     for name, (context, value) in VALUES.items():
         around, value = KINDS[kind] | context, UNUSUAL.get((kind, name), value)
-        before = painted(engine, models[kind], files, around)
-        after = painted(engine, models[kind], files, around | {name: value})
+        before = painted(cache, models[kind], files, around)
+        after = painted(cache, models[kind], files, around | {name: value})
         if isinstance(after, SdcliError):
             misfit = name == "loras" and isinstance(after, BadWeights)  # a file for other networks
             assert misfit or isinstance(after, UsageError), f"{name} on {kind}: {type(after).__name__}: {after}"
@@ -165,6 +168,6 @@ def test_each_field_changes_the_image_or_is_refused(
     assert ignored == []
 
 
-def save_lora(engine: Engine, model: Path, path: Path) -> None:
-    unet = engine.load(engine.registry.find(str(model))).model.unet
+def save_lora(cache: ModelCache, model: Path, path: Path) -> None:
+    unet = pipeline_of(cache, load_registry().find(str(model))).model.unet
     save_diffusers(path, random_pairs({"unet": unet}, only="attn"))

@@ -19,7 +19,7 @@ from sdcli.diffusion.attention.maps import AttentionMaps, probabilities
 from sdcli.encoders.token_words import Context, find, words_of
 from sdcli.encoders.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.errors import SomeFailed, UsageError
-from sdcli.generation.observers.heatmap import overlay
+from sdcli.generation.observers.heatmap_files import overlay
 from sdcli.images.contact_sheet import KEY
 from sdcli.io.files import PACKAGE
 from sdcli.models.loader import LoadedModel, load_model
@@ -48,7 +48,7 @@ def watched(model: LoadedModel, condition: Tensor, *, images: int, size: tuple[i
     """The maps of one call of the UNet, not yet taken in; guided where there are more conditions than images."""
     x = torch.randn((images, 4, *size), generator=torch.Generator().manual_seed(0))
     x = x.repeat(len(condition) // images, 1, 1, 1)
-    with AttentionMaps(images).watching(model.unet) as maps:
+    with AttentionMaps(images).recording(model.unet) as maps:
         model.unet(x, torch.tensor(500), encoder_hidden_states=condition)
     return maps
 
@@ -102,7 +102,7 @@ def test_only_the_conditional_half_counts(tiny: LoadedModel) -> None:
 def test_the_unet_has_its_own_processors_again_whatever_happened(tiny: LoadedModel) -> None:
     before = dict(tiny.unet.attn_processors)
     with pytest.raises(RuntimeError):  # noqa: PT012, SIM117
-        with AttentionMaps(1).watching(tiny.unet):
+        with AttentionMaps(1).recording(tiny.unet):
             assert dict(tiny.unet.attn_processors) != before
             tiny.unet(torch.zeros(1, 3, 8, 8), torch.tensor(500), encoder_hidden_states=states(1))
     assert dict(tiny.unet.attn_processors) == before

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from sdcli.errors import Interrupted
-from sdcli.generation import codec, engine
+from sdcli.generation import run_batch
 from sdcli.generation import selftest as selftest_module
 from sdcli.generation.selftest import Check, checks, machine
 from sdcli.generation.settings import RunSettings
+from sdcli.vae import autoencoder
 from tests.conftest import Run
 
 NAMES = ["generate", "repetition", "metadata", "verify", "encode", "decode"]
@@ -53,8 +54,8 @@ def test_a_broken_user_registry_does_not_stop_it(sdcli: Run, tmp_path: Path) -> 
 def test_an_image_that_comes_out_otherwise_each_time_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = iter(range(100))
     monkeypatch.setattr(
-        engine,
-        "paint",
+        run_batch,
+        "sample",
         lambda pipeline, requests, **how: sample(
             pipeline, [r.model_copy(update={"seed": next(seeds)}) for r in requests], **how
         ),
@@ -68,7 +69,7 @@ def test_a_vae_that_fails_is_told_with_its_reason_and_the_rest_goes_on(monkeypat
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel for this machine")
 
-    monkeypatch.setattr(codec.latent_space, "moments", broken)
+    monkeypatch.setattr(autoencoder, "moments", broken)
     found = failures()
     assert found["encode"] == "no kernel for this machine"
     assert set(found) == {"encode", "decode"}
@@ -91,7 +92,7 @@ def test_a_signal_is_no_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object, **__: object) -> None:
         raise Interrupted("interrupted")
 
-    monkeypatch.setattr(engine, "sample", stopped)
+    monkeypatch.setattr(run_batch, "sample", stopped)
     with pytest.raises(Interrupted):
         list(checks(RunSettings(device="cpu")))
 

@@ -21,9 +21,8 @@ from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.diffusion.timesteps import last_timesteps
 from sdcli.diffusion.x0_prediction import x0_of, x0_predictor, x_t_and_x0
 from sdcli.errors import UsageError
-from sdcli.generation.engine import Engine
-from sdcli.generation.observers.trace import chosen
-from sdcli.generation.settings import OutputSettings, RunSettings, TraceSettings
+from sdcli.generation.observers.trace_images import chosen
+from sdcli.generation.settings import TraceSettings
 from sdcli.images.contact_sheet import GAP, KEY, LABEL_WIDTH
 from sdcli.io.files import AlreadyExists
 from sdcli.models.registry import load_registry
@@ -33,8 +32,9 @@ from tests.generation.test_encode_decode import (
     good,
     run,
 )
-from tests.generation.test_engine import jobs_of
+from tests.generation.test_service import jobs_of
 from tests.schedulers import DIFFUSION_SCHEDULERS
+from tests.service import cache_of, pipeline_for
 from tests.tiny import save_tiny_sdxl
 
 SD = {
@@ -96,7 +96,7 @@ def test_the_last_guess_of_a_refiner_is_what_euler_ends_with() -> None:
     registry = load_registry()
     fields = {"model": str(base), "refiner": str(refiner), "refiner_start": 0.5, "steps": 4, "scheduler": "euler"}
     (job,) = jobs_of(registry, "a cat", seed=1, width=64, height=64, **fields)
-    pipeline = Engine(registry, RunSettings(device="cpu"), OutputSettings()).pipeline_for(job.request)
+    pipeline = pipeline_for(cache_of(), job.request)
     guesses = x0_predictor(pipeline, job.request)
     for step in sample(pipeline, [job.request]):
         seen, guess = guesses(step)

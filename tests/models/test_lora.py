@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
-from sdcli.generation.engine import Engine, Event, Note, Result, plan
+from sdcli.generation.events import Event, Note, Result
+from sdcli.generation.plan import Limits, plan
 from sdcli.generation.resolve.inputs import find_loras
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.io.files import PACKAGE
 from sdcli.metadata.a1111 import a1111_text, read_a1111
@@ -39,6 +40,7 @@ from sdcli.request.schema import GenerationRequest, parse_request
 from tests.conftest import Run
 from tests.ldm import _unet_name
 from tests.loras import Pairs, random_pairs, save_diffusers, save_kohya, save_peft
+from tests.service import generate_files, indices
 from tests.training_runs import captioned_images, train_unet
 
 ATTENTION = "attn"
@@ -321,7 +323,7 @@ def test_a_weight_for_a_part_that_the_lora_does_not_change_is_refused(
     merged(model, f"{file}:0.5:0")
 
 
-# The engine
+# The service
 
 
 def jobs_of(*lines: dict[str, Any], **expanding: Any) -> list[ResolvedJob | BadJob]:
@@ -332,8 +334,7 @@ def jobs_of(*lines: dict[str, Any], **expanding: Any) -> list[ResolvedJob | BadJ
 
 def painted(folder: Path, jobs: list[Any], **run: Any) -> list[Event]:
     assert all(isinstance(job, ResolvedJob) for job in jobs), jobs
-    settings = OutputSettings(outdir=folder, template="{index}")
-    return list(Engine(load_registry(), RunSettings(device="cpu", batch_size=1, **run), settings).generate_all(jobs))
+    return generate_files(jobs, folder, template="{index}", run={"batch_size": 1, **run})
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +368,7 @@ def test_batches_hold_jobs_with_the_same_loras(loras: Path) -> None:
     lora = str(loras / "one.safetensors")
     asked = [{"prompt": "x"}, {"prompt": "y", "loras": [lora]}, {"prompt": "z"}, {"prompt": "w", "lora": f"{lora}:1"}]
     jobs: Any = jobs_of(*asked)
-    assert [[job.index for job in batch] for batch in plan(jobs, RunSettings(device="cpu"))] == [[1, 3], [2, 4]]
+    assert indices(plan(jobs, Limits())) == [[1, 3], [2, 4]]
 
 
 def test_a_lora_that_fits_in_part_is_told_and_one_that_does_not_fails_its_jobs_alone(

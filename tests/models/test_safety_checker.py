@@ -15,13 +15,16 @@ from PIL import Image
 from transformers import CLIPConfig
 
 from sdcli.errors import BadWeights
-from sdcli.generation.engine import Engine, Event, Phase, Progress, Result
+from sdcli.generation.events import Event, Phase, Progress, Result
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.service import generate
+from sdcli.generation.settings import OutputSettings
+from sdcli.generation.writer import Writer
 from sdcli.models.registry import load_registry
 from sdcli.models.safety_checker import load_safety_checker
 from sdcli.request.jobs import Line
 from tests.conftest import Run
+from tests.service import cache_of
 from tests.tiny import tiny_parts
 
 
@@ -71,7 +74,7 @@ def test_a_lenient_checker_flags_nothing(tmp_path: Path) -> None:
     assert not checker.flags(Image.new("RGB", (64, 48), "red"))
 
 
-def engine_for(folder: Path, outdir: Path) -> Iterator[Event]:
+def events_for(folder: Path, outdir: Path) -> Iterator[Event]:
     fields = {"prompt": "a cat", "model": str(folder), "width": 64, "height": 64, "steps": 2}
     registry = load_registry()
     jobs = [
@@ -79,14 +82,14 @@ def engine_for(folder: Path, outdir: Path) -> Iterator[Event]:
         for job in expand([Line(0, fields)], {}, registry, num_images=1, base_seed=1)
         if isinstance(job, ResolvedJob)
     ]
-    return Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=outdir)).generate_all(jobs)
+    return generate(jobs, cache_of(), Writer(OutputSettings(outdir=outdir)))
 
 
 def test_a_look_at_what_is_flagged_shows_nothing(strict: Path, tmp_path: Path) -> None:
     looks = []
-    for event in engine_for(strict, tmp_path):
+    for event in events_for(strict, tmp_path):
         if isinstance(event, Progress):
-            looks.append(event.look())
+            looks.append(event.preview())
     assert isinstance(event, Result)
     assert event.status == "flagged"
     assert [look is not None and look.getextrema() for look in looks] == [((255, 255),) * 3] * 2
@@ -95,7 +98,7 @@ def test_a_look_at_what_is_flagged_shows_nothing(strict: Path, tmp_path: Path) -
 def test_a_checker_that_cannot_be_read_is_found_before_painting(strict: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(strict, tmp_path / "copy")
     (copy / "safety_checker" / "config.json").write_text("{")
-    events = engine_for(copy, tmp_path / "out")
+    events = events_for(copy, tmp_path / "out")
     assert isinstance(next(events), Phase)
     with pytest.raises(BadWeights, match="--safety off paints without it"):
         next(events)

@@ -13,7 +13,7 @@ from sdcli.errors import BadImage, CannotWrite, UsageError
 from sdcli.io.files import check_folder, check_new, write_whole
 
 if TYPE_CHECKING:
-    from sdcli.generation.engine import Progress
+    from sdcli.generation.events import Progress
 
 TERMINAL = "terminal"
 SHARE = 0.05
@@ -63,7 +63,7 @@ class Preview:
         last = progress.index + 1 == progress.count
         if not self._fails and (self._throttle.due() or (last and not self._shown)):
             with self._throttle.spending():
-                image = progress.look()
+                image = progress.preview()
                 if image is None:
                     return
                 try:

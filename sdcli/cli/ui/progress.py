@@ -12,7 +12,7 @@ from sdcli.cli.ui.console import Console, plain_terminal, printable
 from sdcli.cli.ui.terminal_images import HalfBlocks
 
 if TYPE_CHECKING:
-    from sdcli.generation.engine import Phase, Progress
+    from sdcli.generation.events import Phase, Progress
 
 PHASES = {
     "load": "loading",

@@ -9,22 +9,22 @@ from sdcli.errors import SdcliError
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob
 
 if TYPE_CHECKING:
-    from sdcli.generation.engine import Result
+    from sdcli.generation.events import Result
 
 
 def report(result: Result, console: Console) -> None:
     """One result as one line: a path on stdout, or the object of --json."""
     seconds = result.seconds
     rest = {"path": str(result.path), "seconds": round(seconds, 3), "fallbacks": list(result.fallbacks)}
-    rest |= {"beside": [str(path) for path in result.beside]} if result.beside else {}
+    rest |= {"beside": [str(path) for path in result.side_files]} if result.side_files else {}
     if result.status == "skipped":
         console.detail(f"{result.path} is finished already")
     if result.status == "done" or console.json:
         console.result(str(result.path), **_fields(result.job, result.status), **rest)
     if result.status == "done":
         console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
-        if result.beside and not console.json:
-            console.note(f"beside it: {', '.join(str(path) for path in result.beside)}")
+        if result.side_files and not console.json:
+            console.note(f"beside it: {', '.join(str(path) for path in result.side_files)}")
 
 
 def report_failure(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdcli.errors import OutOfMemory
-from sdcli.io.devices import free_caches, out_of_memory
 from sdcli.io.lean_diffusers import VAE
+from sdcli.io.out_of_memory import free_caches, out_of_memory
 from sdcli.vae import autoencoder
 
 Moments = tuple[Tensor, Tensor | None]

@@ -38,7 +38,7 @@ def probabilities(attention: Any, hidden_states: Tensor, encoder_hidden_states: 
 
 @dataclass
 class AttentionMaps:
-    """The maps of a batch of `images`, filled step by step while `watching`.
+    """The maps of a batch of `images`, filled step by step within `recording`.
 
     Where each has several `prompts`, composed by guidance, L counts the tokens of all of them.
     """
@@ -50,9 +50,9 @@ class AttentionMaps:
     _count: int = 0
 
     @contextlib.contextmanager
-    def watching(self, unet: UNet) -> Iterator[AttentionMaps]:
-        """Within, every cross-attention of the UNet is noted; afterwards it has its own processors again."""
-        with other_processors(attention_layers(unet, ".attn2"), lambda own: _Watched(own, self._note)):
+    def recording(self, unet: UNet) -> Iterator[AttentionMaps]:
+        """Within, every cross-attention of the UNet is recorded; afterwards it has its own processors again."""
+        with other_processors(attention_layers(unet, ".attn2"), lambda own: _Recorded(own, self._note)):
             yield self
 
     def _note(self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
@@ -82,8 +82,8 @@ class AttentionMaps:
         return torch.stack(enlarged).sum(dim=0) / self._count
 
 
-class _Watched:
-    """An attention processor as diffusers defines them: another one, whose inputs are noted."""
+class _Recorded:
+    """An attention processor as diffusers defines them: another one, whose inputs are recorded."""
 
     def __init__(self, processor: Any, note: Callable[[Any, Tensor, Tensor], None]) -> None:
         self._processor, self._note = processor, note

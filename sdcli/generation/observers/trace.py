@@ -1,104 +1,88 @@
-"""The denoising of one image as images: a strip of chosen steps with labels, and an animation of them."""
+"""The trace of an image: x_t and the x0 prediction at chosen steps, as a strip and an animation."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
-from PIL import Image
+from torch import Tensor
 
-from sdcli.errors import UsageError
-from sdcli.generation.settings import TraceFormat
-from sdcli.images.contact_sheet import check_size, contact_sheet, sheet_bytes
-
-STRIP_SIDE, FRAME_SIDE = 256, 512
-"""Pixels of an image's longer side at most, in the strip and in the animation."""
-SMALL = 64
-"""Pixels a side; smaller images are enlarged towards it."""
-WHOLE_MS, SLOWEST_MS, HELD_MS = 4000, 400, 2000
-"""How long an animation takes, how long a frame stays at most, and how long the last one does."""
-_SAVE: dict[TraceFormat, dict[str, Any]] = {
-    "webp": {"format": "WEBP", "quality": 90},
-    "apng": {"format": "PNG"},
-    "gif": {"format": "GIF"},
-}
+from sdcli.diffusion.loop import Step
+from sdcli.diffusion.pipeline import Pipeline
+from sdcli.diffusion.x0_prediction import x0_predictor
+from sdcli.generation.events import SideFile
+from sdcli.generation.observers.observer import Decode
+from sdcli.generation.observers.trace_images import Moment, animation, check_chosen, chosen, strip
+from sdcli.generation.settings import TraceSettings
+from sdcli.images.pixels import from_pixels
+from sdcli.request.schema import ResolvedRequest
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One step: what the network was shown and what it made of it, decoded."""
+class TraceObserver:
+    """Traces every image of a batch."""
 
+    settings: TraceSettings
+
+    def check(self, pipeline: Pipeline, request: ResolvedRequest) -> None:
+        """Every image can be traced; the chosen steps are checked when their number is known."""
+
+    def record(
+        self, pipeline: Pipeline, requests: Sequence[ResolvedRequest], decode: Decode
+    ) -> AbstractContextManager[TraceRecording]:
+        """A recording without any step yet."""
+        return contextlib.nullcontext(TraceRecording(pipeline, requests, decode, self.settings))
+
+
+@dataclass(frozen=True)
+class _ChosenStep:
     number: int
-    """From 1."""
     count: int
     t: float
-    seen: Image.Image
-    guess: Image.Image
-    second_pass: bool = False
-
-    @property
-    def label(self) -> str:
-        """Its number and its timestep, in two lines."""
-        return f"{'pass 2, ' if self.second_pass else ''}step {self.number} of {self.count}\nt {self.t:.5g}"
+    x_t: Tensor
+    x0: Tensor
+    second_pass: bool
 
 
-def chosen(steps: int | tuple[int, ...] | None, count: int) -> set[int]:
-    """The numbers, from 1, of the steps that are asked for, of `count`: so many evenly spread, these, or (None) all."""
-    if isinstance(steps, tuple):
-        return {number for number in steps if number <= count}
-    if steps is None or steps >= count:
-        return set(range(1, count + 1))
-    return {1 + round(place * (count - 1) / max(1, steps - 1)) for place in range(steps)}
+@dataclass
+class TraceRecording:
+    """x_t and the x0 prediction of the chosen steps, on the CPU; they are decoded when the files are made."""
 
+    pipeline: Pipeline
+    requests: Sequence[ResolvedRequest]
+    decode: Decode
+    settings: TraceSettings
+    _steps: list[_ChosenStep] = field(default_factory=list)
+    _passes: int = 0
 
-def check_chosen(steps: int | tuple[int, ...] | None, count: int, size: tuple[int, int]) -> None:
-    """Raise UsageError for steps that are not among `count`, or too many for one strip of images of that size."""
-    if isinstance(steps, tuple) and max(steps) > count:
-        raise UsageError(f"--trace: there is no step {max(steps)}; this picture takes {count}")
-    width, height = _within(size, STRIP_SIDE)
-    check_size(2 * len(chosen(steps, count)), (width, height), enlarge=_enlarged((width, height)))
+    def __post_init__(self) -> None:
+        self._predict_x0 = x0_predictor(self.pipeline, self.requests[0])
 
+    def add(self, step: Step) -> None:
+        """Record a step if it is a chosen one."""
+        if step.index == 0:
+            self._passes += 1
+            if self._passes == 1:
+                check_chosen(self.settings.steps, step.count, self.requests[0].final_size)
+        if step.index + 1 in chosen(self.settings.steps, step.count):
+            x_t, x0 = self._predict_x0(step)
+            second = self._passes == 2
+            self._steps.append(_ChosenStep(step.index + 1, step.count, float(step.t), x_t.cpu(), x0.cpu(), second))
 
-def strip(moments: Sequence[Moment]) -> bytes:
-    """A PNG: above what the network was shown at each step, below what it guessed."""
-    cells = [_fitted(moment.seen, STRIP_SIDE) for moment in moments]
-    cells += [_fitted(moment.guess, STRIP_SIDE) for moment in moments]
-    labels = [moment.label for moment in moments] + ["guess of x_0"] * len(moments)
-    sheet = contact_sheet(cells, columns=len(moments), labels=labels, enlarge=_enlarged(cells[0].size))
-    steps = [{"step": m.number, "of": m.count, "t": round(m.t, 4), "second_pass": m.second_pass} for m in moments]
-    return sheet_bytes(sheet, {"steps": steps})
-
-
-def animation(moments: Sequence[Moment], *, format: TraceFormat) -> bytes:
-    """A frame for each step, what was shown beside what was guessed; all as large as the last one."""
-    size = _within(moments[-1].seen.size, FRAME_SIDE)
-    frames = [
-        contact_sheet(
-            [image.resize(size, Image.Resampling.BICUBIC) for image in (moment.seen, moment.guess)],
-            columns=2,
-            labels=[moment.label, "guess of x_0"],
-            enlarge=_enlarged(size),
-        )
-        for moment in moments
-    ]
-    each = min(SLOWEST_MS, WHOLE_MS // len(frames))
-    data = io.BytesIO()
-    durations = [*[max(20, each)] * (len(frames) - 1), HELD_MS]
-    frames[0].save(data, save_all=True, append_images=frames[1:], duration=durations, loop=0, **_SAVE[format])
-    return data.getvalue()
-
-
-def _fitted(image: Image.Image, side: int) -> Image.Image:
-    size = _within(image.size, side)
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _within(size: tuple[int, int], side: int) -> tuple[int, int]:
-    factor = min(1.0, side / max(size))
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-
-
-def _enlarged(size: tuple[int, int]) -> int:
-    return max(1, SMALL // max(size))
+    def files(self, position: int, pixels: Tensor) -> Iterator[SideFile]:
+        """The strip and the animation."""
+        moments = [
+            Moment(
+                step.number,
+                step.count,
+                step.t,
+                x_t=from_pixels(self.decode(step.x_t[position])),
+                x0=from_pixels(self.decode(step.x0[position])),
+                second_pass=step.second_pass,
+            )
+            for step in self._steps
+        ]
+        yield ".trace.png", strip(moments)
+        yield f".trace.{self.settings.format}", animation(moments, format=self.settings.format)

@@ -58,7 +58,8 @@ from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.encoders.conditioning import ClipReader, TextEncoding
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, NotFound, SomeFailed, UsageError
-from sdcli.generation.codec import Codec, EncodeSettings, encode_all
+from sdcli.generation.encode_files import EncodeSettings, encode_files
+from sdcli.generation.loaded_vae import LoadedVae
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import RunSettings
 from sdcli.images.image_files import open_image
@@ -524,9 +525,9 @@ def test_the_cache_holds_what_sdcli_encode_gives_bit_for_bit(
 ) -> None:
     for path in folder.iterdir():  # images of the size itself, so that nothing is resized
         frame(open_image(path), SIZE).save(path)
-    codec = Codec.load(load_registry().find(str(tiny_folder)), RunSettings(device="cpu"))
+    vae = LoadedVae.load(load_registry().find(str(tiny_folder)), RunSettings(device="cpu"))
     files = input_files([folder], suffixes=frozenset({".png"}), kind="pictures")
-    written = list(encode_all(files, codec, EncodeSettings(outdir=tmp_path / "encoded")))
+    written = list(encode_files(files, vae, EncodeSettings(outdir=tmp_path / "encoded")))
     assert {event.status for event in written} == {"done"}
     store = TensorStore(tmp_path / "cache", "latents")
     index = fill(folder, model, store).latents

@@ -22,12 +22,12 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadOutput, BadWeights, NotFound, SdcliError, UsageError
-from sdcli.generation.codec import Codec
-from sdcli.generation.engine import Engine, Result, generate_images
+from sdcli.generation.events import Result
 from sdcli.generation.journal import Journal
+from sdcli.generation.loaded_vae import LoadedVae
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
 from sdcli.metadata.read import read_image
@@ -40,6 +40,7 @@ from sdcli.request.schema import GenerationRequest
 from tests.cli.test_startup import HEAVY, RUNNER
 from tests.conftest import REPOSITORY, Run
 from tests.schedulers import DIFFUSION_SCHEDULERS
+from tests.service import generate_files, generate_images, results
 
 SEEDS = [11, 42]
 ANIMALS = ["cat", "dog", "red fox"]
@@ -590,10 +591,8 @@ def test_lines_of_a_file_need_no_prompt_and_are_resumed(folders: dict[str, Path]
         *jobs, bad = expand(lines, typed, registry, num_images=1, base_seed=5)
         assert isinstance(bad, BadJob)
         assert "line 3: " in str(bad.error)
-        engine = Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=tmp_path, resume=True))
         good = [job for job in jobs if isinstance(job, ResolvedJob)]
-        events = engine.generate_all(good, journal=Journal.open(tmp_path))
-        return [event for event in events if isinstance(event, Result)]
+        return results(generate_files(good, tmp_path, resume=True, journal=Journal.open(tmp_path)))
 
     first = run()
     assert sorted(result.status for result in first) == ["done", "done", "done"]
@@ -642,7 +641,7 @@ def test_a_model_without_a_vae_neither_encodes_nor_decodes(
 
 
 def test_latents_of_an_unconditional_model_are_encoded_and_decoded(folders: dict[str, Path], tmp_path: Path) -> None:
-    codec = Codec.load(spec_of_folder(folders["latents"]), RunSettings(device="cpu"))
+    codec = LoadedVae.load(spec_of_folder(folders["latents"]), RunSettings(device="cpu"))
     latents, _ = codec.encode([torch.rand(3, 64, 64)], seeds=None)
     image, _ = codec.decode(latents[0])
     assert (tuple(latents.shape), image.size) == ((1, 4, 8, 8), (64, 64))

@@ -20,12 +20,13 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample, scheduler_for
 from sdcli.diffusion.x0_prediction import x_t_and_x0
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
-from sdcli.generation.codec import Codec
-from sdcli.generation.engine import Engine, Result
+from sdcli.generation.events import Result
 from sdcli.generation.forward_process import ForwardProcess
+from sdcli.generation.loaded_vae import LoadedVae
+from sdcli.generation.model_cache import ModelCache
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
@@ -41,6 +42,7 @@ from sdcli.training.model_parts import load_to_train, refuse_shifted
 from sdcli.vae import autoencoder
 from sdcli.vae.latent_files import LatentRecord, latent_bytes, read_latents
 from tests.hub_server import cached
+from tests.service import generate_files
 from tests.tiny import save_tiny_sd3
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -188,7 +190,7 @@ def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
     loaded_pipelines: dict[bool, Pipeline], tmp_path: Path
 ) -> None:
     pipeline, file = loaded_pipelines[False], tmp_path / "start.safetensors"
-    codec = Codec.load(pipeline.model.spec, RunSettings(device="cpu"))
+    codec = LoadedVae.load(pipeline.model.spec, RunSettings(device="cpu"))
     own, _ = codec.encode([torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))], seeds=None)
     scaled = autoencoder.scaled(pipeline.model.vae, own)
     apart = distance(codec.decode(own[0])[0], from_pixels(pipeline.space.decode(scaled)[0]))
@@ -263,7 +265,7 @@ def test_an_image_is_recorded_and_verifies(folders: dict[bool, Path], tmp_path: 
     fields = {**SMALL, "prompt": "a cat", "model": str(folders[True])}
     (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
     assert isinstance(job, ResolvedJob)
-    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).generate_all([job])
+    *_, done = generate_files([job], tmp_path, cache=ModelCache(run))
     assert isinstance(done, Result)
     assert done.path is not None
     record = read_image(done.path).record

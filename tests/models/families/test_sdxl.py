@@ -20,10 +20,11 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadWeights, SdcliError, UsageError
-from sdcli.generation.engine import Engine, Result
+from sdcli.generation.events import Result
+from sdcli.generation.model_cache import ModelCache
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
 from sdcli.io.weights import random_tensors
@@ -42,6 +43,7 @@ from sdcli.training.model_parts import load_to_train
 from tests.hub_server import cached
 from tests.loras import random_pairs, save_diffusers, save_kohya
 from tests.schedulers import DIFFUSION_SCHEDULERS
+from tests.service import cache_of, generate_files, pipeline_of
 from tests.tiny import save_tiny_sdxl
 
 PROMPTS = ["an astronaut riding a horse", "a red apple"]
@@ -442,7 +444,7 @@ def test_an_image_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Pat
     (job,) = expand([Line(1, fields)], {}, registry, num_images=1, base_seed=1)
     assert isinstance(job, ResolvedJob)
     assert job.request.refiner_start == 0.8
-    *_, done = Engine(registry, run, OutputSettings(outdir=tmp_path)).generate_all([job])
+    *_, done = generate_files([job], tmp_path, cache=ModelCache(run))
     assert isinstance(done, Result)
     assert done.path is not None
     record = read_image(done.path).record
@@ -455,9 +457,9 @@ def test_an_image_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Pat
 
 
 def test_another_refiner_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None:
-    engine = Engine(load_registry(), RunSettings(device="cpu", dtype="float32"), OutputSettings())
+    cache = cache_of(dtype="float32")
     base, refiner = (spec_of_folder(folders[name]) for name in ("base", "refiner"))
-    alone, refined, again = (engine.load(base, refiner=one) for one in (None, refiner, None))
+    alone, refined, again = (pipeline_of(cache, base, refiner=one) for one in (None, refiner, None))
     assert alone.model is refined.model is again.model
     assert (alone.refiner, again.refiner) == (None, None)
     assert refined.refiner is not None

@@ -13,10 +13,11 @@ from PIL import Image
 
 from sdcli.diffusion import sampling
 from sdcli.errors import BadOutput, CannotWrite, OutOfMemory, UsageError
-from sdcli.generation import engine as engine_module
-from sdcli.generation.engine import Engine, Event, Note, Phase, Progress, Result, automatic_batch_size, plan
+from sdcli.generation import run_batch as run_batch_module
+from sdcli.generation.events import Event, Note, Phase, Progress, Result
 from sdcli.generation.filenames import check_output
 from sdcli.generation.journal import Journal
+from sdcli.generation.plan import Limits, automatic_batch_size, plan
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
@@ -25,6 +26,7 @@ from sdcli.metadata.read import read_image
 from sdcli.models.registry import Registry, load_registry
 from sdcli.request.jobs import Line
 from sdcli.vae.latent_space import LatentSpace
+from tests.service import cache_of, generate_files, indices, pipeline_of, results
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,7 @@ def jobs_of(registry: Registry, *prompts: str, **typed: Any) -> list[ResolvedJob
 def sample(
     registry: Registry, folder: Path, jobs: list[ResolvedJob], *, batch_size: int | None = None, **output: Any
 ) -> list[Event]:
-    settings = OutputSettings(outdir=folder, template="{index}", **output)
-    return list(Engine(registry, RunSettings(device="cpu", batch_size=batch_size), settings).generate_all(jobs))
+    return generate_files(jobs, folder, template="{index}", run={"batch_size": batch_size}, **output)
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -91,10 +92,11 @@ def test_image_number_k_starts_from_the_noise_of_its_own_seed(registry: Registry
 def test_guidance_of_one_computes_no_unconditional_half(
     registry: Registry, tmp_path: Path, scale: float, rows: int
 ) -> None:
-    engine = Engine(registry, RunSettings(device="cpu"), OutputSettings(outdir=tmp_path))
+    cache = cache_of()
     seen: list[int] = []
-    engine.load(registry.find("tiny")).model.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    list(engine.generate_all(jobs_of(registry, "a cat", model="tiny", guidance_scale=scale, steps=3)))
+    unet = pipeline_of(cache, registry.find("tiny")).model.unet
+    unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    generate_files(jobs_of(registry, "a cat", model="tiny", guidance_scale=scale, steps=3), tmp_path, cache=cache)
     assert seen == [rows] * 3
 
 
@@ -160,7 +162,7 @@ def test_out_of_memory_while_denoising_halves_the_batch(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = jobs_of(registry, *"abcde", model="tiny", seed=1)
-    monkeypatch.setattr(engine_module, "sample", oom_above(2, sampling.sample))
+    monkeypatch.setattr(run_batch_module, "sample", oom_above(2, sampling.sample))
     events = sample(registry, tmp_path / "crowded", jobs, batch_size=5)
     monkeypatch.undo()
     sample(registry, tmp_path / "roomy", jobs, batch_size=1)
@@ -179,7 +181,7 @@ def test_out_of_memory_while_denoising_halves_the_batch(
 def test_out_of_memory_with_one_image_fails_that_image_with_exit_code_5(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "sample", oom_above(0, sampling.sample))
+    monkeypatch.setattr(run_batch_module, "sample", oom_above(0, sampling.sample))
     *_, result = sample(registry, tmp_path, jobs_of(registry, "a", model="tiny"))
     assert isinstance(result, Result)
     assert isinstance(result.error, OutOfMemory)
@@ -201,7 +203,7 @@ def test_a_piece_of_a_batch_that_fails_leaves_the_others(
             raise BadOutput("the latents are no longer finite")
         yield from sampling.sample(pipeline, requests, **options)
 
-    monkeypatch.setattr(engine_module, "sample", failing)
+    monkeypatch.setattr(run_batch_module, "sample", failing)
     jobs = jobs_of(registry, "a", "b", "c AND d", "e", model="tiny", seed=1, steps=2)
     events = sample(registry, tmp_path, jobs, batch_size=4)
     assert statuses(events) == [(1, "done"), (2, "failed"), (3, "failed"), (4, "done")]
@@ -256,9 +258,8 @@ def test_a_half_precision_vae_that_overflows_is_run_again_in_float32(
         return image * float("nan") if space.dtype == torch.bfloat16 else image
 
     monkeypatch.setattr(LatentSpace, "decode", decode)
-    settings = OutputSettings(outdir=tmp_path, template="x")
-    engine = Engine(registry, RunSettings(device="cpu", dtype="bfloat16"), settings)
-    *_, result = engine.generate_all(jobs_of(registry, "a", model="tiny"))
+    jobs = jobs_of(registry, "a", model="tiny")
+    *_, result = generate_files(jobs, tmp_path, template="x", run={"dtype": "bfloat16"})
     assert isinstance(result, Result)
     assert result.status == "done"
     assert result.fallbacks == ("decoded in float32: the half-precision VAE gave no image",)
@@ -276,16 +277,15 @@ def test_a_black_or_nan_image_is_never_saved(
 
 
 def test_nan_in_one_image_of_a_batch_does_not_take_its_neighbours(registry: Registry, tmp_path: Path) -> None:
-    engine = Engine(
-        registry, RunSettings(device="cpu", batch_size=2), OutputSettings(outdir=tmp_path, template="{index}")
-    )
+    cache = cache_of(batch_size=2)
 
     def poison(_: Any, __: Any, output: Any) -> Any:
         output[0][0] = float("nan")
         return output
 
-    engine.load(registry.find("tiny")).model.unet.register_forward_hook(poison)
-    events = engine.generate_all(jobs_of(registry, "a", "b", model="tiny", guidance_scale=1))
+    pipeline_of(cache, registry.find("tiny")).model.unet.register_forward_hook(poison)
+    jobs = jobs_of(registry, "a", "b", model="tiny", guidance_scale=1)
+    events = generate_files(jobs, tmp_path, cache=cache, template="{index}")
     statuses = [event.status for event in events if isinstance(event, Result)]
     assert sorted(statuses) == ["done", "failed"]
     assert list(images(tmp_path)) == ["2.png"]
@@ -297,14 +297,9 @@ def test_a_plain_prompt_that_is_too_long_is_cut_aloud_or_refused(registry: Regis
     assert len(notes) == 1
     assert "101 tokens, 75 fit" in notes[0]
     assert "unicorn" in notes[0]
-    run = RunSettings(device="cpu", strict_prompt=True)
-    results = [
-        event
-        for event in Engine(registry, run, OutputSettings(outdir=tmp_path / "strict")).generate_all(jobs)
-        if isinstance(event, Result)
-    ]
-    assert {result.job.index: result.status for result in results} == {1: "failed", 2: "done"}
-    assert isinstance(results[0].error, UsageError)
+    found = results(generate_files(jobs, tmp_path / "strict", run={"strict_prompt": True}))
+    assert {result.job.index: result.status for result in found} == {1: "failed", 2: "done"}
+    assert isinstance(found[0].error, UsageError)
 
 
 def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp_path: Path) -> None:
@@ -319,10 +314,9 @@ def test_names_in_use_are_never_overwritten_unless_asked(registry: Registry, tmp
 
 def test_a_resumed_run_overwrites_no_image_that_it_keeps(registry: Registry, tmp_path: Path) -> None:
     first, second = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
-    settings = OutputSettings(outdir=tmp_path, template="Picture{steps}", overwrite=True, resume=True)
+    output = {"template": "Picture{steps}", "overwrite": True, "resume": True}
     for jobs in ([first], [first, second]):
-        run = RunSettings(device="cpu", batch_size=1)
-        list(Engine(registry, run, settings).generate_all(jobs, journal=Journal.open(tmp_path)))
+        generate_files(jobs, tmp_path, run={"batch_size": 1}, journal=Journal.open(tmp_path), **output)
     assert list(images(tmp_path)) == ["Picture2-2.png", "Picture2.png"]
 
 
@@ -335,9 +329,8 @@ def test_each_pass_is_announced_with_its_own_steps(registry: Registry, tmp_path:
 
 def test_a_name_that_cannot_be_made_fails_one_image_once(registry: Registry, tmp_path: Path) -> None:
     jobs = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
-    settings = OutputSettings(outdir=tmp_path, template="{custom_id:d}")
-    events = Engine(registry, RunSettings(device="cpu", batch_size=2), settings).generate_all(jobs)
-    assert statuses(list(events)) == [(1, "failed"), (2, "failed")]
+    events = generate_files(jobs, tmp_path, template="{custom_id:d}", run={"batch_size": 2})
+    assert statuses(events) == [(1, "failed"), (2, "failed")]
 
 
 def test_a_taken_name_and_a_folder_without_permission_are_found_before_painting(tmp_path: Path) -> None:
@@ -360,12 +353,11 @@ def test_batches_hold_jobs_of_one_shape_and_models_are_loaded_once(registry: Reg
         for job in expand(lines, {"height": 64}, registry, num_images=1, base_seed=1)
         if isinstance(job, ResolvedJob)
     ]
-    batches = plan(jobs, RunSettings(device="cpu"))
-    assert [[job.index for job in batch] for batch in batches] == [[1, 4], [3], [2, 5]]
+    assert indices(plan(jobs, Limits())) == [[1, 4], [3], [2, 5]]
 
 
 def test_the_automatic_batch_size_depends_on_size_and_device_alone() -> None:
-    assert automatic_batch_size(512 * 512, device="cpu") == 1
-    assert automatic_batch_size(128 * 128, device="cpu") == 8
-    assert automatic_batch_size(4096 * 4096, device="cpu") == 1
-    assert automatic_batch_size(512 * 512, device="cuda") == 16
+    assert automatic_batch_size(512 * 512, on_gpu=False) == 1
+    assert automatic_batch_size(128 * 128, on_gpu=False) == 8
+    assert automatic_batch_size(4096 * 4096, on_gpu=False) == 1
+    assert automatic_batch_size(512 * 512, on_gpu=True) == 16

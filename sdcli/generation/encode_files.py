@@ -1,0 +1,289 @@
+"""START HERE for `sdcli encode`: images -> latent files, one batch at a time, with a VAE that is at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdcli.errors import BadImage, BadLatents, BadOutput, NotFound, SdcliError, Stop, UsageError, stop_if_asked
+from sdcli.generation.loaded_vae import LoadedVae
+from sdcli.generation.vae_output import OF_ONE_FILE, Status, file_name, swept
+from sdcli.images.image_files import open_image
+from sdcli.images.metrics import distance
+from sdcli.images.pixels import Fit, fit, to_pixels
+from sdcli.io.files import AlreadyExists, write_whole
+from sdcli.request.input_files import InputFile, input_digest
+from sdcli.vae.latent_files import LatentRecord, Source, latent_bytes, read_latents, read_record
+
+PACK = 16
+"""Images in a packed file, where no batch size says otherwise."""
+MAX_PACK = 256
+"""Images in a packed file that was named with -o: they are all held until it is written."""
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How images become latents, and where these go."""
+
+    outdir: Path = Path("latents")
+    output: Path | None = None
+    """The one file for everything, instead of a folder."""
+    pack: bool = False
+    """One file per batch instead of one per image."""
+    size: tuple[int, int] | None = None
+    fit: Fit = "crop"
+    sample_seed: int | None = None
+    """Draw from the VAE's distribution; None takes its mean."""
+    half: bool = False
+    batch_size: int | None = None
+    check: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """The end of one image; `path` is whole on the disk when this is yielded."""
+
+    status: Status
+    source: Path
+    path: Path | None = None
+    facts: Source | None = None
+    psnr: float | None = None
+    """Decibels between the fitted image and its round trip, infinite where they are equal; only when checked."""
+    notes: tuple[str, ...] = ()
+    error: SdcliError | None = None
+
+
+def encode_files(
+    files: Iterable[InputFile], vae: LoadedVae, settings: EncodeSettings, *, stop: Stop = lambda: None
+) -> Iterator[EncodeResult]:
+    """Encode images and write latent files, holding one batch of them at a time.
+
+    A file that an earlier run wrote from the same bytes with the same VAE and settings is skipped.
+    Raises what `stop` answers, and CannotWrite for what concerns every image.
+    """
+    if settings.sample_seed is not None and not vae.has_distribution:
+        raise UsageError(f"the VAE of {vae.spec.name} has no distribution to draw from; leave --sample out")
+    if settings.size is not None and any(side % vae.cell for side in settings.size):
+        raise UsageError(f"--size takes multiples of {vae.cell} with the VAE of {vae.spec.name}")
+    inputs = swept(files, settings.outdir, settings.output)
+    batches = _batches((_prepared(file, vae, settings) for file in inputs), settings)
+    number = 0
+    for batch in batches:
+        stop_if_asked(stop)
+        if isinstance(batch, EncodeResult):
+            yield batch
+        elif settings.pack:
+            number += 1
+            yield from _write_pack(
+                batch, settings.output or settings.outdir / f"pack-{number:05}.safetensors", vae, settings
+            )
+        else:
+            yield from _write_each(batch, vae, settings)
+    stop_if_asked(stop)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """An image as the VAE will see it; `path` is where its latents go, unless they are packed."""
+
+    source: Path
+    path: Path | None
+    image: Image.Image
+    facts: Source
+
+
+def _prepared(file: InputFile, vae: LoadedVae, settings: EncodeSettings) -> _Fitted | EncodeResult:
+    """One image, fitted; or what became of it already: skipped or failed."""
+    path = None if settings.pack else settings.output or settings.outdir / file_name(file.name, ".safetensors")
+    try:
+        digest = input_digest(str(file.path))
+        if path is not None and os.path.lexists(path):
+            record = _matching(path, [digest], vae, settings)
+            if record is not None:
+                return _skipped(file.path, path, 0, record, vae, settings)
+            if not settings.overwrite:
+                raise AlreadyExists(
+                    f"{path} exists already, made of another image than {file.path} or with other settings; "
+                    "--overwrite replaces it"
+                )
+        image = open_image(file.path)
+        fitted = _fitted(file.path, image, vae, settings)
+    except OF_ONE_FILE as error:
+        return EncodeResult("failed", file.path, path, error=error)
+    facts = Source(
+        name=os.fsencode(file.path.name).decode(errors="replace"),
+        sha256=digest,
+        width=image.width,
+        height=image.height,
+        fitted_width=fitted.width,
+        fitted_height=fitted.height,
+        fit=settings.fit,
+    )
+    return _Fitted(file.path, path, fitted, facts)
+
+
+def _fitted(path: Path, image: Image.Image, vae: LoadedVae, settings: EncodeSettings) -> Image.Image:
+    try:
+        return fit(image, settings.size, how=settings.fit, cell=vae.cell)
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
+
+
+def _batches(
+    prepared: Iterable[_Fitted | EncodeResult], settings: EncodeSettings
+) -> Iterator[list[_Fitted] | EncodeResult]:
+    """Neighbours of equal size together, as many as a batch or a packed file holds.
+
+    Only neighbours, since waiting for more of each size would hold ever more images in memory.
+    """
+    one_file = settings.pack and settings.output is not None
+    limit = MAX_PACK if one_file else settings.batch_size or (PACK if settings.pack else 1)
+    batch: list[_Fitted] = []
+    for item in prepared:
+        if isinstance(item, EncodeResult):
+            yield item
+            continue
+        if batch and one_file and len(batch) == limit:
+            raise UsageError(f"one file holds at most {MAX_PACK} images; without -o, --pack writes several files")
+        if batch and item.image.size != batch[0].image.size and one_file:
+            theirs, ours = _shown(item.image.size), _shown(batch[0].image.size)
+            problem = f"{item.source} is {theirs} pixels, the others in this file {ours}; --size makes them equal"
+            yield EncodeResult("failed", item.source, error=BadImage(problem))
+            continue
+        if batch and (item.image.size != batch[0].image.size or len(batch) == limit):
+            yield batch
+            batch = []
+        batch.append(item)
+        if len(batch) == limit and not one_file:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write_each(batch: list[_Fitted], vae: LoadedVae, settings: EncodeSettings) -> Iterator[EncodeResult]:
+    try:
+        latents, notes = _encode(batch, vae, settings)
+    except OF_ONE_FILE as error:
+        yield from (EncodeResult("failed", item.source, item.path, error=error) for item in batch)
+        return
+    for item, row in zip(batch, latents, strict=True):
+        assert item.path is not None
+        facts = item.facts.model_copy(update={"fallbacks": notes})
+        try:
+            _check_finite(row)
+            data = latent_bytes(row[None], _record([facts], vae, settings))
+            write_whole(item.path, data, overwrite=settings.overwrite)
+            psnr = _psnr_of(item.image, row, vae) if settings.check else None
+        except OF_ONE_FILE as error:
+            yield EncodeResult("failed", item.source, item.path, error=error)
+            continue
+        yield EncodeResult("done", item.source, item.path, facts, psnr, notes)
+
+
+def _write_pack(batch: list[_Fitted], path: Path, vae: LoadedVae, settings: EncodeSettings) -> Iterator[EncodeResult]:
+    """All of a batch in one file, or, where anything is wrong, none of it."""
+    try:
+        if os.path.lexists(path):
+            record = _matching(path, [item.facts.sha256 for item in batch], vae, settings)
+            if record is not None:
+                yield from (_skipped(item.source, path, k, record, vae, settings) for k, item in enumerate(batch))
+                return
+            if not settings.overwrite:
+                raise AlreadyExists(
+                    f"{path} exists already, and holds other images or settings; --overwrite replaces it"
+                )
+        latents, notes = _encode(batch, vae, settings)
+        _check_finite(latents)
+        facts = [item.facts.model_copy(update={"fallbacks": notes}) for item in batch]
+        write_whole(path, latent_bytes(latents, _record(facts, vae, settings)), overwrite=settings.overwrite)
+    except OF_ONE_FILE as error:
+        yield from (EncodeResult("failed", item.source, path, error=error) for item in batch)
+        return
+    for item, its_facts, row in zip(batch, facts, latents, strict=True):
+        try:
+            psnr = _psnr_of(item.image, row, vae) if settings.check else None
+        except OF_ONE_FILE as error:
+            yield EncodeResult("failed", item.source, path, error=error)
+            continue
+        yield EncodeResult("done", item.source, path, its_facts, psnr, notes)
+
+
+def _encode(batch: list[_Fitted], vae: LoadedVae, settings: EncodeSettings) -> tuple[Tensor, tuple[str, ...]]:
+    """Latents [B, C, h, w] as they are stored, computed `batch_size` at a time."""
+    at_once = settings.batch_size or 1
+    latents, notes = [], dict[str, None]()
+    for start in range(0, len(batch), at_once):
+        some = batch[start : start + at_once]
+        seed = settings.sample_seed
+        seeds = None if seed is None else [seed_of(seed, item.facts.sha256) for item in some]
+        rows, more = vae.encode([to_pixels(item.image) for item in some], seeds=seeds)
+        latents.append(rows.half() if settings.half else rows)
+        notes |= dict.fromkeys(more)
+    return torch.cat(latents), tuple(notes)
+
+
+def seed_of(seed: int, sha256: str) -> int:
+    """The seed of one image's sample: of the run's seed and the image's bytes, not of its place in the folder."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {sha256}".encode()).digest()[:7])
+
+
+def _psnr_of(image: Image.Image, stored: Tensor, vae: LoadedVae) -> float:
+    decoded, _ = vae.decode(stored.float())
+    apart = distance(image, decoded)
+    assert apart is not None, "they are of one size: the image was cut to whole cells"
+    return apart.psnr
+
+
+def _record(facts: list[Source], vae: LoadedVae, settings: EncodeSettings) -> LatentRecord:
+    return LatentRecord(
+        model=vae.spec.name,
+        vae=vae.identity,
+        scaling_factor=vae.scaling_factor,
+        sample="mean" if settings.sample_seed is None else "sample",
+        seed=settings.sample_seed,
+        size=settings.size,
+        dtype=vae.dtype,
+        stored="float16" if settings.half else "float32",
+        source=tuple(facts),
+    )
+
+
+def _matching(path: Path, digests: list[str], vae: LoadedVae, settings: EncodeSettings) -> LatentRecord | None:
+    """The record of an existing file, if encoding now would give the same latents."""
+    try:
+        record = read_record(path)
+    except (BadLatents, NotFound):
+        return None
+    if record is None or [source.sha256 for source in record.source] != digests:
+        return None
+    now = _record([source.model_copy(update={"fit": settings.fit}) for source in record.source], vae, settings)
+    return record if record == now.model_copy(update={"model": record.model}) else None
+
+
+def _skipped(
+    source: Path, path: Path, index: int, record: LatentRecord, vae: LoadedVae, settings: EncodeSettings
+) -> EncodeResult:
+    decibels = None
+    if settings.check:
+        image = _fitted(source, open_image(source), vae, settings)
+        decibels = _psnr_of(image, read_latents(path).latents[index], vae)
+    return EncodeResult("skipped", source, path, record.source[index], decibels)
+
+
+def _check_finite(latents: Tensor) -> None:
+    if not latents.isfinite().all():
+        other = "without --half" if latents.dtype == torch.float16 else "with --dtype float32"
+        raise BadOutput(f"the latents are not finite (NaN or too large); try {other}")
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,111 @@
+"""The writer of one run: file names that are free, the journal, whole files, and the side files of each image."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from sdcli.errors import BadOutput, OutOfMemory, UsageError
+from sdcli.generation.events import Generated, SideFile
+from sdcli.generation.filenames import image_name, is_literal
+from sdcli.generation.journal import Journal
+from sdcli.generation.resolve.jobs import ResolvedJob, key_of
+from sdcli.generation.settings import OutputSettings
+from sdcli.images.formats import SUFFIX_OF
+from sdcli.images.image_files import pixels_digest
+from sdcli.images.pixels import from_pixels
+from sdcli.io.files import AlreadyExists, check_new, numbered, write_whole
+from sdcli.io.temporary_files import sweep
+from sdcli.metadata.embed import image_bytes
+from sdcli.metadata.record import Record
+from sdcli.models.weight_digests import weights_digest
+
+
+class Writer:
+    """Writes the images of one run into one folder. With a journal, a later run can find what is finished."""
+
+    def __init__(self, output: OutputSettings, journal: Journal | None = None) -> None:
+        self.output = output
+        self._journal = journal
+        self._names: set[str] = set()
+        """Names that this run wrote or keeps, which are not replaced even where files may be overwritten."""
+        self._keys: dict[int, str | None] = {}
+        """Keys of the jobs that are being generated, for the journal."""
+
+    def finished(self, jobs: Sequence[ResolvedJob]) -> dict[int, Path]:
+        """The whole images of an earlier run, by the indices of their jobs; none unless the run resumes one.
+
+        Temporary files that a killed run left are removed on the way.
+        """
+        if self._journal is None or not self.output.resume:
+            return {}
+        sweep(self.output.outdir)
+        found: dict[int, Path] = {}
+        taken: set[str] = set()
+        digest = cache(weights_digest)
+        for job in jobs:
+            path = self._journal.finished(job.request.key(), partial(key_of, job, digest), taken=taken)
+            if path is not None:
+                taken.add(path)
+                found[job.index] = self.output.outdir / path
+        self._names |= {path.lower() for path in taken}
+        return found
+
+    def begin(self, jobs: Sequence[ResolvedJob]) -> None:
+        """Remember the digests of the weights that these jobs are generated with next, for the journal.
+
+        To be called before loading: weights that change meanwhile are not those of these images.
+        """
+        if self._journal is not None:
+            digest = cache(weights_digest)
+            self._keys = {job.index: key_of(job, digest) for job in jobs}
+
+    def side_files(self, image: Path) -> tuple[Path, ...]:
+        """The side files of a finished image; of a folder of them the last one that is written."""
+        return tuple(self.output.beside(image))
+
+    def write(self, generated: Generated, facts: dict[str, Any]) -> Path:
+        """Write one image, with `facts` in its record, under a name that is free or may be overwritten."""
+        image = from_pixels(generated.pixels)
+        request, output = generated.job.request, self.output
+        record = Record(request, {**facts, "pixels": pixels_digest(image)}) if output.metadata else None
+        data = image_bytes(image, output.format, record)
+        size = dict(zip(("width", "height"), request.final_size, strict=True))
+        own = {"index": generated.job.index, "custom_id": generated.job.custom_id or "none"}
+        fields = {**request.model_dump(), **size, **own}
+        name = image_name(output.template, fields, suffix=SUFFIX_OF[output.format])
+        for number in itertools.count(1):
+            candidate = numbered(name, number)
+            if str(candidate).lower() in self._names:
+                continue
+            try:
+                for file in self.side_files(output.outdir / candidate):
+                    check_new(file, overwrite=output.overwrite)
+                if self._journal is not None:
+                    self._journal.note(request.key(), self._keys[generated.job.index], str(candidate), data)
+                write_whole(output.outdir / candidate, data, overwrite=output.overwrite)
+            except AlreadyExists:
+                if is_literal(output.template) and number == 1:
+                    raise
+                continue
+            self._names.add(str(candidate).lower())
+            return output.outdir / candidate
+        raise AssertionError("unreachable")
+
+    def write_side_files(self, image: Path, files: Iterable[SideFile], *, replace: bool) -> tuple[Path, ...]:
+        """Write the side files of an image, whose name gives them theirs.
+
+        `replace` overwrites existing ones. Raises UsageError, BadOutput and OutOfMemory where one cannot be made.
+        """
+        written = []
+        try:
+            for suffix, data in files:
+                path = image.parent / f"{image.stem}{suffix}"
+                write_whole(path, data, overwrite=replace or self.output.overwrite)
+                written.append(path)
+        except (BadOutput, OutOfMemory, UsageError) as error:
+            raise type(error)(f"{image} is generated, but not all of its side files: {error}") from error
+        return tuple(written)
