@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -256,3 +258,11 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
     """A vocabulary of letters."""
     letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,.()"]
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
+
+
+def with_parts(model: Any, *, identity: str = "memory", **networks: nn.Module) -> Any:
+    """A LoadedModel with some networks replaced; `identity` is what records call their weights."""
+    from sdcli.io.weight_files import finished
+
+    identities = {**model.identities, **dict.fromkeys(networks, finished(identity))}
+    return replace(model, parts={**model.parts, **networks}, identities=identities)

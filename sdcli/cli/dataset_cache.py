@@ -182,7 +182,7 @@ def command(
         found = _opened(data, settings, spec, display, console)
         if found.images.kind != "pictures":
             raise UsageError(f"{data} holds latents already; training reads them as they are")
-        parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.kind.conditioning == "text" else ("vae",)
+        parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.family.reads_text else ("vae",)
         console.note(f"loading {spec.name}")
         number = "float32" if dtype == "auto" else dtype
         loaded = load_model(spec, device=device, dtype=number, offline=offline, parts=parts)

@@ -16,10 +16,9 @@ from sdcli.cli.ui.console import Console, plain_terminal, printable
 from sdcli.cli.ui.help import App
 from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.generation.settings import DType
+from sdcli.models.families import DEFAULT_FAMILY, FAMILIES
 from sdcli.models.registry import (
-    SUPPORTED_FAMILIES,
     ControlNetSpec,
-    Family,
     ModelSpec,
     Registry,
     load_registry,
@@ -177,7 +176,9 @@ def add(
     ],
     description: Annotated[str, typer.Option(metavar="TEXT", help="Description, one line.")] = "",
     license: Annotated[str | None, typer.Option(metavar="TEXT", help="Licence.")] = None,
-    family: Annotated[Family, typer.Option(help="Family of the model.")] = "sd1",
+    family: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Family of the model: {', '.join(FAMILIES)}.")
+    ] = DEFAULT_FAMILY.name,
     steps: Annotated[int | None, typer.Option(help="Default number of steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default guidance scale.")] = None,
     scheduler: Annotated[str | None, typer.Option(metavar="NAME", help="Default scheduler.")] = None,
@@ -299,8 +300,8 @@ def _summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, 
     return {
         "name": spec.name,
         "default": isinstance(spec, ModelSpec) and spec.name == registry.default,
-        "family": spec.family,
-        "supported": spec.family in SUPPORTED_FAMILIES,
+        "family": spec.family.name,
+        "supported": spec.family.supported,
         "here": _here(spec),
         "origin": spec.origin(),
         "download_bytes": spec.download_bytes,

@@ -8,7 +8,6 @@ import typer
 
 from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt
 from sdcli.cli.ui.console import Console, printable
-from sdcli.errors import UsageError
 from sdcli.models.registry import load_registry
 from sdcli.request.lora_tags import take_tags
 from sdcli.request.prompt_syntax import SubPrompt, subprompts
@@ -47,8 +46,7 @@ def command(
     Only the tokenizer of the model is loaded. The model's prompt template is applied.
     """
     spec = load_registry(models_file).find(model)
-    if spec.kind.conditioning != "text":
-        raise UsageError(f"{spec.name} has no text encoder, so it reads no prompts")
+    spec.family.refuse("tokens", spec.name)
     typed = {"negative_prompt": negative_prompt, "steps": steps, "prompt_syntax": prompt_syntax}
     asked = parse_request({"prompt": prompt, **typed})
     request = asked.changed(

@@ -21,10 +21,9 @@ from sdcli.diffusion.guidance import (
 )
 from sdcli.diffusion.init_latents import InitLatents
 from sdcli.diffusion.pipeline import Pipeline
-from sdcli.diffusion.predict import Predict, steps_by_timestep, stepwise, transformer_predict, unet_predict
+from sdcli.diffusion.predict import Predict, network_predict, steps_by_timestep, stepwise
 from sdcli.encoders.condition import Conditioning, ConditioningSchedule
 from sdcli.errors import UsageError
-from sdcli.io.lean_diffusers import SD3Transformer2DModel
 from sdcli.request.schema import ResolvedRequest
 
 
@@ -57,9 +56,7 @@ def predict_for(pipeline: Pipeline, run: DenoisingPass) -> Predict:
             condition = conditions.at(step)
             if scale_size is not None:
                 condition = with_guidance_embedding(condition, shared.guidance_scale, size=scale_size)
-            if isinstance(unet, SD3Transformer2DModel):
-                return transformer_predict(unet, condition)
-            return unet_predict(unet, condition, residuals(condition))
+            return network_predict(unet, pipeline.model.family.call, condition, residuals(condition))
 
         by_step = steps_by_timestep(timesteps, run.steps)
         return run.init.wrap_predict(stepwise(predict_at, by_step) if conditions.changes else predict_at(1))

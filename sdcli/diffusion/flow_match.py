@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sdcli.errors import BadWeights
 
-_UNKNOWN = ("use_dynamic_shifting", "use_beta_sigmas", "invert_sigmas")
-"""Settings of other families' models: shifts by the image's size, scipy's noise levels, time that runs backwards."""
+_UNKNOWN = ("use_beta_sigmas", "invert_sigmas")
+"""Settings of other families' models: scipy's noise levels, time that runs backwards."""
 
 
 class FlowMatchEulerDiscreteScheduler(diffusers_scheduling.FlowMatchEulerDiscreteScheduler):
@@ -22,12 +22,15 @@ class FlowMatchEulerDiscreteScheduler(diffusers_scheduling.FlowMatchEulerDiscret
 
     init_noise_sigma: ClassVar[float] = 1.0
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """As diffusers'. Raises BadWeights for a model whose noise levels are not known here."""
-        for name in _UNKNOWN:
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, mu: float | None = None) -> None:
+        """As diffusers'; `mu` is the shift of a model whose shift depends on the image's size (`Family.timesteps`).
+
+        Raises BadWeights for a model whose noise levels are not known here.
+        """
+        for name in (*_UNKNOWN, *(("use_dynamic_shifting",) if mu is None else ())):
             if self.config[name]:
                 raise BadWeights(f"the model's noise levels are not known: scheduler_config.json asks for {name}")
-        super().set_timesteps(num_inference_steps, device)
+        super().set_timesteps(num_inference_steps, device, mu=mu)
 
     def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
         """The network sees x as it is."""

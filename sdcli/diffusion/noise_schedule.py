@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import UsageError
+from sdcli.request.schedulers import Process
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -26,6 +27,10 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
     """float32 [T], falling, between 0 and 1"""
     prediction_type: str
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr", "snr_gamma"}
+    )
+    """The training settings that have an effect with it."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -46,11 +51,53 @@ class NoiseSchedule:
             )
         return cls(table, prediction)
 
+    def __len__(self) -> int:
+        """T, the number of timesteps."""
+        return len(self.alphas_cumprod)
+
+    def times(self, t: Tensor) -> Tensor:
+        """The timesteps as the network takes them."""
+        return t
+
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), float32 [B, 1, ...], broadcastable to `like` [B, ...]."""
         shape = (-1, *[1] * (like.ndim - 1))
         alpha_bar = self.alphas_cumprod.to(like.device)[t].view(shape)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class FlowSchedule:
+    """The noise levels of flow matching: x_t = (1 - sigma) x_0 + sigma noise; Lipman et al. 2022, arXiv 2210.02747.
+
+    The network predicts the velocity, noise - x_0.
+    """
+
+    sigmas: Tensor
+    """float32 [T], rising to 1"""
+    prediction_type: ClassVar[str] = "velocity"
+    settings: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
+        """The schedule that a scheduler_config.json describes. Raises BadWeights if diffusers cannot read it."""
+        return cls(make_scheduler("flow-euler", config).sigmas.float().flip(0))
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def times(self, t: Tensor) -> Tensor:
+        """sigma times T, as the sampler gives it to the network."""
+        return self.sigmas.to(t.device)[t] * len(self)
+
+    def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - sigma and sigma, float32 [B, 1, ...], broadcastable to `like` [B, ...]."""
+        sigma = self.sigmas.to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
+        return 1 - sigma, sigma
+
+
+Schedule = NoiseSchedule | FlowSchedule
+SCHEDULES: dict[Process, type[NoiseSchedule] | type[FlowSchedule]] = {"diffusion": NoiseSchedule, "flow": FlowSchedule}
 
 
 def schedule_config(
@@ -93,7 +140,7 @@ def schedule_config(
     return config
 
 
-def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """A sample of q(x_t | x_0): sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise; Ho et al. 2020, eq. 4."""
+def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """A sample of q(x_t | x_0); of diffusion sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise; Ho et al. 2020, eq. 4."""
     signal, amount = schedule.signal_and_noise(t, x0)
     return signal * x0.float() + amount * noise.float()

@@ -6,32 +6,27 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdcli.diffusion.controlnet import Residuals
 from sdcli.encoders.condition import Conditioning
-from sdcli.io.lean_diffusers import SD3Transformer2DModel, UNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w] float32, timestep) -> model output of the same shape, float32 (noise, x0 or v, as trained)."""
 
 
-def unet_predict(unet: UNet, condition: Conditioning, residuals: Residuals = lambda x, t: {}) -> Predict:
-    """The UNet under a condition with one row per row of x, with the residuals of ControlNets."""
-    dtype, arguments = next(unet.parameters()).dtype, condition.arguments()
+Call = Callable[[Callable[..., Any], Tensor, Tensor, Mapping[str, Any]], Tensor]
+"""(network, x, timestep, conditioning) -> its output; see `Family.call`."""
+
+
+def network_predict(
+    network: nn.Module, call: Call, condition: Conditioning, residuals: Residuals = lambda x, t: {}
+) -> Predict:
+    """The denoiser under a condition with one row per row of x, with the residuals of ControlNets."""
+    dtype, arguments = next(network.parameters()).dtype, condition.arguments()
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x.to(dtype), t, **arguments, **residuals(x, t), return_dict=False)[0].float()
-
-    return predict
-
-
-def transformer_predict(transformer: SD3Transformer2DModel, condition: Conditioning) -> Predict:
-    """The transformer of Stable Diffusion 3 under a condition with one row per row of x."""
-    dtype, arguments = next(transformer.parameters()).dtype, condition.arguments()
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        return transformer(x.to(dtype), timestep=t.expand(len(x)), **arguments, return_dict=False)[0].float()
+        return call(network, x.to(dtype), t, {**arguments, **residuals(x, t)}).float()
 
     return predict
 

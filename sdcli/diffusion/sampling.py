@@ -22,7 +22,7 @@ from sdcli.diffusion.predict import Predict, scale_input, switch_after
 from sdcli.diffusion.scheduler_factory import Advance, advance_with, make_scheduler
 from sdcli.diffusion.timesteps import steps_before, timesteps_from
 from sdcli.errors import BadOutput, UsageError
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.autoencoder import generators_for
 from sdcli.vae.latent_space import Report, quiet
@@ -112,5 +112,7 @@ def scheduler_for(model: LoadedModel, request: ResolvedRequest) -> Any:
     levels = scheduler.config.num_train_timesteps
     if steps > levels:
         raise UsageError(f"{steps} steps are too many: {model.spec.name} was trained with {levels} noise levels")
-    scheduler.set_timesteps(steps, device=model.device)
+    cell = model.spec.kind.cell
+    further = model.family.timesteps(model.scheduler_config, request.height // cell, request.width // cell)
+    scheduler.set_timesteps(steps, device=model.device, **further)
     return scheduler

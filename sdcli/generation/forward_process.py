@@ -15,7 +15,8 @@ from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import UsageError
 from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import fit, from_pixels
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec, described
 from sdcli.vae.autoencoder import drawn, generators_for, initial_noise
 from sdcli.vae.decode import decode_with_fallbacks
@@ -58,8 +59,7 @@ class ForwardProcess:
     def of(cls, spec: ModelSpec, run: RunSettings) -> ForwardProcess:
         """Load what a model needs for it. Raises UsageError for flow matching, and what `load_model` raises."""
         spec = described(spec)
-        if spec.kind.process == "flow":
-            raise UsageError(f"{spec.name} was trained with flow matching, whose noise is not that of diffusion")
+        spec.family.refuse("noise", spec.name)
         model, encode, decode = _in_pixels(spec, run) if spec.kind.space == "pixel" else _in_latents(spec, run)
         schedule = NoiseSchedule.from_config(model.scheduler_config)
         return cls(model.spec, schedule, make_scheduler("ddpm", model.scheduler_config).betas, encode, decode)

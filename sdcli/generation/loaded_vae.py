@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import from_pixels
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec
 from sdcli.vae import autoencoder
 from sdcli.vae.decode import decode_with_fallbacks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.errors import UsageError
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.request.schema import ResolvedRequest
 
 

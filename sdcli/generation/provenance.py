@@ -10,7 +10,7 @@ import torch
 
 import sdcli
 from sdcli.diffusion.pipeline import Pipeline
-from sdcli.models.loader import AppliedLora
+from sdcli.models.loaded_model import AppliedLora
 from sdcli.request.lora_tags import lora_name
 
 

@@ -105,14 +105,12 @@ with lean_imports():
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.controlnets.controlnet import ControlNetModel
-    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 _scale_lora_layers_lazily()
 
-UNet = UNet2DConditionModel | UNet2DModel | SD3Transformer2DModel
-"""What denoises; that of Stable Diffusion 3 is a transformer."""
+UNet = UNet2DConditionModel | UNet2DModel
 VAE = AutoencoderKL | AutoencoderTiny
 
 __all__ = [
@@ -120,7 +118,6 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderTiny",
     "ControlNetModel",
-    "SD3Transformer2DModel",
     "UNet",
     "UNet2DConditionModel",
     "UNet2DModel",

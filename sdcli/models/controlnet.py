@@ -23,7 +23,8 @@ from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel, lean_
 from sdcli.io.weight_files import files_digest, in_background, shards
 from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.models.hub.download import folder_of
-from sdcli.models.loader import LoadedModel, placed
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.networks import placed
 from sdcli.models.registry import ControlNetSpec
 from sdcli.models.sources import FileSource, HubSource
 from sdcli.vae.config import cell_of
@@ -56,8 +57,7 @@ def load_controlnet(spec: ControlNetSpec, model: LoadedModel) -> ControlNet:
     """
     path, variant = _local(spec)
     unet = model.unet
-    if not isinstance(unet, UNet2DConditionModel):
-        raise UsageError(f"{model.spec.name} takes no captions, and ControlNets are made for models that do")
+    model.family.refuse("controls", model.spec.name)
     if path.is_dir():
         config = read_json_object(path / "config.json")
         check_fits(config, model, source=spec.name)

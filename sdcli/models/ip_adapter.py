@@ -20,13 +20,12 @@ from torch import Tensor
 from sdcli.encoders.clip_vision import CONFIG, ImageEncoder, Look, load_image_encoder
 from sdcli.errors import BadWeights, NotFound, UsageError, first_line
 from sdcli.io.json_files import read_json_object
-from sdcli.io.lean_diffusers import UNet2DConditionModel
 from sdcli.io.out_of_memory import out_of_memory
 from sdcli.io.weight_files import finished
 from sdcli.io.weights import read_tensors
 from sdcli.models.adapter_files import ip_adapter_path, pinned_ip_adapter
 from sdcli.models.hub.download import folder_of
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.request.fields import FileRef
 
 PART, ENCODER_PART = "ip_adapter:", "image_encoder:"
@@ -129,8 +128,7 @@ def _seen_by(projection: Mapping[str, Tensor], *, source: Path) -> tuple[int, bo
 def _check_fits(layers: Mapping[str, Tensor], model: LoadedModel, *, source: Path) -> None:
     """Raise UsageError where an adapter's keys and values are not for the model's cross-attention layers."""
     unet = model.unet
-    if not isinstance(unet, UNet2DConditionModel):
-        raise UsageError(f"{model.spec.name} takes no captions, and IP-Adapters are made for models that do")
+    model.family.refuse("ip_adapters", model.spec.name)
     given = sum(name.endswith(".to_k_ip.weight") for name in layers)
     if not given:
         raise BadWeights(f"{source} is no IP-Adapter for a UNet: it has no weights named ip_adapter.*.to_k_ip.weight")

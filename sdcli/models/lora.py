@@ -29,22 +29,8 @@ from sdcli.io.json_files import parse_json, read_json_object
 from sdcli.io.weight_files import check_header
 from sdcli.io.weights import read_tensors
 from sdcli.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_lora, pinned_lora
-from sdcli.models.loader import AppliedLora, LoadedModel
+from sdcli.models.loaded_model import AppliedLora, LoadedModel
 from sdcli.request.fields import LoraRef, digits
-
-PREFIXES: dict[str, tuple[str, ...]] = {
-    "unet": (
-        "lora_unet_",
-        "unet_",
-        "diffusion_model_",
-        "base_model_model_",
-        "base_model_model_diffusion_model_",
-        "",
-    ),
-    "text_encoder": ("lora_te_", "lora_te1_", "text_encoder_", "base_model_model_", ""),
-    "text_encoder_2": ("lora_te2_", "text_encoder_2_"),
-}
-"""Part of a model -> what its layers' names begin with in the dialects; PEFT's folders do not say which part it is."""
 
 OTHER_KINDS = {
     "dora_scale": "DoRA",
@@ -101,8 +87,7 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
     `folder`. Raises NotFound, BadWeights for a file that is damaged or made for other models, and UsageError for a
     weight that has no effect, a kind that is not a LoRA, and another file than the entry's digest says.
     """
-    if model.spec.kind.process == "flow":
-        raise UsageError(f"loras: sdcli has none for {model.spec.name} yet, which was trained with flow matching")
+    model.family.refuse("loras", model.spec.name)
     places = _places(model)
     changes: dict[str, dict[str, list[tuple[float, LoraLayer]]]] = {}
     applied = []
@@ -282,7 +267,7 @@ def _check_weights(ref: LoraRef, parts: set[str]) -> None:
 def _places(model: LoadedModel) -> dict[str, tuple[str, str]]:
     """Every name that a layer may have in a file, with underscores for dots -> the part and the layer's path in it."""
     places: dict[str, tuple[str, str]] = {}
-    for part, prefixes in PREFIXES.items():
+    for part, prefixes in model.family.lora_prefixes.items():
         network = model.parts.get(part)
         for layer, module in network.named_modules() if network is not None else ():
             if isinstance(module, nn.Linear | nn.Conv2d):

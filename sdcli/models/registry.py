@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import platformdirs
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import PACKAGE, expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
+from sdcli.models.families import DEFAULT_FAMILY, FAMILIES, family_named, family_with_recipe, single_file_in
+from sdcli.models.families.family import Family, ModelKind
 from sdcli.models.hub.cache import snapshot_folder
-from sdcli.models.layout import SD3_KIND, ModelFolder, ModelKind, read_model_folder
-from sdcli.models.single_file import layout_in
+from sdcli.models.layout import ModelFolder, read_model_folder
 from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource, Source, Strict
 from sdcli.request.fields import with_prompt
 from sdcli.request.schedulers import SCHEDULERS
@@ -29,6 +30,9 @@ from sdcli.request.schema import (
 
 MAX_REGISTRY_BYTES = 256 * 1024
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+FamilyField = Annotated[Family, BeforeValidator(family_named)]
 
 
 class ModelDefaults(Strict):
@@ -43,9 +47,6 @@ class ModelDefaults(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-Family = Literal["sd1", "sd2", "sdxl", "sd3", "flux"]
-SUPPORTED_FAMILIES = {"sd1", "sd2", "sdxl", "sd3"}
-SD3_DEFAULTS = {"width": 1024, "height": 1024, "steps": 28, "guidance_scale": 7.0, "scheduler": "flow-euler"}
 DEFAULT_REFINER_START = 0.8
 
 
@@ -54,7 +55,7 @@ class ModelEntry(Strict):
 
     name: str
     source: Source
-    family: Family = "sd1"
+    family: FamilyField = DEFAULT_FAMILY
     license: str = "unknown"
     description: str = ""
     download_bytes: int = Field(0, ge=0)
@@ -64,7 +65,7 @@ class ModelEntry(Strict):
     def _sizes_fit(self) -> Self:
         if not isinstance(self.source, FolderSource):  # a folder says itself which sizes it can generate
             for side in ("width", "height"):
-                problem = size_problem(getattr(self.defaults, side), ModelKind())
+                problem = size_problem(getattr(self.defaults, side), self.family.kind)
                 if problem is not None:
                     raise ValueError(f"defaults.{side}: {problem}")
         return self
@@ -81,10 +82,11 @@ class ModelSpec(ModelEntry):
 
     def require_supported(self) -> None:
         """Raise UsageError for a family that sdcli cannot generate with yet; asked before anything is downloaded."""
-        if self.family not in SUPPORTED_FAMILIES:
+        if not self.family.supported:
+            supported = sorted(name for name, family in FAMILIES.items() if family.supported)
             raise UsageError(
-                f"model {self.name!r} is of the {self.family} family, which is not yet supported "
-                f"(supported: {', '.join(sorted(SUPPORTED_FAMILIES))}); nothing was downloaded"
+                f"model {self.name!r} is of the {self.family.name} family, which is not yet supported "
+                f"(supported: {', '.join(supported)}); nothing was downloaded"
             )
 
 
@@ -93,7 +95,7 @@ class ControlNetSpec(Strict):
 
     name: str
     source: Annotated[FolderSource | FileSource | HubSource, Field(discriminator="kind")]
-    family: Family = "sd1"
+    family: FamilyField = DEFAULT_FAMILY
     license: str = "unknown"
     description: str = ""
     download_bytes: int = Field(0, ge=0)
@@ -360,29 +362,25 @@ def described(spec: ModelSpec) -> ModelSpec:
     Another source, or one that is not there or damaged (loading it says so), leaves the spec as it is; so does a
     repository of the hub that is not in the cache. Raises NotFound, UsageError and BadWeights.
     """
+    if isinstance(spec.source, RandomSource):
+        return spec.model_copy(update={"family": family_with_recipe(spec.source.architecture)})
     if isinstance(spec.source, FileSource):
-        layout = layout_in(spec.source.path)
-        typed = spec.defaults.model_dump(exclude_unset=True)
-        defaults = ModelDefaults(**{**(layout.defaults if layout is not None else {}), **typed})
-        family = layout.family if layout is not None else spec.family
-        return spec.model_copy(update={"family": family, "defaults": defaults})
+        family, layout = single_file_in(spec.source.path) or (spec.family, None)
+        own = layout.defaults if layout is not None else {}
+        return spec.model_copy(update={"family": family, "kind": family.kind, "defaults": _over(spec, own)})
     try:
-        folder = _folder_described(spec.source)
+        folder = _folder_described(spec.source, spec.family)
     except (BadWeights, NotFound, UsageError):
         if not isinstance(spec.source, HubSource):
             raise
         folder = None  # `models pull` mends what the cache has
     if folder is None:
         return _of_family(spec)
-    own = {**_usual_defaults(folder), **_own_defaults(folder)}
-    typed = spec.defaults.model_dump(exclude_unset=True)
-    two = "text_encoder_2" in folder.layout.components
-    family = ("sd3" if folder.kind.process == "flow" else "sdxl") if two else spec.family
-    defaults = ModelDefaults(**{**own, **typed})
-    return spec.model_copy(update={"kind": folder.kind, "family": family, "defaults": defaults})
+    defaults = _over(spec, {**_usual_defaults(folder), **_own_defaults(folder)})
+    return spec.model_copy(update={"kind": folder.kind, "family": folder.family, "defaults": defaults})
 
 
-def _folder_described(source: Source) -> ModelFolder | None:
+def _folder_described(source: Source, family: Family) -> ModelFolder | None:
     """What the small files of a diffusers folder say, also of one in the hub's cache. Raises what reading it raises."""
     match source:
         case FolderSource(path=path):
@@ -391,25 +389,27 @@ def _folder_described(source: Source) -> ModelFolder | None:
             path = snapshot_folder(source)
         case _:
             return None
-    return read_model_folder(path) if (path / "model_index.json").is_file() else None
+    return read_model_folder(path, preferred=family) if (path / "model_index.json").is_file() else None
 
 
 def _of_family(spec: ModelSpec) -> ModelSpec:
     """The spec with what its family says, where nothing else does: of a model of the hub there is only the name."""
-    if spec.family != "sd3" or not isinstance(spec.source, HubSource):
+    if not isinstance(spec.source, HubSource):
         return spec
-    typed = spec.defaults.model_dump(exclude_unset=True)
-    return spec.model_copy(update={"kind": SD3_KIND, "defaults": ModelDefaults(**{**SD3_DEFAULTS, **typed})})
+    return spec.model_copy(update={"kind": spec.family.kind, "defaults": _over(spec, spec.family.defaults)})
+
+
+def _over(spec: ModelSpec, defaults: Mapping[str, Any]) -> ModelDefaults:
+    """The defaults of an entry, laid over others."""
+    return ModelDefaults(**{**defaults, **spec.defaults.model_dump(exclude_unset=True)})
 
 
 def _usual_defaults(folder: ModelFolder) -> dict[str, Any]:
-    """What suits a folder that has no sdcli.json: the size it was trained on, and for DDPM-like models few steps."""
-    width, height = folder.size or (folder.kind.size_step * 8,) * 2
-    if folder.kind.process == "flow":
-        return {**SD3_DEFAULTS, "width": width, "height": height}
-    if folder.kind.conditioning == "text":
-        return {"width": width, "height": height} if folder.size is not None else {}
-    return {"width": width, "height": height, "steps": 50, "guidance_scale": 1.0, "scheduler": "ddim"}
+    """What suits a folder that has no sdcli.json: the size it was trained on, and the habits of its family."""
+    family, size = folder.family, folder.size
+    if size is None and not family.reads_text:
+        size = (folder.kind.size_step * 8,) * 2
+    return {**family.defaults, **(dict(zip(("width", "height"), size, strict=True)) if size is not None else {})}
 
 
 def _own_defaults(folder: ModelFolder) -> dict[str, Any]:

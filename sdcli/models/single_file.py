@@ -1,99 +1,114 @@
-"""Which family a single-file checkpoint is of, told by the names of its tensors: the original LDM keys."""
+"""Single-file checkpoints: the parts of one file, with the original code's tensor names changed to diffusers'."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sdcli.io.json_files import parse_json
+import torch
+from torch import Tensor, nn
 
-MAX_HEADER_BYTES = 20_000_000
+from sdcli.errors import BadWeights, UsageError
+from sdcli.io.lean_diffusers import lean_imports
+from sdcli.io.weight_files import check_header, files_digest
+from sdcli.io.weights import fill, read_tensors
+from sdcli.models.families import FAMILIES, single_file_of
+from sdcli.models.families.family import SingleFile, shipped_configs
+from sdcli.models.folder import PartLoader, network_parts
+from sdcli.models.networks import build_empty, network_class, text_name
+from sdcli.models.recipe import shipped_tokenizer
 
-
-@dataclass(frozen=True)
-class SingleFileLayout:
-    """Where the parts stand in one family's files, and what those files do not say themselves."""
-
-    family: Literal["sd1", "sd2", "sdxl"]
-    title: str
-    configs: tuple[str, ...]
-    """Folders of the package with the parts' configurations, the later laid over the earlier."""
-    prefixes: Mapping[str, str]
-    """Part -> what its tensors' names begin with."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What such models like, for a request that leaves it open."""
-
-    def has_open_clip(self, part: str) -> bool:
-        """Whether a text encoder is OpenCLIP's, which has names and a padding of its own."""
-        return self.prefixes[part].endswith(".model.")
-
-
-_UNET_AND_VAE = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-_LARGE = {"width": 1024, "height": 1024, "guidance_scale": 7.0}
-SD1 = SingleFileLayout(
-    "sd1",
-    "SD 1.x",
-    ("sd1",),
-    {**_UNET_AND_VAE, "text_encoder": "cond_stage_model.transformer."},
-)
-SD2 = SingleFileLayout(
-    "sd2",
-    "SD 2.x",
-    ("sd1", "sd2"),
-    {**_UNET_AND_VAE, "text_encoder": "cond_stage_model.model."},
-)
-SDXL = SingleFileLayout(
-    "sdxl",
-    "SDXL",
-    ("sdxl",),
-    {
-        **_UNET_AND_VAE,
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-    _LARGE,
-)
-SDXL_REFINER = SingleFileLayout(
-    "sdxl",
-    "SDXL refiner",
-    ("sdxl", "sdxl_refiner"),
-    {**_UNET_AND_VAE, "text_encoder_2": "conditioner.embedders.0.model."},
-    _LARGE,
-)
+NAMES: dict[str, str] = {
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
+    "unet": "UNet",
+    "vae": "VAE",
+}
+"""What error messages call the parts."""
 
 
-def layout_of(names: Iterable[str]) -> SingleFileLayout:
-    """The layout of a file with tensors of these names; that of SD 1.x where nothing speaks for another."""
-    names = list(names)
-    for layout, start in (
-        (SDXL_REFINER, "conditioner.embedders.0.model."),
-        (SDXL, "conditioner."),
-        (SD2, "cond_stage_model.model."),
-    ):
-        if any(name.startswith(start) for name in names):
-            return layout
-    return SD1
+def from_single_file(path: Path, dtype: torch.dtype) -> PartLoader:
+    """Raises BadWeights and UsageError for a file that is not a whole model of a known family."""
+    names = set(check_header(path)) - {"__metadata__"}
+    family, layout = single_file_of(names)
+    _check_names(path, names, layout)
+    configs: dict[str, dict[str, Any]] = {}
+    for folder in layout.configs:
+        configs |= shipped_configs(folder)
+    _, components = family.components()
+
+    def network(part: str) -> nn.Module:
+        config, prefix = configs[part], layout.prefixes[part]
+        number = family.part_dtype(part, config, dtype)
+        stored = read_tensors(path, number, rename=lambda name: name if name.startswith(prefix) else None)
+        kind = network_class(config, components[part], family)
+        empty = build_empty(kind, config, source=str(path))
+        try:
+            if part in layout.convert:
+                tensors = layout.convert[part](stored, config)
+            else:
+                tensors = _from_original_names(part, stored, config, empty, prefix, open_clip=part in family.open_clip)
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise BadWeights(f"{path}: its {NAMES[part]} is not laid out as that of {layout.title} ({error})") from None
+        fill(empty, tensors, source=f"{path} ({part})")
+        return kind.finish(empty)
+
+    prediction = layout.prediction or marked_prediction
+    return PartLoader(
+        network_parts(layout.prefixes),
+        network,
+        tokenizer=lambda part: shipped_tokenizer(family, part),
+        identity=lambda part: files_digest([path]),
+        scheduler_config={**configs["scheduler"], **prediction(path, names)},
+        settings=layout.settings,
+    )
 
 
-def layout_in(path: Path) -> SingleFileLayout | None:
-    """The layout of a .safetensors file; None for a file that is no such or damaged, which loading tells."""
-    try:
-        status = path.stat()
-        return _layout_in(path, status.st_mtime_ns, status.st_size)
-    except (OSError, ValueError):
-        return None
+def _from_original_names(
+    part: str, stored: dict[str, Tensor], config: dict[str, Any], empty: nn.Module, prefix: str, *, open_clip: bool
+) -> dict[str, Tensor]:
+    """Tensors named as by the original code (CompVis/stable-diffusion) -> as in diffusers."""
+    with lean_imports():
+        from diffusers.loaders import single_file_utils as ldm
+
+    tensors: dict[str, Tensor]
+    if part == "unet":
+        tensors = ldm.convert_ldm_unet_checkpoint(stored, config)
+        return tensors
+    if part == "vae":
+        tensors = ldm.convert_ldm_vae_checkpoint(stored, config)
+        return tensors
+    if open_clip:
+        tensors = ldm.convert_open_clip_checkpoint(empty, stored, prefix=prefix)
+    else:
+        tensors = ldm.convert_ldm_clip_checkpoint(stored)
+    renamed = ((text_name(name, set()), tensor) for name, tensor in tensors.items())
+    return {name: tensor for name, tensor in renamed if name is not None}
 
 
-@lru_cache(maxsize=8)
-def _layout_in(path: Path, changed: int, size: int) -> SingleFileLayout:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size):
-            raise ValueError("no safetensors header")
-        header = parse_json(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("no table of tensors")
-    return layout_of(header)
+def marked_prediction(path: Path, names: Collection[str]) -> Mapping[str, Any]:
+    """What the UNet was trained to predict, if it is not the noise: files of v-prediction have marks."""
+    v = "v_pred" in names
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names} if v else {}
+
+
+def _check_names(path: Path, names: set[str], layout: SingleFile) -> None:
+    """Tell apart the files that people confuse with a checkpoint, each with its own sentence."""
+
+    def some(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in names)
+
+    if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
+        raise BadWeights(f"{path} is a LoRA, not a whole model; generate with it by --lora {path}")
+    for family in FAMILIES.values():
+        for start, sentence in family.refused_files.items():
+            if some(start):
+                raise UsageError(sentence.format(file=path))
+    if some("down_blocks.", "decoder.up_blocks.", "text_model.", "encoder.layers."):
+        raise BadWeights(f"{path} is one part of a diffusers model; give the folder that holds model_index.json")
+    for part, prefix in layout.prefixes.items():
+        if not some(prefix):
+            missing = f"{NAMES[part]} (no weights named {prefix}*)"
+            raise BadWeights(f"{path} has no {missing}; it is not a whole {layout.title} checkpoint")

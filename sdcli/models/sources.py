@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
+
+
+def _known_architecture(name: str) -> str:
+    from sdcli.models.families import family_with_recipe
+
+    family_with_recipe(name)
+    return name
 
 
 class EmbeddedSource(Strict):
@@ -23,7 +30,8 @@ class RandomSource(Strict):
     """Random weights, made in memory from a seed: no files, no network."""
 
     kind: Literal["random"]
-    architecture: Literal["tiny", "tiny-sdxl", "sd15", "sdxl"]
+    architecture: Annotated[str, AfterValidator(_known_architecture)]
+    """A recipe of one of the families."""
     seed: int = Field(0, ge=0)
 
 

@@ -9,7 +9,7 @@ from sdcli.errors import BadWeights
 from sdcli.io.digests import digest_of
 from sdcli.io.weight_files import shards
 from sdcli.models.hub.download import folder_of
-from sdcli.models.layout import read_layout
+from sdcli.models.layout import read_components
 from sdcli.models.registry import ControlNetSpec, ModelSpec
 from sdcli.models.sources import FileSource, HubSource, RandomSource
 
@@ -36,13 +36,13 @@ def _files(spec: ModelSpec | ControlNetSpec) -> list[Path]:
     variant = spec.source.variant if isinstance(spec.source, HubSource) else None
     if isinstance(spec, ControlNetSpec):
         return shards(folder, "diffusion_pytorch_model", variant=variant)
-    layout = read_layout(folder)
+    _, components = read_components(folder)
     return [
         file
-        for part in sorted(layout.components)
+        for part in sorted(components)
         if not part.startswith("tokenizer")
         for file in shards(
-            folder / layout.folder_of(part),
+            folder / components[part].folder,
             "model" if part.startswith("text_encoder") else "diffusion_pytorch_model",
             variant=variant,
         )

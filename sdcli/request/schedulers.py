@@ -10,6 +10,10 @@ Process = Literal["diffusion", "flow"]
 """How a model was trained to generate: against the noise of diffusion, or along the straight paths of flow matching."""
 
 
+TRAINED: dict[Process, str] = {"diffusion": "as a diffusion model", "flow": "with flow matching"}
+"""Process -> how error messages describe it."""
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """One row. `settings` override the model's own scheduler_config.json, and only what they must."""

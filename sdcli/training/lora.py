@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.errors import UsageError
+from sdcli.models.families.family import Family
 from sdcli.training.state.state_files import write_tensors
 
 ADAPTER = "default"
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The attention projections of a UNet, as in diffusers' LoRA trainer."""
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class LoraShape:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...]
     dropout: float = 0.0
 
 
@@ -84,18 +82,20 @@ def merged_tensors(network: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def write_lora(folder: Path, networks: Mapping[str, nn.Module], shapes: Mapping[str, LoraShape]) -> None:
+def write_lora(
+    folder: Path, networks: Mapping[str, nn.Module], shapes: Mapping[str, LoraShape], family: Family
+) -> None:
     """Write the LoRAs of some networks ("unet", "text_encoder") as one file in each format."""
     peft: dict[str, Tensor] = {}
     kohya: dict[str, Tensor] = {}
     for part, network in networks.items():
         tensors = lora_tensors(network)
-        peft |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-        kohya |= to_kohya(tensors, part=part, alpha=shapes[part].alpha)
+        peft |= {f"{family.lora_names[part].diffusers}.{name}": tensor for name, tensor in tensors.items()}
+        kohya |= to_kohya(tensors, part=part, alpha=shapes[part].alpha, prefix=family.lora_names[part].kohya)
     write_tensors(
         folder / "pytorch_lora_weights.safetensors",
         peft,
-        {"format": "pt", "lora_adapter_metadata": json.dumps(_peft_metadata(shapes), sort_keys=True)},
+        {"format": "pt", "lora_adapter_metadata": json.dumps(_peft_metadata(shapes, family), sort_keys=True)},
     )
     shape = shapes["unet"]
     write_tensors(
@@ -106,30 +106,30 @@ def write_lora(folder: Path, networks: Mapping[str, nn.Module], shapes: Mapping[
             "ss_network_dim": str(shape.rank),
             "ss_network_alpha": f"{shape.alpha:g}",
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": "stable-diffusion-v1/lora",
+            "modelspec.architecture": family.lora_architecture,
             "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
             "modelspec.title": "LoRA trained by sdcli",
         },
     )
 
 
-def to_kohya(tensors: Mapping[str, Tensor], *, part: str, alpha: float) -> dict[str, Tensor]:
+def to_kohya(tensors: Mapping[str, Tensor], *, part: str, alpha: float, prefix: str) -> dict[str, Tensor]:
     """PEFT's names -> kohya's: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, kind = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
         # kohya's names of text encoder layers have the prefix of older transformers versions
         full = f"text_model.{path}" if part == "text_encoder" and not path.startswith("text_model.") else path
-        layer = f"{KOHYA_PREFIX[part]}_{full.replace('.', '_')}"
+        layer = f"{prefix}_{full.replace('.', '_')}"
         renamed[f"{layer}.lora_{'down' if kind == 'A' else 'up'}.weight"] = tensor
         renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return renamed
 
 
-def _peft_metadata(shapes: Mapping[str, LoraShape]) -> dict[str, Any]:
+def _peft_metadata(shapes: Mapping[str, LoraShape], family: Family) -> dict[str, Any]:
     """The metadata from which diffusers reads rank and alpha."""
     return {
-        f"{part}.{key}": value
+        f"{family.lora_names[part].diffusers}.{key}": value
         for part, shape in shapes.items()
         for key, value in {
             "peft_type": "LORA",

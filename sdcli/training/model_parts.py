@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,9 +19,11 @@ from sdcli.io.files import PACKAGE, expanded, write_whole
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import UNet2DConditionModel, UNet2DModel
 from sdcli.io.weights import network_described
+from sdcli.models.families import family_from_scratch
+from sdcli.models.families.family import Family
 from sdcli.models.hub.download import folder_of
-from sdcli.models.layout import LAYOUTS
-from sdcli.models.loader import LoadedModel, Part, load_model
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import Part, load_model
 from sdcli.models.registry import ModelDefaults, ModelSpec
 from sdcli.request.schema import did_you_mean
 from sdcli.training.run_folder import write_json
@@ -138,16 +140,11 @@ def fitted_config(
 def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> LoadedModel:
     """Load a model in float32 to be trained. Raises what `load_model` raises.
 
-    Raises UsageError for the sdxl and sd3 families, whose conditioning no trainer supports; if the spec says so, before
-    the weights are read.
+    Raises UsageError for a family that no trainer supports; if the spec names the family, before the weights are read.
     """
-    flow = spec.kind.process == "flow" or spec.family == "sd3"
-    model = (
-        load_model(spec, device=device, dtype="float32", needs=needs) if not flow and spec.family != "sdxl" else None
-    )
-    if model is None or model.is_sdxl:
-        family = "sd3" if flow else "sdxl"
-        raise UsageError(f"{spec.name} is of the {family} family, which sdcli cannot train yet")
+    spec.family.refuse("train", spec.name)
+    model = load_model(spec, device=device, dtype="float32", needs=needs)
+    model.family.refuse("train", spec.name)
     return refuse_shifted(model)
 
 
@@ -164,8 +161,8 @@ def refuse_shifted(model: LoadedModel) -> LoadedModel:
 class ModelFiles:
     """The files that make RUN a model folder: model_index.json and the parts that training does not change."""
 
-    pipeline: str
-    """`_class_name` of model_index.json; see models/layout.py."""
+    family: Family
+    space: Literal["latent", "pixel"]
     scheduler_config: Mapping[str, Any]
     defaults: Mapping[str, Any]
     """The model's defaults for generation, for sdcli.json."""
@@ -180,15 +177,16 @@ class ModelFiles:
     @classmethod
     def around(cls, model: LoadedModel | None, *, trained: Mapping[str, str], averaged: tuple[str, ...]) -> ModelFiles:
         """Files for a trained VAE or text encoder: the other parts are those of `model`, or absent without one."""
-        pipeline, frozen = "StableDiffusionPipeline", {}
+        family, frozen = family_from_scratch(reads_text=True), {}
         generates = model is not None and "unet" in model.parts
         if model is not None:
+            family = model.family if generates else family
             parts = [*model.parts, *(["tokenizer"] if model.tokenizer is not None else [])]
-            pipeline = "LDMPipeline" if generates and model.tokenizer is None else "StableDiffusionPipeline"
-            components = LAYOUTS[pipeline].components
-            frozen = {components[part][0]: (model, part) for part in parts if part not in trained}
+            _, components = family.components()
+            frozen = {components[part].folder: (model, part) for part in parts if part not in trained}
         return cls(
-            pipeline=pipeline,
+            family=family,
+            space="latent",
             scheduler_config=model.scheduler_config if model is not None else LATENT_SCHEDULE,
             defaults=model.spec.defaults.model_dump() if model is not None and generates else {},
             frozen=frozen,
@@ -204,8 +202,8 @@ class ModelFiles:
         return {**links, **({f"raw/{folders[part]}": part for part in self.trained} if self.averaged else {})}
 
     def _folder_of(self, part: str) -> str:
-        """A part's sub-folder in this kind of model folder; see models/layout.py."""
-        return LAYOUTS[self.pipeline].components[part][0]
+        """The folder of a part in a model folder."""
+        return self.family.components(self.space)[1][part].folder
 
     def write(self, run: Path) -> None:
         """Write everything but the trained parts."""
@@ -223,22 +221,20 @@ class ModelFiles:
         """model_index.json: each component with its library and class, or null if it is absent."""
         classes = {name: _class_name(model, part) for name, (model, part) in self.frozen.items()}
         classes |= {self._folder_of(part): kind for part, kind in self.trained.items()}
-        expected = [name for name, _ in LAYOUTS[self.pipeline].components.values()]
+        pipeline, parts = self.family.components(self.space)
         components: dict[str, Any] = {
             name: ["transformers" if classes[name].startswith("CLIP") else "diffusers", classes[name]]
             if name in classes
             else [None, None]
-            for name in expected
+            for name in (one.folder for one in parts.values())
         }
-        if self.pipeline == "StableDiffusionPipeline":
-            components |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-            components["requires_safety_checker"] = False
         scheduler = self.scheduler_config.get("_class_name", "DDIMScheduler")
         return {
-            "_class_name": self.pipeline,
+            "_class_name": pipeline,
             "_diffusers_version": metadata.version("diffusers"),
             "scheduler": ["diffusers", scheduler],
             **components,
+            **self.family.index,
         }
 
 

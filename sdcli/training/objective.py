@@ -10,18 +10,20 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from sdcli.diffusion.noise_schedule import NoiseSchedule
+from sdcli.diffusion.noise_schedule import NoiseSchedule, Schedule
 from sdcli.io import rng
 
 
-def target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What a perfect network predicts: the noise (Ho et al. 2020), x_0, or
+def target(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What a perfect network predicts: the noise (Ho et al. 2020), x_0, the velocity of flow matching noise - x_0, or
     v = sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x_0 (Salimans & Ho 2022, appendix D)."""
     match schedule.prediction_type:
         case "epsilon":
             return noise.float()
         case "sample":
             return x0.float()
+        case "velocity":
+            return noise.float() - x0.float()
         case _:
             signal, amount = schedule.signal_and_noise(t, x0)
             return signal * noise.float() - amount * x0.float()

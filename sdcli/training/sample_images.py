@@ -23,7 +23,8 @@ from sdcli.images.pixels import from_pixels
 from sdcli.io.files import write_whole
 from sdcli.metadata.embed import image_bytes
 from sdcli.models.controlnet import PART
-from sdcli.models.loader import model_in_memory
+from sdcli.models.families.family import Family
+from sdcli.models.loaded_model import model_in_memory
 from sdcli.models.registry import ModelDefaults, ModelSpec
 from sdcli.models.sources import FolderSource
 from sdcli.request.fields import Control, FileRef
@@ -45,6 +46,7 @@ class SampleSheet:
     scheduler_config: Mapping[str, Any]
     frozen: Mapping[str, nn.Module]
     """`vae` and `text_encoder`, if the model has them and they are not trained; the `unet` of a ControlNet."""
+    family: Family
     tokenizer: ClipTokenizer | None = None
     classes: Sequence[str] | None = None
     steps: int | None = None
@@ -56,6 +58,7 @@ class SampleSheet:
         spec = ModelSpec(
             name=self.name,
             source=FolderSource(kind="folder", path=folder.parent),
+            family=self.family,
             defaults=ModelDefaults.model_validate(self.defaults),
         )
         parts = {

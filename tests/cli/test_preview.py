@@ -21,11 +21,11 @@ from torch import Tensor
 
 from sdcli.cli.ui.preview import SHARE, Preview, Throttle
 from sdcli.cli.ui.terminal_images import BELOW, HalfBlocks
-from sdcli.diffusion.pipeline import space_of
 from sdcli.errors import CannotWrite, SdcliError, UsageError
 from sdcli.generation.events import Progress
 from sdcli.images.contact_sheet import KEY
 from sdcli.io.files import AlreadyExists
+from sdcli.models.families.family import latents_or_pixels
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.vae.latent_preview import FEW_CELLS, latent_preview
@@ -55,7 +55,7 @@ class Linear:
 
 
 def test_few_latents_are_decoded_as_they_are() -> None:
-    space = space_of(load_model(load_registry().find("tiny"), device="cpu", dtype="float32"))
+    space = latents_or_pixels(load_model(load_registry().find("tiny"), device="cpu", dtype="float32"))
     x = torch.randn((4, 8, 6), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(latent_preview(space, x), space.decode(x[None])[0])
     pixels = torch.rand((1, 40, 40), generator=torch.Generator().manual_seed(1)) * 2 - 1

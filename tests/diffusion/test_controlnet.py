@@ -39,7 +39,8 @@ from sdcli.generation.verify import verify_image
 from sdcli.images.preprocessors import PREPROCESSORS, control_map
 from sdcli.io.files import AlreadyExists
 from sdcli.models.controlnet import load_controlnet, with_controlnets
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.fields import Control, Preprocessor
 from sdcli.request.jobs import read_lines

@@ -14,7 +14,7 @@ from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import UsageError
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.models.layout import ModelKind
+from sdcli.models.families import UNCONDITIONAL
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import parse_request
 from tests import oracle
@@ -83,7 +83,7 @@ def test_an_interval_without_a_step_is_refused(pipeline: Pipeline) -> None:
 
 
 def test_the_last_scale_alone_is_guidance_and_has_one_spelling(pipeline: Pipeline) -> None:
-    spec = pipeline.model.spec.model_copy(update={"kind": ModelKind(conditioning="none")})
+    spec = pipeline.model.spec.model_copy(update={"family": UNCONDITIONAL, "kind": UNCONDITIONAL.kind})
     with pytest.raises(UsageError, match="cannot be guided"):
         resolve(parse_request({"guidance_scale": 1, "guidance_end": 5}), spec)
     with pytest.raises(UsageError, match="guidance_end is given twice"):

@@ -28,7 +28,8 @@ from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.metadata.read import read_image
 from sdcli.metadata.record import parse_record
-from sdcli.models.layout import ModelKind
+from sdcli.models.families import CLASS_CONDITIONAL
+from sdcli.models.families.family import ModelKind
 from sdcli.models.loader import load_model
 from sdcli.models.registry import Registry, load_registry, spec_of_folder
 from sdcli.request.fields import EmbeddingRef
@@ -38,6 +39,7 @@ from sdcli.request.schema import GenerationRequest, parse_request
 from tests import service
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.service import generate_images, results
+from tests.tiny import with_parts
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,9 @@ def test_outside_the_guidance_interval_and_composes_at_a_scale_of_one(tiny: Pipe
 def test_and_without_guidance_and_syntax_without_a_text_encoder_are_refused(tiny: Pipeline) -> None:
     with pytest.raises(UsageError, match="AND needs guidance"):
         asked(tiny, "a AND b", guidance_scale=1)
-    classes = tiny.model.spec.model_copy(update={"kind": ModelKind("class", classes=("(cat)",), null_label=1)})
+    classes = tiny.model.spec.model_copy(
+        update={"family": CLASS_CONDITIONAL, "kind": ModelKind(classes=("(cat)",), null_label=1)}
+    )
     assert resolve(GenerationRequest(prompt="(cat)"), classes).prompt_syntax == "plain"
     for fields in ({"prompt_syntax": "a1111"}, {"clip_skip": 2}, {"embeddings": ("x.safetensors",)}):
         with pytest.raises(UsageError, match=f"{next(iter(fields))} has no effect"):
@@ -368,7 +372,7 @@ def generate_files(registry: Registry, folder: Path, prompts: list[str], **typed
 
 def test_a_distilled_model_refuses_and_and_a_second_scale(tiny: Pipeline) -> None:
     unet = tiny.model.unet
-    distilled = replace(tiny, model=tiny.model.with_parts(unet=unet))
+    distilled = replace(tiny, model=with_parts(tiny.model, unet=unet))
     config = dict(unet.config)
     try:
         unet.register_to_config(time_cond_proj_dim=8)

@@ -22,7 +22,8 @@ from sdcli.errors import SomeFailed, UsageError
 from sdcli.generation.observers.heatmap_files import overlay
 from sdcli.images.contact_sheet import KEY
 from sdcli.io.files import PACKAGE
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.request.input_files import input_files
 from tests.generation.test_encode_decode import (

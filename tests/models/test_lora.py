@@ -30,7 +30,8 @@ from sdcli.io.files import PACKAGE
 from sdcli.metadata.a1111 import a1111_text, read_a1111
 from sdcli.metadata.read import read_image
 from sdcli.models.adapter_files import find_lora
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
 from sdcli.models.lora import ldm_name, lora_facts, read_lora, with_loras
 from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.fields import LoraRef

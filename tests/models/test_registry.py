@@ -135,7 +135,7 @@ def test_a_model_is_found_by_name_folder_file_or_repository(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     registry = load_registry()
     assert registry.find(None).name == "starter"
-    assert registry.find("sd15").family == "sd1"
+    assert registry.find("sd15").family.name == "sd1"
     folder = registry.find(str(PACKAGE / "starter"))
     assert folder.source == FolderSource(kind="folder", path=(PACKAGE / "starter").resolve())
     (tmp_path / "some.safetensors").write_bytes(b"")
@@ -143,7 +143,7 @@ def test_a_model_is_found_by_name_folder_file_or_repository(tmp_path: Path, monk
     unknown = registry.find("maker/small@v1.0")
     assert unknown.source == HubSource(kind="hub", repo="maker/small", revision="v1.0")
     known = registry.find("stabilityai/sd-turbo")
-    assert known.family == "sd2"
+    assert known.family.name == "sd2"
     assert known.defaults.steps == 1
 
 

@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from sdcli.errors import BadWeights
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.models import loader
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models import single_file
+from sdcli.models.families import SD1, SD2, SDXL
+from sdcli.models.families.family import Family, shipped_configs
+from sdcli.models.families.sdxl import ZEROS
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
+from sdcli.models.networks import build_empty, network_class
 from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
-from sdcli.models.single_file import SD1, SD2, SDXL, SDXL_REFINER, SingleFileLayout
 from sdcli.models.sources import FileSource
 from sdcli.request.schema import GenerationRequest
 from tests.ldm import sd2_checkpoint, sdxl_checkpoint
@@ -79,7 +83,7 @@ def shipped(micro: tuple[str, Path, Path], monkeypatch: pytest.MonkeyPatch) -> N
     """Single files take the shipped configurations; here they are the micro model's."""
     _, folder, _ = micro
     configs = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/*config.json")}
-    monkeypatch.setattr(loader, "_shipped_configs", lambda name: configs)
+    monkeypatch.setattr(single_file, "shipped_configs", lambda name: configs)
 
 
 @pytest.mark.usefixtures("shipped")
@@ -91,11 +95,10 @@ def test_a_single_file_is_the_same_model_as_its_diffusers_folder(micro: tuple[st
         expected, found = network.state_dict(), ours.parts[part].state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
-    assert ours.zeros_for_empty_prompt == theirs.zeros_for_empty_prompt
+    assert ours.settings.get(ZEROS, True) == theirs.settings.get(ZEROS, True)
     if name != "sd2":
-        assert theirs.tokenizer_2 is not None
-        assert ours.tokenizer_2 is not None
-        assert ours.tokenizer_2("a cat").ids == theirs.tokenizer_2("a cat").ids
+        ids = [model.tokenizers["text_encoder_2"]("a cat").ids for model in (ours, theirs)]
+        assert ids[0] == ids[1]
 
 
 @pytest.mark.usefixtures("shipped")
@@ -133,31 +136,36 @@ def test_v_prediction_is_read_off_the_file(micro: tuple[str, Path, Path], tmp_pa
 def test_a_file_brings_the_size_that_its_family_likes(micro: tuple[str, Path, Path], tmp_path: Path) -> None:
     name, _, file = micro
     spec = load_registry().find(str(file))
-    assert spec.family == ("sd2" if name == "sd2" else "sdxl")
+    assert spec.family.name == ("sd2" if name == "sd2" else "sdxl")
     assert resolve(GenerationRequest(prompt="x"), spec).width == (512 if name == "sd2" else 1024)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(file.read_bytes()[:100])
-    assert load_registry().find(str(damaged)).family == "sd1", "loading it tells what is wrong"
+    assert load_registry().find(str(damaged)).family.name == "sd1", "loading it reports what is wrong"
 
 
 @pytest.mark.parametrize(
-    ("layout", "sizes"),
+    ("family", "number", "sizes"),
     [
-        (SD1, {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}),
-        (SD2, {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863}),
+        (SD1, 0, {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}),
+        (SD2, 0, {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863}),
         (
             SDXL,
+            1,
             {"text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "unet": 2_567_463_684, "vae": 83_653_863},
         ),
-        (SDXL_REFINER, {"text_encoder_2": 694_659_840, "unet": 2_259_526_660, "vae": 83_653_863}),
+        (SDXL, 0, {"text_encoder_2": 694_659_840, "unet": 2_259_526_660, "vae": 83_653_863}),
     ],
-    ids=lambda value: value.title if isinstance(value, SingleFileLayout) else "",
 )
 def test_the_shipped_configurations_are_those_of_the_published_models(
-    layout: SingleFileLayout, sizes: dict[str, int]
+    family: Family, number: int, sizes: dict[str, int]
 ) -> None:
-    configs: dict[str, Any] = {}
+    layout, configs = family.single_files[number], {}
     for folder in layout.configs:
-        configs |= loader._shipped_configs(folder)
-    networks = {part: loader._empty(part, configs[part], source=layout.title) for part in layout.prefixes}
-    assert {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()} == sizes
+        configs |= shipped_configs(folder)
+    _, components = family.components()
+    found = {}
+    for part in layout.prefixes:
+        kind = network_class(configs[part], components[part], family)
+        network = build_empty(kind, configs[part], source=layout.title)
+        found[part] = sum(p.numel() for p in network.parameters())
+    assert found == sizes

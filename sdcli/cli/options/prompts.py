@@ -21,10 +21,10 @@ def prompt_lines(
             raise UsageError("use either prompts or --prompts-file")
         return list(read_lines(prompts_file))
     if not prompts and "prompt" not in typed:
-        kind = registry.find(typed.get("model")).kind
-        if kind.conditioning == "class":
-            raise UsageError(f"nothing to generate; name a class: {kind.listed_classes}")
-        if kind.conditioning == "text":
+        spec = registry.find(typed.get("model"))
+        if spec.kind.classes:
+            raise UsageError(f"nothing to generate; name a class: {spec.kind.listed_classes}")
+        if spec.family.takes_prompt:
             raise UsageError('nothing to generate; try: sdcli generate "an astronaut riding a horse"')
     return [Line(0, {"prompt": prompt}) for prompt in prompts] or [Line(0, {})]
 

@@ -81,8 +81,7 @@ class PromptWords:
 def words_in_prompt(pipeline: Pipeline, request: ResolvedRequest, named: Sequence[str]) -> PromptWords:
     """The `named` words of a prompt, or all words where none are named. Raises UsageError where none is found."""
     context = pipeline.encode.read(request)
-    tokenizer = pipeline.model.tokenizer or pipeline.model.tokenizer_2
-    assert tokenizer is not None, "a model that reads prompts has a tokenizer"
+    tokenizer = next(iter(pipeline.model.tokenizers.values()))
     words, other = words_of(tokenizer, context)
     found = {phrase: find(tokenizer, context, phrase) for phrase in named}
     chosen = [word for word in found.values() if word is not None] if named else words

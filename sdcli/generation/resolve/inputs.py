@@ -9,7 +9,6 @@ from typing import Any
 
 from sdcli.errors import UsageError
 from sdcli.models.adapter_files import is_in_folder, lora_not_found, pinned_ip_adapter, pinned_lora
-from sdcli.models.layout import ModelKind
 from sdcli.request.fields import EmbeddingRef, ImageInput
 from sdcli.request.input_files import is_latents, pinned
 from sdcli.request.lora_tags import take_tags
@@ -76,27 +75,17 @@ def _size(request: GenerationRequest, own: tuple[int, int], step: int) -> dict[s
     return {"width": request.width or width, "height": request.height or height}
 
 
-def controls_filled(request: GenerationRequest, kind: ModelKind, *, model: str) -> dict[str, Any]:
-    """The controls with the digests of their images.
-
-    Raises UsageError for what would have no effect with this `kind` of model, and what reading the files raises.
-    """
+def controls_filled(request: GenerationRequest) -> dict[str, Any]:
+    """The controls with the digests of their images. Raises what reading the files raises."""
     if not request.controls:
         return {}
-    if kind.conditioning != "text":
-        raise UsageError(f"{model} takes no captions, and ControlNets are made for models that do")
     return {"controls": tuple(one.model_copy(update={"image": pinned(one.image)}) for one in request.controls)}
 
 
-def image_prompts_filled(request: GenerationRequest, kind: ModelKind, *, model: str) -> dict[str, Any]:
-    """The IP-Adapters with the digests of their files and images.
-
-    Raises UsageError for what would have no effect with this `kind` of model, and what reading the files raises.
-    """
+def image_prompts_filled(request: GenerationRequest) -> dict[str, Any]:
+    """The IP-Adapters with the digests of their files and images. Raises what reading the files raises."""
     if not request.ip_adapters:
         return {}
-    if kind.conditioning != "text":
-        raise UsageError(f"{model} takes no captions, and IP-Adapters are made for models that do")
     prompts = (
         one.model_copy(update={"adapter": pinned_ip_adapter(one.adapter), "image": pinned(one.image)})
         for one in request.ip_adapters

@@ -112,7 +112,7 @@ def expand(
             given = {**typed, **fields}
             request = parse_request(given)
             spec = find(request.model)
-            if given.get("prompt") is None and spec.kind.conditioning != "none":
+            if given.get("prompt") is None and spec.family.takes_prompt:
                 raise UsageError("has no prompt")
             spec.require_supported()
             refiner = None if request.refiner is None else find(request.refiner)

@@ -19,7 +19,7 @@ from sdcli.generation.resolve.inputs import (
 from sdcli.images.formats import MAX_PIXELS
 from sdcli.models.registry import ModelSpec, size_problem
 from sdcli.request.prompt_syntax import used
-from sdcli.request.schedulers import SCHEDULERS, schedulers_for
+from sdcli.request.schedulers import SCHEDULERS, TRAINED, schedulers_for
 from sdcli.request.schema import GenerationRequest, ResolvedRequest, check_needs, first_problem, watermark_room
 
 DEFAULT_REFINER_START = 0.8
@@ -37,7 +37,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         "model": spec.name,
         "negative_prompt": "",
         "prompt_template": defaults.prompt_template,
-        "prompt_syntax": "a1111" if spec.kind.conditioning == "text" else "plain",
+        "prompt_syntax": "a1111" if spec.family.reads_text else "plain",
         "width": defaults.width,
         "height": defaults.height,
         "steps": defaults.steps,
@@ -53,8 +53,8 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
     if request.variation_strength is not None and request.variation_seed is None:
         chosen["variation_seed"] = secrets.randbelow(2**32)
     from_start = start_filled(request, step=spec.kind.size_step, cell=spec.kind.cell, measure=measure)
-    pinned = controls_filled(request, spec.kind, model=spec.name)
-    pinned |= image_prompts_filled(request, spec.kind, model=spec.name)
+    spec.family.check(typed, model=spec.name)
+    pinned = {**controls_filled(request), **image_prompts_filled(request)}
     try:
         resolved = ResolvedRequest.model_validate({**chosen, **typed, **from_start, **pinned, "model": spec.name})
     except ValidationError as error:
@@ -94,39 +94,30 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
 
 
 def _check_process(request: ResolvedRequest, spec: ModelSpec) -> None:
-    """Raise UsageError for a scheduler of another process than the model's, and for what goes with diffusion alone."""
-    process, scheduler = spec.kind.process, request.scheduler
+    """Raise UsageError for a scheduler of another process than the model's."""
+    process, scheduler = spec.family.process, request.scheduler
     if SCHEDULERS[scheduler].process != process:
-        trained = "with flow matching" if process == "flow" else "as a diffusion model"
         raise UsageError(
-            f"the {scheduler} scheduler does not go with {spec.name}, which was trained {trained}; "
+            f"the {scheduler} scheduler does not go with {spec.name}, which was trained {TRAINED[process]}; "
             f"those that do: {', '.join(schedulers_for(process))}"
         )
-    if process == "flow":
-        for name in ("refiner", "loras", "controls", "ip_adapters", "embeddings", "pag_scale"):
-            if getattr(request, name):
-                raise UsageError(f"{name}: sdcli has none for {spec.name} yet, which was trained with flow matching")
 
 
 def _check_condition(request: ResolvedRequest, spec: ModelSpec) -> None:
     """Raise UsageError for a prompt, a negative prompt or a guidance scale that the model has no use for."""
     kind, scale = spec.kind, request.guidance_scale
-    if kind.conditioning == "none" and (request.full_prompt or request.negative_prompt):
+    if not spec.family.takes_prompt and (request.full_prompt or request.negative_prompt):
         asked = request.full_prompt or request.negative_prompt
         raise UsageError(f"{spec.name} generates without a prompt; {asked!r} would have no effect")
-    if kind.conditioning != "text":
-        unread = {"prompt_syntax": ("plain",), "clip_skip": (None, 1), "embeddings": ((),)}
-        for name, without_effect in unread.items():
-            if getattr(request, name) not in without_effect:
-                raise UsageError(f"{name} has no effect with {spec.name}, which has no text encoder")
-    elif request.prompt_syntax == "plain" and request.embeddings:
+    if request.prompt_syntax == "plain" and request.embeddings:
         raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
-    if not kind.can_be_guided and (scale != 1 or request.guided or request.negative_prompt):
-        reason = "paints without a prompt" if kind.conditioning == "none" else "always generates a class, never none"
-        raise UsageError(f"{spec.name} {reason}, so it cannot be guided: no negative prompt, and a guidance scale of 1")
+    if kind.unguided and (scale != 1 or request.guided or request.negative_prompt):
+        raise UsageError(
+            f"{spec.name} {kind.unguided}, so it cannot be guided: no negative prompt, and a guidance scale of 1"
+        )
     if request.negative_prompt and not request.guided:
         raise UsageError(f"a negative prompt has no effect at guidance scale {scale:g}; use one above 1")
-    if kind.conditioning == "class":
+    if kind.classes:
         kind.label(request.full_prompt)
         if request.negative_prompt:
             kind.label(request.negative_prompt)

@@ -23,6 +23,7 @@ from sdcli.errors import BadWeights, CannotWrite, NotFound, Offline, UsageError,
 from sdcli.io.files import PACKAGE, sha256, write_whole
 from sdcli.io.json_files import parse_json, read_json_object
 from sdcli.io.weight_files import shard_names
+from sdcli.models.families import FAMILIES
 from sdcli.models.hub.cache import COMMIT, cache_folder, cached_commit, ref_file, repo_folder, snapshot_folder
 from sdcli.models.registry import ControlNetSpec, ModelSpec
 from sdcli.models.sources import EmbeddedSource, FolderSource, HubSource
@@ -63,15 +64,6 @@ SIDE_FILES = {
 CHECKER = "safety_checker"
 CHECKER_SIDE_FILES = {f"{CHECKER}/config.json", "feature_extractor/preprocessor_config.json"}
 """What a safety checker has beside its weights; both are downloaded with it alone."""
-PIPELINES = {
-    "StableDiffusionPipeline",
-    "StableDiffusionInpaintPipeline",
-    "LatentConsistencyModelPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3Pipeline",
-}
-"""The classes of model_index.json that are downloaded; `model_folder.LAYOUTS` knows more, for folders on disk."""
 MAX_SIDE_FILE_BYTES = 32 * 1024**2
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -287,10 +279,11 @@ def _wanted_of_controlnet(present: Mapping[str, int], source: HubSource) -> list
 def require_generation(model_index: Mapping[str, Any], *, name: str) -> None:
     """Raise UsageError where model_index.json is of a pipeline that sdcli does not know."""
     pipeline = model_index.get("_class_name")
-    if pipeline not in PIPELINES:
+    known = sorted(one for family in FAMILIES.values() if family.reads_text for one in family.pipelines)
+    if pipeline not in known:
         raise UsageError(
             f"model {name!r} is made for {pipeline or 'an unnamed pipeline'}, which is not supported "
-            f"(supported: {', '.join(sorted(PIPELINES))})"
+            f"(supported: {', '.join(known)})"
         )
 
 

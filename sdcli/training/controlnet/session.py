@@ -18,7 +18,7 @@ from sdcli.diffusion.noise_schedule import NoiseSchedule
 from sdcli.errors import UsageError
 from sdcli.images.pixels import from_pixels
 from sdcli.models.controlnet import load_controlnet
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.registry import Registry
 from sdcli.training import model_parts
 from sdcli.training.controlnet.settings import ControlNetSettings
@@ -87,6 +87,7 @@ class ControlNetSession(Session[ControlNetSettings]):
             conditioning=conditioning,
             seed=settings.seed,
             learning_rates={"controlnet": settings.learning_rate},
+            family=model.family,
             held_out=data.validation(),
             frozen_text_encoder=frozen_text_encoder(model, conditioning, half=half),
             vae=model.vae,
@@ -163,8 +164,7 @@ class ControlNetSession(Session[ControlNetSettings]):
 
     def _model(self) -> LoadedModel:
         spec = self._registry.find(self.settings.model)
-        if spec.kind.conditioning != "text" or spec.kind.space != "latent":
-            raise UsageError(f"{spec.name} takes no captions; ControlNets need a latent model with a text encoder")
+        spec.family.refuse("train-controlnet", spec.name)
         if spec.kind.inpaints:
             raise UsageError(f"{spec.name} is an inpainting model; train the ControlNet with its base model instead")
         return model_parts.load_to_train(spec, device=str(self.accelerator.device))
@@ -207,6 +207,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 model.spec.defaults, resolution=resolution, guided=True, prompt_template=settings.prompt_template
             ),
             scheduler_config=model.scheduler_config,
+            family=model.family,
             frozen={"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder},
             tokenizer=model.tokenizer,
             steps=settings.sample_steps,

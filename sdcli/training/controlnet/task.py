@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdcli.errors import UsageError
 from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.task import Batch, Networks
 from sdcli.training.unet.task import UnetTask
 from sdcli.vae.autoencoder import cell

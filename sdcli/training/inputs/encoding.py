@@ -14,7 +14,7 @@ from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, Ca
 from sdcli.data.cache.store import TensorStore
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io.devices import free_memory
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.training import model_parts
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.captions import CaptionRules

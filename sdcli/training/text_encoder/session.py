@@ -10,7 +10,7 @@ import torch
 
 from sdcli.encoders.clip import ClipTextConfig, ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.registry import Registry
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of

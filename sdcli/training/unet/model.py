@@ -10,13 +10,14 @@ from torch import nn
 
 from sdcli.diffusion.noise_schedule import schedule_config
 from sdcli.errors import UsageError
-from sdcli.io.lean_diffusers import UNet2DConditionModel
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.families import family_from_scratch
+from sdcli.models.families.family import Configs, Family
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelDefaults, ModelSpec, Registry
 from sdcli.training import model_parts
 from sdcli.training.inputs.image_data import ImageData
 from sdcli.training.unet.settings import UnetSettings
-from sdcli.vae.autoencoder import cell
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TrainedModel:
     """The model with the text encoder and the tokenizer; None for a UNet without text."""
     base_of: LoadedModel | None
     """The model whose UNet is fine-tuned; None for a new UNet."""
+    family: Family
     scheduler_config: dict[str, Any]
     defaults: ModelDefaults | None
     """The base model's defaults for generation."""
@@ -39,9 +41,11 @@ class TrainedModel:
     @property
     def size_step(self) -> int:
         """Pixels that the sides of images must be a multiple of."""
-        depth = len(self.unet.config.block_out_channels)  # type: ignore[union-attr,arg-type]
-        factor = cell(self.vae_of.vae) if self.vae_of is not None else 1
-        return factor if isinstance(self.unet, UNet2DConditionModel) else factor * 2 ** (depth - 1)
+        if self.base_of is not None:
+            return self.base_of.spec.kind.size_step
+        unet: Any = self.unet
+        vae: Any = None if self.vae_of is None else self.vae_of.vae.config
+        return self.family.describe(Configs(unet.config, vae, None, "--from-scratch")).size_step
 
 
 def trained_model(settings: UnetSettings, registry: Registry, *, device: str) -> TrainedModel:
@@ -59,16 +63,17 @@ def _from_model(settings: UnetSettings, registry: Registry, device: str) -> Trai
     spec = registry.find(settings.model)
     loaded = model_parts.load_to_train(spec, device=device)
     kind = loaded.spec.kind
-    if settings.unconditional and kind.conditioning == "class":
+    if settings.unconditional and kind.classes:
         raise UsageError(f"{spec.name} is class-conditional; --unconditional needs --from-scratch")
-    if settings.class_conditional and kind.conditioning != "class":
+    if settings.class_conditional and not kind.classes:
         raise UsageError(f"{spec.name} is not class-conditional; --class-conditional needs --from-scratch")
     defaults = loaded.spec.defaults
     return TrainedModel(
         unet=loaded.unet,
         vae_of=loaded if kind.space == "latent" else None,
-        text_of=loaded if kind.conditioning == "text" else None,
+        text_of=loaded if loaded.family.reads_text else None,
         base_of=loaded,
+        family=loaded.family,
         scheduler_config=_schedule(loaded.scheduler_config, settings),
         defaults=defaults,
         resolution=settings.target_size((defaults.width, defaults.height)),
@@ -104,6 +109,7 @@ def _from_scratch(settings: UnetSettings, registry: Registry, device: str) -> Tr
         vae_of=vae_of,
         text_of=text_of,
         base_of=None,
+        family=family_from_scratch(reads_text=is_text),
         scheduler_config=_schedule(schedule, settings),
         defaults=None,
         resolution=resolution,
@@ -165,4 +171,5 @@ def with_classes(model: TrainedModel, settings: UnetSettings, data: ImageData, *
         guidance_class=settings.caption_dropout > 0,
     )
     unet = model_parts.new_unet({**fitted, "_class_name": "UNet2DModel"}, seed=settings.seed)
-    return replace(model, unet=unet, text_of=None, classes=classes)
+    family = family_from_scratch(reads_text=False, has_classes=True)
+    return replace(model, unet=unet, text_of=None, classes=classes, family=family)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from torch import nn
 
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, check_same_vae
 from sdcli.data.latent_folders import LatentFiles
 from sdcli.diffusion.attention.sliced import use_plain_small_attention
-from sdcli.diffusion.noise_schedule import NoiseSchedule
+from sdcli.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, Schedule
 from sdcli.errors import UsageError
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.registry import Registry
+from sdcli.request.schedulers import TRAINED
 from sdcli.training import model_parts
 from sdcli.training.events import Event, Preparation
 from sdcli.training.inputs.conditioning import ClassConditioning, NoConditioning, SampleConditioning
@@ -22,7 +23,7 @@ from sdcli.training.inputs.encoding import computes_in_half, encode_captions, en
 from sdcli.training.inputs.image_data import ImageData, examine_data, list_data
 from sdcli.training.inputs.order import Order
 from sdcli.training.inputs.sources import Latents, NormalizedPixels, Pixels, Source
-from sdcli.training.lora import TARGETS, TEXT_TARGETS, LoraShape, add_lora
+from sdcli.training.lora import TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
 from sdcli.training.sample_images import SampleSheet, default_prompts
@@ -48,7 +49,12 @@ class UnetSession(Session[UnetSettings]):
         images = list_data(self.data, settings)
         yield Preparation("loading the model", 0)
         model = trained_model(settings, self._registry, device=str(self.accelerator.device))
-        schedule = NoiseSchedule.from_config(model.scheduler_config)
+        kind_of_schedule = SCHEDULES[model.family.process]
+        without_effect = (NoiseSchedule.settings - kind_of_schedule.settings) & settings.given()
+        if without_effect:
+            name = min(without_effect).replace("_", "-")
+            raise UsageError(f"--{name} has no effect: the model was trained {TRAINED[model.family.process]}")
+        schedule = kind_of_schedule.from_config(model.scheduler_config)
         captions = not (settings.unconditional or settings.class_conditional or settings.space == "pixel")
         data = yield from examine_data(
             self.data,
@@ -160,7 +166,7 @@ class UnetSession(Session[UnetSettings]):
         alpha = settings.lora_alpha if settings.lora_alpha is not None else float(settings.rank)
         loras = {}
         for name, network in networks.items():
-            usual = TARGETS if name == "unet" else TEXT_TARGETS
+            usual = model.family.lora_targets if name == "unet" else TEXT_TARGETS
             targets = settings.lora_targets if settings.lora_targets and name == "unet" else usual
             loras[name] = LoraShape(settings.rank, alpha, tuple(targets), settings.lora_dropout)
             add_lora(network, loras[name], seed=settings.seed)
@@ -169,7 +175,7 @@ class UnetSession(Session[UnetSettings]):
     def _task(
         self,
         model: TrainedModel,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         data: ImageData,
         source: Source,
         conditioning: SampleConditioning,
@@ -192,6 +198,7 @@ class UnetSession(Session[UnetSettings]):
                 "unet": settings.learning_rate,
                 "text_encoder": settings.text_encoder_lr or settings.learning_rate,
             },
+            family=model.family,
             held_out=data.validation(),
             frozen_text_encoder=frozen_text,
             vae=model.vae_of.vae if model.vae_of is not None else None,
@@ -215,6 +222,7 @@ class UnetSession(Session[UnetSettings]):
             defaults=files.defaults,
             scheduler_config=model.scheduler_config,
             frozen=frozen,
+            family=model.family,
             tokenizer=model.text_of.tokenizer if model.text_of is not None else None,
             classes=model.classes or None,
             steps=settings.sample_steps,
@@ -223,15 +231,17 @@ class UnetSession(Session[UnetSettings]):
     def _files(self, model: TrainedModel, networks: dict[str, nn.Module]) -> ModelFiles:
         settings = self.settings
         frozen: dict[str, tuple[LoadedModel, str]] = {}
+        space: Literal["latent", "pixel"] = "pixel" if model.vae_of is None else "latent"
+        _, components = model.family.components(space)
         if model.vae_of is not None:
-            frozen["vae" if model.text_of is not None else "vqvae"] = (model.vae_of, "vae")
+            frozen[components["vae"].folder] = (model.vae_of, "vae")
         if model.text_of is not None:
             frozen["tokenizer"] = (model.text_of, "tokenizer")
             if "text_encoder" not in networks:
                 frozen["text_encoder"] = (model.text_of, "text_encoder")
-        pipeline = "DDPMPipeline" if model.vae_of is None else "LDMPipeline"
         return ModelFiles(
-            pipeline="StableDiffusionPipeline" if model.text_of is not None else pipeline,
+            family=model.family,
+            space=space,
             scheduler_config=model.scheduler_config,
             defaults=model_parts.generation_defaults(
                 model.defaults,

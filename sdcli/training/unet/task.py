@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sdcli.data.cache.keys import sample_latents
-from sdcli.diffusion.noise_schedule import NoiseSchedule, add_noise
+from sdcli.diffusion.noise_schedule import NoiseSchedule, Schedule, add_noise
 from sdcli.io import rng
 from sdcli.io.lean_diffusers import VAE
+from sdcli.models.families.family import Family
 from sdcli.training.inputs.conditioning import SampleConditioning
 from sdcli.training.inputs.order import Order
 from sdcli.training.inputs.sources import Source
@@ -43,14 +44,14 @@ VALIDATION_BATCH = 16
 class DenoisingObjective:
     """The diffusion objective: the noise schedule, and how noise and timesteps are drawn and weighted."""
 
-    schedule: NoiseSchedule
+    schedule: Schedule
     snr_gamma: float | None = None
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     stratified: bool = True
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, settings: DenoiserSettings) -> DenoisingObjective:
+    def of(cls, schedule: Schedule, settings: DenoiserSettings) -> DenoisingObjective:
         return cls(
             schedule,
             snr_gamma=settings.snr_gamma,
@@ -71,6 +72,7 @@ class UnetTask:
     conditioning: SampleConditioning
     seed: int
     learning_rates: Mapping[str, float]
+    family: Family
     held_out: Sequence[tuple[int, tuple[int, int]]] = ()
     """Indices of the validation images, each with its width and height."""
     frozen_text_encoder: nn.Module | None = None
@@ -135,16 +137,14 @@ class UnetTask:
         )
         output = self.predicted(networks, noised, batch)
         weights = None
-        if weighted and objective.snr_gamma is not None:
+        if weighted and objective.snr_gamma is not None and isinstance(objective.schedule, NoiseSchedule):
             weights = snr_weights(objective.schedule, batch["t"], objective.snr_gamma)
         return diffusion_loss(output, target(objective.schedule, x0, batch["noise"], batch["t"]), weights)
 
     def predicted(self, networks: Networks, noised: Tensor, batch: Batch) -> Tensor:
         """The denoiser's output for noised latents [B, C, h, w] at `t`, with the batch's conditioning."""
-        output: Tensor = networks["unet"](
-            noised, batch["t"], **self.conditioning_arguments(networks, batch), return_dict=False
-        )[0]
-        return output
+        t = self.objective.schedule.times(batch["t"])
+        return self.family.call(networks["unet"], noised, t, self.conditioning_arguments(networks, batch))
 
     def conditioning_arguments(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
         """The conditioning as keyword arguments of diffusers' networks."""
@@ -170,7 +170,7 @@ class UnetTask:
         return (mean * scaling_factor(self.vae)).to(pixels.device)
 
     def _timestep(self, counter: int) -> int:
-        total = len(self.objective.schedule.alphas_cumprod)
+        total = len(self.objective.schedule)
         if not self.objective.stratified:
             return int(timestep(self.seed, counter, total))
         step, place = divmod(counter, self.order.batch)
@@ -190,7 +190,7 @@ class UnetTask:
         """The mean loss over the held-out images, and the loss at each noise level, the lowest first."""
         if not self.held_out:
             return {}
-        total = len(self.objective.schedule.alphas_cumprod)
+        total = len(self.objective.schedule)
         levels = [int((level + 0.5) * total / VALIDATION_TIMES) for level in range(VALIDATION_TIMES)]
         device = next(next(iter(networks.values())).parameters()).device
         sums = torch.zeros(VALIDATION_TIMES)
@@ -227,7 +227,7 @@ class UnetTask:
                 write_network(folder / f"{name}{suffix}", network, tensors)
         if self.loras:
             lora = {name: averages.get(name, networks[name]) for name in self.loras}
-            write_lora(folder, lora, self.loras)
+            write_lora(folder, lora, self.loras, self.family)
 
 
 def write_network(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from sdcli.errors import UsageError
 from sdcli.io.files import PACKAGE
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import VAE, AutoencoderKL, AutoencoderTiny
-from sdcli.models.loader import LoadedModel
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.registry import Registry
 from sdcli.training.events import Event, Preparation
 from sdcli.training.inputs.image_data import examine_data, list_data

@@ -65,7 +65,8 @@ from sdcli.generation.settings import RunSettings
 from sdcli.images.image_files import open_image
 from sdcli.images.pixels import to_pixels
 from sdcli.io.lean_diffusers import AutoencoderTiny
-from sdcli.models.loader import LoadedModel, load_model
+from sdcli.models.loaded_model import LoadedModel
+from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.request.input_files import input_files
 from sdcli.request.schema import GenerationRequest

@@ -31,8 +31,9 @@ from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.images.pixels import from_pixels
 from sdcli.metadata.read import read_image
-from sdcli.models.layout import LAYOUTS
-from sdcli.models.loader import LoadedModel, load_model, model_in_memory
+from sdcli.models.families import pipelines
+from sdcli.models.loaded_model import LoadedModel, model_in_memory
+from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.sources import FolderSource
 from sdcli.request.jobs import read_lines
@@ -41,6 +42,7 @@ from tests.cli.test_startup import HEAVY, RUNNER
 from tests.conftest import REPOSITORY, Run
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.service import generate_files, generate_images, results
+from tests.tiny import with_parts
 
 SEEDS = [11, 42]
 ANIMALS = ["cat", "dog", "red fox"]
@@ -296,9 +298,9 @@ def test_what_would_have_no_effect_is_refused_before_anything_is_loaded(
 
 
 def test_a_class_is_asked_for_by_its_name_or_its_number() -> None:
-    from sdcli.models.layout import ModelKind
+    from sdcli.models.families.family import ModelKind
 
-    kind = ModelKind("class", classes=("2", "cat", "dog"), null_label=3)
+    kind = ModelKind(classes=("2", "cat", "dog"), null_label=3)
     assert [kind.label(prompt) for prompt in ("cat", " cat ", "dog", "1", "0", "")] == [1, 1, 2, 1, 0, 3]
     assert kind.label("2") == 0, "a name goes before a number"
 
@@ -371,7 +373,7 @@ def test_a_part_in_memory_takes_the_place_of_the_loaded_one(folders: dict[str, P
     other = micro_unet()
     for parameter in other.parameters():
         parameter.data *= 1.5
-    trained = Pipeline.of(pipeline.model.with_parts(unet=other, identity="a run, step 7"))
+    trained = Pipeline.of(with_parts(pipeline.model, unet=other, identity="a run, step 7"))
     assert not torch.equal(painted(pipeline, steps=2), painted(trained, steps=2))
     assert trained.model.identity("unet") == "a run, step 7"
     assert pipeline.model.identity("unet").startswith("sha256:")
@@ -381,7 +383,7 @@ def test_text_models_paint_with_a_trained_unet_as_well(tiny_folder: Path) -> Non
     import copy
 
     model = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
-    same = Pipeline.of(model.with_parts(unet=copy.deepcopy(model.unet)))
+    same = Pipeline.of(with_parts(model, unet=copy.deepcopy(model.unet)))
     requests = requests_for(same, "a cat", "a dog", steps=2)
     pairs = zip(generate_images(Pipeline.of(model), requests), generate_images(same, requests), strict=True)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in pairs)
@@ -543,7 +545,7 @@ def test_an_entry_of_models_yaml_has_a_size_that_its_latents_can_have(
 def test_every_layout_is_a_pipeline_of_diffusers() -> None:
     import diffusers
 
-    assert all(hasattr(diffusers, name) for name in LAYOUTS)
+    assert all(hasattr(diffusers, name) for name in pipelines())
 
 
 # As a user types it

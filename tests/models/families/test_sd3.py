@@ -33,9 +33,10 @@ from sdcli.images.pixels import from_pixels
 from sdcli.metadata.embed import parameters_text
 from sdcli.metadata.read import read_image
 from sdcli.models import loader
+from sdcli.models.families import SD3
 from sdcli.models.hub.download import first_missing
 from sdcli.models.loader import load_model
-from sdcli.models.registry import SD3_DEFAULTS, load_registry, spec_of_folder
+from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.training.model_parts import load_to_train, refuse_shifted
@@ -245,7 +246,7 @@ def told(pipeline: Pipeline, prompt: str, **fields: Any) -> dict[str, Tensor]:
 def test_the_t5_tokenizer_is_transformers_also_where_it_cuts(
     loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any]
 ) -> None:
-    tokenizer = loaded_pipelines[True].model.tokenizer_3
+    tokenizer = loaded_pipelines[True].model.tokenizers["text_encoder_3"]
     assert tokenizer is not None
     for text in ("", "a (cat), 7 Dogs", "cat " * 300):
         expected = pipelines[True].tokenizer_3(text, padding="max_length", max_length=256, truncation=True)
@@ -367,19 +368,19 @@ def test_a_single_file_is_refused_by_its_name(tmp_path: Path) -> None:
 def test_a_model_of_the_hub_has_its_kind_before_it_is_there() -> None:
     spec = load_registry().find("sd3-medium")
     request = resolve(GenerationRequest(prompt="a cat", seed=1), spec)
-    assert {name: getattr(request, name) for name in SD3_DEFAULTS} == SD3_DEFAULTS
+    assert {name: getattr(request, name) for name in SD3.defaults} == SD3.defaults
     with pytest.raises(UsageError, match="multiple of 16"):
         resolve(GenerationRequest(prompt="a cat", seed=1, width=1000), spec)
 
 
 def test_a_repository_in_the_cache_is_of_the_family_that_its_files_say(folders: dict[bool, Path]) -> None:
     name = "somebody/finetune"
-    assert load_registry().find(name).kind.process == "diffusion"
+    assert load_registry().find(name).family.process == "diffusion"
     cached(name, folders[False])
     spec = load_registry().find(name)
-    assert (spec.family, spec.kind) == ("sd3", spec_of_folder(folders[False]).kind)
+    assert (spec.family.name, spec.kind) == ("sd3", spec_of_folder(folders[False]).kind)
     assert resolve(GenerationRequest(prompt="a cat", seed=1), spec).scheduler == "flow-euler"
-    assert load_model(spec, device="cpu", parts=("vae",)).spec.kind.process == "flow"
+    assert load_model(spec, device="cpu", parts=("vae",)).spec.family.process == "flow"
 
 
 @pytest.mark.parametrize(

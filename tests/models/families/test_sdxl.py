@@ -333,12 +333,12 @@ def test_training_refuses_sdxl_before_it_reads_its_weights(tmp_path: Path, folde
 def test_a_repository_that_no_entry_describes_is_what_its_files_say(folders: dict[str, Path]) -> None:
     snapshot = cached("somebody/finetune", folders["base"])
     spec, same = load_registry().find("somebody/finetune"), spec_of_folder(folders["base"])
-    assert (spec.family, spec.kind, spec.defaults) == ("sdxl", same.kind, same.defaults)
+    assert (spec.family.name, spec.kind, spec.defaults) == ("sdxl", same.kind, same.defaults)
     (snapshot / "unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UsageError, match="does not train yet"):
         load_to_train(spec, device="cpu")
     (snapshot / "unet/config.json").write_text("{")  # `models pull`, which finds it by its name too, mends it
-    assert load_registry().find("somebody/finetune").family == "sd1"
+    assert load_registry().find("somebody/finetune").family.name == "sd1"
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
