@@ -1,4 +1,4 @@
-"""Many images on one: a grid on white with a label under each, as a PNG that says what is on it."""
+"""Contact sheets: a grid of images on white with a label under each, as a PNG that records what is on it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sdcli.images.formats import MAX_PIXELS
 from sdcli.io.files import write_whole
 
 KEY = "sdcli-sheet"
-"""The text chunk of a sheet's PNG."""
+"""The key of the text chunk in a sheet's PNG."""
 GAP = 8
 """Pixels around and between the cells."""
 FONT_SIZE = 12
 LINE_HEIGHT = 15
 LABEL_WIDTH = 96
-"""Pixels that a cell with a label has at least, however small its image is."""
+"""The least width of a cell with a label, in pixels."""
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -37,9 +37,9 @@ def contact_sheet(
 ) -> Image.Image:
     """Images of any mode and size -> one RGB image, row by row, each centred in a cell that fits the largest.
 
-    Without `columns` the sheet is about as wide as high. Transparent parts are white. Labels are wrapped into
-    `label_lines` lines, also where they have line breaks, and cut. `enlarge` shows each pixel as so many a side.
-    Raises ValueError for no images, or other labels than images.
+    Without `columns` the sheet is about as wide as high. Transparent parts become white. Labels may have line breaks;
+    they are wrapped into `label_lines` lines and cut. `enlarge` draws each pixel as a square of that many per side.
+    Raises ValueError for no images, and for another number of labels than images.
     """
     if not images:
         raise ValueError("a contact sheet needs an image")
@@ -66,12 +66,12 @@ def contact_sheet(
 
 
 def empty(size: tuple[int, int]) -> Image.Image:
-    """A white image, for a place where there is none."""
+    """A white image, for an empty cell."""
     return Image.new("RGB", size, "white")
 
 
 def check_size(count: int, largest: tuple[int, int], *, label_lines: int = 2, enlarge: int = 1) -> None:
-    """Raise UsageError where images, the largest of that width and height, make a sheet too large to be read."""
+    """Raise UsageError if `count` images of up to `largest` (width, height) make a sheet over MAX_PIXELS."""
     width, height = (side * enlarge for side in largest)
     if count * (max(width, LABEL_WIDTH) + GAP) * (height + label_lines * LINE_HEIGHT + GAP) > MAX_PIXELS:
         raise UsageError(
@@ -85,12 +85,12 @@ def write_sheet(path: Path, sheet: Image.Image, settings: Mapping[str, Any], *, 
 
 
 def sheet_bytes(sheet: Image.Image, settings: Mapping[str, Any]) -> bytes:
-    """A sheet as a PNG file, with `settings` (JSON-ready: what is on it) in the text chunk `sdcli-sheet`.
+    """A sheet as a PNG file, with `settings` (JSON-ready, what is on it) in the text chunk `sdcli-sheet`.
 
     Equal arguments give equal bytes.
     """
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_text(KEY, json.dumps(dict(settings)))  # in ASCII: tEXt, which every reader takes
+    chunks.add_text(KEY, json.dumps(dict(settings)))  # ASCII, so that it is a tEXt chunk, which every reader knows
     data = io.BytesIO()
     sheet.save(data, format="PNG", pnginfo=chunks)
     return data.getvalue()
@@ -107,10 +107,9 @@ def _on_white(image: Image.Image, enlarge: int) -> Image.Image:
 
 
 def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
-    """A text in lines of at most `width` pixels, broken where it has line breaks, between words, and within a word
-    that fits in no line.
+    """A text in at most `most` lines of at most `width` pixels; three dots at the end show that it was cut.
 
-    What does not fit into `most` lines ends with three dots.
+    Lines are broken at line breaks, between words, and inside words that are longer than a line.
     """
     lines: list[str] = []
     for part in text.split("\n"):
@@ -126,7 +125,7 @@ def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
 
 
 def _broken(text: str, font: Font, width: int, most: int) -> list[str]:
-    """The lines of a text without line breaks; where there are more than `most`, at least one more."""
+    """The lines of a text without line breaks; stops once there are more than `most`."""
     lines: list[str] = []
     line = ""
     for word in "".join(letter if letter.isprintable() else " " for letter in text).split():
@@ -146,7 +145,7 @@ def _broken(text: str, font: Font, width: int, most: int) -> list[str]:
 
 
 def _fitting(word: str, font: Font, width: int) -> int:
-    """How many of a word's first letters fit, at least one."""
+    """The number of a word's first letters that fit, at least one."""
     if font.getlength(word[:width]) <= width and len(word) <= width:
         return len(word)
     fitting = 1

@@ -1,4 +1,4 @@
-"""How near an image is to another: of RGB images, and of batches of pixels [B, C, H, W] in 0..1 as float64 [B]."""
+"""Distances of two RGB images (levels, PSNR, SSIM), and PSNR and SSIM of pixels [B, C, H, W] in 0..1, float64 [B]."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from sdcli.images.pixels import to_pixels
 
 WINDOW = 11
-"""Pixels a side that SSIM needs."""
+"""Pixels per side of the window of SSIM."""
 SIGMA = 1.5
 BEST_PSNR = 100.0
-"""Decibels that equal images get in place of infinity, so that a mean over images stays a number."""
+"""Decibels for equal images, instead of infinity, so that a mean over images stays finite."""
 BAND = 2**17
-"""Windows at once: the SSIM of a large image needs no more memory than that of a small one."""
+"""Windows per band: large images are measured in bands, to bound the memory."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two RGB images of equal size are, over all channels of all pixels."""
+    """The distance of two RGB images of equal size, over all channels of all pixels."""
 
     largest: int
     """Levels, 0..255."""
@@ -34,7 +34,7 @@ class Distance:
 
 
 def distance(a: Image.Image, b: Image.Image) -> Distance | None:
-    """The distance of two RGB images, exact up to its last rounding; None where their sizes differ."""
+    """The distance of two RGB images, computed from integers; None if their sizes differ."""
     if a.size != b.size:
         return None
     counts = np.array(ImageChops.difference(a, b).histogram()).reshape(3, 256).sum(axis=0)
@@ -49,7 +49,7 @@ def distance(a: Image.Image, b: Image.Image) -> Distance | None:
 
 
 def similarity(a: Image.Image, b: Image.Image) -> float | None:
-    """The structural similarity of two RGB images, see `ssim`; None for other sizes, or less than a window."""
+    """The structural similarity of two RGB images, see `ssim`; None for different sizes, or less than a window."""
     if a.size != b.size or min(a.size) < WINDOW:
         return None
     windows, total, band = a.height - WINDOW + 1, 0.0, max(1, BAND // a.width)
@@ -70,8 +70,8 @@ def ssim(pixels: Tensor, other: Tensor) -> Tensor:
     """The structural similarity of each image, -1..1, 1 for equal ones; the mean over channels and windows.
 
     Wang et al. 2004 (doi 10.1109/TIP.2003.819861), eq. 13 and section III-C: Gaussian windows of 11x11 pixels, sigma
-    1.5, those inside the image only; K1 = 0.01, K2 = 0.03. In float64, as variances are differences of near numbers.
-    Raises ValueError for images smaller than a window.
+    1.5, only windows inside the image; K1 = 0.01, K2 = 0.03. In float64, because variances are differences of nearly
+    equal numbers. Raises ValueError for images smaller than a window.
     """
     if min(pixels.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} pixels a side")
@@ -87,9 +87,9 @@ def ssim(pixels: Tensor, other: Tensor) -> Tensor:
 
 
 def _windowed(x: Tensor) -> Tensor:
-    """The Gaussian mean over every window inside the image; the window is a product, so one axis after the other.
+    """The Gaussian mean over every window inside the image, one axis after the other.
 
-    As a sum of shifted images: in float64 torch's convolution takes several times as long on a CPU.
+    Computed as a sum of shifted images: torch's convolution in float64 takes several times as long on a CPU.
     """
     weights = torch.exp(-(torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2).square() / (2 * SIGMA**2))
     for axis in (3, 2):

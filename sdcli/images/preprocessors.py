@@ -1,8 +1,7 @@
-"""Images -> the maps that ControlNets are told what to generate with: edges, strokes, blurs, colours, depth.
+"""Images -> the control maps of ControlNets: edges, strokes, blurs, colours, depth. None of them needs a network.
 
-All of it needs no network of its own. White lines on black, as the ControlNets of Zhang et al. 2023 (arXiv 2302.05543)
-were trained with; lengths are shares of the shorter side, so that a map says the same at any size, but for edges, which
-are one pixel thin.
+Lines are white on black, as for the ControlNets of Zhang et al. 2023 (arXiv 2302.05543). Lengths are shares of the
+shorter side, so that maps are alike at any size, except for edges, which are one pixel thin.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ Levels = np.ndarray
 """Grey levels [H, W], float64 in 0..1."""
 
 LOW, HIGH = 0.1, 0.2
-"""Canny's thresholds, as shares of the steepest slope there is."""
+"""Canny's thresholds, as shares of the steepest possible slope."""
 BLOCKS = 8
 """Blocks of the palette along the shorter side: 64 pixels each at 512, as T2I-Adapter's colour maps have."""
 
 
 def control_map(image: Image.Image, preprocessor: Preprocessor, size: tuple[int, int] | None) -> Image.Image:
-    """An RGB image -> the RGB map that a ControlNet sees, at `size` (width, height); its middle is cut out.
+    """An RGB image -> the RGB map that a ControlNet sees, from its middle, at `size` (width, height).
 
-    Without a size it is the image's own, cut to multiples of 8. Raises BadPicture for a smaller one.
+    Without a size, at the image's own, cropped to multiples of 8. Raises BadImage for a smaller image.
     """
     return PREPROCESSORS[preprocessor](fit(image, size))
 
@@ -39,14 +38,14 @@ def canny(image: Image.Image) -> Image.Image:
 
 
 def scribble(image: Image.Image) -> Image.Image:
-    """Thick white strokes on black, along the edges of large things alone."""
+    """Thick white strokes on black, along the edges of large shapes only."""
     side = min(image.size)
     edges = _edges(_levels(image), sigma=max(1.0, side / 170))
     return _grey(ndimage.gaussian_filter(edges, max(0.6, side / 256)) > 0.15)
 
 
 def softedge(image: Image.Image) -> Image.Image:
-    """Edges as grey slopes, brighter where the image changes more; slopes of three scales, the largest of each."""
+    """Soft edges, brighter where the image changes more: the largest slope over three scales, for each pixel."""
     levels = _levels(image)
     slopes = [_slope(ndimage.gaussian_filter(levels, sigma))[0] * sigma**0.5 for sigma in (1.0, 2.0, 4.0)]
     soft = np.max(slopes, axis=0)
@@ -54,24 +53,24 @@ def softedge(image: Image.Image) -> Image.Image:
 
 
 def blur(image: Image.Image) -> Image.Image:
-    """The image without its detail: a Gaussian of a 32nd of the shorter side."""
+    """The image blurred by a Gaussian of a 32nd of the shorter side."""
     return image.filter(ImageFilter.GaussianBlur(min(image.size) / 32))
 
 
 def tile(image: Image.Image) -> Image.Image:
-    """The image from an eighth of its pixels: what a tile model adds detail to."""
+    """The image reduced to an eighth per side and enlarged again, for a tile model to add detail to."""
     small = image.resize(_shrunk(image, 8), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
 def palette(image: Image.Image) -> Image.Image:
-    """Blocks, each of the mean colour of what is there."""
+    """Blocks of the image's mean colour there."""
     blocks = image.resize(_shrunk(image, min(image.size) / BLOCKS), Image.Resampling.BOX)
     return blocks.resize(image.size, Image.Resampling.NEAREST)
 
 
 def depth(image: Image.Image) -> Image.Image:
-    """A depth map that is at hand, near parts bright, stretched over all levels; a level one is black."""
+    """A given depth map, near parts bright, stretched over all grey levels; a constant map becomes black."""
     return _grey(_stretched(_levels(image)))
 
 
@@ -88,9 +87,9 @@ PREPROCESSORS: Mapping[Preprocessor, Callable[[Image.Image], Image.Image]] = {
 
 
 def _edges(levels: Levels, *, sigma: float) -> np.ndarray:
-    """[H, W], 1 on edges one pixel thin: the crests of the slope that are steep, or joined to some that are."""
+    """[H, W], 1 on edges one pixel thin: crests of the slope that are steep, or connected to steep ones."""
     slope, down, right = _slope(ndimage.gaussian_filter(levels, sigma))
-    crests = sigma * slope * _is_crest(slope, down, right)  # blurring a step makes it less steep by as much
+    crests = sigma * slope * _is_crest(slope, down, right)  # blurring a step lowers its slope by the factor sigma
     groups, count = ndimage.label(crests > LOW, structure=np.ones((3, 3)))
     steep = np.zeros(count + 1, bool)
     steep[groups[crests > HIGH]] = True
@@ -99,13 +98,13 @@ def _edges(levels: Levels, *, sigma: float) -> np.ndarray:
 
 
 def _slope(levels: Levels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The length of the gradient, and its two parts; 1 is a step from black to white."""
+    """The length of the gradient and its two components; 1 is a step from black to white."""
     down, right = (ndimage.sobel(levels, axis=axis) / 4 for axis in (0, 1))
     return np.hypot(down, right), down, right
 
 
 def _is_crest(slope: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Where the slope is not less than on both sides across the edge, in the nearest of four directions."""
+    """Where the slope is a maximum across the edge, in the nearest of four directions."""
     octant = np.round(np.arctan2(down, right) / (np.pi / 4)).astype(int) % 4
     padded = np.pad(slope, 1)
     height, width = slope.shape
@@ -113,7 +112,7 @@ def _is_crest(slope: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndar
     for number, (y, x) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
         ahead = padded[1 + y : 1 + y + height, 1 + x : 1 + x + width]
         behind = padded[1 - y : 1 - y + height, 1 - x : 1 - x + width]
-        crest |= (octant == number) & (slope >= behind) & (slope > ahead)  # of two equal neighbours the later one
+        crest |= (octant == number) & (slope >= behind) & (slope > ahead)  # of two equal neighbours, the later
     return crest
 
 

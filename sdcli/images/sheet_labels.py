@@ -1,4 +1,4 @@
-"""Short labels for finished images side by side: what tells them apart, or the fields that were asked for."""
+"""Short labels for images on a contact sheet: the fields in which they differ, or chosen fields."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SHORT = _SHORTENED | {
     for name in GenerationRequest.model_fields
     if name not in _SHORTENED and name != "schema_version"
 }
-"""What can stand in a label -> what it is called there. Short things come first: long labels are cut at their end."""
-_TOLD_APART_BY = tuple(field for field in SHORT if field not in ("name", "width", "height"))
+"""Field -> its name in a label. Short values come first, because long labels are cut at the end."""
+_COMPARED = tuple(field for field in SHORT if field not in ("name", "width", "height"))
 
 
 def parse_fields(text: str) -> tuple[str, ...]:
@@ -44,19 +44,19 @@ def parse_fields(text: str) -> tuple[str, ...]:
 def labels_of(
     names: Sequence[str], requests: Sequence[GenerationRequest | None], *, fields: Sequence[str] | None = None
 ) -> list[str]:
-    """A label for each image, by its name and its request as far as one is known.
+    """A label for each image, from its name and its request, if that is known.
 
-    Without `fields` it says what differs between the requests; where there is nothing to say, the name. A field that a
-    request does not have is left out of its label. Raises UsageError for fields of which no image has one.
+    Without `fields` a label has the fields in which the requests differ, or the name if there is none. A field that a
+    request lacks is left out of its label. Raises UsageError if no image has any of the chosen fields.
     """
     if fields is None:
         known = [request for request in requests if request is not None]
-        fields = [field for field in _TOLD_APART_BY if len({_value(field, "", request) for request in known}) > 1]
+        fields = [field for field in _COMPARED if len({_value(field, "", request) for request in known}) > 1]
         labels = [_label(name, request, fields) for name, request in zip(names, requests, strict=True)]
         return [label or name for label, name in zip(labels, names, strict=True)]
     labels = [_label(name, request, fields) for name, request in zip(names, requests, strict=True)]
     if not any(labels):
-        raise UsageError(f"--label: none of the images says its {' or '.join(fields).replace('_', ' ')}")
+        raise UsageError(f"--label: none of the images records its {' or '.join(fields).replace('_', ' ')}")
     return labels
 
 
@@ -66,7 +66,7 @@ def _label(name: str, request: GenerationRequest | None, fields: Sequence[str]) 
 
 
 def _value(field: str, name: str, request: GenerationRequest | None) -> str | None:
-    """One field as a short text; None where it is not known."""
+    """One field as a short text; None if it is unknown."""
     if field == "name":
         return name
     if request is None:

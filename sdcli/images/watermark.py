@@ -1,8 +1,8 @@
-"""An invisible text in an image's colours, which survives light editing, for those who must mark what is generated.
+"""An invisible text in an image's colours that survives light editing, to mark generated images.
 
-The scheme is `dwtDct` of the library invisible-watermark, with which Stable Diffusion's own scripts mark images, so
-its decoder reads the bits: in every 4x4 block of the chroma U at half size, the largest value is moved to a quarter (0)
-or three quarters (1) of its interval of 36. A checksum follows the text, so that reading needs to know nothing.
+The scheme is `dwtDct` of the library invisible-watermark, which Stable Diffusion's own scripts use: its decoder reads
+the bits. In every 4x4 block of the chroma U at half size, the largest value is moved to a quarter (bit 0) or three
+quarters (bit 1) of its interval of 36. A checksum follows the text, so that a reader needs not know its length.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from sdcli.request.schema import MAX_WATERMARK_BYTES, watermark_room
 
 SCALE = 36
 BLOCK = 4
-"""Half-size pixels a side."""
+"""Half-size pixels per side."""
 FEWEST_REPEATS = 3
 _TO_U = np.array([-0.299, -0.587, 0.886]) * 0.492
 """RGB -> U without its offset of 128; ITU-R BT.601."""
 _WAYS = np.array([[0.0, -0.395, 2.032], [-2.294, -2.294, 0.0]])
-"""What one more of U is in RGB: with Y and V as they are, or, where blue is full, with less red and green."""
+"""The change in RGB that raises U by 1: with Y and V unchanged, or, if blue is saturated, by less red and green."""
 
 
 def marked(image: Image.Image, text: str) -> Image.Image:
-    """The image (RGB) with a text in it. Raises BadOutput where it would not be read back."""
+    """The image (RGB) with a text in it. Raises BadOutput if the text could not be read back."""
     bits = _bits(text)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     blocks = _blocks(pixels)
@@ -38,7 +38,7 @@ def marked(image: Image.Image, text: str) -> Image.Image:
     place = np.abs(blocks[:, 1:]).argmax(axis=1) + 1
     rows = np.arange(len(blocks))
     value = blocks[rows, place]
-    # the interval that the value lies in, or its neighbours: where a colour is full already, only one way is open
+    # the interval of the value, or a neighbour: where a colour is saturated, it can change in one direction only
     centres = (np.abs(value)[:, None] // SCALE + [0, -1, 1] + 0.25 + 0.5 * wanted[:, None]) * SCALE
     best, error = pixels, np.full(len(blocks), np.inf)
     for target, way in product(centres.T, _WAYS):
@@ -53,12 +53,12 @@ def marked(image: Image.Image, text: str) -> Image.Image:
         best = np.where(keep, tried, best)
     result = Image.fromarray(best.astype(np.uint8))
     if watermark_of(result) != text:
-        raise BadOutput("the image cannot carry a watermark: its colours leave no room; nothing was saved")
+        raise BadOutput("the image cannot carry a watermark: its colours are too saturated; nothing was saved")
     return result
 
 
 def watermark_of(image: Image.Image) -> str | None:
-    """The text that `marked` put into an image of the same size; None where there is none."""
+    """The text that `marked` put into an image of the same size; None if there is none."""
     read = _read_bits(np.asarray(image.convert("RGB"), dtype=np.float64))
     for size in range(3, MAX_WATERMARK_BYTES + 3):
         count = size * 8
@@ -95,7 +95,7 @@ def _blocks(pixels: np.ndarray) -> np.ndarray:
 
 
 def _spread(change: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Changes by blocks [N, 16] -> what they mean for U at full size, [H, W, 1]."""
+    """Changes by blocks [N, 16] -> the change of U at full size, [H, W, 1]."""
     down, across = shape[0] // (2 * BLOCK), shape[1] // (2 * BLOCK)
     low = change.reshape(down, across, BLOCK, BLOCK).transpose(0, 2, 1, 3).reshape(down * BLOCK, across * BLOCK)
     full = np.zeros((*shape[:2], 1))

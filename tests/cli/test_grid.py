@@ -67,7 +67,7 @@ def test_asked_fields_stand_in_their_order() -> None:
     assert fields == ("guidance_scale", "name", "size", "scheduler")
     assert labels_of(["a"], [REQUEST], fields=fields) == ["cfg 7.5, a, 16x16, ddim"]
     assert labels_of(["a", "b"], [REQUEST, None], fields=fields) == ["cfg 7.5, a, 16x16, ddim", "b"]
-    with pytest.raises(UsageError, match="none of the images says its seed or guidance scale"):
+    with pytest.raises(UsageError, match="none of the images records its seed or guidance scale"):
         labels_of(["a"], [None], fields=parse_fields("seed,cfg_scale"))
     for text in ("sead", "", "seed,", "none,seed", "__class__"):
         with pytest.raises(UsageError, match="a label has no field"):
