@@ -20,8 +20,8 @@ from sdcli.request.schema import parse_size
 from sdcli.training.settings import cache_folder
 
 if TYPE_CHECKING:
-    from sdcli.data.buckets import BucketFill, Framing
-    from sdcli.data.examine import Examination
+    from sdcli.data.buckets import BucketFill, Bucketing
+    from sdcli.data.inspection import Inspection
     from sdcli.data.records import ImageSet
 
 app = App(help="Examine training images before training, cache their latents, and pack them into shards.")
@@ -92,16 +92,16 @@ def check(
     from sdcli.data.duplicates import same_bytes, similar
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    framing = _framing(resolution, bucket_reso_steps, train_batch_size)
+    bucketing = _bucketing(resolution, bucket_reso_steps, train_batch_size)
     images = _open(data, split, image_column, caption_column, caption_extension)
     found = _examined(images, console, workers)
     lost_captions = 0 if unconditional else len(found.uncaptioned)
     equal = same_bytes(found.digests, found.used)
-    alike = similar(found.looks, found.sizes, found.digests, found.used)
+    alike = similar(found.hashes, found.sizes, found.digests, found.used)
     captions = Counter(images[index].captions for index in _every(found) if images[index].captions)
     repeated = {texts: count for texts, count in captions.items() if count > 1} if not images.classes else {}
     tiny = [index for index in _every(found) if 0 < found.sizes[index].min() < TINY and images.kind == "pictures"]
-    fills = _fills(found, framing, train_batch_size)
+    fills = _fills(found, bucketing, train_batch_size)
     problems = _problems(len(found.dropped), lost_captions, len(found.used))
     if json:
         names = lambda groups: [[images[index].name for index in group] for group in groups]  # noqa: E731
@@ -159,7 +159,7 @@ def stats(
     With -m MODEL caption lengths are also counted in tokens of its text encoder.
     """
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    framing = _framing(resolution, bucket_reso_steps, train_batch_size)
+    bucketing = _bucketing(resolution, bucket_reso_steps, train_batch_size)
     tokenizer = None
     if model is not None:
         from sdcli.encoders.tokenizer import load_tokenizer
@@ -176,7 +176,7 @@ def stats(
         counts = [tokenizer(caption).count for caption in captions]
         cut = sum(count > tokenizer.max_length - 2 for count in counts)
         tokens = {**_spread(counts), "limit": tokenizer.max_length - 2, "cut": cut}
-    fills = _fills(found, framing, train_batch_size)
+    fills = _fills(found, bucketing, train_batch_size)
     if json:
         console.result(
             "",
@@ -278,14 +278,14 @@ def _open(data: str, split: str, image: str | None, caption: str | None, extensi
     return open_images(data, image_column=image, caption_column=caption, caption_extension=extension, split=split)
 
 
-def _examined(images: ImageSet, console: Console, workers: int | None) -> Examination:
-    from sdcli.data.examine import examination, look
+def _examined(images: ImageSet, console: Console, workers: int | None) -> Inspection:
+    from sdcli.data.inspection import inspect, summarize
 
-    seen = look(images, memory=cache_folder() / "examined", workers=workers)
-    return examination(images, shown_progress(seen, len(images), console))
+    seen = inspect(images, facts_folder=cache_folder() / "examined", workers=workers)
+    return summarize(images, shown_progress(seen, len(images), console))
 
 
-def _every(found: Examination) -> list[int]:
+def _every(found: Inspection) -> list[int]:
     return [int(index) for index in found.used]
 
 
@@ -298,25 +298,25 @@ def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
 # Buckets
 
 
-def _framing(resolution: str | None, step: int, batch_size: int | None) -> Framing | None:
+def _bucketing(resolution: str | None, step: int, batch_size: int | None) -> Bucketing | None:
     """The buckets of --resolution. Raises UsageError."""
     if resolution is None:
         if batch_size is not None:
             raise UsageError("--train-batch-size has no effect without --resolution")
         return None
-    from sdcli.data.buckets import Framing, bucket_sizes
+    from sdcli.data.buckets import Bucketing, bucket_sizes
 
     size = parse_size(f"{resolution}x{resolution}" if resolution.strip().isdigit() else resolution)
-    return Framing(bucket_sizes(size, step=step))
+    return Bucketing(bucket_sizes(size, step=step))
 
 
-def _fills(found: Examination, framing: Framing | None, batch_size: int | None) -> list[BucketFill]:
-    if framing is None:
+def _fills(found: Inspection, bucketing: Bucketing | None, batch_size: int | None) -> list[BucketFill]:
+    if bucketing is None:
         return []
     from sdcli.data.buckets import bucket_fills
 
     sizes = [(int(width), int(height)) for width, height in found.sizes[found.used]]
-    return bucket_fills(framing, sizes, batch_size=batch_size or 1)
+    return bucket_fills(bucketing, sizes, batch_size=batch_size or 1)
 
 
 def _bucket_row(fill: BucketFill) -> dict[str, Any]:

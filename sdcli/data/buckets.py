@@ -1,4 +1,4 @@
-"""From an image of any size to one of a training size: aspect-ratio buckets, and the cut."""
+"""Aspect-ratio bucketing: the training size for an image of any size, and resizing and cropping to it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BUCKET_STEP = 64
 
 
 @dataclass(frozen=True)
-class Framing:
-    """The sizes that images are brought to, and where they are cut."""
+class Bucketing:
+    """The sizes that images are resized and cropped to, and where they are cropped."""
 
     buckets: tuple[Size, ...]
-    """Every size that occurs; a single one where no aspect-ratio buckets are wanted."""
+    """All sizes; a single one without aspect-ratio buckets."""
     random_crop: bool = False
 
     def __post_init__(self) -> None:
@@ -30,9 +30,9 @@ class Framing:
             raise UsageError("there must be at least one bucket")
 
     def bucket_for(self, size: Size) -> Size:
-        """The bucket whose aspect ratio is nearest to the image's (by the ratio of the two; of equals the largest).
+        """The bucket whose aspect ratio is nearest to the image's (by the ratio of the two; the largest of equals).
 
-        It depends on the image's proportions only, and an image lying on its side gets the bucket on its side.
+        It depends on the image's aspect ratio only; a rotated image gets the rotated bucket.
         """
         width, height = size
 
@@ -42,8 +42,8 @@ class Framing:
 
         return min(self.buckets, key=distance)
 
-    def place(self, source: random.Random) -> tuple[float, float]:
-        """Where to cut: anywhere with `random_crop`, otherwise the middle. For the `at` of `frame`."""
+    def crop_position(self, source: random.Random) -> tuple[float, float]:
+        """The `at` of `resize_and_crop`: random with `random_crop`, otherwise the centre."""
         return (source.random(), source.random()) if self.random_crop else (0.5, 0.5)
 
 
@@ -52,8 +52,8 @@ def bucket_sizes(
 ) -> tuple[Size, ...]:
     """The aspect-ratio buckets of a resolution, sorted: multiples of `step`, none with more pixels than `resolution`.
 
-    For each width from `smallest` to `largest` the greatest height that fits, and the same lying on its side; and the
-    resolution itself. This is how kohya's sd-scripts make them (`make_bucket_resolutions`), and NovelAI before. The
+    For each width from `smallest` to `largest` the greatest height that fits, the same rotated, and the resolution
+    itself. This is how kohya's sd-scripts make them (`make_bucket_resolutions`), and NovelAI before. The
     sides go from half the shorter side to twice the longer one by default (256 to 1024 for 512x512).
     Raises UsageError for limits that leave nothing, or a resolution that is no multiple of `step`.
     """
@@ -73,11 +73,13 @@ def bucket_sizes(
     return tuple(sorted(sizes))
 
 
-def frame(image: Image.Image, size: Size, *, at: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Image.Image:
-    """An RGB image of exactly `size`: resized with Lanczos until it covers the size, then cut.
+def resize_and_crop(
+    image: Image.Image, size: Size, *, at: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> Image.Image:
+    """Resize an RGB image with Lanczos until it covers `size`, and crop it to exactly that.
 
-    `at` says where, 0..1 from left to right and from top to bottom; (0.5, 0.5) cuts out the middle. The cut lies on
-    whole pixels, so an image that needs no resizing keeps its pixels. `flip` mirrors what was cut out.
+    `at` is the position of the crop, 0..1 from left to right and from top to bottom; (0.5, 0.5) is the centre. It is
+    rounded to whole pixels, so an image that needs no resizing keeps its pixels. `flip` mirrors the result.
     """
     width, height = size
     scale = max(width / image.width, height / image.height)
@@ -91,20 +93,20 @@ def frame(image: Image.Image, size: Size, *, at: tuple[float, float] = (0.5, 0.5
 
 @dataclass(frozen=True)
 class BucketFill:
-    """How many images fall into a bucket, and how many must be seen again to fill its last batch."""
+    """How many images fall into a bucket, and how many are repeated to fill its last batch."""
 
     size: Size
     images: int
     repeats: int
     enlarged: int
-    """Images that are smaller than the bucket and would be blown up."""
+    """Images that are smaller than the bucket and would be enlarged."""
 
 
-def bucket_fills(framing: Framing, sizes: Iterable[Size], *, batch_size: int) -> list[BucketFill]:
+def bucket_fills(bucketing: Bucketing, sizes: Iterable[Size], *, batch_size: int) -> list[BucketFill]:
     """The buckets that images of these sizes fill, the fullest first."""
     counts: dict[Size, list[int]] = {}
     for size in sizes:
-        bucket = framing.bucket_for(size)
+        bucket = bucketing.bucket_for(size)
         count = counts.setdefault(bucket, [0, 0])
         count[0] += 1
         count[1] += size[0] < bucket[0] or size[1] < bucket[1]

@@ -22,18 +22,18 @@ def same_bytes(digests: Sequence[str], used: Iterable[int]) -> list[list[int]]:
 
 
 def similar(
-    looks: np.ndarray, sizes: np.ndarray, digests: Sequence[str], used: Iterable[int], *, bits: int = 2
+    hashes: np.ndarray, sizes: np.ndarray, digests: Sequence[str], used: Iterable[int], *, bits: int = 2
 ) -> list[list[int]]:
     """Groups of images that look nearly the same and are not equal: resized or compressed anew, perhaps.
 
-    `looks`: uint64 [n] difference hashes; pairs differ in at most `bits` (0..3) of 64, and their aspect ratios by at
+    `hashes`: uint64 [n] difference hashes; pairs differ in at most `bits` (0..3) of 64, and their aspect ratios by at
     most 5%. A hint only. Of equal images one stands for all.
     """
     if not 0 <= bits < BANDS:
         raise ValueError(f"bits must be 0 to {BANDS - 1}")
     firsts = {digests[int(index)]: int(index) for index in reversed(list(used))}
     chosen = np.array(sorted(firsts.values()), dtype=np.int64)
-    ones = np.bitwise_count(looks[chosen])
+    ones = np.bitwise_count(hashes[chosen])
     chosen = chosen[(ones >= PLAIN) & (ones <= 64 - PLAIN)]
     parent = {int(index): int(index) for index in chosen}
 
@@ -45,13 +45,13 @@ def similar(
 
     aspects = np.log(np.maximum(sizes[:, 0], 1) / np.maximum(sizes[:, 1], 1))
     for band in range(BANDS):
-        keys = (looks[chosen] >> np.uint64(16 * band)) & np.uint64(0xFFFF)
+        keys = (hashes[chosen] >> np.uint64(16 * band)) & np.uint64(0xFFFF)
         order = np.argsort(keys, kind="stable")
         edges = np.flatnonzero(np.diff(keys[order])) + 1
         for bucket in np.split(chosen[order], edges):
             for place, index in enumerate(bucket[:-1]):
                 others = bucket[place + 1 :]
-                near = np.bitwise_count(looks[others] ^ looks[index]) <= bits
+                near = np.bitwise_count(hashes[others] ^ hashes[index]) <= bits
                 near &= np.abs(aspects[others] - aspects[index]) < 0.05
                 for other in others[near]:
                     parent[root(int(other))] = root(int(index))

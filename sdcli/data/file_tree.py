@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sdcli.data.records import IMAGE_SUFFIXES, UNREAD_SUFFIXES, Dropped
+from sdcli.data.records import IMAGE_SUFFIXES, UNREAD_SUFFIXES, DroppedItem
 from sdcli.data.tables import TABLE_NAMES
 from sdcli.errors import NotFound, UsageError
 
@@ -17,7 +17,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Split -> what its folder may be called, as in Hugging Face's datasets."""
+"""Split -> the names that its folder may have, as in Hugging Face's datasets."""
 ALL_SPLITS = "all"
 
 
@@ -33,14 +33,14 @@ class Tree:
     tables: tuple[str, ...] = ()
     others: frozenset[str] = frozenset()
     """Everything else; caption files are looked up here."""
-    dropped: tuple[Dropped, ...] = ()
+    dropped: tuple[DroppedItem, ...] = ()
 
 
 def scan(root: Path) -> Tree:
-    """All files below a folder; links are followed, but never round in a circle. Raises NotFound."""
+    """All files below a folder; links are followed, except into a folder that contains them. Raises NotFound."""
     kinds: dict[str, list[str]] = {name: [] for name in ("images", "latents", "tars", "parquets", "tables")}
     others: set[str] = set()
-    dropped: list[Dropped] = []
+    dropped: list[DroppedItem] = []
     for name in sorted(_walk(root, dropped)):
         base = name.rpartition("/")[2]
         suffix = PurePosixPath(base).suffix.lower()
@@ -55,15 +55,15 @@ def scan(root: Path) -> Tree:
         elif suffix == ".parquet":
             kinds["parquets"].append(name)
         elif suffix in UNREAD_SUFFIXES:
-            dropped.append(Dropped(name, f"is of a kind that is not read ({suffix}); a PNG or JPEG copy would be"))
+            dropped.append(DroppedItem(name, f"is of a kind that is not read ({suffix}); a PNG or JPEG copy would be"))
         else:
             others.add(name)
     found = {kind: tuple(names) for kind, names in kinds.items()}
     return Tree(root, **found, others=frozenset(others), dropped=tuple(sorted(dropped, key=lambda one: one.name)))
 
 
-def _walk(root: Path, dropped: list[Dropped]) -> Iterator[str]:
-    """Relative paths of the ordinary files, in no order."""
+def _walk(root: Path, dropped: list[DroppedItem]) -> Iterator[str]:
+    """Relative paths of the regular files, in no particular order."""
     pending: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(root), "", frozenset())]
     while pending:
         folder, below, above = pending.pop()
@@ -73,7 +73,7 @@ def _walk(root: Path, dropped: list[Dropped]) -> Iterator[str]:
         except OSError as error:
             if not below:
                 raise NotFound(f"cannot read the folder {root}: {error.strerror}") from None
-            dropped.append(Dropped(below.rstrip("/"), f"is a folder that cannot be read: {error.strerror}"))
+            dropped.append(DroppedItem(below.rstrip("/"), f"is a folder that cannot be read: {error.strerror}"))
             continue
         identity = (facts.st_dev, facts.st_ino)
         if identity in above:  # a link to a folder that it lies in
@@ -85,26 +85,24 @@ def _walk(root: Path, dropped: list[Dropped]) -> Iterator[str]:
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError as error:  # a link to itself, or through a file
-                dropped.append(Dropped(name, f"cannot be looked at: {error.strerror}"))
+                dropped.append(DroppedItem(name, f"cannot be looked at: {error.strerror}"))
                 continue
             if is_folder:
                 pending.append((entry.path, f"{name}/", above | {identity}))
             elif is_file:
                 yield name
             elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES | LATENT_SUFFIXES | {".tar", ".parquet"}:
-                dropped.append(Dropped(name, "is a link to nothing" if entry.is_symlink() else "is no ordinary file"))
+                dropped.append(DroppedItem(name, "is a broken link" if entry.is_symlink() else "is not a regular file"))
 
 
 # Splits
 
 
 def split_by_folder(names: Sequence[str], *, split: str, source: str) -> tuple[tuple[str, ...], int]:
-    """Those of the relative paths that belong to a split, and how many leading folders (0 or 1) are splits.
+    """The relative paths that belong to a split, and the number of leading folders (0 or 1) that are splits.
 
-    Without split folders everything is `train`.
-
-    Sub-folders are splits where all of them are called so. Raises UsageError where only some are, or the split that
-    was asked for is not there.
+    Sub-folders are splits if all of them are named like splits; without any, everything is `train`. Raises UsageError
+    if only some are, or if the requested split does not exist.
     """
     tops = sorted({name.partition("/")[0] if "/" in name else "" for name in names})
     named = {top: canonical for top in tops if (canonical := split_called(top)) is not None}
@@ -122,22 +120,22 @@ def split_by_folder(names: Sequence[str], *, split: str, source: str) -> tuple[t
     return tuple(name for name in names if named[name.partition("/")[0]] in wanted), 1
 
 
-def split_by_name(names: Sequence[str], *, split: str, source: str) -> tuple[tuple[str, ...], tuple[Dropped, ...]]:
-    """Those of some shards or parquet files that belong to a split, by their folder or a word of their name.
+def split_by_name(names: Sequence[str], *, split: str, source: str) -> tuple[tuple[str, ...], tuple[DroppedItem, ...]]:
+    """The shards or parquet files that belong to a split, by their folder or a word of their name.
 
-    Where no name says anything, all are `train`; else those that say nothing are dropped. Raises UsageError.
+    If no name contains a split, all are `train`; otherwise files without one are dropped. Raises UsageError.
     """
     said = {name: _split_in_path(name) for name in names}
     if split == ALL_SPLITS or not any(said.values()):
         _check_split(split, {"train"}, source)
         return tuple(names), ()
     _check_split(split, {name for name in said.values() if name}, source)
-    silent = (Dropped(name, "belongs to no split, while other files do") for name in names if said[name] is None)
+    silent = (DroppedItem(name, "belongs to no split, while other files do") for name in names if said[name] is None)
     return tuple(name for name in names if said[name] == split_called(split)), tuple(silent)
 
 
 def split_called(name: str) -> str | None:
-    """The split that a word means."""
+    """The split that a word stands for, or None."""
     return next((split for split, words in SPLITS.items() if name.lower() in words), None)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sdcli.data.records import Dropped, Item, Remark, Unusable, captions_of_file, read_file
+from sdcli.data.records import DroppedItem, Item, Remark, UnusableEntry, captions_of_file, read_file
 from sdcli.errors import BadImage, NotFound
 
 CAPTION_LIKE = frozenset({".txt", ".caption", ".captions", ".cap", ".tags", ".tag", ".prompt"})
@@ -17,11 +17,11 @@ CAPTION_LIKE = frozenset({".txt", ".caption", ".captions", ".cap", ".tags", ".ta
 class Listing:
     """What is found on the way."""
 
-    dropped: list[Dropped] = field(default_factory=list)
+    dropped: list[DroppedItem] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
 
     def drop(self, name: str, reason: str) -> None:
-        self.dropped.append(Dropped(name, reason))
+        self.dropped.append(DroppedItem(name, reason))
 
     def remark(self, name: str, text: str, *, loses: bool = False) -> None:
         self.remarks.append(Remark(name, text, loses))
@@ -30,7 +30,7 @@ class Listing:
 def with_caption_file(root: Path, item: Item, file: str, listing: Listing) -> Item | None:
     try:
         captions = captions_of_file(read_file(root / file))
-    except Unusable as problem:
+    except UnusableEntry as problem:
         listing.drop(item.name, str(problem))
         return None
     except (BadImage, NotFound) as error:

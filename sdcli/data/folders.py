@@ -21,13 +21,22 @@ from sdcli.data.folder_listing import (
     stem_of,
     with_caption_file,
 )
-from sdcli.data.records import Item, Items, Listed, Unusable, captioned_by_class, file_stamp, read_file, without_repeats
-from sdcli.data.tables import TABLE_NAMES, Row, Table, read_table
+from sdcli.data.records import (
+    Item,
+    Items,
+    ListedImages,
+    UnusableEntry,
+    captioned_by_class,
+    file_stamp,
+    read_file,
+    without_repeats,
+)
+from sdcli.data.tables import TABLE_NAMES, ImageRow, Table, read_table
 from sdcli.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)
-class LooseFiles(Listed):
+class LooseFiles(ListedImages):
     """Images that are files of their own."""
 
     root: Path = field(kw_only=True)
@@ -109,7 +118,7 @@ def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None
             continue
         other_of = {row.place: row.file for row in others.rows}
         for row in own.rows:
-            with contextlib.suppress(Unusable):  # listing the images, or looking at the maps, tells of it
+            with contextlib.suppress(UnusableEntry):  # listing the images, or looking at the maps, tells of it
                 target = other_of.get(row.place)
                 found.update(
                     {} if target is None else {_target(folder, row.file, known): _target(folder, target, known)}
@@ -122,7 +131,7 @@ def _listed_in_tables(
 ) -> list[Item]:
     """The images that rows speak of, in the order of their names; several rows of one image are alternatives."""
     from_files = not any(table.has_captions for table in tables.values())
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[ImageRow]] = {}
     wanted, known = set(chosen), set(tree.images)
     for name, table in tables.items():
         listing.dropped += table.dropped
@@ -130,7 +139,7 @@ def _listed_in_tables(
         for row in table.rows:
             try:
                 target = _target(folder, row.file, known)
-            except Unusable as problem:
+            except UnusableEntry as problem:
                 listing.drop(row.file, f"{problem} ({name} {row.place})")
                 continue
             if target in wanted:
@@ -148,7 +157,7 @@ def _listed_in_tables(
     return items
 
 
-def _item_of_rows(image: str, rows: Sequence[Row], tables: str, listing: Listing) -> Item | None:
+def _item_of_rows(image: str, rows: Sequence[ImageRow], tables: str, listing: Listing) -> Item | None:
     if not rows:
         listing.drop(image, f"has no row in {tables}")
         return None
@@ -166,14 +175,14 @@ def _item_of_rows(image: str, rows: Sequence[Row], tables: str, listing: Listing
 
 
 def _target(folder: PurePosixPath, file: str, known: set[str]) -> str:
-    """The path that a row means, relative to the root. Raises Unusable for one that leads out of the folder."""
+    """The path that a row means, relative to the root. Raises UnusableEntry for one that leads out of the folder."""
     for spelled in (file, unicodedata.normalize("NFC", file), unicodedata.normalize("NFD", file)):
         for path in (spelled, spelled.replace("\\", "/")):
             if path.startswith("/") or PureWindowsPath(path).anchor:
-                raise Unusable("lies outside the folder")
+                raise UnusableEntry("lies outside the folder")
             joined = os.path.normpath(folder / path).replace(os.sep, "/")
             if joined == ".." or joined.startswith("../"):
-                raise Unusable("lies outside the folder")
+                raise UnusableEntry("lies outside the folder")
             if joined in known:
                 return joined
     return os.path.normpath(folder / file).replace(os.sep, "/")

@@ -9,13 +9,13 @@ import numpy as np
 
 from sdcli.data.file_tree import Tree, split_by_folder
 from sdcli.data.folder_listing import Listing, base_of, caption_files, class_of, no_class, stem_of, with_caption_file
-from sdcli.data.records import Item, Items, Kind, Listed, captioned_by_class, file_stamp, read_file
+from sdcli.data.records import Item, Items, Kind, ListedImages, captioned_by_class, file_stamp, read_file
 from sdcli.errors import BadLatents, NotFound
 from sdcli.vae.latent_files import LatentFile, LatentRecord, read_latents, read_record
 
 
 @dataclass(frozen=True, eq=False)
-class LatentFiles(Listed):
+class LatentFiles(ListedImages):
     """Latents that `sdcli encode` wrote, all by the same VAE."""
 
     root: Path = field(kw_only=True)

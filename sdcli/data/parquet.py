@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from sdcli.data.records import (
-    Dropped,
+    DroppedItem,
     Item,
     Items,
-    Listed,
-    Unusable,
+    ListedImages,
+    UnusableEntry,
     captioned_by_class,
     captions_of_value,
     file_stamp,
@@ -47,7 +47,7 @@ class Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class ParquetRows(Listed):
+class ParquetRows(ListedImages):
     """Images that are rows of parquet files; a block is a row group."""
 
     files: tuple[str, ...] = field(kw_only=True)
@@ -172,7 +172,7 @@ def open_rows(
     image_column: str | None = None,
     caption_column: str | None = None,
     features: Mapping[str, Any] | None = None,
-    dropped: Sequence[Dropped] = (),
+    dropped: Sequence[DroppedItem] = (),
 ) -> ParquetRows:
     """List the rows of parquet files: captions and labels are read, images are not.
 
@@ -203,8 +203,8 @@ def open_rows(
                         try:
                             items.append(_item(f"{name}:{row}", values, columns, block=block + group))
                             listed.append((number, group, place))
-                        except Unusable as problem:
-                            lost.append(Dropped(f"{name}:{row}", str(problem)))
+                        except UnusableEntry as problem:
+                            lost.append(DroppedItem(f"{name}:{row}", str(problem)))
                         row += 1
                 block += file.num_row_groups
             rows += listed
@@ -212,7 +212,7 @@ def open_rows(
             raise
         except Exception as error:  # pyarrow and fsspec fail in a dozen ways on damaged or absent files
             del items[start:]
-            lost.append(Dropped(name, f"is a parquet file that cannot be read: {first_line(error)}"))
+            lost.append(DroppedItem(name, f"is a parquet file that cannot be read: {first_line(error)}"))
     return ParquetRows(
         source,
         Items.of(captioned_by_class(items), classes=classes),
@@ -250,7 +250,7 @@ def _item(name: str, values: Mapping[str, Any], columns: Columns, *, block: int)
     label = values.get(columns.label) if columns.label is not None else None
     if columns.class_names and isinstance(label, int):
         if label >= len(columns.class_names):
-            raise Unusable(f"its label is {label}, and there are {len(columns.class_names)} classes")
+            raise UnusableEntry(f"its label is {label}, and there are {len(columns.class_names)} classes")
         label = columns.class_names[label] if label >= 0 else None  # -1 stands for an unknown class
     return Item(name, captions, label_of_value(label), block)
 

@@ -6,24 +6,24 @@ import glob
 import os
 import re
 
-from sdcli.data.records import Dropped
+from sdcli.data.records import DroppedItem
 from sdcli.errors import NotFound, UsageError
 
 MAX_PATTERN = 1_000_000
 """The most paths that braces may stand for."""
 
 
-def matches(pattern: str) -> tuple[list[str], tuple[Dropped, ...]]:
+def matches(pattern: str) -> tuple[list[str], tuple[DroppedItem, ...]]:
     """The files that a pattern stands for, in its order, and those that it names and are not there."""
     files: list[str] = []
-    absent: list[Dropped] = []
+    absent: list[DroppedItem] = []
     for path in expand_braces(pattern):
         if re.search(r"[*?\[]", path):
             files += sorted(glob.glob(path, recursive=True))
         elif os.path.lexists(path):
             files.append(path)
         else:
-            absent.append(Dropped(path, "there is no such file"))
+            absent.append(DroppedItem(path, "there is no such file"))
     if not files:
         raise NotFound(f"no file is called {pattern}")
     return list(dict.fromkeys(files)), tuple(absent)

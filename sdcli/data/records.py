@@ -36,7 +36,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedItem:
     """An image, or a whole file, that is not used, and why: a reason that reads well after `name: `."""
 
     name: str
@@ -77,7 +77,7 @@ class ImageSet(Protocol):
         """The class names, sorted; () where the source has no classes."""
 
     @property
-    def dropped(self) -> tuple[Dropped, ...]:
+    def dropped(self) -> tuple[DroppedItem, ...]:
         """What was found to be useless while listing."""
 
     @property
@@ -95,8 +95,8 @@ class ImageSet(Protocol):
         """What changes when the bytes do, found without reading them. Raises BadImage and NotFound."""
 
 
-class Unusable(Exception):
-    """Text that cannot be a caption; the message is the reason for `Dropped`."""
+class UnusableEntry(Exception):
+    """Text that cannot be a caption; the message is the reason for `DroppedItem`."""
 
 
 class Strings(Sequence[str]):
@@ -161,12 +161,12 @@ class Items:
 
 
 @dataclass(frozen=True, eq=False)
-class Listed:
+class ListedImages:
     """What all sources share: the packed items, and what was found while listing them."""
 
     source: str
     items: Items
-    dropped: tuple[Dropped, ...] = field(default=(), kw_only=True)
+    dropped: tuple[DroppedItem, ...] = field(default=(), kw_only=True)
     remarks: tuple[Remark, ...] = field(default=(), kw_only=True)
 
     @property
@@ -199,43 +199,43 @@ class Listed:
 
 
 def one_line(text: str) -> str:
-    """A caption on a single line, without space around it or a byte-order mark. Raises Unusable for no Unicode text."""
+    """A caption on one line, without surrounding space or a byte-order mark. Raises UnusableEntry if not Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Unusable("its caption is not UTF-8 text") from None
+        raise UnusableEntry("its caption is not UTF-8 text") from None
     return re.sub(r"\s*[\r\n]\s*", " ", re.sub(r"^[\s\ufeff]+|\s+$", "", text))
 
 
 def captions_of_file(data: bytes) -> tuple[str, ...]:
-    """The captions in the bytes of a caption file: one a line, blank lines skipped. Raises Unusable."""
+    """The captions in the bytes of a caption file: one a line, blank lines skipped. Raises UnusableEntry."""
     if len(data) > MAX_CAPTION_BYTES:
-        raise Unusable(f"its caption is larger than {MAX_CAPTION_BYTES // 1024**2} MiB")
+        raise UnusableEntry(f"its caption is larger than {MAX_CAPTION_BYTES // 1024**2} MiB")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Unusable("its caption is not UTF-8 text") from None
+        raise UnusableEntry("its caption is not UTF-8 text") from None
     return without_repeats(one_line(line) for line in re.split(r"\r\n|\r|\n", text))
 
 
 def captions_of_value(value: Any) -> tuple[str, ...]:
-    """The captions in a cell of a table: a text, a list of alternatives, or nothing. Raises Unusable."""
+    """The captions in a cell of a table: a text, a list of alternatives, or nothing. Raises UnusableEntry."""
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
-        raise Unusable("its caption is neither a text nor a list of texts")
+        raise UnusableEntry("its caption is neither a text nor a list of texts")
     return without_repeats(one_line(text) for text in values)
 
 
 def label_of_value(value: Any) -> str | None:
-    """The class name in a cell of a table: a text or a whole number. Raises Unusable."""
+    """The class name in a cell of a table: a text or a whole number. Raises UnusableEntry."""
     if value is None or value == "":
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise Unusable("its label is neither a text nor a whole number")
+        raise UnusableEntry("its label is neither a text nor a whole number")
     try:
         return one_line(str(value)) or None
-    except Unusable:
-        raise Unusable("its label is not UTF-8 text") from None
+    except UnusableEntry:
+        raise UnusableEntry("its label is not UTF-8 text") from None
 
 
 def without_repeats(captions: Iterable[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from sdcli.data.hub_datasets import HUB_DATA, open_hub
 from sdcli.data.latent_folders import open_latents
 from sdcli.data.parquet import open_rows
 from sdcli.data.patterns import matches
-from sdcli.data.records import IMAGE_SUFFIXES, Dropped, ImageSet, file_stamp
+from sdcli.data.records import IMAGE_SUFFIXES, DroppedItem, ImageSet, file_stamp
 from sdcli.data.webdataset import open_shards
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
@@ -108,7 +108,7 @@ def _open_files(
     source: str,
     extension: str,
     columns: Columns,
-    dropped: Sequence[Dropped],
+    dropped: Sequence[DroppedItem],
     names: Sequence[str] | None = None,
 ) -> ImageSet:
     """Shards or parquet files, all of one kind."""

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdcli.data.records import Dropped, Unusable, captions_of_value, label_of_value
+from sdcli.data.records import DroppedItem, UnusableEntry, captions_of_value, label_of_value
 from sdcli.errors import BadImage, UsageError
-from sdcli.io.rows import CsvFile, json_rows
-from sdcli.io.rows import Row as FileRow
+from sdcli.io.rows import CsvFile, Row, json_rows
 from sdcli.request.schema import did_you_mean
 
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -20,7 +19,7 @@ LABEL_COLUMN = "label"
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageRow:
     """A line of a table: which file it speaks of, relative to the table's folder, and what it says."""
 
     place: str
@@ -36,8 +35,8 @@ class Row:
 class Table:
     """A metadata file, read."""
 
-    rows: tuple[Row, ...]
-    dropped: tuple[Dropped, ...]
+    rows: tuple[ImageRow, ...]
+    dropped: tuple[DroppedItem, ...]
     """Lines that are no rows; their names are `metadata.csv line 7`."""
     has_captions: bool
     """Whether it has a caption column, be it empty."""
@@ -48,7 +47,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
 
     Raises BadImage for a file that cannot be read at all, UsageError where a column is missing from all its rows.
     """
-    dropped: list[Dropped] = []
+    dropped: list[DroppedItem] = []
     columns = [image_column, caption_column, LABEL_COLUMN, *FILE_COLUMNS, *CAPTION_COLUMNS]
     try:
         match path.suffix:
@@ -74,7 +73,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
     for place, values in lines:
         file = values.get(file_column or "")
         if not isinstance(file, str) or not file:
-            dropped.append(Dropped(f"{name} {place}", f"has no {file_column}"))
+            dropped.append(DroppedItem(f"{name} {place}", f"has no {file_column}"))
             continue
         rows.append(_row(place, file, values, text_column))
     return Table(tuple(rows), tuple(dropped), has_captions=text_column is not None)
@@ -102,20 +101,20 @@ def pyarrow_modules() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _row(place: str, file: str, values: Mapping[str, Any], text_column: str | None) -> Row:
+def _row(place: str, file: str, values: Mapping[str, Any], text_column: str | None) -> ImageRow:
     try:
         captions = captions_of_value(values.get(text_column)) if text_column is not None else ()
-        return Row(place, file, captions, label_of_value(values.get(LABEL_COLUMN)))
-    except Unusable as problem:
-        return Row(place, file, (), None, problem=str(problem))
+        return ImageRow(place, file, captions, label_of_value(values.get(LABEL_COLUMN)))
+    except UnusableEntry as problem:
+        return ImageRow(place, file, (), None, problem=str(problem))
 
 
 def _rows_of_file(
-    rows: Iterable[FileRow], name: str, dropped: list[Dropped]
+    rows: Iterable[Row], name: str, dropped: list[DroppedItem]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for row in rows:
         if row.problem:
-            dropped.append(Dropped(f"{name} line {row.line}", row.problem))
+            dropped.append(DroppedItem(f"{name} line {row.line}", row.problem))
         else:
             yield f"line {row.line}", row.values
 

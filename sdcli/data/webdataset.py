@@ -15,12 +15,12 @@ from sdcli.data.records import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
     UNREAD_SUFFIXES,
-    Dropped,
+    DroppedItem,
     Item,
     Items,
-    Listed,
+    ListedImages,
     Remark,
-    Unusable,
+    UnusableEntry,
     captioned_by_class,
     captions_of_file,
     captions_of_value,
@@ -33,7 +33,7 @@ from sdcli.io.json_files import parse_json
 
 
 @dataclass(frozen=True, eq=False)
-class TarShards(Listed):
+class TarShards(ListedImages):
     """Images that are members of tar files; a block is a shard."""
 
     files: tuple[Path, ...] = field(kw_only=True)
@@ -70,7 +70,7 @@ def open_shards(
     names: Sequence[str],
     source: str,
     caption_extension: str = ".txt",
-    dropped: Sequence[Dropped] = (),
+    dropped: Sequence[DroppedItem] = (),
 ) -> TarShards:
     """List the images of tar shards in img2dataset's layout: `key.jpg`, `key.txt`, `key.json` with a `caption`.
 
@@ -112,7 +112,7 @@ class _Sample:
 @dataclass
 class _Shard:
     samples: list[_Sample] = field(default_factory=list)
-    dropped: list[Dropped] = field(default_factory=list)
+    dropped: list[DroppedItem] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
 
 
@@ -124,9 +124,9 @@ def _index(path: Path, name: str, caption_extension: str) -> _Shard:
             for key, members in groups.items():
                 _add_sample(file, f"{name}:{key}", members, shard, caption_extension.lower())
     except OSError as error:
-        return _Shard(dropped=[Dropped(name, f"cannot be read: {error.strerror or error}")])
+        return _Shard(dropped=[DroppedItem(name, f"cannot be read: {error.strerror or error}")])
     if not shard.samples and not shard.dropped:
-        shard.dropped.append(Dropped(name, "holds no images"))
+        shard.dropped.append(DroppedItem(name, "holds no images"))
     return shard
 
 
@@ -143,12 +143,12 @@ def _groups(file: IO[bytes], name: str, shard: _Shard) -> Groups:
             key = f"{folder}/{stem}" if folder else stem
             if member.offset + member.size > size:
                 groups.pop(key, None)
-                shard.dropped.append(Dropped(f"{name}:{key}", CUT_SHORT))
+                shard.dropped.append(DroppedItem(f"{name}:{key}", CUT_SHORT))
                 break
             groups.setdefault(key, {}).setdefault(f".{suffix.lower()}", []).append(member)
     except DamagedTar as damage:
         shard.dropped.append(
-            Dropped(name, f"{damage}; {'what follows is lost' if groups else 'nothing of it is used'}")
+            DroppedItem(name, f"{damage}; {'what follows is lost' if groups else 'nothing of it is used'}")
         )
         _drop_incomplete(groups, name, shard)
     return groups
@@ -160,7 +160,7 @@ def _drop_incomplete(groups: Groups, name: str, shard: _Shard) -> None:
         (_, before), (key, last) = list(groups.items())[-2:]
         if set(last) < set(before):
             del groups[key]
-            shard.dropped.append(Dropped(f"{name}:{key}", CUT_SHORT))
+            shard.dropped.append(DroppedItem(f"{name}:{key}", CUT_SHORT))
 
 
 def _add_sample(
@@ -170,10 +170,12 @@ def _add_sample(
     if not images:
         unread = sorted(set(members) & UNREAD_SUFFIXES)
         reason = f"is of a kind that is not read ({unread[0]})" if unread else "is a sample without an image"
-        shard.dropped.append(Dropped(name, reason))
+        shard.dropped.append(DroppedItem(name, reason))
         return
     for other in images[1:]:
-        shard.dropped.append(Dropped(f"{name}{other.name[other.name.rindex('.') :]}", "is a second image of its key"))
+        shard.dropped.append(
+            DroppedItem(f"{name}{other.name[other.name.rindex('.') :]}", "is a second image of its key")
+        )
     try:
         record = _record(file, members)
         captions: tuple[str, ...] = ()
@@ -185,8 +187,8 @@ def _add_sample(
         label = label_of_value(record.get("label"))
         if label is None and ".cls" in members:
             label = next(iter(captions_of_file(_read(file, members[".cls"][0]))), None)
-    except Unusable as problem:
-        shard.dropped.append(Dropped(name, str(problem)))
+    except UnusableEntry as problem:
+        shard.dropped.append(DroppedItem(name, str(problem)))
         return
     shard.samples.append(_Sample(name, images[0], captions, label))
 
@@ -197,15 +199,15 @@ def _record(file: IO[bytes], members: dict[str, list[Member]]) -> dict[str, Any]
     try:
         record = parse_json(_read(file, members[".json"][0]))
     except ValueError:
-        raise Unusable("its .json is damaged") from None
+        raise UnusableEntry("its .json is damaged") from None
     if not isinstance(record, dict):
-        raise Unusable("its .json holds no object")
+        raise UnusableEntry("its .json holds no object")
     return record
 
 
 def _read(file: IO[bytes], member: Member) -> bytes:
     if member.size > MAX_CAPTION_BYTES:
-        raise Unusable(
+        raise UnusableEntry(
             f"its {member.name[member.name.rindex('.') :]} is larger than {MAX_CAPTION_BYTES // 1024**2} MiB"
         )
     file.seek(member.offset)

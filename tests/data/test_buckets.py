@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from sdcli.data.buckets import Framing, bucket_fills, bucket_sizes, frame
+from sdcli.data.buckets import Bucketing, bucket_fills, bucket_sizes, resize_and_crop
 from sdcli.errors import UsageError
 from sdcli.images.pixels import fit
 from tests.images.test_images import distance, sample_image
 
-SQUARE = Framing(bucket_sizes((512, 512)))
+SQUARE = Bucketing(bucket_sizes((512, 512)))
 sides = st.integers(1, 10_000)
 
 
@@ -57,7 +57,7 @@ def test_impossible_buckets_are_refused() -> None:
     with pytest.raises(UsageError, match="leave out 512x512 itself"):
         bucket_sizes((512, 512), smallest=640)
     with pytest.raises(UsageError):
-        Framing(())
+        Bucketing(())
 
 
 @given(sides, sides, st.integers(1, 1000))
@@ -87,39 +87,41 @@ def test_a_bucket_is_its_own_bucket(bucket: tuple[int, int]) -> None:
     st.booleans(),
 )
 def test_a_frame_has_exactly_the_size(w: int, h: int, width: int, height: int, x: float, y: float, flip: bool) -> None:
-    assert frame(Image.new("RGB", (w, h)), (width, height), at=(x, y), flip=flip).size == (width, height)
+    assert resize_and_crop(Image.new("RGB", (w, h)), (width, height), at=(x, y), flip=flip).size == (width, height)
 
 
 def test_an_image_of_the_size_keeps_every_pixel_and_a_cut_keeps_those_it_takes() -> None:
     image = sample_image(64, 48)
-    assert frame(image, (64, 48)).tobytes() == image.tobytes()
+    assert resize_and_crop(image, (64, 48)).tobytes() == image.tobytes()
     for at, left in ((0.0, 0), (0.5, 8), (1.0, 16)):
-        assert frame(image, (48, 48), at=(at, 0.3)).tobytes() == image.crop((left, 0, left + 48, 48)).tobytes()
+        assert (
+            resize_and_crop(image, (48, 48), at=(at, 0.3)).tobytes() == image.crop((left, 0, left + 48, 48)).tobytes()
+        )
 
 
 def test_the_corners_are_reached() -> None:
     image = Image.fromarray(np.arange(100 * 50 * 3, dtype=np.uint32).astype(np.uint8).reshape(50, 100, 3))
-    assert frame(image, (20, 50), at=(0, 0)).tobytes() == image.crop((0, 0, 20, 50)).tobytes()
-    assert frame(image, (20, 50), at=(1, 1)).tobytes() == image.crop((80, 0, 100, 50)).tobytes()
+    assert resize_and_crop(image, (20, 50), at=(0, 0)).tobytes() == image.crop((0, 0, 20, 50)).tobytes()
+    assert resize_and_crop(image, (20, 50), at=(1, 1)).tobytes() == image.crop((80, 0, 100, 50)).tobytes()
 
 
 def test_the_middle_is_what_encode_cuts_out() -> None:
     for size in ((32, 32), (24, 40), (40, 24)):
-        assert distance(frame(sample_image(128, 64), size), fit(sample_image(128, 64), size)) <= 3
+        assert distance(resize_and_crop(sample_image(128, 64), size), fit(sample_image(128, 64), size)) <= 3
 
 
 def test_a_flip_is_the_mirrored_frame() -> None:
     image = sample_image(60, 40)
-    assert frame(image, (30, 32), at=(0.2, 0.9), flip=True).tobytes() == (
-        ImageOps.mirror(frame(image, (30, 32), at=(0.2, 0.9))).tobytes()
+    assert resize_and_crop(image, (30, 32), at=(0.2, 0.9), flip=True).tobytes() == (
+        ImageOps.mirror(resize_and_crop(image, (30, 32), at=(0.2, 0.9))).tobytes()
     )
 
 
 def test_places_are_random_only_when_asked() -> None:
-    fixed, free = Framing(((64, 64),)), Framing(((64, 64),), random_crop=True)
-    assert fixed.place(random.Random(0)) == (0.5, 0.5)
-    places = [free.place(random.Random(seed)) for seed in range(50)]
-    assert places == [free.place(random.Random(seed)) for seed in range(50)]
+    fixed, free = Bucketing(((64, 64),)), Bucketing(((64, 64),), random_crop=True)
+    assert fixed.crop_position(random.Random(0)) == (0.5, 0.5)
+    places = [free.crop_position(random.Random(seed)) for seed in range(50)]
+    assert places == [free.crop_position(random.Random(seed)) for seed in range(50)]
     assert len(set(places)) == 50
     assert all(0 <= x < 1 and 0 <= y < 1 for x, y in places)
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdcli.data.records import Item, Items, Strings, Unusable, captions_of_file, captions_of_value
+from sdcli.data.records import Item, Items, Strings, UnusableEntry, captions_of_file, captions_of_value
 from sdcli.data.sources import open_images
 from sdcli.errors import BadImage, BadLatents, NotFound, UsageError
 from sdcli.vae.latent_files import LatentRecord, Source, latent_bytes
@@ -96,12 +96,12 @@ def test_captions_in_a_file_are_its_lines_whatever_ends_them(captions: list[str]
 
 def test_what_is_no_caption_is_refused_with_a_reason() -> None:
     for data in (b"caf\xe9", "cat".encode("utf-16")):
-        with pytest.raises(Unusable, match="not UTF-8"):
+        with pytest.raises(UnusableEntry, match="not UTF-8"):
             captions_of_file(data)
     for value in (3, {"a": 1}, [1], ["a", None]):
-        with pytest.raises(Unusable, match="neither a text nor a list"):
+        with pytest.raises(UnusableEntry, match="neither a text nor a list"):
             captions_of_value(value)
-    with pytest.raises(Unusable, match="not UTF-8"):
+    with pytest.raises(UnusableEntry, match="not UTF-8"):
         captions_of_value("\ud800")
     assert captions_of_value(None) == captions_of_value("  ") == captions_of_value([]) == ()
     assert captions_of_value([" a\n b ", "c", "c"]) == ("a b", "c")
@@ -172,10 +172,10 @@ def test_links_are_followed_but_not_in_circles_and_odd_files_never_hang(tmp_path
     os.mkfifo(root / "sub/b.txt")
     assert [name for name, *_ in listed(root)] == ["a.png", "linked/c.png", "sub/b.png"]
     assert dropped(root) == {
-        "gone.png": "is a link to nothing",
+        "gone.png": "is a broken link",
         "itself.png": "cannot be looked at: Too many levels of symbolic links",
         "through.png": "cannot be looked at: Not a directory",
-        "pipe.png": "is no ordinary file",
+        "pipe.png": "is not a regular file",
     }
 
 

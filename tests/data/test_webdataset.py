@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdcli.data.patterns import expand_braces
-from sdcli.data.records import Item, Items, Listed
+from sdcli.data.records import Item, Items, ListedImages
 from sdcli.data.sources import open_images
 from sdcli.data.tar import members_of
 from sdcli.data.write_shards import write_shards
@@ -50,7 +50,7 @@ def sample(key: str, caption: str = "hello", number: int = 0) -> list[tuple[str,
     ]
 
 
-class Memory(Listed):
+class Memory(ListedImages):
     """Images in memory, for round trips."""
 
     def read(self, index: int) -> bytes:

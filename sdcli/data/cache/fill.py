@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdcli.data.buckets import Size, frame
+from sdcli.data.buckets import Size, resize_and_crop
 from sdcli.data.cache.keys import (
     HIDDEN,
     LOGVAR,
     MEAN,
     CacheTextEncoder,
     CacheVae,
-    Frame,
+    Crop,
     LatentIndex,
     LatentKeys,
     TextKeys,
@@ -34,7 +34,7 @@ from sdcli.data.cache.keys import (
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.cache.vae_encoder import Moments, VaeEncoder
-from sdcli.data.records import Dropped, ImageSet
+from sdcli.data.records import DroppedItem, ImageSet
 from sdcli.errors import BadImage, BadOutput, NotFound, Stop, stop_if_asked
 from sdcli.images.image_files import image_from_bytes
 from sdcli.images.pixels import to_pixels
@@ -206,7 +206,7 @@ class _Filling:
 
     def keys_of(self, place: int, digest: bytes) -> tuple[bytes, ...]:
         width, height = (int(side) for side in self.sizes[place])
-        return tuple(self.makes.key(digest, Frame((width, height), flip=flip)) for flip in self.flips)
+        return tuple(self.makes.key(digest, Crop((width, height), flip=flip)) for flip in self.flips)
 
     def take_what_is_there(self) -> None:
         """Settle the images whose digest is known and whose latents are all in the store."""
@@ -246,12 +246,12 @@ class _Filling:
             if not missing:
                 return _Prepared(place, keys)
             width, height = (int(side) for side in self.sizes[place])
-            image = frame(image_from_bytes(data, name=name), (width, height))
+            image = resize_and_crop(image_from_bytes(data, name=name), (width, height))
             return _Prepared(place, keys, missing, to_pixels(image))
         except (BadImage, NotFound) as error:
             return _Prepared(place, reason=str(error).removeprefix(f"{name}: "))
         except MemoryError:
-            return _Prepared(place, reason="is too large for the memory that is there")
+            return _Prepared(place, reason="does not fit into memory")
 
     def claimed(self, prepared: _Prepared) -> list[_Waiting]:
         """Enter an image that was read; what of it this run has still to encode."""
@@ -295,7 +295,7 @@ class _Filling:
         good = np.flatnonzero(self.states != _DROPPED)
         good = good[np.argsort(self.used[good], kind="stable")]
         names = {place: self.images[int(self.used[place])].name for place in sorted(self.reasons)}
-        dropped = (Dropped(name, self.reasons[place]) for place, name in names.items())
+        dropped = (DroppedItem(name, self.reasons[place]) for place, name in names.items())
         return LatentIndex(self.used[good], self.keys[good], tuple(dropped))
 
     def progress(self, *, notes: tuple[str, ...] = (), latents: LatentIndex | None = None) -> CacheProgress:

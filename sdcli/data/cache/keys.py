@@ -22,7 +22,7 @@ from sdcli.data.cache.records import Records
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.latent_folders import LatentFiles
-from sdcli.data.records import Dropped
+from sdcli.data.records import DroppedItem
 from sdcli.encoders.clip import ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import NotFound, UsageError
@@ -84,8 +84,8 @@ class CacheTextEncoder:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """How an image was brought to a size; see `buckets.frame`."""
+class Crop:
+    """How an image was brought to a size; see `buckets.resize_and_crop`."""
 
     size: Size
     at: tuple[float, float] = (0.5, 0.5)
@@ -112,10 +112,10 @@ class LatentKeys:
         weights = _weights(vae.network, vae.identity)
         return cls(f"{weights} {type(vae.network).__name__} {_digest(config)}", _name(vae.dtype))
 
-    def key(self, image: bytes, frame: Frame) -> bytes:
+    def key(self, image: bytes, crop: Crop) -> bytes:
         """The key of an image, given by the SHA-256 of its file."""
-        (width, height), (x, y) = frame.size, frame.at
-        cut = f"{width}x{height} at {float(x)!r} {float(y)!r}{' mirrored' if frame.flip else ''}"
+        (width, height), (x, y) = crop.size, crop.at
+        cut = f"{width}x{height} at {float(x)!r} {float(y)!r}{' mirrored' if crop.flip else ''}"
         return _sha256("latents 1", self.vae, self.dtype, image.hex(), cut)
 
 
@@ -179,7 +179,7 @@ class LatentIndex:
     """int64 [n], rising: the items that have latents."""
     keys: np.ndarray
     """uint8 [n, f, 32]: the key of each as it is and, with f = 2, mirrored."""
-    dropped: tuple[Dropped, ...] = ()
+    dropped: tuple[DroppedItem, ...] = ()
     """Items that were asked for and could not be encoded."""
 
 

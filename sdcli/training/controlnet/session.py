@@ -76,7 +76,7 @@ class ControlNetSession(Session[ControlNetSettings]):
             model.vae.to("cpu")  # from here on needed for sample images only
         map_pixels = None  # None: the source's own pixels, from which a preprocessor makes maps
         if maps is not None or not isinstance(source, Pixels):
-            map_pixels = Pixels(maps or data.images, data.framing, settings.seed, flip=settings.random_flip)
+            map_pixels = Pixels(maps or data.images, data.bucketing, settings.seed, flip=settings.random_flip)
         task = ControlNetTask(
             networks={"controlnet": controlnet},
             unet=self._frozen_unet(model, controlnet),

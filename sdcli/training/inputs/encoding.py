@@ -36,7 +36,7 @@ def encode_images(
 
     With `half` the VAE computes in bfloat16.
     """
-    pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)
+    pixels = Pixels(data.images, data.bucketing, settings.seed, flip=settings.random_flip)
     if not settings.cache_latents or settings.random_crop:
         if settings.random_crop and settings.cache_latents:
             yield RunNote("latents are not cached, because --random-crop crops each sample anew")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sdcli.data.buckets import Framing, bucket_sizes
-from sdcli.data.examine import Examination, examination, look
+from sdcli.data.buckets import Bucketing, bucket_sizes
+from sdcli.data.inspection import Inspection, inspect, summarize
 from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.errors import UsageError
@@ -25,7 +25,7 @@ class ImageData:
     """The usable images of a run."""
 
     images: ImageSet
-    framing: Framing
+    bucketing: Bucketing
     trained: np.ndarray
     """int64 indices into `images`"""
     held_out: np.ndarray
@@ -111,7 +111,7 @@ def examine_data(
     """
     if images.kind == "latents":
         _refuse_framing(settings, data)
-    framing = _framing(settings, resolution, size_step=size_step)
+    bucketing = _bucketing(settings, resolution, size_step=size_step)
     found = yield from examine_images(images, settings, what="pictures")
     for line in found.report():
         yield RunNote(line, warning=line.lstrip().startswith(("dropped", "note")))
@@ -126,12 +126,12 @@ def examine_data(
     size_of = {
         int(index): (int(width), int(height))
         if images.kind == "latents"
-        else framing.bucket_for((int(width), int(height)))
+        else bucketing.bucket_for((int(width), int(height)))
         for index, (width, height) in zip(found.used, found.sizes[found.used], strict=True)
     }
     return ImageData(
         images=images,
-        framing=framing,
+        bucketing=bucketing,
         trained=np.setdiff1d(used, held_out),
         held_out=held_out,
         sizes=size_of,
@@ -140,27 +140,27 @@ def examine_data(
     )
 
 
-def examine_images(images: ImageSet, settings: ImageSettings, *, what: str) -> Generator[Event, None, Examination]:
+def examine_images(images: ImageSet, settings: ImageSettings, *, what: str) -> Generator[Event, None, Inspection]:
     """Examine every image of a set; yields progress about `what`."""
-    looks = []
-    for one in look(images, memory=cache_folder(settings.cache_dir) / "examined"):
-        looks.append(one)
-        if len(looks) % 100 == 0 or len(looks) == len(images):
-            yield Preparation(f"examining {what}", len(looks), len(images))
-    return examination(images, looks)
+    facts = []
+    for one in inspect(images, facts_folder=cache_folder(settings.cache_dir) / "examined"):
+        facts.append(one)
+        if len(facts) % 100 == 0 or len(facts) == len(images):
+            yield Preparation(f"examining {what}", len(facts), len(images))
+    return summarize(images, facts)
 
 
-def _framing(settings: ImageSettings, resolution: tuple[int, int], *, size_step: int) -> Framing:
+def _bucketing(settings: ImageSettings, resolution: tuple[int, int], *, size_step: int) -> Bucketing:
     for side in resolution:
         if side % size_step or side < size_step:
             raise UsageError(f"--resolution: must be a multiple of {size_step}, not {side}")
     if not settings.enable_bucket:
-        return Framing((resolution,), settings.random_crop)
+        return Bucketing((resolution,), settings.random_crop)
     step = settings.bucket_reso_steps or max(size_step, min(resolution) // 8 // size_step * size_step)
     if step % size_step:
         raise UsageError(f"--bucket-reso-steps: must be a multiple of {size_step}, not {step}")
     buckets = bucket_sizes(resolution, step=step, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso)
-    return Framing(buckets, settings.random_crop)
+    return Bucketing(buckets, settings.random_crop)
 
 
 def _refuse_framing(settings: ImageSettings, data: str) -> None:

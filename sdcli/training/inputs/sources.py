@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sdcli.data.buckets import Framing, frame
+from sdcli.data.buckets import Bucketing, resize_and_crop
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, sample_latents
 from sdcli.data.records import Item
 from sdcli.images.image_files import image_from_bytes
@@ -41,24 +41,28 @@ class Pixels:
     """Images read from their files, cropped and mirrored at random by the draw's counter."""
 
     images: Readable
-    framing: Framing
+    bucketing: Bucketing
     seed: int
     flip: bool = False
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
         assert draw.size is not None
         crop = rng.scalars(self.seed, draw.counter, "crop")
-        return {"pixels": self._framed(draw.index, draw.size, at=self.framing.place(crop), flip=self._flipped(draw))}
+        return {
+            "pixels": self._cropped(
+                draw.index, draw.size, at=self.bucketing.crop_position(crop), flip=self._flipped(draw)
+            )
+        }
 
     def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        return {"pixels": self._framed(index, size, at=(0.5, 0.5), flip=False)}
+        return {"pixels": self._cropped(index, size, at=(0.5, 0.5), flip=False)}
 
     def _flipped(self, draw: Draw) -> bool:
         return self.flip and flipped(self.seed, draw.counter)
 
-    def _framed(self, index: int, size: tuple[int, int], *, at: tuple[float, float], flip: bool) -> Tensor:
+    def _cropped(self, index: int, size: tuple[int, int], *, at: tuple[float, float], flip: bool) -> Tensor:
         image = image_from_bytes(self.images.read(index), name=self.images[index].name)
-        return to_pixels(frame(image, size, at=at, flip=flip))
+        return to_pixels(resize_and_crop(image, size, at=at, flip=flip))
 
 
 @dataclass(frozen=True)

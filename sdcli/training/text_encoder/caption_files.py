@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sdcli.data.records import MAX_CAPTION_BYTES, Dropped, Unusable, captions_of_value
+from sdcli.data.records import MAX_CAPTION_BYTES, DroppedItem, UnusableEntry, captions_of_value
 from sdcli.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick_column
 from sdcli.encoders.tokenizer import END, START
 from sdcli.errors import NotFound, UsageError
@@ -24,7 +24,7 @@ class Captions:
     texts: tuple[str, ...]
     groups: tuple[int, ...]
     """The number of each text's group, from 0; the texts of a group are adjacent."""
-    dropped: tuple[Dropped, ...] = ()
+    dropped: tuple[DroppedItem, ...] = ()
 
     @property
     def has_alternatives(self) -> bool:
@@ -52,7 +52,7 @@ def read_captions(
     """
     path = expanded(source)
     one_file = not path.is_dir() and not re.search(r"[*?\[{]", str(source))
-    rows: Iterator[_Row | Dropped]
+    rows: Iterator[_Row | DroppedItem]
     match path.suffix.lower() if one_file else "":
         case ".txt":
             rows = _text_rows(path)
@@ -71,21 +71,21 @@ def read_captions(
     return _grouped(rows, source=str(source))
 
 
-def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
+def _grouped(rows: Iterator[_Row | DroppedItem], *, source: str) -> Captions:
     groups: dict[str, dict[str, None]] = {}  # image or place in the file -> its captions, without repeats
-    dropped: list[Dropped] = []
+    dropped: list[DroppedItem] = []
     for row in rows:
-        if isinstance(row, Dropped):
+        if isinstance(row, DroppedItem):
             dropped.append(row)
             continue
         try:
             found = captions_of_value(row.value)
             if not found:
-                raise Unusable("has no caption")
+                raise UnusableEntry("has no caption")
             if any(START in text or END in text for text in found):
-                raise Unusable(f"its caption contains {START} or {END}, which mark the start and end of texts")
-        except Unusable as problem:
-            dropped.append(Dropped(row.name, str(problem)))
+                raise UnusableEntry(f"its caption contains {START} or {END}, which mark the start and end of texts")
+        except UnusableEntry as problem:
+            dropped.append(DroppedItem(row.name, str(problem)))
             continue
         key = row.name if row.image is None else f"picture {row.image}"
         groups.setdefault(key, {}).update(dict.fromkeys(found))
@@ -102,14 +102,14 @@ def _grouped(rows: Iterator[_Row | Dropped], *, source: str) -> Captions:
 # One reader per file format
 
 
-def _text_rows(path: Path) -> Iterator[_Row | Dropped]:
+def _text_rows(path: Path) -> Iterator[_Row | DroppedItem]:
     with _opened(path) as file:
         for line in text_lines(file):
             name = f"{path.name} line {line.number}"
-            yield Dropped(name, line.problem) if line.problem else _Row(name, line.text)
+            yield DroppedItem(name, line.problem) if line.problem else _Row(name, line.text)
 
 
-def _json_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
+def _json_rows(path: Path, column_name: str | None) -> Iterator[_Row | DroppedItem]:
     with _opened(path) as file:
         for row in json_rows(file):
             # Lines need not have the same keys, so the column is chosen for each.
@@ -117,7 +117,7 @@ def _json_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
             yield _row(path, row, column)
 
 
-def _csv_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
+def _csv_rows(path: Path, column_name: str | None) -> Iterator[_Row | DroppedItem]:
     with _opened(path) as file:
         rows = CsvFile(file, strict=False, max_cell=MAX_CAPTION_BYTES)
         column = _column(column_name, rows.columns, path)
@@ -125,9 +125,9 @@ def _csv_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
             yield _row(path, row, column)
 
 
-def _row(path: Path, row: Row, column: str) -> _Row | Dropped:
+def _row(path: Path, row: Row, column: str) -> _Row | DroppedItem:
     name = f"{path.name} line {row.line}"
-    return Dropped(name, row.problem) if row.problem else _Row(name, row.values.get(column), _image(row.values))
+    return DroppedItem(name, row.problem) if row.problem else _Row(name, row.values.get(column), _image(row.values))
 
 
 @contextlib.contextmanager
@@ -140,7 +140,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise NotFound(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _parquet_rows(path: Path, column_name: str | None) -> Iterator[_Row | Dropped]:
+def _parquet_rows(path: Path, column_name: str | None) -> Iterator[_Row | DroppedItem]:
     """Read one row group after another, so that a damaged one does not affect the others."""
     from sdcli.data.parquet import pyarrow_modules
 
@@ -158,7 +158,7 @@ def _parquet_rows(path: Path, column_name: str | None) -> Iterator[_Row | Droppe
                 try:
                     group = file.read_row_group(number, columns=columns).to_pylist()
                 except (arrow.ArrowException, OSError, ValueError) as error:
-                    yield Dropped(f"{path.name} rows {first} to {first + count - 1}", f"are damaged: {error}")
+                    yield DroppedItem(f"{path.name} rows {first} to {first + count - 1}", f"are damaged: {error}")
                     group = []
                 for place, values in enumerate(group, start=first):
                     yield _Row(f"{path.name} row {place}", values[column], _image(values))
@@ -167,7 +167,7 @@ def _parquet_rows(path: Path, column_name: str | None) -> Iterator[_Row | Droppe
         raise UsageError(f"{path} is not a readable parquet file: {error}") from None
 
 
-def _image_rows(source: str | Path, column: str | None, extension: str, split: str) -> Iterator[_Row | Dropped]:
+def _image_rows(source: str | Path, column: str | None, extension: str, split: str) -> Iterator[_Row | DroppedItem]:
     from sdcli.data.sources import open_images
 
     images = open_images(source, caption_column=column, caption_extension=extension, split=split)

@@ -118,7 +118,7 @@ class UnetSession(Session[UnetSettings]):
             check_same_vae(files, identity=model.vae_of.identity("vae"), model=model.vae_of.spec.name)
             return Latents(EncodedLatents(files), scaling_factor(model.vae_of.vae), settings.seed)
         if model.vae_of is None:
-            pixels = Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip)
+            pixels = Pixels(data.images, data.bucketing, settings.seed, flip=settings.random_flip)
             return NormalizedPixels(pixels, channels=int(model.unet.config.in_channels))  # type: ignore[union-attr,arg-type]
         return (yield from encode_images(data, settings, model.vae_of, half=self._half))
 

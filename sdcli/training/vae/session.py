@@ -68,7 +68,7 @@ class VaeSession(Session[VaeSettings]):
             vae.enable_gradient_checkpointing()
         task = VaeTask(
             vae=vae,
-            source=Pixels(data.images, data.framing, settings.seed, flip=settings.random_flip),
+            source=Pixels(data.images, data.bucketing, settings.seed, flip=settings.random_flip),
             order=data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer),
             seed=settings.seed,
             learning_rate=settings.learning_rate,

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from sdcli.cli import dataset_cache
-from sdcli.data.buckets import frame
+from sdcli.data.buckets import resize_and_crop
 from sdcli.data.cache import store as cache_store
 from sdcli.data.cache.fill import CacheProgress, fill_latents, fill_texts
 from sdcli.data.cache.keys import (
@@ -42,8 +42,8 @@ from sdcli.data.cache.keys import (
     CachedTexts,
     CacheTextEncoder,
     CacheVae,
+    Crop,
     EncodedLatents,
-    Frame,
     LatentIndex,
     LatentKeys,
     TextKeys,
@@ -484,10 +484,10 @@ def test_a_hundred_thousand_records_are_opened_in_seconds_and_take_little_room(t
 def test_moments_are_those_of_diffusers_bit_for_bit(tiny_folder: Path, model: LoadedModel, folder: Path) -> None:
     reference = AutoencoderKL.from_pretrained(tiny_folder / "vae").eval()
     images = [open_image(path) for path in sorted(folder.iterdir())]
-    batch = VaeImageProcessor(resample="lanczos").preprocess([frame(image, SIZE) for image in images])
+    batch = VaeImageProcessor(resample="lanczos").preprocess([resize_and_crop(image, SIZE) for image in images])
     with torch.no_grad():
         expected = reference.encode(batch).latent_dist
-    mean, logvar = moments_of(model, *(frame(image, SIZE) for image in images))
+    mean, logvar = moments_of(model, *(resize_and_crop(image, SIZE) for image in images))
     assert torch.equal(mean, expected.mean)
     assert logvar is not None
     assert torch.equal(logvar, expected.logvar)
@@ -525,7 +525,7 @@ def test_the_cache_holds_what_sdcli_encode_gives_bit_for_bit(
     tmp_path: Path, tiny_folder: Path, folder: Path, model: LoadedModel
 ) -> None:
     for path in folder.iterdir():  # images of the size itself, so that nothing is resized
-        frame(open_image(path), SIZE).save(path)
+        resize_and_crop(open_image(path), SIZE).save(path)
     vae = LoadedVae.load(load_registry().find(str(tiny_folder)), RunSettings(device="cpu"))
     files = input_files([folder], suffixes=frozenset({".png"}), kind="pictures")
     written = list(encode_files(files, vae, EncodeSettings(outdir=tmp_path / "encoded")))
@@ -559,7 +559,7 @@ def test_mirrored_images_are_encoded_mirrored_not_flipped_as_latents(
     cached = CachedLatents(store, index)
     for item, path in enumerate(sorted(folder.iterdir())):
         for way in (False, True):
-            mean, logvar = moments_of(model, frame(open_image(path), SIZE, flip=way))
+            mean, logvar = moments_of(model, resize_and_crop(open_image(path), SIZE, flip=way))
             assert logvar is not None
             assert same_bits(cached[item, way][0], mean[0])
             assert same_bits(cached[item, way][1], logvar[0])
@@ -644,14 +644,14 @@ def test_everything_that_changes_the_numbers_changes_the_key(tmp_path: Path, tin
     def keys(model: LoadedModel) -> LatentKeys:
         return LatentKeys.of(vae_of(model))
 
-    plain, digest = Frame(SIZE), hashlib.sha256(b"a").digest()
+    plain, digest = Crop(SIZE), hashlib.sha256(b"a").digest()
     key = keys(base).key(digest, plain)
     others = {
         keys(base).key(hashlib.sha256(b"b").digest(), plain),
-        keys(base).key(digest, Frame((32, 40))),
-        keys(base).key(digest, Frame((40, 32))),
-        keys(base).key(digest, Frame(SIZE, at=(0.5, 0.25))),
-        keys(base).key(digest, Frame(SIZE, flip=True)),
+        keys(base).key(digest, Crop((32, 40))),
+        keys(base).key(digest, Crop((40, 32))),
+        keys(base).key(digest, Crop(SIZE, at=(0.5, 0.25))),
+        keys(base).key(digest, Crop(SIZE, flip=True)),
         keys(loaded(tiny_folder, dtype="bfloat16")).key(digest, plain),
         keys(loaded(changed)).key(digest, plain),
         keys(loaded(eps)).key(digest, plain),
@@ -664,9 +664,9 @@ def test_everything_that_changes_the_numbers_changes_the_key(tmp_path: Path, tin
 
 def test_two_networks_that_were_made_in_memory_never_share_records(model: LoadedModel) -> None:
     one, other = (CacheVae(AutoencoderKL(**model.vae.config).eval(), "memory") for _ in range(2))
-    frame_, digest = Frame(SIZE), hashlib.sha256(b"a").digest()
-    assert LatentKeys.of(one).key(digest, frame_) != LatentKeys.of(other).key(digest, frame_)
-    assert LatentKeys.of(one).key(digest, frame_) == LatentKeys.of(one).key(digest, frame_)
+    crop, digest = Crop(SIZE), hashlib.sha256(b"a").digest()
+    assert LatentKeys.of(one).key(digest, crop) != LatentKeys.of(other).key(digest, crop)
+    assert LatentKeys.of(one).key(digest, crop) == LatentKeys.of(one).key(digest, crop)
 
 
 def test_a_changed_byte_of_the_vae_encodes_everything_anew(
@@ -739,7 +739,7 @@ def going_wrong(model: LoadedModel, *, wrong: Callable[[Tensor], Tensor]) -> Cac
 
 def test_latents_that_are_not_finite_are_never_stored(tmp_path: Path, folder: Path, model: LoadedModel) -> None:
     shutil.copy(folder / "3.png", folder / "copy.png")
-    third = to_pixels(frame(open_image(folder / "3.png"), SIZE)) * 2 - 1
+    third = to_pixels(resize_and_crop(open_image(folder / "3.png"), SIZE)) * 2 - 1
     spoilt = going_wrong(model, wrong=lambda batch: (batch - third).abs().amax(dim=(1, 2, 3)) < 1e-6)
     for batch_size in (1, 4):
         store = TensorStore(tmp_path / f"cache{batch_size}", "latents")
@@ -761,7 +761,7 @@ def test_what_goes_wrong_in_half_precision_is_encoded_in_float32(
     done = fill(folder, spoilt, store)
     assert done.latents is not None
     assert (done.encoded, done.dropped) == (6, 0)
-    image = frame(open_image(folder / "0.png"), SIZE)
+    image = resize_and_crop(open_image(folder / "0.png"), SIZE)
     exact, _ = moments_of(model, image)
     mean, logvar = CachedLatents(store, done.latents)[0, False]
     assert mean.dtype == torch.bfloat16
@@ -777,7 +777,7 @@ def test_a_vae_without_a_distribution_stores_the_latent_alone(tmp_path: Path, fo
     assert index is not None
     mean, logvar = CachedLatents(store, index)[0, False]
     assert logvar is None
-    assert torch.equal(mean, moments_of(tiny, frame(open_image(folder / "0.png"), SIZE))[0][0])
+    assert torch.equal(mean, moments_of(tiny, resize_and_crop(open_image(folder / "0.png"), SIZE))[0][0])
 
 
 def test_images_of_several_sizes_are_batched_by_size(

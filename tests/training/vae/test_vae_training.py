@@ -653,7 +653,7 @@ def test_latents_without_a_deviation_have_no_scaling_factor() -> None:
 
 
 def test_images_of_files_are_trained_on_with_workers_as_without(tmp_path: Path) -> None:
-    from sdcli.data.buckets import Framing
+    from sdcli.data.buckets import Bucketing
     from sdcli.data.sources import open_images
     from sdcli.training.inputs.sources import Pixels
 
@@ -662,12 +662,12 @@ def test_images_of_files_are_trained_on_with_workers_as_without(tmp_path: Path) 
         size = (40, 32) if index % 2 else (32, 48)
         from_pixels(Shapes().fixed(index, size)["pixels"]).save(tmp_path / "data" / f"{index}.png")
     images = open_images(tmp_path / "data")
-    framing = Framing(buckets=((32, 32), (32, 48)), random_crop=True)
+    bucketing = Bucketing(buckets=((32, 32), (32, 48)), random_crop=True)
 
     def task() -> VaeTask:
         return task_of(
             "AutoencoderTiny",
-            source=Pixels(images, framing, seed=1, flip=True),
+            source=Pixels(images, bucketing, seed=1, flip=True),
             order=Order({(32, 32): np.array([1, 3, 5]), (32, 48): np.array([0, 2, 4])}, 2, seed=1),
             held_out=[(0, (32, 48)), (1, (32, 32))],
         )

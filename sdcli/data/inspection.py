@@ -1,4 +1,4 @@
-"""Looks at every image of a set once, before step 1: which can be used, which not and why; remembers what it saw."""
+"""Decodes every image of a set once before training, and reports which can be used, which not, and why."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ import numpy as np
 from PIL import Image
 
 from sdcli.data.latent_folders import LatentFiles
-from sdcli.data.records import Dropped, ImageSet, Remark
+from sdcli.data.records import DroppedItem, ImageSet, Remark
 from sdcli.errors import BadImage, BadLatents, CannotWrite, NotFound
 from sdcli.images.image_files import image_from_bytes
 from sdcli.io.files import write_whole
 from sdcli.io.json_files import parse_json
 
 SCHEMA = 1
-"""To be raised when the same bytes may be judged otherwise than before: what was remembered is then not used."""
+"""To be raised when the same bytes may be judged differently: facts that were stored before are then ignored."""
 EXAMPLES = 3
 """How many images a line of the report names."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one image turned out to be."""
+class ImageFacts:
+    """The facts about one image that decoding it gives."""
 
     index: int
     size: tuple[int, int] = (0, 0)
-    """Width and height in pixels, upright; (0, 0) where it cannot be used."""
+    """Width and height in pixels, upright; (0, 0) if it cannot be used."""
     digest: str = ""
     """The SHA-256 of its bytes, in hexadecimal."""
-    look: int = 0
+    hash: int = 0
     """Its difference hash; see `difference_hash`."""
     reason: str = ""
     """Why it cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
-class Examination:
-    """A set of images, every one of them looked at."""
+class Inspection:
+    """The facts about all images of a set."""
 
     source: str
     used: np.ndarray
@@ -56,10 +56,10 @@ class Examination:
     """int32 [n, 2]: width and height in pixels of every image, upright; 0 for those that are not used."""
     digests: tuple[str, ...]
     """[n] The SHA-256 of each image's bytes, in hexadecimal; empty for those that are not used."""
-    looks: np.ndarray
+    hashes: np.ndarray
     """uint64 [n]: difference hashes."""
-    dropped: tuple[Dropped, ...]
-    """What is not used: found while listing, or while looking."""
+    dropped: tuple[DroppedItem, ...]
+    """What is not used: found while listing, or while decoding."""
     uncaptioned: np.ndarray
     """int64: the indices of used images without a caption."""
     remarks: tuple[Remark, ...]
@@ -68,7 +68,7 @@ class Examination:
     uncaptioned_examples: tuple[str, ...] = ()
 
     def report(self) -> list[str]:
-        """Lines for people: how many are used and how many not, each reason with up to three examples."""
+        """Lines for people: how many images are used and how many not, each reason with up to three examples."""
         total = len(self.used) + len(self.dropped)
         lines = [f"{self.source}: {len(self.used):,} of {total:,} are used, {len(self.dropped):,} dropped"]
         lines += [f"  dropped {line}" for line in _grouped((one.name, one.reason) for one in self.dropped)]
@@ -98,22 +98,22 @@ class Examination:
         }
 
 
-def look(images: ImageSet, *, memory: Path | None = None, workers: int | None = None) -> Iterator[Seen]:
-    """Decode every image once, in threads, and yield what was seen, in order of the index; for a progress display.
+def inspect(images: ImageSet, *, facts_folder: Path | None = None, workers: int | None = None) -> Iterator[ImageFacts]:
+    """Decode every image once, in threads, and yield its facts in order of the index.
 
-    `memory` is a folder of the caller's, where what was seen is kept by name and by what changes with the bytes (size
-    and time of change, place in the shard): a second run looks only at what is new. It is never in the user's data; if
-    it cannot be written, the next run just takes as long as this one. `workers`: threads, by default one per CPU.
+    `facts_folder` is where the facts are stored by name and stamp (size, time of change, place in the shard), so that
+    a second run decodes new images only. If it cannot be written, the next run takes as long as this one.
+    `workers`: threads, by default one per CPU.
     Raises Offline where streamed images cannot be fetched.
     """
-    remembered = _Memory.read(memory, images.source) if memory is not None else _Memory(None)
+    known_facts = _KnownFacts.read(facts_folder, images.source) if facts_folder is not None else _KnownFacts(None)
     count = workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="examine")
-    waiting: deque[Future[Seen]] = deque()
+    waiting: deque[Future[ImageFacts]] = deque()
     complete = False
     try:
         for index in range(len(images)):
-            waiting.append(pool.submit(_seen, images, index, remembered))
+            waiting.append(pool.submit(_facts_of, images, index, known_facts))
             if len(waiting) >= 4 * count:  # bounded, so that only a few images are held
                 yield waiting.popleft().result()
         while waiting:
@@ -121,33 +121,33 @@ def look(images: ImageSet, *, memory: Path | None = None, workers: int | None = 
         complete = True
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        remembered.write(complete=complete)
+        known_facts.write(complete=complete)
 
 
-def examination(images: ImageSet, seen: Iterable[Seen]) -> Examination:
-    """Sum up what `look` saw of all images."""
+def summarize(images: ImageSet, seen: Iterable[ImageFacts]) -> Inspection:
+    """The facts about all images, as `inspect` yields them, as one value."""
     number = len(images)
-    sizes, looks = np.zeros((number, 2), dtype=np.int32), np.zeros(number, dtype=np.uint64)
+    sizes, hashes = np.zeros((number, 2), dtype=np.int32), np.zeros(number, dtype=np.uint64)
     digests, dropped = [""] * number, list(images.dropped)
     uncaptioned: list[int] = []
     examples: list[str] = []
     for one in seen:
         if one.reason:
-            dropped.append(Dropped(images[one.index].name, one.reason))
+            dropped.append(DroppedItem(images[one.index].name, one.reason))
             continue
-        sizes[one.index], looks[one.index], digests[one.index] = one.size, one.look, one.digest
+        sizes[one.index], hashes[one.index], digests[one.index] = one.size, one.hash, one.digest
         item = images[one.index]
         if not item.captions:
             uncaptioned.append(one.index)
             examples += [item.name] if len(examples) < EXAMPLES else []
     used = np.flatnonzero(sizes[:, 0])
     smallest = images[int(used[_areas(sizes[used]).argmin()])].name if len(used) else ""
-    return Examination(
+    return Inspection(
         source=images.source,
         used=used.astype(np.int64),
         sizes=sizes,
         digests=tuple(digests),
-        looks=looks,
+        hashes=hashes,
         dropped=tuple(dropped),
         uncaptioned=np.array(uncaptioned, dtype=np.int64),
         remarks=images.remarks,
@@ -157,7 +157,7 @@ def examination(images: ImageSet, seen: Iterable[Seen]) -> Examination:
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits that say, for 8x8 places of an image, whether it gets darker to the right.
+    """64 bits: for each cell of an 8x8 grid, whether the image gets darker to the right.
 
     Images that were only resized or compressed again differ in a few bits. (dHash, N. Krawetz, "Kind of Like That",
     hackerfactor.com 2013.)
@@ -167,40 +167,40 @@ def difference_hash(image: Image.Image) -> int:
     return int.from_bytes(bits.tobytes(), "big")
 
 
-# Looking at one
+# One image
 
 
-def _seen(images: ImageSet, index: int, memory: _Memory) -> Seen:
+def _facts_of(images: ImageSet, index: int, known_facts: _KnownFacts) -> ImageFacts:
     name = images[index].name
     try:
         key = f"{name}\n{images.stamp(index)}"
-        known = memory.recall(key, index)
+        known = known_facts.recall(key, index)
         if known is not None:
             return known
         data = images.read(index)
     except NotFound:
-        return Seen(index, reason="is not there any more")
+        return ImageFacts(index, reason="is gone")
     except BadImage as error:
-        return Seen(index, reason=_reason(str(error), name))
-    seen = _look_at(images, index, data, name)
-    memory.keep(key, seen)
+        return ImageFacts(index, reason=_reason(str(error), name))
+    seen = _decode(images, index, data, name)
+    known_facts.add(key, seen)
     return seen
 
 
-def _look_at(images: ImageSet, index: int, data: bytes, name: str) -> Seen:
+def _decode(images: ImageSet, index: int, data: bytes, name: str) -> ImageFacts:
     digest = hashlib.sha256(data).hexdigest()
     try:
         if isinstance(images, LatentFiles):
             images.read_latents(index)
             width, height = (int(side) for side in images.sizes[index])
             place = int(images.places[index])
-            return Seen(index, (width, height), digest if place < 0 else f"{digest}:{place}")
+            return ImageFacts(index, (width, height), digest if place < 0 else f"{digest}:{place}")
         image = image_from_bytes(data, name=name)
     except (BadImage, BadLatents, NotFound) as error:
-        return Seen(index, digest=digest, reason=_reason(str(error), name))
+        return ImageFacts(index, digest=digest, reason=_reason(str(error), name))
     except MemoryError:
-        return Seen(index, digest=digest, reason="is too large for the memory that is there")
-    return Seen(index, image.size, digest, difference_hash(image))
+        return ImageFacts(index, digest=digest, reason="does not fit into memory")
+    return ImageFacts(index, image.size, digest, difference_hash(image))
 
 
 def _reason(sentence: str, name: str) -> str:
@@ -210,11 +210,11 @@ def _reason(sentence: str, name: str) -> str:
     return reason.removeprefix(":").strip() if found and reason.strip(": ") else sentence
 
 
-# What was seen before
+# Facts of earlier runs
 
 
-class _Memory:
-    """What was seen of a source's images, by name and stamp; kept in one file of the memory folder."""
+class _KnownFacts:
+    """Facts about a source's images by name and stamp, stored in one file."""
 
     def __init__(self, path: Path | None, known: dict[str, list[Any]] | None = None) -> None:
         self._path = path
@@ -223,8 +223,8 @@ class _Memory:
         self._changed = False
 
     @classmethod
-    def read(cls, folder: Path, source: str) -> _Memory:
-        """What is remembered; nothing, where the file is absent, damaged or of another version."""
+    def read(cls, folder: Path, source: str) -> _KnownFacts:
+        """The stored facts; none if the file is missing, damaged or of another version."""
         identity = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:32]
         path = folder / f"examined-{identity}.json"
         try:
@@ -234,20 +234,20 @@ class _Memory:
             known = {}
         return cls(path, known if isinstance(known, dict) else {})
 
-    def recall(self, key: str, index: int) -> Seen | None:
+    def recall(self, key: str, index: int) -> ImageFacts | None:
         entry = self._known.get(key)
         match entry:
-            case [int(width), int(height), str(digest), int(look), str(reason)] if 0 <= look < 2**64:
+            case [int(width), int(height), str(digest), int(hash_), str(reason)] if 0 <= hash_ < 2**64:
                 self._current[key] = entry
-                return Seen(index, (width, height), digest, look, reason)
+                return ImageFacts(index, (width, height), digest, hash_, reason)
         return None
 
-    def keep(self, key: str, seen: Seen) -> None:
-        self._current[key] = [*seen.size, seen.digest, seen.look, seen.reason]
+    def add(self, key: str, seen: ImageFacts) -> None:
+        self._current[key] = [*seen.size, seen.digest, seen.hash, seen.reason]
         self._changed = True
 
     def write(self, *, complete: bool) -> None:
-        """Keep what is new; after a complete look, entries of images that are gone fall out."""
+        """Store new facts; after a complete inspection, entries of images that are gone are removed."""
         if self._path is None or not self._changed:
             return
         seen = self._current if complete else self._known | self._current
@@ -256,7 +256,7 @@ class _Memory:
             write_whole(self._path, data, overwrite=True)
 
 
-# How it reads
+# The report
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> list[str]:

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdcli.data import examine as module
+from sdcli.data import inspection as module
 from sdcli.data.duplicates import same_bytes, similar
-from sdcli.data.examine import Examination, difference_hash, examination, look
+from sdcli.data.inspection import Inspection, difference_hash, inspect, summarize
 from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.data.write_shards import write_shards
@@ -32,9 +32,9 @@ def jpeg(image: Image.Image, **options: int) -> bytes:
     return stream.getvalue()
 
 
-def examine(images: ImageSet, *, memory: Path | None = None, workers: int | None = None) -> Examination:
+def examine(images: ImageSet, *, facts_folder: Path | None = None, workers: int | None = None) -> Inspection:
     """Every image looked at, and summed up."""
-    return examination(images, look(images, memory=memory, workers=workers))
+    return summarize(images, inspect(images, facts_folder=facts_folder, workers=workers))
 
 
 @pytest.fixture
@@ -117,15 +117,15 @@ def test_a_second_look_decodes_only_what_is_new(mixed: Path, tmp_path: Path, mon
         return real(data, name=name)
 
     monkeypatch.setattr(module, "image_from_bytes", counting)
-    first = examine(open_images(mixed), memory=tmp_path / "memory")
+    first = examine(open_images(mixed), facts_folder=tmp_path / "memory")
     assert len(decoded) == len(open_images(mixed))
     decoded.clear()
-    assert_equal(examine(open_images(mixed), memory=tmp_path / "memory"), first)
+    assert_equal(examine(open_images(mixed), facts_folder=tmp_path / "memory"), first)
     assert decoded == []
     (mixed / "text.png").write_bytes(IMAGE)
     (mixed / "empty.png").unlink()
     folder_of(mixed, {"new.png": IMAGE})
-    changed = examine(open_images(mixed), memory=tmp_path / "memory")
+    changed = examine(open_images(mixed), facts_folder=tmp_path / "memory")
     assert sorted(decoded) == ["new.png", "text.png"]
     assert len(changed.used) == 6
     assert_equal(changed, examine(open_images(mixed)))
@@ -133,10 +133,10 @@ def test_a_second_look_decodes_only_what_is_new(mixed: Path, tmp_path: Path, mon
     assert "empty.png" not in memory.read_text()
 
 
-def assert_equal(a: Examination, b: Examination) -> None:
+def assert_equal(a: Inspection, b: Inspection) -> None:
     assert a.as_dict() == b.as_dict()
     assert a.digests == b.digests
-    for mine, theirs in ((a.used, b.used), (a.sizes, b.sizes), (a.looks, b.looks), (a.uncaptioned, b.uncaptioned)):
+    for mine, theirs in ((a.used, b.used), (a.sizes, b.sizes), (a.hashes, b.hashes), (a.uncaptioned, b.uncaptioned)):
         assert np.array_equal(mine, theirs)
 
 
@@ -144,27 +144,27 @@ def assert_equal(a: Examination, b: Examination) -> None:
     "content", [b"", b"{", b"[]", b'{"schema": 1}', b'{"schema": 9, "seen": {}}', b'{"schema": 1, "seen": []}']
 )
 def test_a_damaged_memory_is_no_memory(mixed: Path, tmp_path: Path, content: bytes) -> None:
-    expected = examine(open_images(mixed), memory=tmp_path / "memory")
+    expected = examine(open_images(mixed), facts_folder=tmp_path / "memory")
     (memory,) = (tmp_path / "memory").iterdir()
     memory.write_bytes(content)
-    assert_equal(examine(open_images(mixed), memory=tmp_path / "memory"), expected)
+    assert_equal(examine(open_images(mixed), facts_folder=tmp_path / "memory"), expected)
     entries = json.loads(memory.read_text())["seen"]
     for entry, damage in zip(
         entries.values(), itertools.cycle([[], [1], ["a", 2, "", 0, ""], [1, 2, "", -1, ""]]), strict=False
     ):
         entry[:] = damage
     memory.write_text(json.dumps({"schema": 1, "seen": entries}))
-    assert_equal(examine(open_images(mixed), memory=tmp_path / "memory"), expected)
+    assert_equal(examine(open_images(mixed), facts_folder=tmp_path / "memory"), expected)
 
 
 def test_a_memory_that_cannot_be_written_costs_nothing_but_time(mixed: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert len(examine(open_images(mixed), memory=tmp_path / "file" / "below").used) == 4
+    assert len(examine(open_images(mixed), facts_folder=tmp_path / "file" / "below").used) == 4
 
 
 def test_what_was_seen_before_an_interruption_is_remembered(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "data", {f"{n:03d}.png": image_bytes(n) for n in range(50)})
-    seen = look(open_images(root), memory=tmp_path / "memory", workers=1)
+    seen = inspect(open_images(root), facts_folder=tmp_path / "memory", workers=1)
     for _ in range(10):
         next(seen)
     seen.close()
@@ -179,7 +179,7 @@ def test_few_images_are_held_while_the_caller_waits(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         module, "image_from_bytes", lambda data, *, name: (decoded.append(name), real(data, name=name))[1]
     )
-    seen = look(open_images(root), workers=2)
+    seen = inspect(open_images(root), workers=2)
     next(seen)
     assert len(decoded) <= 9
     assert [one.index for one in seen] == list(range(1, 60))
@@ -189,20 +189,23 @@ def test_images_that_vanish_after_the_listing_are_dropped_and_not_remembered(tmp
     root = folder_of(tmp_path / "data", {"a.png": IMAGE, "b.png": IMAGE})
     images = open_images(root)
     (root / "a.png").unlink()
-    found = examine(images, memory=tmp_path / "memory")
-    assert [(one.name, one.reason) for one in found.dropped] == [("a.png", "is not there any more")]
+    found = examine(images, facts_folder=tmp_path / "memory")
+    assert [(one.name, one.reason) for one in found.dropped] == [("a.png", "is gone")]
     folder_of(root, {"a.png": IMAGE})
-    assert len(examine(images, memory=tmp_path / "memory").used) == 2
+    assert len(examine(images, facts_folder=tmp_path / "memory").used) == 2
 
 
 def test_shards_give_the_same_examination_as_their_files(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "data", {f"{n}.png": image_bytes(n, (20 + n, 30)) for n in range(9)})
     loose = open_images(root)
     list(write_shards(loose, tmp_path / "shards", indices=range(9), max_pictures=4))
-    from_files, from_shards = examine(loose), examine(open_images(tmp_path / "shards"), memory=tmp_path / "memory")
+    from_files, from_shards = (
+        examine(loose),
+        examine(open_images(tmp_path / "shards"), facts_folder=tmp_path / "memory"),
+    )
     assert np.array_equal(from_files.sizes, from_shards.sizes)
     assert from_files.digests == from_shards.digests
-    assert_equal(from_shards, examine(open_images(tmp_path / "shards"), memory=tmp_path / "memory"))
+    assert_equal(from_shards, examine(open_images(tmp_path / "shards"), facts_folder=tmp_path / "memory"))
 
 
 def test_latents_are_examined_without_a_decoder(tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_an_empty_examination_has_a_report(tmp_path: Path) -> None:
     assert len(found.used) == 0
     assert found.report()[0].endswith("0 of 1 are used, 1 dropped")
     assert found.as_dict()["sizes"]["median"] is None
-    assert examination(open_images(tmp_path), ()).smallest == ""
+    assert summarize(open_images(tmp_path), ()).smallest == ""
 
 
 # Duplicates
@@ -249,7 +252,7 @@ def test_equal_and_similar_images_are_found_and_others_are_not(tmp_path: Path) -
     found = examine(images)
     names = lambda groups: [[images[index].name for index in group] for group in groups]  # noqa: E731
     assert names(same_bytes(found.digests, found.used)) == [["00.jpg", "a.jpg"]]
-    assert names(similar(found.looks, found.sizes, found.digests, found.used)) == [["01.jpg", "b.jpg"]]
+    assert names(similar(found.hashes, found.sizes, found.digests, found.used)) == [["01.jpg", "b.jpg"]]
 
 
 @settings(max_examples=40)
