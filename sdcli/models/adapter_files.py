@@ -44,8 +44,8 @@ def find_lora(path: str, folder: Path | None) -> Path:
     if os.path.isdir(found):
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not os.path.isfile(found / name):
-                raise UsageError(f"{path} is a folder without {name}, so it is no LoRA that peft wrote")
-    elif not os.path.isfile(found):  # unlike Path's, these say no to a name that is too long for a file
+                raise UsageError(f"{path} is a folder without {name}, so it is not a LoRA that peft wrote")
+    elif not os.path.isfile(found):  # unlike Path's, these are false for a name that is too long for a file
         raise NotFound(f"no file {path}{f', and {lora_not_found(path, folder)}' if _is_name(path) else ''}")
     elif found.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(pickle_refused(found))
@@ -93,7 +93,7 @@ def pinned_ip_adapter(ref: FileRef) -> FileRef:
     """
     path = ip_adapter_path(ref)
     if path.suffix.lower() != ".safetensors":
-        raise UsageError(f"{path} is no .safetensors file, the only kind of IP-Adapter that sdcli reads")
+        raise UsageError(f"{path} is not a .safetensors file, the only kind of IP-Adapter that sdcli reads")
     if not os.path.isfile(path):
         raise NotFound(f"no file {path}")
     try:

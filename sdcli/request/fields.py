@@ -1,4 +1,4 @@
-"""The parts of a request that have several pieces and one spelling: files, LoRAs, controls, stretches of the steps."""
+"""Fields of a request that have several parts and one spelling: files, LoRAs, ControlNets, intervals of the steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
 
 
 class Part(BaseModel):
-    """A value of several pieces with one spelling, which flags and data take and `str` gives back."""
+    """A value of several parts with one spelling, which flags and data accept and `str` returns."""
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -52,7 +52,7 @@ class Part(BaseModel):
 
 
 class FileRef(Part):
-    """A file to read, and which one it was: generating again refuses another file under the same name."""
+    """A file to read, with its digest, so that another file under the same name is refused later."""
 
     path: str = Field(min_length=1)
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
@@ -95,7 +95,7 @@ ImageInput = FileRef | ImageBytes
 
 
 class EmbeddingRef(FileRef):
-    """A textual inversion embedding, and the word of a prompt that its vectors stand for."""
+    """A textual inversion embedding, and the word in prompts that is replaced by its vectors."""
 
     token: str | None = None
 
@@ -115,7 +115,7 @@ class EmbeddingRef(FileRef):
 
 
 class Extend(Part):
-    """Pixels of new canvas on each side of a start image."""
+    """Pixels to add on each side of an init image."""
 
     left: int = Field(0, ge=0, le=8192)
     top: int = Field(0, ge=0, le=8192)
@@ -186,7 +186,7 @@ class Interval(Part):
 
 
 class LoraRef(Part):
-    """One LoRA of a request, `FILE[:unet_weight[:text_weight]]`, and which file it was.
+    """One LoRA of a request, `FILE[:unet_weight[:text_weight]]`, with the digest of the file.
 
     Weights are multiples of the strength it was trained with: 1 is that, 0 changes nothing, negative ones take away.
     """
@@ -195,9 +195,9 @@ class LoraRef(Part):
     """A .safetensors file, a PEFT folder, or a name that is looked up in the LoRA folder."""
     unet_weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
     text_weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
-    """For the text encoders; where it is not given, the UNet's."""
+    """For the text encoders; the UNet's if omitted."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
-    """Filled by `loras.find_loras`; generating again refuses another file under the same name."""
+    """Filled when the request is resolved."""
 
     @model_validator(mode="before")
     @classmethod
@@ -226,9 +226,9 @@ class LoraRef(Part):
 
 
 MapMaker = Literal["canny", "scribble", "softedge", "blur", "tile", "palette", "depth"]
-"""What makes the map of an image; `control_maps.py` has them."""
+"""How the map of an image is computed; `images.preprocessors` implements them."""
 Preprocessor = Literal["none", MapMaker]
-"""The same, or `none`, which takes the image as it is."""
+"""The same, or `none` for an image that is a map already."""
 _PREPROCESSORS = "|".join(get_args(Preprocessor))
 _CONTROL = re.compile(
     rf"(?:(?P<preprocessor>{_PREPROCESSORS}):)?(?P<model>[^=]+)=(?P<image>.+?)"
@@ -238,17 +238,17 @@ _CONTROL = re.compile(
 
 
 class Control(Part):
-    """One ControlNet of a request and what it sees, `[PREPROCESSOR:]MODEL=IMAGE[:WEIGHT][@START-END]`."""
+    """One ControlNet of a request and its image, `[PREPROCESSOR:]MODEL=IMAGE[:WEIGHT][@START-END]`."""
 
     model: str = Field(min_length=1, max_length=4096, pattern="^[^=]+$")
     """A name from models.yaml, a folder or a .safetensors file; one with = in its name has no spelling."""
     image: ImageInput
     preprocessor: Preprocessor = "none"
     weight: float = Field(1.0, ge=0, le=10)
-    """How strongly it is listened to: 1 as it was trained."""
+    """Factor of its residuals; 1 as it was trained."""
     start: float = Field(0.0, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
-    """The part of the steps in which it is asked, as fractions of their number."""
+    """The steps in which it is applied, as fractions of their number."""
 
     @classmethod
     def pieces(cls, text: str) -> dict[str, Any]:
@@ -271,7 +271,7 @@ class Control(Part):
         return self
 
     def is_active(self, index: int, count: int) -> bool:
-        """Whether it has a say in step `index` of `count`, from 0; diffusers' rule."""
+        """Whether it is applied in step `index` of `count`, from 0; diffusers' rule."""
         return index / count >= self.start and (index + 1) / count <= self.end
 
     def __str__(self) -> str:
@@ -290,7 +290,7 @@ class ImagePrompt(Part):
     """A .safetensors file; one with = in its name has no spelling."""
     image: ImageInput
     weight: float = Field(1.0, ge=0, le=10)
-    """How strongly it is listened to: 1 as it was trained."""
+    """Factor of its attention; 1 as it was trained."""
 
     @classmethod
     def pieces(cls, text: str) -> dict[str, Any]:
@@ -309,7 +309,7 @@ class ImagePrompt(Part):
 
     @property
     def adapting(self) -> tuple[FileRef, float]:
-        """What it asks of the model, whatever the image is."""
+        """The adapter and its weight: what has to be equal for all images of a batch."""
         return self.adapter, self.weight
 
     def __str__(self) -> str:

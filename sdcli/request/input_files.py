@@ -1,4 +1,4 @@
-"""Files and folders as typed -> the files in them, in a stable order, each with a name for what is made of it."""
+"""Input files: those of typed files and folders, in a stable order, and the bytes and digests of images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def input_files(arguments: Sequence[Path], *, suffixes: frozenset[str], kind: st
     """The files that were typed, and those with a known suffix in the folders that were typed, sub-folders included.
 
     A folder is read when its turn comes, one sub-folder at a time and sorted. Of `a.png` and `a.jpg` side by side
-    neither is called `a`: the names keep the suffix. A file that is typed need not exist; whoever reads it will say so.
+    neither is called `a`: the names keep the suffix. A typed file need not exist; reading it raises the error.
     Raises NotFound for a folder that cannot be read or has no such file, before the first file; a sub-folder that
     cannot be read comes as if it were a file.
     """
@@ -52,7 +52,7 @@ def input_files(arguments: Sequence[Path], *, suffixes: frozenset[str], kind: st
 
 
 class Names:
-    """Names that are given out once; letters in upper and lower case count as equal, as on macOS and Windows."""
+    """Unique names; upper and lower case count as equal, as on macOS and Windows."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
@@ -70,7 +70,7 @@ class Names:
 def read_input(path: str) -> bytes:
     """The bytes of an image or latent file, or of stdin for `-`, which is read once.
 
-    Raises NotFound, BadPicture for what is no ordinary file or too large, and UsageError where stdin is a terminal.
+    Raises NotFound, BadImage for what is no ordinary file or too large, and UsageError where stdin is a terminal.
     """
     if path == "-":
         return stdin_bytes()
@@ -147,7 +147,7 @@ def check_same_file(digest: str, recorded: str | None, *, what: str) -> None:
 
 @cache
 def stdin_bytes() -> bytes:
-    """All of stdin, the same bytes at every call. Raises UsageError for a terminal, and BadPicture for too many."""
+    """All of stdin, the same bytes at every call. Raises UsageError for a terminal, and BadImage for too many."""
     if sys.stdin.isatty():
         raise UsageError("- reads an image from stdin, and nothing is piped in")
     data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
@@ -159,7 +159,7 @@ def stdin_bytes() -> bytes:
 def check_readable(path: Path) -> None:
     """Refuse what is no ordinary file before it is opened: reading a pipe would wait for ever.
 
-    Raises NotFound and BadPicture.
+    Raises NotFound and BadImage.
     """
     try:
         size = path.stat().st_size

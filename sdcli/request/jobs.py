@@ -1,4 +1,4 @@
-"""Prompt files -> lines: txt, JSONL and CSV, line by line; a bad line is a value, not an end."""
+"""Prompts files: the lines of txt, JSONL and CSV files as fields of requests; a bad line has a `problem`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sdcli.request.wildcards import MAX_COMBINATIONS, Wildcards
 KOHYA = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance_scale"}
 """kohya's one-letter options of a prompt line (`a cat --n dog --s 20`)."""
 OWN = ("custom_id", "num_images", "n")
-"""What an entry may say beside the fields of its request."""
+"""What an entry may have besides the fields of its request."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One entry of a prompt file, or why it is none."""
+    """One entry of a prompts file, or the problem with it."""
 
     number: int
     fields: Mapping[str, Any]
@@ -35,13 +35,13 @@ class Line:
 
 
 def read_lines(source: str) -> Iterator[Line]:
-    """The entries of a prompt file, or of stdin for `-`. Raises NotFound."""
+    """The entries of a prompts file, or of stdin for `-`. Raises NotFound."""
     for line in _entries(source):
         own = {name: value for name, value in line.fields.items() if field_name(name) in OWN}
-        asked = {name: value for name, value in line.fields.items() if name not in own}
+        request = {name: value for name, value in line.fields.items() if name not in own}
         fields = {field_name(name): value for name, value in own.items()}
         try:
-            yield replace(line, fields={**fields, **canonical(asked)})
+            yield replace(line, fields={**fields, **canonical(request)})
         except UsageError as error:
             yield replace(line, fields=fields, problem=str(error))
 
@@ -104,7 +104,7 @@ def _text_line(text: str) -> dict[str, Any]:
 
 
 DYNAMIC = ("prompt", "negative_prompt")
-"""The fields of a request in which choices are made."""
+"""The fields of a request that may have choices such as {red|blue}."""
 
 
 def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wildcards) -> Iterator[Line]:
@@ -120,8 +120,8 @@ def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wil
             yield replace(line, problem=line.problem or str(error))
             continue
         for some in itertools.product(*several):
-            drawn = {name: text for name, text in zip(DYNAMIC, some, strict=True) if texts[name]}
-            yield replace(line, fields={**line.fields, **drawn})
+            chosen = {name: text for name, text in zip(DYNAMIC, some, strict=True) if texts[name]}
+            yield replace(line, fields={**line.fields, **chosen})
 
 
 def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:

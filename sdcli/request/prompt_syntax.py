@@ -4,7 +4,7 @@
     [from:to:when] [to:when] [from::when]   editing: `when` is a fraction of the steps if it has a point, else a step
     [a|b]                                   alternation, another one at each step
     BREAK                                   what follows begins a new chunk
-    (word:1.3) (word) [word] \\(            weight 1.3, 1.1 and 1/1.1; a bracket that is meant
+    (word:1.3) (word) [word] \\(            weight 1.3, 1.1 and 1/1.1; a literal bracket
 
 Where it is malformed it is text. The rules are those of the webui's prompt_parser.py and sd_hijack_clip.py, except that
 a bare prompt's last `:number` is text, that BREAK works inside brackets, and that a stray `|` disables nothing. All is
@@ -339,7 +339,7 @@ def _factors(tokens: Sequence[re.Match[str]]) -> dict[int, tuple[str, float | No
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Neighbours of one weight as one span, so that they are tokenized as one text."""
+    """Adjacent spans of one weight as one span, so that they are tokenized as one text."""
     return [
         Span("".join(span.text for span in run), weight)
         for weight, run in itertools.groupby(spans, key=lambda span: span.weight)

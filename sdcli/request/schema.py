@@ -1,4 +1,4 @@
-"""The request: what is asked of the painter, one flat value that means the same in flags, JSON and images."""
+"""The request: one flat description of an image, the same in flags, JSON, CSV and the metadata of images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sdcli.request.prompt_syntax import Prompts, parse_prompts, wrapped
 from sdcli.request.schedulers import SCHEDULERS
 
 SCHEMA = 2
-"""1 had no prompt syntax: brackets were text."""
+"""In schema 1 all prompts were plain text."""
 MAX_SEED = 2**63 - 1
 
 ALIASES = {
@@ -47,120 +47,175 @@ ALIASES = {
     "embedding": "embeddings",
     "ip_adapter": "ip_adapters",
 }
-"""What other tools call our fields; accepted wherever a request is read as data."""
+"""Other tools' names of fields; accepted wherever a request is read as data."""
 
 
 MAX_WATERMARK_BYTES = 32
 
 
 class GenerationRequest(BaseModel):
-    """One image, or as much of its description as was asked for.
+    """One image as requested: a field that is None is left to the model.
 
-    A field is here if and only if changing it is meant to change the image. `None` means "the model decides";
-    `registry.resolve` fills what every image has (prompt, model, seed, size, steps, guidance scale, scheduler, eta)
-    and what goes with a field that was given; a feature that nobody asked for stays None. The result, as generated, is
-    what an image's metadata holds.
+    A field is here if and only if changing it is meant to change the image. An image's metadata holds the request with
+    the values that it was generated with, a `ResolvedRequest`.
     """
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_version: int = Field(SCHEMA, alias="schema", description="the version of this layout")
+    schema_version: int = Field(SCHEMA, alias="schema", description="version of this layout")
     prompt: str = Field("", description="what to generate")
-    negative_prompt: str | None = Field(None, description="what to keep out; needs a guidance scale above 1")
+    negative_prompt: str | None = Field(
+        None, description="what to avoid; needs a guidance scale above 1; default: nothing"
+    )
     prompt_template: str | None = Field(
-        None, description="wraps the prompt before the text encoder sees it: '{prompt}, glossy style'"
+        None, description="text around the prompt, such as '{prompt}, glossy style'; default: the model's"
     )
     prompt_syntax: Literal["a1111", "plain"] | None = Field(
         None,
-        description="how prompts are read; a1111: (word:1.3), [a:b:0.5], [a|b], AND, BREAK, any length; "
-        "plain: text, cut to the text encoder's length",
+        description="how prompts are parsed; a1111: (word:1.3), [a:b:0.5], [a|b], AND, BREAK, any length; "
+        "plain: text, cut to the text encoder's length; default: a1111",
     )
     clip_skip: int | None = Field(
         None,
         ge=1,
         le=100,
-        description="which layer of the text encoder to take, counted from the end: 1 the last one, 2 the one before, "
-        "as A1111 counts (diffusers calls that 1); SDXL and Stable Diffusion 3 were trained with 2",
+        description="hidden layer of the text encoder to use, counted from the end as in A1111: 1 is the last, 2 the "
+        "one before (diffusers calls that 1); default: 2 for SDXL and Stable Diffusion 3, otherwise 1",
     )
     embeddings: tuple[EmbeddingRef, ...] = Field(
         (),
-        description="a textual inversion embedding, whose vectors stand for its word in a prompt (by default the "
-        "file's name); may be repeated",
+        description="textual inversion embedding and its word in the prompt (default: the file's name); "
+        "may be repeated",
     )
-    model: str | None = Field(None, description="a name from models.yaml, a folder, a .safetensors file or owner/name")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="where the noise starts; drawn and told if not given")
-    width: int | None = Field(None, ge=8, le=8192, description="pixels; for most models a multiple of 8")
-    height: int | None = Field(None, ge=8, le=8192, description="pixels; for most models a multiple of 8")
-    steps: int | None = Field(None, ge=1, le=1000, description="denoising steps")
+    model: str | None = Field(
+        None,
+        description="name from models.yaml, diffusers folder, .safetensors file, or owner/name on the Hugging Face "
+        "hub; default: that of models.yaml",
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="seed of all random numbers of the image; random if omitted"
+    )
+    width: int | None = Field(
+        None,
+        ge=8,
+        le=8192,
+        description="width in pixels, for most models a multiple of 8; default: the init image's or the model's",
+    )
+    height: int | None = Field(
+        None,
+        ge=8,
+        le=8192,
+        description="height in pixels, for most models a multiple of 8; default: the init image's or the model's",
+    )
+    steps: int | None = Field(None, ge=1, le=1000, description="denoising steps; default: the model's")
     guidance_scale: float | None = Field(
-        None, ge=0, le=100, allow_inf_nan=False, description="how strongly to follow the prompt; 1 is off"
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="how strongly to follow the prompt; 1 is off, 7..3 goes from 7 to 3; default: the model's",
     )
-    scheduler: str | None = Field(None, description="how to denoise; `--scheduler help` lists them")
+    scheduler: str | None = Field(
+        None, description="denoising algorithm; `--scheduler help` lists them; default: the model's"
+    )
     eta: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="noise added by ddim: 0 none, 1 as much as ddpm"
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="noise that ddim adds in each step: 0 is none, 1 as much as ddpm; default: 0",
     )
     guidance_end: float | None = Field(
-        None, ge=0, le=100, allow_inf_nan=False, description="the guidance scale of the last step, reached evenly"
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="guidance scale of the last step, reached linearly; default: the same in all steps",
     )
     guidance_rescale: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="how far to bring contrast back that guidance adds; 0 is off"
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="how far to take back the contrast that guidance adds; default: 0, off",
     )
     guidance_interval: Interval | None = Field(
-        None, description="guide only in this part of the steps, such as 0.2-0.8; the others take half the time"
+        None,
+        description="part of the steps with guidance, such as 0.2-0.8; the other steps take half the time; "
+        "default: all",
     )
     pag_scale: float | None = Field(
         None,
         ge=0,
         le=100,
         allow_inf_nan=False,
-        description="how strongly to avoid what the network generates when it attends to nothing around; 0 is off",
+        description="scale of perturbed-attention guidance, which avoids what the network generates without "
+        "self-attention; default: 0, off",
     )
     variation_seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="the seed of other noise to mix in; drawn and told if not given"
+        None, ge=0, le=MAX_SEED, description="seed of a second noise to mix in; random if omitted"
     )
     variation_strength: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="how much of the other noise: 0 none, 1 nothing else"
+        None, ge=0, le=1, allow_inf_nan=False, description="share of the second noise; default: 0"
     )
     init_image: ImageInput | None = Field(
-        None, description="an image or latent file to begin with; - reads an image from stdin"
+        None, description="image or latent file to start from; - reads an image from stdin"
     )
     strength: float | None = Field(
-        None, gt=0, le=1, allow_inf_nan=False, description="how much of the start image is noise: 1 all of it"
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="how much noise the init image gets: at 1 nothing is left of it; default: 0.8, with a mask 1",
     )
-    mask: ImageInput | None = Field(None, description="an image: where it is white is generated anew, black is kept")
+    mask: ImageInput | None = Field(
+        None, description="image that is white where to generate and black where to keep the init image"
+    )
     mask_blur: float | None = Field(
-        None, ge=0, le=256, allow_inf_nan=False, description="pixels over which the new fades into the kept"
+        None,
+        ge=0,
+        le=256,
+        allow_inf_nan=False,
+        description="pixels over which the generated part fades into the kept one; default: 4",
     )
-    invert_mask: bool | None = Field(None, description="paint anew where the mask is black")
-    extend: Extend | None = Field(None, description="new canvas around the start image, as left=64,top=32")
+    invert_mask: bool | None = Field(None, description="generate where the mask is black, keep where it is white")
+    extend: Extend | None = Field(
+        None, description="pixels to add at the sides of the init image, such as left=64,top=32"
+    )
     upscale: Upscale | None = Field(
-        None, description="paint again, enlarged: 2x, 2x:0.5 (the strength) or 2x:0.5:latent"
+        None,
+        description="enlarge the image and denoise it again: 2x, 2x:0.5 (the strength, default 0.5) or 2x:0.5:latent",
     )
 
     controls: tuple[Control, ...] = Field(
         (),
-        description="a ControlNet and what it sees: canny:MODEL=photo.jpg draws the map, MODEL=edges.png is one; "
-        "may be given several times",
+        description="ControlNet and its image: canny:MODEL=photo.jpg computes the map of a photo, MODEL=edges.png "
+        "is a map; weight default: 1; may be repeated",
     )
     guess_mode: bool | None = Field(
-        None, description="let the ControlNets alone say what to generate: they guide the prompt's half, not the other"
+        None, description="apply ControlNets to the prompt's half of guidance only, which works without a prompt, too"
     )
     ip_adapters: tuple[ImagePrompt, ...] = Field(
         (),
-        description="an IP-Adapter and the image that prompts through it, beside the text: "
-        "adapter.safetensors=photo.jpg:0.6 (the weight); may be given several times",
+        description="IP-Adapter and the image to prompt with: adapter.safetensors=photo.jpg:0.6 (the weight, "
+        "default 1); may be repeated",
     )
-    refiner: str | None = Field(
-        None, description="an SDXL model that takes over for the last steps; named like a model"
-    )
+    refiner: str | None = Field(None, description="SDXL model that denoises the last steps; named like a model")
     refiner_start: float | None = Field(
-        None, gt=0, lt=1, allow_inf_nan=False, description="the part of the noise schedule done before the refiner; 0.8"
+        None,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share of the noise schedule that is done before the refiner; default: 0.8",
     )
 
-    watermark: str | None = Field(None, min_length=1, description="a short text to hide in the image's colours")
+    watermark: str | None = Field(
+        None, min_length=1, description="text of at most 32 bytes to hide in the colours of the image"
+    )
     loras: tuple[LoraRef, ...] = Field(
         (),
-        description="a LoRA, its weight, and one for the text encoder where that differs; may be given several times",
+        description="LoRA, its weight (default 1) and its weight for the text encoder (default: the same); "
+        "may be repeated",
     )
 
     _check_number = field_validator("*", mode="before")(check_number)
@@ -211,7 +266,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def masked(self) -> bool:
-        """Whether a part of the init image is kept as it is."""
+        """Whether a part of the init image stays as it is."""
         return self.mask is not None or self.extend is not None
 
     def typed(self) -> dict[str, Any]:
@@ -235,9 +290,9 @@ PARSED_FROM = {"prompt", "negative_prompt", "prompt_template", "prompt_syntax", 
 
 
 class ResolvedRequest(GenerationRequest):
-    """A request as it will be generated: `generation.resolve` has chosen every value that each image needs.
+    """A request as it will be generated, with a value for everything that each image needs, and its prompts parsed.
 
-    A field that is still None belongs to a feature that the request does not use.
+    A field that is None belongs to a feature that the request does not use. `generation.resolve` makes these.
     """
 
     negative_prompt: str
@@ -360,13 +415,13 @@ def flag_of(field: str) -> str:
 
 
 def parse_request(fields: Mapping[str, Any]) -> GenerationRequest:
-    """A request from JSON-like fields, named as `canonical` reads them; None is what was not said.
+    """A request from JSON-like fields, named as `canonical` reads them; None counts as omitted.
 
     Raises UsageError with one sentence that names the field.
     """
-    said = {name: value for name, value in canonical(fields).items() if value is not None}
+    given = {name: value for name, value in canonical(fields).items() if value is not None}
     try:
-        return GenerationRequest.model_validate(migrate(said))
+        return GenerationRequest.model_validate(migrate(given))
     except ValidationError as error:
         raise UsageError(first_problem(error)) from None
 

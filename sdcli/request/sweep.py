@@ -42,7 +42,7 @@ def parse_axis(text: str) -> Axis:
     try:
         entries = next(csv.reader([listed], skipinitialspace=True, strict=True), []) if equals else []
     except csv.Error as error:
-        raise UsageError(f"--sweep: {text!r} is no list of values ({error})") from None
+        raise UsageError(f"--sweep: {text!r} is not a list of values ({error})") from None
     values = [value for entry in entries for value in _values(entry.strip())]
     if not values or not all(values):
         raise UsageError(f"--sweep is written as steps=10,20 or guidance-scale=1..9x3, not {text!r}")
@@ -64,7 +64,7 @@ def swept(lines: Iterable[Line], axes: Sequence[Axis], typed: Mapping[str, Any],
         if name in typed or any(line.fields.get(name) is not None for line in found):
             raise UsageError(f"--sweep: {name} has a value already")
     if any({"n", "num_images"} & set(line.fields) for line in found):
-        raise UsageError("--sweep: every combination gets equally many pictures (-n), so no line says its own number")
+        raise UsageError("--sweep: every combination gets equally many images (-n), so no line has its own number")
     count = len(found) * math.prod(len(axis.values) for axis in axes)
     if count > MOST_COMBINATIONS:
         raise UsageError(f"--sweep: {count:,} combinations are more than {MOST_COMBINATIONS:,}")

@@ -3,7 +3,7 @@
     {a|b|c}  {3::a|b}          one of them; a three times as often as b
     {2$$a|b|c}  {1-2$$ and $$a|b|c}    two of them in any order, joined by a comma; one or two, joined by " and "
     __animals__  __sea/fish__  a line of animals.txt, sea/fish.txt in the wildcards folder (# begins a comment line)
-    \\{ \\| \\} \\_             a sign that is meant
+    \\{ \\| \\} \\_             a literal sign
 
 Choices stand within choices and in the files' lines. The syntax is that of the `dynamicprompts` library, which itself
 takes `//` and `#` in a prompt for comments, cannot count combinations, and draws otherwise with another version.
@@ -207,7 +207,7 @@ class _Open:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> _Template:
-    """A text as a template. Raises UsageError for braces that do not match, and what is wrong in them."""
+    """A text as a template. Raises UsageError for braces that do not match, and for what is invalid in them."""
     top = _Open()
     opened = [top]
     for match in _TOKEN.finditer(text):
@@ -221,7 +221,7 @@ def _parsed(text: str) -> _Template:
             opened.append(_Open())
         elif token == "}":
             if len(opened) == 1:
-                raise UsageError("a } in the prompt has no {; \\} is one that is meant")
+                raise UsageError("a } in the prompt has no {; \\} is a literal one")
             choice = _choice(opened.pop())
             opened[-1].options[-1].append(choice)
         elif token == "|" and len(opened) > 1:
@@ -229,7 +229,7 @@ def _parsed(text: str) -> _Template:
         else:
             here[-1].append(token[1:] if len(token) == 2 and token[0] == "\\" else token)
     if len(opened) > 1:
-        raise UsageError("a { in the prompt is never closed; \\{ is one that is meant")
+        raise UsageError("a { in the prompt is never closed; \\{ is a literal one")
     return _joined(top.options[0])
 
 
@@ -262,7 +262,7 @@ def _choice(group: _Open) -> _Choice:
 
 
 def _joined(nodes: Sequence[str | _Choice | _Wildcard]) -> _Template:
-    """Neighbouring texts as one."""
+    """Adjacent texts as one."""
     joined: list[str | _Choice | _Wildcard] = []
     for is_text, run in itertools.groupby(nodes, key=lambda node: isinstance(node, str)):
         several = list(run)

@@ -315,7 +315,7 @@ def test_an_embedding_is_remembered_by_its_digest(tiny: Pipeline, tmp_path: Path
     with pytest.raises(UsageError, match="is another file than the one that was generated with"):
         tiny.encode.shape(request)
     twice = tuple(f"{tmp_path}/good.safetensors={word}" for word in ("Cat", "cat"))
-    with pytest.raises(UsageError, match="two of them stand for 'cat'"):
+    with pytest.raises(UsageError, match="two of them have the word 'cat'"):
         asked(tiny, "cat", embeddings=twice)
 
 

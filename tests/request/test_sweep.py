@@ -48,7 +48,7 @@ def test_an_axis_is_read_as_it_is_written(text: str, axis: Axis) -> None:
         ("steps=1,1", "takes a value twice"),
         ("steps=1..9x1", "two values or more"),
         ("schema=1", "no field"),
-        ('prompt="a', "is no list of values"),
+        ('prompt="a', "is not a list of values"),
     ],
 )
 def test_an_axis_that_is_not_understood_is_told(text: str, problem: str) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from typing import Any
 
 from pydantic import ValidationError
 
 from sdcli.errors import UsageError
-from sdcli.generation.resolve.inputs import (
-    Measure,
-    controls_filled,
-    image_prompts_filled,
-    pinned_embeddings,
-    start_filled,
-)
+from sdcli.generation.resolve.inputs import Measure, input_values, pinned_embeddings
 from sdcli.images.formats import MAX_PIXELS
 from sdcli.models.registry import ModelSpec, size_problem
 from sdcli.request.prompt_syntax import used
@@ -26,71 +19,59 @@ DEFAULT_REFINER_START = 0.8
 
 
 def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | None = None) -> ResolvedRequest:
-    """The request as it will be generated: every None filled from the model's defaults, the seed drawn.
+    """The request as it will be generated: open fields get the model's defaults, and random seeds.
 
-    A start image gives its own size, where one can `measure` it. None stays where a field does not apply.
-    Raises UsageError where a typed field would have no effect with the rest, or the model cannot do it.
+    With `measure`, the size of an init image is the default size. A field of a feature that is not used stays None.
+    Raises UsageError for a field that would have no effect, and for what the model cannot do; and what reading the
+    files of the request raises.
     """
     check_needs(request)
-    defaults = spec.defaults
-    chosen: dict[str, Any] = {
-        "model": spec.name,
+    given = {name: value for name, value in request if value is not None}
+    spec.family.check(given, model=spec.name)
+    values = {**_defaults(request, spec), **given, **input_values(request, spec, measure), "model": spec.name}
+    try:
+        resolved = ResolvedRequest.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(first_problem(error)) from None
+    for check in (_check_size, _check_process, _check_condition, _check_refiner):
+        check(resolved, spec)
+    if resolved.embeddings:
+        resolved = resolved.model_copy(update={"embeddings": pinned_embeddings(resolved.embeddings)})
+    for check in (_check_syntax, _check_steps, _check_inpainting, _check_watermark, _check_guidance):
+        check(resolved, spec)
+    return resolved
+
+
+def _defaults(request: GenerationRequest, spec: ModelSpec) -> dict[str, Any]:
+    """A value for every field that an image needs, and for those that belong to a feature in use."""
+    defaults: dict[str, Any] = {
         "negative_prompt": "",
-        "prompt_template": defaults.prompt_template,
+        "prompt_template": spec.defaults.prompt_template,
         "prompt_syntax": "a1111" if spec.family.reads_text else "plain",
-        "width": defaults.width,
-        "height": defaults.height,
-        "steps": defaults.steps,
-        "guidance_scale": defaults.guidance_scale,
-        "scheduler": defaults.scheduler,
+        "seed": secrets.randbelow(2**32),
+        "width": spec.defaults.width,
+        "height": spec.defaults.height,
+        "steps": spec.defaults.steps,
+        "guidance_scale": spec.defaults.guidance_scale,
+        "scheduler": spec.defaults.scheduler,
         "eta": 0.0,
     }
     if request.refiner is not None:
-        chosen["refiner_start"] = DEFAULT_REFINER_START
-    typed = {name: value for name, value in request if value is not None}
-    if "seed" not in typed:
-        chosen["seed"] = secrets.randbelow(2**32)
-    if request.variation_strength is not None and request.variation_seed is None:
-        chosen["variation_seed"] = secrets.randbelow(2**32)
-    from_start = start_filled(request, step=spec.kind.size_step, cell=spec.kind.cell, measure=measure)
-    spec.family.check(typed, model=spec.name)
-    pinned = {**controls_filled(request), **image_prompts_filled(request)}
-    try:
-        resolved = ResolvedRequest.model_validate({**chosen, **typed, **from_start, **pinned, "model": spec.name})
-    except ValidationError as error:
-        raise UsageError(first_problem(error)) from None
-    for side, pixels in zip(("width", "height"), resolved.final_size, strict=True):
-        problem = size_problem(getattr(resolved, side), spec.kind) or size_problem(pixels, spec.kind)
+        defaults["refiner_start"] = DEFAULT_REFINER_START
+    if request.variation_strength is not None:
+        defaults["variation_seed"] = secrets.randbelow(2**32)
+    return defaults
+
+
+def _check_size(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for a size that the model cannot generate, before or after upscaling."""
+    for side, pixels in zip(("width", "height"), request.final_size, strict=True):
+        problem = size_problem(getattr(request, side), spec.kind) or size_problem(pixels, spec.kind)
         if problem is not None:
             raise UsageError(f"{side}: {problem}")
-    if math.prod(resolved.final_size) > MAX_PIXELS:
-        width, height = resolved.final_size
+    width, height = request.final_size
+    if width * height > MAX_PIXELS:
         raise UsageError(f"an image of {width}x{height} would have more than {MAX_PIXELS:,} pixels")
-    _check_process(resolved, spec)
-    _check_condition(resolved, spec)
-    _check_refiner(resolved)
-    if resolved.embeddings:
-        resolved = resolved.model_copy(update={"embeddings": pinned_embeddings(resolved.embeddings)})
-    if resolved.prompt_syntax == "a1111":
-        _check_syntax(resolved)
-    shares = (resolved.strength, resolved.upscale and resolved.upscale.strength)
-    for name, share, steps in zip(("strength", "upscale"), shares, resolved.passes, strict=False):
-        if steps < 1:
-            raise UsageError(f"{name}: {share:g} of {resolved.steps} steps leaves no step to generate")
-    _check_intervals(resolved)
-    if spec.kind.inpaints and not resolved.masked:
-        raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
-    if resolved.watermark is not None:
-        width, height = resolved.final_size
-        room = watermark_room(width, height)
-        if len(resolved.watermark.encode()) > room:
-            raise UsageError(f"watermark: an image of {width}x{height} pixels has room for {room} bytes")
-    for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
-        if getattr(resolved, name) is not None and not resolved.guided:
-            raise UsageError(f"{name} has no effect at guidance scale {resolved.guidance_scale:g}; use one above 1")
-    if resolved.eta and not SCHEDULERS[resolved.scheduler].uses_eta:
-        raise UsageError(f"eta has no effect with the {resolved.scheduler} scheduler; only ddim uses it")
-    return resolved
 
 
 def _check_process(request: ResolvedRequest, spec: ModelSpec) -> None:
@@ -104,11 +85,11 @@ def _check_process(request: ResolvedRequest, spec: ModelSpec) -> None:
 
 
 def _check_condition(request: ResolvedRequest, spec: ModelSpec) -> None:
-    """Raise UsageError for a prompt, a negative prompt or a guidance scale that the model has no use for."""
+    """Raise UsageError for a prompt, a negative prompt or a guidance scale that the model cannot use."""
     kind, scale = spec.kind, request.guidance_scale
     if not spec.family.takes_prompt and (request.full_prompt or request.negative_prompt):
-        asked = request.full_prompt or request.negative_prompt
-        raise UsageError(f"{spec.name} generates without a prompt; {asked!r} would have no effect")
+        text = request.full_prompt or request.negative_prompt
+        raise UsageError(f"{spec.name} generates without a prompt; {text!r} would have no effect")
     if request.prompt_syntax == "plain" and request.embeddings:
         raise UsageError("embeddings have no effect with prompt_syntax plain, where every word is text")
     if kind.unguided and (scale != 1 or request.guided or request.negative_prompt):
@@ -123,8 +104,8 @@ def _check_condition(request: ResolvedRequest, spec: ModelSpec) -> None:
             kind.label(request.negative_prompt)
 
 
-def _check_refiner(request: ResolvedRequest) -> None:
-    """Raise UsageError for what does not go with a refiner."""
+def _check_refiner(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for options that do not work with a refiner."""
     if request.refiner is None:
         return
     if not SCHEDULERS[request.scheduler].begins_anywhere:
@@ -135,8 +116,10 @@ def _check_refiner(request: ResolvedRequest) -> None:
         raise UsageError("a refiner generates the whole image, so it goes without --mask and --extend")
 
 
-def _check_syntax(request: ResolvedRequest) -> None:
-    """Raise UsageError for what a prompt asks for in vain: AND without guidance, an embedding that it does not name."""
+def _check_syntax(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for AND without guidance, and for an embedding whose word is not in the prompts."""
+    if request.prompt_syntax == "plain":
+        return
     prompts = request.prompts[request.passes[0]]
     if prompts.weights and not request.guided:
         raise UsageError(f"AND needs guidance to have an effect; {request.guidance_scale:g} is off, use one above 1")
@@ -146,8 +129,12 @@ def _check_syntax(request: ResolvedRequest) -> None:
         raise UsageError(f"embeddings: no prompt has the word {unused[0]!r}, so its vectors would have no effect")
 
 
-def _check_intervals(request: ResolvedRequest) -> None:
-    """Raise UsageError for a control, or a guidance interval, of a resolved request that has a say in no step."""
+def _check_steps(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for a pass, a control or a guidance interval that gets no step."""
+    shares = (request.strength, request.upscale and request.upscale.strength)
+    for name, share, steps in zip(("strength", "upscale"), shares, request.passes, strict=False):
+        if steps < 1:
+            raise UsageError(f"{name}: {share:g} of {request.steps} steps leaves no step to generate")
     counts = [SCHEDULERS[request.scheduler].calls(steps) for steps in request.passes]
     for one in request.controls:
         if not any(one.is_active(index, count) for count in counts for index in range(count)):
@@ -155,3 +142,26 @@ def _check_intervals(request: ResolvedRequest) -> None:
     part = request.guidance_interval
     if part is not None and not any(part.indices(count) for count in counts):
         raise UsageError(f"guidance_interval: {part} of {request.steps} steps leaves guidance no step")
+
+
+def _check_inpainting(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for an inpainting model without a mask."""
+    if spec.kind.inpaints and not request.masked:
+        raise UsageError(f"{spec.name} is an inpainting model; it needs --init-image, and --mask or --extend")
+
+
+def _check_watermark(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for a watermark that is too long for the image."""
+    width, height = request.final_size
+    room = watermark_room(width, height)
+    if request.watermark is not None and len(request.watermark.encode()) > room:
+        raise UsageError(f"watermark: an image of {width}x{height} pixels has room for {room} bytes")
+
+
+def _check_guidance(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for options of guidance without guidance, and for eta with a scheduler that ignores it."""
+    for name in ("guidance_end", "guidance_rescale", "guidance_interval"):
+        if getattr(request, name) is not None and not request.guided:
+            raise UsageError(f"{name} has no effect at guidance scale {request.guidance_scale:g}; use one above 1")
+    if request.eta and not SCHEDULERS[request.scheduler].uses_eta:
+        raise UsageError(f"eta has no effect with the {request.scheduler} scheduler; only ddim uses it")
