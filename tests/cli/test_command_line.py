@@ -15,7 +15,7 @@ from sdcli.cli.app import app
 from sdcli.cli.options.request_flags import command_line, request_arguments
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.registry import load_registry
-from sdcli.request.schema import MAX_SEED, GenerationRequest, parse_request
+from sdcli.request.schema import MAX_SEED, GenerationRequest, ResolvedRequest, parse_request
 
 COMMANDS = typer.main.get_command(app)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -47,7 +47,7 @@ def test_a_request_and_its_command_line_are_the_same_request(
     for one in (asked, resolved):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             COMMANDS.main(["generate", "--dry-run", "--json", *request_arguments(one)], standalone_mode=False)
-        assert GenerationRequest.model_validate_json(printed.getvalue()) == resolved
+        assert ResolvedRequest.model_validate_json(printed.getvalue()) == resolved
 
 
 def test_fields_that_were_not_given_are_left_out_and_lists_and_switches_are_flags_too() -> None:

@@ -102,7 +102,7 @@ def test_what_failed_leaves_its_places_on_the_sheet_empty(tmp_path: Path) -> Non
     assert [entry["request"] and entry["request"]["steps"] for entry in on_it] == [1] * 4 + [2] * 4 + [None] * 4
     with pytest.raises(UsageError, match="too many for one sheet"):
         SweepSheet(sheet.places[:1] * 99_999, columns=9).check()
-    with pytest.raises(UsageError, match="no line says its own number"):
+    with pytest.raises(UsageError, match="no line has its own number"):
         swept([Line(1, {"prompt": "a", "n": 2})], [parse_axis("steps=1,2")], {}, base_seed=0)
 
 
