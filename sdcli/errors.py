@@ -1,4 +1,4 @@
-"""Every failure a user can act on: one class per exit code, each raised with the sentence that is printed."""
+"""Errors that a user can act on: a class per exit code, raised with the sentence that the command line prints."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ from collections.abc import Callable, Sequence
 
 
 class SdcliError(Exception):
-    """A failure told in one sentence. `exit_code` is what the process ends with."""
+    """Base of all errors; the message is one sentence, `exit_code` the exit code of the process."""
 
     exit_code = 1
 
 
 class UsageError(SdcliError):
-    """An option, a request or a file of requests that cannot be honoured as written."""
+    """An invalid option, request or file of requests."""
 
     exit_code = 2
 
 
 class NotFound(SdcliError):
-    """A model, or a file that should be read, is not there."""
+    """A model or an input file does not exist."""
 
     exit_code = 3
 
 
 class Offline(SdcliError):
-    """Something must be downloaded, and there is no network or it was forbidden."""
+    """A download is needed, but the network is missing or not allowed."""
 
     exit_code = 4
 
 
 class OutOfMemory(SdcliError):
-    """Memory ran out, and every fall-back was tried."""
+    """Out of memory after every fallback."""
 
     exit_code = 5
 
 
 class BadOutput(SdcliError):
-    """The numbers went wrong (NaN, an all-black image), or an image is not what it should be."""
+    """A bad result: NaN, an all-black image, or an image that differs from the expected one."""
 
     exit_code = 6
 
 
 class SomeFailed(SdcliError):
-    """Some items of a batch failed and the others are done."""
+    """Some items of a batch failed; the others are done."""
 
     exit_code = 7
 
 
 class CannotWrite(SdcliError):
-    """The output could not be written: disk full, no permission, or the file exists already."""
+    """The output cannot be written: disk full, no permission, or the file exists."""
 
     exit_code = 8
 
@@ -66,41 +66,41 @@ class Terminated(Interrupted):
 
 
 Stop = Callable[[], Interrupted | None]
-"""Whether, and why, to stop after the item in hand."""
+"""Returns the reason to stop after the current item, or None."""
 
 
 class BadWeights(SdcliError):
-    """A model's files are there, and are damaged, incomplete or of another kind than expected."""
+    """Model files are damaged, incomplete or of an unexpected kind."""
 
 
 class BadImage(SdcliError):
-    """An input image cannot be read, or is too large to be read safely."""
+    """An input image cannot be read, or is too large."""
 
 
 class BadLatents(SdcliError):
-    """A latent file cannot be read, or does not fit the model's VAE."""
+    """A latent file cannot be read, or does not match the VAE of the model."""
 
 
 def stop_if_asked(stop: Stop) -> None:
-    """Raise what `stop` answers, if anything."""
+    """Raise the reason to stop, if there is one."""
     reason = stop()
     if reason is not None:
         raise reason
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that a library's exception says anything in, or else its class."""
+    """The first non-empty line of an exception of a library, or the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def same_for_all(errors: Sequence[SdcliError], *, of: int) -> bool:
-    """Whether all of a batch failed for one reason, which then is the whole run's."""
+    """Whether all `of` items of a batch failed with the same error, which is then that of the whole run."""
     return len(errors) == of and len({(type(error), str(error)) for error in errors}) == 1
 
 
 def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
-    """After a batch of `of` images: the one error of them all, or, where others may be done, SomeFailed."""
+    """After a batch of `of` images: raise their common error, or SomeFailed if only some failed."""
     if same_for_all(errors, of=of):
         raise errors[0]
     if errors:
@@ -109,15 +109,15 @@ def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
-    1: "another failure (a damaged model file, an unreadable image)",
-    2: "wrong usage: an option or a request that cannot be honoured",
+    1: "another error (such as a damaged model file or an unreadable image)",
+    2: "wrong usage: an invalid option or request",
     3: "a model or a file was not found",
-    4: "offline, and what is needed is not in the cache",
-    5: "out of memory after every fall-back",
-    6: "bad output: NaN or all black, an image that was flagged or did not verify, or a PSNR below --min-psnr",
-    7: "some items of a batch failed, the others are done",
+    4: "offline: a model is not in the cache",
+    5: "out of memory after every fallback",
+    6: "bad output: NaN, all black, flagged by the safety checker, not verified, or a PSNR below --min-psnr",
+    7: "some items of a batch failed; the others are done",
     8: "cannot write the output",
     130: "interrupted (Ctrl-C); finished images are kept",
     143: "terminated (SIGTERM); finished images are kept",
 }
-"""What each exit code means; the README's table and `sdcli --help` are made from it."""
+"""Meaning of each exit code, for `sdcli --help` and docs/cli.md."""
