@@ -1,4 +1,4 @@
-"""The table of commands, and the one place where failures become a sentence and an exit code."""
+"""The table of commands, and the one place where errors become a sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ COMMANDS = {
     "models": "Models",
     "selftest": "Models",
 }
-"""Command -> the panel of `sdcli --help` it stands in; each lives in the module of its name (with _ for -)."""
+"""Command -> its section of `sdcli --help`. Its module has the same name, with _ for -."""
 
 COLLECT_AFTER = (50_000, 20, 20)
-"""Thresholds of gc. With Python's own, 700, it looks for garbage hundreds of times while torch is imported."""
+"""Thresholds of gc; with the default of 700 it runs hundreds of times while torch is imported."""
 
-_EXITS = "  ".join(
+_EXITS = " ".join(
     f"{code} {meaning.split(':')[0].split(';')[0].split('(')[0].strip()}," for code, meaning in EXIT_CODES.items()
 )
 
@@ -71,15 +71,15 @@ def _root(
 
 
 def _load(arguments: list[str]) -> None:
-    """Import the module of the command that was typed, or of all where none was (for --help)."""
+    """Import the module of the typed command, or of all commands if there is none (for --help)."""
     if arguments[1:] == ["--version"]:
         return
     gc.set_threshold(*COLLECT_AFTER)
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look through every installed package
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search all installed packages
     typed = {name for name in arguments[1:2] if name in COMMANDS}
     for name in typed or COMMANDS:
         module = importlib.import_module(f"sdcli.cli.{name.replace('-', '_')}")
-        if name == "dataset":  # not in that module, whose options it shares
+        if name == "dataset":  # not in that module, as it imports options from it
             from sdcli.cli import dataset_cache
 
             module.app.command("cache")(dataset_cache.command)
@@ -93,26 +93,26 @@ _load(sys.argv)
 
 
 def main() -> NoReturn:
-    """Run the command line; the process ends here, with the code that `errors.EXIT_CODES` explains."""
+    """Run the command line, and exit with a code of `errors.EXIT_CODES`."""
     _raise_on_signals()
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:
         app()
     except (SdcliError, Interrupted) as error:
         if str(error):  # empty: another process of this run has printed it
-            _complain(str(error), verbose)
+            _print_error(str(error), verbose)
         _exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)
     except Exception as error:
         hint = "" if verbose else " (-v shows where)"
-        _complain(f"unexpected {type(error).__name__}: {error}{hint}", verbose)
+        _print_error(f"unexpected {type(error).__name__}: {error}{hint}", verbose)
         _exit(1)
     _exit(0)
 
 
-def _complain(sentence: str, verbose: bool) -> None:
+def _print_error(sentence: str, verbose: bool) -> None:
     if verbose:
         traceback.print_exc()
     print(f"sdcli: {printable(sentence)}", file=sys.stderr, flush=True)
@@ -131,7 +131,7 @@ def _raise_on_signals() -> None:
 
 def _exit(code: int) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # one that comes while Python shuts down must not change the code
+        signal.signal(number, signal.SIG_IGN)  # a signal during shutdown must not change the code
     sys.stdout.flush()
-    gc.freeze()  # nothing is left to be freed but by the end of the process: Python need not look through all there is
+    gc.freeze()  # saves a last garbage collection
     sys.exit(code)

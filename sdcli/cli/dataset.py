@@ -12,7 +12,7 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.help import App
-from sdcli.cli.ui.progress import shown_progress
+from sdcli.cli.ui.progress import counted
 from sdcli.errors import BadImage, SdcliError, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import load_registry
@@ -282,7 +282,7 @@ def _examined(images: ImageSet, console: Console, workers: int | None) -> Inspec
     from sdcli.data.inspection import inspect, summarize
 
     seen = inspect(images, facts_folder=cache_folder() / "examined", workers=workers)
-    return summarize(images, shown_progress(seen, len(images), console))
+    return summarize(images, counted(seen, len(images), console))
 
 
 def _every(found: Inspection) -> list[int]:

@@ -36,7 +36,7 @@ from sdcli.training.config_files import settings_from
 from sdcli.training.settings import ImageSettings, cache_folder
 
 if TYPE_CHECKING:
-    from sdcli.cli.ui.training_progress import TrainingDisplay
+    from sdcli.cli.ui.training_progress import TrainingProgress
     from sdcli.data.cache.fill import CacheProgress
     from sdcli.training.inputs.image_data import ImageData
 
@@ -170,7 +170,7 @@ def command(
         raise UsageError(f"{spec.name} works on pixels, without a VAE, so there are no latents to cache")
     stop = GracefulStop(console, unit="the batch in hand", kept="what was encoded is kept").install()
 
-    from sdcli.cli.ui.training_progress import TrainingDisplay
+    from sdcli.cli.ui.training_progress import TrainingProgress
     from sdcli.data.cache.fill import fill_latents, fill_texts
     from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
     from sdcli.data.cache.store import TensorStore
@@ -178,7 +178,7 @@ def command(
 
     folder = cache_folder(settings.cache_dir)
     _refuse_inside(folder, data)
-    with TrainingDisplay(console) as display:
+    with TrainingProgress(console) as display:
         found = _opened(data, settings, spec, display, console)
         if found.images.kind != "pictures":
             raise UsageError(f"{data} holds latents already; training reads them as they are")
@@ -219,7 +219,7 @@ def _refuse_inside(folder: Path, data: str) -> None:
 
 
 def _opened(
-    data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingDisplay, console: Console
+    data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingProgress, console: Console
 ) -> ImageData:
     """The images as training would read them."""
     from sdcli.training.events import RunNote
@@ -237,7 +237,7 @@ def _opened(
         if isinstance(event, RunNote):
             console.note(event.text)
         else:
-            display.show(event)
+            display.report(event)
 
 
 def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:
@@ -248,14 +248,14 @@ def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:
     return list(dict.fromkeys(text for captions in found.texts() for text in rules.all_texts(captions) or ()))
 
 
-def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingDisplay, console: Console) -> CacheProgress:
+def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingProgress, console: Console) -> CacheProgress:
     """Consume the progress, showing it on stderr; return the last one."""
     from sdcli.training.events import Preparation
 
     last = None
     for progress in filling:
         if last is None or progress.done != last.done:
-            display.show(Preparation(what, progress.done, progress.total))
+            display.report(Preparation(what, progress.done, progress.total))
         for note in progress.notes:
             console.warn(note)
         last = progress

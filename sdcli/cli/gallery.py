@@ -11,7 +11,7 @@ import typer
 from sdcli.cli.options.request_flags import command_line
 from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
-from sdcli.cli.ui.progress import shown_progress
+from sdcli.cli.ui.progress import counted
 from sdcli.errors import NotFound, SdcliError, UsageError, raise_for
 from sdcli.images.formats import FORMAT_OF
 from sdcli.io.files import whole_file
@@ -51,7 +51,7 @@ def command(
         from sdcli.metadata.gallery import page, read_entries
 
         paths = [file.path for file in input_files([folder], suffixes=frozenset(FORMAT_OF), kind="pictures")]
-        entries = shown_progress(read_entries(paths), len(paths), console)
+        entries = counted(read_entries(paths), len(paths), console)
         images = _readable(entries, folder, target, console, errors, alone=len(paths) == 1)
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.writelines(page(folder.resolve().name, images))

@@ -29,7 +29,7 @@ from sdcli.cli.options.shared import (
 from sdcli.cli.sweep_sheet import SweepSheet
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
-from sdcli.cli.ui.progress import ProgressDisplay
+from sdcli.cli.ui.progress import GenerationProgress
 from sdcli.cli.ui.results import report, report_failure
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.cli.ui.terminal_images import best_renderable
@@ -355,7 +355,7 @@ def _generate(
     cache, writer = ModelCache(run), Writer(settings, journal)
     renderable = best_renderable() if show else None
     paths: dict[int, Path] = {}
-    with ProgressDisplay(console, images=preview == TERMINAL) as display:
+    with GenerationProgress(console, images=preview == TERMINAL) as display:
         watched = None
         if preview is not None:
             watched = Preview(display.image if preview == TERMINAL else to_file(Path(preview)), warn=console.warn)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
-from sdcli.cli.ui.console import Console, plain_terminal, printable
+from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.help import App
+from sdcli.cli.ui.progress import ProgressBar
 from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.generation.settings import DType
 from sdcli.models.families import DEFAULT_FAMILY, FAMILIES
@@ -28,7 +28,6 @@ from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSo
 from sdcli.request.schema import parse_size
 
 if TYPE_CHECKING:
-    from sdcli.models.hub.download import Progress
     from sdcli.models.user_registry import Written
 
 app = App(help="List, download, verify, add and convert models.")
@@ -105,8 +104,14 @@ def pull(
         from sdcli.models.hub.download import pull as pull_from_hub
 
         spec = registry.find_either(name)
-        with _Meter(console, spec.name) as meter:
-            report = pull_from_hub(spec, offline=offline, safety_checker=safety_checker, progress=meter.progress)
+        with ProgressBar(console, sizes=True) as bar:
+            bar.start(spec.name)
+
+            def progress(file: str, done: int, total: int) -> None:
+                line = f"{spec.name}: {100 * done // max(total, 1):3d} % of {megabytes(total)} ({file})"
+                bar.update(done, total, line=line, description=f"{spec.name} {file}")
+
+            report = pull_from_hub(spec, offline=offline, safety_checker=safety_checker, progress=progress)
         for path in report.changed:
             console.warn(f"{spec.name}: {path} changed on the hub since the last pull")
         console.note(
@@ -450,52 +455,3 @@ def _lines(fields: dict[str, Any]) -> Iterator[str]:
             yield f"{key}: {', '.join(f'{inner}={shown}' for inner, shown in value.items() if shown is not None)}"
         else:
             yield f"{key}: {'yes' if value is True else 'no' if value is False else value}"
-
-
-@dataclass
-class _Meter:
-    """The progress of one pull on stderr: a moving bar on a terminal, a line per tenth elsewhere, nothing with -q."""
-
-    console: Console
-    name: str
-    _bar: Any = None
-    _task: Any = None
-    _told: int = -1
-
-    def __enter__(self) -> _Meter:
-        if not self.console.quiet and not plain_terminal():
-            from rich.console import Console as Terminal
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-            columns = (
-                "{task.description}",
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Terminal(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(printable(self.name), total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    @property
-    def progress(self) -> Progress:
-        return self._bar_progress if self._bar is not None else self._line_progress
-
-    def _bar_progress(self, file: str, done: int, total: int) -> None:
-        self._bar.update(
-            self._task, description=f"{printable(self.name)} {printable(file)}", completed=done, total=total
-        )
-
-    def _line_progress(self, file: str, done: int, total: int) -> None:
-        from sdcli.models.hub.download import megabytes
-
-        tenth = 10 * done // max(total, 1)
-        if tenth > self._told:
-            self._told = tenth
-            self.console.note(f"{self.name}: {tenth * 10:3d} % of {megabytes(total)} ({file})")

@@ -161,8 +161,8 @@ def train(trainer: Trainer[S], call: TrainingCall, console: Console) -> None:
         return
     stop = GracefulStop(
         console,
-        unit="the step in hand",
-        kept="whole checkpoints are kept" if not call.dry_run else "nothing was changed",
+        unit="the current step",
+        kept="complete checkpoints are kept" if not call.dry_run else "nothing was changed",
         echo=ECHO if inside_a_launch() else 0.0,
     ).install()
     with ExitStack() as stack:
@@ -170,11 +170,11 @@ def train(trainer: Trainer[S], call: TrainingCall, console: Console) -> None:
         stack.enter_context(session)
         if not session.is_main:
             console = dataclasses.replace(console, quiet=True)
-        from sdcli.cli.ui.training_progress import TrainingDisplay
+        from sdcli.cli.ui.training_progress import TrainingProgress
 
-        display = stack.enter_context(TrainingDisplay(console))
+        display = stack.enter_context(TrainingProgress(console))
         for event in session.prepare(resume=call.resume, stop=stop):
-            _show(event, display, console)
+            display.report(event)
         for line in session.plan_lines():
             console.note(line)
         if call.dry_run:
@@ -183,7 +183,7 @@ def train(trainer: Trainer[S], call: TrainingCall, console: Console) -> None:
             return
         try:
             for event in session.train(stop=stop):
-                _show(event, display, console)
+                display.report(event)
                 if session.is_main:
                     _report(event, console)
         except Interrupted as stopped:
@@ -228,15 +228,6 @@ def _over(values: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
     limits = {"max_train_steps", "num_train_epochs"}
     replaced = limits if limits & set(newer) else set()
     return {**{name: value for name, value in values.items() if name not in replaced}, **newer}
-
-
-def _show(event: Event, display: Any, console: Console) -> None:
-    from sdcli.training.events import RunNote
-
-    if isinstance(event, RunNote) and event.warning:
-        console.warn(event.text)
-    else:
-        display.show(event)
 
 
 def _report(event: Event, console: Console) -> None:

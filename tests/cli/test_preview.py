@@ -111,7 +111,7 @@ def test_a_preview_that_cannot_be_written_is_told_once_and_ends_nothing() -> Non
     preview = Preview(full, warn=told.append)
     for index in range(3):
         preview.step(Progress((1,), index, 1, lambda: "a guess"))  # type: ignore[arg-type, return-value]
-    assert told == ["there is no preview any more: the disk is full"]
+    assert told == ["no further previews: the disk is full"]
 
 
 def test_half_blocks_are_the_image() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from sdcli.cli.ui import training_progress
 from sdcli.cli.ui.console import Console
-from sdcli.cli.ui.training_progress import TrainingDisplay, _duration
+from sdcli.cli.ui.training_progress import TrainingProgress, _duration
 from sdcli.training.events import (
     CheckpointSaved,
     Event,
@@ -43,23 +43,23 @@ def a_run() -> list[Event]:
         ValidationMetrics(30, {"loss": 0.1234, "psnr": 21.5}),
         CheckpointSaved(30, Path("run/checkpoint-30"), 0.24),
         SamplesSaved(30, [Path("run/samples/step-30.png")]),
-        RunNote("a note with \x1b[31m control"),
+        RunNote("a note with \x1b[31m control", warning=False),
         *(trained(step) for step in range(31, 61)),
         RunEnd(60, "finished"),
     ]
 
 
 def test_without_a_terminal_there_are_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingDisplay(Console()) as display:
+    with TrainingProgress(Console()) as display:
         for event in a_run():
-            display.show(event)
+            display.report(event)
     seen = capsys.readouterr()
     assert seen.out == ""
     lines = seen.err.splitlines()
     assert lines[:3] == [
         "examining images: 0 of 1,000",
         "examining images: 1,000 of 1,000",
-        "training 20,000 of 1,000,000 parameters, 60 steps of 16 samples, going on after step 10",
+        "training 20,000 of 1,000,000 parameters, 60 steps of 16 samples, continuing after step 10",
     ]
     assert re.fullmatch(
         r"step 11 of 60: loss 0\.09091, 4\.00 it/s, 51\.2 samples/s, waiting 2%, lr 1\.00e-04, 3\.0 GiB, 0:0\d left",
@@ -80,20 +80,20 @@ def test_plain_lines_come_every_few_seconds(
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr(training_progress.time, "monotonic", lambda: clock[0])
-    with TrainingDisplay(Console()) as display:
-        display.show(RunStart(steps=1000, start_step=0, batch=16, parameters=5, trainable=5))
+    with TrainingProgress(Console()) as display:
+        display.report(RunStart(steps=1000, start_step=0, batch=16, parameters=5, trainable=5))
         for step in range(1, 101):
             clock[0] += 0.5
-            display.show(trained(step, steps=1000))
+            display.report(trained(step, steps=1000))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")]
     assert [int(line.split()[1]) for line in lines] == [1, 22, 43, 64, 85]
     assert lines[-1].endswith(f"{_duration(0.5 * 915)} left")
 
 
 def test_a_run_without_a_number_of_steps_says_no_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingDisplay(Console()) as display:
-        display.show(RunStart(steps=None, start_step=0, batch=16, parameters=5, trainable=5))
-        display.show(trained(1, steps=None))
+    with TrainingProgress(Console()) as display:
+        display.report(RunStart(steps=None, start_step=0, batch=16, parameters=5, trainable=5))
+        display.report(trained(1, steps=None))
     seen = capsys.readouterr().err
     assert "5 parameters, until the time is over, steps of 16 samples" in seen
     assert "step 1: loss 1," in seen
@@ -101,10 +101,16 @@ def test_a_run_without_a_number_of_steps_says_no_time_left(capsys: pytest.Captur
 
 
 def test_quiet_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingDisplay(Console(quiet=True)) as display:
+    with TrainingProgress(Console(quiet=True)) as display:
         for event in a_run():
-            display.show(event)
+            display.report(event)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_warning_is_shown_even_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingProgress(Console(quiet=True)) as display:
+        display.report(RunNote("the disk is nearly full"))
+    assert capsys.readouterr() == ("", "warning: the disk is nearly full\n")
 
 
 @pytest.mark.parametrize(
@@ -118,21 +124,21 @@ ON_A_TERMINAL = """
 import time
 from tests.cli.test_training_progress import a_run
 from sdcli.cli.ui.console import Console
-from sdcli.cli.ui.training_progress import TrainingDisplay
+from sdcli.cli.ui.training_progress import TrainingProgress
 console = Console()
-with TrainingDisplay(console) as display:
+with TrainingProgress(console) as display:
     for event in a_run():
-        display.show(event)
+        display.report(event)
         time.sleep(0.01)
     console.result("the result")
 """
 BAR_OF_GENERATE = """
 import time
 from sdcli.cli.ui.console import Console
-from sdcli.cli.ui.progress import ProgressDisplay
+from sdcli.cli.ui.progress import GenerationProgress
 from sdcli.generation.events import Phase
 console = Console()
-with ProgressDisplay(console) as display:
+with GenerationProgress(console) as display:
     display.phase(Phase("load", (1,), "a model"))
     console.result("the result")
 """

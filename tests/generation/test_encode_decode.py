@@ -434,7 +434,7 @@ def test_a_signal_ends_the_stream_after_the_image_in_hand(
         typer.main.get_command(app).main(["encode", str(folder), "-m", "tiny"], standalone_mode=False)
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["latents/0000.safetensors", "latents/0001.safetensors"]
-    assert "finishing the image in hand" in printed.err
+    assert "stopping after the current image" in printed.err
 
 
 def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> None:

@@ -241,7 +241,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(capsys: pytest.CaptureFixture[
     time.sleep(0.25)
     with pytest.raises(Interrupted, match="interrupted; finished images are kept"):
         stop._handle(signal.SIGINT, None)
-    assert capsys.readouterr().err.count("once more stops at once") == 1
+    assert capsys.readouterr().err.count("press Ctrl-C again to stop at once") == 1
 
 
 @pytest.mark.slow

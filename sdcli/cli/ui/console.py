@@ -1,4 +1,4 @@
-"""What the user sees: results on stdout, talk and progress on stderr."""
+"""Output of the command line: results on stdout, notes and warnings on stderr."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u
 
 @dataclass(frozen=True)
 class Console:
-    """How much to say, and whether results are JSON lines."""
+    """How much to print, and whether results are JSON lines."""
 
     quiet: bool = False
     verbose: bool = False
     json: bool = False
 
     def note(self, text: str) -> None:
-        """A line of talk on stderr; silent with -q."""
+        """Print a line on stderr, unless -q was given."""
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
-        """A line that only -v shows."""
+        """Print a line on stderr if -v was given."""
         if self.verbose:
             self.note(text)
 
     def warn(self, text: str) -> None:
-        """Something the user should know although the run goes on; shown even with -q."""
+        """Print a warning on stderr, even with -q."""
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def result(self, text: str, **fields: Any) -> None:
-        """One result on stdout, at once: a line of text, or with --json the fields as an object."""
+        """Print a result on stdout at once: a line of text, or with --json the fields as an object."""
         line = json.dumps(fields) if self.json else printable(text)
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
 
 def printable(text: str) -> str:
-    """Text without control characters and direction marks, which could play tricks on a terminal."""
+    """Text without control characters and direction marks, which could deceive on a terminal."""
     return _CONTROL.sub("�", text).encode(errors="replace").decode()
 
 
 def plain_terminal() -> bool:
-    """Whether stderr can show no moving or coloured text."""
+    """Whether stderr cannot show moving or coloured text."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""How the images come along, shown seldom enough to cost little: in a file, or on the terminal."""
+"""Latent previews during denoising, in a file or on the terminal, rarely enough to cost little time."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 TERMINAL = "terminal"
 SHARE = 0.05
-"""Of the time that has passed, at most so much is spent on previews."""
+"""Maximum share of the elapsed time that is spent on previews."""
 EXPECTED = 0.05
-"""Seconds that the first one is expected to take."""
+"""Expected seconds of the first preview."""
 WHAT = {"preview": True}
-"""What a preview's file says of itself."""
+"""Metadata of a preview's file."""
 
 
 class Throttle:
-    """Says when something may be done again so that all of it takes at most `SHARE` of the time."""
+    """Limits an activity to at most `SHARE` of the elapsed time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._began = clock, clock()
         self._spent, self._last = 0.0, EXPECTED
 
     def due(self) -> bool:
-        """Whether another one, as long as the last, stays within the share."""
+        """Whether another run of the activity, as long as the last, stays within the share."""
         return self._spent + self._last <= SHARE * (self._clock() - self._began)
 
     @contextlib.contextmanager
     def spending(self) -> Iterator[None]:
-        """What is done within is counted."""
+        """Count the time of the block."""
         began = self._clock()
         try:
             yield
@@ -47,9 +47,9 @@ class Throttle:
 
 
 class Preview:
-    """Shows the guess after a step by `show`, a function of a PIL image; at least once, if the run gets that far.
+    """Calls `show` with a PIL image of the x0 prediction after some steps, at least once in a complete run.
 
-    Painting goes on where it cannot be shown any more: `warn` gets a sentence.
+    If showing fails, `warn` gets a sentence, and there are no more previews.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Preview:
         self._warn, self._fails = warn, False
 
     def step(self, progress: Progress) -> None:
-        """A step is done."""
+        """A denoising step is done."""
         last = progress.index + 1 == progress.count
         if not self._fails and (self._throttle.due() or (last and not self._shown)):
             with self._throttle.spending():
@@ -71,35 +71,35 @@ class Preview:
                     self._shown = True
                 except CannotWrite as error:
                     self._fails = True
-                    self._warn(f"there is no preview any more: {error}")
+                    self._warn(f"no further previews: {error}")
 
 
 def check_preview(target: str, *, overwrite: bool, quiet: bool) -> None:
-    """Raise now what would fail later: UsageError, AlreadyExists and CannotWrite.
+    """Check the target of --preview. Raises UsageError, AlreadyExists and CannotWrite.
 
-    A file that is a preview itself may be replaced, whatever `overwrite` says.
+    A file that is itself a preview may be replaced without `overwrite`.
     """
     if target == TERMINAL:
         if quiet:
-            raise UsageError("--preview terminal goes without --quiet")
+            raise UsageError("--preview terminal cannot be used with --quiet")
         check_terminal("--preview terminal")
         return
     path = Path(target)
     if path.suffix.lower() != ".png":
-        raise UsageError(f"--preview takes a .png file or the word {TERMINAL}, not {target!r}")
+        raise UsageError(f"--preview takes a .png file or {TERMINAL}, not {target!r}")
     check_folder(path.parent)
     if path.exists() and not _is_preview(path):
         check_new(path, overwrite=overwrite)
 
 
 def check_terminal(option: str) -> None:
-    """Raise UsageError where stderr is no terminal that can show colours."""
+    """Raise UsageError unless stderr is a terminal with colours."""
     if plain_terminal():
         raise UsageError(f"{option} needs stderr to be a terminal with colours; --preview FILE.png works anywhere")
 
 
 def to_file(path: Path) -> Callable[[Any], None]:
-    """What writes an image there, as a whole file each time."""
+    """A function that writes an image to the path, replacing the whole file."""
     from sdcli.images.contact_sheet import sheet_bytes
 
     return lambda image: write_whole(path, sheet_bytes(image, WHAT), overwrite=True)

@@ -1,4 +1,4 @@
-"""What `generate` says of each job that has come to its end: a line on stdout, a sentence on stderr."""
+"""The results of `sdcli generate`: a line on stdout per image, a sentence on stderr per failure."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ if TYPE_CHECKING:
 
 
 def report(result: Result, console: Console) -> None:
-    """One result as one line: a path on stdout, or the object of --json."""
+    """Print a result: its path, or with --json an object."""
     seconds = result.seconds
     rest = {"path": str(result.path), "seconds": round(seconds, 3), "fallbacks": list(result.fallbacks)}
     rest |= {"beside": [str(path) for path in result.side_files]} if result.side_files else {}
     if result.status == "skipped":
-        console.detail(f"{result.path} is finished already")
+        console.detail(f"{result.path} is already finished")
     if result.status == "done" or console.json:
         console.result(str(result.path), **_fields(result.job, result.status), **rest)
     if result.status == "done":
         console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
         if result.side_files and not console.json:
-            console.note(f"beside it: {', '.join(str(path) for path in result.side_files)}")
+            console.note(f"also written: {', '.join(str(path) for path in result.side_files)}")
 
 
 def report_failure(
     job: ResolvedJob | BadJob, error: SdcliError, console: Console, *, alone: bool, status: str = "failed"
 ) -> None:
-    """A sentence on stderr, and with --json an object; where the job is the only one, its error ends the process."""
+    """Print a failure on stderr, unless the job is `alone`: its error ends the process. With --json print an object."""
     if console.json:
         console.result("", **_fields(job, status), error=str(error), exit_code=error.exit_code)
     if not alone:
-        console.warn(f"picture {job.index}: {error}")
+        console.warn(f"image {job.index}: {error}")
 
 
 def _fields(job: ResolvedJob | BadJob, status: str) -> dict[str, Any]:
-    """What a line of --json says of any job."""
+    """Fields of a --json line of any job."""
     fields: dict[str, Any] = {"status": status, "index": job.index}
     fields |= {"custom_id": job.custom_id} if job.custom_id is not None else {}
     fields |= {"line": job.line} if job.line is not None else {}

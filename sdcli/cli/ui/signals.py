@@ -1,4 +1,4 @@
-"""Signals during long work: the first asks to stop after the image or step in hand, the second stops at once."""
+"""Signals during long work: the first stops it after the current image or step, the second at once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sdcli.errors import Interrupted, Terminated
 
 
 class GracefulStop:
-    """Call it to learn whether, and why, to stop; `install` takes over SIGINT and SIGTERM."""
+    """Returns the reason to stop when called, or None; `install` handles SIGINT and SIGTERM."""
 
     def __init__(
         self,
         console: Console,
         *,
-        unit: str = "the image in hand",
+        unit: str = "the current image",
         kept: str = "finished images are kept",
         echo: float = 0.0,
     ) -> None:
-        """`echo`: seconds within which another signal is taken for the same one, sent twice."""
+        """`echo`: seconds within which a second signal is ignored as a duplicate of the first."""
         self._console = console
         self._echo, self._first = echo, 0.0
         self._unit, self._kept = unit, kept
@@ -44,4 +44,4 @@ class GracefulStop:
             raise kind(f"{word}; {self._kept}")
         self._first = time.monotonic()
         self._reason = kind(f"{word} after {self._unit}; {self._kept}")
-        self._console.warn(f"finishing {self._unit}; once more stops at once")
+        self._console.warn(f"stopping after {self._unit}; press Ctrl-C again to stop at once")

@@ -1,4 +1,4 @@
-"""Images on a terminal: half blocks anywhere; kitty's graphics and sixels where textual-image is installed."""
+"""Images on a terminal: half blocks, or with textual-image kitty graphics and sixels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 BELOW = 6
-"""Lines of a terminal's height that are left for other things."""
+"""Lines of the terminal that an image leaves free."""
 
 
 class HalfBlocks:
-    """An image for rich, as large as the terminal allows: two pixels a cell, the upper one ink, the lower paper."""
+    """An image for rich, as large as the terminal allows; a cell has two pixels, as foreground and background."""
 
     def __init__(self, image: Image.Image) -> None:
         self._image = image.convert("RGB")
@@ -24,7 +24,7 @@ class HalfBlocks:
         self._segments: list[Segment] = []
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        """The cells, which are computed again only where the terminal has another size."""
+        """The cells, computed again only if the size of the terminal changed."""
         from PIL import ImageOps
 
         size = (options.max_width, 2 * max(2, console.height - BELOW))
@@ -48,9 +48,9 @@ def _cells(image: Image.Image) -> Iterator[Segment]:
 
 
 def best_renderable() -> Any:
-    """The class for rich that shows an image best on this terminal, which is asked for what it can.
+    """The rich renderable that shows images best on this terminal.
 
-    textual-image asks by way of stdout and writes there too, so it is left alone where stdout is no terminal.
+    textual-image queries the terminal through stdout, so it is used only if stdout is a terminal.
     """
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         return HalfBlocks

@@ -1,15 +1,12 @@
-"""The training loop's events on stderr: a bar with figures below it on a terminal, plain lines elsewhere."""
+"""Progress of a training run on stderr."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
 
-from sdcli.cli.ui.console import Console, plain_terminal, printable
-from sdcli.cli.ui.progress import HEARTBEAT, rich_bar
+from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.progress import ProgressBar
 from sdcli.training.events import (
     CheckpointSaved,
     Event,
@@ -24,54 +21,26 @@ from sdcli.training.events import (
 from sdcli.training.smoothing import MovingAverage
 
 LOSS_DECAY, SPEED_DECAY = 0.98, 0.9
-"""Of the moving averages that are shown, a step."""
+"""Decay per step of the moving averages of loss and seconds."""
 
 
-class TrainingDisplay:
-    """Shows a run's events on stderr; shows nothing with -q. A context manager."""
+class TrainingProgress(ProgressBar):
+    """A run's events on stderr: metrics below a bar or every few seconds, rare events on lines of their own."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Any = None
-        self._live: Any = None
-        self._figures: Any = None
-        self._task: Any = None
-        self._preparing = ""
-        self._spoke = 0.0
+        super().__init__(console, remaining=False)
+        self._task_name = ""
         self._pace = _Pace()
 
-    def __enter__(self) -> Self:
-        if not self._console.quiet and not plain_terminal():
-            from rich.console import Group
-            from rich.live import Live
-            from rich.text import Text
-
-            self._figures = Text()
-            self._bar = rich_bar("{task.fields[left]}")
-            self._live = Live(
-                Group(self._bar, self._figures),
-                console=self._bar.console,
-                transient=True,
-                redirect_stdout=sys.stdout.isatty(),
-            )
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self, event: Event) -> None:
-        """Show an event: figures in place or every few seconds, what happens rarely on a line of its own."""
+    def report(self, event: Event) -> None:
+        """Show an event."""
         match event:
             case Preparation():
                 self._prepare(event)
             case RunStart():
-                self._start(event)
+                self._begin(event)
             case StepMetrics():
-                self._train(event)
+                self._step(event)
             case ValidationMetrics():
                 self._console.note(f"step {event.step}: validation {_figures(event.figures)}")
             case CheckpointSaved():
@@ -80,82 +49,72 @@ class TrainingDisplay:
                 for path in event.paths:
                     self._console.note(f"step {event.step}: samples in {path}")
             case RunNote():
-                self._console.note(event.text)
+                (self._console.warn if event.warning else self._console.note)(event.text)
             case RunEnd():
                 self._console.note(f"ended after step {event.step}: {event.reason}")
 
     def _prepare(self, event: Preparation) -> None:
-        new = event.what != self._preparing
-        self._preparing = event.what
-        if self._bar is not None:
-            if new:
-                self._new_task(event.what, event.total)
-            self._bar.update(self._task, completed=event.done, total=event.total)
-        elif new or event.done == event.total or self._silent_for(HEARTBEAT):
-            self._spoke = time.monotonic()
-            of = f" of {event.total:,}" if event.total is not None else ""
-            count = f": {event.done:,}{of}" if event.done or of else ""
-            self._console.note(f"{event.what}{count}")
+        new = self._enter(event.what, event.total)
+        of = f" of {event.total:,}" if event.total is not None else ""
+        line = f"{event.what}: {event.done:,}{of}" if event.done or of else event.what
+        self.update(event.done, event.total, line=line, always=new or event.done == event.total)
 
-    def _start(self, event: RunStart) -> None:
-        self._preparing = ""
+    def _begin(self, event: RunStart) -> None:
         self._pace.start(event.start_step)
         steps = f"{event.steps:,} steps" if event.steps is not None else "until the time is over, steps"
-        after = f", going on after step {event.start_step:,}" if event.start_step else ""
+        after = f", continuing after step {event.start_step:,}" if event.start_step else ""
         trainable = "" if event.trainable == event.parameters else f"{event.trainable:,} of "
-        parameters = f"{trainable}{event.parameters:,} parameters"
-        self._console.note(f"training {parameters}, {steps} of {event.batch} samples{after}")
-        if self._bar is not None:
-            self._new_task("training", event.steps)
-            self._bar.update(self._task, completed=event.start_step)
+        self._console.note(
+            f"training {trainable}{event.parameters:,} parameters, {steps} of {event.batch} samples{after}"
+        )
+        self._enter("training", event.steps)
 
-    def _train(self, event: StepMetrics) -> None:
+    def _step(self, event: StepMetrics) -> None:
+        self._enter("training", event.steps)
         self._pace.add(event)
-        if self._bar is not None:
-            if self._task is None:
-                self._new_task("training", event.steps)
-            self._figures.plain = self._pace.figures(event)
-            self._bar.update(self._task, completed=event.step, total=event.steps, left=self._pace.left(event))
-        elif self._pace.first or event.step == event.steps or self._silent_for(HEARTBEAT):
-            self._spoke = time.monotonic()
-            of = f" of {event.steps}" if event.steps is not None else ""
-            left = self._pace.left(event)
-            self._console.note(f"step {event.step}{of}: {self._pace.figures(event)}{f', {left}' if left else ''}")
+        figures, left = self._pace.figures(event), self._pace.left(event)
+        of = f" of {event.steps}" if event.steps is not None else ""
+        self.update(
+            event.step,
+            event.steps,
+            line=f"step {event.step}{of}: {figures}{f', {left}' if left else ''}",
+            always=self._pace.first or event.step == event.steps,
+            note=left,
+            footer=figures,
+        )
 
-    def _new_task(self, description: str, total: int | None) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._figures.plain = ""
-        self._task = self._bar.add_task(printable(description), total=total, left="")
-
-    def _silent_for(self, seconds: float) -> bool:
-        return time.monotonic() - self._spoke > seconds
+    def _enter(self, name: str, total: int | None) -> bool:
+        """Begin the task unless it is the current one; whether it is new."""
+        new, self._task_name = name != self._task_name, name
+        if new:
+            self.start(name, total)
+        return new
 
 
 class _Pace:
-    """How quickly the steps go by, and how the loss does, averaged over the last ones."""
+    """Moving averages of loss and speed, and the remaining time."""
 
     def __init__(self) -> None:
         self.first = True
-        """Whether no more than one event of steps was added."""
+        """Whether at most one event has been added."""
         self._start: int | None = None
         self._began = 0.0
         self._loss, self._seconds = MovingAverage(LOSS_DECAY), MovingAverage(SPEED_DECAY)
         self._shown = (0.0, 0.0)
 
     def start(self, step: int) -> None:
-        """The first step after this one begins now."""
+        """The step after this one begins now."""
         self._start, self._began = step, time.monotonic()
 
     def add(self, event: StepMetrics) -> None:
-        """Take in the figures of steps that are done."""
+        """Add the metrics of finished steps."""
         self.first = self._shown == (0.0, 0.0)
         if self._start is None:
             self.start(event.step)
         self._shown = (self._loss.add(event.loss), self._seconds.add(event.seconds))
 
     def figures(self, event: StepMetrics) -> str:
-        """The figures in one line, each with its unit."""
+        """The metrics in one line, each with its unit."""
         loss, seconds = self._shown
         parts = [f"loss {loss:.4g}", f"{1 / max(seconds, 1e-9):.2f} it/s", f"{event.samples_per_second:.1f} samples/s"]
         parts += [f"waiting {event.waiting:.0%}", f"lr {event.lr:.2e}"]
@@ -164,7 +123,7 @@ class _Pace:
         return ", ".join(parts)
 
     def left(self, event: StepMetrics) -> str:
-        """The time that is left, judged by all steps so far, with their pauses for checkpoints and samples."""
+        """The remaining time, estimated from all steps so far, checkpoints and samples included."""
         done = event.step - (self._start or 0)
         if event.steps is None or done <= 0 or event.step >= event.steps:
             return ""
