@@ -40,7 +40,7 @@ from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
 from sdcli.images.formats import MAX_SIDE, ImageFormat
 from sdcli.models.hub.download import folder_of
-from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry, load_registry
+from sdcli.models.registry import ControlNetSpec, ModelSpec, load_registry
 from sdcli.request.fields import ImageInput
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import GenerationRequest, canonical, parse_size
@@ -284,7 +284,7 @@ def command(
         _print_requests(jobs, console)
     else:
         sheet = SweepSheet.of(jobs, axes, num_images=num_images) if axes else None
-        _generate(jobs, registry, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
+        _generate(jobs, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -314,7 +314,6 @@ def _print_requests(jobs: list[ResolvedJob | BadJob], console: Console) -> None:
 
 def _generate(
     jobs: list[ResolvedJob | BadJob],
-    registry: Registry,
     run: RunSettings,
     settings: OutputSettings,
     journal: Journal | None,

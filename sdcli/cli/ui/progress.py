@@ -53,6 +53,7 @@ class ProgressBar:
         self._printed = time.monotonic()
         if self._bar is not None:
             if self._task is not None:
+                self._bar.refresh()  # the last state of a short task
                 self._bar.remove_task(self._task)
             self._bar.footer = ""
             self._task = self._bar.add_task(printable(description), total=total, note="")
