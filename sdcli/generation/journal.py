@@ -61,11 +61,11 @@ class Journal:
         return journal
 
     def base_seed(self, source: str) -> int | None:
-        """The base seed that the last run of this prompt file drew."""
+        """The base seed of the last run of this prompts file."""
         return self._base_seeds.get(source)
 
     def begin_run(self, source: str, base_seed: int) -> None:
-        """Note the base seed of a run, on the disk with its first image: a run without any replaces no other's."""
+        """Set the base seed of a run, to be written with its first image: a run without any replaces no other's."""
         self._base_seeds[source] = base_seed
         self._begun = {"source": source, "base_seed": base_seed}
 

@@ -112,7 +112,7 @@ def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wil
     for line in lines:
         texts = {name: str({**typed, **line.fields}.get(name) or "") for name in DYNAMIC}
         try:
-            several = [wildcards.all(text) for text in texts.values()]
+            several = [wildcards.combinations(text) for text in texts.values()]
             count = math.prod(map(len, several))
             if count > MAX_COMBINATIONS:
                 raise UsageError(f"the prompts have {count:,} combinations; it may be up to {MAX_COMBINATIONS:,}")
@@ -124,7 +124,7 @@ def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wil
             yield replace(line, fields={**line.fields, **chosen})
 
 
-def drawn_seed(base_seed: int, key: str, occurrence: int) -> int:
+def derived_seed(base_seed: int, key: str, occurrence: int) -> int:
     """A 32-bit seed that is the same for the same base seed, request and occurrence."""
     digest = hashlib.sha256(f"{base_seed}:{key}:{occurrence}".encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -13,7 +13,7 @@ from typing import Any
 
 from sdcli.errors import UsageError
 from sdcli.request.fields import digits
-from sdcli.request.jobs import OWN, Line, drawn_seed
+from sdcli.request.jobs import OWN, Line, derived_seed
 from sdcli.request.schema import GenerationRequest, canonical, did_you_mean, field_name
 
 MOST_COMBINATIONS = 10_000
@@ -76,8 +76,8 @@ def swept(lines: Iterable[Line], axes: Sequence[Axis], typed: Mapping[str, Any],
         key = str(sorted(given.items()))
         seen[key] += 1
         has = {*given, *named}
-        drawn = ("seed", "variation_seed") if "variation_strength" in has else ("seed",)
-        seeds = {name: drawn_seed(base_seed, f"{key}:{name}", seen[key]) for name in drawn if name not in has}
+        random = ("seed", "variation_seed") if "variation_strength" in has else ("seed",)
+        seeds = {name: derived_seed(base_seed, f"{key}:{name}", seen[key]) for name in random if name not in has}
         for values in product(*(axis.values for axis in axes)):
             fields = {**line.fields, **seeds}
             for axis, value in zip(axes, values, strict=True):

@@ -1,4 +1,4 @@
-"""Dynamic prompts: `{red|blue} car`, `{2$$a|b|c}` and `__animals__` from files, drawn by a seed or in all combinations.
+"""Dynamic prompts: `{red|blue} car`, `{2$$a|b|c}` and `__animals__` from files, at random or in all combinations.
 
     {a|b|c}  {3::a|b}          one of them; a three times as often as b
     {2$$a|b|c}  {1-2$$ and $$a|b|c}    two of them in any order, joined by a comma; one or two, joined by " and "
@@ -26,7 +26,7 @@ from sdcli.request.schema import did_you_mean
 
 MAX_COMBINATIONS = 10_000
 MAX_PIECES = 10_000
-"""Choices and texts that one drawn prompt may be made of; files that name each other can double without end."""
+"""Choices and texts in one prompt; files that name each other can double without end."""
 MAX_CHARACTERS = 20_000_000
 """Of all combinations together."""
 MAX_TAKEN = 100
@@ -69,8 +69,8 @@ class Wildcards:
         """Whether there is anything to draw in a text. Raises UsageError for malformed braces."""
         return any(not isinstance(node, str) for node in _parsed(text))
 
-    def drawn(self, text: str, *, seed: int, purpose: str) -> str:
-        """The text with each choice made; equal for an equal seed and purpose, on any machine and version.
+    def choose(self, text: str, *, seed: int, purpose: str) -> str:
+        """The text with each choice made at random; equal for an equal seed and purpose, on any machine and version.
 
         Raises UsageError for what is malformed, not in the folder, or endless.
         """
@@ -78,10 +78,10 @@ class Wildcards:
         budget = itertools.count(1)
         return "".join(self._draw(_parsed(text), numbers, budget, ()))
 
-    def all(self, text: str) -> list[str]:
-        """Every text that could be drawn, each once, in the order they are written.
+    def combinations(self, text: str) -> list[str]:
+        """Every text that can be chosen, each once, in the order in which they are written.
 
-        Raises UsageError as `drawn` does, and for more than MAX_COMBINATIONS.
+        Raises UsageError as `choose` does, and for more than MAX_COMBINATIONS.
         """
         template = _parsed(text)
         count = self._count(template, ())
@@ -95,7 +95,7 @@ class Wildcards:
     ) -> Iterator[str]:
         for node in template:
             if next(budget) > MAX_PIECES:
-                raise UsageError(f"the prompt is drawn from over {MAX_PIECES:,} pieces")
+                raise UsageError(f"the prompt has over {MAX_PIECES:,} pieces")
             if isinstance(node, str):
                 yield node
             elif isinstance(node, _Wildcard):
@@ -257,7 +257,7 @@ def _choice(group: _Open) -> _Choice:
         options.append((option[0][weight.end() :], *option[1:]) if weight else option)  # type: ignore[index]
         weights.append(float(weight[1]) if weight else 1.0)
     if not all(weights):
-        raise UsageError("an option in the prompt has the weight 0, so it would never be drawn")
+        raise UsageError("an option in the prompt has the weight 0, so it would never be chosen")
     return _Choice(tuple(options), tuple(weights), low, high, separator)
 
 
@@ -271,7 +271,7 @@ def _joined(nodes: Sequence[str | _Choice | _Wildcard]) -> _Template:
 
 
 def _picked(weights: Sequence[float], count: int, numbers: Iterator[float]) -> list[int]:
-    """So many different options, by their weights, in the order they were drawn."""
+    """So many different options, by their weights, in the order in which they were picked."""
     left = dict(enumerate(weights))
     picked: list[int] = []
     for _ in range(count):

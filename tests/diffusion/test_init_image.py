@@ -198,6 +198,13 @@ def test_a_start_that_needs_too_much_memory_is_encoded_in_tiles(
     assert image.fallbacks == ("encoded in tiles: out of memory",)
 
 
+def test_images_in_memory_give_the_same_image_as_their_files(tiny: Pipeline, files: Path) -> None:
+    paths = {"init_image": files / "image.png", "mask": files / "mask.png"}
+    from_files = generated(tiny, **{name: str(path) for name, path in paths.items()})
+    from_memory = generated(tiny, **{name: path.read_bytes() for name, path in paths.items()})
+    assert from_memory.tobytes() == from_files.tobytes()
+
+
 def test_masked_and_plain_starts_are_painted_in_batches_of_their_own(files: Path) -> None:
     spec = load_registry().find("tiny")
     given = {"init_image": str(files / "image.png"), "strength": 1.0}

@@ -35,20 +35,20 @@ from sdcli.request.wildcards import MAX_COMBINATIONS, Wildcards
 )
 def test_all_combinations_come_once_and_in_order_and_each_can_be_drawn(text: str, expected: list[str]) -> None:
     wildcards = Wildcards()
-    assert wildcards.all(text) == expected
-    assert {wildcards.drawn(text, seed=seed, purpose="prompt") for seed in range(60)} == set(expected)
+    assert wildcards.combinations(text) == expected
+    assert {wildcards.choose(text, seed=seed, purpose="prompt") for seed in range(60)} == set(expected)
     assert wildcards.has_choices(text) == ("{" in text and not text.startswith("\\"))
 
 
 def test_a_seed_draws_the_same_for_ever() -> None:
-    drawn = [Wildcards().drawn("{a|b|c} {2$$x|y|z}", seed=seed, purpose="prompt") for seed in range(4)]
+    drawn = [Wildcards().choose("{a|b|c} {2$$x|y|z}", seed=seed, purpose="prompt") for seed in range(4)]
     assert drawn == ["c y,x", "c z,y", "c y,z", "b y,z"]
-    negative = [Wildcards().drawn("{a|b|c} {2$$x|y|z}", seed=seed, purpose="negative_prompt") for seed in range(4)]
+    negative = [Wildcards().choose("{a|b|c} {2$$x|y|z}", seed=seed, purpose="negative_prompt") for seed in range(4)]
     assert drawn != negative
 
 
 def test_options_are_drawn_by_their_weights() -> None:
-    drawn = Counter(Wildcards().drawn("{3::a|b}", seed=seed, purpose="") for seed in range(4000))
+    drawn = Counter(Wildcards().choose("{3::a|b}", seed=seed, purpose="") for seed in range(4000))
     assert drawn["a"] / 4000 == pytest.approx(0.75, abs=0.03)
 
 
@@ -64,9 +64,9 @@ def test_a_wildcard_is_a_line_of_its_file_and_lines_hold_choices(tmp_path: Path)
         tmp_path, animals="# animals\n\n fox \r\n{big|small} __sea/fish__\n", sea__fish="cod\nFüchsin\n", my_x="x"
     )
     expected = ["a fox", "a big cod", "a big Füchsin", "a small cod", "a small Füchsin"]
-    assert wildcards.all("a __animals__") == expected
-    assert {wildcards.drawn("a __animals__", seed=seed, purpose="") for seed in range(60)} == set(expected)
-    assert wildcards.all("__my_x____my_x__") == ["xx"]
+    assert wildcards.combinations("a __animals__") == expected
+    assert {wildcards.choose("a __animals__", seed=seed, purpose="") for seed in range(60)} == set(expected)
+    assert wildcards.combinations("__my_x____my_x__") == ["xx"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_wildcard_is_a_line_of_its_file_and_lines_hold_choices(tmp_path: Path)
         ("{2-1$$a|b}", "cannot be taken of 2"),
         ("{0$$a|b}", "cannot be taken of 2"),
         ("{x$$a|b}", "should begin with how many"),
-        ("{0::a|b}", "never be drawn"),
+        ("{0::a|b}", "never be chosen"),
         ("{1-$$" + "a|" * 101 + "}", "at most 100 can be taken"),
         ("{" * 100 + "a" + "}" * 100, "nested over"),
         ("__animls__", "no animls.txt in .*; did you mean 'animals'"),
@@ -100,13 +100,13 @@ def test_what_cannot_be_drawn_is_refused_with_a_sentence(tmp_path: Path, text: s
     (inside / "link.txt").symlink_to(tmp_path / "x.txt")
     for number in range(50):
         (inside / f"deep{number}.txt").write_text(f"__deep{number + 1}__")
-    for read in (wildcards.all, lambda text: wildcards.drawn(text, seed=1, purpose="")):
+    for read in (wildcards.combinations, lambda text: wildcards.choose(text, seed=1, purpose="")):
         with pytest.raises(UsageError, match=sentence):
             read(text)
     with pytest.raises(NotFound, match="no folder"):
         Wildcards(tmp_path / "none")
     with pytest.raises(UsageError, match="--wildcards DIR names it"):
-        Wildcards().all("__animals__")
+        Wildcards().combinations("__animals__")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_too_many_combinations_are_counted_and_refused(tmp_path: Path, text: str
         (tmp_path / f"twice{number}.txt").write_text(f"__twice{number + 1}__ {{a|b}}")
     (tmp_path / "twice30.txt").write_text("a")
     with pytest.raises(UsageError, match=f"has {count} combinations; it may be up to {MAX_COMBINATIONS:,}"):
-        Wildcards(tmp_path).all(text)
+        Wildcards(tmp_path).combinations(text)
 
 
 def test_files_that_double_each_other_are_refused(tmp_path: Path) -> None:
@@ -131,20 +131,20 @@ def test_files_that_double_each_other_are_refused(tmp_path: Path) -> None:
         (tmp_path / f"d{number}.txt").write_text(f"__d{number + 1}__ __d{number + 1}__")
     (tmp_path / "d30.txt").write_text("a")
     with pytest.raises(UsageError, match="drawn from over 10,000 pieces"):
-        Wildcards(tmp_path).drawn("__d0__", seed=1, purpose="")
+        Wildcards(tmp_path).choose("__d0__", seed=1, purpose="")
     with pytest.raises(UsageError, match="come to over 20,000,000 characters"):
-        Wildcards(tmp_path).all("__d0__")
-    assert len(Wildcards(tmp_path).all("__d20__")) == 1
+        Wildcards(tmp_path).combinations("__d0__")
+    assert len(Wildcards(tmp_path).combinations("__d20__")) == 1
 
 
 @given(st.text(alphabet="ab{}|$:_\\1-2", max_size=30), st.integers(0, 99))
 def test_what_is_drawn_is_one_of_all_combinations(text: str, seed: int) -> None:
     wildcards = Wildcards()
     try:
-        everything = wildcards.all(text)
+        everything = wildcards.combinations(text)
     except UsageError:
         return
-    assert wildcards.drawn(text, seed=seed, purpose="") in everything
+    assert wildcards.choose(text, seed=seed, purpose="") in everything
 
 
 # Jobs

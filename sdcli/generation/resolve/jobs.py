@@ -15,7 +15,7 @@ from sdcli.generation.resolve.inputs import Measure, find_loras
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
 from sdcli.models.weight_digests import weights_digest
-from sdcli.request.jobs import DYNAMIC, Line, drawn_seed
+from sdcli.request.jobs import DYNAMIC, Line, derived_seed
 from sdcli.request.schema import MAX_SEED, GenerationRequest, ResolvedRequest, parse_request
 from sdcli.request.wildcards import Wildcards
 
@@ -95,8 +95,8 @@ def expand(
     files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
     image are made by its seed.
 
-    An unseeded line draws its seed from `base_seed`, the line's content and how often it occurred, so that the same
-    file gets the same seeds again when it was reordered or extended in between.
+    The seed of a line without one is derived from `base_seed`, the line's content and how often it occurred, so that
+    the same file gets the same seeds again when it was reordered or extended in between.
     """
     find, find_controlnet = cache(registry.find), cache(registry.find_controlnet)
     seen: Counter[str] = Counter()
@@ -121,10 +121,10 @@ def expand(
             controlnets = {control.model: find_controlnet(control.model) for control in request.controls}
             key = request.key()
             seen[key] += 1
-            seeds = {"seed": request.seed if request.seed is not None else drawn_seed(base_seed, key, seen[key])}
+            seeds = {"seed": request.seed if request.seed is not None else derived_seed(base_seed, key, seen[key])}
             if request.variation_strength is not None:
-                drawn = drawn_seed(base_seed, f"{key}:variation", seen[key])
-                seeds["variation_seed"] = request.variation_seed if request.variation_seed is not None else drawn
+                derived = derived_seed(base_seed, f"{key}:variation", seen[key])
+                seeds["variation_seed"] = request.variation_seed if request.variation_seed is not None else derived
             counted = list(seeds)[-1]
             if seeds[counted] + count - 1 > MAX_SEED:
                 first = seeds[counted]
@@ -149,7 +149,7 @@ def expand(
 def _texts(request: GenerationRequest, wildcards: Wildcards, *, seed: int) -> dict[str, str]:
     """The prompts of one image with their choices made by its seed."""
     texts = {name: text for name in DYNAMIC if (text := getattr(request, name))}
-    return {name: wildcards.drawn(text, seed=seed, purpose=name) for name, text in texts.items()}
+    return {name: wildcards.choose(text, seed=seed, purpose=name) for name, text in texts.items()}
 
 
 def _count(value: Any) -> int:
