@@ -55,7 +55,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: E40
 from typer.main import get_command  # noqa: E402
 
 from sdcli.cli.app import app  # noqa: E402
-from sdcli.models import single_file as single_file_loading  # noqa: E402
+from sdcli.models.families import family as family_configs  # noqa: E402
 from tests.ldm import ldm_checkpoint, ldm_controlnet, sd2_checkpoint, sdxl_checkpoint  # noqa: E402
 from tests.loras import random_pairs, save_diffusers, save_kohya, save_peft  # noqa: E402
 from tests.tiny import (  # noqa: E402
@@ -66,7 +66,7 @@ from tests.tiny import (  # noqa: E402
     save_tiny_sdxl,
 )
 
-SHIPPED_CONFIGS = (single_file_loading, "shipped_configs")
+SHIPPED_CONFIGS = (family_configs, "shipped_configs")
 """Where a single file's configurations come from; those of miniatures are put there."""
 
 RECORDED = Path(__file__).with_name("same_bytes.json")

@@ -14,7 +14,7 @@ from sdcli.io.lean_diffusers import lean_imports
 from sdcli.io.weight_files import check_header, files_digest
 from sdcli.io.weights import fill, read_tensors
 from sdcli.models.families import FAMILIES, single_file_of
-from sdcli.models.families.family import SingleFile, shipped_configs
+from sdcli.models.families.family import SingleFile
 from sdcli.models.folder import PartLoader, network_parts
 from sdcli.models.networks import build_empty, network_class, text_name
 from sdcli.models.recipe import shipped_tokenizer
@@ -34,9 +34,7 @@ def from_single_file(path: Path, dtype: torch.dtype) -> PartLoader:
     names = set(check_header(path)) - {"__metadata__"}
     family, layout = single_file_of(names)
     _check_names(path, names, layout)
-    configs: dict[str, dict[str, Any]] = {}
-    for folder in layout.configs:
-        configs |= shipped_configs(folder)
+    configs = layout.configs()
     _, components = family.components()
 
     def network(part: str) -> nn.Module:

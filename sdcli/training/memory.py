@@ -12,7 +12,7 @@ from sdcli.training.controlnet.task import ControlNetTask
 from sdcli.training.settings import TrainSettings
 from sdcli.training.unet.task import UnetTask
 from sdcli.training.vae.task import VaeTask, plain
-from sdcli.vae.autoencoder import cell
+from sdcli.vae.autoencoder import cell, latent_channels
 
 MARGIN = 1.15
 """Factor for buffers of convolutions and unused memory of the allocator."""
@@ -27,7 +27,8 @@ def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int
     unet: Any = task.networks["unet"]
 
     def run(network: Any) -> None:
-        network(**_inputs(unet.config, task, settings, size))
+        inputs = _inputs(unet.config, task, settings, size)
+        task.family.call(network, inputs.pop("sample"), inputs.pop("timestep"), inputs)
 
     frozen = [part for part in (task.frozen_text_encoder, task.vae) if part is not None]
     return _total([*task.networks.values(), *frozen], settings, _activations([unet], run, settings))
@@ -51,13 +52,15 @@ def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tu
 def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[int, int]) -> dict[str, Any]:
     """Empty inputs of a denoiser in one step."""
     factor = 1 if task.vae is None else cell(task.vae)
+    channels = config.in_channels if task.vae is None else latent_channels(task.vae)
+    text_width = task.family.text_width(config)
     batch = settings.train_batch_size
     inputs: dict[str, Any] = {
-        "sample": torch.empty(batch, config.in_channels, size[1] // factor, size[0] // factor),
+        "sample": torch.empty(batch, channels, size[1] // factor, size[0] // factor),
         "timestep": torch.zeros(batch, dtype=torch.long),
     }
-    if "cross_attention_dim" in config:
-        inputs["encoder_hidden_states"] = torch.empty(batch, 77, config.cross_attention_dim)
+    if text_width is not None:
+        inputs["encoder_hidden_states"] = torch.empty(batch, 77, text_width)
     if config.get("num_class_embeds"):
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
     return inputs

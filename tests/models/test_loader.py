@@ -19,7 +19,7 @@ from sdcli.diffusion.sampling import sample
 from sdcli.errors import BadWeights, NotFound, SdcliError, UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.weight_files import check_header
-from sdcli.models import single_file
+from sdcli.models.families import family as family_configs
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
@@ -64,7 +64,7 @@ def micro_configs(micro: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> 
     """Single files take the shipped SD 1.5 configuration; here it is that of the micro model."""
     folder, _ = micro
     configs = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/*config.json")}
-    monkeypatch.setattr(single_file, "shipped_configs", lambda folder: configs)
+    monkeypatch.setattr(family_configs, "shipped_configs", lambda folder: configs)
 
 
 @pytest.mark.usefixtures("micro_configs")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from sdcli.errors import BadWeights
 from sdcli.generation.resolve.resolve import resolve
-from sdcli.models import single_file
 from sdcli.models.families import SD1, SD2, SDXL
-from sdcli.models.families.family import Family, shipped_configs
+from sdcli.models.families import family as family_configs
+from sdcli.models.families.family import Family
 from sdcli.models.families.sdxl import ZEROS
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
@@ -83,7 +83,7 @@ def shipped(micro: tuple[str, Path, Path], monkeypatch: pytest.MonkeyPatch) -> N
     """Single files take the shipped configurations; here they are the micro model's."""
     _, folder, _ = micro
     configs = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/*config.json")}
-    monkeypatch.setattr(single_file, "shipped_configs", lambda name: configs)
+    monkeypatch.setattr(family_configs, "shipped_configs", lambda name: configs)
 
 
 @pytest.mark.usefixtures("shipped")
@@ -159,9 +159,8 @@ def test_a_file_brings_the_size_that_its_family_likes(micro: tuple[str, Path, Pa
 def test_the_shipped_configurations_are_those_of_the_published_models(
     family: Family, number: int, sizes: dict[str, int]
 ) -> None:
-    layout, configs = family.single_files[number], {}
-    for folder in layout.configs:
-        configs |= shipped_configs(folder)
+    layout = family.single_files[number]
+    configs = layout.configs()
     _, components = family.components()
     found = {}
     for part in layout.prefixes:

@@ -106,10 +106,10 @@ class SingleFile:
     """What error messages call such models."""
     prefixes: Mapping[str, str]
     """Part -> what the names of its tensors begin with."""
+    configs: Callable[[], dict[str, dict[str, Any]]]
+    """The configuration of each part, and of the scheduler."""
     marks: tuple[str, ...] = ()
     """Beginnings of tensor names that only such files have."""
-    configs: tuple[str, ...] = ()
-    """Folders of configs/ with the configurations of the parts; later ones replace earlier ones."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of requests, as in models.yaml."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -275,6 +275,8 @@ class Family:
     """(denoiser, x [B, C, h, w], t, conditioning) -> its output in x's shape; packs and unpacks latents if need be."""
     timesteps: Callable[[Mapping[str, Any], int, int], Mapping[str, Any]] = lambda config, height, width: {}
     """(scheduler's configuration, height and width of the latents) -> further arguments of `set_timesteps`."""
+    text_width: Callable[[Mapping[str, Any]], int | None] = lambda denoiser: denoiser.get("cross_attention_dim")
+    """The denoiser's configuration -> the width of the text states that it takes; None if it takes none."""
     is_refiner: Callable[[Loaded], bool] = lambda model: False
     """Whether a model can only end what another one began."""
 
@@ -310,8 +312,8 @@ def shipped_configs(name: str) -> dict[str, dict[str, Any]]:
     return {file.parent.name: read_json_object(file) for file in folder.glob("*/*config.json")}
 
 
-def recipe(*names: str, **parts: Mapping[str, Any]) -> Callable[[], dict[str, dict[str, Any]]]:
-    """A recipe from shipped configurations, with some parts replaced."""
+def shipped(*names: str, **parts: Mapping[str, Any]) -> Callable[[], dict[str, dict[str, Any]]]:
+    """What reads some folders of configs/, later ones replacing earlier ones, with some parts replaced."""
     return partial(_configs, names, parts)
 
 

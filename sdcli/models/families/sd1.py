@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.models.families.family import Component, Components, Configs, Family, ModelKind, SingleFile, recipe
+from sdcli.models.families.family import Component, Components, Configs, Family, ModelKind, SingleFile, shipped
 from sdcli.vae.config import cell_of
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -84,9 +84,9 @@ SD1 = Family(
         "requires_safety_checker": False,
     },
     single_files=(
-        SingleFile("SD 1.x", {**LDM_PREFIXES, "text_encoder": "cond_stage_model.transformer."}, configs=("sd1",)),
+        SingleFile("SD 1.x", {**LDM_PREFIXES, "text_encoder": "cond_stage_model.transformer."}, configs=shipped("sd1")),
     ),
-    recipes={"sd15": recipe("sd1"), "tiny": recipe("sd1", **TINY)},
+    recipes={"sd15": shipped("sd1"), "tiny": shipped("sd1", **TINY)},
     describe=describe,
     scheduler_config=mended,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.models.families import sd1
-from sdcli.models.families.family import Family, SingleFile
+from sdcli.models.families.family import Family, SingleFile, shipped
 
 BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
@@ -36,7 +36,7 @@ SD2 = Family(
             "SD 2.x",
             {**sd1.LDM_PREFIXES, "text_encoder": "cond_stage_model.model."},
             marks=("cond_stage_model.model.",),
-            configs=("sd1", "sd2"),
+            configs=shipped("sd1", "sd2"),
             prediction=prediction,
         ),
     ),

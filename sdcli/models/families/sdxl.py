@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdcli.models.families import sd1
-from sdcli.models.families.family import Component, Components, Family, Loaded, SingleFile, clip_readers, recipe
+from sdcli.models.families.family import Component, Components, Family, Loaded, SingleFile, clip_readers, shipped
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ SDXL = Family(
             "SDXL refiner",
             {**sd1.LDM_PREFIXES, "text_encoder_2": "conditioner.embedders.0.model."},
             marks=("conditioner.embedders.0.model.",),
-            configs=("sdxl", "sdxl_refiner"),
+            configs=shipped("sdxl", "sdxl_refiner"),
             defaults=LARGE,
             settings={ZEROS: False},
         ),
@@ -67,14 +67,14 @@ SDXL = Family(
                 "text_encoder_2": "conditioner.embedders.1.model.",
             },
             marks=("conditioner.",),
-            configs=("sdxl",),
+            configs=shipped("sdxl"),
             defaults=LARGE,
         ),
     ),
     refused_files={"edm_mean": EDM, "edm_vpred.": EDM},
     recipes={
-        "sdxl": recipe("sdxl"),
-        "tiny-sdxl": recipe(
+        "sdxl": shipped("sdxl"),
+        "tiny-sdxl": shipped(
             "sdxl",
             **{
                 **sd1.TINY,

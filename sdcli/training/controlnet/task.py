@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.errors import UsageError
-from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel
+from sdcli.io.lean_diffusers import ControlNetModel
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.task import Batch, Networks
 from sdcli.training.unet.task import UnetTask
@@ -56,7 +56,7 @@ def new_controlnet(model: LoadedModel, *, seed: int) -> ControlNetModel:
     """
     unet, size = model.unet, cell(model.vae)
     depth = size.bit_length()
-    if not isinstance(unet, UNet2DConditionModel) or unet.config.get("time_cond_proj_dim") is not None:
+    if unet.config.get("time_cond_proj_dim") is not None:
         raise UsageError(
             f"{model.spec.name} was distilled; train a ControlNet for the model that it was distilled from"
         )
