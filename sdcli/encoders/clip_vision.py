@@ -1,4 +1,4 @@
-"""Images as prompts: a CLIP vision encoder, and the encoding of prompts that adds what it sees to the text."""
+"""Images as prompts: a CLIP vision encoder, and a prompt encoding that adds its embeddings to the text."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from sdcli.request.schema import ResolvedRequest
 
 CONFIG = "config.json"
 LONGEST = 64
-"""How many times longer than wide an image may be: the encoder sees the square in its middle, enlarged."""
+"""How many times longer than wide an image may be: the encoder takes the square in its middle, enlarged."""
 _SETTINGS = (
     *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
     *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
-"""What is read from a configuration. The rest says nothing of the shape, and could ask for code from the network."""
+"""The settings read from a configuration. The others do not affect the shape, and could name code to download."""
 
 
 class ImageEncoder:
@@ -70,7 +70,7 @@ class ImageEncoder:
 
 @dataclass(frozen=True)
 class Look:
-    """What one IP-Adapter sees of an image."""
+    """The image embeddings of one IP-Adapter."""
 
     encoder: ImageEncoder
     whole: bool
@@ -82,7 +82,7 @@ class Look:
 
 @dataclass(frozen=True)
 class ImagePrompting:
-    """An encoding of prompts that adds, for each IP-Adapter, what it sees of the request's image."""
+    """An encoding of prompts that adds, for each IP-Adapter, the embedding of the request's image."""
 
     encode: Encode
     looks: tuple[Look, ...]
@@ -122,9 +122,9 @@ def load_image_encoder(folder: Path, *, device: torch.device, dtype: torch.dtype
     from transformers.models.clip.configuration_clip import CLIPVisionConfig
     from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-    said, files = read_json_object(folder / CONFIG), shards(folder, "model")
+    stated, files = read_json_object(folder / CONFIG), shards(folder, "model")
     try:
-        config = CLIPVisionConfig(**{name: said[name] for name in _SETTINGS if name in said})
+        config = CLIPVisionConfig(**{name: stated[name] for name in _SETTINGS if name in stated})
     except Exception as error:  # transformers has errors of its own for this
         raise BadWeights(f"{folder / CONFIG} describes no image encoder: {first_line(error)}") from None
     network: Any = empty_network(lambda: CLIPVisionModelWithProjection(config), source=str(folder))
@@ -137,6 +137,6 @@ def load_image_encoder(folder: Path, *, device: torch.device, dtype: torch.dtype
 
 
 def _of_vision(name: str) -> str | None:
-    """Of a whole CLIP only what sees; older files have a list of positions, which is no weight."""
+    """Only the vision part of a whole CLIP; older files store a list of positions, which is not a weight."""
     seeing = name.startswith(("vision_model.", "visual_projection."))
     return name if seeing and not name.endswith("position_ids") else None

@@ -1,4 +1,4 @@
-"""The condition: what the denoiser is told beside x and the timestep, one row an image; and how it changes."""
+"""Conditioning: the denoiser's inputs beside x and the timestep, one row per image, and their changes over the steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class ConditioningSchedule:
-    """What a batch is told over its steps.
+    """The conditioning of a batch over its steps.
 
     A condition has the unconditional rows first, where the batch is guided, then those of the prompts; where they are
     several that AND joins, first the first one of each image, then the second one, ...

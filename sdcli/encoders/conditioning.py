@@ -25,7 +25,7 @@ from sdcli.request.schema import ResolvedRequest
 
 
 class Encode(Protocol):
-    """Resolved requests -> what they tell the network, on the model's device and in its dtype."""
+    """Resolved requests -> the conditioning of the network, on the model's device and in its dtype."""
 
     def __call__(self, requests: Sequence[ResolvedRequest], *, guided: bool, steps: int) -> ConditioningSchedule:
         """The conditions of one pass of a batch of one `shape`; with the unconditional rows if `guided`."""
@@ -233,7 +233,7 @@ class JoinedEncoding(TextEncoding):
 
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What SDXL's refiner is told of the image, and of what guidance leads away from; diffusers' defaults."""
+"""The scores that condition SDXL's refiner, of the image and of the unconditional half; diffusers' defaults."""
 TOP_LEFT = (0, 0)
 """Where the image was cut from its original: nowhere, so its subject stays whole."""
 
@@ -353,7 +353,7 @@ class ClassEncoding:
         return None
 
     def read(self, request: ResolvedRequest) -> Context:
-        """Raises UsageError: a class is no word."""
+        """Raises UsageError: a class has no tokens."""
         raise UsageError(f"{request.model} generates a class, so there are no words")
 
 

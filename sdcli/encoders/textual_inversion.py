@@ -33,7 +33,7 @@ def read_embeddings(
 ) -> Embeddings:
     """The vectors of resolved embeddings, float32, for text encoders that read `most` tokens at once.
 
-    `widths` says of each encoder, by its name of CLIP_L and CLIP_G, how many numbers a vector has. Three layouts are
+    `widths` gives the width of each encoder's vectors, by its name of CLIP_L and CLIP_G. Three layouts are
     known: A1111's `emb_params`, a single tensor by any name (diffusers takes the word for it), both for one encoder
     alone, and SDXL's pair `clip_l`, `clip_g`. Each holds [n, D], or [D] for one vector.
     Raises UsageError where they do not fit the encoders, or are not what was resolved; BadWeights for a damaged file.
@@ -60,7 +60,7 @@ def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) 
     if widths.keys() <= tensors.keys():
         chosen = [tensors[name] for name in widths]
     elif len(tensors) != 1 and "emb_params" not in tensors:
-        raise BadWeights(f"{path} is no textual inversion embedding: it has {len(tensors)} tensors")
+        raise BadWeights(f"{path} is not a textual inversion embedding: it has {len(tensors)} tensors")
     elif len(widths) > 1:
         names = " and ".join(widths)
         raise UsageError(f"{path} was made for one text encoder, and {model} has two (its files hold {names})")
@@ -75,7 +75,7 @@ def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) 
 def _checked(vectors: Tensor, path: Path, width: int, *, model: str) -> Tensor:
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not len(vectors):
-        raise BadWeights(f"{path} is no textual inversion embedding: its tensor should be [vectors, width]")
+        raise BadWeights(f"{path} is not a textual inversion embedding: its tensor should be [vectors, width]")
     if vectors.shape[1] != width:
         raise UsageError(
             f"{path} was made for another text encoder: its vectors have {vectors.shape[1]} numbers, "

@@ -30,7 +30,7 @@ class Word:
 
 
 def words_of(tokenizer: ClipTokenizer, context: Context) -> tuple[list[Word], list[Word]]:
-    """The words of a context, each once, and what is no word: start, end, padding, punctuation.
+    """The words of a context, each once, and the tokens that belong to no word: start, end, padding, punctuation.
 
     Every place is in exactly one of them.
     """
@@ -71,7 +71,7 @@ def _words(places: Mapping[str, Sequence[int]]) -> list[Word]:
 
 
 def _spelled(tokenizer: ClipTokenizer, context: Context, places: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
-    """Words and their places: up to a token that says that it ends one, and what `_goes_on`."""
+    """Words and their places: up to a token that ends a word, and what `_goes_on`."""
     words: list[tuple[str, list[int]]] = []
     here: list[int] = []
     for place in places:

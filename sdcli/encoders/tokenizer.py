@@ -72,7 +72,7 @@ class ClipTokenizer:
         return str(decoders.ByteLevel().decode([token.removesuffix(WORD_END) for token in tokens]))
 
     def ends_word(self, id: int) -> bool:
-        """Whether a token says that a word ends with it."""
+        """Whether a word ends with the token."""
         return (self.tokenizer.id_to_token(id) or "").endswith(WORD_END)
 
     def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
     tokenizer.no_truncation()
     start_id, end_id, pad_id = (tokenizer.token_to_id(token) for token in (START, END, pad))
     if start_id is None or end_id is None or pad_id is None:
-        raise BadWeights(f"{folder} is no CLIP tokenizer: it has no {START} and {END}")
+        raise BadWeights(f"{folder} is not a CLIP tokenizer: it has no {START} and {END}")
     max_length = config.get("model_max_length", 77)
     limit = max_length if isinstance(max_length, int) and max_length <= 77 else 77
     return ClipTokenizer(tokenizer, limit, start_id, end_id, pad_id)
@@ -117,7 +117,7 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
     pairs = (line.split() for line in lines if line and not line.startswith("#version"))
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     if START not in vocabulary or END not in vocabulary:
-        raise BadWeights(f"{folder} is no CLIP tokenizer: vocab.json has no {START} and {END}")
+        raise BadWeights(f"{folder} is not a CLIP tokenizer: vocab.json has no {START} and {END}")
     tokenizer = clip_bpe(vocabulary, merges)
     tokenizer.add_special_tokens([START, END])
     return tokenizer

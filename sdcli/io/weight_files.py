@@ -31,7 +31,7 @@ def check_header(path: Path) -> dict[str, Any]:
             if is_pickle(start, size=size):
                 raise BadWeights(pickle_refused(path))
             if size < 8 + 2 or (length > MAX_HEADER_BYTES and length > size):
-                raise BadWeights(f"{path} is no safetensors file")
+                raise BadWeights(f"{path} is not a safetensors file")
             if length > MAX_HEADER_BYTES:
                 raise BadWeights(
                     f"{path} has a header of {length:,} bytes; no model needs more than {MAX_HEADER_BYTES:,}"
@@ -43,9 +43,9 @@ def check_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BadWeights(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
-        raise BadWeights(f"{path} is no safetensors file: its header is not JSON") from None
+        raise BadWeights(f"{path} is not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise BadWeights(f"{path} is no safetensors file: its header is no table of tensors")
+        raise BadWeights(f"{path} is not a safetensors file: its header is not a table of tensors")
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     if len(tensors) > MAX_TENSORS:
         raise BadWeights(
@@ -57,7 +57,7 @@ def check_header(path: Path) -> dict[str, Any]:
         if _are_numbers(entry.get("shape")) and _are_numbers(entry.get("data_offsets"), count=2)
     ]
     if len(ends) != len(tensors):
-        raise BadWeights(f"{path} is no safetensors file: a tensor in its header has no place or no shape")
+        raise BadWeights(f"{path} is not a safetensors file: a tensor in its header has no place or no shape")
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise BadWeights(f"{path} is cut short: {size:,} bytes of {expected:,}; download or copy it again")
@@ -99,7 +99,7 @@ def shard_names(index: Path) -> list[str]:
             raise ValueError("a shard's name is not text")
         return sorted(names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadWeights(f"{index} is no index of weight files: {error}") from None
+        raise BadWeights(f"{index} is not an index of weight files: {error}") from None
 
 
 def files_digest(files: list[Path]) -> str:

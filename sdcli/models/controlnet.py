@@ -2,7 +2,7 @@
 
 Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv 2302.05543). A ControlNet is a
 folder as diffusers writes it (config.json and safetensors), or a single .safetensors file with diffusers' names or the
-original ones (`control_model.*`). A single file says nothing of its shape, so it is read as one for the UNet at hand.
+original ones (`control_model.*`). A single file does not describe its shape, so it is taken to fit the UNet at hand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHAPE = {
     "addition_embed_type": "a further condition {!r}",
     "projection_class_embeddings_input_dim": "a further condition of {} numbers",
 }
-"""What has to be equal in both configurations, and how it is told."""
+"""What must be equal in both configurations -> how error messages describe it."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _modern(stored: Mapping[str, Tensor], unet_config: Mapping[str, Any], *, sou
 
     original = "time_embed.0.weight" in stored or any(name.startswith("control_model.") for name in stored)
     if not original and "controlnet_cond_embedding.conv_in.weight" not in stored:
-        raise BadWeights(f"{source} is no ControlNet: it has no weights for the map that it should see")
+        raise BadWeights(f"{source} is not a ControlNet: it has no weights for a map")
     try:
         converted = ldm.convert_controlnet_checkpoint(dict(stored), unet_config)
     except (KeyError, IndexError, RuntimeError, AttributeError) as error:
@@ -144,7 +144,7 @@ def _modern(stored: Mapping[str, Tensor], unet_config: Mapping[str, Any], *, sou
 
 
 def _config_like(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration that `ControlNetModel.from_unet` gives, with what the tensors say of their input and map."""
+    """The configuration that `ControlNetModel.from_unet` gives, with the tensors' sizes for input and map."""
     shared = {name: value for name, value in unet.config.items() if name in _defaults()}
     text = next((t for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
     embedding = "controlnet_cond_embedding"
@@ -161,7 +161,7 @@ def _config_like(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> d
 
 
 def _defaults() -> dict[str, Any]:
-    """What a configuration of diffusers' class means where it says nothing."""
+    """The defaults of diffusers' class."""
     parameters = inspect.signature(ControlNetModel.__init__).parameters
     return {name: one.default for name, one in parameters.items() if name != "self"}
 

@@ -32,7 +32,7 @@ _FORBIDDEN_EVENTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork"
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the file, how many tensors, their bytes, and the entries that are no tensors."""
+    """What was written: the file, the number of tensors, their bytes, and the entries that are not tensors."""
 
     file: Path
     tensors: int
@@ -51,11 +51,11 @@ def convert(
     if not source.exists():
         raise NotFound(f"no file {source}")
     if not source.is_file():
-        raise UsageError(f"{source} is no ordinary file")
+        raise UsageError(f"{source} is not a regular file")
     if target.suffix != ".safetensors":
         raise UsageError(f"{target} should end in .safetensors")
     if _is_safetensors(source):
-        raise UsageError(f"{source} is safetensors already, whatever its name says; rename it to use it")
+        raise UsageError(f"{source} is a safetensors file already; rename it to use it")
     memory = int(memory_gb * 1e9) if memory_gb is not None else 2 * 10**9 + 4 * source.stat().st_size
     with whole_file(target, overwrite=overwrite) as temporary:
         report = _in_a_limited_process(source.resolve(), temporary.absolute(), timeout_s=timeout_s, memory=memory)
@@ -125,7 +125,7 @@ def child(arguments: list[str]) -> None:
 
 
 class _Refused(Exception):
-    """A checkpoint that cannot be converted, told in a sentence without the file's name."""
+    """A checkpoint that cannot be converted, with a sentence that does not name the file."""
 
 
 def _leave_the_network() -> None:
@@ -173,7 +173,7 @@ def _load(source: str, torch: Any) -> Any:
                 raise
             wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
             if wanted is None:
-                raise _Refused("is no checkpoint that torch can read") from None
+                raise _Refused("is not a checkpoint that torch can read") from None
             if not wanted[1].startswith(TRAINERS) or len(harmless) == MAX_TRAINER_CLASSES:
                 raise _Refused(f"wants to run {wanted[1][:80]}, which weights never need; refused") from None
             harmless.append((type("Empty", (_Empty,), {}), wanted[1]))
@@ -231,7 +231,7 @@ def _tensors(found: dict[Any, Any], torch: Any) -> tuple[dict[str, Any], list[st
 
 
 def _with_sharing(found: dict[Any, Any], torch: Any) -> Iterator[tuple[Any, Any, bool | None]]:
-    """Each entry with whether it alone uses the whole of its storage; None for what is no dense tensor."""
+    """Each entry with whether it alone uses the whole of its storage; None for one that is not a dense tensor."""
     users: dict[int, int] = {}
     for value in found.values():
         if _is_dense(value, torch):

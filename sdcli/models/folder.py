@@ -1,4 +1,4 @@
-"""The parts of a diffusers folder, each loaded when it is asked for; and `PartLoader`, the type of every source."""
+"""The parts of a diffusers folder, each loaded on demand; and `PartLoader`, the type of every source."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""IP-Adapter weights -> a UNet that attends to an image beside the text, and the encoder that sees the image.
+"""IP-Adapter weights -> a UNet that attends to an image beside the text, and the encoder of the image.
 
 Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models" (arXiv
-2308.06721). An adapter is a .safetensors file as in h94/IP-Adapter on the hub: `image_proj.*` makes tokens of what the
-encoder sees, and `ip_adapter.*` are keys and values for them in each cross-attention layer. The encoder is a folder
+2308.06721). An adapter is a .safetensors file as in h94/IP-Adapter on the hub: `image_proj.*` makes tokens of the
+encoder's output, and `ip_adapter.*` are keys and values for them in each cross-attention layer. The encoder is a folder
 `image_encoder` near it, or one of the model's.
 """
 
@@ -70,7 +70,7 @@ def with_ip_adapters(model: LoadedModel, adapters: Sequence[IpAdapter]) -> Loade
     shared = {id(tensor): tensor for tensor in (*model.unet.parameters(), *model.unet.buffers())}
     unet: Any = copy.deepcopy(model.unet, shared)
     own = unet.attn_processors
-    unet.set_attn_processor(AttnProcessor2_0())  # the loader makes anew what is here, and cannot make our own
+    unet.set_attn_processor(AttnProcessor2_0())  # the loader replaces the processors, and does not know our own
     try:
         with torch.random.fork_rng(devices=[]):  # it fills the layers with random numbers first
             unet._load_ip_adapter_weights([dict(one.tensors) for one in adapters], low_cpu_mem_usage=False)
@@ -116,13 +116,13 @@ def _of_adapter(name: str) -> str | None:
 
 def _seen_by(projection: Mapping[str, Tensor], *, source: Path) -> tuple[int, bool]:
     """How many numbers of the encoder an image projection takes, and whether they are of the whole image or of each
-    of its patches. Raises UsageError for faces, and BadWeights for what is no IP-Adapter."""
+    of its patches. Raises UsageError for faces, and BadWeights for a file that is not an IP-Adapter."""
     if "norm.weight" in projection and "proj.weight" not in projection:
         raise UsageError(f"{source} is an IP-Adapter for the embeddings of faces (FaceID), which sdcli cannot make")
     for name, whole in (("proj.weight", True), ("proj.0.weight", False), ("proj_in.weight", False)):
         if name in projection and projection[name].ndim == 2:
             return projection[name].shape[1], whole
-    raise BadWeights(f"{source} is no IP-Adapter: it has no image_proj that makes tokens of an image")
+    raise BadWeights(f"{source} is not an IP-Adapter: it has no image_proj that makes tokens of an image")
 
 
 def _check_fits(layers: Mapping[str, Tensor], model: LoadedModel, *, source: Path) -> None:
@@ -131,7 +131,9 @@ def _check_fits(layers: Mapping[str, Tensor], model: LoadedModel, *, source: Pat
     model.family.refuse("ip_adapters", model.spec.name)
     given = sum(name.endswith(".to_k_ip.weight") for name in layers)
     if not given:
-        raise BadWeights(f"{source} is no IP-Adapter for a UNet: it has no weights named ip_adapter.*.to_k_ip.weight")
+        raise BadWeights(
+            f"{source} is not an IP-Adapter for a UNet: it has no weights named ip_adapter.*.to_k_ip.weight"
+        )
     names = [name.removesuffix(".processor") for name in unet.attn_processors if not name.endswith("attn1.processor")]
     misfit = f"the IP-Adapter {source} does not fit {model.spec.name}: it was made for"
     if given != len(names):
@@ -156,8 +158,8 @@ def _encoder_folder(path: Path, model: LoadedModel, *, width: int, whole: bool) 
     folders = [folder / "image_encoder" for folder in near if (folder / "image_encoder" / CONFIG).is_file()]
     if not folders:
         raise NotFound(f"no image encoder for {path}: put the folder image_encoder that belongs to it beside it")
-    said = "projection_dim" if whole else "hidden_size"
+    name = "projection_dim" if whole else "hidden_size"
     for folder in folders:
-        if read_json_object(folder / CONFIG).get(said) == width:
+        if read_json_object(folder / CONFIG).get(name) == width:
             return folder
-    raise UsageError(f"{path} needs an image encoder whose {said} is {width}, and that of {folders[0]} is another")
+    raise UsageError(f"{path} needs an image encoder whose {name} is {width}; that of {folders[0]} is different")

@@ -23,7 +23,7 @@ from sdcli.vae.config import cell_of
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a folder says about itself."""
+    """The description of a folder by its small files."""
 
     path: Path
     family: Family
@@ -31,7 +31,7 @@ class ModelFolder:
     """The parts that are there; without `unet` the folder only has parts for other models."""
     kind: ModelKind
     size: tuple[int, int] | None
-    """The width and height it was trained on, in pixels, where it says."""
+    """The width and height it was trained on, in pixels; None if the folder does not state them."""
     defaults: Mapping[str, Any]
     """Of sdcli.json, not yet checked field by field."""
 

@@ -34,7 +34,7 @@ def load_model(
     needs: Part = "unet",
     leave_out: Container[str] = (),
 ) -> LoadedModel:
-    """Load a model from wherever its spec says, or some `parts` of it. The network is never used.
+    """Load a model from the source of its spec, or some `parts` of it. The network is never used.
 
     Without `parts` everything is loaded except `leave_out`; a model without the part `needs` is refused.
     Raises NotFound, Offline (a hub model that is not in the cache; `sdcli models pull` gets it), BadWeights and

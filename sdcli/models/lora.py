@@ -7,7 +7,8 @@
     peft         base_model.model.down_blocks.0....     .lora_A.weight .lora_B.weight, with adapter_config.json
 
 kohya's names cannot be split again into a path, so all names are compared with their dots as underscores. Those of a
-UNet may be of the original code as well (`lora_unet_input_blocks_1_1_...`).
+UNet may be of the original code as well (`lora_unet_input_blocks_1_1_...`). diffusers' converter
+(loaders/lora_conversion_utils.py) is not used: it raises on lora_mid and on every name it does not know.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
 
     The given model stays as it is; the new one shares all weights that no LoRA touches. Names are looked up in
     `folder`. Raises NotFound, BadWeights for a file that is damaged or made for other models, and UsageError for a
-    weight that has no effect, a kind that is not a LoRA, and another file than the entry's digest says.
+    weight that has no effect, a kind that is not a LoRA, and a file with another digest than the entry's.
     """
     model.family.refuse("loras", model.spec.name)
     places = _places(model)
@@ -136,7 +137,7 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def lora_facts(file: Path) -> dict[str, Any] | None:
-    """What a file says about its LoRA, JSON-ready: dialect, layers by part, ranks. None for a file that holds none.
+    """A description of the LoRA in a file, JSON-ready: dialect, layers by part, ranks. None for a file that holds none.
 
     Raises BadWeights, and UsageError for a kind that is not a LoRA.
     """
@@ -180,7 +181,7 @@ def _dialect(layers: Mapping[str, Any]) -> Literal["kohya", "diffusers"]:
 def _layer(what: str, name: str, tensors: Mapping[str, Tensor], scales: _Scales) -> LoraLayer:
     down, up, alpha = tensors["down"], tensors["up"], tensors.get("alpha")
     if down.ndim < 2 or up.ndim < 2 or not down.numel() or not up.numel():
-        raise BadWeights(f"{what} is no pair of matrices")
+        raise BadWeights(f"{what} is not a pair of matrices")
     if "mid" in tensors:  # a convolution as three: 1x1, one of few channels, 1x1 (LyCORIS calls it Tucker)
         if tensors["mid"].ndim != 4 or tensors["mid"].shape[1] != len(down) or down[0].numel() != down.shape[1]:
             raise BadWeights(f"{what} has a lora_mid that does not fit between its two others")
@@ -190,7 +191,7 @@ def _layer(what: str, name: str, tensors: Mapping[str, Tensor], scales: _Scales)
     if not (down.isfinite().all() and up.isfinite().all()):
         raise BadWeights(f"{what} is not finite (NaN)")
     if alpha is not None and alpha.numel() != 1:
-        raise BadWeights(f"{what} has an alpha that is no number")
+        raise BadWeights(f"{what} has an alpha that is not a number")
     # the rank is the number of columns that are multiplied out, also with a lora_mid
     return LoraLayer(down, up, scales.scale(what, name, rank=len(tensors["down"]), alpha=alpha))
 
@@ -200,7 +201,7 @@ def _layer(what: str, name: str, tensors: Mapping[str, Tensor], scales: _Scales)
 
 @dataclass(frozen=True)
 class _Scales:
-    """What the headers of diffusers' files and PEFT's adapter_config.json say: a LoraConfig for each part."""
+    """The LoraConfig of each part, from the headers of diffusers' files or PEFT's adapter_config.json."""
 
     configs: Mapping[str, Mapping[str, Any]]
     """By what the names begin with: `unet.`, `text_encoder.`, or nothing."""
@@ -215,7 +216,7 @@ class _Scales:
                 value = special
         number = float(alpha) if alpha is not None else rank if value is None else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise BadWeights(f"{what} has the alpha {number!r}, which is no number")
+            raise BadWeights(f"{what} has the alpha {number!r}, which is not a number")
         return number / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -77,7 +77,7 @@ def _projected(config: dict[str, Any]) -> nn.Module:
 
 
 def text_name(stored: str, wanted: set[str]) -> str | None:
-    """Older transformers have a prefix, and a list of positions, which is no weight."""
+    """Older transformers have a prefix, and store a list of positions, which is not a weight."""
     return None if stored.endswith("position_ids") else stored.removeprefix("text_model.")
 
 

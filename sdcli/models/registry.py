@@ -36,7 +36,7 @@ FamilyField = Annotated[Family, BeforeValidator(family_named)]
 
 
 class ModelDefaults(Strict):
-    """What a request gets where it says nothing."""
+    """The values of a request's fields that are left open."""
 
     width: int = Field(512, ge=8, le=8192)
     height: int = Field(512, ge=8, le=8192)
@@ -63,7 +63,7 @@ class ModelEntry(Strict):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if not isinstance(self.source, FolderSource):  # a folder says itself which sizes it can generate
+        if not isinstance(self.source, FolderSource):  # a folder describes the sizes it can generate
             for side in ("width", "height"):
                 problem = size_problem(getattr(self.defaults, side), self.family.kind)
                 if problem is not None:
@@ -72,7 +72,7 @@ class ModelEntry(Strict):
 
 
 class ModelSpec(ModelEntry):
-    """A model that can be asked for images: an entry, with what its folder says about it."""
+    """A model to generate with: an entry, completed by the small files of the model."""
 
     kind: ModelKind = ModelKind()
 
@@ -163,7 +163,9 @@ class Registry(Strict):
         if os.path.isdir(path):
             folder = path if (path / "config.json").is_file() else path / "controlnet"
             if not (folder / "config.json").is_file():
-                raise NotFound(f"{name} is no ControlNet: it has no config.json (expected beside it: its safetensors)")
+                raise NotFound(
+                    f"{name} is not a ControlNet: it has no config.json (expected beside it: its safetensors)"
+                )
             return ControlNetSpec(name=name, source=FolderSource(kind="folder", path=folder.resolve()))
         if path.suffix.lower() in PICKLE_SUFFIXES and os.path.exists(path):
             raise UsageError(pickle_refused(path))
@@ -220,12 +222,12 @@ def load_registry(models_file: Path | None = None) -> Registry:
     if default is None:
         raise UsageError(f"{files[0]}: default: missing")
     if default not in models:
-        raise UsageError(f"{named_by}: default: there is no model {default!r}{did_you_mean(default, models)}")
+        raise UsageError(f"{named_by}: default: no model {default!r}{did_you_mean(default, models)}")
     return Registry(default=default, models=models, controlnets=controlnets, files=tuple(files))
 
 
 class RegistryFile(NamedTuple):
-    """What one registry file says; entries by name."""
+    """The content of one registry file; entries by name."""
 
     default: str | None
     models: dict[str, ModelSpec]
@@ -350,16 +352,16 @@ def spec_of_folder(path: Path) -> ModelSpec:
     """A spec for a diffusers folder on disk. Raises NotFound where it is none, UsageError and BadWeights."""
     if not (path / "model_index.json").is_file():
         raise NotFound(
-            f"{path} is no diffusers model: it has no model_index.json "
+            f"{path} is not a diffusers model: it has no model_index.json "
             "(expected beside it: unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
         )
     return described(ModelSpec(name=str(path), source=FolderSource(kind="folder", path=path.resolve())))
 
 
 def described(spec: ModelSpec) -> ModelSpec:
-    """The spec with what its folder or file says: its kind, and the defaults that the entry leaves open.
+    """The spec completed by the small files of its folder, or the header of its file: kind, family, and open defaults.
 
-    Another source, or one that is not there or damaged (loading it says so), leaves the spec as it is; so does a
+    Another source, or one that is missing or damaged (loading reports that), leaves the spec as it is; so does a
     repository of the hub that is not in the cache. Raises NotFound, UsageError and BadWeights.
     """
     if isinstance(spec.source, RandomSource):
@@ -381,7 +383,7 @@ def described(spec: ModelSpec) -> ModelSpec:
 
 
 def _folder_described(source: Source, family: Family) -> ModelFolder | None:
-    """What the small files of a diffusers folder say, also of one in the hub's cache. Raises what reading it raises."""
+    """The description of a diffusers folder, also of one in the hub's cache. Raises what reading it raises."""
     match source:
         case FolderSource(path=path):
             pass
@@ -393,14 +395,14 @@ def _folder_described(source: Source, family: Family) -> ModelFolder | None:
 
 
 def _of_family(spec: ModelSpec) -> ModelSpec:
-    """The spec with what its family says, where nothing else does: of a model of the hub there is only the name."""
+    """The spec with the kind and defaults of its family, for a model of the hub that is not on this machine."""
     if not isinstance(spec.source, HubSource):
         return spec
     return spec.model_copy(update={"kind": spec.family.kind, "defaults": _over(spec, spec.family.defaults)})
 
 
 def _over(spec: ModelSpec, defaults: Mapping[str, Any]) -> ModelDefaults:
-    """The defaults of an entry, laid over others."""
+    """The defaults of an entry; fields that it leaves open are taken from the others."""
     return ModelDefaults(**{**defaults, **spec.defaults.model_dump(exclude_unset=True)})
 
 

@@ -370,7 +370,7 @@ def test_broken_networks_are_told_apart(tiny_folder: Path, files: Path, tmp_path
         ("pickled", BadWeights, "is a pickle"),
         ("bare", BadWeights, "has no weights"),
         ("net.pth", UsageError, "is a pickle"),
-        ("lora.safetensors", BadWeights, "is no ControlNet"),
+        ("lora.safetensors", BadWeights, "is not a ControlNet"),
         ("odd.safetensors", BadWeights, "conv_in.weight has shape"),
         ("none", NotFound, "no such file or folder"),
     ):

@@ -294,7 +294,7 @@ def test_a_file_that_is_no_adapter_or_not_the_models_is_refused_with_a_sentence(
         (pickled, UsageError, "no .safetensors file"),
         (renamed, BadWeights, "is a pickle"),
         (cut, BadWeights, "cut short"),
-        (tiny_folder / "vae/diffusion_pytorch_model.safetensors", BadWeights, "is no IP-Adapter"),
+        (tiny_folder / "vae/diffusion_pytorch_model.safetensors", BadWeights, "is not an IP-Adapter"),
         (wide, UsageError, r"does not fit .* another UNet \(ip_adapter.1.to_k_ip.weight is .*x48, and"),
         (alone, NotFound, "no image encoder"),
         ({key: None}, UsageError, "was made for 3 cross-attention layers, and the model has 4"),

@@ -479,7 +479,7 @@ def test_what_cannot_be_merged_is_refused_with_a_sentence(tmp_path: Path, model:
         ({"peft_type": "LOHA"}, UsageError, "is LOHA"),
         ({"fan_in_fan_out": True}, UsageError, "transposed"),
         ({"alpha_pattern": {"(a+)+$": 1}}, UsageError, "is an expression"),
-        ({"lora_alpha": "16"}, BadWeights, "alpha '16', which is no number"),
+        ({"lora_alpha": "16"}, BadWeights, "alpha '16', which is not a number"),
         ({"lora_alpha": True}, BadWeights, "no number"),
     ],
 )
@@ -496,7 +496,7 @@ def test_hostile_files_are_refused_by_their_headers(tmp_path: Path, loras: Path)
     for name, data, sentence in (
         ("cut", whole[:-10], "cut short"),
         ("pickle", b"\x80\x02" + bytes(100), "is a pickle.*models convert"),
-        ("empty", b"", "is no safetensors file"),
+        ("empty", b"", "is not a safetensors file"),
         ("huge", (2**62).to_bytes(8, "little") + whole, "no safetensors file"),
         ("shapeless", whole.replace(b'"shape"', b'"shame"', 1), "no shape"),
     ):

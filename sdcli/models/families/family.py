@@ -113,7 +113,7 @@ class SingleFile:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of requests, as in models.yaml."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What a folder says in model_index.json beside the components."""
+    """Further entries of model_index.json that the family needs."""
     convert: Mapping[str, Callable[[Tensors, dict[str, Any]], Tensors]] = field(default_factory=dict)
     """Part -> its tensors (named as in the file) and its configuration -> tensors named as in the network.
 
@@ -232,7 +232,7 @@ class Family:
     kind: ModelKind = ModelKind()
     """Of models whose small files are not on this machine."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of requests where neither models.yaml nor the model's folder says otherwise."""
+    """Defaults of requests that neither models.yaml nor the model's folder sets."""
     reads_text: bool = True
     """Whether the prompt is text for a text encoder."""
     takes_prompt: bool = True

@@ -85,7 +85,7 @@ class PullReport:
     changed: tuple[str, ...] = ()
     """Files that differ from those which the last pull of this revision recorded."""
     checker_left_out: bool = False
-    """Whether the repository ships a safety checker that was not asked for."""
+    """Whether the repository ships a safety checker that was left out."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def first_missing(folder: Path, spec: ModelSpec | ControlNetSpec) -> str | None:
         return "model_index.json"
     else:
         index: dict[str, Any] = {}
-        with contextlib.suppress(BadWeights):  # loading it will say so
+        with contextlib.suppress(BadWeights):  # loading reports it
             index = read_json_object(folder / "model_index.json")
         parts = weighty_parts(index)
         stems = [f"{part}/{WEIGHTS[part]}" for part in parts]
@@ -312,7 +312,7 @@ def pull(
     """Download a hub model's (or ControlNet's) safetensors and small files into the hub cache and record their hashes.
 
     What is there already is hashed and kept, a damaged file is replaced, a partial one continued. A model's
-    `safety_checker` comes along when it is asked for, and from then on with every pull of the same revision.
+    `safety_checker` is downloaded on request, and from then on with every pull of the same revision.
     Raises UsageError for another source, an unsupported family (before the network is asked) or a safety checker that
     the repository does not ship, Offline, NotFound, NoAccess, BadWeights and CannotWrite.
     """
@@ -369,12 +369,12 @@ def _pull(
     here = total - sum(file.size for file in absent)
     for file in absent:
 
-        def tell(done: int, path: str = file.path, here: int = here) -> None:
+        def report(done: int, path: str = file.path, here: int = here) -> None:
             progress(path, here + done, total)
 
-        _fetch(api, source, commit, file, folder, tell)
+        _fetch(api, source, commit, file, folder, report)
         here += file.size
-        tell(file.size)
+        report(file.size)
     hashes = {file.path: {"size": file.size, "sha256": file.sha256 or sha256(folder / file.path)} for file in files}
     _record(source, commit, hashes)
     changed = tuple(path for path, was in before.items() if path in hashes and was["sha256"] != hashes[path]["sha256"])
@@ -481,7 +481,7 @@ def _fetch_blob(source: HubSource, commit: str, file: _Remote, progress: Callabl
 
 
 class _Reporting(io.FileIO):
-    """A file that is appended to and tells its length after each write."""
+    """A file that is appended to and reports its length after each write."""
 
     def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
         super().__init__(path, "ab")
