@@ -113,7 +113,7 @@ def command(
             console.warn(str(errors[0]))  # it is not the only image, so it does not end the process
         count += 1
         errors += [event.error] if event.error is not None else []
-        _report(event, console, told=alone and count == 1)
+        _report(event, console, printed=alone and count == 1)
     raise_for(errors, of=count)
 
 
@@ -128,15 +128,15 @@ def _format(output: Path | None, image_format: ImageFormat | None) -> ImageForma
     return named
 
 
-def _report(event: DecodeResult, console: Console, *, told: bool) -> None:
-    """One image as one line; a failure's sentence goes to stderr, where nobody else tells it."""
+def _report(event: DecodeResult, console: Console, *, printed: bool) -> None:
+    """Print one image as a line, or its error on stderr unless it is `printed` when the process ends."""
     for note in event.notes:
         console.warn(note)
     fields = {"status": event.status, "source": str(event.source), "index": event.index}
     if event.error is not None:
         if console.json:
             console.result("", **fields, error=str(event.error), exit_code=event.error.exit_code)
-        if not told:
+        if not printed:
             console.warn(str(event.error))
         return
     console.result(

@@ -1,4 +1,4 @@
-"""The sheet of a sweep: the images of all combinations in their order, an empty place for each that failed."""
+"""The contact sheet of a sweep: the images of all combinations in order, with a gap for each that failed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LABEL_LINES = 4
 
 @dataclass(frozen=True)
 class SweepSheet:
-    """What stands in which place of the sheet, row by row."""
+    """The jobs in the cells of the sheet, row by row."""
 
     places: tuple[ResolvedJob | BadJob, ...]
     columns: int
 
     @classmethod
     def of(cls, jobs: Sequence[ResolvedJob | BadJob], axes: Sequence[Axis], *, num_images: int) -> SweepSheet:
-        """The values of the last axis side by side; a refused combination is one job, and leaves its places empty."""
+        """A sheet with the values of the last axis side by side; a refused combination leaves its cells empty."""
         places = (job for job in jobs for _ in range(num_images if isinstance(job, BadJob) else 1))
         return cls(tuple(places), len(axes[-1].values) * num_images)
 
     def check(self) -> None:
-        """Raise UsageError for a sheet that would be too large."""
+        """Raise UsageError if the sheet would be too large."""
         from sdcli.images.contact_sheet import check_size
 
         widths, heights = zip(
@@ -40,7 +40,7 @@ class SweepSheet:
         check_size(len(self.places), (max(widths), max(heights)), label_lines=LABEL_LINES)
 
     def write(self, paths: Mapping[int, Path], settings: OutputSettings, console: Console) -> None:
-        """Lay out the images, whose files are named by the index of their job, and print the sheet's path."""
+        """Write the sheet of the images, given by job index, and print its path."""
         from sdcli.images.contact_sheet import contact_sheet, empty, write_sheet
         from sdcli.images.image_files import open_image
 

@@ -48,12 +48,12 @@ def command(
     spec = load_registry(models_file).find(model)
     spec.family.refuse("tokens", spec.name)
     typed = {"negative_prompt": negative_prompt, "steps": steps, "prompt_syntax": prompt_syntax}
-    asked = parse_request({"prompt": prompt, **typed})
-    request = asked.changed(
-        prompt=take_tags(asked.prompt)[0],
+    request = parse_request({"prompt": prompt, **typed})
+    request = request.changed(
+        prompt=take_tags(request.prompt)[0],
         prompt_template=take_tags(spec.defaults.prompt_template)[0],
-        steps=asked.steps or spec.defaults.steps,
-        prompt_syntax=asked.prompt_syntax or "a1111",
+        steps=request.steps or spec.defaults.steps,
+        prompt_syntax=request.prompt_syntax or "a1111",
     )
     from sdcli.encoders.tokenizer import load_tokenizer
     from sdcli.models.hub.download import tokenizer_folder

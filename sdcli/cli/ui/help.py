@@ -29,6 +29,12 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            print(self.get_help(ctx))
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write(command_sections(self), formatter)
         _write(option_sections(self, ctx), formatter)
@@ -38,7 +44,7 @@ class App(typer.Typer):
     """A Typer app whose help pages are those of this module."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(cls=_Group, rich_markup_mode=None, no_args_is_help=True, **options)
+        super().__init__(cls=_Group, rich_markup_mode=None, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
         """Like Typer's."""
