@@ -1,4 +1,4 @@
-"""Conditioning: the denoiser's inputs beside x and the timestep, one row per image, and their changes over the steps."""
+"""Conditioning: the inputs of the denoiser beside x and the timestep, one row per image, and how they change."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Names:
 def read_input(path: str) -> bytes:
     """The bytes of an image or latent file, or of stdin for `-`, which is read once.
 
-    Raises NotFound, BadImage for what is no ordinary file or too large, and UsageError where stdin is a terminal.
+    Raises NotFound, BadImage for what is not a regular file or is too large, and UsageError where stdin is a terminal.
     """
     if path == "-":
         return stdin_bytes()
@@ -157,7 +157,7 @@ def stdin_bytes() -> bytes:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse what is no ordinary file before it is opened: reading a pipe would wait for ever.
+    """Refuse what is not a regular file before it is opened: reading a pipe would block forever.
 
     Raises NotFound and BadImage.
     """
@@ -170,7 +170,7 @@ def check_readable(path: Path) -> None:
     if path.is_dir():
         raise BadImage(f"{path} is a folder, not a file")
     if not path.is_file():
-        raise BadImage(f"{path} is no ordinary file")
+        raise BadImage(f"{path} is not a regular file")
     if size > MAX_FILE_BYTES:
         raise BadImage(f"{path} is larger than {MAX_FILE_BYTES // 1024**2} MiB, more than is read here")
 
