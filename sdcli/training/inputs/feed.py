@@ -176,10 +176,10 @@ def _workers_of(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     That handler raises an error for a dead worker wherever the main thread is, even within a checkpoint. The feed's
     thread notices a dead worker within seconds, too, and raises at the next step.
     """
-    has_handlers = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD) if has_handlers else None
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
     batches = iter(loader)
-    if has_handlers:
+    if in_main_thread:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield batches
@@ -187,7 +187,7 @@ def _workers_of(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
         shut_down = getattr(batches, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
-        if has_handlers:
+        if in_main_thread:
             signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 

@@ -40,6 +40,7 @@ from sdcli.training.state.checkpoint import save_checkpoint
 from sdcli.training.task import Draw, Task
 from sdcli.training.text_encoder import teachers
 from sdcli.training.text_encoder.caption_files import Captions
+from sdcli.training.text_encoder.losses import info_nce, matching_positions
 from sdcli.training.text_encoder.network import (
     copy_text_encoder,
     first_end,
@@ -47,14 +48,7 @@ from sdcli.training.text_encoder.network import (
     new_text_encoder,
     write_text_encoder,
 )
-from sdcli.training.text_encoder.task import (
-    LENGTH_STEP,
-    TextEncoderTask,
-    by_length,
-    info_nce,
-    matching_positions,
-    parse_objectives,
-)
+from sdcli.training.text_encoder.task import LENGTH_STEP, TextEncoderTask, by_length, parse_objectives
 from sdcli.training.text_encoder.teachers import (
     SentenceEncoder,
     StoredVectors,
