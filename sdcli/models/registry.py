@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import platformdirs
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import PACKAGE, expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
+from sdcli.io.yaml_files import read_yaml
 from sdcli.models.families import DEFAULT_FAMILY, FAMILIES, family_named, family_with_recipe, single_file_in
 from sdcli.models.families.family import Family, ModelKind
 from sdcli.models.hub.cache import snapshot_folder
@@ -28,7 +28,6 @@ from sdcli.request.schema import (
     parse_request,
 )
 
-MAX_REGISTRY_BYTES = 256 * 1024
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -288,48 +287,6 @@ def _beside(file: Path, source: Source) -> Source:
     if not isinstance(source, FolderSource | FileSource):
         return source
     return source.model_copy(update={"path": (file.parent / expanded(source.path)).absolute()})
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader without aliases (a few lines of them can mean gigabytes) and without duplicate keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key_node.value!r} is there twice")
-            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A small YAML mapping, hostile input included. Raises NotFound and UsageError."""
-    try:
-        if file.stat().st_size > MAX_REGISTRY_BYTES:
-            raise UsageError(f"{file}: larger than {MAX_REGISTRY_BYTES // 1024} KiB, which no registry is")
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    except FileNotFoundError:
-        raise NotFound(f"no models file {file}") from None
-    except OSError as error:
-        raise NotFound(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{file}: is not UTF-8 text") from None
-    except RecursionError:
-        raise UsageError(f"{file}: is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise UsageError(f"{file}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise UsageError(f"{file}: should be a mapping, not a {type(data).__name__}")
-    return data
 
 
 def packaged_registry_file() -> Path:

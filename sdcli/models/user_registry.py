@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded, write_whole
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
+from sdcli.io.yaml_files import read_yaml
 from sdcli.models.registry import (
     HUB_ID,
     ModelSpec,
     load_registry,
     packaged_registry_file,
     read_registry_file,
-    read_yaml,
     spec_of_folder,
     user_registry_file,
 )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from sdcli.errors import NotFound, UsageError
-from sdcli.models.registry import read_yaml
+from sdcli.io.yaml_files import read_yaml
 from sdcli.request.schema import did_you_mean, first_problem
 from sdcli.training.settings import TrainSettings
 

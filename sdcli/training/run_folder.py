@@ -21,7 +21,7 @@ import yaml
 
 from sdcli.errors import CannotWrite, NotFound, UsageError
 from sdcli.io.files import write_whole
-from sdcli.models.registry import read_yaml
+from sdcli.io.yaml_files import read_yaml
 from sdcli.training.settings import TrainSettings
 
 SETTINGS = "settings.yaml"

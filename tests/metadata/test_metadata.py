@@ -382,7 +382,7 @@ def test_what_is_no_image_gets_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match="is not a PNG, JPEG or WebP image"):
             read_image(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(BadImage, match="no ordinary file"):
+    with pytest.raises(BadImage, match="not a regular file"):
         read_image(tmp_path / "pipe.png")
 
 

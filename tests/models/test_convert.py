@@ -179,7 +179,7 @@ def test_what_makes_no_sense_is_refused_before_a_process_is_started(tmp_path: Pa
     with pytest.raises(NotFound):
         convert(source, target, overwrite=False)
     os.mkfifo(source)
-    with pytest.raises(UsageError, match="no ordinary file"):
+    with pytest.raises(UsageError, match="not a regular file"):
         convert(source, target, overwrite=False)
     source.unlink()
     source.write_bytes(struct.pack("<Q", 2) + b"{}")

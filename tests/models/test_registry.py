@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.files import PACKAGE
-from sdcli.models.registry import load_registry, packaged_registry_file, read_registry_file, read_yaml
+from sdcli.io.yaml_files import read_yaml
+from sdcli.models.registry import load_registry, packaged_registry_file, read_registry_file
 from sdcli.models.sources import FileSource, FolderSource, HubSource
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import GenerationRequest

@@ -1,0 +1,54 @@
+"""Small YAML files: model registries and settings, read as data alone and safe to open if they are hostile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdcli.errors import NotFound, UsageError
+
+MAX_YAML_BYTES = 256 * 1024
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a few lines of them can mean gigabytes) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key_node.value!r} is there twice")
+            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A small YAML mapping, hostile input included. Raises NotFound and UsageError."""
+    try:
+        if file.stat().st_size > MAX_YAML_BYTES:
+            raise UsageError(f"{file}: larger than {MAX_YAML_BYTES // 1024} KiB, the limit for such files")
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except FileNotFoundError:
+        raise NotFound(f"no models file {file}") from None
+    except OSError as error:
+        raise NotFound(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: is not UTF-8 text") from None
+    except RecursionError:
+        raise UsageError(f"{file}: is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"{file}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{file}: should be a mapping, not a {type(data).__name__}")
+    return data
