@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +11,7 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.help import App
+from sdcli.cli.ui.model_facts import cells, files_of, lines, local_path, lora_of, summary, table
 from sdcli.cli.ui.progress import ProgressBar
 from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.generation.settings import DType
@@ -24,7 +23,7 @@ from sdcli.models.registry import (
     load_registry,
     user_registry_file,
 )
-from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource
+from sdcli.models.sources import HubSource
 from sdcli.request.schema import parse_size
 
 if TYPE_CHECKING:
@@ -49,13 +48,13 @@ def list_models(
     """List the models known by name; `*` marks the default."""
     console, registry = Console(json=json), load_registry(models_file)
     known = registry.controlnets if controlnets else registry.models
-    rows = [_summary(spec, registry) for spec in known.values()]
+    rows = [summary(spec, registry) for spec in known.values()]
     if json:
         for row in rows:
             console.result("", **row)
         return
     heads = ("  name", "family", "where", "size", "licence", "description")
-    for line in _table([heads, *(_cells(row) for row in rows)]):
+    for line in table([heads, *(cells(row) for row in rows)]):
         console.result(line)
     if any(not row["supported"] for row in rows):
         console.note("families in parentheses are not supported yet")
@@ -67,16 +66,16 @@ def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False
     registry = load_registry(models_file)
     spec = registry.find_either(name)
     fields: dict[str, Any] = {
-        **_summary(spec, registry),
+        **summary(spec, registry),
         "source": spec.source.model_dump(mode="json"),
-        **({"defaults": spec.defaults.model_dump(mode="json"), **_lora(spec)} if isinstance(spec, ModelSpec) else {}),
-        "files": [{"file": path, "bytes": size} for path, size in _files(spec)],
+        **({"defaults": spec.defaults.model_dump(mode="json"), **lora_of(spec)} if isinstance(spec, ModelSpec) else {}),
+        "files": [{"file": path, "bytes": size} for path, size in files_of(spec)],
     }
     console = Console(json=json)
     if json:
         console.result("", **fields)
         return
-    for line in _lines(fields):
+    for line in lines(fields):
         console.result(line)
 
 
@@ -261,7 +260,7 @@ def path(
         Console().result(str(user_registry_file()))
         return
     spec = load_registry(models_file).find_either(name)
-    folder = _local_path(spec)
+    folder = local_path(spec)
     if folder is None:
         raise UsageError(f"{spec.name!r} has no files: {spec.origin()}")
     if not folder.exists():
@@ -296,78 +295,6 @@ def convert_checkpoint(
         console.note(f"skipped entries other than weights: {', '.join(done.left_out[:5])}{more}")
     console.note(f"{done.tensors} tensors, {megabytes(done.total_bytes)}")
     console.result(str(done.file), file=str(done.file), tensors=done.tensors, bytes=done.total_bytes)
-
-
-# Facts of a model
-
-
-def _summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "default": isinstance(spec, ModelSpec) and spec.name == registry.default,
-        "family": spec.family.name,
-        "supported": spec.family.supported,
-        "here": _here(spec),
-        "origin": spec.origin(),
-        "download_bytes": spec.download_bytes,
-        "license": spec.license,
-        "description": spec.description,
-    }
-
-
-def _here(spec: ModelSpec | ControlNetSpec) -> str:
-    match spec.source:
-        case EmbeddedSource():
-            return "embedded"
-        case RandomSource():
-            return "in memory"
-        case FolderSource(path=path) | FileSource(path=path):
-            return "on disk" if path.exists() else "missing"
-        case HubSource() as source:
-            from sdcli.models.hub.cache import snapshot_folder
-            from sdcli.models.hub.download import first_missing
-
-            folder = snapshot_folder(source)
-            if not folder.is_dir():
-                return "not downloaded"
-            try:
-                return "downloaded" if first_missing(folder, spec) is None else "partly downloaded"
-            except BadWeights:
-                return "damaged"
-
-
-def _local_path(spec: ModelSpec | ControlNetSpec) -> Path | None:
-    """Where a model's files are, or None for one without files. Raises Offline for one that is not downloaded."""
-    from sdcli.models.hub.download import folder_of
-
-    return spec.source.path if isinstance(spec.source, FileSource) else folder_of(spec)
-
-
-def _files(spec: ModelSpec | ControlNetSpec) -> Iterator[tuple[str, int]]:
-    """The model's files that are here, relative to its folder, with their bytes."""
-    if isinstance(spec.source, HubSource):
-        from sdcli.models.hub.cache import snapshot_folder
-
-        root: Path | None = snapshot_folder(spec.source)
-    else:
-        root = _local_path(spec)
-    if root is None:
-        return
-    if root.is_file():
-        yield root.name, root.stat().st_size
-    for file in sorted(root.rglob("*")) if root.is_dir() else ():
-        if file.is_file():
-            yield file.relative_to(root).as_posix(), file.stat().st_size
-
-
-def _lora(spec: ModelSpec) -> dict[str, Any]:
-    """The facts of a file that is a LoRA, which people keep in the same folders as models."""
-    if not isinstance(spec.source, FileSource) or not spec.source.path.is_file():
-        return {}
-    from sdcli.models.lora import lora_facts
-
-    facts = lora_facts(spec.source.path)
-    return {"lora": facts} if facts is not None else {}
 
 
 def _is_packaged(name: str) -> bool:
@@ -418,40 +345,3 @@ def _each(names: list[str], one: Callable[[str], None], *, console: Console) -> 
             failed.append(name)
     if failed:
         raise SomeFailed(f"{len(failed)} of {len(names)} models failed: {', '.join(failed)}")
-
-
-# Formatting
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    from sdcli.models.hub.download import megabytes
-
-    return (
-        f"{'*' if row['default'] else ' '} {row['name']}",
-        row["family"] if row["supported"] else f"({row['family']})",
-        row["here"],
-        megabytes(row["download_bytes"]) if row["download_bytes"] else "-",
-        row["license"].partition(" (")[0],
-        row["description"],
-    )
-
-
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Aligned columns; on a terminal cut to its width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for row in rows:
-        line = "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        yield line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-def _lines(fields: dict[str, Any]) -> Iterator[str]:
-    for key, value in fields.items():
-        if key == "files":
-            yield f"files: {'' if value else 'none'}".rstrip()
-            for file in value:
-                yield f"  {file['bytes']:>13,}  {file['file']}"
-        elif isinstance(value, dict):
-            yield f"{key}: {', '.join(f'{inner}={shown}' for inner, shown in value.items() if shown is not None)}"
-        else:
-            yield f"{key}: {'yes' if value is True else 'no' if value is False else value}"
