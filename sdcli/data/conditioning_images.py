@@ -1,4 +1,4 @@
-"""Images and the maps that belong to them: by a column of their table or rows, or by their names in two folders."""
+"""Conditioning images (maps) for ControlNet training: paired by a table column, or by equal names in two folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
 
 MAP_COLUMN = "conditioning_image"
-"""What diffusers' scripts call the column, and Hugging Face's data sets for ControlNets have."""
+"""The column's name in diffusers' scripts and in Hugging Face's data sets for ControlNets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +24,9 @@ class Maps:
     """The maps of an image set, in the order of its images."""
 
     listed: ImageSet
-    """All maps there are, in an order of their own."""
+    """All maps, in their own order."""
     places: np.ndarray
-    """int64 [n]: where in `listed` the map of each image is; -1 where there is none."""
+    """int64 [n]: the place in `listed` of each image's map; -1 for images without one."""
 
     def __getitem__(self, index: int) -> Item:
         return self.listed[int(self.places[index])]
@@ -39,25 +39,26 @@ class Maps:
 def with_maps_of_folder(images: ImageSet, folder: str) -> tuple[ImageSet, Maps]:
     """Pair images in folders with the images of another folder that have the same names, up to the suffix.
 
-    The first of the returned is the images without those that lie in that folder themselves. Raises NotFound, and
-    UsageError where the names leave open what belongs together.
+    The returned image set leaves out images in that folder. Raises NotFound, and UsageError if the pairing is
+    ambiguous.
     """
     root = expanded(folder)
     if not root.is_dir():
         raise NotFound(f"there is no folder {folder} (--conditioning-data-dir)")
     maps = open_images(root, split="all")
     if not isinstance(images, LooseFiles) or not isinstance(maps, LooseFiles):
-        raise UsageError("--conditioning-data-dir is a folder of pictures that belong to those of a folder")
+        raise UsageError("--conditioning-data-dir and the training data must both be folders of images")
     if root.resolve().is_relative_to(images.root.resolve()):
         inside = root.resolve().relative_to(images.root.resolve())
         if not inside.parts:
-            raise UsageError("--conditioning-data-dir is the folder of the images themselves")
+            raise UsageError("--conditioning-data-dir is the folder of the training images itself")
         images = _without(images, lambda name: PurePosixPath(name).is_relative_to(inside))
     places: dict[str, int] = {}
     for place, item in enumerate(maps):
         stem = _stem(item.name)
         if stem in places:
-            raise UsageError(f"{folder} holds {maps[places[stem]].name} and {item.name}: to which does {stem} belong?")
+            both = f"{maps[places[stem]].name} and {item.name}"
+            raise UsageError(f"{folder} holds both {both}, so the map of {stem} is ambiguous")
         places[stem] = place
     return images, Maps(maps, np.array([places.get(_stem(item.name), -1) for item in images], dtype=np.int64))
 
@@ -65,12 +66,11 @@ def with_maps_of_folder(images: ImageSet, folder: str) -> tuple[ImageSet, Maps]:
 def with_maps_of_column(
     images: ImageSet, column: str | None, *, data: str, image_column: str | None, split: str
 ) -> tuple[ImageSet, Maps]:
-    """Pair images with those that their rows name, or hold, in another column (`conditioning_image`).
+    """Pair images with those that their rows name or contain in another column (`conditioning_image`).
 
-    The first of the returned is the images without those that are maps alone. Raises UsageError where there is no
-    such column.
+    The returned image set leaves out images that are only maps. Raises UsageError if there is no such column.
     """
-    name = column or MAP_COLUMN  # part of the maps' source, under which is remembered what was seen of them
+    name = column or MAP_COLUMN  # part of the maps' source, by which their facts are stored
     if isinstance(images, ParquetRows):
         rows = open_images(data, image_column=name, split=split)
         assert isinstance(rows, ParquetRows)
@@ -80,8 +80,8 @@ def with_maps_of_column(
         named = named_in_tables(images, name, image_column=image_column, required=column is not None)
     if not named or not isinstance(images, LooseFiles):
         raise UsageError(
-            f"{data} says nothing of conditioning images: no column {name!r} in a metadata.jsonl or parquet file; "
-            "--conditioning-data-dir names a folder of them, --preprocessor makes them of the pictures"
+            f"{data} names no conditioning images: there is no column {name!r} in a metadata.jsonl or parquet file; "
+            "give a folder of them with --conditioning-data-dir, or compute them with --preprocessor"
         )
     names = sorted(set(named.values()))
     maps = LooseFiles(f"{images.source} ({name})", Items.of([Item(one, ()) for one in names]), root=images.root)
@@ -97,7 +97,7 @@ def _by_name(images: ImageSet, maps: ImageSet, named: Mapping[str, str]) -> Maps
 
 
 def _without(images: LooseFiles, are_maps: Callable[[str], bool]) -> LooseFiles:
-    """Without what is said of maps: a map is no image, neither a used nor a dropped one."""
+    """The images that are not maps; items dropped and remarks about maps are left out as well."""
     items = Items.of([item for item in images if not are_maps(item.name)], classes=images.classes)
     dropped = tuple(one for one in images.dropped if not are_maps(one.name))
     remarks = tuple(one for one in images.remarks if not are_maps(one.name))

@@ -1,4 +1,4 @@
-"""Images that are there twice: the same bytes, or nearly the same look."""
+"""Duplicates in an image set: equal bytes, or nearly equal appearance."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 BANDS = 4
-"""Hashes that differ in fewer bits than there are bands have a band in common, and only such pairs are compared."""
+"""Hashes that differ in fewer bits than there are bands share a band, so only pairs that share one are compared."""
 PLAIN = 6
-"""Hashes with fewer bits set or unset say too little: one plain image looks like another."""
+"""Hashes with fewer bits set or unset are not compared: plain images have nearly equal hashes."""
 
 
 def same_bytes(digests: Sequence[str], used: Iterable[int]) -> list[list[int]]:
-    """Groups of indices whose images are equal byte for byte, each group rising."""
+    """Groups of indices whose images are equal byte for byte, each group in ascending order."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index in used:
         groups[digests[int(index)]].append(int(index))
@@ -24,10 +24,10 @@ def same_bytes(digests: Sequence[str], used: Iterable[int]) -> list[list[int]]:
 def similar(
     hashes: np.ndarray, sizes: np.ndarray, digests: Sequence[str], used: Iterable[int], *, bits: int = 2
 ) -> list[list[int]]:
-    """Groups of images that look nearly the same and are not equal: resized or compressed anew, perhaps.
+    """Groups of images of nearly equal appearance with different bytes, such as resized or recompressed copies.
 
     `hashes`: uint64 [n] difference hashes; pairs differ in at most `bits` (0..3) of 64, and their aspect ratios by at
-    most 5%. A hint only. Of equal images one stands for all.
+    most 5%. A hint only. Of images with equal bytes only the first is compared.
     """
     if not 0 <= bits < BANDS:
         raise ValueError(f"bits must be 0 to {BANDS - 1}")

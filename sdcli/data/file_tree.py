@@ -55,7 +55,7 @@ def scan(root: Path) -> Tree:
         elif suffix == ".parquet":
             kinds["parquets"].append(name)
         elif suffix in UNREAD_SUFFIXES:
-            dropped.append(DroppedItem(name, f"is of a kind that is not read ({suffix}); a PNG or JPEG copy would be"))
+            dropped.append(DroppedItem(name, f"is in an unsupported format ({suffix}); convert it to PNG or JPEG"))
         else:
             others.add(name)
     found = {kind: tuple(names) for kind, names in kinds.items()}
@@ -76,7 +76,7 @@ def _walk(root: Path, dropped: list[DroppedItem]) -> Iterator[str]:
             dropped.append(DroppedItem(below.rstrip("/"), f"is a folder that cannot be read: {error.strerror}"))
             continue
         identity = (facts.st_dev, facts.st_ino)
-        if identity in above:  # a link to a folder that it lies in
+        if identity in above:  # a link to a folder that contains it
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -85,7 +85,7 @@ def _walk(root: Path, dropped: list[DroppedItem]) -> Iterator[str]:
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError as error:  # a link to itself, or through a file
-                dropped.append(DroppedItem(name, f"cannot be looked at: {error.strerror}"))
+                dropped.append(DroppedItem(name, f"cannot be examined: {error.strerror}"))
                 continue
             if is_folder:
                 pending.append((entry.path, f"{name}/", above | {identity}))
@@ -112,7 +112,7 @@ def split_by_folder(names: Sequence[str], *, split: str, source: str) -> tuple[t
     if len(named) < len(tops):
         others = ", ".join(top or "files outside of folders" for top in tops if top not in named)
         raise UsageError(
-            f"{source} has {', '.join(named)} beside {others}: are they splits, or classes? Give {source}/"
+            f"{source} has {', '.join(named)} beside {others}, so they may be splits or classes: give {source}/"
             f"{next(iter(named))} for one split, or --split {ALL_SPLITS} for everything"
         )
     _check_split(split, set(named.values()), source)
@@ -146,6 +146,6 @@ def _split_in_path(name: str) -> str | None:
     return next((split for word in words.split("\n") if (split := split_called(word.rstrip("0123456789")))), None)
 
 
-def _check_split(split: str, there: set[str], source: str) -> None:
-    if split != ALL_SPLITS and split_called(split) not in there:
-        raise UsageError(f"{source} has no split {split!r}; it has {', '.join(sorted(there))} (--split)")
+def _check_split(split: str, present: set[str], source: str) -> None:
+    if split != ALL_SPLITS and split_called(split) not in present:
+        raise UsageError(f"{source} has no split {split!r}; it has {', '.join(sorted(present))} (--split)")

@@ -1,4 +1,4 @@
-"""What listing images and listing latents in folders share: caption files, class folders, and notes on the way."""
+"""Caption files and class folders of loose files: shared by the listings of images and of latents."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sdcli.data.records import DroppedItem, Item, Remark, UnusableEntry, caption
 from sdcli.errors import BadImage, NotFound
 
 CAPTION_LIKE = frozenset({".txt", ".caption", ".captions", ".cap", ".tags", ".tag", ".prompt"})
-"""What caption files are called; one in an extension that was not asked for is worth a remark."""
+"""Usual extensions of caption files; a file with one that is not --caption-extension gives a remark."""
 
 
 @dataclass
 class Listing:
-    """What is found on the way."""
+    """What a listing collects besides the items."""
 
     dropped: list[DroppedItem] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
@@ -42,9 +42,9 @@ def with_caption_file(root: Path, item: Item, file: str, listing: Listing) -> It
 
 
 def class_of(names: Sequence[str], *, below: int) -> Callable[[str], str | None]:
-    """How to find an image's class: the first folder in which the paths differ, as in torchvision's ImageFolder.
+    """A function from an image's path to its class: the first folder in which the paths differ (as in torchvision).
 
-    `below` leading folders are splits. Where an image lies in no folder there are no classes at all.
+    `below` leading folders are splits. If any image lies in no folder, there are no classes.
     """
     folders = [name.split("/")[below:-1] for name in names]
     if not folders or not all(folders):
@@ -62,14 +62,14 @@ def no_class(name: str) -> str | None:
 def caption_files(others: Iterable[str], extension: str) -> dict[str, str]:
     """Path without suffix -> the caption file of that name; `.TXT` counts as `.txt`."""
     found: dict[str, str] = {}
-    for name in sorted(others, reverse=True):  # of both the one in small letters comes last, and stays
+    for name in sorted(others, reverse=True):  # of `a.TXT` and `a.txt` the latter comes last and wins
         if name.lower().endswith(extension.lower()):
             found[name[: -len(extension)]] = name
     return found
 
 
 def other_caption_files(others: Iterable[str], extension: str) -> dict[str, str]:
-    """Path without suffix -> the suffix of what looks like a caption and is not asked for."""
+    """Path without suffix -> the suffix of a file that looks like a caption but has another extension."""
     pairs = ((stem_of(name), PurePosixPath(name).suffix) for name in sorted(others))
     return {stem: suffix for stem, suffix in pairs if suffix.lower() in CAPTION_LIKE - {extension.lower()}}
 

@@ -37,7 +37,7 @@ from sdcli.errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class LooseFiles(ListedImages):
-    """Images that are files of their own."""
+    """Images that are single files."""
 
     root: Path = field(kw_only=True)
 
@@ -72,7 +72,7 @@ def open_folder(
             )
     if not tables and (image_column is not None or caption_column is not None):
         column = "--image-column" if image_column is not None else "--caption-column"
-        raise UsageError(f"{source} has no {', '.join(TABLE_NAMES)} that {column} could speak of")
+        raise UsageError(f"{column} needs a metadata table, and {source} has no {', '.join(TABLE_NAMES)}")
     listing = Listing(list(tree.dropped))
     if tables:
         items = _listed_in_tables(tree, chosen, tables, beside, listing)
@@ -87,13 +87,13 @@ def open_folder(
 def _tables_of(
     tree: Tree, chosen: Sequence[str], *, image_column: str | None, caption_column: str | None
 ) -> dict[str, Table]:
-    """The metadata tables that stand in the chosen images' folders or above them. Raises UsageError, BadImage."""
+    """The metadata tables in the chosen images' folders or above them. Raises UsageError and BadImage."""
     folders = {str(above) for name in chosen for above in PurePosixPath(name).parents}
     names = [name for name in tree.tables if str(PurePosixPath(name).parent) in folders]
     for folder, count in Counter(str(PurePosixPath(name).parent) for name in names).items():
         if count > 1:
             both = [name for name in names if str(PurePosixPath(name).parent) == folder]
-            raise UsageError(f"{tree.root} has {' and '.join(both)}; keep the one that is meant")
+            raise UsageError(f"{tree.root} has both {' and '.join(both)}; keep one of them")
     return {
         name: read_table(tree.root / name, name=name, image_column=image_column, caption_column=caption_column)
         for name in names
@@ -103,7 +103,7 @@ def _tables_of(
 def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None, required: bool) -> dict[str, str]:
     """Image -> the image that its row names in another column, as paths relative to the set's root.
 
-    Empty where no table has such a column and it is not `required`. Raises UsageError and BadImage.
+    Empty if no table has such a column and it is not `required`. Raises UsageError and BadImage.
     """
     tree = scan(images.root)
     known, found = set(tree.images), {}
@@ -118,7 +118,7 @@ def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None
             continue
         other_of = {row.place: row.file for row in others.rows}
         for row in own.rows:
-            with contextlib.suppress(UnusableEntry):  # listing the images, or looking at the maps, tells of it
+            with contextlib.suppress(UnusableEntry):  # reported when the images are listed and the maps decoded
                 target = other_of.get(row.place)
                 found.update(
                     {} if target is None else {_target(folder, row.file, known): _target(folder, target, known)}
@@ -129,7 +129,7 @@ def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None
 def _listed_in_tables(
     tree: Tree, chosen: Sequence[str], tables: dict[str, Table], beside: dict[str, str], listing: Listing
 ) -> list[Item]:
-    """The images that rows speak of, in the order of their names; several rows of one image are alternatives."""
+    """The images that rows name, in the order of their names; several rows of one image are alternatives."""
     from_files = not any(table.has_captions for table in tables.values())
     rows: dict[str, list[ImageRow]] = {}
     wanted, known = set(chosen), set(tree.images)
@@ -175,7 +175,7 @@ def _item_of_rows(image: str, rows: Sequence[ImageRow], tables: str, listing: Li
 
 
 def _target(folder: PurePosixPath, file: str, known: set[str]) -> str:
-    """The path that a row means, relative to the root. Raises UnusableEntry for one that leads out of the folder."""
+    """The path of the file that a row names, relative to the root. Raises UnusableEntry if it is outside the folder."""
     for spelled in (file, unicodedata.normalize("NFC", file), unicodedata.normalize("NFD", file)):
         for path in (spelled, spelled.replace("\\", "/")):
             if path.startswith("/") or PureWindowsPath(path).anchor:

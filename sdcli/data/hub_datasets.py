@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: an id -> the parquet files of a split, at one commit, to be read by parts."""
+"""Data sets of the Hugging Face hub: the parquet files of a split at one commit, read in parts over the network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sdcli.models.hub.download import offline_by_environment, use_offline
 HUB_DATA = re.compile(
     r"(?P<sure>hf://datasets/)?(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
 )
-"""owner/name, and where there are several, the configuration and the revision: `owner/name:config@revision`.
+"""`owner/name`, optionally with configuration and revision: `owner/name:config@revision`.
 
-With `hf://datasets/` before it it cannot be taken for a folder."""
+The prefix `hf://datasets/` distinguishes it from a folder."""
 EXPORT = "refs/convert/parquet"
 """The branch where the hub keeps a parquet copy of data sets in other formats."""
 
@@ -38,7 +38,7 @@ def open_hub(
     """
     match = HUB_DATA.fullmatch(data)
     if match is None:
-        raise UsageError(f"{data!r} is no id of a data set on the hub (owner/name)")
+        raise UsageError(f"{data!r} is not the id of a data set on the hub (owner/name)")
     if offline_by_environment():
         raise Offline(
             f"there is no folder {data}; as a data set of the hub it would need the network, which HF_HUB_OFFLINE "
@@ -65,8 +65,8 @@ def resolve(repo: str, *, config: str | None, revision: str | None, split: str) 
         builder = _builder(repo, config, EXPORT)  # the hub's own copy of what is in another format
     if builder.name != "parquet":
         raise UsageError(
-            f"{repo} holds no parquet files but {builder.name}; `hf download {repo} --repo-type dataset --local-dir "
-            "DIR` fetches it, and DIR can be read"
+            f"{repo} holds {builder.name} instead of parquet files; download it with `hf download {repo} "
+            "--repo-type dataset --local-dir DIR` and use DIR"
         )
     files = {str(name): tuple(map(str, urls)) for name, urls in (builder.config.data_files or {}).items()}
     if split == "all":
@@ -87,10 +87,10 @@ def _builder(repo: str, config: str | None, revision: str | None) -> Any:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it tells of every attempt to connect; the sentence below is enough
+    logging.set_verbosity_error()  # it logs every attempt to connect; the error below is enough
     datasets.utils.logging.set_verbosity_error()
     try:
-        # The prefix keeps it from taking a folder of this name for the data set.
+        # With the prefix, a local folder of this name is not used instead.
         builder = datasets.load_dataset_builder(f"hf://datasets/{repo}", config, revision=revision)
     except DatasetNotFoundError as error:
         raise NotFound(
@@ -99,17 +99,17 @@ def _builder(repo: str, config: str | None, revision: str | None) -> Any:
         ) from None
     except (ConnectionError, TimeoutError) as error:
         raise Offline(f"there is no folder {repo}, and the hub cannot be reached: {first_line(error)}") from None
-    except ValueError as error:  # an unknown configuration, or several and none chosen
-        raise UsageError(f"{repo}: {' '.join(str(error).split())} (owner/name:config chooses)") from None
+    except ValueError as error:  # an unknown configuration, or several of which none was chosen
+        raise UsageError(f"{repo}: {' '.join(str(error).split())} (choose one with owner/name:config)") from None
     except (OSError, RuntimeError) as error:
         raise NotFound(f"{repo} cannot be read as a data set: {first_line(error)}") from None
-    if builder.name == "cache":  # what an earlier run of `datasets` stored, when the hub cannot be asked
+    if builder.name == "cache":  # from an earlier run of `datasets`, when the hub cannot be reached
         raise Offline(f"there is no folder {repo}, and the hub cannot be reached")
     return builder
 
 
 def _short_names(urls: tuple[str, ...]) -> list[str]:
-    """What the files are called below the folder that they have in common."""
+    """The files' paths below their common folder."""
     folders = [url.split("/")[:-1] for url in urls]
     depth = 0
     while folders and all(len(path) > depth for path in folders) and len({path[depth] for path in folders}) == 1:

@@ -20,9 +20,9 @@ class LatentFiles(ListedImages):
 
     root: Path = field(kw_only=True)
     places: np.ndarray = field(kw_only=True)
-    """int32 [n]: which of the latents in its file; -1 where the file holds one."""
+    """int32 [n]: the place of the latents in their file; -1 for a file with the latents of one image."""
     sizes: np.ndarray = field(kw_only=True)
-    """int32 [n, 2]: width and height in pixels of what was encoded."""
+    """int32 [n, 2]: width and height in pixels of the encoded images."""
     vae: str = field(kw_only=True)
     """The identity of the VAE's weights: `sha256:...` or `random:...`."""
     scaling_factor: float = field(kw_only=True)
@@ -55,8 +55,8 @@ class LatentFiles(ListedImages):
 def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", split: str = "train") -> LatentFiles:
     """The latent files of a folder, each with a caption file beside it, or in class folders.
 
-    A file that holds several has a caption file for each image it was made of, named as that image was.
-    Raises BadLatents where they were made by different VAEs, UsageError for a split that is not there.
+    A file with the latents of several images has a caption file for each, named after that image.
+    Raises BadLatents if they were made by different VAEs, UsageError for a split that does not exist.
     """
     chosen, below = split_by_folder(tree.latents, split=split, source=source)
     beside = caption_files(tree.others, caption_extension)
@@ -69,9 +69,9 @@ def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", sp
             listing.drop(name, _without(str(error), tree.root / name))
             continue
         if record is None:
-            listing.drop(name, "does not say by which VAE it was made; `sdcli encode` writes files that do")
+            listing.drop(name, "has no record of the VAE that made it; files that `sdcli encode` writes have one")
         elif not record.source:
-            listing.drop(name, "does not say of which images it was made")
+            listing.drop(name, "has no record of the images that it was made from")
         else:
             records[name] = record
     makers = {(record.vae, record.scaling_factor): name for name, record in records.items()}
@@ -104,7 +104,7 @@ def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", sp
 
 
 def _caption_stems(name: str, record: LatentRecord) -> list[str]:
-    """Where the captions of a file's latents are looked for: a path without suffix for each."""
+    """The paths, without suffix, of the caption files of a file's latents."""
     if len(record.source) == 1:
         return [stem_of(name)]
     folder = name[: -len(base_of(name))]
@@ -112,5 +112,5 @@ def _caption_stems(name: str, record: LatentRecord) -> list[str]:
 
 
 def _without(sentence: str, path: Path) -> str:
-    """A reason that follows the file's name, of a sentence that begins with it."""
+    """A sentence without the file's path at its start."""
     return sentence.removeprefix(f"{path} ").removeprefix(f"{path}: ")

@@ -33,12 +33,12 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes",
 RETRY_PAUSES = (1.0, 4.0, 15.0)
 """Seconds before each new attempt to fetch from the network."""
 HELD_BYTES = 256 * 1024**2
-"""Row groups are held up to this size together, and at least the last one: a bounded shuffle reads a few at a time."""
+"""Row groups that are held in memory together, in bytes; at least one: a bounded shuffle reads a few at a time."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what; the names of the classes where labels are numbers."""
+    """The names of the columns, and the class names if labels are numbers."""
 
     image: str
     caption: str | None
@@ -53,14 +53,14 @@ class ParquetRows(ListedImages):
     files: tuple[str, ...] = field(kw_only=True)
     """Local paths, or URLs that fsspec can open."""
     stamps: tuple[str, ...] = field(kw_only=True)
-    """What changes when a file does."""
+    """A string for each file that changes when the file does."""
     image_columns: tuple[str, ...] = field(kw_only=True)
     """The image column of each file."""
     rows: np.ndarray = field(kw_only=True)
     """int32 [n, 3]: file, row group in the file, row in the group."""
     remote: bool = field(default=False, kw_only=True)
     row_bytes: float = field(default=1.0, kw_only=True)
-    """How large an average row's image is."""
+    """Mean size of a row's image in bytes."""
     group_rows: int = field(default=1, kw_only=True)
     """The rows of the largest row group."""
     groups: _Groups = field(default_factory=lambda: _Groups(), kw_only=True, repr=False)
@@ -77,8 +77,8 @@ class ParquetRows(ListedImages):
     def read(self, index: int) -> bytes:
         """The bytes in the image's cell.
 
-        Raises BadImage, NotFound, and Offline where the network fails several times: an image that could not be
-        fetched is no broken image, and must not be passed over as one.
+        Raises BadImage, NotFound, and Offline if the network fails several times: an image that could not be fetched
+        is not damaged, and must not be skipped as if it were.
         """
         name = self.items[index].name
         file, group, row = (int(number) for number in self.rows[index])
@@ -95,7 +95,7 @@ class ParquetRows(ListedImages):
                 return self.groups.column(file, group, column)
             except FileNotFoundError:
                 raise NotFound(f"{name}: no file {file}") from None
-            except Exception as error:  # pyarrow, fsspec and the network fail in a dozen ways
+            except Exception as error:  # pyarrow, fsspec and the network raise many kinds
                 if not self.remote:
                     raise BadImage(f"{name}: cannot be read: {first_line(error)}") from None
                 if pause is None:
@@ -124,7 +124,7 @@ class ParquetRows(ListedImages):
 
 
 class _Groups:
-    """The image columns of the row groups that were read last, and the files they are in. Each process has its own."""
+    """A cache of the image columns of recent row groups and of open files. Each process has its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -149,7 +149,7 @@ class _Groups:
             return self._columns[key]
 
     def forget(self, file: str) -> None:
-        """Open a file anew the next time: its connection may be broken."""
+        """Close a file, so that it is opened again: its connection may be broken."""
         with self._lock:
             self._files.pop(file, None)
 
@@ -176,8 +176,8 @@ def open_rows(
 ) -> ParquetRows:
     """List the rows of parquet files: captions and labels are read, images are not.
 
-    `names` are what people call the files. `features` are Hugging Face's, for files that do not hold them. A file that
-    cannot be read is dropped. Raises UsageError for a column that is not there, or where pyarrow is missing.
+    `names` are shown to people. `features` are Hugging Face's, for files that do not contain them. A file that cannot
+    be read is dropped. Raises UsageError for a missing column, and if pyarrow is not installed.
     """
     pyarrow_modules()
     items: list[Item] = []
@@ -210,7 +210,7 @@ def open_rows(
             rows += listed
         except UsageError:
             raise
-        except Exception as error:  # pyarrow and fsspec fail in a dozen ways on damaged or absent files
+        except Exception as error:  # pyarrow and fsspec raise many kinds for damaged or missing files
             del items[start:]
             lost.append(DroppedItem(name, f"is a parquet file that cannot be read: {first_line(error)}"))
     return ParquetRows(
@@ -228,7 +228,7 @@ def open_rows(
 
 
 def open_parquet(path: str) -> Any:
-    """A ParquetFile of a local path, or of a URL through fsspec, of which only the needed parts are fetched."""
+    """A ParquetFile of a local path, or of a URL through fsspec, which fetches only the parts that are read."""
     _, parquet = pyarrow_modules()
     if "://" not in path:
         return parquet.ParquetFile(path)
@@ -250,7 +250,7 @@ def _item(name: str, values: Mapping[str, Any], columns: Columns, *, block: int)
     label = values.get(columns.label) if columns.label is not None else None
     if columns.class_names and isinstance(label, int):
         if label >= len(columns.class_names):
-            raise UnusableEntry(f"its label is {label}, and there are {len(columns.class_names)} classes")
+            raise UnusableEntry(f"its label is {label}, but there are only {len(columns.class_names)} classes")
         label = columns.class_names[label] if label >= 0 else None  # -1 stands for an unknown class
     return Item(name, captions, label_of_value(label), block)
 
@@ -258,7 +258,7 @@ def _item(name: str, values: Mapping[str, Any], columns: Columns, *, block: int)
 def _columns(
     file: Any, name: str, image_column: str | None, caption_column: str | None, features: Mapping[str, Any]
 ) -> Columns:
-    """Which columns to take: what was asked for, what the features say, or what the names and types say."""
+    """The columns to use: those given, else by the features, else by usual names and types."""
     schema = file.schema_arrow
     features = {**features, **_features_of(schema)}
     said = [column for column in schema.names if _feature_type(features.get(column)) == "Image"]
@@ -267,8 +267,8 @@ def _columns(
     image = pick_column(image_column, usual, schema.names, source=name, what="--image-column")
     if image is None:
         raise UsageError(
-            f"{name} has no column of images that can be told (it has {', '.join(schema.names)}); "
-            "--image-column names it"
+            f"{name} has no column that is recognized as images (it has {', '.join(schema.names)}); "
+            "name it with --image-column"
         )
     if image not in typed:
         raise UsageError(f"{name}: its column {image!r} holds {schema.field(image).type}, not the bytes of images")
@@ -284,7 +284,7 @@ def _columns(
 
 
 def _features_of(schema: Any) -> dict[str, Any]:
-    """Hugging Face's features in the schema's metadata; {} where there are none, or no sound ones."""
+    """Hugging Face's features in the schema's metadata; {} if there are none, or invalid ones."""
     try:
         features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):

@@ -10,11 +10,11 @@ from sdcli.data.records import DroppedItem
 from sdcli.errors import NotFound, UsageError
 
 MAX_PATTERN = 1_000_000
-"""The most paths that braces may stand for."""
+"""The largest number of paths that braces may expand to."""
 
 
 def matches(pattern: str) -> tuple[list[str], tuple[DroppedItem, ...]]:
-    """The files that a pattern stands for, in its order, and those that it names and are not there."""
+    """The files that a pattern matches, in its order, and those that its braces name but that do not exist."""
     files: list[str] = []
     absent: list[DroppedItem] = []
     for path in expand_braces(pattern):
@@ -23,16 +23,16 @@ def matches(pattern: str) -> tuple[list[str], tuple[DroppedItem, ...]]:
         elif os.path.lexists(path):
             files.append(path)
         else:
-            absent.append(DroppedItem(path, "there is no such file"))
+            absent.append(DroppedItem(path, "does not exist"))
     if not files:
-        raise NotFound(f"no file is called {pattern}")
+        raise NotFound(f"no file matches {pattern}")
     return list(dict.fromkeys(files)), tuple(absent)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`{00..03}` -> 00 01 02 03, `{a,b}` -> a b, nested and several of them, as bash and WebDataset do.
+    """`{00..03}` -> 00 01 02 03, `{a,b}` -> a b, also nested and repeated, as in bash and WebDataset.
 
-    Raises UsageError for braces that are not closed, and for more than a million results.
+    Raises UsageError for unclosed braces and for more than MAX_PATTERN results.
     """
     depth, start = 0, pattern.find("{")
     if start < 0:
@@ -46,7 +46,7 @@ def expand_braces(pattern: str) -> list[str]:
     heads = _alternatives(pattern[start + 1 : end])
     tails = expand_braces(pattern[end + 1 :])
     if len(heads) * len(tails) > MAX_PATTERN:
-        raise UsageError(f"{pattern!r} stands for more than {MAX_PATTERN:,} files")
+        raise UsageError(f"{pattern!r} expands to more than {MAX_PATTERN:,} files")
     return [pattern[:start] + head + tail for head in heads for tail in tails]
 
 
@@ -55,7 +55,7 @@ def _alternatives(inside: str) -> list[str]:
     if match is not None:
         first, last, step = int(match[1]), int(match[2]), abs(int(match[3] or 1)) or 1
         if abs(last - first) // step >= MAX_PATTERN:
-            raise UsageError(f"{{{inside}}} stands for more than {MAX_PATTERN:,} files")
+            raise UsageError(f"{{{inside}}} expands to more than {MAX_PATTERN:,} files")
         padded = any(len(end.lstrip("-")) > 1 and end.lstrip("-")[0] == "0" for end in (match[1], match[2]))
         width = max(len(match[1]), len(match[2])) if padded else 0
         numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
@@ -67,6 +67,6 @@ def _alternatives(inside: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += letter
-    if len(parts) == 1:  # `{x}` is no list: it stays as it is
+    if len(parts) == 1:  # `{x}` is not a list and stays as it is
         return [f"{{{one}}}" for one in expand_braces(inside)]
     return [one for part in parts for one in expand_braces(part)]

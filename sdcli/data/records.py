@@ -1,4 +1,4 @@
-"""What every source of training images becomes: an indexed set of items, whose bytes are read on demand."""
+"""Image sets: the interface of every source of training images, an indexed list whose bytes are read on demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"})
-"""Images that sdcli does not read; they are told as dropped, not passed over."""
+"""Image formats that sdcli does not read; such files are reported as dropped."""
 MAX_CAPTION_BYTES = 1024**2
 
 Kind = Literal["pictures", "latents"]
@@ -26,18 +26,18 @@ class Item:
     """One image of a set, without its bytes."""
 
     name: str
-    """For people, and unique: a relative path, `00003.tar:000030042`, `train-00001.parquet:17`."""
+    """Unique, and shown to people: a relative path, `00003.tar:000030042`, `train-00001.parquet:17`."""
     captions: tuple[str, ...]
-    """Alternatives, each a single line that is not empty; () where there is none."""
+    """Alternatives, each a single line that is not empty; () without captions."""
     label: str | None = None
-    """The class name, where the source has classes."""
+    """The class name, if the source has classes."""
     block: int = 0
-    """The shard or row group it lies in; 0 for loose files."""
+    """The number of its shard or row group; 0 for loose files."""
 
 
 @dataclass(frozen=True)
 class DroppedItem:
-    """An image, or a whole file, that is not used, and why: a reason that reads well after `name: `."""
+    """An image or a whole file that is not used; `reason` is a predicate (`is a broken link`)."""
 
     name: str
     reason: str
@@ -45,12 +45,12 @@ class DroppedItem:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something about an image that is used: worth telling, and perhaps not meant."""
+    """A peculiarity of an image that is used, perhaps a mistake in the data."""
 
     name: str
     text: str
     loses: bool = False
-    """Whether a caption is lost by it."""
+    """Whether a caption is lost because of it."""
 
 
 class ImageSet(Protocol):
@@ -58,7 +58,7 @@ class ImageSet(Protocol):
 
     @property
     def source(self) -> str:
-        """What the user called it."""
+        """DATA as given by the user."""
 
     @property
     def kind(self) -> Kind:
@@ -66,43 +66,43 @@ class ImageSet(Protocol):
 
     @property
     def streamed(self) -> bool:
-        """Whether blocks should be read mostly in order (shards); loose files can be read in any."""
+        """Whether blocks should be read mostly in order (shards); loose files may be read in any order."""
 
     @property
     def shuffle_window(self) -> int | None:
-        """Within how many neighbours a stream may be shuffled so that each block is read about once; None: any."""
+        """The size of a shuffle buffer with which each block is read about once; None: unlimited."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, sorted; () where the source has no classes."""
+        """The class names, sorted; () if the source has no classes."""
 
     @property
     def dropped(self) -> tuple[DroppedItem, ...]:
-        """What was found to be useless while listing."""
+        """Items that listing found unusable."""
 
     @property
     def remarks(self) -> tuple[Remark, ...]:
-        """What was found to be odd while listing."""
+        """Peculiarities that listing found."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Item: ...
 
     def read(self, index: int, /) -> bytes:
-        """The bytes of the image's file. Raises BadImage and NotFound, each with a sentence."""
+        """The bytes of the image's file. Raises BadImage and NotFound."""
 
     def stamp(self, index: int, /) -> str:
-        """What changes when the bytes do, found without reading them. Raises BadImage and NotFound."""
+        """A string that changes when the bytes do, made without reading them. Raises BadImage and NotFound."""
 
 
 class UnusableEntry(Exception):
-    """Text that cannot be a caption; the message is the reason for `DroppedItem`."""
+    """A caption, label or path that cannot be used; the message is the `reason` of a `DroppedItem`."""
 
 
 class Strings(Sequence[str]):
-    """Strings in one block of bytes: a million captions take their letters and 8 bytes each.
+    """Strings packed into one block of bytes, with 8 bytes of overhead each.
 
-    Worker processes that were forked share the block, which they would not with as many Python strings.
+    Forked worker processes share the block; they would copy as many Python strings.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -120,7 +120,7 @@ class Strings(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Many items, packed; the sources hold one of these and give out `Item` one at a time."""
+    """Many items, packed; indexing makes single `Item` objects."""
 
     names: Strings
     captions: Strings
@@ -162,7 +162,7 @@ class Items:
 
 @dataclass(frozen=True, eq=False)
 class ListedImages:
-    """What all sources share: the packed items, and what was found while listing them."""
+    """The base of all sources: the packed items, and what listing found."""
 
     source: str
     items: Items
@@ -239,12 +239,12 @@ def label_of_value(value: Any) -> str | None:
 
 
 def without_repeats(captions: Iterable[str]) -> tuple[str, ...]:
-    """In the same order, each once, without the empty ones."""
+    """The captions in order, without repeats and empty ones."""
     return tuple(dict.fromkeys(caption for caption in captions if caption))
 
 
 def captioned_by_class(items: Sequence[Item]) -> list[Item]:
-    """Where there are classes and not one caption, the class name is the caption; otherwise the items as they are."""
+    """Items with the class name as caption, if there are classes and no captions at all; else unchanged."""
     if any(item.captions for item in items):
         return list(items)
     return [Item(item.name, (item.label,) if item.label else (), item.label, item.block) for item in items]
@@ -254,7 +254,7 @@ def captioned_by_class(items: Sequence[Item]) -> list[Item]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a loose image. Raises NotFound and BadImage."""
+    """The bytes of a file. Raises NotFound and BadImage."""
     check_readable(path)
     try:
         return path.read_bytes()
@@ -267,7 +267,7 @@ def read_file(path: Path) -> bytes:
 def read_part(path: Path, *, offset: int, size: int, name: str) -> bytes:
     """`size` bytes at `offset` of a file. Raises NotFound and BadImage, whose sentences begin with `name`."""
     if size > MAX_FILE_BYTES:
-        raise BadImage(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, which no image here is")
+        raise BadImage(f"{name}: is larger than {MAX_FILE_BYTES // 1024**2} MiB, the limit for images")
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)

@@ -1,4 +1,4 @@
-"""What the user calls DATA -> an image set: a folder, a file, a pattern, or a data set of the hub."""
+"""Opens DATA as an image set: a folder, a file, a pattern, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOKED_FOR = (
 
 
 class Columns(NamedTuple):
-    """The columns that were asked for."""
+    """The columns that the user named."""
 
     image_column: str | None
     caption_column: str | None
@@ -40,19 +40,19 @@ def open_images(
     caption_extension: str = ".txt",
     split: str = "train",
 ) -> ImageSet:
-    """The captioned images that `data` stands for, listed and not yet read; nothing is ever written there.
+    """List the captioned images of `data`; nothing is ever written there.
 
     - a folder of images: with metadata.jsonl, .csv or .parquet (Hugging Face's imagefolder), with a caption file
       beside each (kohya; each line is an alternative), or in class folders;
     - a folder, file or pattern of parquet files (Hugging Face's datasets) or of tar shards (WebDataset as img2dataset
       writes it): `shards/{00000..00099}.tar`, `data/train-*.parquet`;
     - a folder of latents that `sdcli encode` wrote: `kind` is "latents", and there is `read_latents`;
-    - `owner/name`, `owner/name:config@revision`: a data set of the hub, streamed; where there is a folder `owner`, it
-      is taken for a mistyped path, unless it begins with `hf://datasets/`.
+    - `owner/name`, `owner/name:config@revision`: a data set of the hub, streamed; if a folder `owner` exists,
+      it counts as a mistyped path unless it begins with `hf://datasets/`.
 
     Sub-folders called train, validation or test are splits, and so are files with such a word in their name; `split`
-    chooses one, or "all". What cannot be used is in `dropped`. Raises NotFound, UsageError where it is not clear what
-    is meant, Offline for the hub, and BadLatents.
+    chooses one, or "all". Items that cannot be used are in `dropped`. Raises NotFound, UsageError for ambiguous data,
+    Offline for the hub, and BadLatents.
     """
     source = os.fspath(data)
     path = expanded(source)
@@ -79,7 +79,7 @@ def _open_folder(root: Path, *, source: str, extension: str, split: str, columns
     kinds = {
         "pictures": tree.images,
         "tar shards": tree.tars,
-        "parquet files": parquets,  # those that img2dataset writes beside its shards say nothing more
+        "parquet files": parquets,  # without those that img2dataset writes beside its shards
         "latents": tree.latents,
     }
     there = {kind: names for kind, names in kinds.items() if names}
@@ -88,7 +88,7 @@ def _open_folder(root: Path, *, source: str, extension: str, split: str, columns
     if len(there) > 1:
         found = " and ".join(f"{kind} ({len(names):,}: {names[0]}, ...)" for kind, names in there.items())
         raise UsageError(
-            f"{source} holds {found}: which are meant? Give a pattern for shards or parquet files "
+            f"{source} holds {found}, which is ambiguous: give a pattern for shards or parquet files "
             f"('{source}/*.tar'), or a sub-folder of one kind"
         )
     if tree.images:
@@ -130,12 +130,12 @@ def _open_files(
         paths = [Path(file) for file in files]
         return open_shards(paths, names=names, source=source, caption_extension=extension, dropped=dropped)
     if suffixes & (IMAGE_SUFFIXES | LATENT_SUFFIXES | {".jsonl", ".csv"}):
-        raise UsageError(f"{source} names single files; give the folder in which they lie")
-    raise UsageError(f"{source} is no folder, and neither tar shards nor parquet files; looked for {LOOKED_FOR}")
+        raise UsageError(f"{source} is not a folder but single files; give the folder that contains them")
+    raise UsageError(f"{source} is neither a folder nor tar shards nor parquet files; looked for {LOOKED_FOR}")
 
 
 def _short_names(files: Sequence[str]) -> list[str]:
-    """What people call the files: what their paths do not have in common."""
+    """The files' paths relative to their common folder."""
     above = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath([os.path.dirname(f) for f in files])
     return [os.path.relpath(file, above or ".").replace(os.sep, "/") for file in files]
 
@@ -143,7 +143,7 @@ def _short_names(files: Sequence[str]) -> list[str]:
 def _extension(typed: str) -> str:
     extension = typed if typed.startswith(".") else f".{typed}"
     if len(extension) < 2 or "/" in extension or extension.lower() in IMAGE_SUFFIXES | {".json", ".tar"}:
-        raise UsageError(f"{typed!r} cannot be the extension of caption files (.txt is usual)")
+        raise UsageError(f"{typed!r} cannot be the extension of caption files (the usual one is .txt)")
     return extension
 
 

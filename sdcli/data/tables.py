@@ -1,4 +1,4 @@
-"""Metadata tables beside images (metadata.jsonl, .csv, .parquet): their rows, and what is wrong with some."""
+"""Metadata tables beside images (metadata.jsonl, .csv, .parquet): their rows, and the lines that cannot be used."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LABEL_COLUMN = "label"
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A line of a table: which file it speaks of, relative to the table's folder, and what it says."""
+    """A row of a table: an image file, relative to the table's folder, with its captions and label."""
 
     place: str
-    """Where it stands: `line 7`."""
+    """Its position: `line 7`."""
     file: str
     captions: tuple[str, ...]
     label: str | None
@@ -33,19 +33,19 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Table:
-    """A metadata file, read."""
+    """The content of a metadata file."""
 
     rows: tuple[ImageRow, ...]
     dropped: tuple[DroppedItem, ...]
-    """Lines that are no rows; their names are `metadata.csv line 7`."""
+    """Lines that cannot be read; their names are `metadata.csv line 7`."""
     has_captions: bool
-    """Whether it has a caption column, be it empty."""
+    """Whether it has a caption column, even an empty one."""
 
 
 def read_table(path: Path, *, name: str, image_column: str | None = None, caption_column: str | None = None) -> Table:
-    """Read a metadata file, which `name` names in sentences. The columns may be given; else the usual ones are taken.
+    """Read a metadata file; `name` is its name in messages. Columns that are not given have their usual names.
 
-    Raises BadImage for a file that cannot be read at all, UsageError where a column is missing from all its rows.
+    Raises BadImage for a file that cannot be read at all, UsageError if a column is missing from all rows.
     """
     dropped: list[DroppedItem] = []
     columns = [image_column, caption_column, LABEL_COLUMN, *FILE_COLUMNS, *CAPTION_COLUMNS]
@@ -66,7 +66,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
     if lines and file_column is None:
         raise UsageError(
             f"{name} has no column {' or '.join(FILE_COLUMNS)} that names the images "
-            f"(it has {', '.join(present) or 'none'}); --image-column names another"
+            f"(it has {', '.join(present) or 'none'}); name another with --image-column"
         )
     text_column = pick_column(caption_column, CAPTION_COLUMNS, present, source=name, what="--caption-column")
     rows = []
@@ -82,7 +82,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
 def pick_column(
     asked: str | None, usual: Sequence[str], present: Sequence[str], *, source: str, what: str
 ) -> str | None:
-    """The column that was asked for, or the first usual one. Raises UsageError where the asked one is not there."""
+    """The given column, or else the first usual one that exists. Raises UsageError if the given one does not exist."""
     if asked is None:
         return next((column for column in usual if column in present), None)
     if asked not in present and present:
@@ -92,7 +92,7 @@ def pick_column(
 
 
 def pyarrow_modules() -> tuple[Any, Any]:
-    """pyarrow and pyarrow.parquet. Raises UsageError where they are not installed."""
+    """pyarrow and pyarrow.parquet. Raises UsageError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -126,7 +126,7 @@ def _parquet_rows(path: Path, name: str, columns: Sequence[str | None]) -> Itera
             names = file.schema_arrow.names
             table = file.read(columns=[column for column in names if column in columns])
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise BadImage(f"{name} is no parquet file that can be read: {error}") from None
+        raise BadImage(f"{name} cannot be read as a parquet file: {error}") from None
     present = dict.fromkeys(names)
     for number, values in enumerate(table.to_pylist(), start=1):
         yield f"row {number}", {**present, **values}

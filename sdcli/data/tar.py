@@ -1,4 +1,4 @@
-"""The members of a tar file by its headers alone, without reading what they hold."""
+"""Lists the members of a tar file from its headers, without reading their content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Member:
 
 
 class DamagedTar(Exception):
-    """The tar goes on in a way that cannot be read; what came before is sound."""
+    """The rest of the tar cannot be read; the members before are intact."""
 
 
 def members_of(file: IO[bytes]) -> Iterator[Member]:
@@ -50,12 +50,12 @@ def members_of(file: IO[bytes]) -> Iterator[Member]:
             longer |= _pax_records(file.read(min(length, MAX_NAME_BYTES)))
         elif kind == b"S":
             raise DamagedTar(f"holds a sparse file at byte {offset - BLOCK:,}, which is not read")
-        elif kind not in (b"g", b"K"):  # those speak of what follows, or of a link
+        elif kind not in (b"g", b"K"):  # global headers and long link names
             if longer.get("size", "").isdigit():
                 length = int(longer["size"])
             if kind in (b"0", b"\0", b"7"):
                 yield Member(longer.get("path") or _short_name(header), offset, length)
-            elif kind in b"123456":  # links, devices and folders have no bytes, whatever their size says
+            elif kind in b"123456":  # links, devices and folders have no content, whatever their size field is
                 length = 0
             longer = {}
         offset += -(-length // BLOCK) * BLOCK

@@ -61,7 +61,7 @@ class TarShards(ListedImages):
 
 Groups = dict[str, dict[str, list[Member]]]
 """Key -> suffix -> members."""
-CUT_SHORT = "is cut short, as its shard is"
+CUT_SHORT = "is cut short because its shard is"
 
 
 def open_shards(
@@ -74,14 +74,14 @@ def open_shards(
 ) -> TarShards:
     """List the images of tar shards in img2dataset's layout: `key.jpg`, `key.txt`, `key.json` with a `caption`.
 
-    Only headers and captions are read. `names` are what people call the shards. A shard that is cut short or damaged
-    is used as far as it goes, and what is missing is dropped.
+    Only headers and captions are read. `names` are shown to people. A shard that is cut short or damaged
+    is used up to there, and the rest is dropped.
     """
     items: list[Item] = []
     offsets: list[int] = []
     lengths: list[int] = []
     lost, remarks = list(dropped), []
-    with ThreadPoolExecutor(max_workers=4) as pool:  # a shard on a network disk answers slowly
+    with ThreadPoolExecutor(max_workers=4) as pool:  # shards on network disks have high latency
         indexed = pool.map(lambda file, name: _index(file, name, caption_extension), files, names)
         for block, shard in enumerate(indexed):
             lost += shard.dropped
@@ -138,7 +138,7 @@ def _groups(file: IO[bytes], name: str, shard: _Shard) -> Groups:
         for member in members_of(file):
             folder, _, base = member.name.rpartition("/")
             stem, dot, suffix = base.partition(".")
-            if not stem or not dot:  # hidden, or without suffix: no part of a sample
+            if not stem or not dot:  # hidden or without suffix: not part of a sample
                 continue
             key = f"{folder}/{stem}" if folder else stem
             if member.offset + member.size > size:
@@ -169,7 +169,7 @@ def _add_sample(
     images = [member for suffix in members if suffix in IMAGE_SUFFIXES for member in members[suffix]]
     if not images:
         unread = sorted(set(members) & UNREAD_SUFFIXES)
-        reason = f"is of a kind that is not read ({unread[0]})" if unread else "is a sample without an image"
+        reason = f"is in an unsupported format ({unread[0]})" if unread else "is a sample without an image"
         shard.dropped.append(DroppedItem(name, reason))
         return
     for other in images[1:]:
@@ -201,7 +201,7 @@ def _record(file: IO[bytes], members: dict[str, list[Member]]) -> dict[str, Any]
     except ValueError:
         raise UnusableEntry("its .json is damaged") from None
     if not isinstance(record, dict):
-        raise UnusableEntry("its .json holds no object")
+        raise UnusableEntry("its .json is not an object")
     return record
 
 

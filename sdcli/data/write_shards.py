@@ -111,7 +111,7 @@ _STARTS = {
 
 
 def _suffix_of(data: bytes, name: str) -> str:
-    """The suffix that fits the bytes; else that of the name."""
+    """The suffix for the bytes' format; if unknown, that of the name."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return ".webp"
     for start, suffix in _STARTS.items():

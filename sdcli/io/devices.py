@@ -1,4 +1,4 @@
-"""What this machine computes on, and with which number format."""
+"""Devices and number formats of this machine, and its memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises UsageError for a device that is not there."""
+    """`auto` is cuda, else mps, else cpu. Raises UsageError for a device that does not exist."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, here in available.items() if here)
     kind = name.partition(":")[0]
     if not available.get(kind, False):
-        raise UsageError(f"no {name} device here (there is {', '.join(k for k, here in available.items() if here)})")
+        present = ", ".join(kind for kind, here in available.items() if here)
+        raise UsageError(f"this machine has no {name} device (it has {present})")
     return torch.device(name)
 
 
@@ -29,7 +30,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is float16 on CUDA, bfloat16 on CPUs with instructions for it, float32 elsewhere."""
     if name != "auto":
         if name == "float16" and device.type == "cpu":
-            raise UsageError("float16 is not for the CPU; use bfloat16 or float32")
+            raise UsageError("float16 does not work on the CPU; use bfloat16 or float32")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.float16
@@ -47,7 +48,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated, about."""
+    """Approximate number of bytes that can still be allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -56,14 +57,14 @@ def free_memory(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what torch frees, for the next layer, instead of handing it back to the kernel page by page.
+    """Make glibc keep memory that torch frees instead of returning it to the kernel page by page.
 
-    The same large buffers come and go in every step; in single trials on a 2-core AMD EPYC a step was some 5 % quicker.
-    Elsewhere than on glibc nothing happens.
+    Every step allocates the same large buffers again; in single trials on a 2-core AMD EPYC a step took 5 % less time.
+    Without glibc nothing happens.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a temporary file in the same folder, fsync, then link or rename; digests."""
+"""Atomic writes (a temporary file in the same folder, fsync, then link or rename), and digests of files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AlreadyExists(CannotWrite):
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` and `~user` at its beginning replaced; a user who does not exist stays as typed."""
+    """The path with a leading `~` or `~user` replaced; an unknown user stays as typed."""
     return Path(os.path.expanduser(path))
 
 
@@ -48,7 +48,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
-    """Raise AlreadyExists for a name that is taken, unless it may be overwritten."""
+    """Raise AlreadyExists if the path exists and may not be overwritten."""
     if not overwrite and os.path.lexists(path):
         raise AlreadyExists(f"{path} exists already; --overwrite replaces it")
 
@@ -62,10 +62,10 @@ def check_new_png(path: Path, *, flag: str, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary path to write to; when the block ends well, it becomes `path` at once and durably.
+    """Yield a temporary path to write to; when the block ends without an exception, it becomes `path` atomically.
 
-    Without `overwrite` an existing file is never replaced, not even one that another process makes meanwhile.
-    Raises AlreadyExists and CannotWrite; whatever happens, no temporary file is left.
+    Without `overwrite` an existing file is never replaced, not even one that another process creates meanwhile.
+    Raises AlreadyExists and CannotWrite; the temporary file is removed in every case.
     """
     check_new(path, overwrite=overwrite)
     temporary = temporary_path(path.parent)
@@ -86,7 +86,7 @@ def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write bytes as one whole file; see `whole_file`."""
+    """Write bytes to a file atomically; see `whole_file`."""
     with whole_file(path, overwrite=overwrite) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(descriptor, "wb") as file:
@@ -104,7 +104,7 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
 
 
 def _link_or_rename(temporary: Path, path: Path) -> None:
-    """A link fails where the name is taken, a rename would replace it; FAT and some network disks have no links."""
+    """A link fails if the name exists, where a rename would replace it; FAT and some network disks have no links."""
     try:
         os.link(temporary, path)
     except OSError as error:
@@ -116,7 +116,7 @@ def _link_or_rename(temporary: Path, path: Path) -> None:
 
 
 def permitted_mode() -> int:
-    """The permissions of a new file, as the umask has them."""
+    """The permissions of a new file under the umask."""
     try:
         umask = int(Path("/proc/self/status").read_text().partition("\nUmask:")[2].split()[0], 8)
     except (OSError, IndexError, ValueError):  # not Linux: there it can only be read by setting it for a moment

@@ -1,8 +1,8 @@
-"""Counted randomness: every random number of a training run is a pure function of (seed, counter, purpose).
+"""Counter-based random numbers: every one of a training run is a pure function of (seed, counter, purpose).
 
-Nothing random is carried from step to step, so a resumed run needs no random state, and neither the number of
-workers nor the number of processes changes what a sample is given. The counter of a sample is its place in the whole
-run: step * total batch size + place in the batch.
+No generator state is carried from step to step, so a resumed run needs none, and the numbers of a sample do not depend
+on the number of workers or processes. The counter of a sample is its position in the whole run: step * total batch
+size + place in the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def key(seed: int, counter: int, purpose: str) -> int:
 
 
 def scalars(seed: int, counter: int, purpose: str) -> random.Random:
-    """A source of single numbers: `.random()` in 0..1, `.randrange(n)`."""
+    """A generator of single numbers: `.random()` in 0..1, `.randrange(n)`."""
     return random.Random(key(seed, counter, purpose))
 
 
@@ -33,7 +33,7 @@ def noise(seed: int, counter: int, purpose: str, shape: Sequence[int]) -> Tensor
 
 
 def permutation(seed: int, epoch: int, purpose: str, size: int) -> np.ndarray:
-    """The numbers 0..size-1 in an order of their own for each epoch, int64 [size].
+    """A permutation of 0..size-1 that differs from epoch to epoch, int64 [size].
 
     Sorts raw Philox output, whose stream NumPy promises never to change (unlike that of its `permutation`).
     """

@@ -173,8 +173,8 @@ def test_links_are_followed_but_not_in_circles_and_odd_files_never_hang(tmp_path
     assert [name for name, *_ in listed(root)] == ["a.png", "linked/c.png", "sub/b.png"]
     assert dropped(root) == {
         "gone.png": "is a broken link",
-        "itself.png": "cannot be looked at: Too many levels of symbolic links",
-        "through.png": "cannot be looked at: Not a directory",
+        "itself.png": "cannot be examined: Too many levels of symbolic links",
+        "through.png": "cannot be examined: Not a directory",
         "pipe.png": "is not a regular file",
     }
 
@@ -240,7 +240,7 @@ def test_a_folder_without_splits_is_train(tmp_path: Path) -> None:
 
 def test_a_split_beside_other_folders_is_asked_about(tmp_path: Path) -> None:
     root = folder_of(tmp_path, {f"{name}/1.png": IMAGE for name in ("train", "tram", "bus")})
-    with pytest.raises(UsageError, match="has train beside bus, tram: are they splits, or classes"):
+    with pytest.raises(UsageError, match="has train beside bus, tram, so they may be splits or classes"):
         open_images(root)
     assert open_images(root, split="all").classes == ("bus", "train", "tram")
 
@@ -304,7 +304,7 @@ def test_columns_can_be_named_and_wrong_names_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no column 'promt' \(--caption-column\); did you mean 'prompt'"):
         open_images(root, image_column="path", caption_column="promt")
     bare = folder_of(tmp_path / "bare", {"a.png": IMAGE})
-    with pytest.raises(UsageError, match=r"no metadata.jsonl.*--caption-column could speak of"):
+    with pytest.raises(UsageError, match=r"--caption-column needs a metadata table, and .* has no metadata.jsonl"):
         open_images(bare, caption_column="text")
 
 
@@ -354,7 +354,7 @@ def test_damaged_lines_cost_their_own_image_only(tmp_path: Path) -> None:
     assert reasons["c.png"] == "its caption is not UTF-8 text"
     assert any("is not CSV" in reason for reason in reasons.values())
     root = folder_of(tmp_path / "parquet", {**files, "metadata.parquet": b"PAR1 no"})
-    with pytest.raises(BadImage, match=r"metadata.parquet is no parquet file"):
+    with pytest.raises(BadImage, match=r"metadata.parquet cannot be read as a parquet file"):
         open_images(root)
 
 
@@ -387,7 +387,7 @@ def test_what_is_ambiguous_is_asked_about(tmp_path: Path) -> None:
     )
     assert listed(root) == [("a.png", ("file",), "x")]
     root = folder_of(tmp_path / "two", {"a.png": IMAGE, "metadata.jsonl": row, "metadata.csv": "file_name\na.png\n"})
-    with pytest.raises(UsageError, match=r"metadata.csv and metadata.jsonl; keep the one"):
+    with pytest.raises(UsageError, match=r"has both metadata.csv and metadata.jsonl; keep one of them"):
         open_images(root)
     root = folder_of(tmp_path / "kinds", {"a.png": IMAGE, "0.tar": b"", "x.parquet": b""})
     with pytest.raises(

@@ -114,7 +114,7 @@ def test_plain_bytes_are_images_too(tmp_path: Path, kind: pa.DataType) -> None:
 
 def test_a_file_without_images_is_a_question_not_a_guess(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "x.parquet")
-    with pytest.raises(UsageError, match=r"no column of images that can be told \(it has a, b\)"):
+    with pytest.raises(UsageError, match=r"no column that is recognized as images \(it has a, b\)"):
         open_images(tmp_path)
     assert open_images(tmp_path, image_column="b").read(0) == b"y"
 
@@ -154,7 +154,7 @@ def test_odd_cells_and_damaged_files_are_dropped_with_a_reason(tmp_path: Path, d
     (data / "data/train-00001-of-00002.parquet").write_bytes(whole[:-9])
     assert len(listed(data)) == 4
     assert "is a parquet file that cannot be read" in dropped(data)["data/train-00001-of-00002.parquet"]
-    assert dropped(written) == {"labels.parquet:0": "its label is 5, and there are 2 classes"}
+    assert dropped(written) == {"labels.parquet:0": "its label is 5, but there are only 2 classes"}
     assert len(listed(written)) == 2
 
 
@@ -343,7 +343,9 @@ def test_other_formats_are_read_from_the_hubs_parquet_copy(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(datasets, "load_dataset_builder", two)
     assert len(open_hub("owner/name")) == 7
-    with pytest.raises(UsageError, match="no parquet files but imagefolder; `hf download owner/name"):
+    with pytest.raises(
+        UsageError, match="imagefolder instead of parquet files; download it with `hf download owner/name"
+    ):
         open_hub("owner/name@main")
 
 
@@ -352,7 +354,11 @@ def test_other_formats_are_read_from_the_hubs_parquet_copy(
     [
         (datasets.exceptions.DatasetNotFoundError("gone"), NotFound, "neither a folder owner/name nor a data set"),
         (ConnectionError("no route"), Offline, "hub cannot be reached: no route"),
-        (ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"), UsageError, "owner/name:config chooses"),
+        (
+            ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"),
+            UsageError,
+            "choose one with owner/name:config",
+        ),
         (
             RuntimeError("Dataset scripts are no longer supported"),
             NotFound,

@@ -149,9 +149,9 @@ def test_what_is_wrong_with_a_sample_costs_that_sample(tmp_path: Path) -> None:
         "d.jpg": "is a second image of its key",
         "e": "its caption is not UTF-8 text",
         "f": "its .json is damaged",
-        "g": "its .json holds no object",
+        "g": "its .json is not an object",
         "h": "its .txt is larger than 1 MiB",
-        "i": "is of a kind that is not read (.avif)",
+        "i": "is in an unsupported format (.avif)",
         "j": "its caption is neither a text nor a list of texts",
     }
 
@@ -215,7 +215,7 @@ def test_a_hostile_size_neither_hangs_nor_allocates(tmp_path: Path) -> None:
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     (tmp_path / "0.tar").write_bytes(header)
-    assert dropped(tmp_path) == {"0.tar:a": "is cut short, as its shard is"}
+    assert dropped(tmp_path) == {"0.tar:a": "is cut short because its shard is"}
     header[156:157] = b"x"
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
@@ -269,9 +269,9 @@ def test_patterns_name_shards_and_missing_ones_are_dropped(tmp_path: Path) -> No
         (tmp_path / f"{number:05d}.tar").write_bytes(tar_bytes(sample("a")))
     pattern = f"{tmp_path}/{{00000..00003}}.tar"
     assert [name for name, *_ in listed(pattern)] == ["00000.tar:a", "00001.tar:a", "00003.tar:a"]
-    assert dropped(pattern) == {f"{tmp_path}/00002.tar": "there is no such file"}
+    assert dropped(pattern) == {f"{tmp_path}/00002.tar": "does not exist"}
     assert listed(f"{tmp_path}/*.tar") == listed(tmp_path)
-    with pytest.raises(NotFound, match="no file is called"):
+    with pytest.raises(NotFound, match="no file matches"):
         open_images(f"{tmp_path}/{{5..9}}.tar")
     with pytest.raises(UsageError, match="--caption-column is for tables"):
         open_images(tmp_path, caption_column="text")

@@ -1,7 +1,7 @@
-"""Fills the cache: images -> latents, texts -> hidden states, each only where it is not there yet.
+"""Fills the cache: encodes images to latents and texts to hidden states, except those that it already contains.
 
-Images are read and decoded by threads, ahead of the encoder, so that it does not wait for them. Whatever ends the
-work, what was encoded is on the disk, or, after `kill -9`, all but the shard in hand; the next run takes up from there.
+Threads read and decode images ahead of the encoder. Whatever ends the work, everything encoded is on the disk (after
+`kill -9`, all but the current shard), and the next run continues from there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NOT_FINITE = "its latents are not finite (NaN or too large), in float32 too"
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """How far the filling is, in images (or texts). A mirrored image counts with the other way round as one."""
+    """Progress in images (or texts). An image and its mirrored version count as one."""
 
     done: int
     total: int
@@ -52,13 +52,13 @@ class CacheProgress:
     reused: int = 0
     dropped: int = 0
     seconds: float = 0.0
-    """Since it began."""
+    """Since the start."""
     waiting: float = 0.0
-    """Seconds of these in which the encoder had to wait for images."""
+    """Seconds in which the encoder waited for images."""
     notes: tuple[str, ...] = ()
-    """What is new and worth telling: damaged files of the cache, and detours for want of memory or of digits."""
+    """New messages: damaged files of the cache, and fallbacks for lack of memory or precision."""
     latents: LatentIndex | None = None
-    """Where to find the latents: on the last one, when everything is on the disk."""
+    """The index of the latents; in the last value only, when everything is on the disk."""
 
 
 def fill_latents(
@@ -74,15 +74,15 @@ def fill_latents(
     workers: int | None = None,
     stop: Stop = lambda: None,
 ) -> Generator[CacheProgress, None, None]:
-    """Encode the `used` items of a set, each at its size of `sizes` (width, height), cut in the middle.
+    """Encode the `used` items of a set, each at its size of `sizes` (width, height), with a centre crop.
 
-    What is stored are the moments of the VAE's distribution, unscaled, in the VAE's number format; with `flips` those
+    Stored are the moments of the VAE's distribution, unscaled, in the VAE's number format; with `flips` those
     of the mirrored images as well. `digests` are the SHA-256 of the images' bytes in hexadecimal, by item, as
-    `examine` knows them: an image whose latents are all in the store under its digest is not read at all. Images of
-    equal size are encoded `batch_size` at a time (1 on the CPU, where more gains nothing, else 8). Batches of another
-    size round numbers differently, so only with 1 do they never depend on what else was to be encoded.
+    `examine` knows them: an image whose latents are all in the store is not read. Images of
+    equal size are encoded `batch_size` at a time (default: 1 on the CPU, where more is not faster, else 8). Batch sizes
+    differ in rounding, so only with 1 latents never depend on the other images.
 
-    An image that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` answers, CannotWrite,
+    An image that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` returns, CannotWrite,
     OutOfMemory, and Offline where streamed images cannot be fetched.
     """
     ways = (False, True) if flips else (False,)
@@ -90,14 +90,14 @@ def fill_latents(
     filling = _Filling(images, items, sizes, LatentKeys.of(vae), store, digests, ways)
     encoder = VaeEncoder(vae.network)
     store.refresh()
-    filling.take_what_is_there()
+    filling.settle_known()
     yield filling.progress(notes=_damage(store))
     batches = _Batches(batch_size or (1 if vae.device.type == "cpu" else 8))
     try:
         for prepared in filling.read_ahead(workers or _cpus(), held=batches.limit):
             stop_if_asked(stop)
-            for waiting in filling.claimed(prepared):
-                batch = batches.with_one_more(waiting)
+            for waiting in filling.claim(prepared):
+                batch = batches.add(waiting)
                 if batch:
                     filling.keep(batch, encoder([one.pixels for one in batch]))
             yield filling.progress(notes=encoder.notes())
@@ -120,7 +120,7 @@ def fill_texts(
 ) -> Generator[CacheProgress, None, None]:
     """Encode texts, each once: hidden states [L, D] in the encoder's number format, as `generate` computes them.
 
-    One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. Raises what `stop` answers,
+    One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. Raises what `stop` returns,
     CannotWrite, and BadOutput where the text encoder gives NaN, in float32 too.
     """
     keys, began = TextKeys.of(encoder), time.perf_counter()
@@ -153,12 +153,12 @@ def fill_texts(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An image as the threads hand it over: its keys, and its pixels where any of its latents are missing."""
+    """An image from a reading thread: its keys, and its pixels if any of its latents are missing."""
 
     place: int
-    """In `used`."""
+    """Place in `used`."""
     keys: tuple[bytes, ...] = ()
-    """As it is, and mirrored."""
+    """Of the image as it is, and mirrored."""
     missing: tuple[int, ...] = ()
     pixels: Tensor | None = None
     """[3, H, W] in 0..1, as it is."""
@@ -168,7 +168,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """One way round of an image, to be encoded under a key."""
+    """An image as it is or mirrored, to be encoded under a key."""
 
     place: int
     key: bytes
@@ -180,7 +180,7 @@ _OPEN, _REUSED, _ENCODED, _DROPPED = range(4)
 
 @dataclass
 class _Filling:
-    """The books of one filling: what became of every image so far."""
+    """The state of every image while the cache is filled."""
 
     images: ImageSet
     used: np.ndarray
@@ -194,7 +194,7 @@ class _Filling:
     counts: list[int] = field(init=False)
     reasons: dict[int, str] = field(default_factory=dict)
     owners: dict[bytes, int] = field(default_factory=dict)
-    """Key -> the first image of this run that has it; later ones have the same bytes."""
+    """Key -> the first image of this run with it; later ones have the same bytes."""
     failed: dict[bytes, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
@@ -208,7 +208,7 @@ class _Filling:
         width, height = (int(side) for side in self.sizes[place])
         return tuple(self.makes.key(digest, Crop((width, height), flip=flip)) for flip in self.flips)
 
-    def take_what_is_there(self) -> None:
+    def settle_known(self) -> None:
         """Settle the images whose digest is known and whose latents are all in the store."""
         if self.digests is None:
             return
@@ -220,7 +220,7 @@ class _Filling:
             self._settle(int(place), _REUSED)
 
     def read_ahead(self, workers: int, *, held: int) -> Iterator[_Prepared]:
-        """The open images in order, read and decoded by threads; at most `workers` + 2 `held` are in memory."""
+        """The remaining images in order, read and decoded by threads; at most `workers` + 2 `held` in memory."""
         todo = deque(int(place) for place in np.flatnonzero(self.states == _OPEN))
         pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="read-ahead")
         running: deque[Future[_Prepared]] = deque()
@@ -253,8 +253,8 @@ class _Filling:
         except MemoryError:
             return _Prepared(place, reason="does not fit into memory")
 
-    def claimed(self, prepared: _Prepared) -> list[_Waiting]:
-        """Enter an image that was read; what of it this run has still to encode."""
+    def claim(self, prepared: _Prepared) -> list[_Waiting]:
+        """Record an image that was read, and return what this run has to encode of it."""
         place = prepared.place
         if prepared.reason:
             self.reasons[place] = prepared.reason
@@ -285,8 +285,8 @@ class _Filling:
                 self._settle(one.place, _ENCODED)
 
     def index(self) -> LatentIndex:
-        """Where everything is, once all is encoded and flushed."""
-        if self.failed:  # a copy of an image whose latents are not finite was taken for one that is there
+        """The index of all latents, after everything was encoded and flushed."""
+        if self.failed:  # copies of an image whose latents are not finite were counted as reused
             for place in np.flatnonzero(self.states == _REUSED):
                 reason = next((self.failed[key] for key in map(bytes, self.keys[place]) if key in self.failed), None)
                 if reason is not None:
@@ -321,20 +321,20 @@ class _Filling:
 
 
 class _Batches:
-    """Gathers images of equal size; holds less than one batch of each size."""
+    """Groups images of equal size into batches; holds less than one batch of each size."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._gathered: dict[torch.Size, list[_Waiting]] = {}
 
-    def with_one_more(self, waiting: _Waiting) -> list[_Waiting]:
-        """The batch that this image completes, or nothing."""
+    def add(self, waiting: _Waiting) -> list[_Waiting]:
+        """Add an image; returns the batch that it completes, else an empty list."""
         batch = self._gathered.setdefault(waiting.pixels.shape, [])
         batch.append(waiting)
         return self._gathered.pop(waiting.pixels.shape) if len(batch) == self.limit else []
 
     def rest(self) -> Iterator[list[_Waiting]]:
-        """What has gathered and fills no batch."""
+        """The incomplete batches."""
         while self._gathered:
             yield self._gathered.popitem()[1]
 
@@ -358,7 +358,7 @@ def _hidden_states(encoder: CacheTextEncoder, texts: Sequence[str]) -> Tensor:
 
 
 def _damage(store: TensorStore) -> tuple[str, ...]:
-    ending = "is damaged: it is passed over, and what it held is computed again; it can be deleted"
+    ending = "is damaged and ignored; its content is computed again, and it can be deleted"
     return tuple(f"{path} {ending}" for path in store.damaged)
 
 

@@ -1,7 +1,7 @@
-"""What training reads instead of images and captions: latents and text states, by the content they were made of.
+"""Keys of the cache, and the cached latents and text states that training reads instead of images and captions.
 
-The key of a record is a SHA-256 over everything that its numbers depend on. So a changed image, crop, network or
-number format is another key, and nothing in the cache can be out of date; what is no longer asked for only lies there.
+The key of a record is a SHA-256 over everything that its numbers depend on. A changed image, crop, network or number
+format gives another key, so nothing in the cache is ever out of date; records that are no longer used just remain.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sdcli.io.lean_diffusers import VAE
 LATENTS, TEXTS = "latents", "texts"
 """The kinds of records, each a sub-folder of the cache."""
 MEAN, LOGVAR, HIDDEN = "mean", "logvar", "hidden"
-"""What the tensors of a record are called: latents have the first two, text states the last."""
+"""The names of a record's tensors: latents have the first two, text states the last."""
 
 _NOT_ARITHMETIC = frozenset(
     {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
@@ -48,16 +48,16 @@ class CacheVae:
 
     network: VAE
     identity: str
-    """Of its weights: `sha256:...` of the file, `random:...`; anything else means that they exist in memory only."""
+    """Of its weights: `sha256:...` of the file, `random:...`; any other value: in memory only."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in and its latents are stored in."""
+        """The number format of its computation and of the stored latents."""
         return next(self.network.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its parameters."""
         return next(self.network.parameters()).device
 
 
@@ -74,18 +74,18 @@ class CacheTextEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in and its states are stored in."""
+        """The number format of its computation and of the stored states."""
         return next(self.network.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its parameters."""
         return next(self.network.parameters()).device
 
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image was brought to a size; see `buckets.resize_and_crop`."""
+    """The arguments of `buckets.resize_and_crop` for an image."""
 
     size: Size
     at: tuple[float, float] = (0.5, 0.5)
@@ -99,7 +99,7 @@ class LatentKeys:
     vae: str
     """Weights and configuration."""
     dtype: str
-    """What the VAE computes in and the latents are stored in."""
+    """The number format of the computation and of the stored latents."""
 
     @classmethod
     def of(cls, vae: CacheVae) -> Self:
@@ -151,7 +151,7 @@ def _weights(network: nn.Module, identity: str) -> str:
 
 
 def _tokenizer(tokenizer: ClipTokenizer) -> str:
-    """The digest of all that its files say: vocabulary, merges, normalisation, special tokens, length."""
+    """The digest of the tokenizer: vocabulary, merges, normalization, special tokens, length."""
     numbers = (tokenizer.max_length, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
     return _digest([tokenizer.tokenizer.to_str(), numbers])
 
@@ -173,22 +173,21 @@ def _name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, eq=False)
 class LatentIndex:
-    """Which record belongs to which item of an image set."""
+    """The cache keys of an image set's items."""
 
     items: np.ndarray
-    """int64 [n], rising: the items that have latents."""
+    """int64 [n], ascending: the items that have latents."""
     keys: np.ndarray
     """uint8 [n, f, 32]: the key of each as it is and, with f = 2, mirrored."""
     dropped: tuple[DroppedItem, ...] = ()
-    """Items that were asked for and could not be encoded."""
+    """Items that could not be encoded."""
 
 
 class CachedLatents:
-    """Item of the image set, and whether mirrored -> mean [C, h, w] and log variance (or None), unscaled.
+    """Cached latents: (item, mirrored) -> mean [C, h, w] and log variance (or None), unscaled, in their stored dtype.
 
-    In the number format they are stored in. Held in memory where all of them fit into `budget` bytes, otherwise read
-    from the disk each time. Can be pickled for worker processes. Raises NotFound where a record is missing, and
-    DamagedCache where one is not as it was written.
+    In memory if all of them fit into `budget` bytes, otherwise read from the disk each time. Can be pickled for worker
+    processes. Raises NotFound for a missing record, and DamagedCache for one that differs from what was written.
     """
 
     def __init__(self, store: TensorStore, index: LatentIndex, *, budget: int = 0) -> None:
@@ -220,10 +219,10 @@ class CachedLatents:
 
 
 class CachedTexts:
-    """Text -> hidden states [L, D], in the number format they are stored in.
+    """Cached text states: text -> hidden states [L, D], in their stored dtype.
 
-    `texts` are those that will be asked for; they are held in memory where they fit into `budget` bytes, otherwise
-    read from the disk each time. Can be pickled. Raises NotFound for a text that is not there, and DamagedCache.
+    `texts` are all that will be used; they are in memory if they fit into `budget` bytes, otherwise read from the
+    disk each time. Can be pickled. Raises NotFound for a text that is not in the cache, and DamagedCache.
     """
 
     def __init__(self, store: TensorStore, keys: TextKeys, texts: Iterable[str], *, budget: int = 0) -> None:
@@ -252,7 +251,7 @@ class CachedTexts:
 class EncodedLatents:
     """Latents that `sdcli encode` wrote, with the interface of `CachedLatents`: (mean [C, h, w], None), unscaled.
 
-    A file holds an image one way round, so none is mirrored. Raises NotFound and BadLatents.
+    Mirrored latents are not available. Raises NotFound and BadLatents.
     """
 
     files: LatentFiles
@@ -263,12 +262,12 @@ class EncodedLatents:
     def __getitem__(self, wanted: tuple[int, bool]) -> tuple[Tensor, None]:
         index, flipped = wanted
         if flipped:
-            raise UsageError("latents in files cannot be mirrored: leave --random-flip out")
+            raise UsageError("latents in files cannot be mirrored: omit --random-flip")
         return self.files.read_latents(index).unscaled(self.files.scaling_factor)[0], None
 
 
 def check_same_vae(files: LatentFiles, *, identity: str, model: str) -> None:
-    """Raise UsageError where latent files were made with another VAE than that of the model of this name."""
+    """Raise UsageError if latent files were made with another VAE than the model's."""
     if files.vae != identity:
         raise UsageError(
             f"the latents in {files.source} were made with another VAE ({files.vae[:19]}) "
@@ -277,9 +276,9 @@ def check_same_vae(files: LatentFiles, *, identity: str, model: str) -> None:
 
 
 def sample_latents(mean: Tensor, logvar: Tensor | None, noise: Tensor, scaling_factor: float) -> Tensor:
-    """A draw from the VAE's distribution, scaled: (mean + exp(logvar / 2) noise) scaling_factor, float32.
+    """A sample of the VAE's distribution, scaled: (mean + exp(logvar / 2) noise) scaling_factor, float32.
 
-    Equation 10 of Kingma & Welling 2013 (arXiv 1312.6114). Without a log variance it is the mean.
+    Equation 10 of Kingma & Welling 2013 (arXiv 1312.6114). Without a log variance the result is the scaled mean.
     """
     latents = mean.float()
     if logvar is not None:

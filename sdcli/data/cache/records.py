@@ -1,4 +1,4 @@
-"""Records of a store that training reads again and again: in memory where they fit."""
+"""Records of a store that are read repeatedly: in memory if they fit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sdcli.data.cache.store import TensorStore
 
 
 class Records:
-    """Chosen records of a store, by number: in memory where they fit into `budget` bytes, else read when asked for.
+    """Some records of a store by number: in memory if they fit into `budget` bytes, else read each time.
 
-    Raises DamagedCache, at once for what is held.
+    Raises DamagedCache; for records in memory already when they are loaded.
     """
 
     def __init__(self, store: TensorStore, numbers: np.ndarray, *, budget: int = 0) -> None:
@@ -37,7 +37,7 @@ class Records:
         return {name: tensor[self._row_of[place]].clone() for name, tensor in stack.items()}
 
     def _hold(self) -> None:
-        """Records of equal layout are stacked: a hundred thousand tensor objects take more room than small latents."""
+        """Load the records, stacked by layout: many tensor objects would take more memory than small latents."""
         layouts, kinds = self._store.layouts_of(self._numbers)
         self._stack_of = np.zeros(len(self._numbers), dtype=np.int32)
         self._row_of = np.zeros(len(self._numbers), dtype=np.int64)

@@ -39,11 +39,11 @@ _SHARD_NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{8}\.safetensors")
 
 
 class DamagedCache(SdcliError):
-    """A file of the cache is not as it was written."""
+    """A file of the cache differs from what was written."""
 
 
-class Part(NamedTuple):  # of which an index is made by the hundred thousand, and quicker than a dataclass
-    """One tensor of a record, without its place."""
+class Part(NamedTuple):  # an index has hundreds of thousands; faster than a dataclass
+    """The name, dtype and shape of one tensor of a record."""
 
     name: str
     dtype: str
@@ -56,7 +56,7 @@ class Part(NamedTuple):  # of which an index is made by the hundred thousand, an
 
 
 def shard_of(records: Mapping[bytes, Mapping[str, Tensor]], kind: str) -> tuple[str, bytes]:
-    """The name and the bytes of a shard with these records; no two shards get one name."""
+    """The name, which is unique, and the bytes of a shard with these records."""
     tensors = {f"{key.hex()}.{name}": tensor for key, record in records.items() for name, tensor in record.items()}
     checksums = "".join(f"{zlib.crc32(_bytes_of(tensors[name])):08x}" for name in sorted(tensors))
     data = save(tensors, metadata={"kind": kind, _CHECKSUMS: checksums})
@@ -67,7 +67,7 @@ def shard_of(records: Mapping[bytes, Mapping[str, Tensor]], kind: str) -> tuple[
 def records_in(path: Path) -> dict[bytes, list[tuple[Part, int, int]]]:
     """The records in a shard by its header: key -> for each tensor its part, offset in the file and CRC-32.
 
-    Raises DamagedCache for whatever is not as it was written; then nothing of the shard is used.
+    Raises DamagedCache if the header differs from what was written; then no record of the shard is used.
     """
     try:
         header = check_header(path)
@@ -100,7 +100,7 @@ def records_in(path: Path) -> dict[bytes, list[tuple[Part, int, int]]]:
 
 
 def changed(path: Path) -> str:
-    return f"{path} is not as it was written; delete it, and what it held is computed again"
+    return f"{path} is damaged; delete it, and its content is computed again"
 
 
 def _header_digest(header: bytes) -> str:

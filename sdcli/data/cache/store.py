@@ -1,8 +1,7 @@
-"""Small tensors on disk under the digests of what they were made of: shards that are only ever added, by any process.
+"""A store of small tensors on disk by key, in shards that any process may add and none changes.
 
-A shard is an ordinary safetensors file of about 64 MB whose tensors are called `<key>.<name>`; the index of a store is
-made of the shards' headers, so none can go stale. A shard's name holds the digest of its header, and its header the
-CRC-32 of each tensor: whatever breaks on the disk is found out before it is used.
+The index is made from the headers of the shards (see `shards`), so it never goes stale; checksums find whatever was
+damaged on the disk before it is used.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from sdcli.io.weight_files import MAX_TENSORS
 
 SHARD_BYTES = 64 * 2**20
 FLUSH_SECONDS = 120.0
-"""A shard is written after this time at the latest, so that a killed process never loses more than that."""
+"""A shard is written after this time at the latest: the most that a killed process loses."""
 MAX_OPEN_SHARDS = 256
-"""Files that are kept open; the shards beyond are opened for each reading."""
+"""Shards that are kept open; others are opened for each read."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """Where the records are, in arrays: about 80 bytes for each of them. Replaced as a whole, never changed."""
+    """The positions of all records in arrays, about 80 bytes a record. Replaced as a whole, never modified."""
 
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, KEY_BYTES), dtype=np.uint8))
     shards: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     layouts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    """Which of `_layouts` each record has."""
+    """The place of each record's layout in `_layouts`."""
     firsts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Where a record's tensors begin in the two arrays below."""
     offsets: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -73,7 +72,7 @@ class TensorStore:
         self.refresh()
 
     def _reset(self) -> None:
-        """What each process has for itself."""
+        """Initialize the state that each process has for itself."""
         self._lock = threading.RLock()
         self._pending: dict[bytes, dict[str, Tensor]] = {}
         self._pending_bytes = self._pending_tensors = 0
@@ -108,11 +107,11 @@ class TensorStore:
 
     @property
     def damaged(self) -> tuple[Path, ...]:
-        """Files that are not as they were written. They are passed over and left alone, and can be deleted."""
+        """Files that differ from what was written. They are ignored, and can be deleted."""
         return tuple(self.path / name for name in self._damaged)
 
     def __len__(self) -> int:
-        """Records on the disk."""
+        """The number of records on the disk."""
         return len(self._index.keys)
 
     def __contains__(self, key: bytes) -> bool:
@@ -121,9 +120,9 @@ class TensorStore:
     # Reading
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Keys, uint8 [n, 32] -> the numbers of their records for `read`, int64 [n]; -1 for what is not on the disk.
+        """Keys, uint8 [n, 32] -> the numbers of their records for `read`, int64 [n]; -1 for missing keys.
 
-        A number stays valid as long as the store lives.
+        A number stays valid for the lifetime of the store.
         """
         index = self._index
         wanted = _beginnings(keys)
@@ -154,7 +153,7 @@ class TensorStore:
         return self.read(number)
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a record by its number: read from the file now, and checked. Raises DamagedCache."""
+        """Read and verify the tensors of a record by its number. Raises DamagedCache."""
         index = self._index
         shard, first = int(index.shards[number]), int(index.firsts[number])
         record = {}
@@ -189,15 +188,15 @@ class TensorStore:
                     file.seek(offset)
                     data = bytearray(file.read(size))
         except FileNotFoundError:
-            raise DamagedCache(f"{path} has gone while it was in use; start again, and it is made anew") from None
+            raise DamagedCache(f"{path} was deleted while in use; start again, and it is computed again") from None
         except OSError as error:
             raise DamagedCache(f"cannot read {path}: {error.strerror}") from None
         if len(data) < size:
-            raise DamagedCache(f"{path} has become shorter while it was in use; start again, and it is made anew")
+            raise DamagedCache(f"{path} became shorter while in use; start again, and it is computed again")
         return data
 
     def _descriptor(self, shard: int, path: Path) -> int | None:
-        """A file that stays open, of this process. Two threads may both open it; one of the two is kept."""
+        """The descriptor of a shard that stays open in this process. If two threads open it, one descriptor is kept."""
         known = self._files.get(shard)
         if known is not None or len(self._files) >= MAX_OPEN_SHARDS:
             return known
@@ -210,9 +209,9 @@ class TensorStore:
     # Writing
 
     def add(self, key: bytes, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a record; it is on the disk after `flush`, which happens by itself for every 64 MB, or two minutes.
+        """Add a record; it is on the disk after `flush`, which happens automatically every 64 MB or two minutes.
 
-        A key that is there keeps its record: equal keys mean equal content. Raises CannotWrite.
+        A key that exists keeps its record: equal keys mean equal content. Raises CannotWrite.
         """
         if len(key) != KEY_BYTES or not tensors:
             raise ValueError(f"a record is a key of {KEY_BYTES} bytes and at least one tensor")
@@ -223,7 +222,7 @@ class TensorStore:
                 self.flush()
             if not self._pending:
                 self._pending_since = time.monotonic()
-            # copies: a row of a batch would keep the whole batch, and could be changed from outside
+            # copies: a row of a batch would keep the whole batch alive, and callers could change it
             self._pending[key] = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
             self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
             self._pending_tensors += len(tensors)
@@ -231,21 +230,21 @@ class TensorStore:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what was added as a shard, whole and durably. Raises CannotWrite; nothing half-written stays."""
+        """Write the added records as a shard, atomically and durably. Raises CannotWrite."""
         with self._lock:
             if not self._pending:
                 return
             name, data = shard_of(self._pending, self.kind)
             sweep(self.path)
             write_whole(self.path / name, data, overwrite=False)
-            self._learn([name])  # before they leave the memory, so that another thread finds them at any time
+            self._index_shards([name])  # before they leave memory, so that other threads find them at any time
             self._pending = {}
             self._pending_bytes = self._pending_tensors = 0
 
     # The index
 
     def refresh(self) -> None:
-        """Take in the shards that other processes have added."""
+        """Index the shards that other processes have added."""
         with self._lock:
             known = {*self._shards, *self._damaged}
             found: list[tuple[int, str]] = []
@@ -254,11 +253,11 @@ class TensorStore:
                     if entry.name.endswith(".safetensors") and entry.name not in known:
                         with contextlib.suppress(FileNotFoundError):
                             found.append((entry.stat().st_mtime_ns, entry.name))
-            # the oldest first: where two processes made the same record, all readers take the same one
+            # the oldest first: of equal records all readers use the same one
             with _without_collecting_garbage():
-                self._learn([name for _, name in sorted(found)])
+                self._index_shards([name for _, name in sorted(found)])
 
-    def _learn(self, names: Sequence[str]) -> None:
+    def _index_shards(self, names: Sequence[str]) -> None:
         """Append the records of shards to the index."""
         numbers = {layout: number for number, layout in enumerate(self._layouts)}
         keys: list[bytes] = []
@@ -303,7 +302,7 @@ class TensorStore:
 
 @contextlib.contextmanager
 def _without_collecting_garbage() -> Iterator[None]:
-    """Headers become millions of small objects, none of them garbage; looking for some took half of the time."""
+    """Garbage collection took half of the time: headers become millions of small objects, none of them garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -18,31 +18,31 @@ Moments = tuple[Tensor, Tensor | None]
 
 
 class VaeEncoder:
-    """The VAE's encoder with its ways out: one by one, in tiles, and again in float32 where numbers went wrong."""
+    """A VAE's encoder with fallbacks: single images, tiles, and float32 if numbers are not finite."""
 
     def __init__(self, vae: VAE) -> None:
         self._vae = vae
         self._exact: VAE | None = None
         self._notes: dict[str, None] = {}
-        self._told = 0
+        self._reported = 0
 
     def __call__(self, pixels: Sequence[Tensor]) -> list[Moments | None]:
-        """Pixels [3, H, W] of equal size in 0..1 -> moments in the VAE's dtype; None for what is not finite."""
+        """Pixels [3, H, W] of equal size in 0..1 -> moments in the VAE's dtype; None if they are not finite."""
         dtype = next(self._vae.parameters()).dtype
         rows = self._rows(self._vae, pixels)
         stored: list[Moments | None] = [_in_dtype(row, dtype) for row in rows]
         if dtype != torch.float32:
             for place, row in enumerate(stored):
                 if row is None:
-                    self._note("some were encoded in float32: the numbers went wrong in half precision")
+                    self._note("some were encoded in float32: in half precision the numbers were not finite")
                     (exact,) = self._rows(self._in_float32(), pixels[place : place + 1])
                     stored[place] = _in_dtype(exact, dtype)
         return stored
 
     def notes(self) -> tuple[str, ...]:
-        """What was not told yet; each is told once."""
-        new = tuple(self._notes)[self._told :]
-        self._told = len(self._notes)
+        """New messages; each is returned once."""
+        new = tuple(self._notes)[self._reported :]
+        self._reported = len(self._notes)
         return new
 
     def _note(self, text: str) -> None:
@@ -56,7 +56,7 @@ class VaeEncoder:
     def _rows(self, vae: VAE, pixels: Sequence[Tensor]) -> list[Moments]:
         height, width = pixels[0].shape[1:]
         tiled = not autoencoder.fits_in_memory(vae, height, width)
-        # a process that takes too much memory on the CPU is killed, not told
+        # on the CPU, a process that takes too much memory is killed without an exception
         if len(pixels) == 1 or autoencoder.fits_in_memory(vae, height * len(pixels), width):
             rows = self._try(vae, pixels, tiled=tiled)
             if rows is not None:
@@ -76,7 +76,7 @@ class VaeEncoder:
 
     def _try(self, vae: VAE, pixels: Sequence[Tensor], *, tiled: bool) -> list[Moments] | None:
         try:
-            # in the layout that diffusers' image processor gives, to which convolutions round bit for bit alike
+            # the layout of diffusers' image processor, since convolutions round differently in others
             batch = torch.stack(list(pixels)).contiguous(memory_format=torch.channels_last)
             mean, logvar = autoencoder.moments(vae, batch, tiled=tiled)
         except Exception as error:
@@ -87,7 +87,7 @@ class VaeEncoder:
 
 
 def _in_dtype(moments: Moments, dtype: torch.dtype) -> Moments | None:
-    """As they are stored; None where they are not finite there."""
+    """The moments in the stored dtype; None if they are not finite in it."""
     mean, logvar = (None if part is None else part.to(dtype) for part in moments)
     assert mean is not None
     finite = mean.isfinite().all() and (logvar is None or logvar.isfinite().all())

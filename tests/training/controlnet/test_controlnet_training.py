@@ -268,14 +268,14 @@ def test_a_column_of_parquet_rows_holds_the_maps(tmp_path: Path) -> None:
 
 def test_what_leaves_the_maps_open_is_refused(tmp_path: Path, images: Path) -> None:
     listed = open_images(images)
-    with pytest.raises(UsageError, match="says nothing of conditioning images: no column 'conditioning_image'"):
+    with pytest.raises(UsageError, match="names no conditioning images: there is no column 'conditioning_image'"):
         with_maps_of_column(listed, None, data=str(images), image_column=None, split="train")
     with pytest.raises(NotFound, match="there is no folder nowhere"):
         with_maps_of_folder(listed, "nowhere")
-    with pytest.raises(UsageError, match="is the folder of the images themselves"):
+    with pytest.raises(UsageError, match="is the folder of the training images itself"):
         with_maps_of_folder(listed, str(images))
     Image.new("RGB", (8, 8)).save(images / "0.jpg")
-    with pytest.raises(UsageError, match=r"holds 0\.jpg and 0\.png: to which does 0 belong"):
+    with pytest.raises(UsageError, match=r"holds both 0\.jpg and 0\.png, so the map of 0 is ambiguous"):
         with_maps_of_folder(listed, str(copied(images, tmp_path / "copy")))
 
 
