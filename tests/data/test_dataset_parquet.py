@@ -343,9 +343,7 @@ def test_other_formats_are_read_from_the_hubs_parquet_copy(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(datasets, "load_dataset_builder", two)
     assert len(open_hub("owner/name")) == 7
-    with pytest.raises(
-        UsageError, match="imagefolder instead of parquet files; download it with `hf download owner/name"
-    ):
+    with pytest.raises(UsageError, match=r"imagefolder instead of parquet files; .*`hf download owner/name"):
         open_hub("owner/name@main")
 
 
@@ -357,7 +355,7 @@ def test_other_formats_are_read_from_the_hubs_parquet_copy(
         (
             ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"),
             UsageError,
-            "choose one with owner/name:config",
+            "choose one with owner/name",
         ),
         (
             RuntimeError("Dataset scripts are no longer supported"),
