@@ -15,6 +15,7 @@ from sdcli.errors import UsageError
 from sdcli.images.image_files import image_from_bytes
 from sdcli.images.pixels import fit, to_pixels
 from sdcli.io.files import expanded
+from sdcli.io.lean_diffusers import full_imports
 from sdcli.request.fields import Extend, FileRef, ImageInput, Preprocessor
 from sdcli.request.input_files import is_latents, pinned, read_pinned
 from sdcli.request.schema import ResolvedRequest
@@ -105,7 +106,8 @@ class InputImages:
 
     def _read_control_map(self, ref: ImageInput, preprocessor: Preprocessor, size: tuple[int, int]) -> Tensor:
         """[3, H, W] in 0..1."""
-        from sdcli.images.preprocessors import control_map  # scipy takes 0.6 s
+        with full_imports():
+            from sdcli.images.preprocessors import control_map  # scipy takes 0.6 s
 
         return to_pixels(control_map(self._open(ref), preprocessor, size))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdcli.errors import BadWeights, first_line
-from sdcli.io.lean_diffusers import lean_imports
+from sdcli.io.lean_diffusers import full_imports, lean_imports
 from sdcli.request.schedulers import SCHEDULERS
 
 Advance = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +39,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     only what the sampler itself needs. Raises BadWeights for a configuration that says nothing sound.
     """
     entry = SCHEDULERS[name]
-    with contextlib.nullcontext() if entry.uses_scipy else lean_imports():
+    with full_imports() if entry.uses_scipy else lean_imports():
         module = importlib.import_module(_MODULES[entry.class_name])
     scheduler_class = getattr(module, entry.class_name)
     known = inspect.signature(scheduler_class.__init__).parameters

@@ -18,6 +18,7 @@ from sdcli.encoders.token_words import Context
 from sdcli.errors import BadImage, BadWeights, first_line
 from sdcli.images.image_files import image_from_bytes
 from sdcli.io.json_files import read_json_object
+from sdcli.io.lean_diffusers import full_imports
 from sdcli.io.weight_files import files_digest, in_background, shards
 from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.request.fields import ImageInput
@@ -44,7 +45,8 @@ class ImageEncoder:
 
     def _pixels(self, ref: ImageInput) -> Tensor:
         """[1, 3, S, S], normalised as CLIP was trained. Raises NotFound, BadPicture and UsageError."""
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+        with full_imports():
+            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         image, side = image_from_bytes(read_pinned(ref), name=str(ref)), self.network.config.image_size
         if max(image.size) > LONGEST * min(image.size):
@@ -119,8 +121,9 @@ class ImagePrompting:
 
 def load_image_encoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
     """The CLIPVisionModelWithProjection of a folder as transformers writes it. Raises NotFound and BadWeights."""
-    from transformers.models.clip.configuration_clip import CLIPVisionConfig
-    from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
+    with full_imports():
+        from transformers.models.clip.configuration_clip import CLIPVisionConfig
+        from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
     stated, files = read_json_object(folder / CONFIG), shards(folder, "model")
     try:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from sdcli.errors import BadWeights, NotFound, first_line
+from sdcli.io.lean_diffusers import full_imports
 
 LENGTH = 256
 """Tokens that the encoder reads; diffusers' `max_sequence_length`."""
@@ -46,7 +47,8 @@ def load_t5_tokenizer(folder: Path) -> T5Tokenizer:
 
 def empty_t5(config: dict[str, Any]) -> nn.Module:
     """The network of a config.json. Raises ValueError for one that describes none."""
-    from transformers import T5Config, T5EncoderModel  # 2 s, so it waits until a model has one
+    with full_imports():
+        from transformers import T5Config, T5EncoderModel  # 2 s, so it waits until a model has one
 
     try:
         return T5EncoderModel(T5Config.from_dict(config))

@@ -13,8 +13,10 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
@@ -30,14 +32,43 @@ _PIPELINES_LORA = ("diffusers.loaders.lora_base", "diffusers.loaders.lora_pipeli
 _ABSENT = ("transformers", "scipy", "peft")
 
 
+_importing = threading.RLock()
+
+
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """A block in which `from diffusers... import SomeClass` loads little more than that class."""
-    if "diffusers.loaders" in sys.modules or "transformers" in sys.modules:
-        yield  # already paid for, by a test or by a program that uses sdcli as a library
-        return
-    hidden: dict[str, Any] = {name: sys.modules.get(name) for name in (*_ABSENT, "torch._dynamo")}
-    if hidden["torch._dynamo"] is None:
+    """A block in which `from diffusers... import SomeClass` loads little more than that class.
+
+    One thread at a time: until the block ends, the hidden packages cannot be imported (see `full_imports`).
+    """
+    with _importing:
+        if "diffusers.loaders" in sys.modules or "transformers" in sys.modules:
+            yield  # already paid for, by a test or by a program that uses sdcli as a library
+            return
+        hidden = _hide()
+        try:
+            yield
+        finally:
+            _show(hidden)
+
+
+@contextlib.contextmanager
+def full_imports() -> Iterator[None]:
+    """A block that may import transformers, scipy or peft: it waits until no other thread hides them."""
+    with _importing:
+        yield
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    modules: dict[str, Any]
+    """By name; None where the module was not imported yet."""
+    availability: dict[str, bool]
+
+
+def _hide() -> _Hidden:
+    modules: dict[str, Any] = {name: sys.modules.get(name) for name in (*_ABSENT, "torch._dynamo")}
+    if modules["torch._dynamo"] is None:
         sys.modules["torch._dynamo"] = _dynamo_stand_in()
     import diffusers
     from diffusers.utils import import_utils
@@ -49,17 +80,20 @@ def lean_imports() -> Iterator[None]:
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say "not installed"
     for name in _EAGER_PACKAGES:
         sys.modules[name] = _package_without_init(name, diffusers.__path__[0])
-    try:
-        yield
-    finally:
-        for name, module in hidden.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-        for name, available in availability.items():
-            setattr(import_utils, f"_{name}_available", available)
-        for name in (*_EAGER_PACKAGES, "diffusers.loaders", *_PIPELINES_LORA):
-            sys.modules.pop(name, None)
+    return _Hidden(modules, availability)
+
+
+def _show(hidden: _Hidden) -> None:
+    from diffusers.utils import import_utils
+
+    for name, module in hidden.modules.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+    for name, available in hidden.availability.items():
+        setattr(import_utils, f"_{name}_available", available)
+    for name in (*_EAGER_PACKAGES, "diffusers.loaders", *_PIPELINES_LORA):
+        sys.modules.pop(name, None)
 
 
 def _package_without_init(name: str, root: str) -> types.ModuleType:
@@ -121,6 +155,7 @@ __all__ = [
     "UNet",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "full_imports",
     "lean_imports",
     "torch",
 ]

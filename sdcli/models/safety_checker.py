@@ -16,6 +16,7 @@ from PIL import Image
 from sdcli.errors import BadWeights, first_line
 from sdcli.images.pixels import to_pixels
 from sdcli.io.json_files import read_json_object
+from sdcli.io.lean_diffusers import full_imports
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, where feature_extractor/preprocessor_config.json names no others."""
@@ -54,7 +55,8 @@ def load_safety_checker(folder: Path) -> SafetyChecker | None:
     try:
         if not weights:
             raise BadWeights("is a pickle, which can run any code when opened")
-        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        with full_imports():
+            from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
         # model.safetensors, model.fp16.safetensors, or in parts: model-00001-of-00002.safetensors
         variants = [name.removesuffix(".safetensors").split("-")[0].partition(".")[2] for name in weights]
