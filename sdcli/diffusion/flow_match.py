@@ -1,4 +1,4 @@
-"""Flow matching's Euler sampler, with the members that diffusers' diffusion schedulers have and this one has not."""
+"""Flow matching's Euler sampler, with the methods that diffusers' diffusion schedulers have and this one lacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNKNOWN = ("use_beta_sigmas", "invert_sigmas")
 
 
 class FlowMatchEulerDiscreteScheduler(diffusers_scheduling.FlowMatchEulerDiscreteScheduler):
-    """x_t = (1 - sigma) x_0 + sigma noise, and the network says the velocity noise - x_0.
+    """x_t = (1 - sigma) x_0 + sigma noise, and the network predicts the velocity noise - x_0.
 
     Lipman et al. 2022 (arXiv 2210.02747); the levels are shifted as in Esser et al. 2024 (arXiv 2403.03206, section
     5.3.2), by the `shift` of the model's configuration.
@@ -29,11 +29,11 @@ class FlowMatchEulerDiscreteScheduler(diffusers_scheduling.FlowMatchEulerDiscret
         """
         for name in (*_UNKNOWN, *(("use_dynamic_shifting",) if mu is None else ())):
             if self.config[name]:
-                raise BadWeights(f"the model's noise levels are not known: scheduler_config.json asks for {name}")
+                raise BadWeights(f"the model's noise levels are not supported: scheduler_config.json sets {name}")
         super().set_timesteps(num_inference_steps, device, mu=mu)
 
     def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network sees x as it is."""
+        """The network takes x unscaled."""
         return x
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -41,5 +41,5 @@ class FlowMatchEulerDiscreteScheduler(diffusers_scheduling.FlowMatchEulerDiscret
         return self.scale_noise(x0, timesteps, noise)
 
     def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of x_t is signal and how much noise; named as by the other schedulers that know it."""
+        """The factors of signal and noise in x_t; the method has this name in diffusers' other schedulers, too."""
         return 1 - sigma, sigma

@@ -72,7 +72,7 @@ def init_latents(
     """Noise; or an init image with noise on it, of which a mask may keep a part.
 
     Each image's generator draws in the order of diffusers' pipelines: the sample of the VAE's distribution, the
-    noise, the sample of the image without what is masked.
+    noise, the sample of the image without its masked part.
     `report` gets a sentence for each memory fallback. Raises UsageError, BadLatents for latents that do not fit, and
     OutOfMemory.
     """
@@ -130,7 +130,7 @@ def enlarged_latents(
 ) -> InitLatents:
     """For the second pass: finished latents [B, C, h, w], enlarged as they are or as pixels, with fresh noise on them.
 
-    `report` gets a sentence for each memory fallback. Raises OutOfMemory. What is no image stays NaN.
+    `report` gets a sentence for each memory fallback. Raises OutOfMemory. Latents that give no image become NaN.
     """
     upscale, space = request.upscale, pipeline.space
     assert upscale is not None
@@ -155,7 +155,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 def _enlarged_pixels(space: Space, latents: Tensor, size: tuple[int, int], report: Report) -> Tensor:
-    """Latents [C, h, w] -> pixels [3, H, W] of another size; NaN, found after the pass, where they are no image."""
+    """Latents [C, h, w] -> pixels [3, H, W] of another size; NaN where they give no image."""
     try:
         pixels, notes = decode_with_fallbacks(space, latents)
     except BadOutput:

@@ -100,7 +100,7 @@ class InputImages:
                 f"the mask is {colour} all over, so nothing would be generated; {remedy} --invert-mask all of it "
                 "would be"
             )
-        # half of the blurred edge lies in what is kept: the fade begins where the other half does
+        # half of the blurred edge lies in what is kept: the fade starts with the other half
         soft = (2 * _levels(white.filter(ImageFilter.GaussianBlur(blur))) - 1).clamp(0, 1) * hard if blur else hard
         return InitImage(pixels, hard, soft)
 
@@ -133,7 +133,7 @@ def read_init_latents(ref: FileRef) -> LatentFile:
         file = read_latents(expanded(ref.path))
     except UsageError:
         raise UsageError(
-            f"{ref.path} does not say how its latents are scaled; sdcli encode and ComfyUI write files that do"
+            f"{ref.path} does not record how its latents are scaled; files of sdcli encode and ComfyUI do"
         ) from None
     if len(file.latents) != 1:
         raise UsageError(f"{ref.path} holds {len(file.latents)} latents; an init file holds one")

@@ -16,7 +16,7 @@ from sdcli.diffusion.scheduler_factory import Advance
 class Step:
     """One finished step: its number from 0, how many there are, its timestep, and the latents after it.
 
-    `x` are the latents before it, and `output` is what `predict` said of them.
+    `x` are the latents before it, and `output` is the output of `predict` for them.
     """
 
     index: int
@@ -29,7 +29,7 @@ class Step:
 
 @torch.inference_mode()
 def denoise(predict: Predict, advance: Advance, x: Tensor, timesteps: Tensor) -> Iterator[Step]:
-    """Latents [B, C, h, w] as noisy as the first timestep says -> step by step less so; the last holds the result."""
+    """Latents [B, C, h, w] with the noise of the first timestep -> steps with ever less; the last holds the result."""
     for index, t in enumerate(timesteps):
         before, output = x, predict(x, t)
         x = advance(output, t, before)

@@ -35,8 +35,8 @@ _MODULES = {
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """The diffusers scheduler of a name in `schedulers.SCHEDULERS`.
 
-    The model's scheduler_config.json says how it was trained (betas, prediction type, spacing); the table overrides
-    only what the sampler itself needs. Raises BadWeights for a configuration that says nothing sound.
+    The model's scheduler_config.json describes its training (betas, prediction type, spacing); the table overrides only
+    the settings that the sampler itself needs. Raises BadWeights for a configuration that diffusers refuses.
     """
     entry = SCHEDULERS[name]
     with full_imports() if entry.uses_scipy else lean_imports():

@@ -28,7 +28,7 @@ class DecodeSettings:
     output: Path | None = None
     format: ImageFormat = "png"
     scaled: bool | None = None
-    """What plain files hold, which do not say it themselves."""
+    """Whether the latents in plain files, which do not record it, are scaled."""
     tiled: bool = False
     overwrite: bool = False
 

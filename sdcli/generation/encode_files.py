@@ -23,7 +23,7 @@ from sdcli.request.input_files import InputFile, input_digest
 from sdcli.vae.latent_files import LatentRecord, Source, latent_bytes, read_latents, read_record
 
 PACK = 16
-"""Images in a packed file, where no batch size says otherwise."""
+"""Images in a packed file, if no batch size is given."""
 MAX_PACK = 256
 """Images in a packed file that was named with -o: they are all held until it is written."""
 

@@ -56,7 +56,7 @@ def known_paths(output: OutputSettings) -> list[Path]:
 
 
 def check_template(template: str) -> None:
-    """Raise UsageError for a template that names unknown fields, leaves its folder, or is no file name."""
+    """Raise UsageError for a template that names unknown fields, leaves its folder, or is not a file name."""
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:

@@ -50,7 +50,7 @@ class Lease:
 
 
 class ModelCache:
-    """Loads models and keeps the last ones. `run` says on which device, in which dtype, and whether offline."""
+    """Loads models and keeps the last ones. `run` gives device, dtype, and whether it may use the network."""
 
     def __init__(self, run: RunSettings) -> None:
         self.run = run

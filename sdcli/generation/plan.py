@@ -1,4 +1,4 @@
-"""Jobs -> batches that can be denoised together. Pure: imports no torch, and asks nothing of the machine.
+"""Jobs -> batches that can be denoised together. Pure: imports no torch, and reads nothing of the machine.
 
 The limits of the device are passed in, so that whoever plans, here or on another machine, gets the same batches and
 with them the same bytes.

@@ -62,8 +62,8 @@ def run_batch(
 ) -> Iterator[BatchEvent]:
     """Denoise a batch and decode the wanted images of it; yields one Generated, Failed or Cancelled for each of them.
 
-    `cancelled(job)` is asked before the first step, after each step, and before an image is decoded. With
-    `strict_prompt` a prompt that would be cut fails its job. Raises only what is no failure of an image.
+    `cancelled(job)` is called before the first step, after each step, and before an image is decoded. With
+    `strict_prompt` a prompt that would be cut fails its job. Raises only errors that concern no single image.
     """
     yield from (Note(text, _indices(batch.wanted_jobs)) for text in lease.notes)
     wanted = _Wanted(set(batch.wanted), cancelled)
@@ -104,7 +104,7 @@ class _Wanted:
             yield Failed(job, error)  # type: ignore[arg-type]  # one of OF_ONE_IMAGE
 
     def without_cancelled(self, jobs: Sequence[ResolvedJob]) -> Iterator[Cancelled]:
-        """Asks for each of these jobs whether it is cancelled; yields an event for each that is."""
+        """Drops those of these jobs that are cancelled; yields an event for each."""
         for job in self.of(jobs):
             if self._cancelled(job):
                 self._indices.discard(job.index)
@@ -127,8 +127,8 @@ def _run_group(
     groups, fallbacks = [jobs], ()  # type: tuple[list[list[ResolvedJob]], tuple[str, ...]]
     while groups:
         group = groups.pop(0)
-        began, asked = time.monotonic(), wanted.of(group)
-        if not asked:
+        began, count = time.monotonic(), len(wanted.of(group))
+        if not count:
             continue
         attempt, denoised = MemoryAttempt(), None
         try:
@@ -149,7 +149,7 @@ def _run_group(
             yield Note(text, _indices(wanted.of(group)))
             continue
         if denoised is not None and denoised.latents is not None:
-            share = (time.monotonic() - began) / len(asked)
+            share = (time.monotonic() - began) / count
             yield from _decode(lease, group, wanted, denoised, fallbacks, share)
 
 

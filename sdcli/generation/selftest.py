@@ -40,7 +40,7 @@ PROMPT, SEED = "an astronaut riding a horse", 7
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried; `error` says why it failed."""
+    """One part that was tried, and the error if it failed."""
 
     name: str
     seconds: float
@@ -106,7 +106,7 @@ class _Trial:
     run: RunSettings
 
     def __post_init__(self) -> None:
-        file = packaged_registry_file()  # without the user's own, which may be what is broken
+        file = packaged_registry_file()  # without the user's own file, which may be the broken part
         self.registry = Registry(default="tiny", models=read_registry_file(file)[1], files=(file,))
         self.cache = ModelCache(self.run)
         self.image, self.again = self.folder / "first.png", self.folder / "second.png"

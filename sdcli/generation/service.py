@@ -45,9 +45,9 @@ def generate(
 
     Where the writer resumes an earlier run, finished jobs are skipped. Batches are planned over all jobs, finished ones
     included, so that a resumed run generates the missing images with the same batch mates, and so to the same bytes,
-    as an uninterrupted one. `stop` is asked between batches for a reason to end, `cancelled` between steps for each
-    job. Raises the answer of `stop`, an error that concerns every job (the one model cannot be loaded), and
-    CannotWrite.
+    as an uninterrupted one. `stop` is called between batches and returns a reason to end, or None; `cancelled` is
+    called between steps for each job. Raises the reason to end, an error that concerns every job (the only model
+    cannot be loaded), and CannotWrite.
     """
     images = writer.finished(jobs)
     done = {index for index, path in images.items() if all(file.exists() for file in writer.side_files(path))}

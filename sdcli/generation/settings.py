@@ -1,4 +1,4 @@
-"""How a run is carried out: nothing in here is meant to change an image (that is `request.py`)."""
+"""How a run is carried out: device, batch size, output. Nothing in here is meant to change an image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RunSettings:
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
-    """Images per batch; None lets the engine decide from size and device, the same way every time."""
+    """Images per batch; None chooses by size and device, the same way every time."""
     offline: bool = False
     safety: Literal["auto", "off"] = "auto"
     """Whether a model's own safety checker looks at the images, where it ships one."""

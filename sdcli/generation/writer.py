@@ -25,7 +25,7 @@ from sdcli.models.weight_digests import weights_digest
 
 
 class Writer:
-    """Writes the images of one run into one folder. With a journal, a later run can find what is finished."""
+    """Writes the images of one run into one folder. With a journal, a later run finds the finished ones."""
 
     def __init__(self, output: OutputSettings, journal: Journal | None = None) -> None:
         self.output = output

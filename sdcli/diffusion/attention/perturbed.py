@@ -1,4 +1,4 @@
-"""Perturbed attention: the network where every place attends only to itself, to be guided away from.
+"""Perturbed attention: the network where every place attends only to itself, as guidance needs it.
 
 Ahn et al. 2024, "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance", arXiv 2403.17377.
 """

@@ -1,6 +1,6 @@
 """Attention for half precision on the CPU, where torch's own kernel is slow at the shapes that the SD UNet has.
 
-Painting: the many-token, few-channel self-attention takes 35 to 46 % of a step for 16 % of its operations. Plain
+Generating: the many-token, few-channel self-attention takes 35 to 46 % of a step for 16 % of its operations. Plain
 matrix products over slices that stay in the cache take 0.7 of its time at 4096 tokens of 40 channels.
 
 Training: the kernel's backward pass in bfloat16 takes two to four times as long as plain matrix products where there

@@ -1,4 +1,4 @@
-"""Which word drew what, as files: an overlay per word, the raw maps, and a page that shows them side by side."""
+"""The files of a heatmap: an overlay per word, the raw maps, and a page that shows them side by side."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Heatmap:
 
     words: Mapping[str, Map]
     apart: Mapping[str, Map]
-    """Of what is no word: start, end, padding, punctuation."""
+    """Of tokens that belong to no word: start, end, padding, punctuation."""
     tokens: np.ndarray[tuple[int, int, int], np.dtype[np.float32]]
     """[L, h, w], of each token of the context."""
     absent: Sequence[str] = ()
-    """Words that were asked for, and are not in what the text encoder read."""
+    """Named words that are not in the text as the encoder read it."""
     cut: str = ""
     """The end of the prompt, where the text encoder did not read it."""
 

@@ -643,9 +643,9 @@ def test_a_model_without_a_vae_neither_encodes_nor_decodes(
 
 
 def test_latents_of_an_unconditional_model_are_encoded_and_decoded(folders: dict[str, Path], tmp_path: Path) -> None:
-    codec = LoadedVae.load(spec_of_folder(folders["latents"]), RunSettings(device="cpu"))
-    latents, _ = codec.encode([torch.rand(3, 64, 64)], seeds=None)
-    image, _ = codec.decode(latents[0])
+    vae = LoadedVae.load(spec_of_folder(folders["latents"]), RunSettings(device="cpu"))
+    latents, _ = vae.encode([torch.rand(3, 64, 64)], seeds=None)
+    image, _ = vae.decode(latents[0])
     assert (tuple(latents.shape), image.size) == ((1, 4, 8, 8), (64, 64))
 
 

@@ -191,10 +191,10 @@ def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
     loaded_pipelines: dict[bool, Pipeline], tmp_path: Path
 ) -> None:
     pipeline, file = loaded_pipelines[False], tmp_path / "start.safetensors"
-    codec = LoadedVae.load(pipeline.model.spec, RunSettings(device="cpu"))
-    own, _ = codec.encode([torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))], seeds=None)
+    vae = LoadedVae.load(pipeline.model.spec, RunSettings(device="cpu"))
+    own, _ = vae.encode([torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))], seeds=None)
     scaled = autoencoder.scaled(pipeline.model.vae, own)
-    apart = distance(codec.decode(own[0])[0], from_pixels(pipeline.space.decode(scaled)[0]))
+    apart = distance(vae.decode(own[0])[0], from_pixels(pipeline.space.decode(scaled)[0]))
     assert apart is not None
     assert apart.largest <= 1
     record = LatentRecord(model="m", vae="v", scaling_factor=1.5305, sample="mean", source=())
@@ -203,7 +203,7 @@ def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
     assert request.final_size == (64, 96)
     assert torch.equal(init_latents._latents_of_file(pipeline, request, (16, 12, 8)), scaled)
     save_file({"latents": scaled.contiguous()}, file)
-    plain = read_latents(file, scaled=True).unscaled(codec.scaling_factor, codec.shift_factor)
+    plain = read_latents(file, scaled=True).unscaled(vae.scaling_factor, vae.shift_factor)
     assert torch.allclose(plain, own, atol=1e-6)
 
 
