@@ -48,7 +48,7 @@ class StepMetrics:
     """Duration of one step."""
     memory_bytes: int | None
     """Peak memory: of the CUDA device, else of the process."""
-    shown: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
     """Further figures of the trainer by name, such as the terms of its loss."""
     samples: int | None = None
     """Samples trained on since the first step."""

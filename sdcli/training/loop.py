@@ -214,7 +214,7 @@ class Trainer:
             with self._without_gradient_sync(networks) if number < count - 1 else contextlib.nullcontext():
                 losses: Losses = phase.loss(networks, batch)
                 accelerator.backward(losses.loss / count)
-            for name, value in {"loss": losses.loss, **losses.shown}.items():
+            for name, value in {"loss": losses.loss, **losses.figures}.items():
                 total[name] = total.get(name, 0) + value.detach().float() / count
         parameters = [parameter for group in phase.groups for parameter in group["params"].values()]
         norm = self._clip_gradients(optimizer, parameters)
@@ -359,7 +359,7 @@ class _Means:
             waiting=self.waited / self.seconds,
             seconds=self.seconds / self.steps,
             memory_bytes=peak_memory(device),
-            shown=means,
+            figures=means,
             samples=done * batch,
         )
 

@@ -119,9 +119,9 @@ def log_event(log: RunLog, event: Event, **facts: Any) -> None:
                 log.rewind(event.start_step)
             log.write("start", **own, versions=versions(), **facts)
         case StepMetrics():
-            shown = own.pop("shown")
+            figures = own.pop("figures")
             known = {name: value for name, value in own.items() if value is not None}
-            log.write("train", **{**shown, **known}, **facts)
+            log.write("train", **{**figures, **known}, **facts)
         case ValidationMetrics():
             log.write("validation", **{**event.figures, "step": event.step}, **facts)
         case CheckpointSaved():

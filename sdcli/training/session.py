@@ -247,7 +247,7 @@ class Session(ABC, Generic[S]):
         if not self.settings.report_to:
             return
         if isinstance(event, StepMetrics):
-            values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, **event.shown}
+            values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, **event.figures}
             self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=event.step)
         elif isinstance(event, ValidationMetrics):
             self.accelerator.log({f"validation/{name}": v for name, v in event.figures.items()}, step=event.step)

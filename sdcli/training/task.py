@@ -31,7 +31,7 @@ class Losses:
     """A micro-batch's loss (a scalar with gradient, the mean over its samples) and further figures for the log."""
 
     loss: Tensor
-    shown: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
     """Detached scalars; their mean over the step is logged."""
 
 

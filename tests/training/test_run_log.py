@@ -34,7 +34,7 @@ from tests.conftest import REPOSITORY
 def trained(step: int, loss: float = 0.5) -> StepMetrics:
     return StepMetrics(
         step=step, steps=10, loss=loss, lr=1e-4, grad_norm=1.5, samples_per_second=20.0, waiting=0.1, seconds=0.05,
-        memory_bytes=None, shown={"kl": loss / 10}, samples=step * 4,
+        memory_bytes=None, figures={"kl": loss / 10}, samples=step * 4,
     )  # fmt: skip
 
 

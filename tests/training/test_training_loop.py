@@ -268,7 +268,7 @@ def test_the_average_is_that_of_its_formula(tmp_path: Path) -> None:
 def test_two_phases_have_an_optimizer_each(tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", ToyTask(phases=2), settings())
     events = [event for event in made.train() if isinstance(event, StepMetrics)]
-    assert {"discriminator_loss", "discriminator_grad_norm", "worst"} <= set(events[0].shown)
+    assert {"discriminator_loss", "discriminator_grad_norm", "worst"} <= set(events[0].figures)
     names = {file.name for file in (tmp_path / "run" / "checkpoint-8" / "state").iterdir()}
     assert {"optimizer_unet.safetensors", "optimizer_discriminator.safetensors"} <= names
 

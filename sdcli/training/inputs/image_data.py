@@ -112,7 +112,7 @@ def examine_data(
     if images.kind == "latents":
         _refuse_framing(settings, data)
     bucketing = _bucketing(settings, resolution, size_step=size_step)
-    found = yield from examine_images(images, settings, what="pictures")
+    found = yield from examine_images(images, settings, what="images")
     for line in found.report():
         yield RunNote(line, warning=line.lstrip().startswith(("dropped", "note")))
     used = found.used

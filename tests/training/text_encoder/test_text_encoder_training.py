@@ -245,7 +245,7 @@ def test_gradients_reach_every_parameter(objectives: dict[str, float]) -> None:
 def test_a_sum_of_objectives_is_their_weighted_sum() -> None:
     work = task({"align": 2.0, "distil": 0.5})
     losses = work.loss(work.networks, batch_of(work))
-    shown = losses.shown
+    shown = losses.figures
     assert set(shown) == {"align", "distil", "cosine"}
     assert shown["align"] > 0
     assert float(losses.loss.detach()) == pytest.approx(float(2 * shown["align"] + 0.5 * shown["distil"]))
@@ -269,9 +269,9 @@ def test_equal_captions_are_not_negatives_of_each_other() -> None:
     found = Captions(("a fox", "a red fox", "a fox", "one fox"), (0, 0, 1, 1))
     work = task({"distil": 1.0}, found=found, validation_split=0.0, infonce_weight=1.0)
     equal = work.loss(work.networks, work.collate([work.item(Draw(0, 0)), work.item(Draw(1, 2))]))
-    assert float(equal.loss.detach()) == pytest.approx(1 - float(equal.shown["cosine"]), abs=1e-6)
+    assert float(equal.loss.detach()) == pytest.approx(1 - float(equal.figures["cosine"]), abs=1e-6)
     other = work.loss(work.networks, work.collate([work.item(Draw(0, 0)), work.item(Draw(1, 1))]))
-    assert float(other.loss.detach()) > 1 - float(other.shown["cosine"]) + 0.01
+    assert float(other.loss.detach()) > 1 - float(other.figures["cosine"]) + 0.01
 
 
 # Samples
@@ -361,7 +361,7 @@ def test_distillation_learns_a_teachers_vectors() -> None:
     work = task({"distil": 1.0}, found=captions(alternatives=False), batch=43, validation_split=0.1)
     train(work, 250)
     batch = batch_of(work)
-    assert float(work.loss(work.networks, batch).shown["cosine"]) > 0.9
+    assert float(work.loss(work.networks, batch).figures["cosine"]) > 0.9
     figures = work.validate(work.networks)
     assert set(figures) == {"loss", "cosine", "retrieval"}
 

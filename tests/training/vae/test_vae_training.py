@@ -437,7 +437,7 @@ def test_the_discriminator_changes_the_vaes_gradient_from_its_start_on() -> None
         losses.loss.backward()
         parameter = task.vae.decoder.conv_out.weight
         assert parameter.grad is not None
-        return parameter.grad, losses.shown
+        return parameter.grad, losses.figures
 
     before, shown = gradient(1, discriminator=True)
     after, shown_then = gradient(2, discriminator=True)
@@ -564,7 +564,7 @@ def test_lpips_counts_in_training_and_in_validation(lpips_folder: Path) -> None:
     without = task_of("AutoencoderKL", held_out=[(0, (32, 32))])
     batch = batch_of(task)
     losses, plainly = task.loss(task.networks, batch), without.loss(without.networks, batch)
-    assert losses.loss.item() == pytest.approx(plainly.loss.item() + 0.5 * losses.shown["lpips"].item(), rel=1e-5)
+    assert losses.loss.item() == pytest.approx(plainly.loss.item() + 0.5 * losses.figures["lpips"].item(), rel=1e-5)
     losses.loss.backward()
     assert not any(p.grad is not None for p in task.lpips.parameters())  # type: ignore[union-attr]
     figures, fewer = task.validate(task.networks), without.validate(without.networks)
@@ -711,10 +711,10 @@ def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
     assert "vae/config.json" in names
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    figures = {event.step: (event.loss, event.shown) for event in straight if isinstance(event, StepMetrics)}
+    figures = {event.step: (event.loss, event.figures) for event in straight if isinstance(event, StepMetrics)}
     for event in rest:
         if isinstance(event, StepMetrics):
-            assert (event.loss, event.shown) == figures[event.step]
+            assert (event.loss, event.figures) == figures[event.step]
 
 
 def _gradients_of_a_rank(rank: int, folder: str) -> None:
