@@ -61,3 +61,11 @@ def test_facts_follow_the_sentence_in_parentheses() -> None:
     assert with_facts("Denoising steps.", "1 to 1000", "", "default: 20") == "Denoising steps (1 to 1000; default: 20)."
     assert with_facts("Seeds: 1, 2, ...", "0 or more") == "Seeds: 1, 2, ... (0 or more)."
     assert with_facts("Print the version.") == "Print the version."
+    assert with_facts("Steps; default: the model's", "1 to 9") == "Steps (1 to 9; default: the model's)."
+    assert with_facts("Images at once (auto).", "1 to 9") == "Images at once (1 to 9; auto)."
+
+
+def test_arguments_come_first() -> None:
+    for path in ("sdcli generate", "sdcli train-unet"):
+        context = COMMANDS[path].make_context(path, [], resilient_parsing=True)
+        assert next(iter(option_sections(COMMANDS[path], context))) == "Arguments"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
+from typer.models import ArgumentInfo
 
 from sdcli.cli.ui.help import interval, with_facts
 
@@ -53,8 +54,10 @@ def field_options(
         return command
 
     def place(parameter: inspect.Parameter) -> int:
-        section = parameter.annotation.__metadata__[0].rich_help_panel
-        return sections.index(section) if section in sections else len(sections)
+        info = parameter.annotation.__metadata__[0]
+        if isinstance(info, ArgumentInfo):
+            return -1
+        return sections.index(info.rich_help_panel) if info.rich_help_panel in sections else len(sections)
 
     return decorate
 

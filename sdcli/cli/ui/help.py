@@ -89,8 +89,9 @@ def interval(
 
 
 def with_facts(text: str, *facts: str) -> str:
-    """`Denoising steps (1 to 1000; default: 20).` Facts join parentheses that the text ends with."""
+    """`Denoising steps (1 to 1000; default: 20).` Facts join a default or parentheses that the text ends with."""
     plain = text[:-1] if text.endswith(".") and not text.endswith("...") else text
+    plain = re.sub(r"; (default: [^;()]*|random if omitted)$", r" (\1)", plain)
     match = re.fullmatch(r"(.*) \(([^()]*)\)", plain, re.DOTALL)
     plain, earlier = match.groups() if match else (plain, "")
     known = "; ".join(filter(None, (*facts, earlier)))
