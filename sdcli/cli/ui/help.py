@@ -94,7 +94,7 @@ def with_facts(text: str, *facts: str) -> str:
     plain = re.sub(r"; (default: [^;()]*|random if omitted)$", r" (\1)", plain)
     match = re.fullmatch(r"(.*) \(([^()]*)\)", plain, re.DOTALL)
     plain, earlier = match.groups() if match else (plain, "")
-    known = "; ".join(filter(None, (*facts, earlier)))
+    known = "; ".join(sorted(filter(None, (*facts, earlier)), key=lambda fact: fact.startswith("default")))
     return f"{plain} ({known})." if known else f"{plain}."
 
 
