@@ -80,7 +80,7 @@ class GenerationRequest(BaseModel):
         ge=1,
         le=100,
         description="hidden layer of the text encoder to use, counted from the end as in A1111: 1 is the last, 2 the "
-        "one before (diffusers calls that 1); default: 2 for SDXL and Stable Diffusion 3, otherwise 1",
+        "one before, which diffusers calls 1; default: 2 for SDXL and Stable Diffusion 3, otherwise 1",
     )
     embeddings: tuple[EmbeddingRef, ...] = Field(
         (),
