@@ -20,9 +20,11 @@ def check_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     `true` is no number, 2.0 is no whole number, and 1 is no boolean; all of them may be spelled as text. A validator of
     every field, to run before pydantic's own. Raises ValueError.
     """
+    if not isinstance(value, bool | int | float):
+        return value
     annotation = cls.model_fields[str(info.field_name)].annotation
     kinds = {bool, int, float} & {annotation, *get_args(annotation)}
-    if not kinds or not isinstance(value, bool | int | float):
+    if not kinds:
         return value
     if bool in kinds and not isinstance(value, bool):
         raise ValueError(f"should be true or false, not {value}")
