@@ -60,7 +60,7 @@ class GenerationRequest(BaseModel):
     the values that it was generated with, a `ResolvedRequest`.
     """
 
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     schema_version: int = Field(SCHEMA, alias="schema", description="version of this layout")
     prompt: str = Field("", description="what to generate")
@@ -112,32 +112,22 @@ class GenerationRequest(BaseModel):
         None,
         ge=0,
         le=100,
-        allow_inf_nan=False,
         description="how strongly to follow the prompt; 1 is off, 7..3 goes from 7 to 3; default: the model's",
     )
     scheduler: str | None = Field(
         None, description="denoising algorithm; `--scheduler help` lists them; default: the model's"
     )
     eta: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
-        description="noise that ddim adds in each step: 0 is none, 1 as much as ddpm; default: 0",
+        None, ge=0, le=1, description="noise that ddim adds in each step: 0 is none, 1 as much as ddpm; default: 0"
     )
     guidance_end: float | None = Field(
         None,
         ge=0,
         le=100,
-        allow_inf_nan=False,
         description="guidance scale of the last step, reached linearly; default: the same in all steps",
     )
     guidance_rescale: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
-        description="how far to take back the contrast that guidance adds; default: 0, off",
+        None, ge=0, le=1, description="how far to take back the contrast that guidance adds; default: 0, off"
     )
     guidance_interval: Interval | None = Field(
         None,
@@ -148,16 +138,13 @@ class GenerationRequest(BaseModel):
         None,
         ge=0,
         le=100,
-        allow_inf_nan=False,
         description="scale of perturbed-attention guidance, which avoids what the network generates without "
         "self-attention; default: 0, off",
     )
     variation_seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="seed of a second noise to mix in; random if omitted"
     )
-    variation_strength: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="share of the second noise; default: 0"
-    )
+    variation_strength: float | None = Field(None, ge=0, le=1, description="share of the second noise; default: 0")
     init_image: ImageInput | None = Field(
         None, description="image or latent file to start from; - reads an image from stdin"
     )
@@ -165,18 +152,13 @@ class GenerationRequest(BaseModel):
         None,
         gt=0,
         le=1,
-        allow_inf_nan=False,
         description="how much noise the init image gets: at 1 nothing is left of it; default: 0.8, with a mask 1",
     )
     mask: ImageInput | None = Field(
         None, description="image that is white where to generate and black where to keep the init image"
     )
     mask_blur: float | None = Field(
-        None,
-        ge=0,
-        le=256,
-        allow_inf_nan=False,
-        description="pixels over which the generated part fades into the kept one; default: 4",
+        None, ge=0, le=256, description="pixels over which the generated part fades into the kept one; default: 4"
     )
     invert_mask: bool | None = Field(None, description="generate where the mask is black, keep where it is white")
     extend: Extend | None = Field(
@@ -202,11 +184,7 @@ class GenerationRequest(BaseModel):
     )
     refiner: str | None = Field(None, description="SDXL model that denoises the last steps; named like a model")
     refiner_start: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        allow_inf_nan=False,
-        description="share of the noise schedule that is done before the refiner; default: 0.8",
+        None, gt=0, lt=1, description="share of the noise schedule that is done before the refiner; default: 0.8"
     )
 
     watermark: str | None = Field(

@@ -277,7 +277,7 @@ def test_an_embedding_is_what_transformers_computes_with_its_vectors_in_the_voca
         ("{good}", "a dog", UsageError, "no prompt has the word 'good'"),
         ("{good}=a b", "a b", UsageError, "cannot be a word"),
         ("{folder}/none.safetensors", "none", NotFound, "none.safetensors"),
-        ("{folder}/none.pt", "none", UsageError, "no .safetensors file"),
+        ("{folder}/none.pt", "none", UsageError, "not a .safetensors file"),
         ("{wide}", "wide", UsageError, "its vectors have 33 numbers, .* have 32"),
         ("{many}", "many", UsageError, "has 76 vectors; .* reads 75"),
         ("{nan}", "nan", BadWeights, "not finite"),
