@@ -290,8 +290,8 @@ def test_a_file_that_is_no_adapter_or_not_the_models_is_refused_with_a_sentence(
     faces = {"image_proj.proj.weight": None, "image_proj.proj.0.weight": torch.ones(2, 2)}
     cases: list[tuple[Path | dict[str, Any], type[SdcliError], str]] = [
         (tmp_path / "missing.safetensors", NotFound, "no file"),
-        (tiny_folder, UsageError, "no .safetensors file"),
-        (pickled, UsageError, "no .safetensors file"),
+        (tiny_folder, UsageError, "not a .safetensors file"),
+        (pickled, UsageError, "not a .safetensors file"),
         (renamed, BadWeights, "is a pickle"),
         (cut, BadWeights, "cut short"),
         (tiny_folder / "vae/diffusion_pytorch_model.safetensors", BadWeights, "is not an IP-Adapter"),

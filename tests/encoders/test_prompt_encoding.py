@@ -283,7 +283,7 @@ def test_an_embedding_is_what_transformers_computes_with_its_vectors_in_the_voca
         ("{nan}", "nan", BadWeights, "not finite"),
         ("{deep}", "deep", BadWeights, r"should be \[vectors, width\]"),
         ("{pair}", "pair", BadWeights, "it has 2 tensors"),
-        ("{text}", "text", BadWeights, "no safetensors file"),
+        ("{text}", "text", BadWeights, "not a safetensors file"),
     ],
 )
 def test_an_embedding_that_cannot_be_used_is_refused_with_a_sentence(

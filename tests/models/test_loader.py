@@ -220,7 +220,7 @@ def _nested_config(folder: Path) -> None:
     [
         (_truncate, BadWeights, "cut short"),
         (_cut_header, BadWeights, "cut short"),
-        (_empty, BadWeights, "no safetensors file"),
+        (_empty, BadWeights, "not a safetensors file"),
         (_pickle_in_disguise, BadWeights, "sdcli models convert"),
         (_pickle, BadWeights, "sdcli models convert"),
         (_garbage, BadWeights, "not JSON"),
@@ -228,7 +228,7 @@ def _nested_config(folder: Path) -> None:
         (_extra_key, BadWeights, "has no place for"),
         (_wrong_shape, BadWeights, "has shape 7, its configuration asks for 32"),
         (_too_many, BadWeights, "30,000 tensors"),
-        (_huge_header, BadWeights, "no safetensors file"),
+        (_huge_header, BadWeights, "not a safetensors file"),
         (_lying_offsets, BadWeights, "damaged"),
         (_other_pipeline, UsageError, "FluxPipeline"),
         (_evil_class, BadWeights, "'system'"),

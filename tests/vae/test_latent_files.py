@@ -143,7 +143,7 @@ def test_other_things_are_refused_in_a_sentence_each(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     refused("folder.safetensors", "not a regular file")
     (tmp_path / "text.safetensors").write_text("hello, this is no latent file")
-    refused("text.safetensors", "no safetensors file")
+    refused("text.safetensors", "not a safetensors file")
     (tmp_path / "text.npy").write_text("hello, this is no numpy array")
     refused("text.npy", "not a numpy array")
     np.save(tmp_path / "whole.npy", np.zeros((4, 8, 8), dtype=np.int32))
