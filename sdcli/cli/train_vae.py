@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdcli.cli.training_command import Trainer
+from sdcli.cli.training_command import TrainingCommand
 from sdcli.models.registry import Registry
 from sdcli.training.vae.settings import VaeSettings
 
@@ -19,7 +19,7 @@ def _open(data: str, run: Path, settings: VaeSettings, registry: Registry) -> Va
     return VaeSession(data, run, settings, registry)
 
 
-command = Trainer(
+command = TrainingCommand(
     "train-vae",
     VaeSettings,
     _open,

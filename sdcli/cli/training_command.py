@@ -78,7 +78,7 @@ ECHO = 0.5
 
 
 @dataclass(frozen=True)
-class Trainer(Generic[S]):
+class TrainingCommand(Generic[S]):
     """One training command: its name, its settings, and a function that opens its session (with heavy imports)."""
 
     name: str
@@ -143,7 +143,7 @@ class TrainingCall:
     models_file: Path | None = None
 
 
-def train(trainer: Trainer[S], call: TrainingCall, console: Console) -> None:
+def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> None:
     """Run one training command."""
     data, run, settings = _resolved(trainer, call)
     if call.prove_resume:
@@ -200,7 +200,7 @@ class _AlreadyPrinted(SdcliError):
         self.exit_code = code
 
 
-def _resolved(trainer: Trainer[S], call: TrainingCall) -> tuple[str, Path, S]:
+def _resolved(trainer: TrainingCommand[S], call: TrainingCall) -> tuple[str, Path, S]:
     from sdcli.training.run_folder import recorded
 
     typed = dict(call.typed)

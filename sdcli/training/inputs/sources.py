@@ -26,7 +26,7 @@ class Readable(Protocol):
     def read(self, index: int, /) -> bytes: ...
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """The image part of an item. Both methods are pure functions of their arguments."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ class Latents:
 class WithMaps:
     """A source whose items also have a `map` [3, H, W] in 0..1, cropped and mirrored like the image."""
 
-    source: Source
+    source: ImageSource
     maps: Pixels | None
     """The maps, or the images they are made from, cropped like the source; None: the source's own pixels."""
     preprocessor: Preprocessor = "none"

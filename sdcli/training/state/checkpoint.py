@@ -174,7 +174,7 @@ def _prune(run: Path, *, saved: Path, keep: int | None, report: Report | None) -
             _delete(entry.path)
     if keep is None:
         return
-    whole: list[_Entry] = []
+    whole: list[_CheckpointFolder] = []
     for entry in sorted(_listed(run)):
         try:
             verify(entry.path, content=False)
@@ -213,7 +213,7 @@ def _sweep(run: Path) -> None:
 
 
 @dataclass(frozen=True, order=True)
-class _Entry:
+class _CheckpointFolder:
     """A folder in RUN with a checkpoint's name; sorted by step."""
 
     step: int
@@ -226,9 +226,9 @@ class _Entry:
         return not self.plain
 
 
-def _listed(run: Path) -> list[_Entry]:
+def _listed(run: Path) -> list[_CheckpointFolder]:
     matches = [(CHECKPOINT_NAME.fullmatch(name), run / name) for name in os.listdir(run)]
-    return [_Entry(int(match[1]), match[2] is None, path) for match, path in matches if match]
+    return [_CheckpointFolder(int(match[1]), match[2] is None, path) for match, path in matches if match]
 
 
 def _report(report: Report | None, path: Path, reason: str) -> None:

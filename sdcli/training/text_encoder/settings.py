@@ -1,4 +1,4 @@
-"""Settings of `sdcli train-text-encoder` beside those that trainers share."""
+"""Settings of `sdcli train-text-encoder`, in addition to those that all trainers share."""
 
 from __future__ import annotations
 

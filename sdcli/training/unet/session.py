@@ -22,7 +22,7 @@ from sdcli.training.inputs.conditioning import ClassConditioning, NoConditioning
 from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
 from sdcli.training.inputs.image_data import ImageData, examine_data, list_data
 from sdcli.training.inputs.order import Order
-from sdcli.training.inputs.sources import Latents, NormalizedPixels, Pixels, Source
+from sdcli.training.inputs.sources import ImageSource, Latents, NormalizedPixels, Pixels
 from sdcli.training.lora import TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
@@ -97,7 +97,7 @@ class UnetSession(Session[UnetSettings]):
 
     def _inputs(
         self, model: TrainedModel, data: ImageData
-    ) -> Generator[Event, None, tuple[Source, SampleConditioning]]:
+    ) -> Generator[Event, None, tuple[ImageSource, SampleConditioning]]:
         """The images and the conditioning of samples; the first process fills the caches."""
         settings = self.settings
         with self.accelerator.main_process_first():
@@ -109,7 +109,7 @@ class UnetSession(Session[UnetSettings]):
             model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
         return source, conditioning
 
-    def _source(self, model: TrainedModel, data: ImageData) -> Generator[Event, None, Source]:
+    def _source(self, model: TrainedModel, data: ImageData) -> Generator[Event, None, ImageSource]:
         settings = self.settings
         if data.images.kind == "latents":
             if model.vae_of is None:
@@ -177,7 +177,7 @@ class UnetSession(Session[UnetSettings]):
         model: TrainedModel,
         schedule: Schedule,
         data: ImageData,
-        source: Source,
+        source: ImageSource,
         conditioning: SampleConditioning,
         networks: dict[str, nn.Module],
         loras: dict[str, LoraShape],

@@ -1,4 +1,4 @@
-"""Settings of `sdcli train-unet` beside those that trainers share."""
+"""Settings of `sdcli train-unet`, in addition to those that all trainers share."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from sdcli.io.lean_diffusers import VAE
 from sdcli.models.families.family import Family
 from sdcli.training.inputs.conditioning import SampleConditioning
 from sdcli.training.inputs.order import Order
-from sdcli.training.inputs.sources import Source
+from sdcli.training.inputs.sources import ImageSource
 from sdcli.training.lora import LoraShape, merged_tensors, write_lora
 from sdcli.training.objective import (
     diffusion_loss,
@@ -68,7 +68,7 @@ class UnetTask:
     networks: dict[str, nn.Module]
     objective: DenoisingObjective
     order: Order
-    source: Source
+    source: ImageSource
     conditioning: SampleConditioning
     seed: int
     learning_rates: Mapping[str, float]

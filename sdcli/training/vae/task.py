@@ -20,7 +20,7 @@ from sdcli.images.pixels import from_pixels
 from sdcli.io import rng
 from sdcli.io.lean_diffusers import VAE
 from sdcli.training.inputs.order import Order
-from sdcli.training.inputs.sources import Source
+from sdcli.training.inputs.sources import ImageSource
 from sdcli.training.task import Batch, Draw, Losses, Networks, OptimizerPhase
 from sdcli.training.unet.task import write_network
 from sdcli.training.vae import losses
@@ -104,7 +104,7 @@ class VaeTask:
     """
 
     vae: VAE
-    source: Source
+    source: ImageSource
     """Gives `pixels` (`sources.Pixels`)."""
     order: Order
     seed: int

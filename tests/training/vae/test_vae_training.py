@@ -41,7 +41,7 @@ def _fresh_accelerator() -> None:
 
 
 class Shapes:
-    """Images of two coloured rectangles on white; a `Source` without files."""
+    """Images of two coloured rectangles on white; an `ImageSource` without files."""
 
     def item(self, draw: Draw) -> dict[str, Tensor]:
         assert draw.size is not None
