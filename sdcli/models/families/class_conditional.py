@@ -36,7 +36,6 @@ def encoding(model: Loaded) -> Encode:
 
 CLASS_CONDITIONAL = Family(
     name="class-conditional",
-    title="models of classes",
     pipelines=unconditional.PIPELINES,
     defaults=unconditional.DEFAULTS,
     reads_text=False,

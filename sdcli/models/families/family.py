@@ -220,7 +220,6 @@ class Family:
 
     name: str
     """What models.yaml calls it."""
-    title: str
     pipelines: Mapping[str, Components] = field(default_factory=dict)
     """`_class_name` of model_index.json -> the parts of such a folder. The first is what `train-unet` writes."""
     optional: frozenset[str] = frozenset()

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from sdcli.models.families.family import Family
 
-FLUX = Family(name="flux", title="FLUX.1", supported=False)
+FLUX = Family(name="flux", supported=False)

@@ -76,7 +76,6 @@ def mended(scheduler: dict[str, Any]) -> dict[str, Any]:
 
 SD1 = Family(
     name="sd1",
-    title="Stable Diffusion 1.x",
     pipelines=dict.fromkeys(PIPELINES, COMPONENTS),
     index={
         "safety_checker": [None, None],

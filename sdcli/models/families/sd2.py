@@ -27,7 +27,6 @@ def prediction(file: Path, names: Collection[str]) -> Mapping[str, Any]:
 
 SD2 = Family(
     name="sd2",
-    title="Stable Diffusion 2.x",
     pipelines=dict.fromkeys(sd1.PIPELINES, sd1.COMPONENTS),
     index=sd1.SD1.index,
     open_clip=frozenset({"text_encoder"}),

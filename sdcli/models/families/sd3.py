@@ -73,7 +73,6 @@ def encoding(model: Loaded) -> Encode:
 
 SD3 = Family(
     name="sd3",
-    title="Stable Diffusion 3",
     pipelines={"StableDiffusion3Pipeline": COMPONENTS},
     optional=frozenset({"text_encoder_3", "tokenizer_3"}),
     process="flow",

@@ -44,7 +44,6 @@ def part_dtype(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> torc
 
 SDXL = Family(
     name="sdxl",
-    title="Stable Diffusion XL",
     pipelines=dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), COMPONENTS),
     optional=frozenset({"text_encoder", "tokenizer"}),
     takes_refiners=True,

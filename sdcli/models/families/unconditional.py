@@ -63,7 +63,6 @@ def encoding(model: Loaded) -> Encode:
 
 UNCONDITIONAL = Family(
     name="unconditional",
-    title="models without a prompt",
     pipelines=PIPELINES,
     defaults=DEFAULTS,
     kind=ModelKind(unguided="generates without a prompt"),

@@ -124,7 +124,6 @@ CONFIGS = shipped(
 )
 TOY = Family(
     name="toy",
-    title="a toy",
     pipelines={
         "ToyPipeline": {**sd1.COMPONENTS, "unet": Component("transformer", ("ToyTransformer",))},
     },
