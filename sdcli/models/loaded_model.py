@@ -15,6 +15,7 @@ from sdcli.encoders.clip import ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io.lean_diffusers import VAE
 from sdcli.io.weight_files import finished
+from sdcli.models.families import family_from_scratch
 from sdcli.models.families.family import Configs, Family
 from sdcli.models.registry import ModelSpec
 from sdcli.request.fields import FileRef, LoraRef
@@ -102,17 +103,21 @@ def model_in_memory(
 ) -> LoadedModel:
     """A model of networks made in memory: `unet`, and `vae` and `text_encoder` (with a tokenizer) if it has them.
 
-    What it generates from, and on what, is read from the networks' own configurations; of the spec its name, family and
-    defaults are used, and its source need not exist. `classes` names the classes of a class-conditional UNet.
-    Device and dtype are those of the UNet. Raises UsageError and BadWeights where the networks do not fit together.
+    What it generates from, and on what, is read from the networks' own configurations; of the spec its name, defaults
+    and, where it fits, family are used, and its source need not exist. `classes` names the classes of a
+    class-conditional UNet. Device and dtype are those of the UNet. Raises UsageError and BadWeights where the networks do not fit together.
     """
     unet: Any = networks["unet"]
     vae: Any = networks.get("vae")
     named = None if classes is None else tuple(classes)
-    kind = spec.family.describe(Configs(unet.config, None if vae is None else vae.config, named, spec.name))
+    family, reads_text = spec.family, "text_encoder" in networks
+    if family.reads_text != reads_text:
+        has_classes = unet.config.get("num_class_embeds") is not None
+        family = family_from_scratch(reads_text=reads_text, has_classes=has_classes)
+    kind = family.describe(Configs(unet.config, None if vae is None else vae.config, named, spec.name))
     parameter = next(unet.parameters())
     return LoadedModel(
-        spec=spec.model_copy(update={"kind": kind}),
+        spec=spec.model_copy(update={"kind": kind, "family": family}),
         device=parameter.device,
         dtype=parameter.dtype,
         scheduler_config=scheduler_config,

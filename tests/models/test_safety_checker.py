@@ -100,7 +100,7 @@ def test_a_checker_that_cannot_be_read_is_found_before_painting(strict: Path, tm
     (copy / "safety_checker" / "config.json").write_text("{")
     events = events_for(copy, tmp_path / "out")
     assert isinstance(next(events), Phase)
-    with pytest.raises(BadWeights, match="--safety off paints without it"):
+    with pytest.raises(BadWeights, match="--safety off generates without it"):
         next(events)
 
 
@@ -123,7 +123,7 @@ def test_a_checker_that_cannot_be_trusted_or_read_is_an_error(strict: Path, tmp_
     copy = shutil.copytree(strict, tmp_path / "copy")
     weights = copy / "safety_checker" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(BadWeights, match="--safety off paints without it"):
+    with pytest.raises(BadWeights, match="--safety off generates without it"):
         load_safety_checker(copy)
     weights.rename(weights.with_name("pytorch_model.bin"))
     with pytest.raises(BadWeights, match="is a pickle"):

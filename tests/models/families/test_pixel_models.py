@@ -269,10 +269,10 @@ def test_a_vae_that_halves_twice_makes_images_of_four_pixels_a_cell(tmp_path: Pa
     [
         ("grey", {"width": 29}, "width: should be a multiple of 2, not 29"),
         ("latents", {"height": 72}, "height: should be a multiple of 16, not 72"),
-        ("grey", {"prompt": "a cat"}, "paints without a prompt; 'a cat' would have no effect"),
-        ("grey", {"negative_prompt": "a cat"}, "paints without a prompt"),
-        ("grey", {"prompt_template": "{prompt} in oil"}, "paints without a prompt"),
-        ("grey", {"guidance_scale": 3}, "paints without a prompt, so it cannot be guided"),
+        ("grey", {"prompt": "a cat"}, "generates without a prompt; 'a cat' would have no effect"),
+        ("grey", {"negative_prompt": "a cat"}, "generates without a prompt"),
+        ("grey", {"prompt_template": "{prompt} in oil"}, "generates without a prompt"),
+        ("grey", {"guidance_scale": 3}, "generates without a prompt, so it cannot be guided"),
         ("grey", {"eta": 0.5, "scheduler": "euler"}, "eta has no effect"),
         (
             "strict",
@@ -445,9 +445,9 @@ def unet_config(**changes: Any) -> str:
         ("sdcli.json", "[]", BadWeights, "should hold a JSON object"),
         ("classes.json", "{}", BadWeights, "should hold a JSON list"),
         ("classes.json", '["cat", "dog"]', BadWeights, "names 2 classes, and its UNet has 4"),
-        ("classes.json", '["cat", "dog", 3]', BadWeights, "'3' is no name of a class"),
-        ("classes.json", '["cat", "dog", ""]', BadWeights, "is no name of a class"),
-        ("classes.json", '["cat", "dog", "\\u001b[2J"]', BadWeights, "is no name of a class"),
+        ("classes.json", '["cat", "dog", 3]', BadWeights, "'3' cannot name a class"),
+        ("classes.json", '["cat", "dog", ""]', BadWeights, "cannot name a class"),
+        ("classes.json", '["cat", "dog", "\\u001b[2J"]', BadWeights, "cannot name a class"),
         ("classes.json", '["cat", "dog", "dog"]', BadWeights, "'dog' is there twice"),
         ("unet/config.json", unet_config(num_class_embeds=10**12), BadWeights, "cannot have 1000000000000 classes"),
         ("unet/config.json", unet_config(class_embed_type="timestep"), UsageError, "takes classes as 'timestep'"),
@@ -581,7 +581,7 @@ def test_an_unconditional_model_paints_without_a_prompt(
         assert verify_image(tmp_path / json.loads(line)["path"], registry, RunSettings(device="cpu")).identical
     asked = command("--from", path, "--dry-run").stdout
     assert json.loads(asked) == info.record.request.typed()
-    assert "paints without a prompt" in command("a cat", "-m", folders["grey"], code=2).stderr
+    assert "generates without a prompt" in command("a cat", "-m", folders["grey"], code=2).stderr
 
 
 def test_lines_of_a_file_need_no_prompt_and_are_resumed(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from sdcli.images.metrics import distance
 from sdcli.images.pixels import from_pixels
 from sdcli.metadata.embed import parameters_text
 from sdcli.metadata.read import read_image
-from sdcli.models import loader
 from sdcli.models.families import SD3
+from sdcli.models.folder import from_folder
 from sdcli.models.hub.download import first_missing
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry, spec_of_folder
@@ -254,7 +254,7 @@ def test_the_t5_tokenizer_is_transformers_also_where_it_cuts(
 
 
 def test_t5_in_float16_keeps_its_widest_sums_in_float32(folders: dict[bool, Path]) -> None:
-    network = loader._from_folder(folders[True], torch.float16).network("text_encoder_3")
+    network = from_folder(folders[True], SD3, torch.float16).network("text_encoder_3")
     numbers = {name: parameter.dtype for name, parameter in network.named_parameters()}
     assert {name for name, number in numbers.items() if number == torch.float32} == {
         name for name in numbers if ".wo." in name
@@ -320,7 +320,7 @@ def test_other_commands_refuse_it(loaded_pipelines: dict[bool, Pipeline]) -> Non
         ForwardProcess.of(model.spec, RunSettings())
     with pytest.raises(UsageError, match="jointly, so there are no maps"):
         loaded_pipelines[False].encode.read(resolved(loaded_pipelines[False])[0])
-    with pytest.raises(UsageError, match="both of the sdxl family"):
+    with pytest.raises(UsageError, match="sd3 family, which has no refiners"):
         Pipeline.of(model, refiner=model)
 
 
