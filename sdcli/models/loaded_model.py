@@ -105,7 +105,8 @@ def model_in_memory(
 
     What it generates from, and on what, is read from the networks' own configurations; of the spec its name, defaults
     and, where it fits, family are used, and its source need not exist. `classes` names the classes of a
-    class-conditional UNet. Device and dtype are those of the UNet. Raises UsageError and BadWeights where the networks do not fit together.
+    class-conditional UNet. Device and dtype are those of the UNet.
+    Raises UsageError and BadWeights where the networks do not fit together.
     """
     unet: Any = networks["unet"]
     vae: Any = networks.get("vae")
