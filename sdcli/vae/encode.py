@@ -20,11 +20,14 @@ def moments_with_fallbacks(vae: VAE, pixels: Sequence[Tensor]) -> tuple[Moments,
     Raises OutOfMemory.
     """
     if len(pixels) > 1:
-        attempt = MemoryAttempt()
-        with attempt:
-            tiled, notes = _tiles_needed(vae, pixels)
-            return _moments(vae, pixels, tiled=tiled), notes
-        attempt.ran_out()
+        height, width = pixels[0].shape[1:]
+        # on the CPU, a process that takes too much memory is killed without an exception
+        if autoencoder.fits_in_memory(vae, height * len(pixels), width):
+            attempt = MemoryAttempt()
+            with attempt:
+                tiled, notes = _tiles_needed(vae, pixels)
+                return _moments(vae, pixels, tiled=tiled), notes
+            attempt.ran_out()
         singles = [moments_with_fallbacks(vae, [one]) for one in pixels]
         means, logvars = zip(*(found for found, _ in singles), strict=True)
         one_by_one = f"batch of {len(pixels)} encoded one by one: out of memory"
@@ -34,7 +37,9 @@ def moments_with_fallbacks(vae: VAE, pixels: Sequence[Tensor]) -> tuple[Moments,
     attempts: list[tuple[str | None, Callable[[], Moments]]] = [(None, partial(_moments, vae, pixels, tiled=tiled))]
     if not tiled:
         attempts.append(("encoded in tiles: out of memory", partial(_moments, vae, pixels, tiled=True)))
-    too_large = "out of memory while encoding a single image, even in tiles; try a smaller --size"
+    too_large = (
+        "out of memory while encoding a single image, even in tiles; try a smaller --size (in training --resolution)"
+    )
     found, more = first_that_fits(attempts, otherwise=too_large)
     return found, (*notes, *more)
 

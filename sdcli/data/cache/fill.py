@@ -33,11 +33,12 @@ from sdcli.data.cache.keys import (
 )
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
-from sdcli.data.cache.vae_encoder import Moments, VaeEncoder
+from sdcli.data.cache.vae_encoder import VaeEncoder
 from sdcli.data.records import DroppedItem, ImageSet
 from sdcli.errors import BadImage, BadOutput, NotFound, Stop, stop_if_asked
 from sdcli.images.image_files import image_from_bytes
 from sdcli.images.pixels import to_pixels
+from sdcli.vae.autoencoder import Moments
 
 NOT_FINITE = "its latents are not finite (NaN or too large), in float32 too"
 

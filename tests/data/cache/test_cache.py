@@ -810,7 +810,7 @@ def test_what_does_not_fit_into_memory_is_encoded_in_smaller_batches_then_in_til
         return moments(vae, pixels, tiled=tiled)
 
     monkeypatch.setattr(autoencoder, "moments", narrow)
-    monkeypatch.setattr("sdcli.data.cache.vae_encoder.free_caches", lambda: None)  # slow in a process as large as this
+    monkeypatch.setattr("sdcli.io.out_of_memory.free_caches", lambda: None)  # slow in a process as large as this
     images, notes = open_images(folder), list[str]()
     store = TensorStore(tmp_path / "cache", "latents")
     for progress in fill_latents(images, range(6), [SIZE] * 6, vae=vae_of(model), store=store, batch_size=4):
