@@ -56,7 +56,7 @@ class Pipeline:
             return replace(self, refiner=None)
         for one in (self.model, refiner):
             if not one.family.takes_refiners:
-                raise UsageError(f"{one.spec.name} is of the {one.family.name} family, which has no refiners")
+                raise UsageError(f"{one.spec.name} is not of a family with refiners; both models must be")
         if refiner.family is not self.model.family:
             raise UsageError(f"{refiner.spec.name} is not of the {self.model.family.name} family, as its model is")
         return replace(self, refiner=Pipeline(refiner, refiner.family.encoding(refiner), self.space))

@@ -108,7 +108,7 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         (["x\udcff"], 2, "half a character"),
         (["x", "-m", "sd51"], 3, "did you mean"),
         (["x", "-m", "sdxl"], 4, "sdcli models pull sdxl` (6.9 GB)"),
-        (["x", "-m", "tiny", "--refiner", "tiny"], 2, "sd1 family, which has no refiners"),
+        (["x", "-m", "tiny", "--refiner", "tiny"], 2, "not of a family with refiners"),
         (["--from", "x.png", "--verify", "--dry-run"], 2, "--verify goes with --from IMAGE alone"),
         (["x", "-m", "y" * 300], 3, "no model"),
         (["x", "-m", "~nobody-here/x"], 3, "no file or folder"),

@@ -320,7 +320,7 @@ def test_other_commands_refuse_it(loaded_pipelines: dict[bool, Pipeline]) -> Non
         ForwardProcess.of(model.spec, RunSettings())
     with pytest.raises(UsageError, match="jointly, so there are no maps"):
         loaded_pipelines[False].encode.read(resolved(loaded_pipelines[False])[0])
-    with pytest.raises(UsageError, match="sd3 family, which has no refiners"):
+    with pytest.raises(UsageError, match="not of a family with refiners"):
         Pipeline.of(model, refiner=model)
 
 

@@ -30,9 +30,11 @@ from sdcli.images.pixels import from_pixels
 from sdcli.io.weights import random_tensors
 from sdcli.metadata.embed import parameters_text
 from sdcli.metadata.read import read_image
-from sdcli.models import loader
+from sdcli.models.families import SD1, SDXL
+from sdcli.models.folder import from_folder
 from sdcli.models.loader import load_model
 from sdcli.models.lora import with_loras
+from sdcli.models.networks import NETWORKS, build_empty
 from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.sources import RandomSource
 from sdcli.request.fields import LoraRef
@@ -245,7 +247,7 @@ def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(pipe
 def test_a_control_of_the_refiner_s_steps_alone_is_refused(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcli.diffusion.sampling.controls_for", lambda model, requests: [])
+    monkeypatch.setattr("sdcli.diffusion.sampling.active_controls", lambda pipeline, requests: [])
     Image.new("RGB", (56, 96)).save(tmp_path / "map.png")
     fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
     with pytest.raises(UsageError, match="in the refiner's steps alone"):
@@ -286,13 +288,13 @@ def test_the_vae_is_spared_float16_unless_its_configuration_knows_better(
     file = tmp_path / "model/vae/config.json"
     config = {name: value for name, value in json.loads(file.read_text()).items() if name != "force_upcast"}
     file.write_text(json.dumps(config if force_upcast is None else {**config, "force_upcast": force_upcast}))
-    build = loader._from_folder(tmp_path / "model", number)
+    build = from_folder(tmp_path / "model", SDXL, number)
     assert next(build.network("vae").parameters()).dtype == computes_in
     assert next(build.network("unet").parameters()).dtype == number
 
 
 def test_the_vae_of_another_family_computes_in_the_dtype_that_was_asked_for(tiny_folder: Path) -> None:
-    assert next(loader._from_folder(tiny_folder, torch.float16).network("vae").parameters()).dtype == torch.float16
+    assert next(from_folder(tiny_folder, SD1, torch.float16).network("vae").parameters()).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_what_does_not_fit_together_is_told_in_a_sentence(
     file = tmp_path / "model" / part / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     if part == "unet":  # its weights are made to fit, so that only the condition does not
-        network = loader._empty("unet", json.loads(file.read_text()), source="unet")
+        network = build_empty(NETWORKS["UNet2DConditionModel"], json.loads(file.read_text()), source="unet")
         tensors = random_tensors(network, torch.float32, seed=0)
         save_file(tensors, tmp_path / "model/unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(SdcliError, match=sentence):
@@ -325,7 +327,7 @@ def test_training_refuses_sdxl_before_it_reads_its_weights(tmp_path: Path, folde
     with pytest.raises(UsageError, match="does not train yet"):
         load_to_train(spec, device="cpu")
     with pytest.raises(UsageError, match="does not train yet"):  # where nothing said so beforehand
-        load_to_train(spec_of_folder(folders["base"]).model_copy(update={"family": "sd1"}), device="cpu", needs="vae")
+        load_to_train(spec_of_folder(folders["base"]).model_copy(update={"family": SD1}), device="cpu", needs="vae")
     with pytest.raises(UsageError, match="two text encoders"):
         load_model(spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
 
