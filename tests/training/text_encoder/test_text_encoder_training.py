@@ -36,6 +36,7 @@ from sdcli.encoders.clip import ClipTextConfig, ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer, load_tokenizer
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import PACKAGE
+from sdcli.training.config_files import settings_from
 from sdcli.training.state.checkpoint import save_checkpoint
 from sdcli.training.task import Draw, Task
 from sdcli.training.text_encoder import teachers
@@ -48,6 +49,7 @@ from sdcli.training.text_encoder.network import (
     new_text_encoder,
     write_text_encoder,
 )
+from sdcli.training.text_encoder.settings import TextSettings
 from sdcli.training.text_encoder.task import LENGTH_STEP, TextEncoderTask, by_length, parse_objectives
 from sdcli.training.text_encoder.teachers import (
     SentenceEncoder,
@@ -157,6 +159,13 @@ def test_objectives_are_names_with_weights() -> None:
 def test_objectives_that_cannot_be_are_refused(names: list[str], teacher: bool, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         parse_objectives(names, teacher=teacher)
+
+
+def test_a_settings_file_with_a_removed_objective_ends_with_a_sentence_that_names_the_others(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("command: train-text-encoder\nobjective: [contrastive, 'lm:0.2']\n")
+    recorded = settings_from(TextSettings, {}, config=tmp_path / "settings.yaml")
+    with pytest.raises(UsageError, match=r"--objective contrastive was removed; use distil .* or align"):
+        parse_objectives(recorded.objective, teacher=False)
 
 
 def test_a_task_that_cannot_learn_is_refused() -> None:
