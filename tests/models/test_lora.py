@@ -436,7 +436,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor], type[SdcliError], str]] = {
     "rank zero": (
         {f"{KOHYA}.lora_down.weight": torch.ones(0, 4, 3, 3), f"{KOHYA}.lora_up.weight": torch.ones(32, 0, 1, 1)},
         BadWeights,
-        "no pair of matrices",
+        "not a pair of matrices",
     ),
     "NaN": (
         {
@@ -480,7 +480,7 @@ def test_what_cannot_be_merged_is_refused_with_a_sentence(tmp_path: Path, model:
         ({"fan_in_fan_out": True}, UsageError, "transposed"),
         ({"alpha_pattern": {"(a+)+$": 1}}, UsageError, "is an expression"),
         ({"lora_alpha": "16"}, BadWeights, "alpha '16', which is not a number"),
-        ({"lora_alpha": True}, BadWeights, "no number"),
+        ({"lora_alpha": True}, BadWeights, "not a number"),
     ],
 )
 def test_a_peft_folder_of_another_kind_is_refused(
