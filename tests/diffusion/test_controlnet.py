@@ -243,11 +243,12 @@ def test_a_control_keeps_its_steps_when_the_prompt_changes_or_is_composed(
     tiny_folder: Path, files: Path, scheduler: str, guess: bool | None
 ) -> None:
     own, control = pipeline(tiny_folder, files), f"{files}/one={files}/a.png@0.2-0.7"
-    given = {"seeds": [7], "scheduler": scheduler, "controls": control, "guess_mode": guess, "guidance_scale": 5.0}
-    plain = ours(own, prompt="a cat", **given)
-    assert not torch.equal(ours(own, prompt="a cat", pag_scale=2.0, **given), plain)
-    assert torch.equal(ours(own, prompt="[a cat:a cat:0.5]", **given), plain)
-    assert torch.allclose(ours(own, prompt="a cat AND a dog:0", **given), plain, rtol=1e-3, atol=1e-3)
+    given = {"scheduler": scheduler, "controls": control, "guess_mode": guess, "guidance_scale": 5.0}
+    plain = ours(own, CAT, **given)
+    assert not torch.equal(ours(own, CAT, pag_scale=2.0, **given), plain)
+    assert torch.equal(ours(own, prompts("[a cat:a cat:0.5]", seeds=(7,)), **given), plain)
+    composed = ours(own, prompts("a cat AND a dog:0", seeds=(7,)), **given)
+    assert torch.allclose(composed, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_a_network_with_zero_convolutions_changes_nothing(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
