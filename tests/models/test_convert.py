@@ -183,7 +183,7 @@ def test_what_makes_no_sense_is_refused_before_a_process_is_started(tmp_path: Pa
         convert(source, target, overwrite=False)
     source.unlink()
     source.write_bytes(struct.pack("<Q", 2) + b"{}")
-    with pytest.raises(UsageError, match="safetensors already"):
+    with pytest.raises(UsageError, match="safetensors file already"):
         convert(source, target, overwrite=False)
     source.write_bytes(b"x")
     with pytest.raises(UsageError, match=r"should end in \.safetensors"):

@@ -127,7 +127,7 @@ def test_later_files_lie_over_earlier_ones(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SDCLI_MODELS_FILE", str(extra))
     assert load_registry().models["mine"] == laid_over.models["mine"]
     extra.write_text("default: nobody\n")
-    with pytest.raises(UsageError, match="there is no model 'nobody'"):
+    with pytest.raises(UsageError, match="no model 'nobody'"):
         load_registry(extra)
 
 
