@@ -129,7 +129,7 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         (["--from", "y.png"], 3, "y.png"),
         (["x", "--models-file", "y.yaml"], 3, "y.yaml"),
         (["x", "--device", "cuda"], 2, "no cuda device"),
-        (["x", "-m", "tiny", "--dtype", "float16"], 2, "not for the CPU"),
+        (["x", "-m", "tiny", "--dtype", "float16"], 2, "float16 does not work on the CPU"),
     ],
 )
 def test_bad_input_gets_its_exit_code_and_a_sentence(
