@@ -230,7 +230,7 @@ def test_the_command_prints_the_file_it_wrote(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "out.safetensors\n"
-    assert "left out what is no weights: epoch" in done.stderr
+    assert "skipped entries other than weights: epoch" in done.stderr
     again = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True
     )
