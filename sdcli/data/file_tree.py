@@ -125,13 +125,15 @@ def split_by_name(names: Sequence[str], *, split: str, source: str) -> tuple[tup
 
     If no name contains a split, all are `train`; otherwise files without one are dropped. Raises UsageError.
     """
-    said = {name: _split_in_path(name) for name in names}
-    if split == ALL_SPLITS or not any(said.values()):
+    split_of = {name: _split_in_path(name) for name in names}
+    if split == ALL_SPLITS or not any(split_of.values()):
         _check_split(split, {"train"}, source)
         return tuple(names), ()
-    _check_split(split, {name for name in said.values() if name}, source)
-    silent = (DroppedItem(name, "belongs to no split, while other files do") for name in names if said[name] is None)
-    return tuple(name for name in names if said[name] == split_called(split)), tuple(silent)
+    _check_split(split, {name for name in split_of.values() if name}, source)
+    without_split = (
+        DroppedItem(name, "belongs to no split, while other files do") for name in names if split_of[name] is None
+    )
+    return tuple(name for name in names if split_of[name] == split_called(split)), tuple(without_split)
 
 
 def split_called(name: str) -> str | None:

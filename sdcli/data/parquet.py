@@ -261,9 +261,9 @@ def _columns(
     """The columns to use: those given, else by the features, else by usual names and types."""
     schema = file.schema_arrow
     features = {**features, **_features_of(schema)}
-    said = [column for column in schema.names if _feature_type(features.get(column)) == "Image"]
+    declared = [column for column in schema.names if _feature_type(features.get(column)) == "Image"]
     typed = [field.name for field in schema if _holds_bytes(field.type)]
-    usual = [*said, *(column for column in IMAGE_COLUMNS if column in typed), *(typed if len(typed) == 1 else [])]
+    usual = [*declared, *(column for column in IMAGE_COLUMNS if column in typed), *(typed if len(typed) == 1 else [])]
     image = pick_column(image_column, usual, schema.names, source=name, what="--image-column")
     if image is None:
         raise UsageError(

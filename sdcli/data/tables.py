@@ -80,15 +80,15 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
 
 
 def pick_column(
-    asked: str | None, usual: Sequence[str], present: Sequence[str], *, source: str, what: str
+    given: str | None, usual: Sequence[str], present: Sequence[str], *, source: str, what: str
 ) -> str | None:
     """The given column, or else the first usual one that exists. Raises UsageError if the given one does not exist."""
-    if asked is None:
+    if given is None:
         return next((column for column in usual if column in present), None)
-    if asked not in present and present:
-        hint = did_you_mean(asked, present) or f"; it has {', '.join(present)}"
-        raise UsageError(f"{source} has no column {asked!r} ({what}){hint}")
-    return asked
+    if given not in present and present:
+        hint = did_you_mean(given, present) or f"; it has {', '.join(present)}"
+        raise UsageError(f"{source} has no column {given!r} ({what}){hint}")
+    return given
 
 
 def pyarrow_modules() -> tuple[Any, Any]:

@@ -229,9 +229,9 @@ class _Filling:
             while todo or running:
                 while todo and len(running) < workers + 2 * held:
                     running.append(pool.submit(self._prepare, todo.popleft()))
-                asked = time.perf_counter()
+                since = time.perf_counter()
                 prepared = running.popleft().result()
-                self.waited += time.perf_counter() - asked
+                self.waited += time.perf_counter() - since
                 yield prepared
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
