@@ -44,7 +44,7 @@ def prompts(*texts: str, seeds: tuple[int, ...] = TWO.seeds) -> Batch:
     return Batch(texts, (None,) * len(texts), seeds)
 
 
-def pipeline_of(folder: Path) -> Pipeline:
+def load_pipeline(folder: Path) -> Pipeline:
     """Ours, of a diffusers folder."""
     return Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
 
@@ -64,7 +64,7 @@ def comparable(reference: Any) -> Any:
     return reference
 
 
-def requests(pipeline: Pipeline, batch: Batch = TWO, **fields: Any) -> list[ResolvedRequest]:
+def requests_of(pipeline: Pipeline, batch: Batch = TWO, **fields: Any) -> list[ResolvedRequest]:
     """The resolved requests of a batch."""
     given = [
         {"prompt": prompt, "negative_prompt": negative, "seed": seed, **fields}
@@ -75,7 +75,7 @@ def requests(pipeline: Pipeline, batch: Batch = TWO, **fields: Any) -> list[Reso
 
 def latents(pipeline: Pipeline, batch: Batch = TWO, **fields: Any) -> Tensor:
     """The latents [B, C, h, w] that sdcli generates."""
-    *_, last = sample(pipeline, requests(pipeline, batch, **fields))
+    *_, last = sample(pipeline, requests_of(pipeline, batch, **fields))
     return last.latents
 
 

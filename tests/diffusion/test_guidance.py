@@ -29,7 +29,7 @@ def latents(pipeline: Pipeline, **fields: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_folder: Path) -> Pipeline:
-    return oracle.pipeline_of(tiny_folder)
+    return oracle.load_pipeline(tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_perturbed_attention_is_refused_where_it_means_nothing(pipeline: Pipelin
     with pytest.raises(UsageError, match="does not go with AND"):
         latents(pipeline, prompt="a cat AND a dog", pag_scale=3.0)
     folder = save_tiny_pipeline(tmp_path / "no-middle", mid_block_type=None)
-    other = oracle.pipeline_of(folder)
+    other = oracle.load_pipeline(folder)
     with pytest.raises(UsageError, match="no self-attention in the middle"):
         latents(other, pag_scale=3.0)
 

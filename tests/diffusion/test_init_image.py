@@ -30,7 +30,7 @@ from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.vae import autoencoder
 from sdcli.vae.latent_space import LatentSpace
-from tests.oracle import comparable, latents, pipeline_of, prompts, reference_latents
+from tests.oracle import comparable, latents, load_pipeline, prompts, reference_latents
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.service import generate_images, indices
 from tests.tiny import save_tiny_pipeline
@@ -64,7 +64,7 @@ def nine_channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(folder: Path, kind: type) -> tuple[Pipeline, Any]:
     """A model in a pipeline of ours and in one of diffusers."""
     plain = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    return pipeline_of(folder), comparable(kind(**plain.components, requires_safety_checker=False))
+    return load_pipeline(folder), comparable(kind(**plain.components, requires_safety_checker=False))
 
 
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)

@@ -13,14 +13,14 @@ from sdcli.io.files import PACKAGE
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.request.schedulers import schedulers_for
-from tests.oracle import TWO, UNGUIDED, latents, pipeline_of, prompts, reference_latents, reference_of
+from tests.oracle import TWO, UNGUIDED, latents, load_pipeline, prompts, reference_latents, reference_of
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.tiny import save_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder: Path) -> tuple[Pipeline, StableDiffusionPipeline]:
-    return pipeline_of(tiny_folder), reference_of(StableDiffusionPipeline, tiny_folder)
+    return load_pipeline(tiny_folder), reference_of(StableDiffusionPipeline, tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_decoded_pixels_equal_diffusers(model: str, request: pytest.FixtureReque
 
 def test_a_distilled_unet_takes_the_guidance_scale_as_an_input(tmp_path: Path) -> None:
     folder = save_tiny_pipeline(tmp_path / "lcm", time_cond_proj_dim=32)
-    pipeline, reference = pipeline_of(folder), reference_of(StableDiffusionPipeline, folder)
+    pipeline, reference = load_pipeline(folder), reference_of(StableDiffusionPipeline, folder)
     cat = prompts("a cat", seeds=(1,))
     fields = {"width": 64, "height": 64, "steps": 3, "guidance_scale": 8.0, "scheduler": "lcm"}
     expected = reference_latents(reference, cat, config=pipeline.model.scheduler_config, **fields)

@@ -41,11 +41,13 @@ from sdcli.request.schema import GenerationRequest
 from sdcli.training.evaluation import evaluating
 from tests.cli.test_startup import HEAVY, RUNNER
 from tests.conftest import REPOSITORY, Run
+from tests.oracle import latents, load_pipeline, prompts, requests_of
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.service import generate_files, generate_images, results
 from tests.tiny import with_parts
 
-SEEDS = [11, 42]
+NO_PROMPTS = prompts("", "")
+SEEDS = NO_PROMPTS.seeds
 ANIMALS = ["cat", "dog", "red fox"]
 
 
@@ -108,32 +110,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
-def painter_of(folder: Path) -> Pipeline:
-    return Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
-
-
-def requests_for(pipeline: Pipeline, *prompts: str, **fields: Any) -> list[GenerationRequest]:
-    return [
-        resolve(GenerationRequest(prompt=prompt, seed=seed, **fields), pipeline.model.spec)
-        for prompt, seed in zip(prompts or ("", ""), SEEDS, strict=True)
-    ]
-
-
-def painted(pipeline: Pipeline, *prompts: str, **fields: Any) -> Tensor:
-    *_, last = sample(pipeline, requests_for(pipeline, *prompts, **fields))
-    return last.latents
-
-
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
-
-
 @torch.inference_mode()
 def by_hand(
     unet: UNet2DModel, scheduler: Any, *, steps: int, size: tuple[int, int], labels: Any = None, scale: float = 1.0
 ) -> Tensor:
     """diffusers' parts in the plainest loop; `labels` are (unconditional, conditional) rows."""
-    own = generators()
+    own = NO_PROMPTS.generators()
     x = torch.cat([torch.randn((1, unet.config.in_channels, *size), generator=generator) for generator in own])
     scheduler.set_timesteps(steps)
     x = x * scheduler.init_noise_sigma
@@ -160,9 +142,9 @@ def by_hand(
 def test_pixels_equal_diffusers_own_pipelines_bit_for_bit(folders: dict[str, Path], name: str, scheduler: str) -> None:
     oracle = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[scheduler].from_pretrained(folders[name])
     oracle.set_progress_bar_config(disable=True)
-    expected = oracle(batch_size=2, generator=generators(), num_inference_steps=4, output_type="pt").images
-    pipeline = painter_of(folders[name])
-    x = painted(pipeline, scheduler=scheduler, steps=4)
+    expected = oracle(batch_size=2, generator=NO_PROMPTS.generators(), num_inference_steps=4, output_type="pt").images
+    pipeline = load_pipeline(folders[name])
+    x = latents(pipeline, NO_PROMPTS, scheduler=scheduler, steps=4)
     assert x.shape == expected.shape
     found = torch.cat([pipeline.space.decode(one[None]) for one in x])
     assert torch.equal(found, expected.expand(-1, 3, -1, -1))
@@ -171,8 +153,10 @@ def test_pixels_equal_diffusers_own_pipelines_bit_for_bit(folders: dict[str, Pat
 def test_ddim_eta_equals_diffusers_own_pipeline(folders: dict[str, Path]) -> None:
     oracle = DDIMPipeline.from_pretrained(folders["grey"])
     oracle.set_progress_bar_config(disable=True)
-    expected = oracle(batch_size=2, generator=generators(), eta=0.7, num_inference_steps=4, output_type="pt").images
-    found = painted(painter_of(folders["grey"]), scheduler="ddim", steps=4, eta=0.7)
+    expected = oracle(
+        batch_size=2, generator=NO_PROMPTS.generators(), eta=0.7, num_inference_steps=4, output_type="pt"
+    ).images
+    found = latents(load_pipeline(folders["grey"]), NO_PROMPTS, scheduler="ddim", steps=4, eta=0.7)
     assert torch.equal((found / 2 + 0.5).clamp(0, 1), expected)
 
 
@@ -180,10 +164,10 @@ def test_ddim_eta_equals_diffusers_own_pipeline(folders: dict[str, Path]) -> Non
 def test_x_equals_a_plain_loop_of_diffusers_parts_with_every_scheduler(
     folders: dict[str, Path], scheduler: str
 ) -> None:
-    pipeline = painter_of(folders["grey"])
+    pipeline = load_pipeline(folders["grey"])
     unet = UNet2DModel.from_pretrained(folders["grey"] / "unet")
     expected = by_hand(unet, make_scheduler(scheduler, pipeline.model.scheduler_config), steps=4, size=(20, 36))
-    assert torch.equal(painted(pipeline, scheduler=scheduler, steps=4, width=36, height=20), expected)
+    assert torch.equal(latents(pipeline, NO_PROMPTS, scheduler=scheduler, steps=4, width=36, height=20), expected)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +181,7 @@ def test_x_equals_a_plain_loop_of_diffusers_parts_with_every_scheduler(
 def test_guidance_by_classes_equals_a_plain_loop(
     folders: dict[str, Path], negatives: tuple[str, str], scale: float, labels: Any
 ) -> None:
-    pipeline = painter_of(folders["animals"])
+    pipeline = load_pipeline(folders["animals"])
     requests = [
         resolve(
             GenerationRequest(
@@ -217,9 +201,9 @@ def test_images_of_latents_equal_diffusers_own_pipeline(folders: dict[str, Path]
     """diffusers loads an AutoencoderKL as LDMPipeline's `vqvae`, and so do we."""
     oracle = LDMPipeline.from_pretrained(folders["latents"])
     oracle.set_progress_bar_config(disable=True)
-    expected = oracle(batch_size=2, generator=generators(), num_inference_steps=4, output_type="np").images
-    pipeline = painter_of(folders["latents"])
-    x = painted(pipeline, steps=4)
+    expected = oracle(batch_size=2, generator=NO_PROMPTS.generators(), num_inference_steps=4, output_type="np").images
+    pipeline = load_pipeline(folders["latents"])
+    x = latents(pipeline, NO_PROMPTS, steps=4)
     assert x.shape == (2, 4, 8, 8)
     with torch.inference_mode():
         together = pipeline.space.decode(x)
@@ -228,11 +212,11 @@ def test_images_of_latents_equal_diffusers_own_pipeline(folders: dict[str, Path]
 
 
 def test_latents_of_classes_are_guided_too(folders: dict[str, Path]) -> None:
-    pipeline = painter_of(folders["latent-animals"])
+    pipeline = load_pipeline(folders["latent-animals"])
     unet = UNet2DModel.from_pretrained(folders["latent-animals"] / "unet")
     scheduler = DDIMScheduler.from_pretrained(folders["latent-animals"] / "scheduler")
     expected = by_hand(unet, scheduler, steps=3, size=(8, 8), labels=((3, 3), (0, 1)), scale=2.0)
-    assert torch.equal(painted(pipeline, "cat", "dog", steps=3, guidance_scale=2.0), expected)
+    assert torch.equal(latents(pipeline, prompts("cat", "dog"), steps=3, guidance_scale=2.0), expected)
 
 
 # What may be asked
@@ -258,8 +242,8 @@ def test_a_vae_that_halves_twice_makes_images_of_four_pixels_a_cell(tmp_path: Pa
     latent = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
     vae = micro_vae(block_out_channels=(8, 8, 16))
     LDMPipeline(vae, micro_unet(**latent), DDIMScheduler()).save_pretrained(tmp_path / "small")
-    pipeline = painter_of(tmp_path / "small")
-    x = painted(pipeline, steps=2)
+    pipeline = load_pipeline(tmp_path / "small")
+    x = latents(pipeline, NO_PROMPTS, steps=2)
     assert x.shape == (2, 4, 8, 8)
     assert pipeline.space.decode(x).shape[1:] == (3, 32, 32)
     assert pipeline.model.spec.kind.size_step == 8
@@ -308,17 +292,17 @@ def test_a_class_is_asked_for_by_its_name_or_its_number() -> None:
 
 def test_more_steps_than_levels_of_noise_are_refused(tmp_path: Path) -> None:
     DDPMPipeline(micro_unet(), DDPMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path / "short")
-    pipeline = painter_of(tmp_path / "short")
-    assert painted(pipeline, steps=10).isfinite().all()
+    pipeline = load_pipeline(tmp_path / "short")
+    assert latents(pipeline, NO_PROMPTS, steps=10).isfinite().all()
     with pytest.raises(UsageError, match=r"11 steps are too many: .* was trained with 10 noise levels"):
-        painted(pipeline, steps=11)
+        latents(pipeline, NO_PROMPTS, steps=11)
 
 
 def test_a_black_image_of_pixels_is_an_image_and_nan_is_none(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = painter_of(folders["grey"])
-    (request, _) = requests_for(pipeline, steps=1)
+    pipeline = load_pipeline(folders["grey"])
+    (request, _) = requests_of(pipeline, NO_PROMPTS, steps=1)
     for value, ends in ((-1.0, "painted"), (float("nan"), "refused")):
         monkeypatch.setattr(init_latents, "initial_noise", lambda _, shape, value=value: torch.full((1, *shape), value))
         monkeypatch.setattr(type(pipeline.model.unet), "forward", lambda *_, **__: (torch.zeros(1, 1, 28, 28),))
@@ -342,10 +326,10 @@ def in_memory(folder: Path, **changes: Any) -> LoadedModel:
 
 
 def test_networks_in_memory_paint_what_their_folder_paints(folders: dict[str, Path], tmp_path: Path) -> None:
-    pipeline, trained = painter_of(folders["grey"]), Pipeline.of(in_memory(tmp_path / "not there yet"))
+    pipeline, trained = load_pipeline(folders["grey"]), Pipeline.of(in_memory(tmp_path / "not there yet"))
     fields = {"steps": 3, "scheduler": "ddpm", "width": 28, "height": 28, "guidance_scale": 1}
-    ours = generate_images(trained, requests_for(trained, **fields))
-    theirs = generate_images(pipeline, requests_for(pipeline, **fields))
+    ours = generate_images(trained, requests_of(trained, NO_PROMPTS, **fields))
+    theirs = generate_images(pipeline, requests_of(pipeline, NO_PROMPTS, **fields))
     assert [image.batch_size for image in ours] == [2, 2]
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
     assert trained.model.weights() == {"unet": "memory"}
@@ -362,7 +346,7 @@ def test_classes_and_latents_of_networks_in_memory_are_read_off_their_configurat
     )
     pipeline = Pipeline.of(model)
     fields = {"steps": 2, "width": 64, "height": 32, "guidance_scale": 2, "scheduler": "ddim"}
-    first, second = generate_images(pipeline, requests_for(pipeline, "cat", "dog", **fields), batch_size=1)
+    first, second = generate_images(pipeline, requests_of(pipeline, prompts("cat", "dog"), **fields), batch_size=1)
     assert first.pixels.shape == (3, 32, 64)
     assert (first.batch_size, second.batch_index) == (1, 0)
     with pytest.raises(BadWeights, match="names 2 classes, and its UNet has 4"):
@@ -370,12 +354,12 @@ def test_classes_and_latents_of_networks_in_memory_are_read_off_their_configurat
 
 
 def test_a_part_in_memory_takes_the_place_of_the_loaded_one(folders: dict[str, Path]) -> None:
-    pipeline = painter_of(folders["grey"])
+    pipeline = load_pipeline(folders["grey"])
     other = micro_unet()
     for parameter in other.parameters():
         parameter.data *= 1.5
     trained = Pipeline.of(with_parts(pipeline.model, unet=other, identity="a run, step 7"))
-    assert not torch.equal(painted(pipeline, steps=2), painted(trained, steps=2))
+    assert not torch.equal(latents(pipeline, NO_PROMPTS, steps=2), latents(trained, NO_PROMPTS, steps=2))
     assert trained.model.identity("unet") == "a run, step 7"
     assert pipeline.model.identity("unet").startswith("sha256:")
 
@@ -385,7 +369,7 @@ def test_text_models_paint_with_a_trained_unet_as_well(tiny_folder: Path) -> Non
 
     model = load_model(spec_of_folder(tiny_folder), dtype="float32", device="cpu")
     same = Pipeline.of(with_parts(model, unet=copy.deepcopy(model.unet)))
-    requests = requests_for(same, "a cat", "a dog", steps=2)
+    requests = requests_of(same, prompts("a cat", "a dog"), steps=2)
     pairs = zip(generate_images(Pipeline.of(model), requests), generate_images(same, requests), strict=True)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in pairs)
 
@@ -393,7 +377,7 @@ def test_text_models_paint_with_a_trained_unet_as_well(tiny_folder: Path) -> Non
 def test_dropout_is_off_while_sample_images_are_painted_and_on_again_after(tmp_path: Path) -> None:
     model = in_memory(tmp_path, dropout=0.5)
     pipeline = Pipeline.of(model)
-    request = requests_for(pipeline, steps=2, width=28, height=28, guidance_scale=1)[:1]
+    request = requests_of(pipeline, NO_PROMPTS, steps=2, width=28, height=28, guidance_scale=1)[:1]
     expected = generate_images(pipeline, request)[0].pixels
     model.unet.train()
     model.unet.mid_block.eval()
@@ -406,7 +390,7 @@ def test_dropout_is_off_while_sample_images_are_painted_and_on_again_after(tmp_p
 
 def test_training_goes_on_after_painting(tmp_path: Path) -> None:
     pipeline = Pipeline.of(in_memory(tmp_path))
-    generate_images(pipeline, requests_for(pipeline, steps=1, width=28, height=28, guidance_scale=1))
+    generate_images(pipeline, requests_of(pipeline, NO_PROMPTS, steps=1, width=28, height=28, guidance_scale=1))
     loss = pipeline.model.unet(torch.zeros(1, 1, 28, 28), 3).sample.square().mean()
     loss.backward()
     assert all(parameter.grad is not None for parameter in pipeline.model.unet.parameters())
@@ -614,7 +598,7 @@ def test_a_class_is_the_prompt(command: Callable[..., Any], folders: dict[str, P
     command("red fox", "2", *typed, "--dtype", "float32", "--batch-size", "1", "-o", "{index}.png")
     named, numbered = (Image.open(tmp_path / f"{index}.png").tobytes() for index in (1, 2))
     assert named == numbered
-    pipeline = painter_of(folders["latent-animals"])
+    pipeline = load_pipeline(folders["latent-animals"])
     request = GenerationRequest(prompt="red fox", seed=1, steps=2, guidance_scale=2)
     (image,) = generate_images(pipeline, [resolve(request, pipeline.model.spec)])
     assert from_pixels(image.pixels).tobytes() == named, "a trainer's image is the one that generate generates"
@@ -657,8 +641,8 @@ def test_latents_of_an_unconditional_model_are_encoded_and_decoded(folders: dict
 @pytest.mark.parametrize("name", ["animals", "latent-animals"])
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
 def test_an_image_does_not_depend_on_its_batch(folders: dict[str, Path], name: str, scheduler: str) -> None:
-    pipeline = painter_of(folders[name])
-    requests = requests_for(pipeline, "cat", "dog", steps=3, scheduler=scheduler, guidance_scale=2.0)
+    pipeline = load_pipeline(folders[name])
+    requests = requests_of(pipeline, prompts("cat", "dog"), steps=3, scheduler=scheduler, guidance_scale=2.0)
     together = generate_images(pipeline, requests, batch_size=2)
     alone = generate_images(pipeline, requests, batch_size=1)
     for a, b in zip(together, alone, strict=True):
@@ -668,5 +652,5 @@ def test_an_image_does_not_depend_on_its_batch(folders: dict[str, Path], name: s
 
 @pytest.mark.parametrize(("width", "height"), [(8, 8), (10, 14), (28, 30), (64, 16)])
 def test_pixels_are_painted_in_any_size_the_unet_can_halve(folders: dict[str, Path], width: int, height: int) -> None:
-    pipeline = painter_of(folders["digits"])
-    assert painted(pipeline, steps=1, width=width, height=height).shape == (2, 1, height, width)
+    pipeline = load_pipeline(folders["digits"])
+    assert latents(pipeline, NO_PROMPTS, steps=1, width=width, height=height).shape == (2, 1, height, width)

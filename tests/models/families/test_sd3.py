@@ -43,12 +43,10 @@ from sdcli.training.model_parts import load_to_train, refuse_shifted
 from sdcli.vae import autoencoder
 from sdcli.vae.latent_files import LatentRecord, latent_bytes, read_latents
 from tests.hub_server import cached
+from tests.oracle import TWO, UNGUIDED, comparable, latents, load_pipeline, reference_latents, reference_of, requests_of
 from tests.service import generate_files
 from tests.tiny import save_tiny_sd3
 
-PROMPTS = ["an astronaut riding a horse", "a red apple"]
-NEGATIVES = ["blurry", ""]
-SEEDS = [11, 42]
 SMALL = {"width": 64, "height": 96, "steps": 4}
 
 
@@ -66,19 +64,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 @pytest.fixture(scope="module")
 def loaded_pipelines(folders: dict[bool, Path]) -> dict[bool, Pipeline]:
-    return {t5: of_folder(folder) for t5, folder in folders.items()}
+    return {t5: load_pipeline(folder) for t5, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[bool, Path]) -> dict[bool, StableDiffusion3Pipeline]:
-    whole = StableDiffusion3Pipeline.from_pretrained(folders[True], dtype=torch.float32)
-    for encoder in (whole.text_encoder, whole.text_encoder_2, whole.text_encoder_3):
-        for parameter in encoder.parameters():  # of a mapped file, at odd addresses, where products round differently
-            parameter.data = parameter.data.clone()
+    whole = reference_of(StableDiffusion3Pipeline, folders[True])
     small = StableDiffusion3Pipeline(**{**whole.components, "text_encoder_3": None, "tokenizer_3": None})
-    for reference in (whole, small):
-        reference.set_progress_bar_config(disable=True)
-    return {True: whole, False: small}
+    return {True: whole, False: comparable(small)}
 
 
 @pytest.fixture
@@ -88,56 +81,19 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start.png"
 
 
-def of_folder(folder: Path) -> Pipeline:
-    return Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
-
-
-def ours(pipeline: Pipeline, **fields: Any) -> Tensor:
-    *_, last = sample(pipeline, resolved(pipeline, **fields))
-    return last.latents
-
-
-def resolved(pipeline: Pipeline, **fields: Any) -> list[GenerationRequest]:
-    negatives = fields.pop("negatives", NEGATIVES)
-    asked = [
-        parse_request({"prompt": prompt, "negative_prompt": negative, "seed": seed, **fields})
-        for prompt, negative, seed in zip(PROMPTS, negatives, SEEDS, strict=True)
-    ]
-    return [resolve(request, pipeline.model.spec, measure=measure) for request in asked]
-
-
-@torch.no_grad()
-def theirs(reference: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
-    """Each prompt is encoded alone; with gradients T5 would round otherwise."""
-    guided = fields["guidance_scale"] > 1
-    encoded = [
-        reference.encode_prompt(prompt, None, None, negative_prompt=no, do_classifier_free_guidance=guided)
-        for prompt, no in zip(PROMPTS, negatives, strict=True)
-    ]
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    states = {
-        name: None if tensors[0] is None else torch.cat(tensors)
-        for name, tensors in zip(names, zip(*encoded, strict=True), strict=True)
-    }
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    given = {"generator": generators, "num_inference_steps": fields.pop("steps"), "output_type": "latent"}
-    return reference(**states, **given, **fields).images
-
-
 @pytest.mark.parametrize("t5", [True, False])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_latents_equal_diffusers_bit_for_bit_with_and_without_t5(
     loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any], guidance_scale: float, t5: bool
 ) -> None:
-    fields = {**SMALL, "guidance_scale": guidance_scale, "negatives": NEGATIVES if guidance_scale > 1 else ["", ""]}
-    assert torch.equal(ours(loaded_pipelines[t5], **fields), theirs(pipelines[t5], **fields))
+    batch, fields = TWO if guidance_scale > 1 else UNGUIDED, {**SMALL, "guidance_scale": guidance_scale}
+    expected = reference_latents(pipelines[t5], batch, **fields)
+    assert torch.equal(latents(loaded_pipelines[t5], batch, **fields), expected)
 
 
 def test_an_image_hardly_depends_on_its_batch(loaded_pipelines: dict[bool, Pipeline]) -> None:
-    requests = resolved(loaded_pipelines[True], **SMALL)
-    (*_, both), *singles = (
-        list(sample(loaded_pipelines[True], some)) for some in (requests, requests[:1], requests[1:])
-    )
+    two = requests_of(loaded_pipelines[True], **SMALL)
+    (*_, both), *singles = (list(sample(loaded_pipelines[True], some)) for some in (two, two[:1], two[1:]))
     for together, (*_, alone) in zip(both.latents, singles, strict=True):
         assert (together - alone.latents[0]).abs().max() < 1e-5 * together.abs().max()
 
@@ -145,11 +101,11 @@ def test_an_image_hardly_depends_on_its_batch(loaded_pipelines: dict[bool, Pipel
 def test_a_start_image_gives_diffusers_latents_bit_for_bit(
     loaded_pipelines: dict[bool, Pipeline], pipelines: dict[bool, Any], start: Path
 ) -> None:
-    reference = quiet(StableDiffusion3Img2ImgPipeline, pipelines[False])
+    reference = comparable(StableDiffusion3Img2ImgPipeline(**pipelines[False].components))
     fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
     image = Image.open(start)
-    expected = theirs(reference, image=[image, image], width=64, height=96, **fields)
-    assert torch.equal(ours(loaded_pipelines[False], **fields, init_image=str(start)), expected)
+    expected = reference_latents(reference, image=[image, image], width=64, height=96, **fields)
+    assert torch.equal(latents(loaded_pipelines[False], **fields, init_image=str(start)), expected)
 
 
 def test_a_mask_gives_diffusers_latents_bit_for_bit(
@@ -158,18 +114,12 @@ def test_a_mask_gives_diffusers_latents_bit_for_bit(
     mask = Image.new("L", (64, 96))
     mask.paste(255, (32, 0, 64, 96))
     mask.save(tmp_path / "mask.png")
-    reference = quiet(StableDiffusion3InpaintPipeline, pipelines[False])
+    reference = comparable(StableDiffusion3InpaintPipeline(**pipelines[False].components))
     fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
     images = {"image": [Image.open(start)] * 2, "mask_image": [mask] * 2}
-    expected = theirs(reference, **images, width=64, height=96, **fields)
+    expected = reference_latents(reference, **images, width=64, height=96, **fields)
     given = {"init_image": str(start), "mask": str(tmp_path / "mask.png")}
-    assert torch.equal(ours(loaded_pipelines[False], **fields, **given), expected)
-
-
-def quiet(kind: Any, reference: Any) -> Any:
-    made = kind(**reference.components)
-    made.set_progress_bar_config(disable=True)
-    return made
+    assert torch.equal(latents(loaded_pipelines[False], **fields, **given), expected)
 
 
 def test_the_vae_shifts_its_latents_as_in_diffusers(
@@ -209,7 +159,7 @@ def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
 
 def test_the_last_guess_is_the_image_and_the_first_look_the_noise(loaded_pipelines: dict[bool, Pipeline]) -> None:
     pipeline = loaded_pipelines[False]
-    requests = resolved(pipeline, **SMALL)
+    requests = requests_of(pipeline, **SMALL)
     scheduler = scheduler_for(pipeline.model, requests[0])
     first, *_, last = sample(pipeline, requests)
     assert torch.equal(x_t_and_x0(scheduler, first)[0], first.x)
@@ -278,7 +228,7 @@ def test_an_image_is_recorded_and_verifies(folders: dict[bool, Path], tmp_path: 
 
 def test_in_half_precision_it_paints_too(folders: dict[bool, Path]) -> None:
     pipeline = Pipeline.of(load_model(spec_of_folder(folders[True]), dtype="bfloat16", device="cpu"))
-    assert ours(pipeline, **SMALL).isfinite().all()
+    assert latents(pipeline, **SMALL).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +269,7 @@ def test_other_commands_refuse_it(loaded_pipelines: dict[bool, Pipeline]) -> Non
     with pytest.raises(UsageError, match="trained with flow matching"):
         ForwardProcess.of(model.spec, RunSettings())
     with pytest.raises(UsageError, match="jointly, so there are no maps"):
-        loaded_pipelines[False].encode.read(resolved(loaded_pipelines[False])[0])
+        loaded_pipelines[False].encode.read(requests_of(loaded_pipelines[False])[0])
     with pytest.raises(UsageError, match="not of a family with refiners"):
         Pipeline.of(model, refiner=model)
 
@@ -346,7 +296,7 @@ def test_a_broken_folder_is_told_in_a_sentence(
     path = tmp_path / "model" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(SdcliError, match=sentence):
-        ours(of_folder(tmp_path / "model"), **SMALL)
+        latents(load_pipeline(tmp_path / "model"), **SMALL)
 
 
 def test_text_encoders_of_another_width_are_told(folders: dict[bool, Path], tmp_path: Path) -> None:
@@ -355,7 +305,7 @@ def test_text_encoders_of_another_width_are_told(folders: dict[bool, Path], tmp_
     shutil.rmtree(tmp_path / "model/transformer")
     shutil.copytree(other / "transformer", tmp_path / "model/transformer")
     with pytest.raises(BadWeights, match="does not fit its text encoders"):
-        ours(of_folder(tmp_path / "model"), **SMALL)
+        latents(load_pipeline(tmp_path / "model"), **SMALL)
 
 
 def test_a_single_file_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -395,4 +345,4 @@ def test_a_partial_download_names_what_is_missing(folders: dict[bool, Path], tmp
     assert first_missing(tmp_path / "model", spec) == file
     if file.startswith("tokenizer"):
         with pytest.raises(NotFound, match="the tokenizer needs it"):
-            of_folder(tmp_path / "model")
+            load_pipeline(tmp_path / "model")

@@ -15,10 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdcli.diffusion.input_images import measure
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.sampling import sample
-from sdcli.diffusion.scheduler_factory import make_scheduler
 from sdcli.errors import BadWeights, SdcliError, UsageError
 from sdcli.generation.events import Result
 from sdcli.generation.model_cache import ModelCache
@@ -44,13 +42,11 @@ from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.training.model_parts import load_to_train
 from tests.hub_server import cached
 from tests.loras import random_pairs, save_diffusers, save_kohya
+from tests.oracle import TWO, UNGUIDED, comparable, latents, load_pipeline, reference_latents, reference_of
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.service import cache_of, generate_files, pipeline_of
 from tests.tiny import save_tiny_sdxl
 
-PROMPTS = ["an astronaut riding a horse", "a red apple"]
-NEGATIVES = ["blurry", ""]
-SEEDS = [11, 42]
 SMALL = {"width": 64, "height": 96, "steps": 4}
 
 
@@ -65,12 +61,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def base(folders: dict[str, Path]) -> StableDiffusionXLPipeline:
-    return quiet(StableDiffusionXLPipeline.from_pretrained(folders["base"], dtype=torch.float32))
+    return reference_of(StableDiffusionXLPipeline, folders["base"])
 
 
 @pytest.fixture(scope="module")
 def refiner(folders: dict[str, Path]) -> StableDiffusionXLImg2ImgPipeline:
-    return quiet(StableDiffusionXLImg2ImgPipeline.from_pretrained(folders["refiner"], dtype=torch.float32))
+    return reference_of(StableDiffusionXLImg2ImgPipeline, folders["refiner"])
 
 
 @pytest.fixture(scope="module")
@@ -81,62 +77,16 @@ def pipeline(folders: dict[str, Path]) -> Pipeline:
     return Pipeline.of(base, refiner=refiner)
 
 
-def quiet(reference: Any) -> Any:
-    reference.set_progress_bar_config(disable=True)
-    # from_pretrained maps the file, so this one matrix is at an odd address, where its product rounds differently
-    projection = reference.text_encoder_2.text_projection
-    projection.weight.data = projection.weight.data.clone()
-    return reference
-
-
-def ours(pipeline: Pipeline, **fields: Any) -> Tensor:
-    negatives = fields.pop("negatives", NEGATIVES)
-    asked = [
-        parse_request({"prompt": prompt, "negative_prompt": negative, "seed": seed, **fields})
-        for prompt, negative, seed in zip(PROMPTS, negatives, SEEDS, strict=True)
-    ]
-    requests = [resolve(request, pipeline.model.spec, measure=measure) for request in asked]
-    *_, last = sample(pipeline, requests)
-    return last.latents
-
-
-def theirs(reference: Any, scheduler: str, config: Any, *, negatives: list[str] = NEGATIVES, **fields: Any) -> Tensor:
-    """Each prompt is encoded alone; an empty negative prompt is none at all, which is when diffusers takes zeros."""
-    reference.scheduler = make_scheduler(scheduler, config)
-    fields = {"generator": generators(), **fields}
-    encoded = [
-        reference.encode_prompt(
-            prompt, device="cpu", do_classifier_free_guidance=fields["guidance_scale"] > 1, negative_prompt=no or None
-        )
-        for prompt, no in zip(PROMPTS, negatives, strict=True)
-    ]
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    states = {
-        name: None if tensors[0] is None else torch.cat(tensors)
-        for name, tensors in zip(names, zip(*encoded, strict=True), strict=True)
-    }
-    steps = fields.pop("steps")
-    return reference(**states, num_inference_steps=steps, output_type="latent", **fields).images
-
-
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
-
-
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 def test_latents_equal_diffusers_bit_for_bit_with_every_scheduler(
     pipeline: Pipeline, base: StableDiffusionXLPipeline, scheduler: str
 ) -> None:
-    fields = {**SMALL, "guidance_scale": 7.5}
-    expected = theirs(base, scheduler, pipeline.model.scheduler_config, **fields)
-    assert torch.equal(ours(painter_alone(pipeline), scheduler=scheduler, **fields), expected)
+    fields = {**SMALL, "guidance_scale": 7.5, "scheduler": scheduler}
+    expected = reference_latents(base, config=pipeline.model.scheduler_config, **fields)
+    assert torch.equal(latents(without_refiner(pipeline), **fields), expected)
 
 
-def of_folder(folder: Path) -> Pipeline:
-    return Pipeline.of(load_model(spec_of_folder(folder), dtype="float32", device="cpu"))
-
-
-def painter_alone(pipeline: Pipeline) -> Pipeline:
+def without_refiner(pipeline: Pipeline) -> Pipeline:
     return Pipeline.of(pipeline.model)
 
 
@@ -145,12 +95,12 @@ def test_without_guidance_turbo_equals_diffusers(
     pipeline: Pipeline, base: StableDiffusionXLPipeline, guidance_scale: float
 ) -> None:
     turbo = {**pipeline.model.scheduler_config, "timestep_spacing": "trailing"}
-    alone = painter_alone(pipeline)
+    alone = without_refiner(pipeline)
     alone = replace(alone, model=replace(alone.model, scheduler_config=turbo))
-    fields = {**SMALL, "steps": 2, "guidance_scale": guidance_scale, "negatives": ["", ""]}
     for scheduler in ("euler", "euler-a"):
-        expected = theirs(base, scheduler, turbo, **fields)
-        assert torch.equal(ours(alone, scheduler=scheduler, **fields), expected)
+        fields = {**SMALL, "steps": 2, "guidance_scale": guidance_scale, "scheduler": scheduler}
+        expected = reference_latents(base, UNGUIDED, config=turbo, **fields)
+        assert torch.equal(latents(alone, UNGUIDED, **fields), expected)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -160,7 +110,7 @@ def test_an_empty_negative_prompt_is_zeros_only_where_the_folder_says_so(
     shutil.copytree(folders["base"], tmp_path / "model")
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     (tmp_path / "model/model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
-    alone = of_folder(tmp_path / "model")
+    alone = load_pipeline(tmp_path / "model")
     request = resolve(GenerationRequest(prompt="a cat", seed=1, **SMALL), alone.model.spec)
     inputs = alone.encode([request], guided=True, steps=4).at(1).inputs
     asked, no, pooled, no_pooled = base.encode_prompt("a cat", device="cpu", negative_prompt=None if zeros else "")
@@ -181,14 +131,14 @@ def test_a_refiner_takes_over_as_in_diffusers(
     guidance_scale: float,
 ) -> None:
     assert pipeline.refiner is not None
-    negatives = NEGATIVES if guidance_scale > 1 else ["", ""]
-    fields = {"steps": 5, "guidance_scale": guidance_scale, "negatives": negatives}
-    shared = {**fields, "generator": generators()}
+    batch = TWO if guidance_scale > 1 else UNGUIDED
+    fields = {"steps": 5, "guidance_scale": guidance_scale, "scheduler": scheduler}
+    shared = {**fields, "generator": batch.generators()}
     after: list[Tensor] = []
-    theirs(
+    reference_latents(
         base,
-        scheduler,
-        pipeline.model.scheduler_config,
+        batch,
+        config=pipeline.model.scheduler_config,
         width=64,
         height=96,
         denoising_end=0.6,
@@ -198,8 +148,8 @@ def test_a_refiner_takes_over_as_in_diffusers(
     # with Heun's method, of two evaluations a step, diffusers begins a step too many, and the refiner does it again
     begun = after[-1 if scheduler != "heun" else -2]
     config = pipeline.refiner.model.scheduler_config
-    expected = theirs(refiner, scheduler, config, image=begun, denoising_start=0.6, **shared)
-    found = ours(pipeline, scheduler=scheduler, width=64, height=96, refiner="refiner", refiner_start=0.6, **fields)
+    expected = reference_latents(refiner, batch, config=config, image=begun, denoising_start=0.6, **shared)
+    found = latents(pipeline, batch, width=64, height=96, refiner="refiner", refiner_start=0.6, **fields)
     assert torch.equal(found, expected)
 
 
@@ -209,12 +159,11 @@ def test_a_start_image_gives_diffusers_latents_bit_for_bit(
 ) -> None:
     colours = torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))
     from_pixels(colours).save(tmp_path / "start.png")
-    reference = quiet(StableDiffusionXLImg2ImgPipeline(**base.components, requires_aesthetics_score=False))
-    fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6}
+    reference = comparable(StableDiffusionXLImg2ImgPipeline(**base.components, requires_aesthetics_score=False))
+    fields = {"steps": 5, "guidance_scale": 5.0, "strength": 0.6, "scheduler": scheduler}
     image = Image.open(tmp_path / "start.png")
-    expected = theirs(reference, scheduler, pipeline.model.scheduler_config, image=[image, image], **fields)
-    given = {**fields, "init_image": str(tmp_path / "start.png"), "scheduler": scheduler}
-    assert torch.equal(ours(painter_alone(pipeline), **given), expected)
+    expected = reference_latents(reference, config=pipeline.model.scheduler_config, image=[image, image], **fields)
+    assert torch.equal(latents(without_refiner(pipeline), init_image=str(tmp_path / "start.png"), **fields), expected)
 
 
 def test_each_pass_is_told_its_own_size(pipeline: Pipeline) -> None:
@@ -222,7 +171,7 @@ def test_each_pass_is_told_its_own_size(pipeline: Pipeline) -> None:
     hook = pipeline.model.unet.register_forward_pre_hook(
         lambda _, args, given: told.append(given["added_cond_kwargs"]["time_ids"][0].tolist()), with_kwargs=True
     )
-    ours(painter_alone(pipeline), **SMALL, guidance_scale=5.0, scheduler="euler", upscale="2x:0.5:latent")
+    latents(without_refiner(pipeline), **SMALL, guidance_scale=5.0, scheduler="euler", upscale="2x:0.5:latent")
     hook.remove()
     assert told[0] == [96, 64, 0, 0, 96, 64]
     assert told[-1] == [192, 128, 0, 0, 192, 128]
@@ -230,18 +179,18 @@ def test_each_pass_is_told_its_own_size(pipeline: Pipeline) -> None:
 
 def test_guidance_that_changes_goes_on_where_the_refiner_takes_over(pipeline: Pipeline, tmp_path: Path) -> None:
     fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
-    falling = ours(pipeline, guidance_scale="7..2", **fields)
+    falling = latents(pipeline, guidance_scale="7..2", **fields)
     assert falling.isfinite().all()
-    assert not torch.equal(falling, ours(pipeline, guidance_scale=7.0, **fields))
+    assert not torch.equal(falling, latents(pipeline, guidance_scale=7.0, **fields))
     Image.new("RGB", (56, 96)).save(tmp_path / "start.png")
     with pytest.raises(UsageError, match="goes without --mask"):
-        ours(pipeline, guidance_scale=7.0, init_image=str(tmp_path / "start.png"), extend="left=8", **fields)
+        latents(pipeline, guidance_scale=7.0, init_image=str(tmp_path / "start.png"), extend="left=8", **fields)
 
 
 def test_a_refiner_is_refused_where_one_of_the_two_would_have_nothing_to_do(pipeline: Pipeline) -> None:
     for start, idle in ((0.1, "base"), (0.999, "refiner")):
         with pytest.raises(UsageError, match=f"{idle} no step to do"):
-            ours(pipeline, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
+            latents(pipeline, **SMALL, refiner="refiner", refiner_start=start, scheduler="ddim")
 
 
 def test_a_control_of_the_refiner_s_steps_alone_is_refused(
@@ -251,7 +200,7 @@ def test_a_control_of_the_refiner_s_steps_alone_is_refused(
     Image.new("RGB", (56, 96)).save(tmp_path / "map.png")
     fields = {**SMALL, "scheduler": "euler", "refiner": "refiner", "refiner_start": 0.5}
     with pytest.raises(UsageError, match="in the refiner's steps alone"):
-        ours(pipeline, controls=f"net={tmp_path}/map.png@0.7-1", **fields)
+        latents(pipeline, controls=f"net={tmp_path}/map.png@0.7-1", **fields)
 
 
 def test_a_refiner_neither_begins_nor_serves_another_family(pipeline: Pipeline, tiny_folder: Path) -> None:
@@ -318,7 +267,7 @@ def test_what_does_not_fit_together_is_told_in_a_sentence(
         tensors = random_tensors(network, torch.float32, seed=0)
         save_file(tensors, tmp_path / "model/unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(SdcliError, match=sentence):
-        ours(of_folder(tmp_path / "model"), **SMALL, guidance_scale=5.0)
+        latents(load_pipeline(tmp_path / "model"), **SMALL, guidance_scale=5.0)
 
 
 def test_training_refuses_sdxl_before_it_reads_its_weights(tmp_path: Path, folders: dict[str, Path]) -> None:
