@@ -21,7 +21,7 @@ from sdcli.errors import BadLatents, BadOutput, UsageError
 from sdcli.images.pixels import from_pixels, to_pixels
 from sdcli.request.input_files import is_latents
 from sdcli.request.schema import ResolvedRequest
-from sdcli.vae.autoencoder import generators_for, initial_noise, scaled, scaling_factor, shift_factor
+from sdcli.vae.autoencoder import generators_for, initial_noise, scale, scaling_factor, shift_factor
 from sdcli.vae.decode import decode_with_fallbacks
 from sdcli.vae.latent_space import LatentSpace, Report, Space, quiet
 
@@ -189,4 +189,4 @@ def _latents_of_file(pipeline: Pipeline, request: ResolvedRequest, shape: tuple[
     if file.latents.shape[1:] != shape:
         held, wanted = ("x".join(map(str, sides)) for sides in (file.latents.shape[1:], shape))
         raise BadLatents(f"{request.init_image} holds latents of {held}; {request.model} generates on {wanted}")
-    return scaled(space.vae, file.unscaled(scaling_factor(space.vae), shift_factor(space.vae)))
+    return scale(space.vae, file.unscaled(scaling_factor(space.vae), shift_factor(space.vae)))

@@ -18,7 +18,7 @@ from sdcli.images.pixels import fit, from_pixels
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec, described
-from sdcli.vae.autoencoder import drawn, generators_for, initial_noise
+from sdcli.vae.autoencoder import draw_latents, generators_for, initial_noise
 from sdcli.vae.decode import decode_with_fallbacks
 from sdcli.vae.encode import moments_with_fallbacks
 from sdcli.vae.latent_space import LatentSpace, PixelSpace, in_pixel_space
@@ -116,7 +116,7 @@ def _in_latents(spec: ModelSpec, run: RunSettings) -> tuple[LoadedModel, Encode,
 
     def encode(pixels: Tensor) -> tuple[Tensor, Notes]:
         moments, notes = moments_with_fallbacks(model.vae, [pixels])
-        return drawn(model.vae, moments)[0], notes
+        return draw_latents(model.vae, moments)[0], notes
 
     def decode(x: Tensor) -> tuple[Image.Image, Notes]:
         pixels, notes = decode_with_fallbacks(space, x, may_be_black=True)

@@ -74,7 +74,7 @@ class LoadedVae:
         """
         moments, notes = moments_with_fallbacks(self.model.vae, pixels)
         generators = None if seeds is None else autoencoder.generators_for(seeds)
-        return autoencoder.drawn(self.model.vae, moments, generators), notes
+        return autoencoder.draw_latents(self.model.vae, moments, generators), notes
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
         """Unscaled latents [C, h, w] -> an image, and notes on fallbacks. Raises OutOfMemory and BadOutput."""

@@ -36,7 +36,7 @@ from sdcli.generation.plan import Batch
 from sdcli.generation.prompt_notes import prompt_notes
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.images.pixels import from_pixels, to_pixels
-from sdcli.images.watermark import marked
+from sdcli.images.watermark import with_watermark
 from sdcli.io.out_of_memory import MemoryAttempt
 from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.decode import decode_with_fallbacks
@@ -238,7 +238,7 @@ def _finished(pipeline: Pipeline, request: ResolvedRequest, pixels: Tensor) -> T
     if request.masked:
         pixels = pipeline.inputs.init_image(request).pasted(pixels)
     if request.watermark is not None:
-        pixels = to_pixels(marked(from_pixels(pixels), request.watermark))
+        pixels = to_pixels(with_watermark(from_pixels(pixels), request.watermark))
     return pixels
 
 

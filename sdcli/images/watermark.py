@@ -26,7 +26,7 @@ _WAYS = np.array([[0.0, -0.395, 2.032], [-2.294, -2.294, 0.0]])
 """The change in RGB that raises U by 1: with Y and V unchanged, or, if blue is saturated, by less red and green."""
 
 
-def marked(image: Image.Image, text: str) -> Image.Image:
+def with_watermark(image: Image.Image, text: str) -> Image.Image:
     """The image (RGB) with a text in it. Raises BadOutput if the text could not be read back."""
     bits = _bits(text)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
@@ -58,7 +58,7 @@ def marked(image: Image.Image, text: str) -> Image.Image:
 
 
 def watermark_of(image: Image.Image) -> str | None:
-    """The text that `marked` put into an image of the same size; None if there is none."""
+    """The text that `with_watermark` put into an image of the same size; None if there is none."""
     read = _read_bits(np.asarray(image.convert("RGB"), dtype=np.float64))
     for size in range(3, MAX_WATERMARK_BYTES + 3):
         count = size * 8

@@ -45,7 +45,7 @@ def moments(vae: VAE, pixels: Tensor, *, tiled: bool = False) -> Moments:
 
 
 @torch.inference_mode()
-def drawn(vae: VAE, moments: Moments, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+def draw_latents(vae: VAE, moments: Moments, generators: Sequence[torch.Generator] | None = None) -> Tensor:
     """Moments -> scaled latents [B, C, H/8, W/8], float32 on the CPU.
 
     The mean of the VAE's distribution, or a sample drawn with one CPU generator per image. A VAE without a
@@ -57,7 +57,7 @@ def drawn(vae: VAE, moments: Moments, generators: Sequence[torch.Generator] | No
         std = torch.exp(0.5 * logvar.to(next(vae.parameters()))).float().cpu()
         _, channels, height, width = latents.shape
         latents = latents + std * initial_noise(generators, (channels, height, width))
-    return scaled(vae, latents)
+    return scale(vae, latents)
 
 
 @torch.inference_mode()
@@ -65,17 +65,17 @@ def decode(vae: VAE, latents: Tensor, *, tiled: bool = False) -> Tensor:
     """Scaled latents [B, C, h, w] -> pixels [B, 3, 8h, 8w] in 0..1, float32 on the CPU; NaN stays NaN."""
     parameter = next(vae.parameters())
     with _tiles(vae) if tiled else contextlib.nullcontext():
-        pixels = vae.decode(unscaled(vae, latents).to(parameter), return_dict=False)[0]
+        pixels = vae.decode(unscale(vae, latents).to(parameter), return_dict=False)[0]
     return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
-def scaled(vae: VAE, latents: Tensor) -> Tensor:
+def scale(vae: VAE, latents: Tensor) -> Tensor:
     """The VAE's own latents -> the denoiser's: a mean of about 0 and a standard deviation of about 1."""
     return (latents - shift_factor(vae)) * scaling_factor(vae)
 
 
-def unscaled(vae: VAE, latents: Tensor) -> Tensor:
-    """The inverse of `scaled`."""
+def unscale(vae: VAE, latents: Tensor) -> Tensor:
+    """The inverse of `scale`."""
     return latents / scaling_factor(vae) + shift_factor(vae)
 
 

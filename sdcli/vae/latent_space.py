@@ -75,7 +75,7 @@ class LatentSpace:
             moments, notes = self._moments[one]
             for note in notes:
                 report(note)
-            rows.append(autoencoder.drawn(self.vae, moments, [generator]))
+            rows.append(autoencoder.draw_latents(self.vae, moments, [generator]))
         return torch.cat(rows)
 
     def decode(self, x: Tensor, *, tiled: bool = False) -> Tensor:

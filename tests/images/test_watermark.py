@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdcli.errors import BadOutput, UsageError
-from sdcli.images.watermark import marked, watermark_of
+from sdcli.images.watermark import watermark_of, with_watermark
 from sdcli.request.schema import parse_request
 from tests.conftest import REPOSITORY, Run
 
@@ -27,7 +27,7 @@ ROCKET = Image.open(REPOSITORY / "docs/gallery/a-rocket.png").convert("RGB")
 @settings(max_examples=10)
 def test_a_text_comes_out_as_it_went_in_and_little_changes(text: str, side: int) -> None:
     image = ROCKET.resize((side, side))
-    with_text = marked(image, text)
+    with_text = with_watermark(image, text)
     assert watermark_of(with_text) == text
     assert np.abs(np.asarray(with_text, int) - np.asarray(image, int)).mean() < 1.5
 
@@ -39,13 +39,13 @@ def test_a_plain_image_has_none() -> None:
 
 def test_it_survives_a_jpeg_of_high_quality() -> None:
     file = io.BytesIO()
-    marked(ROCKET.resize((256, 256)), "sdcli").save(file, "JPEG", quality=95, subsampling=0)
+    with_watermark(ROCKET.resize((256, 256)), "sdcli").save(file, "JPEG", quality=95, subsampling=0)
     assert watermark_of(Image.open(file)) == "sdcli"
 
 
 def test_the_bits_are_where_other_tools_look_for_them() -> None:
     """invisible-watermark's `dwtDct` read plainly: block after block, the largest but the first, a bit each."""
-    pixels = np.asarray(marked(ROCKET, "AI"), dtype=np.float64)
+    pixels = np.asarray(with_watermark(ROCKET, "AI"), dtype=np.float64)
     blue_less_luma = pixels[..., 2] - pixels @ [0.299, 0.587, 0.114]
     chroma = 128 + 0.492 * blue_less_luma
     low = (chroma[0::2, 0::2] + chroma[1::2, 0::2] + chroma[0::2, 1::2] + chroma[1::2, 1::2]) / 2
@@ -62,7 +62,7 @@ def test_the_bits_are_where_other_tools_look_for_them() -> None:
 
 def test_too_small_an_image_is_refused() -> None:
     with pytest.raises(BadOutput, match="64x64 pixels are too few"):
-        marked(ROCKET.resize((64, 64)), "far too long")
+        with_watermark(ROCKET.resize((64, 64)), "far too long")
 
 
 @pytest.mark.parametrize("text", ["x" * 33, "two\nlines", ""])

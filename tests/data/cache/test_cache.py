@@ -504,8 +504,8 @@ def test_what_is_drawn_from_moments_is_the_distribution_to_the_bit(tiny_folder: 
     noise = autoencoder.initial_noise(autoencoder.generators_for([3, 4]), tuple(mean.shape[1:]))
     factor = vae.config.scaling_factor
     moments = autoencoder.moments(vae, pixels, tiled=tiled)
-    drawn = autoencoder.drawn(vae, moments, autoencoder.generators_for([3, 4]))
-    assert torch.equal(autoencoder.drawn(vae, moments), mean * factor)
+    drawn = autoencoder.draw_latents(vae, moments, autoencoder.generators_for([3, 4]))
+    assert torch.equal(autoencoder.draw_latents(vae, moments), mean * factor)
     assert torch.equal(drawn, (mean + std * noise) * factor)
 
 

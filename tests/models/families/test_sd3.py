@@ -132,9 +132,9 @@ def test_the_vae_shifts_its_latents_as_in_diffusers(
     expected = pipelines[True].image_processor.postprocess(decoded, output_type="pt")[0]
     assert torch.equal(pipeline.space.decode(latents)[0], expected)
     own = torch.randn((1, 16, 12, 8), generator=torch.Generator().manual_seed(1))
-    shifted = autoencoder.scaled(pipeline.model.vae, own)
+    shifted = autoencoder.scale(pipeline.model.vae, own)
     assert torch.equal(shifted, (own - 0.0609) * 1.5305)
-    assert torch.allclose(autoencoder.unscaled(pipeline.model.vae, shifted), own, atol=1e-6)
+    assert torch.allclose(autoencoder.unscale(pipeline.model.vae, shifted), own, atol=1e-6)
 
 
 def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
@@ -143,7 +143,7 @@ def test_latent_files_hold_what_the_vae_says_and_painting_starts_from_it_scaled(
     pipeline, file = loaded_pipelines[False], tmp_path / "start.safetensors"
     vae = LoadedVae.load(pipeline.model.spec, RunSettings(device="cpu"))
     own, _ = vae.encode([torch.rand((3, 96, 64), generator=torch.Generator().manual_seed(5))], seeds=None)
-    scaled = autoencoder.scaled(pipeline.model.vae, own)
+    scaled = autoencoder.scale(pipeline.model.vae, own)
     apart = distance(vae.decode(own[0])[0], from_pixels(pipeline.space.decode(scaled)[0]))
     assert apart is not None
     assert apart.largest <= 1

@@ -29,7 +29,7 @@ from sdcli.training.task import Draw
 from sdcli.training.vae import losses
 from sdcli.training.vae.losses import LPIPS, PatchDiscriminator, load_lpips
 from sdcli.training.vae.task import VaeObjective, VaeTask, measure_scaling_factor, plain
-from sdcli.vae.autoencoder import drawn, generators_for, moments, scaling_factor
+from sdcli.vae.autoencoder import draw_latents, generators_for, moments, scaling_factor
 
 
 @pytest.fixture(autouse=True)
@@ -624,7 +624,7 @@ def test_the_written_scaling_factor_makes_the_deviation_of_latents_1(tmp_path: P
     task.save(tmp_path, task.networks, {})
     loaded = type(task.vae).from_pretrained(tmp_path / "vae")
     pixels = torch.stack([Shapes().fixed(index, (32, 32))["pixels"] for index in range(64)])
-    latents = drawn(loaded, moments(loaded, pixels), generators_for(range(64)))
+    latents = draw_latents(loaded, moments(loaded, pixels), generators_for(range(64)))
     assert latents.std().item() == pytest.approx(1, rel=0.02)
     # however the images are divided into batches
     assert scaling_factor(loaded) == pytest.approx(
