@@ -17,6 +17,7 @@ from sdcli.io.json_files import parse_object
 
 MAX_LINE = 2**24
 """Bytes of a line, and letters of a CSV cell."""
+csv.field_size_limit(MAX_LINE)  # a setting of the process, so it is made once
 _NOT_UTF8 = "is not UTF-8 text"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -89,7 +90,6 @@ class CsvFile:
 
     def __init__(self, file: BinaryIO, *, utf8: bool = False, strict: bool = True, max_cell: int = MAX_LINE) -> None:
         self._utf8, self._strict, self._max_cell = utf8, strict, max_cell
-        csv.field_size_limit(MAX_LINE)  # of the process, and the same for all
         self._rows = csv.DictReader(_lines_of(file), restkey="\0", strict=strict)
         self._broken_header = ""
         try:

@@ -117,8 +117,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
         r"needs more than the 1\.0 GB of memory",
     ),
     "a dictionary that holds itself": (zipped(self_referential()), "refers to itself"),
-    "no pickle at all": (raw(b"hello " * 100), "no checkpoint that torch can read"),
-    "a truncated file": (truncated, "no checkpoint that torch can read"),
+    "no pickle at all": (raw(b"hello " * 100), "is not a checkpoint that torch can read"),
+    "a truncated file": (truncated, "is not a checkpoint that torch can read"),
 }
 
 

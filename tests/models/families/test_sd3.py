@@ -281,7 +281,7 @@ def test_other_commands_refuse_it(loaded_pipelines: dict[bool, Pipeline]) -> Non
         ("transformer/config.json", {"in_channels": 4}, "takes 4 channels and its VAE makes 16"),
         ("transformer/config.json", {"pos_embed_max_size": None}, "describes no network"),
         ("transformer/config.json", {"num_layers": 3}, "lacks"),
-        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "asks for use_dynamic_shifting"),
+        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "sets use_dynamic_shifting"),
         ("scheduler/scheduler_config.json", {"shift": "much"}, "describes no noise schedule"),
         ("text_encoder_2/config.json", {"projection_dim": 8}, "has shape"),
         ("text_encoder_3/config.json", {"d_model": 32}, "has shape"),
