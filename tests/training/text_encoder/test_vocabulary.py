@@ -258,7 +258,7 @@ def test_a_parquet_file_may_hold_texts_or_lists(tmp_path: Path) -> None:
     assert damaged.texts == ("b", "c")
     assert "damaged" in damaged.dropped[0].reason
     path.write_bytes(data[:-20])
-    with pytest.raises(UsageError, match="no parquet file"):
+    with pytest.raises(UsageError, match="is not a readable parquet file"):
         read_captions(path, caption_column="words")
 
 
