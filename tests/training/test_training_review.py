@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from sdcli.cli.training_command import Trainer, TrainingCall, _resolved, settings_options
+from sdcli.cli.training_command import TrainingCall, TrainingCommand, _resolved, settings_options
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import CannotWrite, Interrupted, UsageError
@@ -128,7 +128,7 @@ def test_a_limit_in_a_config_file_replaces_the_one_the_run_began_with(tmp_path: 
     run.mkdir()
     begin(run, UnetSettings(num_train_epochs=0.5, seed=7), command="train-unet", data="pictures")
     config.write_text("max_train_steps: 3\n")
-    trainer = Trainer("train-unet", UnetSettings, UnetSession, "DATA", "")
+    trainer = TrainingCommand("train-unet", UnetSettings, UnetSession, "DATA", "")
     asked = TrainingCall(None, run, config, True, False, False, {}, load_registry())
     data, _, settings = _resolved(trainer, asked)
     assert (data, settings.seed, settings.max_train_steps, settings.num_train_epochs) == ("pictures", 7, 3, None)

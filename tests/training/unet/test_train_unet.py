@@ -342,7 +342,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path: Path, imag
         ({"space": "pixel", "model": None}, "add --from-scratch"),
         ({"from_scratch": "pixle"}, "did you mean 'pixel'"),
         ({"from_scratch": "latent"}, "--unconditional or --class-conditional"),
-        ({"class_conditional": True}, "goes with --from-scratch"),
+        ({"class_conditional": True}, "needs --from-scratch"),
         ({"resolution": "65"}, "multiple of 8"),
         ({"rescale_betas_zero_snr": True}, "--prediction-type v_prediction"),
         ({"report_to": ("wandb",)}, "wandb"),
