@@ -108,3 +108,14 @@ def test_what_plans_and_parses_imports_nothing_heavy(place: str, unwanted: froze
         [sys.executable, "-c", program, *modules], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert set(done.stdout.split()) & unwanted == set()
+
+
+def test_no_class_has_the_name_of_another() -> None:
+    names = [
+        node.name
+        for path in MODULES.values()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(names) > 100
+    assert sorted(names) == sorted(set(names))

@@ -37,7 +37,7 @@ HELD_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True)
-class Columns:
+class ImageColumns:
     """The names of the columns, and the class names if labels are numbers."""
 
     image: str
@@ -245,7 +245,7 @@ def _group_size(group: Any, column: str) -> tuple[int, int]:
     )
 
 
-def _item(name: str, values: Mapping[str, Any], columns: Columns, *, block: int) -> Item:
+def _item(name: str, values: Mapping[str, Any], columns: ImageColumns, *, block: int) -> Item:
     captions = captions_of_value(values.get(columns.caption)) if columns.caption is not None else ()
     label = values.get(columns.label) if columns.label is not None else None
     if columns.class_names and isinstance(label, int):
@@ -257,7 +257,7 @@ def _item(name: str, values: Mapping[str, Any], columns: Columns, *, block: int)
 
 def _columns(
     file: Any, name: str, image_column: str | None, caption_column: str | None, features: Mapping[str, Any]
-) -> Columns:
+) -> ImageColumns:
     """The columns to use: those given, else by the features, else by usual names and types."""
     schema = file.schema_arrow
     features = {**features, **_features_of(schema)}
@@ -275,7 +275,7 @@ def _columns(
     named = {column: features[column] for column in schema.names if _feature_type(features.get(column)) == "ClassLabel"}
     label = LABEL_COLUMN if LABEL_COLUMN in schema.names else next(iter(named), None) if len(named) == 1 else None
     class_names = named[label].get("names") if label in named else None
-    return Columns(
+    return ImageColumns(
         image=image,
         caption=pick_column(caption_column, CAPTION_COLUMNS, schema.names, source=name, what="--caption-column"),
         label=label,

@@ -25,7 +25,7 @@ LOOKED_FOR = (
 )
 
 
-class Columns(NamedTuple):
+class ColumnNames(NamedTuple):
     """The columns that the user named."""
 
     image_column: str | None
@@ -57,7 +57,7 @@ def open_images(
     source = os.fspath(data)
     path = expanded(source)
     extension = _extension(caption_extension)
-    columns = Columns(image_column, caption_column)
+    columns = ColumnNames(image_column, caption_column)
     if path.is_dir():
         return _open_folder(path, source=source, extension=extension, split=split, columns=columns)
     if os.path.lexists(path):
@@ -72,7 +72,7 @@ def open_images(
     raise NotFound(f"there is no folder or file {source}{advice}")
 
 
-def _open_folder(root: Path, *, source: str, extension: str, split: str, columns: Columns) -> ImageSet:
+def _open_folder(root: Path, *, source: str, extension: str, split: str, columns: ColumnNames) -> ImageSet:
     tree = scan(root)
     beside_tars = {PurePosixPath(name).with_suffix("") for name in tree.tars}
     parquets = [name for name in tree.parquets if PurePosixPath(name).with_suffix("") not in beside_tars]
@@ -107,7 +107,7 @@ def _open_files(
     *,
     source: str,
     extension: str,
-    columns: Columns,
+    columns: ColumnNames,
     dropped: Sequence[DroppedItem],
     names: Sequence[str] | None = None,
 ) -> ImageSet:
@@ -147,7 +147,7 @@ def _extension(typed: str) -> str:
     return extension
 
 
-def _refuse_columns(columns: Columns, source: str, kind: str) -> None:
+def _refuse_columns(columns: ColumnNames, source: str, kind: str) -> None:
     for option, column in columns._asdict().items():
         if column is not None:
             raise UsageError(f"--{option.replace('_', '-')} is for tables and parquet files; {source} holds {kind}")

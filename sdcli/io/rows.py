@@ -33,7 +33,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Line:
+class TextLine:
     """One line of text that is not blank, without the space around it."""
 
     number: int
@@ -41,7 +41,7 @@ class Line:
     problem: str = ""
 
 
-def text_lines(file: BinaryIO, *, utf8: bool = False, max_bytes: int = MAX_LINE) -> Iterator[Line]:
+def text_lines(file: BinaryIO, *, utf8: bool = False, max_bytes: int = MAX_LINE) -> Iterator[TextLine]:
     """The lines that are not blank, without a byte-order mark.
 
     What is not UTF-8 comes as surrogates (file names need it), or is a problem with `utf8`. Of a line that is too
@@ -54,13 +54,13 @@ def text_lines(file: BinaryIO, *, utf8: bool = False, max_bytes: int = MAX_LINE)
         while not raw.endswith(b"\n") and len(raw) == max_bytes:
             raw = file.readline(max_bytes)
         if not whole:
-            yield Line(number, "", f"is longer than {max_bytes:,} bytes")
+            yield TextLine(number, "", f"is longer than {max_bytes:,} bytes")
             continue
         text = (raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw).decode("utf-8", "surrogateescape").strip()
         if utf8 and not _is_unicode(text):
-            yield Line(number, "", _NOT_UTF8)
+            yield TextLine(number, "", _NOT_UTF8)
         elif text:
-            yield Line(number, text)
+            yield TextLine(number, text)
 
 
 def _is_unicode(text: str) -> bool:

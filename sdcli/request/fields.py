@@ -35,7 +35,7 @@ def check_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-class Part(BaseModel):
+class FieldModel(BaseModel):
     """A value of several parts with one spelling, which flags and data accept and `str` returns."""
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
@@ -53,7 +53,7 @@ class Part(BaseModel):
         raise NotImplementedError
 
 
-class FileRef(Part):
+class FileRef(FieldModel):
     """A file to read, with its digest, so that another file under the same name is refused later."""
 
     path: str = Field(min_length=1)
@@ -116,7 +116,7 @@ class EmbeddingRef(FileRef):
         return self.path if self.token is None else f"{self.path}={self.token}"
 
 
-class Extend(Part):
+class Extend(FieldModel):
     """Pixels to add on each side of an init image."""
 
     left: int = Field(0, ge=0, le=8192)
@@ -141,7 +141,7 @@ class Extend(Part):
         return ",".join(f"{side}={pixels}" for side, pixels in self if pixels)
 
 
-class Upscale(Part):
+class Upscale(FieldModel):
     """A second pass over the finished image, enlarged."""
 
     factor: float = Field(gt=1, le=8)
@@ -160,7 +160,7 @@ class Upscale(Part):
         return f"{digits(self.factor)}x:{digits(self.strength)}:{self.how}"
 
 
-class Interval(Part):
+class Interval(FieldModel):
     """A part of the denoising, as fractions of its steps: 0 is the beginning, 1 the end."""
 
     start: float = Field(0, ge=0, le=1)
@@ -187,7 +187,7 @@ class Interval(Part):
         return f"{digits(self.start)}-{digits(self.stop)}"
 
 
-class LoraRef(Part):
+class LoraRef(FieldModel):
     """One LoRA of a request, `FILE[:unet_weight[:text_weight]]`, with the digest of the file.
 
     Weights are multiples of the strength it was trained with: 1 is that, 0 changes nothing, negative ones take away.
@@ -239,7 +239,7 @@ _CONTROL = re.compile(
 )
 
 
-class Control(Part):
+class Control(FieldModel):
     """One ControlNet of a request and its image, `[PREPROCESSOR:]MODEL=IMAGE[:WEIGHT][@START-END]`."""
 
     model: str = Field(min_length=1, max_length=4096, pattern="^[^=]+$")
@@ -285,7 +285,7 @@ class Control(Part):
 _IMAGE_PROMPT = re.compile(rf"(?P<adapter>[^=]+)=(?P<image>.+?)(?::(?P<weight>{_NUMBER}))?", re.DOTALL)
 
 
-class ImagePrompt(Part):
+class ImagePrompt(FieldModel):
     """One IP-Adapter of a request and the image that it prompts with, `ADAPTER=IMAGE[:WEIGHT]`."""
 
     adapter: FileRef

@@ -184,7 +184,7 @@ _Nodes: TypeAlias = "list[str | _Nodes | _Edit | _Alternation]"
 
 
 @dataclass
-class _Open:
+class _OpenBracket:
     """A bracket that waits for its end, and what stands in it: fields with separators between."""
 
     bracket: str
@@ -226,12 +226,12 @@ def _scheduled(text: str, steps: int) -> tuple[_Nodes, list[int]]:
     """The text as a tree, and the last steps of the stretches. A bracket is syntax only if all within it is sound."""
     top: _Nodes = []
     ends = {steps}
-    opened: list[_Open] = []
+    opened: list[_OpenBracket] = []
     for match in _SCHEDULE_TOKEN.finditer(text):
         token = match[0]
         here = opened[-1].fields[-1] if opened else top
         if token in "([":
-            opened.append(_Open(token))
+            opened.append(_OpenBracket(token))
         elif token in ":|" and opened:
             opened[-1].separators += token
             opened[-1].fields.append([])
@@ -254,7 +254,7 @@ def _scheduled(text: str, steps: int) -> tuple[_Nodes, list[int]]:
     return top, sorted(ends)
 
 
-def _closed(group: _Open, end: str, steps: int) -> _Nodes | _Edit | _Alternation | None:
+def _closed(group: _OpenBracket, end: str, steps: int) -> _Nodes | _Edit | _Alternation | None:
     """What a bracket is, now that it ends; None for text."""
     if group.bracket + end == "()":
         return group.literal(end) if group.separators in ("", ":") else None

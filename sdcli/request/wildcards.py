@@ -199,7 +199,7 @@ _WEIGHT = re.compile(r"\s*(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})::")
 
 
 @dataclass
-class _Open:
+class _OpenBrace:
     """Braces that wait for their end: the options so far, each a list of nodes."""
 
     options: list[list[str | _Choice | _Wildcard]] = field(default_factory=lambda: [[]])
@@ -208,7 +208,7 @@ class _Open:
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> _Template:
     """A text as a template. Raises UsageError for braces that do not match, and for what is invalid in them."""
-    top = _Open()
+    top = _OpenBrace()
     opened = [top]
     for match in _TOKEN.finditer(text):
         token = match[0]
@@ -218,7 +218,7 @@ def _parsed(text: str) -> _Template:
         elif token == "{":
             if len(opened) > MAX_DEPTH:
                 raise UsageError(f"braces are nested over {MAX_DEPTH} deep")
-            opened.append(_Open())
+            opened.append(_OpenBrace())
         elif token == "}":
             if len(opened) == 1:
                 raise UsageError("a } in the prompt has no {; \\} is a literal one")
@@ -233,7 +233,7 @@ def _parsed(text: str) -> _Template:
     return _joined(top.options[0])
 
 
-def _choice(group: _Open) -> _Choice:
+def _choice(group: _OpenBrace) -> _Choice:
     low, high, separator = 1, 1, ","
     first = _joined(group.options[0])
     if first and isinstance(first[0], str) and "$$" in first[0]:

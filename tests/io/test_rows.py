@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from sdcli.io.rows import MAX_LINE, CsvFile, Line, Row, append_row, json_rows, text_lines
+from sdcli.io.rows import MAX_LINE, CsvFile, Row, TextLine, append_row, json_rows, text_lines
 
 
 def test_lines_are_numbered_and_blank_ones_are_left_out() -> None:
     data = b"\xef\xbb\xbfone\r\n\n  two \nthr\xff\xffee"
-    assert list(text_lines(io.BytesIO(data))) == [Line(1, "one"), Line(3, "two"), Line(4, "thr\udcff\udcffee")]
-    assert list(text_lines(io.BytesIO(data), utf8=True))[-1] == Line(4, "", "is not UTF-8 text")
+    assert list(text_lines(io.BytesIO(data))) == [
+        TextLine(1, "one"),
+        TextLine(3, "two"),
+        TextLine(4, "thr\udcff\udcffee"),
+    ]
+    assert list(text_lines(io.BytesIO(data), utf8=True))[-1] == TextLine(4, "", "is not UTF-8 text")
 
 
 def test_a_line_that_is_too_long_is_one_problem() -> None:
     lines = list(text_lines(io.BytesIO(b"a" * 25 + b"\nb\n"), max_bytes=10))
-    assert lines == [Line(1, "", "is longer than 10 bytes"), Line(2, "b")]
+    assert lines == [TextLine(1, "", "is longer than 10 bytes"), TextLine(2, "b")]
 
 
 def test_damaged_json_costs_its_own_line_only() -> None:

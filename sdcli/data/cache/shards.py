@@ -42,7 +42,7 @@ class DamagedCache(SdcliError):
     """A file of the cache differs from what was written."""
 
 
-class Part(NamedTuple):  # an index has hundreds of thousands; faster than a dataclass
+class TensorLayout(NamedTuple):  # an index has hundreds of thousands; faster than a dataclass
     """The name, dtype and shape of one tensor of a record."""
 
     name: str
@@ -64,7 +64,7 @@ def shard_of(records: Mapping[bytes, Mapping[str, Tensor]], kind: str) -> tuple[
     return f"{_header_digest(header)}-{secrets.token_hex(4)}.safetensors", data
 
 
-def records_in(path: Path) -> dict[bytes, list[tuple[Part, int, int]]]:
+def records_in(path: Path) -> dict[bytes, list[tuple[TensorLayout, int, int]]]:
     """The records in a shard by its header: key -> for each tensor its part, offset in the file and CRC-32.
 
     Raises DamagedCache if the header differs from what was written; then no record of the shard is used.
@@ -79,14 +79,14 @@ def records_in(path: Path) -> dict[bytes, list[tuple[Part, int, int]]]:
     name = _SHARD_NAME.fullmatch(path.name)
     if name is None or _header_digest(raw) != name[1]:
         raise DamagedCache(changed(path))
-    records: dict[str, list[tuple[Part, int, int]]] = {}
-    sizes: dict[Part, int] = {}
+    records: dict[str, list[tuple[TensorLayout, int, int]]] = {}
+    sizes: dict[TensorLayout, int] = {}
     try:
         checksums = bytes.fromhex(header.pop("__metadata__")[_CHECKSUMS])
         for place, stored in enumerate(sorted(header)):
             entry = header[stored]
             key, name_in_record = stored[: 2 * KEY_BYTES], stored[2 * KEY_BYTES + 1 :]
-            part = Part(name_in_record, entry["dtype"], tuple(entry["shape"]))
+            part = TensorLayout(name_in_record, entry["dtype"], tuple(entry["shape"]))
             if part not in sizes:
                 sizes[part] = part.size
             begin, end = entry["data_offsets"]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdcli.data.cache.shards import DTYPES, KEY_BYTES, DamagedCache, Part, changed, records_in, shard_of
+from sdcli.data.cache.shards import DTYPES, KEY_BYTES, DamagedCache, TensorLayout, changed, records_in, shard_of
 from sdcli.errors import NotFound
 from sdcli.io.files import write_whole
 from sdcli.io.temporary_files import sweep
@@ -66,7 +66,7 @@ class TensorStore:
         self._shard_bytes = shard_bytes
         self._shards: list[str] = []
         self._damaged: list[str] = []
-        self._layouts: list[tuple[Part, ...]] = []
+        self._layouts: list[tuple[TensorLayout, ...]] = []
         self._index = _Index()
         self._reset()
         self.refresh()
@@ -173,7 +173,7 @@ class TensorStore:
         sizes = np.array([sum(part.size for part in layout) for layout in self._layouts], dtype=np.int64)
         return int(sizes[self._index.layouts[numbers]].sum())
 
-    def layouts_of(self, numbers: np.ndarray) -> tuple[np.ndarray, Sequence[tuple[Part, ...]]]:
+    def layouts_of(self, numbers: np.ndarray) -> tuple[np.ndarray, Sequence[tuple[TensorLayout, ...]]]:
         """The layout of each of these records, int32 [n], as places in the list of all layouts."""
         return self._index.layouts[numbers], self._layouts
 
