@@ -213,7 +213,7 @@ def test_a_disk_that_fills_during_training_is_exit_code_8_and_space_lets_it_go_o
     assert (found.step, found.broken) == (2, ())
     assert verify_checkpoint(run / "checkpoint-1") is None
     assert (run / "unet" / "config.json").is_file(), "RUN is still a model folder"
-    assert not list(run.glob(".checkpoint-*"))
+    assert not list(run.glob(".sdcli-*"))
 
     disk.resize(size_of(straight) + 2 * one)
     train(images, run, resume=True)
