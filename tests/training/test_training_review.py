@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 
 from sdcli.cli.training_command import TrainingCall, TrainingCommand, _resolved, settings_options
 from sdcli.cli.ui.console import Console
@@ -173,7 +176,10 @@ def test_what_is_judged_is_in_evaluation_mode_averages_too(
 def test_a_run_of_one_part_is_gone_on_with(tmp_path: Path, images: Path, sdcli: Run) -> None:
     quick = ("--max-train-steps", "1", "--train-batch-size", "2", "--validation-split", "0", "-q")
     vae, small = ("train-vae", images, "--resolution", "64"), ("--vocab-size", "514", "--hidden-size", "32")
-    text = ("train-text-encoder", images)
+    captions = sorted({line for file in images.glob("*.txt") for line in file.read_text().splitlines()})
+    letters = torch.frombuffer(bytearray(json.dumps(captions).encode()), dtype=torch.uint8)
+    save_file({"vectors": torch.randn(len(captions), 8), "texts": letters}, tmp_path / "teacher.safetensors")
+    text = ("train-text-encoder", images, "--teacher", "teacher.safetensors")
     assert sdcli(*vae, "-o", "a", "--from-scratch", "tiny", *quick).returncode == 0
     assert sdcli(*text, "-o", "t", *small, "--num-attention-heads", "2", *quick).returncode == 0
     for command, begun, run in ((vae, "a", "b"), (text, "t", "u")):
