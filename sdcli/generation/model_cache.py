@@ -26,6 +26,7 @@ from sdcli.generation.plan import Limits
 from sdcli.generation.prompt_notes import lora_notes
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import RunSettings
+from sdcli.io.digests import FileState
 from sdcli.io.out_of_memory import free_caches
 from sdcli.models.controlnet import ControlNet, load_controlnet, with_controlnets
 from sdcli.models.hub.download import folder_of
@@ -204,12 +205,11 @@ def _state(spec: ModelSpec | ControlNetSpec | None) -> State:
             files = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if file.suffix in _READ]
         case _:
             files = []
-    return spec, *((str(file), *_stat(file)) for file in files)
+    return spec, *map(_file_state, files)
 
 
-def _stat(file: Path) -> tuple[int, ...]:
+def _file_state(file: Path) -> FileState | None:
     try:
-        found = file.stat()
+        return FileState.of(file)
     except OSError:  # gone since the folder was listed; loading it raises the right error
-        return ()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+        return None

@@ -24,18 +24,24 @@ MOST = 2000
 SETTLED_S = 2.0
 """A file that changed less than this ago could change once more without a new time, and is not remembered."""
 
-_known: dict[_State, str] = {}
+_known: dict[FileState, str] = {}
 _lock = threading.Lock()
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-class _State(NamedTuple):
+class FileState(NamedTuple):
     """What would be another one if the file had other bytes."""
 
     path: str
     size: int
     mtime_ns: int
     inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The present state of a file. Raises OSError."""
+        facts = os.stat(path)
+        return cls(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
 def digest_of(path: Path) -> str:
@@ -46,8 +52,7 @@ def digest_of(path: Path) -> str:
     real = path.resolve()
     if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
         return real.name
-    facts = os.stat(real)
-    state = _State(str(real), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    state = FileState.of(real)
     with _lock:
         digest = _known.get(state)
     if digest is not None:
@@ -71,18 +76,18 @@ def _file() -> Path:
     return platformdirs.user_cache_path("sdcli") / "digests.json"
 
 
-def _stored() -> dict[_State, str]:
+def _stored() -> dict[FileState, str]:
     """What earlier runs have stored; nothing where the file is missing or damaged."""
-    found: dict[_State, str] = {}
+    found: dict[FileState, str] = {}
     with contextlib.suppress(SdcliError, OSError):
         for path, entry in read_json_object(_file()).items():
             match entry:
                 case [int(size), int(mtime_ns), int(inode), str(digest)] if _SHA256.fullmatch(digest):
-                    found[_State(path, size, mtime_ns, inode)] = digest
+                    found[FileState(path, size, mtime_ns, inode)] = digest
     return found
 
 
-def _store(state: _State, digest: str) -> None:
+def _store(state: FileState, digest: str) -> None:
     """Add a digest to the file; nothing happens where it cannot be written, but that the file is read again."""
     kept = {old: known for old, known in _stored().items() if old.path != state.path} | {state: digest}
     rows = {one.path: [*one[1:], known] for one, known in list(kept.items())[-MOST:]}

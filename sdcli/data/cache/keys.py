@@ -42,17 +42,14 @@ _NOT_ARITHMETIC = frozenset(
 # Keys
 
 
-@dataclass(frozen=True, eq=False)
-class CacheVae:
-    """The VAE whose latents are cached."""
+class _CacheNetwork:
+    """A network whose outputs are cached."""
 
-    network: VAE
-    identity: str
-    """Of its weights: `sha256:...` of the file, `random:...`; any other value: in memory only."""
+    network: nn.Module
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number format of its computation and of the stored latents."""
+        """The number format of its computation and of the stored outputs."""
         return next(self.network.parameters()).dtype
 
     @property
@@ -62,7 +59,16 @@ class CacheVae:
 
 
 @dataclass(frozen=True, eq=False)
-class CacheTextEncoder:
+class CacheVae(_CacheNetwork):
+    """The VAE whose latents are cached."""
+
+    network: VAE
+    identity: str
+    """Of its weights: `sha256:...` of the file, `random:...`; any other value: in memory only."""
+
+
+@dataclass(frozen=True, eq=False)
+class CacheTextEncoder(_CacheNetwork):
     """The text encoder whose hidden states are cached."""
 
     network: ClipTextEncoder
@@ -71,16 +77,6 @@ class CacheTextEncoder:
     """Of its weights; see `CacheVae`."""
     model: str
     """The model's name, for error messages."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of its computation and of the stored states."""
-        return next(self.network.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its parameters."""
-        return next(self.network.parameters()).device
 
 
 @dataclass(frozen=True)
