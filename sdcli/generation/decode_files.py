@@ -1,4 +1,4 @@
-"""START HERE for `sdcli decode`: latent files -> images, one file at a time, with the VAE that each file names."""
+"""The stream behind `sdcli decode`: latent files -> images, one file at a time, with the VAE that each file names."""
 
 from __future__ import annotations
 

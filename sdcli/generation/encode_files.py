@@ -1,4 +1,4 @@
-"""START HERE for `sdcli encode`: images -> latent files, one batch at a time, with a VAE that is at hand."""
+"""The stream behind `sdcli encode`: images -> latent files, one batch at a time, with a VAE that is at hand."""
 
 from __future__ import annotations
 

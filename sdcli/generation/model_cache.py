@@ -1,6 +1,6 @@
 """The cache of loaded models: all warm state of one device, lent to one user at a time.
 
-START HERE: `ModelCache.lease(job)` gives a pipeline with everything that a job names. The model, its refiner, LoRAs,
+`ModelCache.lease(job)` gives a pipeline with everything that a job names. The model, its refiner, LoRAs,
 ControlNets, IP-Adapters, image encoders and safety checker of the last job stay loaded; what the next job does not
 share is dropped first. While a lease lasts, no one else has these networks, so attention processors and VAE tiling may
 be changed on them for the time of a batch. Two caches share nothing that changes: two threads with a cache each

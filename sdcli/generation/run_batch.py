@@ -1,4 +1,4 @@
-"""START HERE: one batch of jobs in, events out. Uses no files, no signals and nothing global.
+"""One batch of jobs in, events out. Uses no files, no signals and nothing global.
 
 Images whose prompts have different lengths are denoised in groups of equal length. Where memory runs out a group is
 halved. A job that is cancelled, or fails, leaves the batch without changing the bytes of the others: its row is

@@ -1,4 +1,4 @@
-"""START HERE: jobs in, files and events out; what the command line, the self-test and any other front drive.
+"""The generation service: jobs in, files and events out. The command line, the self-test and other fronts drive it.
 
 plan (batches) -> ModelCache.lease (networks) -> run_batch (images) -> Writer (files). A front that keeps no files, as
 a server or a trainer, uses the first three: `generate_images` shows how.
