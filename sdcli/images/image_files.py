@@ -88,8 +88,6 @@ def pixels_digest(image: Image.Image) -> str:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except SdcliError:
-        raise
     except Exception:  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
         return image
 

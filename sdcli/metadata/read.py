@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from sdcli.errors import BadImage, SdcliError, UsageError
+from sdcli.errors import BadImage, UsageError
 from sdcli.images.formats import ImageFormat
 from sdcli.images.image_files import open_safely
 from sdcli.metadata.a1111 import read_a1111
@@ -107,8 +107,6 @@ def _exif_texts(image: Image.Image) -> dict[str, str]:
         exif = image.getexif()
         comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
         camera = [exif.get(tag) for tag in (ExifTags.Base.Model, ExifTags.Base.Make, ExifTags.Base.ImageDescription)]
-    except SdcliError:
-        raise
     except Exception:  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
         return {}
     texts = {}

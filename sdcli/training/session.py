@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from sdcli.errors import Stop, UsageError
 from sdcli.io.devices import free_memory
+from sdcli.models.registry import Registry
 from sdcli.training import run_folder
 from sdcli.training.events import Event, RunNote
 from sdcli.training.launch import MARK
@@ -52,8 +53,8 @@ class Session(ABC, Generic[S]):
     command: ClassVar[str]
     kind: ClassVar[type[TrainSettings]]
 
-    def __init__(self, data: str, run: Path, settings: S) -> None:
-        self.data, self.run, self.settings = data, run, settings
+    def __init__(self, data: str, run: Path, settings: S, registry: Registry) -> None:
+        self.data, self.run, self.settings, self.registry = data, run, settings, registry
         self._stack = contextlib.ExitStack()
         trackers = list(settings.report_to) or None
         self.accelerator = make_accelerator(settings, log_with=trackers, project_dir=str(run) if trackers else None)

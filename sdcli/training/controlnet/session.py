@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +18,6 @@ from sdcli.errors import UsageError
 from sdcli.images.pixels import from_pixels
 from sdcli.models.controlnet import load_controlnet
 from sdcli.models.loaded_model import LoadedModel
-from sdcli.models.registry import Registry
 from sdcli.training import model_parts
 from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.controlnet.task import ControlNetTask, new_controlnet
@@ -41,10 +39,6 @@ class ControlNetSession(Session[ControlNetSettings]):
 
     command: ClassVar[str] = "train-controlnet"
     kind: ClassVar[type[ControlNetSettings]] = ControlNetSettings
-
-    def __init__(self, data: str, run: Path, settings: ControlNetSettings, registry: Registry) -> None:
-        super().__init__(data, run, settings)
-        self._registry = registry
 
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
@@ -163,7 +157,7 @@ class ControlNetSession(Session[ControlNetSettings]):
     # The networks
 
     def _model(self) -> LoadedModel:
-        spec = self._registry.find(self.settings.model)
+        spec = self.registry.find(self.settings.model)
         spec.family.refuse("train-controlnet", spec.name)
         if spec.kind.inpaints:
             raise UsageError(f"{spec.name} is an inpainting model; train the ControlNet with its base model instead")
@@ -174,7 +168,7 @@ class ControlNetSession(Session[ControlNetSettings]):
         if self.settings.controlnet is None:
             network = new_controlnet(model, seed=self.settings.seed)
         else:
-            network = load_controlnet(self._registry.find_controlnet(self.settings.controlnet), model).network
+            network = load_controlnet(self.registry.find_controlnet(self.settings.controlnet), model).network
         if self.settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return network.requires_grad_(True)

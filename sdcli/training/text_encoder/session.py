@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from sdcli.encoders.clip import ClipTextConfig, ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.models.loaded_model import LoadedModel
-from sdcli.models.registry import Registry
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
 from sdcli.training.session import RunSetup, Session, fingerprint
@@ -29,10 +27,6 @@ class TextSession(Session[TextSettings]):
 
     command: ClassVar[str] = "train-text-encoder"
     kind: ClassVar[type[TextSettings]] = TextSettings
-
-    def __init__(self, data: str, run: Path, settings: TextSettings, registry: Registry) -> None:
-        super().__init__(data, run, settings)
-        self._registry = registry
 
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
@@ -88,7 +82,7 @@ class TextSession(Session[TextSettings]):
         """The base model (None when training from random weights), the text encoder to train, and the tokenizer."""
         settings = self.settings
         if settings.model is not None:
-            model = load_to_train(self._registry.find(settings.model), device="cpu", needs="text_encoder")
+            model = load_to_train(self.registry.find(settings.model), device="cpu", needs="text_encoder")
             tokenizer = tokenizer_of(model)
             return model, copy_text_encoder(model.text_encoder, tokenizer), tokenizer
         tokenizer = train_vocabulary(captions.texts, size=settings.vocab_size, max_length=settings.max_length)

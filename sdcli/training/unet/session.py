@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 from torch import nn
@@ -14,7 +13,6 @@ from sdcli.diffusion.attention.sliced import use_plain_small_attention
 from sdcli.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, Schedule
 from sdcli.errors import UsageError
 from sdcli.models.loaded_model import LoadedModel
-from sdcli.models.registry import Registry
 from sdcli.request.schedulers import TRAINED
 from sdcli.training import model_parts
 from sdcli.training.events import Event, Preparation
@@ -40,15 +38,11 @@ class UnetSession(Session[UnetSettings]):
     command: ClassVar[str] = "train-unet"
     kind: ClassVar[type[UnetSettings]] = UnetSettings
 
-    def __init__(self, data: str, run: Path, settings: UnetSettings, registry: Registry) -> None:
-        super().__init__(data, run, settings)
-        self._registry = registry
-
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
         images = list_data(self.data, settings)
         yield Preparation("loading the model", 0)
-        model = trained_model(settings, self._registry, device=str(self.accelerator.device))
+        model = trained_model(settings, self.registry, device=str(self.accelerator.device))
         kind_of_schedule = SCHEDULES[model.family.process]
         without_effect = (NoiseSchedule.settings - kind_of_schedule.settings) & settings.given()
         if without_effect:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from sdcli.errors import UsageError
@@ -11,7 +10,6 @@ from sdcli.io.files import PACKAGE
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import VAE, AutoencoderKL, AutoencoderTiny
 from sdcli.models.loaded_model import LoadedModel
-from sdcli.models.registry import Registry
 from sdcli.training.events import Event, Preparation
 from sdcli.training.inputs.image_data import examine_data, list_data
 from sdcli.training.inputs.sources import Pixels
@@ -46,10 +44,6 @@ class VaeSession(Session[VaeSettings]):
 
     command: ClassVar[str] = "train-vae"
     kind: ClassVar[type[VaeSettings]] = VaeSettings
-
-    def __init__(self, data: str, run: Path, settings: VaeSettings, registry: Registry) -> None:
-        super().__init__(data, run, settings)
-        self._registry = registry
 
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
@@ -114,7 +108,7 @@ class VaeSession(Session[VaeSettings]):
         settings = self.settings
         if settings.from_scratch is not None:
             return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), DEFAULT_SIZE
-        model = load_to_train(self._registry.find(settings.model), device="cpu", needs="vae")
+        model = load_to_train(self.registry.find(settings.model), device="cpu", needs="vae")
         model.vae.requires_grad_(True)
         defaults = model.spec.defaults
         return model, model.vae, (defaults.width, defaults.height) if "unet" in model.parts else DEFAULT_SIZE
