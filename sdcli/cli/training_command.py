@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -11,19 +12,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TextIO, TypeVar, get_args
 
 import typer
 
 from sdcli.cli.options.flags import Command, Flag, field_options
 from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
-from sdcli.cli.ui.signals import GracefulStop
-from sdcli.errors import BadOutput, Interrupted, SdcliError, UsageError
+from sdcli.cli.ui.training_signals import TrainingStop
+from sdcli.errors import BadOutput, CannotWrite, Interrupted, SdcliError, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import Registry, load_registry
 from sdcli.training.config_files import read_config, settings_from
@@ -159,9 +160,8 @@ def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> 
         if code:
             raise _AlreadyPrinted(code)
         return
-    stop = GracefulStop(
+    stop = TrainingStop(
         console,
-        unit="the current step",
         kept="complete checkpoints are kept" if not call.dry_run else "nothing was changed",
         echo=ECHO if inside_a_launch() else 0.0,
     ).install()
@@ -173,6 +173,7 @@ def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> 
         from sdcli.cli.ui.training_progress import TrainingProgress
 
         display = stack.enter_context(TrainingProgress(console))
+        lost: list[OSError] = []
         for event in session.prepare(resume=call.resume, stop=stop):
             display.report(event)
         for line in session.plan_lines():
@@ -182,14 +183,35 @@ def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> 
                 console.result(json.dumps(session.plan()), **session.plan())
             return
         try:
-            for event in session.train(stop=stop):
-                display.report(event)
+            for event in session.train(stop=stop, save=stop.save):
+                with surviving(sys.stderr):
+                    display.report(event)
                 if session.is_main:
-                    _report(event, console)
+                    with surviving(sys.stdout, lost):
+                        _report(event, console)
         except Interrupted as stopped:
             raise stopped if session.is_main else type(stopped)("") from None  # the main process prints the reason
     if session.is_main:
+        if any(error.errno != errno.EPIPE for error in lost):
+            raise CannotWrite(f"stdout cannot be written: {lost[0].strerror}; the run in {run} is complete")
         console.result(str(run), status="done", run=str(run))
+
+
+@contextlib.contextmanager
+def surviving(stream: TextIO, lost: list[OSError] | None = None) -> Iterator[None]:
+    """Print within the block; a terminal or a reader that has gone, or a full disk, must not end a run.
+
+    From the first error on what would be printed on the stream is thrown away; the error is added to `lost`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if lost is not None:
+            lost.append(error)
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 class _AlreadyPrinted(SdcliError):

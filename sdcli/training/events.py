@@ -94,6 +94,8 @@ class RunEnd:
 
     step: int
     reason: str
+    failed: Mapping[str, int] = field(default_factory=dict)
+    """How many validations, sample sheets and lines of the log failed, by their name; the run went on."""
 
 
 Event = Preparation | RunStart | StepMetrics | ValidationMetrics | CheckpointSaved | SamplesSaved | RunNote | RunEnd

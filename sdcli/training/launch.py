@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 MARK = "SDCLI_RANKS_STARTED"
+PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""Signals that every rank gets from the launcher."""
 
 
 def inside_a_launch() -> bool:
@@ -24,13 +26,23 @@ def inside_a_launch() -> bool:
 def launch(arguments: Sequence[str], *, processes: int) -> int:
     """Run `python -m sdcli <arguments>` once per rank; the exit code of the rank that failed first, or 0.
 
-    SIGINT and SIGTERM are passed on; when one rank fails, the others are terminated.
+    Signals are passed on (see `PASSED_ON`); when one rank fails, the others are terminated.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    ranks = []
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+    handled = [signal.Signals[name] for name in PASSED_ON if name != "SIGHUP" or not ignored]
+    before = {number: signal.signal(number, pass_on) for number in handled}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited: it would end a rank that has not yet started to listen
     for rank in range(processes):
         environment = {
             **os.environ,
@@ -44,13 +56,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
             "OMP_NUM_THREADS": threads,
         }
         ranks.append(subprocess.Popen([sys.executable, "-m", "sdcli", *arguments], env=environment))
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR1, pass_on)
     try:
         return _first_failure(ranks)
     finally:

@@ -1,19 +1,18 @@
 """The training loop of every task; it can be stopped at any step and resumed exactly.
 
     for each step:  micro-batches -> loss -> gradients -> clip -> optimizer -> moving average
-                    then, when due: validate, generate samples, checkpoint
+                    then, when due: checkpoint, and after it validate and generate samples
 
-It yields events (`events.py`), which the caller shows and logs.
+The checkpoint comes first: nothing that is only watched can cost it. The loop yields events (`events.py`), which the
+caller shows and logs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,28 +23,20 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from sdcli.errors import BadOutput, Interrupted, SdcliError, Terminated, UsageError
+from sdcli.errors import BadOutput, SdcliError, Stop, UsageError
 from sdcli.io import rng
 from sdcli.io.devices import pick_device
-from sdcli.io.out_of_memory import out_of_memory
-from sdcli.training.evaluation import evaluating
-from sdcli.training.events import (
-    CheckpointSaved,
-    Event,
-    RunEnd,
-    RunNote,
-    RunStart,
-    SamplesSaved,
-    StepMetrics,
-    ValidationMetrics,
-)
+from sdcli.training.events import CheckpointSaved, Event, RunEnd, RunNote, RunStart
 from sdcli.training.inputs.feed import Feed, Share, on_device
 from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
+from sdcli.training.orders import Orders, SaveRequest, agree, agree_on_failure
 from sdcli.training.settings import TrainSettings
 from sdcli.training.state.checkpoint import save_checkpoint
 from sdcli.training.state.model_links import link_model_folder
 from sdcli.training.state.training_state import TrainingState
+from sdcli.training.step_metrics import Means
 from sdcli.training.task import Batch, Losses, Networks, OptimizerPhase, Task
+from sdcli.training.watching import Watching
 
 PROCESS_TIMEOUT = timedelta(days=1)
 """How long the processes wait for the first one, which fills the caches."""
@@ -128,19 +119,33 @@ class Trainer:
             names={phase.name: parameter_names(phase.groups) for phase in task.phases},
         )
         self._ema = {name: _moving_average(average, settings) for name, average in self.averages.items()}
+        self._watching = Watching(task, self.run, self._final_networks)
+        self._saved = 0
+        """The step of the newest checkpoint."""
 
     def resume(self, checkpoint: Path) -> int:
         """Restore a complete checkpoint; returns the number of steps it has done. Raises BadWeights."""
         done = self.state.restore(checkpoint, scaler=self.accelerator.scaler)
         for ema in self._ema.values():
             ema.optimization_step = done
+        self._saved = done
         return done
 
-    def train(self, *, done: int = 0, stop: Callable[[], Interrupted | None] = lambda: None) -> Iterator[Event]:
+    def train(
+        self,
+        *,
+        done: int = 0,
+        stop: Stop = lambda: None,
+        save: SaveRequest | None = None,
+        owed: Collection[str] = (),
+    ) -> Iterator[Event]:
         """Train from step `done` on. However the run ends, the last complete checkpoint is kept.
 
-        Raises BadOutput for a loss that is not finite, CannotWrite, and what `stop` returns.
+        `save` asks for a checkpoint after the step in hand. `owed` is what step `done` should have had before the run
+        was stopped there: "validation", "samples". Raises BadOutput for a loss that is not finite, CannotWrite, what
+        `stop` returns, and the error of a sample that cannot be prepared, after a checkpoint of the last step.
         """
+        save = SaveRequest() if save is None else save
         settings, task, accelerator, plan = self.settings, self.task, self.accelerator, self.plan
         world = accelerator.num_processes
         networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
@@ -148,7 +153,7 @@ class Trainer:
         rate = learning_rate(settings, plan.steps)
         share = Share(settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.process_index, world)
         began = time.monotonic()
-        total, means = settings.total_batch_size(world), _Means()
+        total, means = settings.total_batch_size(world), Means()
         yield RunStart(
             steps=plan.steps,
             start_step=done,
@@ -164,9 +169,15 @@ class Trainer:
         with Feed(
             task, share=share, first_step=done, device=accelerator.device, workers=settings.dataloader_num_workers
         ) as feed:
-            while not plan.ends_at(done):
+            orders = yield from self._watch(done, "validation" in owed, "samples" in owed, stop, save)
+            while not plan.ends_at(done) and orders.reason is None:
                 started, waited = time.perf_counter(), feed.waited
-                batches = feed.step()
+                batches, problem = _step_of(feed)
+                failure = agree_on_failure(accelerator, problem)
+                if failure is not None:
+                    yield from self._checkpoint_unless_saved(done, save)
+                    yield RunEnd(done, str(failure), dict(self._watching.failed))
+                    raise _with_advice(failure, done, saved=self._saved)
                 figures: dict[str, float] = {}
                 for phase in task.phases:
                     figures |= self._optimize(phase, computed, optimizers[phase.name], batches, done, rate(done))
@@ -174,25 +185,49 @@ class Trainer:
                 for name, ema in self._ema.items():
                     ema.step(_trained(task.networks[name]))
                 means.add(figures, seconds=time.perf_counter() - started, waited=feed.waited - waited)
-                reason, late = self._agree(stop(), plan.seconds is not None and time.monotonic() - began > plan.seconds)
-                last = plan.ends_at(done) or late or reason is not None
-                if last or done % settings.log_steps == 0 or _due(plan.checkpoint_every, done):
+                late = plan.seconds is not None and time.monotonic() - began > plan.seconds
+                orders = agree(accelerator, Orders(stop(), late, save.wanted))
+                last = plan.ends_at(done) or orders.late or orders.reason is not None
+                checkpoint = last or orders.save or _due(plan.checkpoint_every, done)
+                if checkpoint or done % settings.log_steps == 0:
                     yield means.event(
                         done, plan.steps, settings.learning_rate * rate(done - 1), total, accelerator.device
                     )
-                    means = _Means()
-                if _due(plan.validate_every, done) or (last and reason is None and plan.validate_every):
-                    yield from self._validate(done)
-                if _due(plan.sample_every, done) or (last and reason is None and plan.sample_every):
-                    yield from self._sample(done)
-                if _due(plan.checkpoint_every, done) or last:
-                    yield from self._checkpoint(done)
-                if reason is not None:
-                    yield RunEnd(done, str(reason))
-                    raise type(reason)(f"{reason} (checkpoint at step {done}; --resume continues)")
-                if late:
-                    break
-        yield RunEnd(done, "finished" if plan.ends_at(done) else "--max-hours is over")
+                    means = Means()
+                if checkpoint:
+                    yield from self._checkpoint_unless_saved(done, save)
+                if orders.reason is None:
+                    over = orders.late
+                    validate = _due(plan.validate_every, done) or (last and plan.validate_every is not None)
+                    sample = _due(plan.sample_every, done) or (last and plan.sample_every is not None)
+                    orders = yield from self._watch(done, validate, sample, stop, save)
+                    if over:
+                        break
+        failed = dict(self._watching.failed)
+        if orders.reason is not None:
+            yield RunEnd(done, str(orders.reason), failed)
+            raise type(orders.reason)(f"{orders.reason} (checkpoint at step {done}; --resume continues)")
+        yield RunEnd(done, "finished" if plan.ends_at(done) else "--max-hours is over", failed)
+
+    def _watch(
+        self, done: int, validate: bool, sample: bool, stop: Stop, save: SaveRequest
+    ) -> Generator[Event, None, Orders]:
+        """Validate and generate samples in the first process; returns what was asked of any process meanwhile.
+
+        For a signal both are left out at once, and a checkpoint is saved unless this step has one.
+        """
+        if not validate and not sample:
+            return Orders()
+
+        def urgent() -> bool:
+            return stop() is not None or (save.wanted and self._saved != done)
+
+        if self.accelerator.is_main_process:
+            yield from self._watching.report(done, validate=validate, sample=sample, give_way=urgent)
+        orders = agree(self.accelerator, Orders(stop(), save=save.wanted))
+        if orders.reason is not None or orders.save:
+            yield from self._checkpoint_unless_saved(done, save)
+        return orders
 
     def _optimize(
         self, phase: OptimizerPhase, networks: Networks, optimizer: Any, batches: list[Batch], done: int, rate: float
@@ -250,43 +285,15 @@ class Trainer:
         reduced = self.accelerator.reduce(torch.stack(list(figures.values())), reduction="mean")
         return dict(zip(figures, reduced, strict=True))
 
-    def _agree(self, reason: Interrupted | None, late: bool) -> tuple[Interrupted | None, bool]:
-        """Let all processes stop after the same step, for the strongest reason of any of them."""
-        if self.accelerator.num_processes == 1:
-            return reason, late
-        codes = torch.tensor([reason.exit_code if reason else 0, int(late)], device=self.accelerator.device)
-        strongest = self.accelerator.gather(codes[None]).amax(dim=0).tolist()
-        if reason is None and strongest[0]:
-            reason = (Terminated if strongest[0] == Terminated.exit_code else Interrupted)("stopped")
-        return reason, bool(strongest[1])
-
-    def _validate(self, done: int) -> Iterator[Event]:
-        """Validate in the first process; the copies of the others are equal."""
-        if self.accelerator.is_main_process:
-            networks = self._final_networks()
-            with evaluating(networks.values()), torch.no_grad():
-                figures = self.task.validate(networks)
-            if figures:
-                yield ValidationMetrics(done, figures)
-        self.accelerator.wait_for_everyone()
-
-    def _sample(self, done: int) -> Iterator[Event]:
-        if self.accelerator.is_main_process:
-            try:
-                networks = self._final_networks()
-                with evaluating(networks.values()), torch.no_grad():
-                    paths = self.task.samples(networks, done, self.run / "samples")
-                if paths:
-                    yield SamplesSaved(done, paths)
-            except Exception as error:
-                if not isinstance(error, SdcliError) and not out_of_memory(error):
-                    raise
-                yield RunNote(f"no samples at step {done}: {error}")
-        self.accelerator.wait_for_everyone()
-
     def _final_networks(self) -> Networks:
         """The networks of the finished model: the moving averages where there are some, else the trained ones."""
         return {**self.task.networks, **self.averages}
+
+    def _checkpoint_unless_saved(self, done: int, save: SaveRequest) -> Iterator[Event]:
+        if self._saved != done:
+            yield from self._checkpoint(done)
+            self._saved = done
+        save.wanted = False
 
     def _checkpoint(self, done: int) -> Iterator[Event]:
         began = time.monotonic()
@@ -333,43 +340,21 @@ class Trainer:
         return compile_if_correct(networks, self.task.phases[0], batch)
 
 
-@dataclass
-class _Means:
-    """The figures of the steps since the last `StepMetrics`."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def add(self, figures: Mapping[str, float], *, seconds: float, waited: float) -> None:
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
-
-    def event(self, done: int, steps: int | None, lr: float, batch: int, device: torch.device) -> StepMetrics:
-        means = {name: value / self.steps for name, value in self.sums.items()}
-        return StepMetrics(
-            step=done,
-            steps=steps,
-            loss=means.pop("loss"),
-            lr=lr,
-            grad_norm=means.pop("grad_norm"),
-            samples_per_second=batch * self.steps / self.seconds,
-            waiting=self.waited / self.seconds,
-            seconds=self.seconds / self.steps,
-            memory_bytes=peak_memory(device),
-            figures=means,
-            samples=done * batch,
-        )
+def _step_of(feed: Feed) -> tuple[list[Batch], Exception | None]:
+    """The micro-batches of the next step, or the error of preparing them."""
+    try:
+        return feed.step(), None
+    except Exception as error:
+        return [], error
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak memory of this process in bytes: of the CUDA device, else of the process itself."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _with_advice(failure: SdcliError, done: int, *, saved: int) -> SdcliError:
+    """The error of samples that cannot be prepared, with the step that the run has reached and how to continue."""
+    kept = f"after step {done}, which is saved; --resume continues from there" if saved else "before the first step"
+    told = type(failure)(f"{failure} ({kept}, with the same data)")
+    told.exit_code = failure.exit_code
+    told.__cause__ = failure.__cause__
+    return told
 
 
 def _due(every: int | None, done: int) -> bool:

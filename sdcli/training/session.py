@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,19 +14,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from sdcli.errors import Stop, UsageError
+from sdcli.errors import NotFound, SdcliError, Stop, UsageError
 from sdcli.io.devices import free_memory
 from sdcli.models.registry import Registry
 from sdcli.training import run_folder
-from sdcli.training.events import Event, RunNote
+from sdcli.training.events import Event, RunEnd, RunNote
 from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
-from sdcli.training.run_log import RunLog, log_event
+from sdcli.training.orders import SaveRequest, agree_on_names
+from sdcli.training.reporting import Reporting, start_trackers
+from sdcli.training.run_log import RunLog, read_log
 from sdcli.training.settings import TrainSettings
 from sdcli.training.state.checkpoint import CheckpointInfo, newest_checkpoint
 from sdcli.training.state.model_links import write_frozen_parts
 from sdcli.training.state.run_lock import run_lock
 from sdcli.training.task import Task
+from sdcli.training.watching import WATCHED
 
 S = TypeVar("S", bound=TrainSettings)
 
@@ -156,16 +160,17 @@ class Session(ABC, Generic[S]):
                 "--rank (a LoRA) need less"
             )
 
-    def train(self, *, stop: Stop) -> Iterator[Event]:
+    def train(self, *, stop: Stop, save: SaveRequest | None = None) -> Iterator[Event]:
         """Write RUN's frozen parts, then train, save and log. Raises what `loop.Trainer.train` raises."""
         settings, setup = self.settings, self.setup
-        log = None
+        reporting = None
         if self.is_main:
             self._stack.enter_context(run_lock(self.run))
             if self._checkpoint is None:
                 run_folder.begin(self.run, settings, command=self.command, data=self.data)
                 write_frozen_parts(self.run, setup.write_frozen)
             log = self._stack.enter_context(RunLog.open(self.run))
+            reporting = Reporting(log, self.accelerator, trackers=bool(settings.report_to))
         self.accelerator.wait_for_everyone()
         trainer = Trainer(
             setup.task,
@@ -182,15 +187,38 @@ class Session(ABC, Generic[S]):
             ),
             links=setup.links,
             facts={"command": self.command, **setup.facts},
-            before_checkpoint=log.sync if log is not None else lambda: None,
+            before_checkpoint=reporting.sync if reporting is not None else lambda: None,
         )
         done = trainer.resume(self._checkpoint.path) if self._checkpoint is not None else 0
-        self._start_trackers()
-        for event in trainer.train(done=done, stop=stop):
-            if log is not None:
-                log_event(log, event)
-                self._track(event)
+        start_trackers(self.accelerator, settings)
+        owed = agree_on_names(self.accelerator, self._owed(trainer.plan, done) if self.is_main else (), of=WATCHED)
+        for event in trainer.train(done=done, stop=stop, save=save, owed=owed):
+            if reporting is None:
+                yield event
+                continue
+            if isinstance(event, RunEnd):
+                event = dataclasses.replace(event, failed={**event.failed, **reporting.lost})
+            notes = reporting.report(event)
             yield event
+            yield from notes
+
+    def _owed(self, plan: Plan, done: int) -> list[str]:
+        """What was due at the step of the checkpoint, and a signal came before it: "validation", "samples"."""
+        if not done:
+            return []
+        with contextlib.suppress(NotFound, SdcliError):
+            log = read_log(self.run)
+            made = {
+                "validation": any(entry["step"] == done for entry in log.of("validation")),
+                "samples": any(entry["step"] == done for entry in log.of("sample")),
+            }
+            every = {"validation": plan.validate_every, "samples": plan.sample_every}
+            return [
+                what
+                for what in WATCHED
+                if not made[what] and (plan.ends_at(done) or done % (every[what] or done + 1) == 0)
+            ]
+        return []
 
     def _check_unchanged(self) -> None:
         """Raise UsageError for settings that a resumed run cannot change."""
@@ -225,33 +253,6 @@ class Session(ABC, Generic[S]):
                 f"the learning rate was scheduled over {before:,} steps so far and over {self.steps:,} from now on: "
                 f"--lr-scheduler {self.settings.lr_scheduler} depends on the number of steps"
             )
-
-    def _start_trackers(self) -> None:
-        if not self.settings.report_to:
-            return
-        config = {
-            name: value if isinstance(value, str | int | float | bool) else str(value)
-            for name, value in self.settings.model_dump(mode="json").items()
-            if value is not None
-        }
-        try:
-            self.accelerator.init_trackers("sdcli", config=config)
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"--report-to {' '.join(self.settings.report_to)}: {error}") from None
-        missing = set(self.settings.report_to) - {tracker.name for tracker in self.accelerator.trackers}
-        if missing and self.is_main:
-            raise UsageError(f"--report-to {min(missing)} needs its package: pip install {min(missing)}")
-
-    def _track(self, event: Event) -> None:
-        from sdcli.training.events import StepMetrics, ValidationMetrics
-
-        if not self.settings.report_to:
-            return
-        if isinstance(event, StepMetrics):
-            values = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, **event.figures}
-            self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=event.step)
-        elif isinstance(event, ValidationMetrics):
-            self.accelerator.log({f"validation/{name}": v for name, v in event.figures.items()}, step=event.step)
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -22,8 +22,7 @@ from sdcli.errors import SdcliError
 from sdcli.training.task import Batch, Draw, Task
 
 WORKER_DIED = (
-    "a worker process that prepares samples was killed, perhaps out of memory: fewer --dataloader-num-workers need "
-    "less; --resume continues from the last checkpoint"
+    "a worker process that prepares samples was killed, perhaps out of memory: fewer --dataloader-num-workers need less"
 )
 
 
@@ -192,6 +191,10 @@ def _workers_of(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process finishes its step, for which it needs its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A signal often reaches the whole process group (Ctrl-C, srun, docker).
+
+    The main process finishes its step, for which it needs its workers.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
