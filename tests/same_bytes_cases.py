@@ -55,6 +55,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: E40
 from typer.main import get_command  # noqa: E402
 
 from sdcli.cli.app import app  # noqa: E402
+from sdcli.models import networks  # noqa: E402
 from sdcli.models.families import family as family_configs  # noqa: E402
 from tests.ldm import ldm_checkpoint, ldm_controlnet, sd2_checkpoint, sdxl_checkpoint  # noqa: E402
 from tests.loras import random_pairs, save_diffusers, save_kohya, save_peft  # noqa: E402
@@ -65,6 +66,9 @@ from tests.tiny import (  # noqa: E402
     save_tiny_sd3,
     save_tiny_sdxl,
 )
+
+networks.cpu_has_bfloat16_kernels = lambda: True  # type: ignore[attr-defined]
+"""One path for bfloat16 on all CPUs, whichever kernels they have."""
 
 SHIPPED_CONFIGS = (family_configs, "shipped_configs")
 """Where a single file's configurations come from; those of miniatures are put there."""

@@ -104,7 +104,8 @@ def command(step: dict[str, Any], work: Path, recipe: Path, *, minutes: float | 
         stored = teacher.endswith(".npz")  # vectors that a step wrote; otherwise a package
         line += ["--teacher", str(work / teacher if stored else importlib.import_module(teacher).MODEL_DIR)]
     line += ["--resume"] if any(run.glob("checkpoint-*")) else []  # the run's folder exists before its first checkpoint
-    return line + (["--max-hours", f"{minutes / 60:.4f}"] if minutes is not None else [])
+    # A fraction of a second that is left would be rounded to no time at all, which the command refuses.
+    return line + (["--max-hours", f"{max(minutes / 60, 1e-4):.4f}"] if minutes is not None else [])
 
 
 def is_finished(run: Path) -> bool:

@@ -47,6 +47,15 @@ def cpu_has_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
+def cpu_has_bfloat16_kernels() -> bool:
+    """Whether oneDNN computes bfloat16 on this CPU (x86 with AVX-512, Arm with bf16), natively or not.
+
+    Elsewhere torch's own kernels do: on a 2-core AMD EPYC with AVX2 a convolution 320 -> 320 of 64x64 took 34 s, and
+    0.2 s in float32, with memory for nine copies of its input.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def free_memory(device: torch.device) -> int:
     """Approximate number of bytes that can still be allocated."""
     if device.type == "cuda":

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdcli.encoders.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder
 from sdcli.encoders.t5 import empty_t5, load_t5_tokenizer, spare_float16
 from sdcli.encoders.tokenizer import load_tokenizer
 from sdcli.errors import UsageError
+from sdcli.io.devices import cpu_has_bfloat16_kernels
 from sdcli.io.lean_diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 from sdcli.io.weights import N, empty_network
 from sdcli.models.families.family import Component, Family
@@ -54,8 +56,39 @@ def build_empty(kind: NetworkClass, config: dict[str, Any], *, source: str) -> n
 def placed(network: N, device: torch.device) -> N:
     """On the device; convolutions channels-last in half precision, where it is quicker (float32 stays bit-exact)."""
     network = network.to(device)
-    half = next(network.parameters()).dtype != torch.float32
-    return network.to(memory_format=torch.channels_last) if half else network  # type: ignore[call-overload]
+    if next(network.parameters()).dtype == torch.float32:
+        return network
+    if device.type == "cpu" and not cpu_has_bfloat16_kernels():
+        use_float32_kernels(network)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def use_float32_kernels(network: nn.Module) -> None:
+    """Let the convolutions and linear layers of a bfloat16 network compute in float32 and return bfloat16.
+
+    For CPUs for which oneDNN has no bfloat16 kernels. The weights stay in bfloat16; a layer's are cast whenever it
+    computes.
+    """
+    for module in network.modules():
+        if type(module) in _IN_FLOAT32:
+            module.__class__ = _IN_FLOAT32[type(module)]
+
+
+class _Float32Conv2d(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input.float(), weight.float(), _float32(bias)).to(input.dtype)
+
+
+class _Float32Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input.float(), self.weight.float(), _float32(self.bias)).to(input.dtype)
+
+
+_IN_FLOAT32: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Float32Conv2d, nn.Linear: _Float32Linear}
+
+
+def _float32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
 
 
 def tokenizer_in(folder: Path, component: Component) -> Any:

@@ -438,6 +438,16 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
     assert "--resume" in scripts["train"].command(step, tmp_path, tmp_path, minutes=None)
 
 
+def test_the_last_instant_of_the_time_is_a_limit_that_the_command_accepts(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    for minutes in (1e-9, 0.001, 0.5, 90.0):
+        line = scripts["train"].command({"train": "vae", "data": "crops"}, tmp_path, tmp_path, minutes=minutes)
+        hours = float(line[line.index("--max-hours") + 1])
+        assert hours > 0
+        assert hours == pytest.approx(minutes / 60, abs=1e-4)
+
+
 def test_a_step_begins_with_a_run_or_with_the_embedded_model(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     for model, given in (("unet-1", str(tmp_path / "runs" / "unet-1")), ("starter", "starter")):
         step = {"train": "unet", "run": "unet-2", "data": "scenes-2", "model": model}
