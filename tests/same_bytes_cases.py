@@ -768,8 +768,9 @@ def pixels_digest(path: Path) -> str:
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """By the names without `text_model.`, which the text encoders in files have for older versions of other tools."""
     summed = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted((name.removeprefix("text_model."), tensor) for name, tensor in tensors.items()):
         summed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         summed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return summed.hexdigest()[:32]

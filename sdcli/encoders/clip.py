@@ -25,6 +25,16 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+STORED_PREFIX = "text_model."
+"""What the names of a text encoder's weights begin with in files; transformers before 5.6 loads no others."""
+_PREFIXED = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+
+
+def stored_name(name: str) -> str:
+    """The name of a weight in the files that other tools read, of any age; `text_projection` has no prefix there."""
+    return f"{STORED_PREFIX}{name}" if name.startswith(_PREFIXED) else name
+
+
 @dataclass(frozen=True)
 class ClipTextConfig:
     """The fields of a text_encoder/config.json that matter here; the defaults are CLIP ViT-L/14's."""
@@ -49,7 +59,7 @@ class ClipTextConfig:
 
 
 class ClipTextEncoder(nn.Module):
-    """Parameter names are those of transformers >= 5.6 (older files carry a `text_model.` prefix)."""
+    """Parameter names are those of transformers >= 5.6; files have them with a prefix (`stored_name`)."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()

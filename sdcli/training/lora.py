@@ -1,7 +1,9 @@
 """LoRA: low-rank additions to a frozen network (Hu et al. 2021, arXiv 2106.09685), through peft; and its files.
 
 Two files hold the same weights: `pytorch_lora_weights.safetensors` in the format of diffusers and PEFT, and
-`lora_kohya.safetensors` in that of kohya's scripts, AUTOMATIC1111's web UI and ComfyUI.
+`lora_kohya.safetensors` in that of kohya's scripts, AUTOMATIC1111's web UI and ComfyUI. In the first alpha / rank is
+multiplied into the weights, because diffusers before 0.34 and ComfyUI know no alpha in that format; the second has a
+tensor `alpha` for each layer.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdcli.encoders.clip import stored_name
 from sdcli.errors import UsageError
 from sdcli.models.families.family import Family
 from sdcli.training.state.state_files import write_tensors
@@ -90,8 +93,8 @@ def write_lora(
     kohya: dict[str, Tensor] = {}
     for part, network in networks.items():
         tensors = lora_tensors(network)
-        peft |= {f"{family.lora_names[part].diffusers}.{name}": tensor for name, tensor in tensors.items()}
-        kohya |= to_kohya(tensors, part=part, alpha=shapes[part].alpha, prefix=family.lora_names[part].kohya)
+        peft |= to_diffusers(tensors, shapes[part], prefix=family.lora_names[part].diffusers)
+        kohya |= to_kohya(tensors, alpha=shapes[part].alpha, prefix=family.lora_names[part].kohya)
     write_tensors(
         folder / "pytorch_lora_weights.safetensors",
         peft,
@@ -113,28 +116,35 @@ def write_lora(
     )
 
 
-def to_kohya(tensors: Mapping[str, Tensor], *, part: str, alpha: float, prefix: str) -> dict[str, Tensor]:
+def to_diffusers(tensors: Mapping[str, Tensor], shape: LoraShape, *, prefix: str) -> dict[str, Tensor]:
+    """PEFT's names -> diffusers': `unet.<path>.lora_A.weight`, `.lora_B.weight`; the latter with alpha / rank in it."""
+    scale = shape.alpha / shape.rank
+    return {
+        f"{prefix}.{stored_name(name)}": tensor * scale if name.endswith(".lora_B.weight") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def to_kohya(tensors: Mapping[str, Tensor], *, alpha: float, prefix: str) -> dict[str, Tensor]:
     """PEFT's names -> kohya's: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, kind = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
-        # kohya's names of text encoder layers have the prefix of older transformers versions
-        full = f"text_model.{path}" if part == "text_encoder" and not path.startswith("text_model.") else path
-        layer = f"{prefix}_{full.replace('.', '_')}"
+        layer = f"{prefix}_{stored_name(path).replace('.', '_')}"
         renamed[f"{layer}.lora_{'down' if kind == 'A' else 'up'}.weight"] = tensor
         renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return renamed
 
 
 def _peft_metadata(shapes: Mapping[str, LoraShape], family: Family) -> dict[str, Any]:
-    """The metadata from which diffusers reads rank and alpha."""
+    """The metadata from which diffusers reads rank and alpha, which is the rank: the scale is in the weights."""
     return {
         f"{family.lora_names[part].diffusers}.{key}": value
         for part, shape in shapes.items()
         for key, value in {
             "peft_type": "LORA",
             "r": shape.rank,
-            "lora_alpha": shape.alpha,
+            "lora_alpha": shape.rank,
             "lora_dropout": shape.dropout,
             "target_modules": sorted(shape.targets),
             "bias": "none",

@@ -27,6 +27,8 @@ from sdcli.models.loader import Part, load_model
 from sdcli.models.registry import ModelDefaults, ModelSpec
 from sdcli.request.schema import did_you_mean
 from sdcli.training.run_folder import write_json
+from sdcli.training.text_encoder.network import use_stored_names
+from sdcli.training.text_encoder.vocabulary import add_vocabulary_files
 from sdcli.vae.autoencoder import cell, latent_channels, shift_factor
 
 PIXEL_PRESET: dict[str, Any] = {
@@ -245,11 +247,16 @@ def _class_name(model: LoadedModel, part: str) -> str:
 
 
 def write_part(folder: Path, model: LoadedModel, part: str) -> None:
-    """Write a frozen part of a model: a copy of its files if it has a folder, else the network in memory."""
+    """Write a frozen part of a model: a copy of its files if it has a folder, else the network in memory.
+
+    A text encoder gets the names of weights, and a tokenizer the files, that older versions of other tools need.
+    """
     source = folder_of(model.spec)
     if source is not None and (source / part).is_dir():
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source / part, folder)
+        if part.startswith("text_encoder"):
+            use_stored_names(folder)
     elif part == "tokenizer":
         shutil.copytree(PACKAGE / "encoders/clip_tokenizer", folder, dirs_exist_ok=True)
     else:
@@ -257,6 +264,8 @@ def write_part(folder: Path, model: LoadedModel, part: str) -> None:
 
         network = model.parts[part]
         write_network(folder, network, network.state_dict())
+    if part.startswith("tokenizer"):
+        add_vocabulary_files(folder)
 
 
 def generation_defaults(

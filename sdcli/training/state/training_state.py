@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdcli.encoders.clip import STORED_PREFIX
 from sdcli.errors import BadWeights
 from sdcli.io.weight_files import check_header
 from sdcli.training.state.state_files import check_finite, load_optimizer, optimizer_tensors, read_state, write_tensors
@@ -57,7 +58,8 @@ class TrainingState:
         facts = json.loads((folder / STATE).read_text())
         for name, expected in self._changing().items():
             file = _file_with(folder / name, expected) or folder / "state" / f"{name}.safetensors"
-            stored, _ = read_state(file)
+            found, _ = read_state(file)
+            stored = {key.removeprefix(STORED_PREFIX): tensor for key, tensor in found.items()}
             if set(stored) != set(expected) or any(stored[key].shape != expected[key].shape for key in expected):
                 raise BadWeights(f"{file} is of another network than the settings describe; they must not change")
             with torch.no_grad():
@@ -90,8 +92,9 @@ def _file_with(folder: Path, tensors: Mapping[str, Tensor]) -> Path | None:
         if file.is_file():
             header = {name: entry for name, entry in check_header(file).items() if name != "__metadata__"}
             expected = {name: ("F32", list(t.shape)) for name, t in tensors.items() if t.dtype == torch.float32}
-            if {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == expected and len(
-                expected
-            ) == len(tensors):
+            found = {
+                name.removeprefix(STORED_PREFIX): (entry["dtype"], entry["shape"]) for name, entry in header.items()
+            }
+            if found == expected and len(expected) == len(tensors):
                 return file
     return None

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdcli.encoders.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder
+from sdcli.encoders.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, stored_name
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
 from sdcli.io import rng
+from sdcli.io.json_files import read_json_object
+from sdcli.io.temporary_files import temporary_path
+from sdcli.io.weight_files import MAX_HEADER_BYTES, check_header
 from sdcli.io.weights import empty_network, fill
 from sdcli.request.schema import did_you_mean
 from sdcli.training.state.state_files import write_tensors
@@ -101,8 +107,9 @@ def first_end(token_ids: Tensor, end_id: int) -> Tensor:
 def write_text_encoder(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors, in float32, in the layout of transformers' CLIPTextModel.
 
-    `network` is a ClipTextEncoder; `tensors` are its weights, or others of the same names. Meant for the inside of a
-    checkpoint: the files are not written atomically.
+    The weights' names have the prefix that older transformers need, and newer ones read as well. `network` is a
+    ClipTextEncoder; `tensors` are its weights, or others of the same names. Meant for the inside of a checkpoint: the
+    files are not written atomically.
     """
     assert isinstance(network, ClipTextEncoder)
     config = {
@@ -113,8 +120,34 @@ def write_text_encoder(folder: Path, network: nn.Module, tensors: Mapping[str, T
         "attention_dropout": 0.0,
         "dtype": "float32",
     }
-    write_tensors(folder / "model.safetensors", {name: tensor.detach().float() for name, tensor in tensors.items()})
+    stored = {stored_name(name): tensor.detach().float() for name, tensor in tensors.items()}
+    write_tensors(folder / "model.safetensors", stored)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def use_stored_names(folder: Path) -> None:
+    """Give the weights of a copied text encoder the names that transformers of any age loads; the numbers stay."""
+    for file in sorted(folder.glob("*.safetensors")):
+        header = check_header(file)
+        renamed = {stored_name(name): entry for name, entry in header.items()}
+        if renamed.keys() != header.keys():
+            _replace_header(file, renamed)
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        content = read_json_object(index, max_bytes=MAX_HEADER_BYTES)
+        names = {stored_name(name): shard for name, shard in content.get("weight_map", {}).items()}
+        index.write_text(json.dumps({**content, "weight_map": names}, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace_header(file: Path, header: Mapping[str, Any]) -> None:
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    temporary = temporary_path(file.parent, file.name)
+    with open(file, "rb") as old, open(temporary, "wb") as new:
+        old.seek(8 + int.from_bytes(old.read(8), "little"))
+        new.write(len(raw).to_bytes(8, "little") + raw)
+        shutil.copyfileobj(old, new, 2**20)
+    shutil.copymode(file, temporary)
+    os.replace(temporary, file)
 
 
 def _empty(config: ClipTextConfig) -> ClipTextEncoder:

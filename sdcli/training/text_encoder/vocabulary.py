@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from sdcli.encoders.tokenizer import END, START, WORD_END, ClipTokenizer, clip_bpe
 from sdcli.errors import UsageError
+from sdcli.io.json_files import read_json_object
 
 # The library reads this at each call. Its thread pool does not survive a fork, and it would warn at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,6 +22,7 @@ LETTERS: tuple[str, ...] = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
 MIN_SIZE = 2 * len(LETTERS) + 2
 """Every byte, inside a word and at its end; the start and the end token."""
 MAX_LENGTH = 77
+MAX_TOKENIZER_BYTES = 2**24
 MIN_FREQUENCY = 2
 """Occurrences of a pair before it is merged."""
 
@@ -79,6 +81,25 @@ def save_tokenizer(tokenizer: ClipTokenizer, folder: Path) -> None:
     added = {token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values()}
     if added - {START, END}:
         _write(folder / "tokenizer.json", tokenizer.tokenizer.to_str())
+
+
+def add_vocabulary_files(folder: Path) -> None:
+    """Write vocab.json and merges.txt beside a copied CLIP tokenizer.json, the only one that older tools do not read.
+
+    A folder that has them, or a tokenizer of another kind, stays as it is.
+    """
+    file = folder / "tokenizer.json"
+    if (folder / "vocab.json").exists() or not file.is_file():
+        return
+    content = read_json_object(file, max_bytes=MAX_TOKENIZER_BYTES)
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return
+    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    vocabulary = dict(sorted({**model["vocab"], **added}.items(), key=lambda entry: entry[1]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    _write(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
 
 
 def _learned(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
