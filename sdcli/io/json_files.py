@@ -18,13 +18,15 @@ MAX_DEPTH = 64
 T = TypeVar("T", dict[str, Any], list[Any])
 
 
-def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+def parse_json(text: str | bytes, *, strict: bool = False, finite: bool = True) -> Any:
     """JSON text -> plain data. With `strict`, only finite numbers, and at most MAX_DEPTH levels of nesting.
 
+    With `finite=False` strict JSON may hold NaN and Infinity, as Python programs write them.
     Raises ValueError for everything that is not JSON, also for text that is nested too deeply or not UTF-8.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite) if strict else json.loads(text)
+        refuse = strict and finite
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite) if refuse else json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level, depth = [value] if strict else [], 0

@@ -1,134 +1,155 @@
-"""The `prompt` graph that ComfyUI writes into images, read as data: nothing in it is run."""
+"""The graphs that ComfyUI writes into images, read as data: nothing in them is run.
+
+A graph is followed from the node that saves the image back to the sampler that made it (`comfyui_graph`), and from
+there to the settings (`comfyui_sampling`), the model (`comfyui_models`), the prompts (`comfyui_conditioning`, in the
+syntax that `comfyui_syntax` converts) and the size (`comfyui_latents`). `comfyui_values` computes texts and numbers;
+`comfyui_reading` keeps what was taken over, so that everything else is named. `comfyui_workflow` turns the graph as
+the user interface draws it into that of the server.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+import re
+from typing import Any, TypeGuard
 
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request
+from sdcli.io.json_files import parse_json
+from sdcli.metadata.comfyui_conditioning import read_prompt, take_prompt
+from sdcli.metadata.comfyui_graph import Graph, Node, chains
+from sdcli.metadata.comfyui_latents import read_second_pass, read_size
+from sdcli.metadata.comfyui_models import read_models
+from sdcli.metadata.comfyui_reading import Reading, shown
+from sdcli.metadata.comfyui_sampling import FLOW_NODES, guided_by, is_full, read_sampling, sampler_of
+from sdcli.metadata.comfyui_values import Values
+from sdcli.metadata.comfyui_workflow import workflow_graph
+from sdcli.metadata.tool_record import ToolRecord, mapped_request
 
 
 def read_comfyui(text: str) -> ToolRecord | None:
-    """Read ComfyUI's `prompt`, a graph of nodes, from its KSampler along its links. None for anything else."""
-    graph = json_object(text)
+    """Read ComfyUI's `prompt`, the graph that its server ran. None for anything else."""
+    value = _parsed(text)
+    if not isinstance(value, dict):
+        return None
     nodes = {
-        key: node
-        for key, node in (graph or {}).items()
+        key: Node(key, node["class_type"], node["inputs"])
+        for key, node in value.items()
         if isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
     }
-    if not nodes:
+    return _read(Graph(nodes)) if nodes else None
+
+
+def read_comfyui_workflow(text: str) -> ToolRecord | None:
+    """Read ComfyUI's `workflow`, the graph as it is drawn, for images without a `prompt`. None for anything else."""
+    value = _parsed(text)
+    nodes = workflow_graph(value) if isinstance(value, dict) else {}
+    return _read(Graph(nodes)) if nodes else None
+
+
+def _parsed(text: str) -> Any:
+    """JSON as Python writes it, with NaN and Infinity; None for anything else."""
+    try:
+        return parse_json(text, strict=True, finite=False)
+    except ValueError:
         return None
-    samplers = [key for key, node in nodes.items() if node["class_type"] in ("KSampler", "KSamplerAdvanced")]
-    if not samplers:
-        return ToolRecord("comfyui", None, {"nodes": sorted({node["class_type"] for node in nodes.values()})})
-    # Of several samplers the one that starts from an empty latent made the image; the others refine it.
-    chosen = next((key for key in samplers if "width" in _linked_inputs(nodes, key, "latent_image")), samplers[0])
+
+
+def _read(graph: Graph) -> ToolRecord:
+    values = Values(graph)
+    outputs = graph.outputs()
+    probe = Reading(graph, values)
+    ways = [chain for output in outputs for chain in chains(graph, output, lambda node: is_full(probe, node))]
+    ways = [chain for place, chain in enumerate(ways) if chain not in ways[:place]]
+    upstream = graph.upstream(outputs)
+    if not ways:
+        reading = Reading(graph, values)
+        kinds = sorted({node.kind for node in graph.nodes.values()})
+        return ToolRecord("comfyui", None, {"nodes": kinds, **reading.rest(upstream)})
+    readings = [_read_chain(graph, values, chain, upstream) for chain in ways[:MAX_WAYS]]
+    found, unmapped = _agreed(readings)
+    if len({chain[0].id for chain in ways}) > 1:
+        ids = ", ".join(dict.fromkeys(chain[0].id for chain in ways))
+        unmapped["sampler"] = f"not known: the image may be from any of the samplers {ids}; what differs is left out"
+    _without_effect(found, unmapped)
+    request = mapped_request(found, unmapped)
+    return ToolRecord("comfyui", request, {name: shown(value) for name, value in unmapped.items()})
+
+
+MAX_WAYS = 8
+"""Samplers that the saved image may come from; of more, the rest is only named."""
+
+
+def _read_chain(graph: Graph, values: Values, chain: list[Node], upstream: list[Node]) -> Reading:
+    """Read the settings of a chain of samplers; the last one of them began the image."""
+    reading = Reading(graph, values)
+    first = sampler_of(graph, chain[-1])
+    others = [node.id for node in upstream if node is not first.node and _is_sampler_of(graph, node)]
+    flow = any(node.kind in FLOW_NODES for node in graph.upstream([first.node]))
+    prompts = {role: read_prompt(reading, guided_by(first, role), role) for role in _FIELDS}
+    unguided = first.settings is not None and first.settings.kind == "BasicGuider"
+    for role, field in _FIELDS.items():
+        if not (unguided and role == "negative"):
+            take_prompt(reading, prompts[role], role, field)
+    read_size(reading, first)
+    clips = [clip for prompt in prompts.values() for clip in prompt.clips]
+    model = graph.source(first.settings, "model") if first.settings is not None else None
+    read_models(reading, model, clips)
+    read_sampling(reading, first, flow=flow)
+    if len(chain) == 2:
+        read_second_pass(reading, sampler_of(graph, chain[0]), first)
+    if others:
+        reading.unmapped["other_samplers"] = others
+    reading.unmapped |= reading.rest(upstream)
+    return reading
+
+
+_FIELDS = {"positive": "prompt", "negative": "negative_prompt"}
+
+
+def _is_sampler_of(graph: Graph, node: Node) -> bool:
+    return graph.samplers(node) == [node]
+
+
+def _without_effect(found: dict[str, Any], unmapped: dict[str, Any]) -> None:
+    """Name what has no effect beside the rest, as in ComfyUI, or what sdcli refuses beside the rest."""
+    composed = _AND.search(str(found.get("prompt", "")))
+    scale, steps, upscale = (found.get(name) for name in ("guidance_scale", "steps", "upscale"))
+    refused = []
+    if _is_number(scale) and scale <= 1:
+        refused += ["guidance_rescale", *(["negative_prompt"] if found.get("negative_prompt") else [])]
+        refused += ["prompt"] if composed else []
+    if composed:
+        refused.append("pag_scale")
+    if upscale is not None and _is_number(steps) and int(steps * upscale["strength"]) < 1:
+        refused.append("upscale")
+    for name in refused:
+        if found.get(name) is not None:
+            unmapped[name] = found.pop(name)
+
+
+_AND = re.compile(r"\bAND\b")
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _agreed(readings: list[Reading]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What all readings found; where they differ, the image may be any of them, and all values are named."""
+    found: dict[str, Any] = {}
     unmapped: dict[str, Any] = {}
-    if len(samplers) > 1:
-        unmapped["other_samplers"] = [key for key in samplers if key != chosen]
-    found = {
-        "steps": _scalar(nodes, chosen, "steps"),
-        "guidance_scale": _scalar(nodes, chosen, "cfg"),
-        "seed": _scalar(nodes, chosen, "noise_seed" if "noise_seed" in nodes[chosen]["inputs"] else "seed"),
-    }
-    for role, field in {"positive": "prompt", "negative": "negative_prompt"}.items():
-        texts = _texts(nodes, chosen, role)
-        if len(texts) == 1:
-            found[field] = texts[0]
-        else:
-            unmapped[role] = texts
-    latent = _linked_inputs(nodes, chosen, "latent_image")
-    found |= {side: latent[side] for side in ("width", "height") if side in latent}
-    sampler = {name: _scalar(nodes, chosen, name) for name in ("sampler_name", "scheduler")}
-    scheduler = _SCHEDULERS.get((str(sampler["sampler_name"]), str(sampler["scheduler"])))
-    if scheduler is not None:
-        found["scheduler"] = scheduler
-    else:
-        unmapped |= sampler
-    ordinary = {"denoise": 1, "start_at_step": 0, "batch_size": 1}
-    given = {**nodes[chosen]["inputs"], "batch_size": latent.get("batch_size", 1)}
-    unmapped |= {name: given[name] for name, usual in ordinary.items() if name in given and given[name] != usual}
-    unmapped |= _model(nodes, chosen)
-    present = {field: value for field, value in found.items() if value is not None}
-    return ToolRecord("comfyui", mapped_request(present, unmapped), unmapped)
+    for name in dict.fromkeys(name for reading in readings for name in reading.unmapped):
+        options = _different([reading.unmapped[name] for reading in readings if name in reading.unmapped])
+        unmapped[name] = options if len(options) > 1 else options[0]
+    for field in dict.fromkeys(name for reading in readings for name in reading.found):
+        values = [reading.found.get(field) for reading in readings]
+        given = [value for value in values if value is not None]
+        if len(given) == len(values) and all(value == given[0] for value in given):
+            found[field] = given[0]
+        elif given:
+            options = _different(given)
+            unmapped[field] = options if len(options) > 1 else options[0]
+    return found, unmapped
 
 
-_SCHEDULERS = {
-    ("ddpm", "normal"): "ddpm",
-    ("ddim", "normal"): "ddim",
-    ("ddim", "ddim_uniform"): "ddim",
-    ("euler", "normal"): "euler",
-    ("euler_ancestral", "normal"): "euler-a",
-    ("heun", "normal"): "heun",
-    ("dpmpp_2m", "normal"): "dpmpp-2m",
-    ("dpmpp_2m", "karras"): "dpmpp-2m-karras",
-    ("dpmpp_2m_sde", "normal"): "dpmpp-2m-sde",
-    ("dpmpp_2m_sde_gpu", "normal"): "dpmpp-2m-sde",
-    ("uni_pc", "normal"): "unipc",
-    ("lms", "normal"): "lms",
-    ("lcm", "normal"): "lcm",
-    ("lcm", "sgm_uniform"): "lcm",
-}
-
-Nodes = Mapping[str, dict[str, Any]]
-
-
-def _link(nodes: Nodes, value: Any) -> str | None:
-    """The id of the node that an input is linked to (`["4", 0]`), or None for a plain value."""
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int)) and str(value[0]) in nodes:
-        return str(value[0])
-    return None
-
-
-def _linked_inputs(nodes: Nodes, key: str, name: str) -> dict[str, Any]:
-    """The inputs of the node that an input is linked to; empty for a plain value."""
-    target = _link(nodes, nodes[key]["inputs"].get(name))
-    return nodes[target]["inputs"] if target is not None else {}
-
-
-def _scalar(nodes: Nodes, key: str, name: str) -> Any:
-    """An input's value, also if it comes from a node that only holds a value; None if it cannot be determined."""
-    value = nodes[key]["inputs"].get(name)
-    for _ in range(16):  # links may form a cycle
-        target = _link(nodes, value)
-        if target is None:
-            return None if isinstance(value, (list, dict)) else value
-        inputs = nodes[target]["inputs"]
-        value = next((inputs[other] for other in (name, "value", "seed", "text", "string") if other in inputs), None)
-    return None
-
-
-def _texts(nodes: Nodes, key: str, role: str) -> list[str]:
-    """The texts behind a sampler's `positive` or `negative` input, through any nodes in between."""
-    texts, seen, waiting = [], set(), [_link(nodes, nodes[key]["inputs"].get(role))]
-    while waiting:
-        node = waiting.pop(0)
-        # A zeroed conditioning has lost its text.
-        if node is None or node in seen or nodes[node]["class_type"] == "ConditioningZeroOut":
-            continue
-        seen.add(node)
-        inputs = nodes[node]["inputs"]
-        holder = next((name for name in ("text", "text_g") if name in inputs), None)
-        if holder is not None:
-            text = _scalar(nodes, node, holder)
-            texts += [text] if isinstance(text, str) else []
-        elif role in inputs:
-            waiting.append(_link(nodes, inputs[role]))
-        else:
-            waiting += [_link(nodes, value) for name, value in inputs.items() if name.startswith("conditioning")]
-    return texts
-
-
-def _model(nodes: Nodes, key: str) -> dict[str, Any]:
-    """The names of the checkpoint and the LoRAs behind a sampler's `model` input, as far as they are known."""
-    model, loras, seen = _link(nodes, nodes[key]["inputs"].get("model")), [], set()
-    while model is not None and model not in seen:
-        seen.add(model)
-        inputs = nodes[model]["inputs"]
-        if "lora_name" in inputs:
-            loras.append(inputs["lora_name"])
-        name = inputs.get("ckpt_name", inputs.get("unet_name"))
-        if name is not None:
-            return {"model": name, **({"loras": loras} if loras else {})}
-        model = _link(nodes, inputs.get("model"))
-    return {"loras": loras} if loras else {}
+def _different(values: list[Any]) -> list[Any]:
+    return [value for place, value in enumerate(values) if value not in values[:place]]

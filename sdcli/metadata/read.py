@@ -15,7 +15,7 @@ from sdcli.errors import BadImage, UsageError
 from sdcli.images.formats import ImageFormat
 from sdcli.images.image_files import open_safely
 from sdcli.metadata.a1111 import read_a1111
-from sdcli.metadata.comfyui import read_comfyui
+from sdcli.metadata.comfyui import read_comfyui, read_comfyui_workflow
 from sdcli.metadata.invokeai import read_invokeai, read_old_invokeai
 from sdcli.metadata.record import Record, parse_record
 from sdcli.metadata.tool_record import Tool, ToolRecord
@@ -30,6 +30,7 @@ READERS: dict[str, Callable[[str], ToolRecord | None]] = {
     "invokeai_metadata": read_invokeai,
     "sd-metadata": read_old_invokeai,
     "prompt": read_comfyui,
+    "workflow": read_comfyui_workflow,
 }
 """The key of a text in an image -> its reader; where an image has several, the first that parses counts."""
 _FORMATS: dict[str, ImageFormat] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
