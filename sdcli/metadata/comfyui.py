@@ -14,8 +14,8 @@ import re
 from typing import Any, TypeGuard
 
 from sdcli.io.json_files import parse_json
-from sdcli.metadata.comfyui_conditioning import read_prompt, take_prompt
-from sdcli.metadata.comfyui_graph import Graph, Node, chains
+from sdcli.metadata.comfyui_conditioning import read_prompt, settle_size, take_prompt
+from sdcli.metadata.comfyui_graph import Graph, Node, chains, is_sampler
 from sdcli.metadata.comfyui_latents import read_second_pass, read_size
 from sdcli.metadata.comfyui_models import read_models
 from sdcli.metadata.comfyui_reading import Reading, shown
@@ -64,11 +64,20 @@ def _read(graph: Graph) -> ToolRecord:
         reading = Reading(graph, values)
         kinds = sorted({node.kind for node in graph.nodes.values()})
         return ToolRecord("comfyui", None, {"nodes": kinds, **reading.rest(upstream)})
-    readings = [_read_chain(graph, values, chain, upstream) for chain in ways[:MAX_WAYS]]
+    readings = [_read_chain(graph, values, chain) for chain in ways[:MAX_WAYS]]
     found, unmapped = _agreed(readings)
-    if len({chain[0].id for chain in ways}) > 1:
-        ids = ", ".join(dict.fromkeys(chain[0].id for chain in ways))
-        unmapped["sampler"] = f"not known: the image may be from any of the samplers {ids}; what differs is left out"
+    ends = list(dict.fromkeys(chain[0].id for chain in ways))
+    if len(ends) > 1:
+        unmapped["sampler"] = f"not known: it may be any of the nodes {', '.join(ends)}; what differs is left out"
+    used = {chain[-1].id for chain in ways}
+    others = [node.id for node in upstream if node.id not in used and is_sampler(graph, node)]
+    if others:
+        unmapped["other_samplers"] = others
+    last = Reading(graph, values)
+    last.unmapped = unmapped
+    for reading in readings:
+        last.include(reading)
+    unmapped |= last.rest(upstream)
     _without_effect(found, unmapped)
     request = mapped_request(found, unmapped)
     return ToolRecord("comfyui", request, {name: shown(value) for name, value in unmapped.items()})
@@ -78,11 +87,10 @@ MAX_WAYS = 8
 """Samplers that the saved image may come from; of more, the rest is only named."""
 
 
-def _read_chain(graph: Graph, values: Values, chain: list[Node], upstream: list[Node]) -> Reading:
+def _read_chain(graph: Graph, values: Values, chain: list[Node]) -> Reading:
     """Read the settings of a chain of samplers; the last one of them began the image."""
     reading = Reading(graph, values)
     first = sampler_of(graph, chain[-1])
-    others = [node.id for node in upstream if node is not first.node and _is_sampler_of(graph, node)]
     flow = any(node.kind in FLOW_NODES for node in graph.upstream([first.node]))
     prompts = {role: read_prompt(reading, guided_by(first, role), role) for role in _FIELDS}
     unguided = first.settings is not None and first.settings.kind == "BasicGuider"
@@ -90,23 +98,29 @@ def _read_chain(graph: Graph, values: Values, chain: list[Node], upstream: list[
         if not (unguided and role == "negative"):
             take_prompt(reading, prompts[role], role, field)
     read_size(reading, first)
+    for prompt in prompts.values():
+        settle_size(reading, prompt)
     clips = [clip for prompt in prompts.values() for clip in prompt.clips]
     model = graph.source(first.settings, "model") if first.settings is not None else None
     read_models(reading, model, clips)
     read_sampling(reading, first, flow=flow)
     if len(chain) == 2:
         read_second_pass(reading, sampler_of(graph, chain[0]), first)
-    if others:
-        reading.unmapped["other_samplers"] = others
-    reading.unmapped |= reading.rest(upstream)
+    _say_syntax(reading)
     return reading
 
 
 _FIELDS = {"positive": "prompt", "negative": "negative_prompt"}
 
 
-def _is_sampler_of(graph: Graph, node: Node) -> bool:
-    return graph.samplers(node) == [node]
+def _say_syntax(reading: Reading) -> None:
+    """Name what prompts have in them that means something else here."""
+    if reading.escaped:
+        signs = ", ".join(dict.fromkeys(reading.escaped))
+        reading.unmapped["prompt_syntax"] = f"plain text in ComfyUI, so escaped in the prompts: {signs}"
+    if reading.embeddings:
+        words = ", ".join(dict.fromkeys(reading.embeddings))
+        reading.unmapped["embeddings"] = f"{words} (--embedding FILE=WORD uses the file of one)"
 
 
 def _without_effect(found: dict[str, Any], unmapped: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sdcli.errors import UsageError
 from sdcli.metadata.comfyui_graph import Node, Output
 from sdcli.metadata.comfyui_reading import MAX_DEPTH, Reading, described
-from sdcli.metadata.comfyui_syntax import Converted, converted
+from sdcli.metadata.comfyui_syntax import ConvertedPrompt, converted
 from sdcli.metadata.comfyui_values import Known, Unknown
 from sdcli.request.prompt_syntax import MAX_PARTS
 
@@ -59,6 +59,8 @@ def take_prompt(reading: Reading, prompt: Prompt, role: str, field: str) -> None
     texts = list(dict.fromkeys(str(known.value) for known in prompt.known))
     if text is not None and role == "negative" and len(prompt.parts) > 1:
         text = None
+    for node in prompt.encoders:
+        reading.understand(node)
     if text is None:
         several = len(texts) > 1
         reading.unmapped[role] = texts if several else f"not known: {prompt.why_not}"
@@ -66,15 +68,18 @@ def take_prompt(reading: Reading, prompt: Prompt, role: str, field: str) -> None
     reading.found[field] = text
     for known in prompt.known:
         reading.take(known)
-    for node in (*prompt.encoders, *prompt.followed):
+    for node in prompt.followed:
         reading.understand(node)
-    if prompt.escaped:
-        also = [*reading.unmapped.get("prompt_syntax", []), *prompt.escaped]
-        reading.unmapped["prompt_syntax"] = list(dict.fromkeys(also))
-    if prompt.embeddings:
-        reading.unmapped["embeddings"] = list(
-            dict.fromkeys([*reading.unmapped.get("embeddings", []), *prompt.embeddings])
-        )
+    reading.escaped += prompt.escaped
+    reading.embeddings += prompt.embeddings
+
+
+def settle_size(reading: Reading, prompt: Prompt) -> None:
+    """Ignore the sizes that SDXL's text encoders are given where they are those of the image, as sdcli gives them."""
+    for node in prompt.encoders:
+        for side in ("width", "height") if node.kind == "CLIPTextEncodeSDXL" else ():
+            size = reading.found.get(side)
+            reading.settle(node, {side: size, f"target_{side}": size, f"crop_{side[0]}": 0})
 
 
 ENCODERS: dict[str, tuple[str, ...]] = {
@@ -161,14 +166,14 @@ class _Conditioning:
             return replace(base, why_not=str(error), known=(known[0],))
         return replace(base, parts=(text.text,), known=tuple(known), escaped=text.escaped, embeddings=text.embeddings)
 
-    def _converted(self, node: Node, text: str) -> Converted:
+    def _converted(self, node: Node, text: str) -> ConvertedPrompt:
         """Some encoders of others read A1111's syntax."""
         parser = self._reading.peek(node, "parser") if node.kind == "smZ CLIPTextEncode" else "comfy"
         if parser not in ("A1111", "full"):
             return converted(text)
         if re.search(r"\bAND\b|<\w+:", text):
             raise UsageError("its text is in a syntax that is not understood")
-        return Converted(text)
+        return ConvertedPrompt(text)
 
     def _combined(self, output: Output, role: str, depth: int) -> Prompt:
         """The mean of the predictions for both: AND with equal weights."""

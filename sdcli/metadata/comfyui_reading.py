@@ -25,6 +25,10 @@ class Reading:
         self.found: dict[str, Any] = {}
         """Fields of the request."""
         self.unmapped: dict[str, Any] = {}
+        self.escaped: list[str] = []
+        """What prompts have in them that means something here alone."""
+        self.embeddings: list[str] = []
+        """The words for textual inversions in prompts."""
         self._taken: set[tuple[str, str]] = set()
         self._understood: set[str] = set()
 
@@ -65,6 +69,11 @@ class Reading:
 
     def is_understood(self, node: Node) -> bool:
         return node.id in self._understood
+
+    def include(self, other: Reading) -> None:
+        """Count what another reading took over as taken over, too."""
+        self._taken |= other._taken
+        self._understood |= other._understood
 
     def settle(self, node: Node, usual: Mapping[str, Any]) -> None:
         """Ignore the inputs that have their usual values, with which they have no effect."""

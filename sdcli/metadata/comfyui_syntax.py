@@ -16,7 +16,7 @@ MAX_NESTING = 100
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedPrompt:
     """A prompt in sdcli's syntax that means what a text means to ComfyUI."""
 
     text: str
@@ -26,7 +26,7 @@ class Converted:
     """The words that stand for textual inversions."""
 
 
-def converted(text: str) -> Converted:
+def converted(text: str) -> ConvertedPrompt:
     """A text of ComfyUI as a prompt; it stays as it is where both tools read the same.
 
     Raises UsageError for weights that this tool has no number for.
@@ -38,13 +38,13 @@ def converted(text: str) -> Converted:
     spans = [(_embedding_words(piece, words), weight) for piece, weight in spans]
     bare = _EMBEDDING.sub(lambda match: _word(match[1]) + match[2], text)
     if _reads_the_same(bare, spans):
-        return Converted(bare, embeddings=tuple(dict.fromkeys(words)))
+        return ConvertedPrompt(bare, embeddings=tuple(dict.fromkeys(words)))
     written = "".join(_weighted(_escaped(piece), weight) for piece, weight in spans)
     if not _reads_the_same(written, spans):
         raise UsageError("it cannot be written in the syntax of sdcli")
     whole = "".join(piece for piece, _ in spans)
     found = [name for name, pattern in _OURS.items() if pattern.search(whole)]
-    return Converted(written, tuple(found), tuple(dict.fromkeys(words)))
+    return ConvertedPrompt(written, tuple(found), tuple(dict.fromkeys(words)))
 
 
 _EMBEDDING = re.compile(r"(?<![^\s(])embedding:([^\s,():]+)(,*)")
