@@ -2,9 +2,10 @@
 
 Measured on a 2-core AMD EPYC: `import torch` takes 1.0 s, the UNet class 2.4 s on top, and 0.4 s inside `lean_imports`.
 The rest goes to packages whose `__init__` imports every model family, to `torch._dynamo` (for one decorator),
-and to transformers, peft and scipy.stats (for features that generation does not use). Inside the block they are
-absent, which diffusers allows for; after it everything is as before, so that other code in the process imports the real
-ones.
+and to optional packages such as transformers, peft and scipy.stats (for features that generation does not use). Inside
+the block they are absent, which diffusers allows for; after it everything is as before, so that other code in the
+process imports the real ones. Where this fails, because of a package that diffusers began to look for, the ordinary
+imports are used, with a note.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _EAGER_PACKAGES = (
 _PIPELINES_LORA = ("diffusers.loaders.lora_base", "diffusers.loaders.lora_pipeline")
 """Part of pipelines, not of models; imported without peft, they could not fuse a LoRA afterwards."""
 _ABSENT = ("transformers", "scipy", "peft")
-
+"""Packages that cannot be imported inside the block; all other optional ones are only reported as not installed."""
+_NEEDED = {"torch", "safetensors", "accelerate", "hf_hub"}
+"""Packages that diffusers looks for and that sdcli depends on, by the names that diffusers has for them."""
 
 _importing = threading.RLock()
 
@@ -53,6 +56,15 @@ def lean_imports() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _ordinary_imports() -> Iterator[None]:
+    """A block in which diffusers imports whatever it wants, without its warnings."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    yield
+
+
+@contextlib.contextmanager
 def full_imports() -> Iterator[None]:
     """A block that may import transformers, scipy or peft: it waits until no other thread hides them."""
     with _importing:
@@ -64,6 +76,7 @@ class _Hidden:
     modules: dict[str, Any]
     """By name; None where the module was not imported yet."""
     availability: dict[str, bool]
+    """By the name of diffusers' variable."""
 
 
 def _hide() -> _Hidden:
@@ -74,9 +87,14 @@ def _hide() -> _Hidden:
     from diffusers.utils import import_utils
 
     diffusers.utils.logging.set_verbosity_error()
-    availability = {name: getattr(import_utils, f"_{name}_available") for name in _ABSENT}
+    availability = {
+        name: value
+        for name, value in vars(import_utils).items()
+        if name.endswith("_available") and value is True and name[1 : -len("_available")] not in _NEEDED
+    }
+    for name in availability:
+        setattr(import_utils, name, False)
     for name in _ABSENT:
-        setattr(import_utils, f"_{name}_available", False)
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say "not installed"
     for name in _EAGER_PACKAGES:
         sys.modules[name] = _package_without_init(name, diffusers.__path__[0])
@@ -91,7 +109,7 @@ def _show(hidden: _Hidden) -> None:
         if module is not None:
             sys.modules[name] = module
     for name, available in hidden.availability.items():
-        setattr(import_utils, f"_{name}_available", available)
+        setattr(import_utils, name, available)
     for name in (*_EAGER_PACKAGES, "diffusers.loaders", *_PIPELINES_LORA):
         sys.modules.pop(name, None)
 
@@ -112,6 +130,16 @@ def _dynamo_stand_in() -> types.ModuleType:
     module.__path__ = []
     module.allow_in_graph = module.disable = unchanged
     return module
+
+
+def _forget_diffusers(error: Exception) -> None:
+    """Drop what was imported of diffusers before the error, for another attempt with the ordinary imports."""
+    for name in [name for name in sys.modules if name == "diffusers" or name.startswith("diffusers.")]:
+        del sys.modules[name]
+    reason = (str(error).splitlines() or [type(error).__name__])[-1]
+    print(
+        f"sdcli: note: diffusers cannot be imported in the quick way, so the start is slower: {reason}", file=sys.stderr
+    )
 
 
 def _scale_lora_layers_lazily() -> None:
@@ -135,12 +163,19 @@ def _scale_lora_layers_lazily() -> None:
 
 import torch  # noqa: E402  (torch first: it must not be imported inside the block)
 
-with lean_imports():
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-    from diffusers.models.controlnets.controlnet import ControlNetModel
-    from diffusers.models.unets.unet_2d import UNet2DModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+for attempt in (lean_imports, _ordinary_imports):
+    try:
+        with attempt():
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+            from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+            from diffusers.models.controlnets.controlnet import ControlNetModel
+            from diffusers.models.unets.unet_2d import UNet2DModel
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+        break
+    except Exception as error:
+        if attempt is not lean_imports:
+            raise
+        _forget_diffusers(error)
 
 _scale_lora_layers_lazily()
 
