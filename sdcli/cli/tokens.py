@@ -9,7 +9,7 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt
 from sdcli.cli.ui.console import Console, printable
 from sdcli.models.registry import load_registry
-from sdcli.request.lora_tags import take_tags
+from sdcli.request.lora_tags import check_negative, take_tags
 from sdcli.request.prompt_syntax import SubPrompt, subprompts
 from sdcli.request.prompt_syntax import Text as PromptText
 from sdcli.request.schema import parse_request
@@ -49,11 +49,13 @@ def command(
     spec.family.refuse("tokens", spec.name)
     typed = {"negative_prompt": negative_prompt, "steps": steps, "prompt_syntax": prompt_syntax}
     request = parse_request({"prompt": prompt, **typed})
+    syntax = request.prompt_syntax or "a1111"
+    check_negative(request.negative_prompt or "", syntax=syntax)
     request = request.changed(
-        prompt=take_tags(request.prompt)[0],
-        prompt_template=take_tags(spec.defaults.prompt_template)[0],
+        prompt=take_tags(request.prompt, syntax=syntax)[0],
+        prompt_template=take_tags(spec.defaults.prompt_template, syntax=syntax)[0],
         steps=request.steps or spec.defaults.steps,
-        prompt_syntax=request.prompt_syntax or "a1111",
+        prompt_syntax=syntax,
     )
     from sdcli.encoders.tokenizer import load_tokenizer
     from sdcli.models.hub.download import tokenizer_folder

@@ -29,6 +29,16 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str) -> Any:
+    """YAML text -> plain data, without aliases and duplicate keys. Raises ValueError."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(_sentence(error)) from None
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """A small YAML mapping, hostile input included. Raises NotFound and UsageError."""
     try:
@@ -44,11 +54,14 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise UsageError(f"{file}: is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise UsageError(f"{file}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
+        raise UsageError(f"{file}: {_sentence(error)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise UsageError(f"{file}: should be a mapping, not a {type(data).__name__}")
     return data
+
+
+def _sentence(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"{f'line {mark.line + 1}: ' if mark else ''}{getattr(error, 'problem', None) or error}"

@@ -2,11 +2,12 @@
 
     {a|b|c}  {3::a|b}          one of them; a three times as often as b
     {2$$a|b|c}  {1-2$$ and $$a|b|c}    two of them in any order, joined by a comma; one or two, joined by " and "
-    __animals__  __sea/fish__  a line of animals.txt, sea/fish.txt in the wildcards folder (# begins a comment line)
-    \\{ \\| \\} \\_             a literal sign
+    __animals__  __sea/fish__  a line of animals.txt, sea/fish.txt in the wildcards folder (# begins a comment)
+    __colours*__  {2$$__animals__}     a line of all files that match; two different lines
+    ${x=!{a|b}} ${x} ${x:c}    a variable, what it holds, and what it holds if nothing set it
 
-Choices stand within choices and in the files' lines. The syntax is that of the `dynamicprompts` library, which itself
-takes `//` and `#` in a prompt for comments, cannot count combinations, and draws otherwise with another version.
+Choices stand within choices and in the files' lines. `dynamic_syntax.py` parses, `wildcard_files.py` reads the files.
+The syntax is that of the `dynamicprompts` library, which draws otherwise with another version.
 """
 
 from __future__ import annotations
@@ -14,60 +15,82 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
 
-from sdcli.errors import NotFound, UsageError
-from sdcli.request.schema import did_you_mean
+from sdcli.errors import UsageError
+from sdcli.request.dynamic_syntax import (
+    ELLIPSIS,
+    MAX_DEPTH,
+    Assignment,
+    Choice,
+    Node,
+    Template,
+    Variable,
+    Wildcard,
+    Wrap,
+    parse,
+)
+from sdcli.request.wildcard_files import Lines, WildcardFolder
 
 MAX_COMBINATIONS = 10_000
 MAX_PIECES = 10_000
 """Choices and texts in one prompt; files that name each other can double without end."""
 MAX_CHARACTERS = 20_000_000
 """Of all combinations together."""
-MAX_TAKEN = 100
-"""Options that one choice may take at once."""
-MAX_DEPTH = 40
-MAX_FILE_BYTES = 16 * 2**20
+MAX_VARIABLES = 200
 
 
 @dataclass(frozen=True)
-class _Choice:
-    options: tuple[_Template, ...]
-    weights: tuple[float, ...]
-    low: int
-    high: int
-    separator: str
+class _Scope:
+    """Where a template stands: the values of variables, and the wildcards and variables around it."""
+
+    variables: tuple[tuple[str, Template], ...] = ()
+    """Sorted by name, so that equal scopes are equal."""
+    inside: tuple[str, ...] = ()
+
+    def get(self, name: str) -> Template | None:
+        return next((value for own, value in self.variables if own == name), None)
+
+    def having(self, values: Mapping[str, Template]) -> _Scope:
+        if not values:
+            return self
+        both = {**dict(self.variables), **values}
+        if len(both) > MAX_VARIABLES:
+            raise UsageError(f"the prompt sets over {MAX_VARIABLES} variables")
+        return _Scope(tuple(sorted(both.items(), key=lambda item: item[0])), self.inside)
+
+    def within(self, name: str) -> _Scope:
+        """The scope of what a wildcard or a variable becomes. Raises UsageError for one that contains itself."""
+        if name in self.inside:
+            kind = "variable" if name.startswith("$") else "wildcard"
+            shown = name if name.startswith("$") else f"__{name}__"
+            raise UsageError(f"the {kind} {shown} names itself: {' > '.join((*self.inside, name))}")
+        if len(self.inside) >= MAX_DEPTH:
+            raise UsageError(f"wildcards name each other {MAX_DEPTH} deep: {' > '.join(self.inside[:3])} > ...")
+        return _Scope(self.variables, (*self.inside, name))
 
 
-@dataclass(frozen=True)
-class _Wildcard:
-    name: str
-
-
-_Template: TypeAlias = "tuple[str | _Choice | _Wildcard, ...]"
+_NOWHERE = _Scope()
 
 
 @dataclass(frozen=True)
 class Wildcards:
-    """Reads dynamic prompts; `folder` holds the files of `__names__`."""
+    """Reads dynamic prompts; `folder` holds the files of `__names__`. Raises NotFound where it is none."""
 
     folder: Path | None = None
-    _read: dict[str, tuple[_Template, ...]] = field(default_factory=dict, compare=False, repr=False)
-    _counts: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
-    _texts: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
+    _files: list[WildcardFolder] = field(default_factory=list, compare=False, repr=False)
+    _counts: dict[object, int] = field(default_factory=dict, compare=False, repr=False)
+    _texts: dict[object, list[str]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.folder is not None and not self.folder.is_dir():
-            raise NotFound(f"no folder {self.folder} of wildcards")
+        if self.folder is not None:
+            self._files.append(WildcardFolder(self.folder))
 
     def has_choices(self, text: str) -> bool:
         """Whether there is anything to draw in a text. Raises UsageError for malformed braces."""
-        return any(not isinstance(node, str) for node in _parsed(text))
+        return any(not isinstance(node, str) for node in parse(text))
 
     def choose(self, text: str, *, seed: int, purpose: str) -> str:
         """The text with each choice made at random; equal for an equal seed and purpose, on any machine and version.
@@ -75,207 +98,242 @@ class Wildcards:
         Raises UsageError for what is malformed, not in the folder, or endless.
         """
         numbers = _numbers(f"{purpose}:{seed}")
-        budget = itertools.count(1)
-        return "".join(self._draw(_parsed(text), numbers, budget, ()))
+        try:
+            return _Draw(self, numbers).text(parse(text), _NOWHERE)
+        except RecursionError:
+            raise UsageError(_TOO_DEEP) from None
 
     def combinations(self, text: str) -> list[str]:
         """Every text that can be chosen, each once, in the order in which they are written.
 
         Raises UsageError as `choose` does, and for more than MAX_COMBINATIONS.
         """
-        template = _parsed(text)
-        count = self._count(template, ())
+        try:
+            return self._combinations(parse(text))
+        except RecursionError:
+            raise UsageError(_TOO_DEEP) from None
+
+    def _combinations(self, template: Template) -> list[str]:
+        count = self._count(template, _NOWHERE)
         if count > MAX_COMBINATIONS:
             shown = f"{count:,}" if count < _UNCOUNTABLE else f"over {_UNCOUNTABLE:,}"
             raise UsageError(f"the prompt has {shown} combinations; it may be up to {MAX_COMBINATIONS:,}")
-        return list(dict.fromkeys(self._all(template)))
+        return list(dict.fromkeys(self._all(template, _NOWHERE)))
 
-    def _draw(
-        self, template: _Template, numbers: Iterator[float], budget: Iterator[int], inside: tuple[str, ...]
-    ) -> Iterator[str]:
+    # All combinations
+
+    def _all(self, template: Template, scope: _Scope) -> list[str]:
+        result: list[str] = []
+        for own in self._scopes(template, scope):
+            texts = [""]
+            for node in template:
+                each = self._each(node, own)
+                if len(each) * sum(map(len, texts)) + len(texts) * sum(map(len, each)) > MAX_CHARACTERS:
+                    raise UsageError(f"the combinations come to over {MAX_CHARACTERS:,} characters")
+                texts = [before + text for before in texts for text in each]
+            result += texts
+        return result
+
+    def _scopes(self, template: Template, scope: _Scope) -> list[_Scope]:
+        """The scope with the variables that a template sets; several where one that is chosen once has alternatives."""
+        scopes: list[dict[str, Template]] = [{}]
         for node in template:
-            if next(budget) > MAX_PIECES:
-                raise UsageError(f"the prompt has over {MAX_PIECES:,} pieces")
-            if isinstance(node, str):
-                yield node
-            elif isinstance(node, _Wildcard):
-                lines = self._lines(node.name, inside)
-                yield from self._draw(lines[int(next(numbers) * len(lines))], numbers, budget, (*inside, node.name))
-            else:
-                count = node.low + int(next(numbers) * (node.high - node.low + 1))
-                picked = _picked(node.weights, count, numbers)
-                yield node.separator.join(
-                    "".join(self._draw(node.options[index], numbers, budget, inside)) for index in picked
-                )
+            if not isinstance(node, Assignment) or (node.keep and scope.get(node.name) is not None):
+                continue
+            if not node.once:
+                scopes = [{**values, node.name: node.value} for values in scopes]
+                continue
+            more = []
+            for values in scopes:
+                own = _beneath(scope, values)
+                if self._count(node.value, own) * len(scopes) > MAX_COMBINATIONS:
+                    raise UsageError(f"${{{node.name}}} has over {MAX_COMBINATIONS:,} values")
+                more += [{**values, node.name: (text,)} for text in dict.fromkeys(self._all(node.value, own))]
+            scopes = more
+        return [scope.having(values) for values in scopes]
 
-    def _all(self, template: _Template, inside: tuple[str, ...] = ()) -> list[str]:
-        texts = [""]
-        for node in template:
-            each = self._each(node, inside)
-            if len(each) * sum(map(len, texts)) + len(texts) * sum(map(len, each)) > MAX_CHARACTERS:
-                raise UsageError(f"the combinations come to over {MAX_CHARACTERS:,} characters")
-            texts = [before + text for before in texts for text in each]
-        return texts
-
-    def _each(self, node: str | _Choice | _Wildcard, inside: tuple[str, ...]) -> list[str]:
+    def _each(self, node: Node, scope: _Scope) -> list[str]:
         if isinstance(node, str):
             return [node]
-        if isinstance(node, _Wildcard):
-            if node.name not in self._texts:
-                lines = self._lines(node.name, inside)
-                self._texts[node.name] = [text for line in lines for text in self._all(line, (*inside, node.name))]
-            return self._texts[node.name]
-        options = [self._all(option, inside) for option in node.options]
+        if isinstance(node, Assignment):
+            return [""]
+        if isinstance(node, Wrap):
+            inner = self._all(node.inner, scope)
+            return [_wrapped(outer, text) for outer in self._all(node.wrapper, scope) for text in inner]
+        if isinstance(node, Wildcard | Variable):
+            key = (node, scope.variables)
+            if key not in self._texts:
+                several = self._options(node, scope)
+                self._texts[key] = [text for template, own in several for text in self._all(template, own)]
+            return self._texts[key]
+        options = list(self._options(node, scope))
+        low, high = _amounts(node, len(options))
+        texts = [self._all(option, own) for option, own in options]
         return [
-            node.separator.join(texts)
-            for count in range(node.low, node.high + 1)
-            for some in itertools.permutations(options, count)
-            for texts in itertools.product(*some)
+            node.separator.join(picked)
+            for count in range(low, high + 1)
+            for some in itertools.permutations(texts, count)
+            for picked in itertools.product(*some)
         ]
 
-    def _count(self, template: _Template, inside: tuple[str, ...]) -> int:
+    def _options(self, node: Choice | Wildcard | Variable, scope: _Scope) -> Iterator[tuple[Template, _Scope]]:
+        """The options of a choice, the lines of a wildcard, or the value of a variable, each with its scope."""
+        if isinstance(node, Variable):
+            yield _value(node, scope), scope.within(f"${node.name}")
+            return
+        if node.sampler in ("~", "@"):
+            how = "at random" if node.sampler == "~" else "one after the other"
+            raise UsageError(f"{_sampled(node)} takes its options {how}; all combinations take every one")
+        wildcard = node if isinstance(node, Wildcard) else node.sole_wildcard
+        if wildcard is None:
+            assert isinstance(node, Choice)
+            yield from ((option, scope) for option in node.options)
+            return
+        for name in dict.fromkeys(self._all(wildcard.name, scope)):
+            own = scope.having(dict(wildcard.variables)).within(name)
+            yield from ((template, own) for template in self.lines(name).templates)
+
+    def _count(self, template: Template, scope: _Scope) -> int:
         """How many texts `_all` would give, or _UNCOUNTABLE."""
+        return min(sum(self._count_in(template, own) for own in self._scopes(template, scope)), _UNCOUNTABLE)
+
+    def _count_in(self, template: Template, scope: _Scope) -> int:
         total = 1
         for node in template:
-            if isinstance(node, _Wildcard):
-                if node.name not in self._counts:
-                    lines = self._lines(node.name, inside)
-                    self._counts[node.name] = sum(self._count(line, (*inside, node.name)) for line in lines)
-                total *= self._counts[node.name]
-            elif isinstance(node, _Choice):
+            if isinstance(node, Wildcard | Variable):
+                key = (node, scope.variables)
+                if key not in self._counts:
+                    self._counts[key] = sum(self._count(line, own) for line, own in self._options(node, scope))
+                total *= self._counts[key]
+            elif isinstance(node, Wrap):
+                total *= self._count(node.wrapper, scope) * self._count(node.inner, scope)
+            elif isinstance(node, Choice):
+                several = list(self._options(node, scope))
+                low, high = _amounts(node, len(several))
                 # sums of the products of k counts, for each k; times k! orders
-                sums = [1] + [0] * node.high
-                for option in node.options:
-                    own = self._count(option, inside)
-                    for k in range(node.high, 0, -1):
+                sums = [1] + [0] * high
+                for option, inner in several:
+                    own = self._count(option, inner)
+                    for k in range(high, 0, -1):
                         sums[k] = min(sums[k] + sums[k - 1] * own, _UNCOUNTABLE)
-                total *= sum(math.factorial(min(k, 20)) * sums[k] for k in range(node.low, node.high + 1))
+                total *= sum(math.factorial(min(k, 20)) * sums[k] for k in range(low, high + 1))
             total = min(total, _UNCOUNTABLE)
         return total
 
-    def _lines(self, name: str, inside: tuple[str, ...]) -> tuple[_Template, ...]:
-        """The lines of a wildcard's file, inside those of the others. Raises UsageError."""
-        if name in inside:
-            raise UsageError(f"the wildcard __{name}__ names itself: {' > '.join((*inside, name))}")
-        if len(inside) >= MAX_DEPTH:
-            raise UsageError(f"wildcards name each other {MAX_DEPTH} deep: {' > '.join(inside[:3])} > ...")
-        if name not in self._read:
-            self._read[name] = self._file(name)
-        return self._read[name]
-
-    def _file(self, name: str) -> tuple[_Template, ...]:
-        if self.folder is None:
+    def lines(self, name: str) -> Lines:
+        """The lines of a wildcard's files. Raises UsageError."""
+        if not self._files:
             raise UsageError(f"__{name}__ is a line of a file in the wildcards folder; --wildcards DIR names it")
-        folder = self.folder.resolve()
-        path = (folder / f"{name}.txt").resolve()
-        if not path.is_relative_to(folder):
-            raise UsageError(f"the wildcard __{name}__ leaves the folder {self.folder}")
-        try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise UsageError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB")
-            text = data.decode("utf-8-sig")
-        except OSError:
-            files = itertools.islice(folder.rglob("*.txt"), 1000)
-            names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
-            raise UsageError(f"no {name}.txt in {self.folder}{did_you_mean(name, names)}") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{path} is not UTF-8 text") from None
-        lines = [line.strip() for line in text.splitlines()]
-        try:
-            templates = tuple(_parsed(line) for line in lines if line and not line.startswith("#"))
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-        if not templates:
-            raise UsageError(f"{path} has no lines")
-        return templates
+        return self._files[0].lines(name)
 
 
 _UNCOUNTABLE = 10**18
-_TOKEN = re.compile(r"\\[{}|_]|__(?P<name>[^\W_](?:[\w./-]*?[^\W_])?)__|[{}|]|[^\\{}|_]+|.", re.DOTALL)
-_AMOUNT = re.compile(r"\s*(?:(\d{1,4})|(\d{0,4})-(\d{0,4}))\s*")
-_WEIGHT = re.compile(r"\s*(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})::")
+_TOO_DEEP = "the prompt and its wildcards are nested too deeply"
 
 
-@dataclass
-class _OpenBrace:
-    """Braces that wait for their end: the options so far, each a list of nodes."""
+@dataclass(frozen=True)
+class _Draw:
+    """One choice at random of everything in a prompt."""
 
-    options: list[list[str | _Choice | _Wildcard]] = field(default_factory=lambda: [[]])
+    wildcards: Wildcards
+    numbers: Iterator[float]
+    budget: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
+    def text(self, template: Template, scope: _Scope) -> str:
+        return "".join(self.texts(template, scope))
 
-@lru_cache(maxsize=4096)
-def _parsed(text: str) -> _Template:
-    """A text as a template. Raises UsageError for braces that do not match, and for what is invalid in them."""
-    top = _OpenBrace()
-    opened = [top]
-    for match in _TOKEN.finditer(text):
-        token = match[0]
-        here = opened[-1].options
-        if match["name"] is not None:
-            here[-1].append(_Wildcard(match["name"]))
-        elif token == "{":
-            if len(opened) > MAX_DEPTH:
-                raise UsageError(f"braces are nested over {MAX_DEPTH} deep")
-            opened.append(_OpenBrace())
-        elif token == "}":
-            if len(opened) == 1:
-                raise UsageError("a } in the prompt has no {; \\} is a literal one")
-            choice = _choice(opened.pop())
-            opened[-1].options[-1].append(choice)
-        elif token == "|" and len(opened) > 1:
-            here.append([])
-        else:
-            here[-1].append(token[1:] if len(token) == 2 and token[0] == "\\" else token)
-    if len(opened) > 1:
-        raise UsageError("a { in the prompt is never closed; \\{ is a literal one")
-    return _joined(top.options[0])
+    def texts(self, template: Template, scope: _Scope) -> Iterator[str]:
+        """The pieces of a template. Variables that it sets have their values everywhere in it."""
+        values: dict[str, Template] = {}
+        for node in template:
+            if isinstance(node, Assignment) and not (node.keep and scope.get(node.name) is not None):
+                once = node.once and (self.text(node.value, _beneath(scope, values)),)
+                values[node.name] = once or node.value
+        scope = scope.having(values)
+        for node in template:
+            if next(self.budget) > MAX_PIECES:
+                raise UsageError(f"the prompt has over {MAX_PIECES:,} pieces")
+            if isinstance(node, str):
+                yield node
+            elif isinstance(node, Wildcard):
+                yield from self._wildcard(node, scope)
+            elif isinstance(node, Variable):
+                yield from self.texts(_value(node, scope), scope.within(f"${node.name}"))
+            elif isinstance(node, Wrap):
+                yield _wrapped(self.text(node.wrapper, scope), self.text(node.inner, scope))
+            elif isinstance(node, Choice):
+                yield self._choice(node, scope)
 
+    def _wildcard(self, node: Wildcard, scope: _Scope) -> Iterator[str]:
+        own, lines = self._lines(node, scope)
+        number = next(self.numbers)
+        index = int(number * len(lines.templates)) if lines.equal else _picked(lines.weights, 1, iter([number]))[0]
+        yield from self.texts(lines.templates[index], own)
 
-def _choice(group: _OpenBrace) -> _Choice:
-    low, high, separator = 1, 1, ","
-    first = _joined(group.options[0])
-    if first and isinstance(first[0], str) and "$$" in first[0]:
-        amount, *more = first[0].split("$$", 2)
-        number = _AMOUNT.fullmatch(amount)
-        if number is None or (number[1] is None and not (number[2] or number[3])):
-            raise UsageError(f"{{{amount}$$...}}: should begin with how many, as 2 or 1-3")
-        count = len(group.options)
-        low = int(number[1] or number[2] or 1)
-        high = int(number[1] or number[3] or count)
-        if high < 1 or low > min(high, count):
-            raise UsageError(f"{{{amount}$$...}}: so many cannot be taken of {count}")
-        high = min(high, count)
-        if high > MAX_TAKEN:
-            raise UsageError(f"{{{amount}$$...}}: at most {MAX_TAKEN} can be taken at once")
-        separator, rest = (more[0], more[1]) if len(more) == 2 else (separator, more[0])
-        first = (rest, *first[1:])
-    options, weights = [], []
-    for option in (first, *map(_joined, group.options[1:])):
-        weight = _WEIGHT.match(option[0]) if option and isinstance(option[0], str) else None
-        options.append((option[0][weight.end() :], *option[1:]) if weight else option)  # type: ignore[index]
-        weights.append(float(weight[1]) if weight else 1.0)
-    if not all(weights):
-        raise UsageError("an option in the prompt has the weight 0, so it would never be chosen")
-    return _Choice(tuple(options), tuple(weights), low, high, separator)
+    def _lines(self, node: Wildcard, scope: _Scope) -> tuple[_Scope, Lines]:
+        _check_random(node)
+        name = self.text(node.name, scope)
+        own = scope.having(dict(node.variables)).within(name)
+        return own, self.wildcards.lines(name)
+
+    def _choice(self, node: Choice, scope: _Scope) -> str:
+        _check_random(node)
+        options, weights, own = node.options, node.weights, scope
+        if node.sole_wildcard is not None:
+            own, lines = self._lines(node.sole_wildcard, scope)
+            options, weights = lines.templates, lines.weights
+        low, high = _amounts(node, sum(weight > 0 for weight in weights))
+        count = low + int(next(self.numbers) * (high - low + 1))
+        return node.separator.join(self.text(options[index], own) for index in _picked(weights, count, self.numbers))
 
 
-def _joined(nodes: Sequence[str | _Choice | _Wildcard]) -> _Template:
-    """Adjacent texts as one."""
-    joined: list[str | _Choice | _Wildcard] = []
-    for is_text, run in itertools.groupby(nodes, key=lambda node: isinstance(node, str)):
-        several = list(run)
-        joined += ["".join(map(str, several))] if is_text else several
-    return tuple(joined)
+def _amounts(node: Choice, count: int) -> tuple[int, int]:
+    """The fewest and the most of a choice's options; of a wildcard's lines, as many as there are."""
+    if node.low > count:
+        raise UsageError(f"{{{node.low}$$...}}: so many cannot be taken of {count} lines")
+    return node.low, min(node.high, count)
 
 
-def _picked(weights: Sequence[float], count: int, numbers: Iterator[float]) -> list[int]:
+def _check_random(node: Choice | Wildcard) -> None:
+    if node.sampler == "!":
+        raise UsageError(f"{_sampled(node)} asks for every combination; --all-combinations generates them")
+    if node.sampler == "@":
+        raise UsageError(f"{_sampled(node)} takes its options one after the other, which is not supported")
+
+
+def _sampled(node: Choice | Wildcard) -> str:
+    return f"__{node.sampler}...__" if isinstance(node, Wildcard) else f"{{{node.sampler}...}}"
+
+
+def _beneath(scope: _Scope, values: Mapping[str, Template]) -> _Scope:
+    """The scope with values of the same template, where it has none: what is chosen once sees those around it first."""
+    return scope.having({name: value for name, value in values.items() if scope.get(name) is None})
+
+
+def _value(node: Variable, scope: _Scope) -> Template:
+    value = scope.get(node.name)
+    value = node.default if value is None else value
+    if value is None:
+        name = node.name
+        raise UsageError(
+            f"the variable ${{{name}}} has no value; ${{{name}=...}} sets it, ${{{name}:...}} is a default"
+        )
+    return value
+
+
+def _wrapped(wrapper: str, inner: str) -> str:
+    match = ELLIPSIS.search(wrapper)
+    if match is None:
+        raise UsageError(f"%{{{wrapper:.40}$$...}}: a wrap has dots ... where the text goes")
+    return wrapper[: match.start()] + inner + wrapper[match.end() :]
+
+
+def _picked(weights: Sequence[float], count: int, numbers: Iterable[float]) -> list[int]:
     """So many different options, by their weights, in the order in which they were picked."""
-    left = dict(enumerate(weights))
+    left = {index: weight for index, weight in enumerate(weights) if weight > 0}
     picked: list[int] = []
-    for _ in range(count):
-        place = next(numbers) * sum(left.values())
+    for _, number in zip(range(count), numbers, strict=False):
+        place = number * sum(left.values())
         for index, weight in left.items():  # noqa: B007  (the last one, where rounding leaves none)
             place -= weight
             if place < 0:

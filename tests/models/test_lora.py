@@ -576,10 +576,13 @@ def test_tags_are_taken_out_of_the_prompt_by_the_web_uis_rules() -> None:
     assert prompt == "a cat in a hat"
     weights = [(ref.path, ref.text_weight, ref.unet_weight) for ref in found]
     assert weights == [("x", 0.8, 0.8), ("y", 1, 1), ("z", 0.3, 0.6), ("w", 0, 2)]
-    assert take_tags("a <b> < lora:x> <lora:") == ("a <b> < lora:x> <lora:", ())
+    assert take_tags("a <b> <3 c < d: e > f <: g") == ("a <b> <3 c < d: e > f <: g", ())
+    assert take_tags("a <lyco:x:0.8> b")[1] == take_tags("a <lora:x:0.8> b")[1]
 
 
-@pytest.mark.parametrize("tag", ["<lora:>", "<lora:x:much>", "<lora:x:1:2:3>", "<lora:x:dyn=4>", "<lora:x:500>"])
+@pytest.mark.parametrize(
+    "tag", ["<lora:>", "<lora:x:much>", "<lora:x:1:2:3>", "<lora:x:dyn=4>", "<lora:x:500>", "<lora:"]
+)
 def test_a_tag_that_means_nothing_is_refused(tag: str) -> None:
     with pytest.raises(UsageError, match=r"^<lora:"):
         take_tags(f"a cat {tag}")

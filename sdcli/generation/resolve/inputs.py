@@ -13,7 +13,7 @@ from sdcli.models.layout import ModelKind
 from sdcli.models.registry import ModelSpec
 from sdcli.request.fields import EmbeddingRef, ImageInput
 from sdcli.request.input_files import is_latents, pinned
-from sdcli.request.lora_tags import take_tags
+from sdcli.request.lora_tags import check_negative, take_tags
 from sdcli.request.schema import GenerationRequest, ResolvedRequest, flag_of
 
 STRENGTH, STRENGTH_WITH_MASK = 0.8, 1.0
@@ -114,11 +114,13 @@ def _pinned_embedding(embedding: EmbeddingRef) -> EmbeddingRef:
 def find_loras(request: ResolvedRequest, folder: Path | None) -> ResolvedRequest:
     """A resolved request with the digests of its LoRAs; tags in its prompts become entries of `loras`.
 
-    Names are looked up in `folder`, or in the user's own. Raises UsageError for a tag that names no LoRA there, and
-    what `pinned_lora` raises.
+    Names are looked up in `folder`, or in the user's own. Raises UsageError for a tag that names no LoRA there, is of
+    another kind, or stands in the negative prompt, and what `pinned_lora` raises.
     """
-    prompt, tagged = take_tags(request.prompt)
-    template, more = take_tags(request.prompt_template)
+    syntax = request.prompt_syntax
+    prompt, tagged = take_tags(request.prompt, syntax=syntax)
+    template, more = take_tags(request.prompt_template, syntax=syntax)
+    check_negative(request.negative_prompt, syntax=syntax)
     for ref in (*tagged, *more):
         if not is_in_folder(ref, folder):
             raise UsageError(lora_not_found(ref.path, folder))
