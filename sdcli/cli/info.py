@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from sdcli.metadata.read import ImageInfo
 
 SUFFIXES = {"png": {".png"}, "jpeg": {".jpg", ".jpeg"}, "webp": {".webp"}}
-TOOLS = {"sdcli": "sdcli", "a1111": "A1111's text", "comfyui": "ComfyUI", "invokeai": "InvokeAI"}
+TOOLS = {
+    "sdcli": "sdcli",
+    "a1111": "A1111's text",
+    "comfyui": "ComfyUI",
+    "invokeai": "InvokeAI",
+    "swarmui": "SwarmUI",
+    "fooocus": "Fooocus",
+    "novelai": "NovelAI",
+    "easy-diffusion": "Easy Diffusion",
+    "draw-things": "Draw Things",
+}
 
 
 def command(
@@ -36,7 +46,7 @@ def command(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Print the settings stored in images by sdcli, A1111, ComfyUI or InvokeAI.
+    """Print the settings stored in images by sdcli, A1111, ComfyUI, InvokeAI and other tools (docs/interop.md).
 
     --strip writes a copy without metadata instead; the pixels are not encoded again.
     """

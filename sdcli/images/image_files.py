@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdcli.errors import BadImage, SdcliError
 from sdcli.images.formats import MAX_PIXELS
+from sdcli.images.png_chunks import without_large_chunks
 from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
 OWN_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -59,7 +60,7 @@ def open_safely(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMA
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=formats) as image:
+            with Image.open(without_large_chunks(file), formats=formats) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 yield image
@@ -70,7 +71,16 @@ def open_safely(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMA
     except UnidentifiedImageError:
         raise BadImage(f"is not a {_listed(formats)} image") from None
     except Exception as error:  # Pillow's readers fail in a dozen ways on damaged files
-        raise BadImage(f"cannot be read: {str(error) or type(error).__name__}") from None
+        raise BadImage(f"cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read; the library's own words are about its code, not about the file."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "image file is truncated" if "truncated" in str(error).lower() else "the file is damaged"
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from sdcli.errors import UsageError
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request
+from sdcli.metadata.a1111_text import A1111Text, split_a1111
+from sdcli.metadata.comfyui_syntax import converted as of_comfyui
+from sdcli.metadata.invokeai_prompt import converted as compel
+from sdcli.metadata.tool_record import ToolRecord, mapped_request, taken
+from sdcli.metadata.weighted_text import literal, meanings, untagged, without_editing
 from sdcli.request.fields import LoraRef
-from sdcli.request.lora_tags import tag, take_tags
+from sdcli.request.lora_tags import read_tags, tag
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import GenerationRequest
 
@@ -59,54 +62,92 @@ def a1111_text(
 
 
 def parse_a1111(text: str) -> tuple[str, str, dict[str, str]]:
-    """`parameters` text -> prompt, negative prompt, and the last line's pairs, by the web UI's rules.
-
-    The last line holds parameters only if at least 3 pairs match. The text is ambiguous and loses, here as in the web
-    UI: white space around each line, blank lines at the start of a prompt, and the sign of a prompt's line that itself
-    begins with `Negative prompt:` (everything after it counts as negative). sdcli's own record is exact.
-    """
-    *lines, last = text.strip().split("\n")
-    pairs = list(_pairs(last))
-    if len(pairs) < 3:
-        lines, pairs = [*lines, last], []
-    prompts: tuple[list[str], list[str]] = ([], [])
-    negative = False
-    for line in map(str.strip, lines):
-        if line.startswith("Negative prompt:"):
-            negative = True
-            line = line.removeprefix("Negative prompt:").strip()
-        if line or prompts[negative]:
-            prompts[negative].append(line)
-    return "\n".join(prompts[0]), "\n".join(prompts[1]), {key: _unquote(value) for key, value in pairs if value}
+    """`parameters` text -> prompt, negative prompt, and the parameters; see `split_a1111`."""
+    found = split_a1111(text)
+    return found.prompt, found.negative, found.pairs
 
 
 def read_a1111(text: str) -> ToolRecord | None:
-    """Read a `parameters` text. None for a JSON object, which is another tool's record."""
-    if text.lstrip().startswith("{") and json_object(text) is not None:
+    """Read a `parameters` text. None for JSON, which is another tool's record."""
+    parts = split_a1111(text)
+    if _JSON.match(text) and not parts.is_record:
         return None
-    prompt, negative, pairs = parse_a1111(text)
+    return _record(parts)
+
+
+def read_a1111_elsewhere(text: str) -> ToolRecord | None:
+    """Read a text of a place where anything may stand, such as a comment; None unless it holds A1111's parameters."""
+    parts = split_a1111(text)
+    return _record(parts) if parts.is_record else None
+
+
+_JSON = re.compile(r'\s*(?:\{\s*["}]|\[\s*[\[{"\]])')
+
+
+def _record(parts: A1111Text) -> ToolRecord:
+    pairs = parts.pairs
     unmapped: dict[str, Any] = dict(pairs)
-    loras: tuple[LoraRef, ...] = ()
-    try:
-        prompt, loras = take_tags(prompt)
-    except UsageError as error:
-        unmapped["lora"] = str(error)
+    unmapped |= {f"{key} (given before)": value for key, value in parts.repeated.items()}
+    for label, text in parts.after.items():
+        unmapped[f"{label} (behind the parameters)" if label in pairs else label] = text
+    prompt, negative, loras = _prompts(parts, unmapped)
     found: dict[str, Any] = {"prompt": prompt, **({"loras": [ref.model_dump() for ref in loras]} if loras else {})}
     if negative or pairs:
         found["negative_prompt"] = negative
-    for key, field in _NUMBERS.items():
-        if key in unmapped:
-            found[field] = unmapped.pop(key)
+    found |= taken(unmapped, _NUMBERS)
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.get("Size", "")):
         del unmapped["Size"]
         found |= {"width": match[1], "height": match[2]}
-    scheduler = _scheduler(pairs.get("Sampler", ""), pairs.get("Schedule type"))
+    scheduler = _scheduler(pairs.get("Sampler", ""), pairs.get("Schedule type"), cpp=_is_cpp(pairs))
     if scheduler is not None:
         found["scheduler"] = scheduler
         unmapped = {key: value for key, value in unmapped.items() if key not in ("Sampler", "Schedule type")}
         if "Eta" in unmapped and SCHEDULERS[scheduler].uses_eta:
             found["eta"] = unmapped.pop("Eta")
     return ToolRecord("a1111", mapped_request(found, unmapped), unmapped)
+
+
+def _prompts(parts: A1111Text, unmapped: dict[str, Any]) -> tuple[str, str, tuple[LoraRef, ...]]:
+    """The prompts in our syntax and without tags, and the LoRAs of the tags; what has no counterpart is named."""
+    prompt, loras = _without_tags(parts.prompt, unmapped)
+    negative = untagged(parts.negative)  # the web UI reads no tags there
+    kept: list[str] = []
+    parser = parts.pairs.get("Parser", "").lower()
+    if _is_cpp(parts.pairs):
+        (prompt, kept), (negative, others) = without_editing(prompt), without_editing(negative)
+        kept = [*kept, *others]
+    elif parser == "compel":  # SD.Next
+        first, second = compel(prompt), compel(negative)
+        prompt, negative, kept = first.text, second.text, [*first.kept, *second.kept]
+    elif parser == "fixed":  # SD.Next without syntax
+        kept = [*meanings(prompt), *meanings(negative)]
+        prompt, negative = literal(prompt), literal(negative)
+    elif parts.pairs.get("Version", "").startswith("Fooocus"):
+        one, two = of_comfyui(prompt), of_comfyui(negative)
+        prompt, negative, kept = one.text, two.text, [*one.escaped, *two.escaped]
+    if kept:
+        unmapped["prompt syntax"] = f"kept as text: {', '.join(dict.fromkeys(kept))}"
+    return prompt, negative, loras
+
+
+def _without_tags(prompt: str, unmapped: dict[str, Any]) -> tuple[str, tuple[LoraRef, ...]]:
+    """A prompt without the web UI's tags, and the LoRAs that they name; each other tag is named with the reason."""
+    loras: list[LoraRef] = []
+    refused: list[str] = []
+    while True:  # what is left around a tag may be a tag, too
+        tags = read_tags(prompt)
+        loras += tags.loras
+        refused += tags.refused
+        if tags.text == prompt:
+            break
+        prompt = tags.text
+    if refused:
+        unmapped["tags"] = list(dict.fromkeys(refused))
+    return prompt, tuple(loras)
+
+
+def _is_cpp(pairs: Mapping[str, str]) -> bool:
+    return pairs.get("Version", "").startswith("stable-diffusion.cpp")
 
 
 _NUMBERS = {
@@ -116,15 +157,30 @@ _NUMBERS = {
     "Clip skip": "clip_skip",
     "Variation seed": "variation_seed",
     "Variation seed strength": "variation_strength",
+    "Variation strength": "variation_strength",
 }
+"""A1111's names -> ours; `Variation strength` is SD.Next's."""
 _AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
 """What `Schedule type: Automatic` means, for the samplers where it does not mean evenly spaced steps."""
 
 _SCHEDULERS = {(row.a1111.lower(), row.a1111_type): name for name, row in SCHEDULERS.items()}
 
 
-def _scheduler(sampler: str, schedule_type: str | None) -> str | None:
+_CPP = {
+    "euler": "euler",
+    "euler_a": "euler-a",
+    "heun": "heun",
+    "dpm++2m": "dpmpp-2m",
+    "dpm++2m karras": "dpmpp-2m-karras",
+    "lcm": "lcm",
+}
+"""stable-diffusion.cpp's samplers; `discrete` behind one is the usual schedule."""
+
+
+def _scheduler(sampler: str, schedule_type: str | None, *, cpp: bool = False) -> str | None:
     """Our name of A1111's pair; older texts have the type in the sampler's name (`DPM++ 2M Karras`), or none."""
+    if cpp:
+        return _CPP.get(sampler.removesuffix(" discrete"))
     if schedule_type is None:
         for suffix in ("Karras", "Exponential"):
             if sampler.endswith(f" {suffix}"):
@@ -136,36 +192,8 @@ def _scheduler(sampler: str, schedule_type: str | None) -> str | None:
     return _SCHEDULERS.get((sampler.lower(), schedule_type))
 
 
-_RUN = re.compile(r"([\w \-/]+)(:?)")
-_VALUE = re.compile(r"""\s*(?:(?P<quoted>"(?:[^\\"]|\\.)+")|(?P<bare>[^,]*))(?:,|$)""")
-
-
-def _pairs(line: str) -> Iterator[tuple[str, str]]:
-    """The `Key: value` pairs of a line: a key is a word character, then words, spaces, `-` and `/`.
-
-    Takes linear time: the web UI's single expression for a whole pair takes quadratic time on a long line without a
-    colon, minutes for a hostile image.
-    """
-    position = 0
-    while run := _RUN.search(line, position):
-        position = run.end()
-        key = run[1].lstrip(" -/")
-        if run[2] and len(key) > 1 and (value := _VALUE.match(line, position)):
-            yield key, value["quoted"] or value["bare"]
-            position = value.end()
-
-
 def _quote(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",\n:") else value
-
-
-def _unquote(value: str) -> str:
-    if len(value) > 1 and value[0] == value[-1] == '"':
-        try:
-            return str(json.loads(value))
-        except ValueError:
-            return value
-    return value
 
 
 def _shortest(number: float | None) -> float | int | None:

@@ -23,6 +23,7 @@ from sdcli import __version__
 from sdcli.images.formats import ImageFormat
 from sdcli.metadata.a1111 import a1111_text
 from sdcli.metadata.record import Record, record_json
+from sdcli.metadata.text_bytes import plain_text
 from sdcli.metadata.xmp import MAX_SEGMENT, jpeg_segments, xmp_packet
 
 
@@ -76,13 +77,24 @@ def _embedded(record: Record, format: ImageFormat) -> dict[str, Any]:
     parameters, own = parameters_text(record), record_json(record)
     if format == "png":
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_text("parameters", parameters)  # tEXt, or iTXt where the text is not Latin-1
+        if _is_certain(parameters):
+            chunks.add_text("parameters", parameters)  # tEXt, or iTXt where the text is not Latin-1
+        else:
+            chunks.add_itxt("parameters", parameters)
         chunks.add_text("sdcli", own)
         return {"pnginfo": chunks}
     exif = _user_comment(parameters)
     if format == "webp":
         return {"exif": exif, "xmp": xmp_packet(own)}
     return {"extra": jpeg_segments(own), **({"exif": exif} if len(exif) <= MAX_SEGMENT else {})}
+
+
+def _is_certain(text: str) -> bool:
+    """Whether a text can only be read as itself where it stands as Latin-1."""
+    try:
+        return plain_text(text.encode("latin-1")) == text
+    except UnicodeEncodeError:
+        return True
 
 
 def _user_comment(text: str) -> bytes:

@@ -9,30 +9,49 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image
 
 from sdcli.errors import BadImage, UsageError
 from sdcli.images.formats import ImageFormat
 from sdcli.images.image_files import open_safely
-from sdcli.metadata.a1111 import read_a1111
+from sdcli.metadata.a1111 import read_a1111, read_a1111_elsewhere
 from sdcli.metadata.comfyui import read_comfyui, read_comfyui_workflow
-from sdcli.metadata.invokeai import read_invokeai, read_old_invokeai
+from sdcli.metadata.draw_things import read_draw_things
+from sdcli.metadata.easy_diffusion import read_easy_diffusion
+from sdcli.metadata.fooocus import read_fooocus
+from sdcli.metadata.image_texts import USER_COMMENT, XMP_COMMENT, ImageTexts, image_texts
+from sdcli.metadata.invokeai import read_dream, read_invokeai, read_old_invokeai
+from sdcli.metadata.novelai import read_novelai
 from sdcli.metadata.record import Record, parse_record
+from sdcli.metadata.swarmui import read_swarmui
 from sdcli.metadata.tool_record import Tool, ToolRecord
-from sdcli.metadata.xmp import xmp_record
 from sdcli.request.input_files import check_readable
 from sdcli.request.schema import GenerationRequest
 
 MAX_SHOWN = 500
 """Longer texts in `unmapped` are cut to this many characters."""
-READERS: dict[str, Callable[[str], ToolRecord | None]] = {
-    "parameters": read_a1111,
-    "invokeai_metadata": read_invokeai,
-    "sd-metadata": read_old_invokeai,
-    "prompt": read_comfyui,
-    "workflow": read_comfyui_workflow,
-}
-"""The key of a text in an image -> its reader; where an image has several, the first that parses counts."""
+
+Reader = Callable[[str], ToolRecord | None]
+_ANYWHERE = (USER_COMMENT, XMP_COMMENT, "ImageDescription", "XPComment", "comment", "Comment", "Model", "Description")
+"""Places of any text, in which tools write their records, and other programs copy them."""
+READERS: tuple[tuple[tuple[str, ...], Reader], ...] = (
+    (("parameters", *_ANYWHERE), read_swarmui),
+    (("parameters", *_ANYWHERE), read_fooocus),
+    (("parameters",), read_a1111),
+    (_ANYWHERE, read_a1111_elsewhere),
+    (("invokeai_metadata",), read_invokeai),
+    (("sd-metadata",), read_old_invokeai),
+    (("Dream",), read_dream),
+    (("prompt", *_ANYWHERE), read_comfyui),
+    (("workflow",), read_comfyui_workflow),
+)
+"""(places, reader) of records that are one text; where an image has several records, the first that parses counts."""
+WHOLE_READERS: tuple[Callable[[Mapping[str, str]], ToolRecord | None], ...] = (
+    read_draw_things,
+    read_novelai,
+    read_easy_diffusion,
+)
+"""Readers of records that are spread over several texts; they come first, for they are sure of their tool."""
 _FORMATS: dict[str, ImageFormat] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
 """By Pillow's names; MPO is a JPEG followed by a second image, as phones write them."""
 
@@ -74,77 +93,64 @@ def image_and_info(path: Path) -> Iterator[tuple[Image.Image, ImageInfo]]:
     try:
         with open_safely(path) as image:
             image.load()
-            texts, own = _texts(image)
-            format = _FORMATS[str(image.format)]
-            info = ImageInfo(path, *image.size, format, parameters=texts.get("parameters"))
-            yield image, _with_record(info, texts, own)
+            found = image_texts(path, image)
+            info = ImageInfo(path, *image.size, _FORMATS[str(image.format)])
+            yield image, _with_record(info, found)
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
 
 
 def read_tool_record(texts: Mapping[str, str]) -> ToolRecord | None:
-    """The first record that can be parsed among an image's texts (by key), or None. Never raises."""
-    for key, read in READERS.items():
-        if key in texts and (found := read(texts[key])) is not None:
-            return found
+    """The first record that can be parsed among an image's texts (by place), or None. Never raises."""
+    found = _first_record(texts)
+    return None if found is None else found[1]
+
+
+def _first_record(texts: Mapping[str, str]) -> tuple[str | None, ToolRecord] | None:
+    """The first record and the place of its text; no place for one that is spread over several."""
+    for read_whole in WHOLE_READERS:
+        if (record := read_whole(texts)) is not None:
+            return None, record
+    for places, read in READERS:
+        for place in places:
+            if place in texts and (record := read(_without_label(texts[place]))) is not None:
+                return place, record
     return None
 
 
-def _texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
-    """The texts in a decoded image by their key, and the text of sdcli's record."""
-    if isinstance(image, PngImagePlugin.PngImageFile):
-        texts = {str(key): str(text) for key, text in image.text.items() if not key.startswith("XML:")}
-        own = texts.pop("sdcli", None)
-    else:
-        texts, own = {}, xmp_record(image)
-    for key, text in _exif_texts(image).items():
-        texts.setdefault(key, text)
-    return texts, own
+def _without_label(text: str) -> str:
+    """ComfyUI's nodes write `prompt:{json}` and `workflow:{json}` into EXIF fields."""
+    match = re.match(r"(?:prompt|workflow):(?=\{)", text, re.IGNORECASE)
+    return text[match.end() :] if match else text
 
 
-def _exif_texts(image: Image.Image) -> dict[str, str]:
-    """A1111's comment, and ComfyUI's fields, which it writes as `key:{json}` into the camera's tags."""
-    try:
-        exif = image.getexif()
-        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-        camera = [exif.get(tag) for tag in (ExifTags.Base.Model, ExifTags.Base.Make, ExifTags.Base.ImageDescription)]
-    except Exception:  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
-        return {}
-    texts = {}
-    if isinstance(comment, bytes) and (text := _decoded_comment(comment)):
-        texts["parameters"] = text
-    for value in camera:
-        if isinstance(value, str) and (match := re.match(r"(prompt|workflow):(?=\{)", value, re.IGNORECASE)):
-            texts[match[1].lower()] = value[match.end() :].rstrip("\0")
-    return texts
-
-
-def _decoded_comment(comment: bytes) -> str:
-    """An EXIF UserComment: 8 bytes name the encoding. Unicode has no fixed byte order; A1111's is big-endian."""
-    code, text = comment[:8], comment[8:]
-    if code == b"UNICODE\0":
-        if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return text.decode("utf-16", errors="replace")
-        big, little = (text.decode(f"utf-16-{order}", errors="replace") for order in ("be", "le"))
-        return little if "Steps: " in little and "Steps: " not in big else big
-    plain = text if code in (b"ASCII\0\0\0", b"\0" * 8) else comment
-    return plain.decode("utf-8", errors="replace").strip("\0 ")
-
-
-def _with_record(info: ImageInfo, texts: dict[str, str], own: str | None) -> ImageInfo:
+def _with_record(info: ImageInfo, found: ImageTexts) -> ImageInfo:
     """The image's info with the most exact of its records."""
     unmapped: dict[str, Any] = {}
-    if own is not None:
+    texts = found.texts
+    if found.own is not None:
         try:
-            record = parse_record(own)
-            return replace(info, record=record, source="sdcli", request=record.request)
+            record = parse_record(found.own)
+            text = texts.get("parameters", texts.get(USER_COMMENT))
+            return replace(info, record=record, source="sdcli", request=record.request, parameters=text)
         except UsageError as error:
             unmapped["sdcli"] = str(error)
-    found = read_tool_record(texts)
-    if found is not None:
-        unmapped |= {key: _shown(value) for key, value in found.unmapped.items()}
-        return replace(info, source=found.tool, request=found.request, unmapped=unmapped)
-    return replace(info, unmapped=unmapped | {key: _shown(text) for key, text in texts.items()})
+    first = _first_record(texts)
+    unmapped |= found.unreadable
+    if first is None:
+        info = replace(info, parameters=texts.get("parameters"))
+        return replace(info, unmapped=unmapped | {place: _shown(text) for place, text in texts.items()})
+    place, tool_record = first
+    unmapped |= {key: _shown(value) for key, value in tool_record.unmapped.items()}
+    text = texts[place] if place is not None and tool_record.tool == "a1111" else texts.get("parameters")
+    others = [name for name, other in texts.items() if name != place and other != text and name not in _SPREAD]
+    if place is not None and others and not (tool_record.tool == "comfyui" and set(others) <= {"workflow"}):
+        unmapped["other texts"] = others
+    return replace(info, source=tool_record.tool, request=tool_record.request, unmapped=unmapped, parameters=text)
+
+
+_SPREAD = {"Software", "fooocus_scheme", "MakerNote", "XMP CreatorTool"}
+"""Places that say which tool it was, and nothing more."""
 
 
 def _shown(value: Any) -> Any:

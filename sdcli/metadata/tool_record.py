@@ -1,7 +1,8 @@
-"""What the record of another tool says (A1111, ComfyUI, InvokeAI): a request where it maps, plain data where not."""
+"""What the record of another tool says (A1111, ComfyUI ...): a request where it maps, plain data where not."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from sdcli.errors import UsageError
 from sdcli.io.json_files import parse_json
 from sdcli.request.schema import GenerationRequest, parse_request
 
-Tool = Literal["a1111", "comfyui", "invokeai"]
+Tool = Literal["a1111", "comfyui", "invokeai", "swarmui", "fooocus", "novelai", "easy-diffusion", "draw-things"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ def mapped_request(found: dict[str, Any], unmapped: dict[str, Any]) -> Generatio
         except UsageError:
             unmapped[field] = value
     return parse_request({**valid, "prompt_template": "{prompt}"}) if valid else None
+
+
+def taken(unmapped: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """Take the entries that a tool calls by other names (its name -> ours) out of `unmapped`; None is no value."""
+    found: dict[str, Any] = {}
+    for name, field in fields.items():
+        if unmapped.get(name) is not None and field not in found:
+            found[field] = unmapped.pop(name)
+    return found
 
 
 def json_object(text: str) -> dict[str, Any] | None:

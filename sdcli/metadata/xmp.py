@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 
 from PIL import Image
 
+_LEVELS = 8
+"""Levels of a packet's elements that hold the texts of the elements in them."""
 MAX_SEGMENT = 65533
 """Bytes of data in one JPEG segment."""
 APP1 = 0xE1
@@ -61,6 +63,19 @@ def xmp_record(image: Image.Image) -> str | None:
     return found.get(f"{_SDCLI_NAMESPACE} record")
 
 
+def xmp_texts(packet: bytes) -> dict[str, str]:
+    """The texts that other tools write into a packet: `CreatorTool`, `description`, `UserComment`; of lists all."""
+    found = _properties(packet, nested=True)
+    return {name.rpartition(" ")[2]: text.strip() for name in _SHOWN if (text := found.get(name, "")).strip()}
+
+
+_SHOWN = (
+    "http://ns.adobe.com/xap/1.0/ CreatorTool",
+    "http://purl.org/dc/elements/1.1/ description",
+    "http://ns.adobe.com/exif/1.0/ UserComment",
+)
+
+
 def _property(own: str) -> str:
     opening = f'<rdf:Description rdf:about="" xmlns:sdcli="{_SDCLI_NAMESPACE}">'
     return f"{opening}<sdcli:record>{escape(own)}</sdcli:record></rdf:Description>"
@@ -88,8 +103,11 @@ def _extension(segments: list[tuple[str, bytes]], guid: str) -> bytes:
     return extension if whole else b""
 
 
-def _properties(packet: bytes) -> dict[str, str]:
-    """`"namespace name"` -> text of a packet's elements and attributes; empty if it is not plain XML."""
+def _properties(packet: bytes, *, nested: bool = False) -> dict[str, str]:
+    """`"namespace name"` -> text of a packet's elements and attributes; empty if it is not plain XML.
+
+    With `nested` an element's text holds those of the elements in it, within a few levels.
+    """
     found: dict[str, str] = {}
     open_texts: list[list[str]] = []
 
@@ -102,7 +120,10 @@ def _properties(packet: bytes) -> dict[str, str]:
             open_texts[-1].append(part)
 
     def end(name: str) -> None:
-        found.setdefault(name, "".join(open_texts.pop()))
+        whole = "".join(open_texts.pop())
+        found.setdefault(name, whole)
+        if nested and 0 < len(open_texts) <= _LEVELS:
+            open_texts[-1].append(whole)
 
     def doctype(*_: object) -> None:
         raise ValueError("entities can expand to gigabytes")

@@ -1,0 +1,69 @@
+"""The record that Easy Diffusion writes: a PNG chunk for each setting, or JSON in the UserComment of JPEG and WebP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdcli.metadata.image_texts import USER_COMMENT
+from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+from sdcli.metadata.weighted_text import literal, meanings
+
+_KEYS = {
+    "prompt": "prompt",
+    "Prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "Negative Prompt": "negative_prompt",
+    "seed": "seed",
+    "Seed": "seed",
+    "num_inference_steps": "steps",
+    "Steps": "steps",
+    "guidance_scale": "guidance_scale",
+    "Guidance Scale": "guidance_scale",
+    "width": "width",
+    "Width": "width",
+    "height": "height",
+    "Height": "height",
+}
+"""Easy Diffusion's keys, of both of its spellings -> ours."""
+_SAMPLERS = {
+    "ddim": "ddim",
+    "ddpm": "ddpm",
+    "plms": "pndm",
+    "euler": "euler",
+    "euler_a": "euler-a",
+    "heun": "heun",
+    "lms": "lms",
+    "lcm": "lcm",
+}
+
+
+def read_easy_diffusion(texts: Mapping[str, str]) -> ToolRecord | None:
+    """Read the settings by the names of Easy Diffusion; None where the model or the steps are not among them."""
+    record: dict[str, Any] = json_object(texts.get(USER_COMMENT, "")) or dict(texts)
+    if not record.keys() & {"use_stable_diffusion_model", "Stable Diffusion model"}:
+        return None
+    if not record.keys() & {"num_inference_steps", "Steps"}:
+        return None
+    unmapped = {key: value for key, value in record.items() if value not in (None, "", "None", [], "[]")}
+    found = taken(unmapped, _KEYS)
+    kept: list[str] = []
+    for field in ("prompt", "negative_prompt"):
+        text = found.get(field)
+        if isinstance(text, str):
+            kept += meanings(text) + [sign for sign in ("++", "--") if sign in text]
+            found[field] = literal(text)
+    for key in ("sampler_name", "Sampler"):
+        if (scheduler := _SAMPLERS.get(str(unmapped.get(key)))) and not unmapped.keys() & {
+            "scheduler_name",
+            "Scheduler",
+        }:
+            found["scheduler"] = scheduler
+            del unmapped[key]
+    for key in ("clip_skip", "Clip Skip"):
+        if key in unmapped and str(unmapped[key]) == "False":
+            del unmapped[key]
+    if kept:
+        signs = ", ".join(dict.fromkeys(kept))
+        unmapped["prompt syntax"] = f"kept as text, for it differs between versions: {signs}"
+    return ToolRecord("easy-diffusion", mapped_request(found, unmapped), unmapped)

@@ -1,0 +1,92 @@
+"""The record that SwarmUI writes: JSON with `sui_image_params`, in `parameters` of a PNG or in EXIF's UserComment."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sdcli.metadata.comfyui_sampling import SCHEDULERS
+from sdcli.metadata.comfyui_syntax import converted
+from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+
+_KEYS = {
+    "prompt": "prompt",
+    "negativeprompt": "negative_prompt",
+    "seed": "seed",
+    "steps": "steps",
+    "cfgscale": "guidance_scale",
+    "width": "width",
+    "height": "height",
+    "variationseed": "variation_seed",
+}
+_ASIDE = re.compile(r"<(segment|object|region|extend|refiner|base|edit|video|clear|videoswap)\b[^<>]*>.*", re.DOTALL)
+"""What follows one of these belongs to a part of the image, or to another pass."""
+_TAG = re.compile(r"<(\w+)(?:\[[^\]]*\])?(?::[^<>]*)?>")
+
+
+def read_swarmui(text: str) -> ToolRecord | None:
+    """Read SwarmUI's JSON; None for anything else."""
+    record = json_object(text)
+    params = record.get("sui_image_params") if record is not None else None
+    if record is None or not isinstance(params, dict):
+        return None
+    unmapped: dict[str, Any] = {key: value for key, value in params.items() if value not in (None, "", [])}
+    found = taken(unmapped, _KEYS)
+    for field in ("prompt", "negative_prompt"):
+        if isinstance(found.get(field), str):
+            found[field] = _converted(found[field], field, found, unmapped)
+    pair = (str(unmapped.get("sampler")), str(unmapped.get("scheduler")))
+    if pair in SCHEDULERS:
+        found["scheduler"] = SCHEDULERS[pair]
+        del unmapped["sampler"], unmapped["scheduler"]
+    if "variation_seed" in found and "variationseedstrength" not in unmapped:
+        unmapped["variationseed"] = found.pop("variation_seed")
+    elif "variation_seed" in found:
+        found["variation_strength"] = unmapped.pop("variationseedstrength")
+    _take_loras(found, unmapped)
+    unmapped |= {key: value for key, value in record.items() if key != "sui_image_params" and value not in ({}, [], "")}
+    return ToolRecord("swarmui", mapped_request(found, unmapped), unmapped)
+
+
+def _converted(text: str, field: str, found: dict[str, Any], unmapped: dict[str, Any]) -> str:
+    """A prompt without SwarmUI's tags; those that ask for something are named."""
+    if aside := _ASIDE.search(text):
+        unmapped[f"{field}: {aside[1]}"] = aside[0]
+        text = text[: aside.start()].rstrip()
+    named = []
+
+    def replaced(tag: re.Match[str]) -> str:
+        if tag[1] == "break":
+            return "\0"
+        if tag[1] != "comment":
+            named.append(tag[0])
+        return ""
+
+    text = _TAG.sub(replaced, text)
+    if named:
+        unmapped[f"{field}: tags"] = named
+    parts = [converted(part) for part in text.split("\0")]
+    escaped = dict.fromkeys(sign for part in parts for sign in part.escaped)
+    if escaped:
+        unmapped[f"{field}: syntax"] = f"kept as text: {', '.join(escaped)}"
+    return " BREAK ".join(part.text for part in parts)
+
+
+def _take_loras(found: dict[str, Any], unmapped: dict[str, Any]) -> None:
+    """The lists `loras` and `loraweights` as LoRAs by name, if they are equally long and nothing narrows them."""
+    names, weights = unmapped.get("loras"), unmapped.get("loraweights")
+    names = names.split(",") if isinstance(names, str) else names
+    weights = weights.split(",") if isinstance(weights, str) else weights
+    if not isinstance(names, list) or not isinstance(weights, list) or len(names) != len(weights):
+        return
+    if unmapped.keys() & {"lorasectionconfinement", "loratencweights"}:
+        return
+    try:
+        loras = [
+            {"path": str(name).strip(), "unet_weight": float(weight), "text_weight": float(weight)}
+            for name, weight in zip(names, weights, strict=True)
+        ]
+    except (TypeError, ValueError):
+        return
+    found["loras"] = loras
+    del unmapped["loras"], unmapped["loraweights"]
