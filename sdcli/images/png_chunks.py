@@ -21,7 +21,7 @@ _PILLOW_LIMIT = 2**20
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
-class Chunk(NamedTuple):
+class PngChunk(NamedTuple):
     """A chunk's type, and the place and length of its data in the file."""
 
     kind: bytes
@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
     length: int
 
 
-def png_chunks(file: BinaryIO) -> Iterator[Chunk]:
+def png_chunks(file: BinaryIO) -> Iterator[PngChunk]:
     """The chunks of a PNG file up to IEND, or up to where it is damaged; nothing for another file."""
     file.seek(0)
     if file.read(len(SIGNATURE)) != SIGNATURE:
@@ -41,11 +41,11 @@ def png_chunks(file: BinaryIO) -> Iterator[Chunk]:
         length, kind = struct.unpack(">I4s", file.read(8))
         if position + 12 + length > end:
             return
-        yield Chunk(kind, position + 8, length)
+        yield PngChunk(kind, position + 8, length)
         position += 12 + length
 
 
-def chunk_data(file: BinaryIO, chunk: Chunk) -> bytes:
+def chunk_data(file: BinaryIO, chunk: PngChunk) -> bytes:
     """The data of a chunk; of one that is over the limit so much that this can be seen."""
     file.seek(chunk.offset)
     return file.read(min(chunk.length, MAX_UNPACKED + 4096))
@@ -85,7 +85,7 @@ def without_large_chunks(file: Path | io.BytesIO) -> Path | io.BytesIO:
         return _copy(opened, dropped) if dropped else file
 
 
-def _too_large(file: BinaryIO) -> list[Chunk]:
+def _too_large(file: BinaryIO) -> list[PngChunk]:
     dropped, in_all = [], 0
     for chunk in png_chunks(file):
         if chunk.kind not in (*TEXTS, b"iCCP"):
@@ -99,7 +99,7 @@ def _too_large(file: BinaryIO) -> list[Chunk]:
     return dropped
 
 
-def _copy(file: BinaryIO, dropped: list[Chunk]) -> io.BytesIO:
+def _copy(file: BinaryIO, dropped: list[PngChunk]) -> io.BytesIO:
     copy, position = io.BytesIO(), 0
     for chunk in dropped:
         file.seek(position)

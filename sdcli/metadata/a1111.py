@@ -141,8 +141,10 @@ def _without_tags(prompt: str, unmapped: dict[str, Any]) -> tuple[str, tuple[Lor
         if tags.text == prompt:
             break
         prompt = tags.text
-    if refused:
-        unmapped["tags"] = list(dict.fromkeys(refused))
+    for key, kind in {"lora": True, "tags": False}.items():
+        sentences = [one for one in dict.fromkeys(refused) if one.startswith(("<lora:", "<lyco:")) is kind]
+        if sentences:
+            unmapped[key] = "; ".join(sentences)
     return prompt, tuple(loras)
 
 
