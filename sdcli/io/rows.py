@@ -88,9 +88,17 @@ class CsvFile:
     read as the csv module sees fit. `max_cell` is in letters.
     """
 
-    def __init__(self, file: BinaryIO, *, utf8: bool = False, strict: bool = True, max_cell: int = MAX_LINE) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        utf8: bool = False,
+        strict: bool = True,
+        max_cell: int = MAX_LINE,
+        delimiter: str = ",",
+    ) -> None:
         self._utf8, self._strict, self._max_cell = utf8, strict, max_cell
-        self._rows = csv.DictReader(_lines_of(file), restkey="\0", strict=strict)
+        self._rows = csv.DictReader(_lines_of(file), restkey="\0", strict=strict, delimiter=delimiter)
         self._broken_header = ""
         try:
             self.columns: Sequence[str] = self._rows.fieldnames or ()
