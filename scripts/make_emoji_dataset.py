@@ -250,13 +250,15 @@ def slug(label: str) -> str:
 # Images
 
 
-def rasterise(drawing: Drawing, *, size: int, margin: float, transparent: bool) -> Image.Image | None:
+def rasterise(
+    drawing: Drawing, *, size: int, margin: float, transparent: bool, oversampling: int = OVERSAMPLING
+) -> Image.Image | None:
     """Rasterise a drawing to a square image, cropped to its visible part and centred; None if nothing is visible."""
     try:
         import resvg_py  # type: ignore[import-not-found]
     except ImportError:
         sys.exit("resvg-py is needed to rasterise the drawings: pip install resvg-py")
-    data = resvg_py.svg_to_bytes(svg_string=drawing.svg, width=size * OVERSAMPLING, skip_system_fonts=True)
+    data = resvg_py.svg_to_bytes(svg_string=drawing.svg, width=size * oversampling, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(data))) as image:
         whole = image.convert("RGBA")
     box = whole.getchannel("A").getbbox()

@@ -3,7 +3,8 @@
     python scripts/starter/scenes.py WORK WORK/scenes --count 100000 --seed 1
 
 writes tar shards of PNG and caption files that `sdcli train-unet` and `sdcli train-vae` read. WORK is the folder that
-sprites.py wrote. Scene n of a seed is always the same, so a longer set begins with a shorter one.
+sprites.py wrote; images have as many pixels per side as its sprites. Scene n of a seed is always the same, so a longer
+set begins with a shorter one.
 
 The scenes: an object on white, on a colour, in a landscape; recoloured; two, three and four of a kind; two things side
 by side; one riding another; one above another. Every tenth combination is held out (`words.is_held_out`). The words of
@@ -29,7 +30,7 @@ from PIL import Image
 from words import Concept, concepts, is_held_out, plural, singular
 
 SIDE = 128
-"""Width and height in pixels."""
+"""Width and height of the plane in which scenes are planned, and of images unless the sprites are larger."""
 SHARD = 2000
 """Scenes per shard."""
 DEFAULT_STYLE = "fluent-emoji"
@@ -93,14 +94,15 @@ NO_VEHICLES = re.compile(r"stop|sign|light|fuel|road|track|seat|pump|barrier|buo
 class Backdrop(NamedTuple):
     """A background: how it is drawn, its words in captions, and its name (see `Scene.place`)."""
 
-    draw: Callable[[random.Random], np.ndarray]
+    draw: Callable[[random.Random, int], np.ndarray]
+    """From a random source and the pixels per unit of the plane; float32 [side, side, 3], 0..255."""
     words: str
     place: str
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A sprite in a scene: centre and size in pixels, and its new colour."""
+    """A sprite in a scene: centre and size in units of the plane, and its new colour."""
 
     sprite: int
     x: float
@@ -139,8 +141,13 @@ class Composer:
 
     @cached_property
     def sprites(self) -> np.ndarray:
-        """uint8 [sprites, 128, 128, 4], premultiplied RGBA, memory-mapped."""
+        """uint8 [sprites, side, side, 4], premultiplied RGBA, memory-mapped."""
         return np.load(self.work / "sprites.npy", mmap_mode="r")
+
+    @cached_property
+    def scale(self) -> int:
+        """Pixels of an image per unit of the plane."""
+        return self.sprites.shape[1] // SIDE
 
     @cached_property
     def concepts(self) -> list[Concept]:
@@ -177,7 +184,7 @@ class Composer:
         }  # fmt: skip
 
     def scene(self, seed: int, number: int, kinds: Mapping[str, int] = KINDS) -> tuple[Scene, np.ndarray]:
-        """Scene `number` of a seed and its image, uint8 [128, 128, 3]; `kinds` weights the kinds."""
+        """Scene `number` of a seed and its image, uint8 [side, side, 3]; `kinds` weights the kinds."""
         source = random.Random(f"{seed}/{number}")
         kind = source.choices(list(kinds), list(kinds.values()))[0]
         scene = self.plan(kind, source)
@@ -192,13 +199,15 @@ class Composer:
                 return planned
 
     def draw(self, scene: Scene, source: random.Random) -> np.ndarray:
-        """The image of a scene, uint8 [128, 128, 3]."""
-        canvas = scene.backdrop.draw(source)
+        """The image of a scene, uint8 [side, side, 3]."""
+        scale = self.scale
+        canvas = scene.backdrop.draw(source, scale)
         for placed in scene.placed:
             sprite = self.sprites[placed.sprite]
             if placed.colour is not None:
                 sprite = self.recolour(placed.sprite, placed.colour)
-            blend(canvas, sprite[:, ::-1] if placed.mirrored else sprite, placed.x, placed.y, placed.side)
+            x, y, side = placed.x * scale, placed.y * scale, placed.side * scale
+            blend(canvas, sprite[:, ::-1] if placed.mirrored else sprite, x, y, side)
         return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
     # The kinds
@@ -398,7 +407,7 @@ class Composer:
         visible = pixels[..., 3] > 128
         hsv = _hsv(pixels)
         coloured = visible & (hsv[..., 1] > 80) & (hsv[..., 2] > 60)
-        if visible.sum() <= 1500 or coloured.sum() <= 0.45 * visible.sum():
+        if visible.sum() <= 1500 * self.scale**2 or coloured.sum() <= 0.45 * visible.sum():
             return None
         counts = np.bincount(hsv[..., 0][coloured], minlength=256).astype(float)
         near = np.convolve(np.r_[counts[-12:], counts, counts[:12]], np.ones(25), "valid")
@@ -427,7 +436,7 @@ class Composer:
             axis=-1,
         ).astype(np.uint8)
         alpha = pixels[..., 3:].astype(np.float32)
-        rgb = np.asarray(Image.frombytes("HSV", (SIDE, SIDE), new.tobytes()).convert("RGB")).astype(np.float32)
+        rgb = np.asarray(Image.frombytes("HSV", new.shape[:2], new.tobytes()).convert("RGB")).astype(np.float32)
         return np.concatenate([rgb * alpha / 255, alpha], axis=-1).round().astype(np.uint8)
 
 
@@ -458,50 +467,52 @@ def _styled(captions: Sequence[str], style: str, source: random.Random) -> tuple
 
 
 def _hsv(pixels: np.ndarray) -> np.ndarray:
-    """Premultiplied RGBA as HSV, int32 [128, 128, 3], each 0..255."""
+    """Premultiplied RGBA as HSV, int32 [side, side, 3], each 0..255."""
     colours = pixels[..., :3].astype(np.float32) * 255 / np.maximum(pixels[..., 3:], 1)
     rgb = np.clip(colours, 0, 255).astype(np.uint8)
     return np.asarray(Image.fromarray(rgb).convert("HSV")).astype(np.int32)
 
 
 def blend(canvas: np.ndarray, sprite: np.ndarray, x: float, y: float, side: float) -> None:
-    """Blend a sprite, premultiplied uint8 [128, 128, 4], over a float32 image, centred at x, y."""
-    size = max(8, round(side))
+    """Blend a sprite, premultiplied uint8 [S, S, 4], over a float32 image, centred at x, y; all in pixels."""
+    size, whole = max(8, round(side)), canvas.shape[0]
     # Pillow premultiplies RGBA when it resizes, and these are premultiplied already: CMYK is four plain bands.
-    image = Image.frombytes("CMYK", (SIDE, SIDE), np.ascontiguousarray(sprite).tobytes())
-    if size != SIDE:
+    image = Image.frombytes("CMYK", sprite.shape[:2], np.ascontiguousarray(sprite).tobytes())
+    if size != image.width:
         image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     layer = np.asarray(image).astype(np.float32)
     left, top = round(x - size / 2), round(y - size / 2)
-    x0, y0, x1, y1 = max(0, left), max(0, top), min(SIDE, left + size), min(SIDE, top + size)
+    x0, y0, x1, y1 = max(0, left), max(0, top), min(whole, left + size), min(whole, top + size)
     if x1 > x0 and y1 > y0:
         part = layer[y0 - top : y1 - top, x0 - left : x1 - left]
         canvas[y0:y1, x0:x1] *= 1 - part[..., 3:] / 255
         canvas[y0:y1, x0:x1] += part[..., :3]
 
 
-# Backdrops: float32 [128, 128, 3], 0..255
+# Backdrops: float32 [side, side, 3], 0..255. Their numbers are units of the plane, which `scale` converts to pixels.
 
 
-def plain(colour: Sequence[float]) -> np.ndarray:
-    return np.ones((SIDE, SIDE, 3), np.float32) * np.array(colour, np.float32)
+def plain(colour: Sequence[float], scale: int = 1) -> np.ndarray:
+    return np.ones((SIDE * scale, SIDE * scale, 3), np.float32) * np.array(colour, np.float32)
 
 
-def gradient(top: Sequence[float], bottom: Sequence[float], rows: int = SIDE) -> np.ndarray:
-    share = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
+def gradient(top: Sequence[float], bottom: Sequence[float], scale: int = 1, rows: int = SIDE) -> np.ndarray:
+    share = np.linspace(0, 1, rows * scale, dtype=np.float32)[:, None, None]
     return (
         np.array(top, np.float32) * (1 - share)
         + np.array(bottom, np.float32) * share
-        + np.zeros((1, SIDE, 1), np.float32)
+        + np.zeros((1, SIDE * scale, 1), np.float32)
     )
 
 
-def landscape(sky: tuple[Colour, Colour], ground: tuple[Colour, Colour], horizon: int = 82) -> np.ndarray:
-    return np.concatenate([gradient(*sky, horizon), gradient(*ground, SIDE - horizon)])
+def landscape(
+    sky: tuple[Colour, Colour], ground: tuple[Colour, Colour], scale: int = 1, horizon: int = 82
+) -> np.ndarray:
+    return np.concatenate([gradient(*sky, scale, horizon), gradient(*ground, scale, SIDE - horizon)])
 
 
-def _white(source: random.Random) -> np.ndarray:
-    return plain((255, 255, 255))
+def _white(source: random.Random, scale: int) -> np.ndarray:
+    return plain((255, 255, 255), scale)
 
 
 def _coloured(source: random.Random) -> Backdrop:
@@ -509,10 +520,12 @@ def _coloured(source: random.Random) -> Backdrop:
     colour = np.clip(np.array(BACKGROUNDS[name]) + [source.gauss(0, 6) for _ in range(3)], 0, 255)
     if source.random() < 0.2:
         return Backdrop(
-            lambda _: gradient(colour, colour * 0.6 + 100), f" on {singular(name)} gradient background", name
+            lambda _, scale: gradient(colour, colour * 0.6 + 100, scale),
+            f" on {singular(name)} gradient background",
+            name,
         )
     words = source.choice([f" on {singular(name)} background"] * 3 + [f", {name} background"])
-    return Backdrop(lambda _: plain(colour), words, name)
+    return Backdrop(lambda _, scale: plain(colour, scale), words, name)
 
 
 def _mostly_white(source: random.Random) -> Backdrop:
@@ -521,66 +534,70 @@ def _mostly_white(source: random.Random) -> Backdrop:
     return _coloured(source)
 
 
-def _with_stars(canvas: np.ndarray, source: random.Random, count: int, rows: int) -> np.ndarray:
+def _with_stars(canvas: np.ndarray, source: random.Random, scale: int, count: int, rows: int) -> np.ndarray:
     for _ in range(count):
         x, y, size = source.randrange(127), source.randrange(rows - 1), 1 + (source.random() < 0.4)
-        canvas[y : y + size, x : x + size] = 255
+        canvas[y * scale : (y + size) * scale, x * scale : (x + size) * scale] = 255
     return canvas
 
 
-def _beach(source: random.Random) -> np.ndarray:
-    canvas = landscape(((120, 190, 250), (210, 235, 255)), ((245, 220, 160), (230, 200, 130)))
-    canvas[70:84] = (60, 140, 210)
+def _beach(source: random.Random, scale: int) -> np.ndarray:
+    canvas = landscape(((120, 190, 250), (210, 235, 255)), ((245, 220, 160), (230, 200, 130)), scale)
+    canvas[70 * scale : 84 * scale] = (60, 140, 210)
     return canvas
 
 
-def _night(source: random.Random) -> np.ndarray:
-    return _with_stars(landscape(((10, 15, 50), (40, 50, 100)), ((30, 60, 45), (20, 40, 30))), source, 30, 75)
+def _night(source: random.Random, scale: int) -> np.ndarray:
+    canvas = landscape(((10, 15, 50), (40, 50, 100)), ((30, 60, 45), (20, 40, 30)), scale)
+    return _with_stars(canvas, source, scale, 30, 75)
 
 
-def _space(source: random.Random) -> np.ndarray:
-    return _with_stars(plain((8, 8, 25)), source, 60, SIDE)
+def _space(source: random.Random, scale: int) -> np.ndarray:
+    return _with_stars(plain((8, 8, 25), scale), source, scale, 60, SIDE)
 
 
-def _forest(source: random.Random) -> np.ndarray:
-    canvas = landscape(((150, 200, 190), (205, 230, 205)), ((60, 110, 55), (45, 85, 45)), 88)
+def _forest(source: random.Random, scale: int) -> np.ndarray:
+    canvas = landscape(((150, 200, 190), (205, 230, 205)), ((60, 110, 55), (45, 85, 45)), scale, 88)
     for x in range(-8, SIDE, 16):
-        middle, height = x + source.uniform(0, 8), source.uniform(50, 76)
-        for row in range(int(92 - height), 92):
-            half = (row - (92 - height)) * 14 / height
+        middle, height = (x + source.uniform(0, 8)) * scale, source.uniform(50, 76)
+        top = (92 - height) * scale
+        for row in range(int(top), 92 * scale):
+            half = (row - top) * 14 / height
             canvas[row, max(0, int(middle - half)) : max(0, int(middle + half))] = (35, 95, 55)
     return canvas
 
 
-def _mountains(source: random.Random) -> np.ndarray:
-    canvas = landscape(((120, 180, 240), (215, 235, 250)), ((125, 185, 95), (90, 150, 70)), 88)
+def _mountains(source: random.Random, scale: int) -> np.ndarray:
+    canvas = landscape(((120, 180, 240), (215, 235, 250)), ((125, 185, 95), (90, 150, 70)), scale, 88)
     for middle in (source.uniform(10, 40), source.uniform(85, 115), source.uniform(50, 75)):
-        top = source.uniform(18, 40)
-        for row in range(int(top), 88):
+        top = source.uniform(18, 40) * scale
+        for row in range(int(top), 88 * scale):
             half = (row - top) * 0.75
-            shade = (245, 248, 252) if row < top + 14 else (125, 130, 150)
-            canvas[row, max(0, int(middle - half)) : max(0, int(middle + half))] = shade
+            shade = (245, 248, 252) if row < top + 14 * scale else (125, 130, 150)
+            canvas[row, max(0, int(middle * scale - half)) : max(0, int(middle * scale + half))] = shade
     return canvas
 
 
-def _city(source: random.Random) -> np.ndarray:
-    canvas = landscape(((150, 195, 235), (220, 232, 242)), ((120, 122, 128), (95, 97, 103)), 96)
+def _city(source: random.Random, scale: int) -> np.ndarray:
+    canvas = landscape(((150, 195, 235), (220, 232, 242)), ((120, 122, 128), (95, 97, 103)), scale, 96)
     for x in range(0, SIDE, 18):
         top, shade = source.randrange(20, 58), source.uniform(0.8, 1.15)
-        canvas[top:96, x : x + 16] = np.array((98, 112, 140)) * shade
-        canvas[top + 4 : 94 : 8, x + 3 : x + 14 : 5] = (250, 225, 140)
+        canvas[top * scale : 96 * scale, x * scale : (x + 16) * scale] = np.array((98, 112, 140)) * shade
+        for row in range(top + 4, 94, 8):  # windows
+            for column in range(x + 3, min(x + 14, SIDE), 5):
+                canvas[row * scale : (row + 1) * scale, column * scale : (column + 1) * scale] = (250, 225, 140)
     return canvas
 
 
-LANDSCAPES: dict[str, Callable[[random.Random], np.ndarray]] = {
-    "field": lambda _: landscape(((110, 180, 245), (200, 230, 255)), ((110, 190, 80), (70, 150, 60))),
+LANDSCAPES: dict[str, Callable[[random.Random, int], np.ndarray]] = {
+    "field": lambda _, scale: landscape(((110, 180, 245), (200, 230, 255)), ((110, 190, 80), (70, 150, 60)), scale),
     "beach": _beach,
     "night": _night,
-    "snow": lambda _: landscape(((170, 200, 230), (220, 235, 245)), ((250, 252, 255), (225, 235, 245))),
-    "desert": lambda _: landscape(((120, 190, 240), (240, 230, 200)), ((235, 190, 110), (215, 160, 85))),
-    "underwater": lambda _: gradient((90, 190, 230), (10, 60, 130)),
+    "snow": lambda _, scale: landscape(((170, 200, 230), (220, 235, 245)), ((250, 252, 255), (225, 235, 245)), scale),
+    "desert": lambda _, scale: landscape(((120, 190, 240), (240, 230, 200)), ((235, 190, 110), (215, 160, 85)), scale),
+    "underwater": lambda _, scale: gradient((90, 190, 230), (10, 60, 130), scale),
     "space": _space,
-    "sunset": lambda _: landscape(((90, 60, 130), (250, 150, 80)), ((70, 50, 60), (40, 30, 40))),
+    "sunset": lambda _, scale: landscape(((90, 60, 130), (250, 150, 80)), ((70, 50, 60), (40, 30, 40)), scale),
     "forest": _forest,
     "mountains": _mountains,
     "city": _city,
@@ -629,7 +646,7 @@ def write_shard(shard: Shard) -> Path:
 
 def most_detailed_crop(image: np.ndarray, side: int, source: random.Random) -> np.ndarray:
     """The crop with the most contrast of three random ones: a VAE learns nothing from a white background."""
-    free = SIDE - side
+    free = image.shape[0] - side
     spots = [(source.randint(0, free), source.randint(0, free)) for _ in range(3)]
     windows = [image[y : y + side, x : x + side] for x, y in spots]
     return max(windows, key=lambda window: float(window.std()))

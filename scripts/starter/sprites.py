@@ -3,7 +3,8 @@
     pip install resvg-py
     python scripts/starter/sprites.py WORK
 
-writes WORK/sprites.npy, uint8 [sprites, 128, 128, 4], premultiplied RGBA, and WORK/sprites.json, a line for each.
+writes WORK/sprites.npy, uint8 [sprites, 128, 128, 4], premultiplied RGBA, and WORK/sprites.json, a line for each. With
+--side 256, sprites have 256 pixels per side, and scenes.py composes images of that size.
 `npm pack` downloads the packages to WORK/packages, once. The same packages give the same files. WORK/SOURCES.md names
 the packages and their licences.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -22,8 +24,10 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import make_emoji_dataset as emoji
 
-SIDE = 128
-"""Width and height in pixels."""
+SIDES = (128, 256)
+"""Width and height in pixels: the first is the default."""
+RASTER = 512
+"""Width and height in pixels at which the drawings are rasterised before they are cropped and reduced."""
 STYLES = ("fluent-emoji", "fluent-emoji-flat", "noto", "twemoji")
 
 GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
@@ -63,7 +67,10 @@ NOT_A_VARIANT = re.compile(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="the folder to write to")
-    work = parser.parse_args().work
+    parser.add_argument("--side", type=int, choices=SIDES, default=SIDES[0], help="pixels per side (%(default)s)")
+    parser.add_argument("--processes", type=int, help="number of processes (default: one per core)")
+    chosen = parser.parse_args()
+    work = chosen.work
     packages = work / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     wanted = [emoji.NAMES, *(f"@iconify-json/{style}" for style in STYLES)]
@@ -75,8 +82,8 @@ def main() -> None:
     subgroups = {entry["hexcode"]: names["subgroups"].get(str(entry.get("subgroup"))) for entry in entries}
     concepts = [one for one in emoji.select(entries, names, None) if is_concept(one, subgroups[one.code])]
     drawings = [drawing for style in STYLES for drawing in emoji.drawings(packages, style, concepts)]
-    with Pool() as pool:
-        drawn = pool.map(sprite, drawings, chunksize=16)
+    with Pool(chosen.processes) as pool:
+        drawn = pool.map(partial(sprite, side=chosen.side), drawings, chunksize=16)
     lines, pixels = [], []
     for drawing, image in zip(drawings, drawn, strict=True):
         if image is not None:
@@ -102,11 +109,11 @@ def is_concept(one: emoji.Emoji, subgroup: str | None) -> bool:
     return not VARIANT.search(one.label) or bool(NOT_A_VARIANT.search(one.label)) or one.label == "alarm clock"
 
 
-def sprite(drawing: emoji.Drawing) -> np.ndarray | None:
-    """A drawing as uint8 [128, 128, 4], premultiplied RGBA; None if nothing is visible."""
-    image = emoji.rasterise(drawing, size=SIDE, margin=0.0, transparent=True)
+def sprite(drawing: emoji.Drawing, *, side: int = SIDES[0]) -> np.ndarray | None:
+    """A drawing as uint8 [side, side, 4], premultiplied RGBA; None if nothing is visible."""
+    image = emoji.rasterise(drawing, size=side, margin=0.0, transparent=True, oversampling=RASTER // side)
     # "RGBa" is Pillow's premultiplied mode, which tobytes preserves.
-    return None if image is None else np.frombuffer(image.convert("RGBa").tobytes(), np.uint8).reshape(SIDE, SIDE, 4)
+    return None if image is None else np.frombuffer(image.convert("RGBa").tobytes(), np.uint8).reshape(side, side, 4)
 
 
 if __name__ == "__main__":

@@ -18,21 +18,24 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from sdcli.data.sources import open_images
+from sdcli.models.loader import load_model
+from sdcli.models.registry import load_registry
 from sdcli.training.config_files import settings_from
 from sdcli.training.text_encoder.settings import TextSettings
 from sdcli.training.unet.settings import UnetSettings
 from sdcli.training.vae.settings import VaeSettings
+from sdcli.vae.autoencoder import cell
 from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts" / "starter"
 NAMES = (
     "words", "scenes", "judge", "evaluate", "texts", "wordnet", "meanings", "synonyms", "sprites", "assemble", "parts",
-    "train",
+    "train", "sharpness", "pairs", "perception", "enlarge",
 )  # fmt: skip
 
 THINGS = [
@@ -72,14 +75,24 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What sprites.py would have written: a disc or a square for each thing and style."""
-    folder = tmp_path_factory.mktemp("work")
-    pixels, lines = [], []
+    return drawn_work(tmp_path_factory.mktemp("work"), 128)
+
+
+@pytest.fixture(scope="module")
+def large_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same things, as `sprites.py --side 256` would have drawn them."""
+    return drawn_work(tmp_path_factory.mktemp("large"), 256)
+
+
+def drawn_work(folder: Path, side: int) -> Path:
+    pixels, lines, scale = [], [], side // 128
     for number, (label, group, subgroup, colour) in enumerate(THINGS):
         for style in STYLES[: 3 if label == "cook" else 4]:
-            image = Image.new("RGBA", (128, 128))
+            image = Image.new("RGBA", (side, side))
             draw = ImageDraw.Draw(image)
-            (draw.ellipse if number % 2 else draw.rectangle)((10, 4 * (number % 8), 117, 117), fill=colour)
-            pixels.append(np.frombuffer(image.convert("RGBa").tobytes(), np.uint8).reshape(128, 128, 4))
+            box = (10 * scale, 4 * (number % 8) * scale, 118 * scale - 1, 118 * scale - 1)
+            (draw.ellipse if number % 2 else draw.rectangle)(box, fill=colour)
+            pixels.append(np.frombuffer(image.convert("RGBa").tobytes(), np.uint8).reshape(side, side, 4))
             facts = {"label": label, "style": style, "group": group, "subgroup": subgroup}
             lines.append(json.dumps(facts | {"tags": ["puppy", "thing", label.split()[-1]]}))
     np.save(folder / "sprites.npy", np.stack(pixels))
@@ -172,6 +185,133 @@ def test_a_laid_sprite_has_no_rim_of_another_colour(scripts: dict[str, ModuleTyp
     before = canvas.copy()
     scenes.blend(canvas, sprite, -300, 64, 40)
     assert np.array_equal(canvas, before), "a sprite outside of the canvas changes nothing"
+
+
+def test_a_scene_of_256_pixels_is_that_of_128_in_more_detail(
+    scripts: dict[str, ModuleType], work: Path, large_work: Path
+) -> None:
+    scenes, pairs = scripts["scenes"], scripts["pairs"]
+    small, large = scenes.Composer(work), scenes.Composer(large_work)
+    source = random.Random(4)
+    for kind in scenes.KINDS:
+        for _ in range(6):
+            scene, seed = small.plan(kind, source), source.random()
+            image, detailed = small.draw(scene, random.Random(seed)), large.draw(scene, random.Random(seed))
+            assert detailed.shape == (256, 256, 3)
+            reduced = pairs.halved(detailed[None])[0].permute(1, 2, 0).numpy() * 255
+            error = np.abs(reduced - image).mean()
+            assert error < 5, (scene, error)
+    for place, draw in scenes.LANDSCAPES.items():
+        one, two = (draw(random.Random(1), scale) for scale in (1, 2))
+        assert np.abs(two.reshape(128, 2, 128, 2, 3).mean(axis=(1, 3)) - one).mean() < 3, place
+
+
+def test_the_width_of_an_outline_is_that_of_the_blur(scripts: dict[str, ModuleType]) -> None:
+    width = scripts["sharpness"].outline_width
+    y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    radius = ((x - 128).square() + (y - 125).square()).sqrt()
+
+    def disc(sigma: float, contrast: float = 1.0) -> torch.Tensor:
+        return (1 - contrast * torch.special.ndtr((60 - radius) / sigma)).expand(1, 3, -1, -1)
+
+    for sigma in (1.0, 2.0, 3.0):
+        assert width(disc(sigma)) == pytest.approx(2.56 * sigma, abs=0.3)
+    assert width(disc(2, 0.5)) == pytest.approx(2.56 * 2, abs=0.3), "independent of the contrast"
+    assert np.isnan(width(disc(2, 0.1))), "too faint"
+
+
+@pytest.fixture(scope="module")
+def starter_vae() -> AutoencoderTiny:
+    spec = load_registry().find("starter")
+    return load_model(spec, device="cpu", dtype="float32", parts=("vae",)).vae.requires_grad_(False)
+
+
+def test_an_enlarged_vae_starts_with_the_old_latents_and_the_old_image(
+    scripts: dict[str, ModuleType], large_work: Path, starter_vae: AutoencoderTiny
+) -> None:
+    torch.manual_seed(0)
+    new = scripts["enlarge"].enlarged(starter_vae)
+    assert cell(new) == 16
+    image = scripts["scenes"].Composer(large_work).scene(1, 2)[1][None]
+    large = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        wanted = starter_vae.encoder(scripts["pairs"].halved(image) * 2 - 1)
+        found = new.encoder(large)
+        assert found.shape == wanted.shape == (1, 8, 16, 16)
+        assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
+        drawn = new.decoder(wanted)
+        enlarged = torch.nn.functional.interpolate(starter_vae.decoder(wanted), scale_factor=2.0)
+        assert drawn.shape == (1, 3, 256, 256)
+        assert (drawn - enlarged).square().mean().sqrt() < 0.02
+        # a window is that part of the whole, except near its inner borders
+        window = scripts["enlarge"].decode_window(new.decoder, wanted, torch.tensor([[0, 16]]))
+        assert torch.allclose(window[..., :40, -40:], drawn[..., :40, -40:], atol=1e-3)
+
+
+def test_latents_return_from_the_unet_the_nearer_the_less_noise_was_added(
+    scripts: dict[str, ModuleType], large_work: Path
+) -> None:
+    pairs = scripts["pairs"]
+    denoise = pairs.Denoise(load_model(load_registry().find("starter"), device="cpu", dtype="float32"))
+    images, latents = pairs.shard(scripts["scenes"].Composer(large_work), denoise, 3, range(4))
+    assert images.shape == (4, 256, 256, 3)
+    assert latents.shape == (4, 3, 8, 16, 16)
+    clean, light, heavy = (latents[:, kind].astype(np.float32) for kind in range(3))
+    assert 0.02 < np.abs(light - clean).mean() < np.abs(heavy - clean).mean()
+    almost = denoise(torch.from_numpy(clean), ["a horse"] * 4, [0.002] * 4, seed=1)
+    assert np.abs(almost.numpy() - clean).mean() < 0.06
+
+
+def test_perception_compares_images_and_its_windows_have_their_truth(
+    scripts: dict[str, ModuleType], large_work: Path
+) -> None:
+    perception = scripts["perception"]
+    composers = {s: scripts["scenes"].Composer(large_work, styles=[s], shares=[1]) for s in STYLES[:3]}
+    images, truth = perception.windows(composers, random.Random(0), 8)
+    assert images.shape == (8, 3, 128, 128)
+    assert images.abs().max() <= 1
+    assert (truth.amax(0) < torch.tensor([len(THINGS), 3, 4])).all()
+    torch.manual_seed(0)
+    network = perception.Perception(len(THINGS)).eval()
+    assert torch.equal(network.distance(images, images), torch.zeros(8))
+    near, far = (network.distance(images, perception.blurred(images, size)).mean() for size in (2, 5))
+    assert 0 < near < far
+
+
+def test_training_an_enlarged_vae_continues_as_if_it_had_not_been_interrupted(
+    scripts: dict[str, ModuleType], tmp_path: Path, starter_vae: AutoencoderTiny
+) -> None:
+    enlarge = scripts["enlarge"]
+    (tmp_path / "pairs").mkdir()
+    noise = np.random.default_rng(0)
+    np.save(tmp_path / "pairs" / "000-images.npy", noise.integers(0, 255, (3, 256, 256, 3), np.uint8))
+    np.save(tmp_path / "pairs" / "000-latents.npy", noise.normal(size=(3, 3, 8, 16, 16)).astype(np.float16))
+    pairs = enlarge.Pairs(tmp_path / "pairs")
+    plan = enlarge.Plan(steps=4, batch=1, encoder_steps=2, discriminator_start=1)
+    torch.manual_seed(0)
+    perception = scripts["perception"].Perception(17).eval().requires_grad_(False)
+    whole = enlarge.Training(plan, starter_vae, perception)
+    before = {name: value.clone() for name, value in whole.vae.state_dict().items()}
+    for _ in range(3):
+        whole.advance(pairs)
+    assert all(
+        not torch.equal(value, before[name]) for name, value in whole.vae.state_dict().items() if "weight" in name
+    )
+    assert set(whole.figures) == {"encoder", "l1", "structure", "perception", "real", "fake"}
+
+    first = enlarge.Training(plan, starter_vae, perception)
+    first.advance(pairs)
+    first.save(tmp_path)
+    second = enlarge.Training(plan, starter_vae, perception)
+    second.load(tmp_path)
+    assert second.step == 1
+    second.advance(pairs)
+    second.advance(pairs)
+    for name, value in whole.vae.state_dict().items():
+        assert torch.equal(value, second.vae.state_dict()[name]), name
+    assert second.figures == whole.figures
+    saved = AutoencoderTiny.from_pretrained(tmp_path / "vae")
+    assert cell(saved) == 16
 
 
 def test_shards_are_read_by_the_trainers_and_a_longer_set_goes_on_from_a_shorter_one(
