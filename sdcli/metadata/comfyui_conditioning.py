@@ -94,8 +94,6 @@ ENCODERS: dict[str, tuple[str, ...]] = {
 }
 """Text encoders: their texts, the one that becomes the prompt first."""
 
-_ONE_INPUT = ("conditioning", "conditioning_1", "conditioning_to")
-
 
 class _Conditioning:
     """Walks conditioning nodes, each once."""
@@ -131,7 +129,7 @@ class _Conditioning:
             if side is None or side not in links or (side != role and kind not in _TWO_SIDED):
                 return Prompt(why_not=f"{described(output)} is not understood")
             return replace(self.read(links[side], role, depth), changed=True)
-        names = [name for name in _ONE_INPUT if name in links]
+        names = [name for name in links if name.startswith("cond")]
         names = names or (list(links) if len(links) == 1 and "clip" not in links else [])
         if len(names) != 1 or output.slot != 0:
             return Prompt(why_not=f"{described(output)} is not understood", clips=self._clips(node))

@@ -35,6 +35,7 @@ class Graph:
 
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         self.nodes = nodes
+        self._links: dict[str, dict[str, Output]] = {}
         self._users = {output.node.id for node in nodes.values() for output in self.links(node).values()}
 
     def is_link(self, value: Any) -> bool:
@@ -60,8 +61,10 @@ class Graph:
 
     def links(self, node: Node) -> dict[str, Output]:
         """The inputs of a node that are linked to a node that is there."""
-        found = {name: self.linked(value) for name, value in node.inputs.items()}
-        return {name: output for name, output in found.items() if output is not None}
+        if node.id not in self._links:
+            found = {name: self.linked(value) for name, value in node.inputs.items()}
+            self._links[node.id] = {name: output for name, output in found.items() if output is not None}
+        return self._links[node.id]
 
     def upstream(self, roots: list[Node]) -> list[Node]:
         """The nodes and all that they are made from, nearest first."""

@@ -78,7 +78,7 @@ class _Lora:
 
 def _loras(reading: Reading, models: list[Node], encoders: list[list[Node]]) -> None:
     loras = []
-    for node in dict.fromkeys([*models, *(one for chain in encoders for one in chain)]):
+    for node in dict.fromkeys(node for chain in (models, *encoders) for node in reversed(chain)):
         in_model, in_encoders = node in models, [node in chain for chain in encoders]
         if any(in_encoders) != all(in_encoders) or (in_model and not encoders and node.kind != "LoraLoaderModelOnly"):
             continue  # for one of the prompts alone, or not known for which
@@ -87,6 +87,7 @@ def _loras(reading: Reading, models: list[Node], encoders: list[list[Node]]) -> 
         except Unknown:
             continue
         for lora in found:
+            unused = {"strength_model": not in_model, "strength_clip": not any(in_encoders)}
             loras.append(
                 {
                     "path": lora.name,
@@ -94,12 +95,13 @@ def _loras(reading: Reading, models: list[Node], encoders: list[list[Node]]) -> 
                     "text_weight": lora.text_weight if any(in_encoders) else 0,
                 }
             )
-            reading.ignore(node, *lora.inputs)
+            reading.ignore(node, *(name for name in lora.inputs if not unused.get(name)))
         if found:
             reading.understand(node)
     if loras:
         reading.found["loras"] = loras
-    left = [node for node in models if "lora_name" in node.inputs and not reading.is_understood(node)]
+        return
+    left = [node for node in models if "lora_name" in node.inputs]
     if left:
         reading.unmapped["loras"] = [reading.peek(node, "lora_name") for node in left]
     for node in left:
@@ -116,7 +118,7 @@ def _loras_of(reading: Reading, node: Node) -> list[_Lora]:
         if not isinstance(name, str) or not all(_is_number(weight) for weight in weights):
             raise Unknown("is of the wrong type")
         for one in known:
-            reading.take(one)
+            reading.take(one, but=node)
         return [_Lora(lora_word(name), weights[0], weights[1] if len(weights) > 1 else 0, node, tuple(inputs))]
     if node.kind == "Power Lora Loader (rgthree)":
         return [lora for name, value in node.inputs.items() if (lora := _power_lora(node, name, value)) is not None]

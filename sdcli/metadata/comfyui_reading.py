@@ -54,10 +54,11 @@ class Reading:
             self.unmapped[name] = f"not known: it {error}"
             return None
 
-    def take(self, known: Known) -> None:
-        """Count a value as taken over, and the nodes that computed it as understood."""
-        self._taken |= known.sources
-        self._understood |= {id for id, _ in known.sources}
+    def take(self, known: Known, *, but: Node | None = None) -> None:
+        """Count a value as taken over, and the nodes that computed it as understood, `but` for a node's own input."""
+        sources = {(id, name) for id, name in known.sources if but is None or id != but.id}
+        self._taken |= sources
+        self._understood |= {id for id, _ in sources}
 
     def ignore(self, node: Node, *names: str) -> None:
         """Count inputs as settled: they have no effect, or are said already."""
@@ -66,9 +67,6 @@ class Reading:
     def understand(self, node: Node) -> None:
         """Count a node as followed: only its inputs that are not taken over are named, and it is not."""
         self._understood.add(node.id)
-
-    def is_understood(self, node: Node) -> bool:
-        return node.id in self._understood
 
     def include(self, other: Reading) -> None:
         """Count what another reading took over as taken over, too."""
