@@ -13,19 +13,21 @@ from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt,
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.help import App
 from sdcli.cli.ui.progress import counted
-from sdcli.errors import BadImage, SdcliError, UsageError
+from sdcli.errors import BadImage, SdcliError, SomeFailed, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import load_registry
-from sdcli.request.schema import parse_size
-from sdcli.training.settings import cache_folder
+from sdcli.training.config_files import settings_from
+from sdcli.training.settings import ImageSettings, cache_folder
 
 if TYPE_CHECKING:
-    from sdcli.data.buckets import BucketFill, Bucketing
+    from sdcli.data.buckets import BucketFill
     from sdcli.data.inspection import Inspection
     from sdcli.data.records import ImageSet
 
 app = App(help="Examine training images before training, cache their latents, and pack them into shards.")
 
+SIZE_STEP = 8
+"""Sides are multiples of this, in pixels, as for the models in latent space."""
 TINY = 64
 """Images with a shorter side, in pixels, are mentioned."""
 
@@ -59,10 +61,29 @@ ResolutionOpt = Annotated[
     typer.Option("--resolution", metavar="N|WxH", help="Show the aspect-ratio buckets for this size in pixels."),
 ]
 BucketStepOpt = Annotated[
-    int, typer.Option("--bucket-reso-steps", min=8, metavar="PIXELS", help="Step between the sides of buckets.")
+    int | None,
+    typer.Option(
+        "--bucket-reso-steps",
+        min=8,
+        metavar="PIXELS",
+        show_default="1/8 of the resolution",
+        help="Step between the sides of buckets.",
+    ),
 ]
 BatchSizeOpt = Annotated[
-    int | None, typer.Option("--train-batch-size", min=1, help="Show how many images batches of this size repeat.")
+    int | None,
+    typer.Option(
+        "--train-batch-size",
+        min=1,
+        help="Show the buckets of training with so many samples a step (over all processes and micro-batches): without "
+        "the images held out for validation, and with small buckets merged.",
+    ),
+]
+ValidationSplitOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--validation-split", min=0, max=0.99, show_default="0.05", help="Share of images that training holds out."
+    ),
 ]
 WorkersOpt = Annotated[
     int | None, typer.Option("--workers", min=1, max=256, help="Threads that read images.", show_default="one per CPU")
@@ -78,8 +99,9 @@ def check(
     caption_extension: CaptionExtensionOpt = ".txt",
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Accept missing captions.")] = False,
     resolution: ResolutionOpt = None,
-    bucket_reso_steps: BucketStepOpt = 64,
+    bucket_reso_steps: BucketStepOpt = None,
     train_batch_size: BatchSizeOpt = None,
+    validation_split: ValidationSplitOpt = None,
     workers: WorkersOpt = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -92,7 +114,7 @@ def check(
     from sdcli.data.duplicates import same_bytes, similar
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    bucketing = _bucketing(resolution, bucket_reso_steps, train_batch_size)
+    framing = _framing(resolution, bucket_reso_steps, train_batch_size, validation_split)
     images = _open(data, split, image_column, caption_column, caption_extension)
     found = _examined(images, console, workers)
     lost_captions = 0 if unconditional else len(found.uncaptioned)
@@ -101,8 +123,8 @@ def check(
     captions = Counter(images[index].captions for index in _every(found) if images[index].captions)
     repeated = {texts: count for texts, count in captions.items() if count > 1} if not images.classes else {}
     tiny = [index for index in _every(found) if 0 < found.sizes[index].min() < TINY and images.kind == "pictures"]
-    fills = _fills(found, bucketing, train_batch_size)
-    problems = _problems(len(found.dropped), lost_captions, len(found.used))
+    fills = _fills(images, found, framing)
+    problems = _problems(len(found.dropped), lost_captions, len(found.used), lost=0 if unconditional else found.lost)
     if json:
         names = lambda groups: [[images[index].name for index in group] for group in groups]  # noqa: E731
         console.result(
@@ -145,8 +167,9 @@ def stats(
     caption_column: CaptionColumnOpt = None,
     caption_extension: CaptionExtensionOpt = ".txt",
     resolution: ResolutionOpt = None,
-    bucket_reso_steps: BucketStepOpt = 64,
+    bucket_reso_steps: BucketStepOpt = None,
     train_batch_size: BatchSizeOpt = None,
+    validation_split: ValidationSplitOpt = None,
     model: ModelOpt = None,
     models_file: ModelsFileOpt = None,
     workers: WorkersOpt = None,
@@ -159,7 +182,7 @@ def stats(
     With -m MODEL caption lengths are also counted in tokens of its text encoder.
     """
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    bucketing = _bucketing(resolution, bucket_reso_steps, train_batch_size)
+    framing = _framing(resolution, bucket_reso_steps, train_batch_size, validation_split)
     tokenizer = None
     if model is not None:
         from sdcli.encoders.tokenizer import load_tokenizer
@@ -176,7 +199,7 @@ def stats(
         counts = [tokenizer(caption).count for caption in captions]
         cut = sum(count > tokenizer.max_length - 2 for count in counts)
         tokens = {**_spread(counts), "limit": tokenizer.max_length - 2, "cut": cut}
-    fills = _fills(found, bucketing, train_batch_size)
+    fills = _fills(images, found, framing)
     if json:
         console.result(
             "",
@@ -249,8 +272,11 @@ def shard(
     if images.kind != "pictures":
         raise UsageError(f"{data} holds latents; shards hold images")
     found = _examined(images, console, workers)
+    for line in found.warnings():
+        console.warn(line)
     for line in found.report():
-        console.note(line)
+        if line.strip() not in found.warnings():
+            console.note(line)
     if not len(found.used):
         raise BadImage(f"{data} has no usable image")
     mixed = not images.streamed if shuffle is None else shuffle
@@ -267,6 +293,9 @@ def shard(
     for written in shards:  # reported at the end, when all exist
         path = str(output / written.name)
         console.result(path, path=path, pictures=written.images, bytes=written.size)
+    if found.dropped:
+        total = len(found.used) + len(found.dropped)
+        raise SomeFailed(f"{len(found.dropped):,} of {total:,} images were dropped; the others are in the shards")
 
 
 # Shared by the commands
@@ -289,8 +318,9 @@ def _every(found: Inspection) -> list[int]:
     return [int(index) for index in found.used]
 
 
-def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
+def _problems(dropped: int, uncaptioned: int, used: int, *, lost: int) -> list[str]:
     problems = [f"{dropped:,} dropped"] if dropped else []
+    problems += [f"{lost:,} caption files or tables not read"] if lost else []
     problems += [f"{uncaptioned:,} without a caption (--unconditional allows that)"] if uncaptioned else []
     return problems or ([] if used else ["no images"])
 
@@ -298,25 +328,40 @@ def _problems(dropped: int, uncaptioned: int, used: int) -> list[str]:
 # Buckets
 
 
-def _bucketing(resolution: str | None, step: int, batch_size: int | None) -> Bucketing | None:
-    """The buckets of --resolution. Raises UsageError."""
+def _framing(
+    resolution: str | None, step: int | None, batch_size: int | None, validation_split: float | None
+) -> ImageSettings | None:
+    """The settings of a training with buckets, None without --resolution. Raises UsageError."""
+    typed = {"train_batch_size": batch_size, "validation_split": validation_split, "bucket_reso_steps": step}
     if resolution is None:
-        if batch_size is not None:
-            raise UsageError("--train-batch-size has no effect without --resolution")
+        for name, value in typed.items():
+            if value is not None:
+                raise UsageError(f"--{name.replace('_', '-')} has no effect without --resolution")
         return None
-    from sdcli.data.buckets import Bucketing, bucket_sizes
+    if validation_split is not None and batch_size is None:
+        raise UsageError("--validation-split has no effect without --train-batch-size")
+    values = {"train_batch_size": 1, **{name: value for name, value in typed.items() if value is not None}}
+    if batch_size is None:
+        values["validation_split"] = 0.0
+    return settings_from(ImageSettings, {"resolution": resolution.strip(), "enable_bucket": True, **values})
 
-    size = parse_size(f"{resolution}x{resolution}" if resolution.strip().isdigit() else resolution)
-    return Bucketing(bucket_sizes(size, step=step))
 
-
-def _fills(found: Inspection, bucketing: Bucketing | None, batch_size: int | None) -> list[BucketFill]:
-    if bucketing is None:
+def _fills(images: ImageSet, found: Inspection, framing: ImageSettings | None) -> list[BucketFill]:
+    """The buckets as the trainers make them."""
+    if framing is None:
         return []
     from sdcli.data.buckets import bucket_fills
+    from sdcli.training.inputs.image_data import bucketing_of, own_buckets, training_images
 
-    sizes = [(int(width), int(height)) for width, height in found.sizes[found.used]]
-    return bucket_fills(bucketing, sizes, batch_size=batch_size or 1)
+    bucketing = bucketing_of(framing, framing.target_size((0, 0)), size_step=SIZE_STEP)
+    trained = training_images(images, found.used, framing)[0].tolist()
+    own = own_buckets(images, found, bucketing)
+    return bucket_fills(
+        [(int(found.sizes[index][0]), int(found.sizes[index][1])) for index in trained],
+        [own[index] for index in trained],
+        batch_size=framing.train_batch_size,
+        repeats=[images[index].repeats for index in trained],
+    )
 
 
 def _bucket_row(fill: BucketFill) -> dict[str, Any]:
@@ -327,20 +372,22 @@ def _bucket_row(fill: BucketFill) -> dict[str, Any]:
         "pictures": fill.images,
         "repeats": fill.repeats,
         "enlarged": fill.enlarged,
+        "merged": fill.merged,
     }
 
 
 def _bucket_lines(fills: Sequence[BucketFill], batch_size: int | None) -> Iterator[str]:
     if not fills:
         return
-    repeats = sum(fill.repeats for fill in fills)
-    about = f"; batches of {batch_size} repeat {repeats:,} images an epoch" if batch_size is not None else ""
+    images = sum(fill.images for fill in fills)
+    about = f" for {images:,} training images, in steps of {batch_size:,} samples" if batch_size is not None else ""
     yield f"buckets: {len(fills)}{about}"
     for fill in fills:
         width, height = fill.size
         enlarged = f", {fill.enlarged:,} smaller than it" if fill.enlarged else ""
-        repeated = f", {fill.repeats} repeated" if batch_size is not None and fill.repeats else ""
-        yield f"  {fill.images:>8,}  {width}x{height}{repeated}{enlarged}"
+        merged = f", {fill.merged:,} of them from buckets too small for a step" if fill.merged else ""
+        repeated = f"; a step repeats {fill.repeats:,} samples" if batch_size is not None and fill.repeats else ""
+        yield f"  {fill.images:>8,}  {width}x{height}{enlarged}{merged}{repeated}"
 
 
 # Numbers

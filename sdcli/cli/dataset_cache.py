@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ from sdcli.training.settings import ImageSettings, cache_folder
 if TYPE_CHECKING:
     from sdcli.cli.ui.training_progress import TrainingProgress
     from sdcli.data.cache.fill import CacheProgress
+    from sdcli.training.events import Event
     from sdcli.training.inputs.image_data import ImageData
 
 DATA, SHAPE, RUN = "Data", "Images", "The run"
@@ -96,6 +97,16 @@ def command(
             rich_help_panel=SHAPE,
             show_default="twice the resolution",
             help="Maximum side of a bucket.",
+        ),
+    ] = None,
+    train_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--train-batch-size",
+            min=1,
+            rich_help_panel=SHAPE,
+            show_default="16, as in training",
+            help="Samples of a training step, by which buckets that are too small are merged.",
         ),
     ] = None,
     caption_prefix: Annotated[
@@ -158,6 +169,7 @@ def command(
         "bucket_reso_steps": bucket_reso_steps,
         "min_bucket_reso": min_bucket_reso,
         "max_bucket_reso": max_bucket_reso,
+        "train_batch_size": train_batch_size,
         "split": split,
         "image_column": image_column,
         "caption_column": caption_column,
@@ -175,11 +187,13 @@ def command(
     from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
     from sdcli.data.cache.store import TensorStore
     from sdcli.models.loader import Part, load_model
+    from sdcli.training.inputs.captions import CaptionRules
+    from sdcli.training.inputs.encoding import cut_captions, texts_of
 
     folder = cache_folder(settings.cache_dir)
     _refuse_inside(folder, data)
     with TrainingProgress(console) as display:
-        found = _opened(data, settings, spec, display, console)
+        found = _opened(data, settings, spec, display)
         if found.images.kind != "pictures":
             raise UsageError(f"{data} holds latents already; training reads them as they are")
         parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.family.reads_text else ("vae",)
@@ -205,6 +219,11 @@ def command(
                 template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
                 texts = _texts(found, prefix=caption_prefix, template=template)
                 assert loaded.tokenizer is not None
+                items = (found.images[int(index)] for index in found.used)
+                rules = CaptionRules(prefix=caption_prefix, template=template)
+                note = cut_captions(texts_of(items, rules), loaded.tokenizer)
+                if note:
+                    console.warn(note)
                 identity = loaded.identity("text_encoder")
                 encoder = CacheTextEncoder(loaded.text_encoder, loaded.tokenizer, identity, spec.name)
                 filling = fill_texts(texts, encoder=encoder, store=states, stop=stop)
@@ -218,26 +237,25 @@ def _refuse_inside(folder: Path, data: str) -> None:
         raise UsageError(f"{folder} is inside {data}, which is never changed; choose another --cache-dir")
 
 
-def _opened(
-    data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingProgress, console: Console
-) -> ImageData:
+def _opened(data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingProgress) -> ImageData:
     """The images as training would read them."""
-    from sdcli.training.events import RunNote
-    from sdcli.training.inputs.image_data import examine_data, list_data
+    from sdcli.training.inputs.image_data import examine_data, list_data, merge_buckets
 
     resolution = settings.target_size((spec.defaults.width, spec.defaults.height))
     images = list_data(data, settings)
     opening = examine_data(data, images, settings, resolution=resolution, size_step=spec.kind.size_step, captions=False)
+    found = _reported(opening, display)
+    return _reported(merge_buckets(found, settings.train_batch_size), display) if settings.enable_bucket else found
+
+
+def _reported(events: Generator[Event, None, ImageData], display: TrainingProgress) -> ImageData:
+    """Show the events of a generator, warnings with -q, too; its value."""
     while True:
         try:
-            event = next(opening)
+            display.report(next(events))
         except StopIteration as ended:
             found: ImageData = ended.value
             return found
-        if isinstance(event, RunNote):
-            console.note(event.text)
-        else:
-            display.report(event)
 
 
 def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:

@@ -22,6 +22,7 @@ from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
 from sdcli.generation.settings import RunSettings
+from sdcli.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from sdcli.models.registry import load_registry
 from sdcli.request.input_files import input_files
 from sdcli.request.schema import parse_size
@@ -29,7 +30,6 @@ from sdcli.request.schema import parse_size
 if TYPE_CHECKING:
     from sdcli.generation.encode_files import EncodeResult
 
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 INPUT, OUTPUT, RUN = "Images", "Output", "The run"
 
 
@@ -129,7 +129,8 @@ def command(
     if output is not None and output.suffix.lower() not in (".safetensors", ".latent"):
         raise UsageError(f"-o: {output.name!r} should end in .safetensors or .latent")
     spec = load_registry(models_file).find(model)
-    files = input_files(images, suffixes=IMAGES, kind="pictures")
+    # images in other formats fail one by one: none is passed over
+    files = input_files(images, suffixes=IMAGE_SUFFIXES | UNREAD_SUFFIXES, kind="images")
     stop = GracefulStop(console).install()
 
     from sdcli.generation.encode_files import EncodeSettings, encode_files

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from PIL import Image, ImageOps
 
@@ -93,22 +95,68 @@ def resize_and_crop(
 
 @dataclass(frozen=True)
 class BucketFill:
-    """How many images fall into a bucket, and how many are repeated to fill its last batch."""
+    """How many images of a run fall into a bucket."""
 
     size: Size
     images: int
     repeats: int
+    """Samples of a step that are there once more, because the bucket has fewer samples than a step; else 0."""
     enlarged: int
     """Images that are smaller than the bucket and would be enlarged."""
+    merged: int = 0
+    """Images whose own bucket was too small for a step; they are cropped more than they would be there."""
 
 
-def bucket_fills(bucketing: Bucketing, sizes: Iterable[Size], *, batch_size: int) -> list[BucketFill]:
-    """The buckets that images of these sizes fill, the fullest first."""
+def merged_buckets(counts: Mapping[Size, int], batch: int) -> dict[Size, Size]:
+    """Bucket -> the bucket that its images are trained in, so that each has at least `batch` samples an epoch.
+
+    All samples of a step have one size. A bucket with fewer samples than a step would repeat them within the step, and
+    be due once in many epochs. So the smallest one joins its neighbour of the nearest aspect ratio, until no bucket is
+    too small or only one is left. `counts`: samples of an epoch by bucket.
+    """
+    target = {size: size for size in counts}
+    left = dict(counts)
+    while len(left) > 1 and min(left.values()) < batch:
+        small = min(left, key=lambda size: (left[size], size))
+        near = min(left.keys() - {small}, key=lambda size: (_turn(small, size), -left[size], size))
+        left[near] += left.pop(small)
+        target = {size: near if into == small else into for size, into in target.items()}
+    return target
+
+
+def bucket_fills(
+    sizes: Sequence[Size], buckets: Sequence[Size], *, batch_size: int, repeats: Sequence[int] | None = None
+) -> list[BucketFill]:
+    """The buckets of a run, the fullest first, as `merged_buckets` makes them for steps of `batch_size` samples.
+
+    `sizes` and `buckets` are those of each image, `repeats` how often it is sampled in an epoch (default: once).
+    """
+    times = [1] * len(sizes) if repeats is None else repeats
+    into = merged_buckets(samples_of(buckets, times), batch_size)
     counts: dict[Size, list[int]] = {}
-    for size in sizes:
-        bucket = bucketing.bucket_for(size)
-        count = counts.setdefault(bucket, [0, 0])
+    for size, own, often in zip(sizes, buckets, times, strict=True):
+        bucket = into[own]
+        count = counts.setdefault(bucket, [0, 0, 0, 0])
         count[0] += 1
-        count[1] += size[0] < bucket[0] or size[1] < bucket[1]
-    fills = [BucketFill(size, count, -count % batch_size, enlarged) for size, (count, enlarged) in counts.items()]
+        count[1] += often
+        count[2] += size[0] < bucket[0] or size[1] < bucket[1]
+        count[3] += bucket != own
+    fills = [
+        BucketFill(size, images, max(0, batch_size - samples), enlarged, merged)
+        for size, (images, samples, enlarged, merged) in counts.items()
+    ]
     return sorted(fills, key=lambda fill: (-fill.images, fill.size))
+
+
+def samples_of(buckets: Iterable[Size], repeats: Iterable[int]) -> dict[Size, int]:
+    """Bucket -> its samples of an epoch."""
+    counts: Counter[Size] = Counter()
+    for bucket, often in zip(buckets, repeats, strict=True):
+        counts[bucket] += often
+    return dict(counts)
+
+
+def _turn(one: Size, other: Size) -> Fraction:
+    """How different two aspect ratios are: the ratio of the two, at least 1."""
+    ratio = Fraction(one[0] * other[1], one[1] * other[0])
+    return max(ratio, 1 / ratio)

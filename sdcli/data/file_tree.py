@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from sdcli.data.records import IMAGE_SUFFIXES, UNREAD_SUFFIXES, DroppedItem
+from sdcli.data.records import DroppedItem
 from sdcli.data.tables import TABLE_NAMES
 from sdcli.errors import NotFound, UsageError
+from sdcli.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 LATENT_SUFFIXES = frozenset({".safetensors", ".latent"})
 SPLITS = {
@@ -33,6 +35,8 @@ class Tree:
     tables: tuple[str, ...] = ()
     others: frozenset[str] = frozenset()
     """Everything else; caption files are looked up here."""
+    hidden: tuple[str, ...] = ()
+    """Images whose name begins with a dot; other hidden files are no data."""
     dropped: tuple[DroppedItem, ...] = ()
 
 
@@ -41,7 +45,8 @@ def scan(root: Path) -> Tree:
     kinds: dict[str, list[str]] = {name: [] for name in ("images", "latents", "tars", "parquets", "tables")}
     others: set[str] = set()
     dropped: list[DroppedItem] = []
-    for name in sorted(_walk(root, dropped)):
+    hidden: list[str] = []
+    for name in sorted(_walk(root, dropped, hidden)):
         base = name.rpartition("/")[2]
         suffix = PurePosixPath(base).suffix.lower()
         if base in TABLE_NAMES:
@@ -55,14 +60,15 @@ def scan(root: Path) -> Tree:
         elif suffix == ".parquet":
             kinds["parquets"].append(name)
         elif suffix in UNREAD_SUFFIXES:
-            dropped.append(DroppedItem(name, f"is in an unsupported format ({suffix}); convert it to PNG or JPEG"))
+            dropped.append(DroppedItem(name, unsupported(suffix)))
         else:
             others.add(name)
-    found = {kind: tuple(names) for kind, names in kinds.items()}
-    return Tree(root, **found, others=frozenset(others), dropped=tuple(sorted(dropped, key=lambda one: one.name)))
+    found: dict[str, Any] = {kind: tuple(names) for kind, names in kinds.items()}
+    found["dropped"] = tuple(sorted(dropped, key=lambda one: one.name))
+    return Tree(root, **found, others=frozenset(others), hidden=tuple(sorted(hidden)))
 
 
-def _walk(root: Path, dropped: list[DroppedItem]) -> Iterator[str]:
+def _walk(root: Path, dropped: list[DroppedItem], hidden: list[str]) -> Iterator[str]:
     """Relative paths of the regular files, in no particular order."""
     pending: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(root), "", frozenset())]
     while pending:
@@ -79,9 +85,12 @@ def _walk(root: Path, dropped: list[DroppedItem]) -> Iterator[str]:
         if identity in above:  # a link to a folder that contains it
             continue
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
             name = below + entry.name
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                # `._a.png` is what macOS knows about a.png, not an image
+                if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith("._"):
+                    hidden.append(name)
+                continue
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError as error:  # a link to itself, or through a file
@@ -93,6 +102,11 @@ def _walk(root: Path, dropped: list[DroppedItem]) -> Iterator[str]:
                 yield name
             elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES | LATENT_SUFFIXES | {".tar", ".parquet"}:
                 dropped.append(DroppedItem(name, "is a broken link" if entry.is_symlink() else "is not a regular file"))
+
+
+def unsupported(suffix: str) -> str:
+    """Why a file with a suffix of UNREAD_SUFFIXES is not used."""
+    return f"is in an unsupported format ({suffix}); convert it to PNG or JPEG"
 
 
 # Splits
@@ -125,7 +139,7 @@ def split_by_name(names: Sequence[str], *, split: str, source: str) -> tuple[tup
 
     If no name contains a split, all are `train`; otherwise files without one are dropped. Raises UsageError.
     """
-    split_of = {name: _split_in_path(name) for name in names}
+    split_of = {name: split_of_path(name) for name in names}
     if split == ALL_SPLITS or not any(split_of.values()):
         _check_split(split, {"train"}, source)
         return tuple(names), ()
@@ -141,7 +155,8 @@ def split_called(name: str) -> str | None:
     return next((split for split, words in SPLITS.items() if name.lower() in words), None)
 
 
-def _split_in_path(name: str) -> str | None:
+def split_of_path(name: str) -> str | None:
+    """The split that a folder or a word in a path stands for, or None."""
     words = PurePosixPath(name).with_suffix("").as_posix()
     for separator in "/-_. ":
         words = words.replace(separator, "\n")

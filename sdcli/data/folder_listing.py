@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from sdcli.data.records import DroppedItem, Item, Remark, UnusableEntry, captions_of_file, read_file
@@ -19,6 +20,8 @@ class Listing:
 
     dropped: list[DroppedItem] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
+    read: set[str] = field(default_factory=set)
+    """Files that were read, or that a remark is about, besides the images."""
 
     def drop(self, name: str, reason: str) -> None:
         self.dropped.append(DroppedItem(name, reason))
@@ -29,7 +32,7 @@ class Listing:
 
 def with_caption_file(root: Path, item: Item, file: str, listing: Listing) -> Item | None:
     try:
-        captions = captions_of_file(read_file(root / file))
+        captions = captions_of_file(read_file(root / file), name=file)
     except UnusableEntry as problem:
         listing.drop(item.name, str(problem))
         return None
@@ -38,13 +41,14 @@ def with_caption_file(root: Path, item: Item, file: str, listing: Listing) -> It
         return None
     if not captions:
         listing.remark(item.name, "its caption file is empty", loses=True)
-    return Item(item.name, captions, item.label)
+    return replace(item, captions=captions)
 
 
 def class_of(names: Sequence[str], *, below: int) -> Callable[[str], str | None]:
     """A function from an image's path to its class: the first folder in which the paths differ (as in torchvision).
 
-    `below` leading folders are splits. If any image lies in no folder, there are no classes.
+    `below` leading folders are splits. If any image lies in no folder, or all in the same one, there are no classes
+    (as in Hugging Face's datasets, where a lone folder is no label).
     """
     folders = [name.split("/")[below:-1] for name in names]
     if not folders or not all(folders):
@@ -52,6 +56,8 @@ def class_of(names: Sequence[str], *, below: int) -> Callable[[str], str | None]
     depth = 0
     while all(len(path) > depth + 1 for path in folders) and len({path[depth] for path in folders}) == 1:
         depth += 1
+    if len({path[depth] for path in folders}) == 1:
+        return no_class
     return lambda name: name.split("/")[below + depth]
 
 
@@ -69,9 +75,16 @@ def caption_files(others: Iterable[str], extension: str) -> dict[str, str]:
 
 
 def other_caption_files(others: Iterable[str], extension: str) -> dict[str, str]:
-    """Path without suffix -> the suffix of a file that looks like a caption but has another extension."""
-    pairs = ((stem_of(name), PurePosixPath(name).suffix) for name in sorted(others))
-    return {stem: suffix for stem, suffix in pairs if suffix.lower() in CAPTION_LIKE - {extension.lower()}}
+    """Path without suffix -> a file that looks like a caption but has another extension."""
+    suffixes = CAPTION_LIKE - {extension.lower()}
+    return {stem_of(name): name for name in sorted(others) if PurePosixPath(name).suffix.lower() in suffixes}
+
+
+def remark_other_splits(names: Sequence[str], chosen: Sequence[str], listing: Listing) -> None:
+    """Say how many images (or latents) are in splits that were not chosen."""
+    counts = Counter(name.partition("/")[0] for name in set(names).difference(chosen))
+    for folder, count in sorted(counts.items()):
+        listing.remark(f"{folder}/", f"is another split, whose {count:,} files are not used (--split)")
 
 
 def stem_of(name: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -18,9 +18,11 @@ from sdcli.data.folder_listing import (
     class_of,
     no_class,
     other_caption_files,
+    remark_other_splits,
     stem_of,
     with_caption_file,
 )
+from sdcli.data.kohya import class_of_kohya, kohya_folders, remark_folders, repeats_of
 from sdcli.data.records import (
     Item,
     Items,
@@ -31,7 +33,8 @@ from sdcli.data.records import (
     read_file,
     without_repeats,
 )
-from sdcli.data.tables import TABLE_NAMES, ImageRow, Table, read_table
+from sdcli.data.tables import CAPTION_COLUMNS, TABLE_NAMES, ImageRow, Table, read_table
+from sdcli.data.unread import name_unread
 from sdcli.errors import UsageError
 
 
@@ -75,13 +78,35 @@ def open_folder(
         raise UsageError(f"{column} needs a metadata table, and {source} has no {', '.join(TABLE_NAMES)}")
     listing = Listing(list(tree.dropped))
     if tables:
-        items = _listed_in_tables(tree, chosen, tables, beside, listing)
+        items = captioned_by_class(_listed_in_tables(tree, chosen, tables, beside, listing))
     else:
-        items = list(_listed_by_files(tree, chosen, beside, listing, extension=caption_extension, below=below))
-    items = captioned_by_class(items)
+        items = _listed_by_files(tree, chosen, beside, listing, extension=caption_extension, below=below)
+    remark_other_splits(tree.images, chosen, listing)
+    captioned = next((name for name, table in tables.items() if table.has_captions), None)
+    name_unread(
+        listing,
+        root=tree.root,
+        unread=_unread(tree, chosen, tables, () if captioned else beside.values(), listing),
+        images=chosen,
+        extension=caption_extension,
+        table=captioned,
+        without_captions=captioned is None and not all(item.captions and item.label is None for item in items),
+    )
+    for name in tree.hidden:
+        listing.remark(name, "is hidden, since its name begins with a dot, and is not used")
     return LooseFiles(
         source, Items.of(items), root=tree.root, dropped=tuple(listing.dropped), remarks=tuple(listing.remarks)
     )
+
+
+def _unread(
+    tree: Tree, chosen: Sequence[str], tables: Collection[str], captions: Iterable[str], listing: Listing
+) -> set[str]:
+    """The files that are neither images nor read tables nor `captions` of images, without those of other splits."""
+    stems, known = {stem_of(name) for name in chosen}, {remark.name for remark in listing.remarks}
+    read = {name for name in captions if stem_of(name) in stems} | {*listing.read, *known, *tables}
+    others = {name.partition("/")[0] for name in set(tree.images).difference(chosen)}
+    return {name for name in {*tree.others, *tree.tables} - read if name.partition("/")[0] not in others}
 
 
 def _tables_of(
@@ -121,7 +146,9 @@ def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None
             with contextlib.suppress(UnusableEntry):  # reported when the images are listed and the maps decoded
                 target = other_of.get(row.place)
                 found.update(
-                    {} if target is None else {_target(folder, row.file, known): _target(folder, target, known)}
+                    {}
+                    if target is None
+                    else {_target(tree.root, folder, row.file, known): _target(tree.root, folder, target, known)}
                 )
     return found
 
@@ -138,22 +165,26 @@ def _listed_in_tables(
         folder = PurePosixPath(name).parent
         for row in table.rows:
             try:
-                target = _target(folder, row.file, known)
+                target = _target(tree.root, folder, row.file, known)
             except UnusableEntry as problem:
                 listing.drop(row.file, f"{problem} ({name} {row.place})")
                 continue
             if target in wanted:
                 rows.setdefault(target, []).append(row)
             elif target not in known:
-                there = os.path.lexists(tree.root / target)
-                reason = "it is no image that is read" if there else "there is no such file"
-                listing.drop(row.file, f"is listed in {name} ({row.place}), but {reason}")
+                listing.drop(row.file, f"is listed in {name} ({row.place}), but {_why_not(tree, folder, target)}")
     items = []
     for image in chosen:
         item = _item_of_rows(image, rows.get(image, []), " or ".join(tables), listing)
         if item is not None and from_files and stem_of(image) in beside:
             item = with_caption_file(tree.root, item, beside[stem_of(image)], listing)
         items += [item] if item is not None else []
+    if not any(item.captions for item in items):
+        for name, table in tables.items():
+            if table.rows and not table.has_captions:
+                usual, columns = " or ".join(CAPTION_COLUMNS), ", ".join(table.columns)
+                text = f"has no column {usual}, but {columns}; --caption-column names the one with captions"
+                listing.remark(name, text, loses=not any(item.label for item in items))
     return items
 
 
@@ -161,7 +192,7 @@ def _item_of_rows(image: str, rows: Sequence[ImageRow], tables: str, listing: Li
     if not rows:
         listing.drop(image, f"has no row in {tables}")
         return None
-    problem = next((row.problem for row in rows if row.problem), None)
+    problem = next((f"{row.problem}, {tables} {row.place}" for row in rows if row.problem), None)
     labels = {row.label for row in rows if row.label is not None}
     if problem is None and len(labels) > 1:
         problem = f"is listed as {' and as '.join(sorted(labels))}"
@@ -174,41 +205,62 @@ def _item_of_rows(image: str, rows: Sequence[ImageRow], tables: str, listing: Li
     return Item(image, captions, next(iter(labels), None))
 
 
-def _target(folder: PurePosixPath, file: str, known: set[str]) -> str:
+def _why_not(tree: Tree, folder: PurePosixPath, target: str) -> str:
+    """Why a file that a table lists is no image of the set."""
+    if os.path.lexists(tree.root / target):
+        return "it is no image that is read"
+    if str(folder) == ".":
+        return "there is no such file"
+    return f"there is no {target}: names in it are relative to its folder {folder}/"
+
+
+def _target(root: Path, folder: PurePosixPath, file: str, known: set[str]) -> str:
     """The path of the file that a row names, relative to the root. Raises UnusableEntry if it is outside the folder."""
     for spelled in (file, unicodedata.normalize("NFC", file), unicodedata.normalize("NFD", file)):
         for path in (spelled, spelled.replace("\\", "/")):
-            if path.startswith("/") or PureWindowsPath(path).anchor:
-                raise UnusableEntry("lies outside the folder")
-            joined = os.path.normpath(folder / path).replace(os.sep, "/")
+            if path.startswith("/"):
+                joined = os.path.relpath(path, os.path.abspath(root)).replace(os.sep, "/")
+            elif PureWindowsPath(path).anchor:
+                raise UnusableEntry("lies outside the folder, as a path of Windows does")
+            else:
+                joined = os.path.normpath(folder / path).replace(os.sep, "/")
             if joined == ".." or joined.startswith("../"):
                 raise UnusableEntry("lies outside the folder")
             if joined in known:
                 return joined
-    return os.path.normpath(folder / file).replace(os.sep, "/")
+    return joined
 
 
 def _listed_by_files(
     tree: Tree, chosen: Sequence[str], beside: dict[str, str], listing: Listing, *, extension: str, below: int
-) -> Iterator[Item]:
-    captioned = any(stem_of(name) in beside for name in chosen)
-    label_of = no_class if captioned else class_of(chosen, below=below)
+) -> list[Item]:
+    """The images with their caption files or, without any, the names of their classes."""
     elsewhere = other_caption_files(tree.others, extension)
+    captioned = any(stem_of(name) in beside for name in chosen)
+    lost = any(stem_of(name) in elsewhere for name in chosen)  # captions, which are not replaced by the folders' names
+    kohya = kohya_folders(chosen, below=below, captioned=captioned or lost)
+    repeats = repeats_of(kohya, below=below)
+    label_of = no_class if captioned or lost else class_of(chosen, below=below)
+    if kohya and not captioned and not lost:
+        label_of = class_of_kohya(kohya, below=below)
+    remark_folders(chosen, kohya, listing, captioned=captioned or lost, below=below)
+    items: list[Item] = []
     owners: dict[str, str] = {}
     for name in chosen:
         stem = stem_of(name)
-        item = Item(name, (), label_of(name))
+        plain = Item(name, (), label_of(name), repeats=repeats(name))
+        item: Item | None = plain
         if stem in beside:
             if stem in owners:
                 listing.drop(name, f"has the same name as {base_of(owners[stem])}, to which the caption belongs")
                 continue
             owners[stem] = name
-            item_with = with_caption_file(tree.root, item, beside[stem], listing)
-            if item_with is None:
-                continue
-            item = item_with
+            item = with_caption_file(tree.root, plain, beside[stem], listing)
         elif stem in elsewhere:
-            suffix = elsewhere[stem]
+            file = elsewhere[stem]
+            suffix = PurePosixPath(file).suffix
             text = f"has no {extension} caption, but a {suffix} file, which --caption-extension {suffix} would read"
             listing.remark(name, text, loses=True)
-        yield item
+            listing.read.add(file)
+        items += [item] if item is not None else []
+    return captioned_by_class(items)

@@ -24,7 +24,7 @@ from sdcli.images.image_files import image_from_bytes
 from sdcli.io.files import write_whole
 from sdcli.io.json_files import parse_json
 
-SCHEMA = 1
+SCHEMA = 2
 """To be raised when the same bytes may be judged differently: facts that were stored before are then ignored."""
 EXAMPLES = 3
 """How many images a line of the report names."""
@@ -66,6 +66,8 @@ class Inspection:
     smallest: str = ""
     """The name of the used image with the fewest pixels."""
     uncaptioned_examples: tuple[str, ...] = ()
+    lost: int = 0
+    """The number of captions and tables that nothing read, without those of `uncaptioned` images."""
 
     def report(self) -> list[str]:
         """Lines for people: how many images are used and how many not, each reason with up to three examples."""
@@ -74,10 +76,15 @@ class Inspection:
         lines += [f"  dropped {line}" for line in _grouped((one.name, one.reason) for one in self.dropped)]
         if len(self.uncaptioned):
             lines.append(f"  {len(self.uncaptioned):,} without a caption: {_examples(self.uncaptioned_examples)}")
-        lines += [f"  note {line}" for line in _grouped((one.name, one.text) for one in self.remarks)]
+        lines += [f"  lost {line}" for line in _grouped((one.name, one.text) for one in self.remarks if one.loses)]
+        lines += [f"  note {line}" for line in _grouped((one.name, one.text) for one in self.remarks if not one.loses)]
         if len(self.used):
             lines.append(f"  sizes {_sizes_line(self.sizes[self.used])}; the smallest is {self.smallest}")
         return lines
+
+    def warnings(self) -> list[str]:
+        """The lines of `report` about what is not used, for -q, too."""
+        return [line.strip() for line in self.report() if line.startswith(("  dropped", "  lost"))]
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON; lists are complete."""
@@ -88,6 +95,7 @@ class Inspection:
             "dropped": [{"name": one.name, "reason": one.reason} for one in self.dropped],
             "uncaptioned": len(self.uncaptioned),
             "uncaptioned_examples": list(self.uncaptioned_examples),
+            "lost": self.lost,
             "remarks": [{"name": one.name, "text": one.text, "loses": one.loses} for one in self.remarks],
             "smallest": self.smallest,
             "sizes": {
@@ -142,6 +150,7 @@ def summarize(images: ImageSet, seen: Iterable[ImageFacts]) -> Inspection:
             examples += [item.name] if len(examples) < EXAMPLES else []
     used = np.flatnonzero(sizes[:, 0])
     smallest = images[int(used[_areas(sizes[used]).argmin()])].name if len(used) else ""
+    without = {images[index].name for index in uncaptioned}
     return Inspection(
         source=images.source,
         used=used.astype(np.int64),
@@ -153,6 +162,7 @@ def summarize(images: ImageSet, seen: Iterable[ImageFacts]) -> Inspection:
         remarks=images.remarks,
         smallest=smallest,
         uncaptioned_examples=tuple(examples),
+        lost=sum(one.loses for one in images.remarks if one.name not in without),
     )
 
 

@@ -8,8 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from sdcli.data.file_tree import Tree, split_by_folder
-from sdcli.data.folder_listing import Listing, base_of, caption_files, class_of, no_class, stem_of, with_caption_file
+from sdcli.data.folder_listing import (
+    Listing,
+    base_of,
+    caption_files,
+    class_of,
+    no_class,
+    remark_other_splits,
+    stem_of,
+    with_caption_file,
+)
 from sdcli.data.records import Item, Items, Kind, ListedImages, captioned_by_class, file_stamp, read_file
+from sdcli.data.unread import name_unread
 from sdcli.errors import BadLatents, NotFound
 from sdcli.vae.latent_files import LatentFile, LatentRecord, read_latents, read_record
 
@@ -89,6 +99,17 @@ def open_latents(tree: Tree, *, source: str, caption_extension: str = ".txt", sp
                 items.append(item)
                 places.append(place if len(record.source) > 1 else -1)
                 sizes.append((made_of.fitted_width, made_of.fitted_height))
+    remark_other_splits(tree.latents, chosen, listing)
+    read = {beside[stem] for name, record in records.items() for stem in _caption_stems(name, record) if stem in beside}
+    others = {name.partition("/")[0] for name in set(tree.latents).difference(chosen)}
+    name_unread(
+        listing,
+        root=tree.root,
+        unread={name for name in {*tree.others, *tree.tables} - read if name.partition("/")[0] not in others},
+        images=chosen,
+        extension=caption_extension,
+        without_captions=not captioned,
+    )
     vae, scaling_factor = next(iter(makers), ("", 1.0))
     return LatentFiles(
         source,

@@ -18,6 +18,7 @@ from sdcli.data.records import (
     Item,
     Items,
     ListedImages,
+    Remark,
     UnusableEntry,
     captioned_by_class,
     captions_of_value,
@@ -25,7 +26,7 @@ from sdcli.data.records import (
     label_of_value,
     read_file,
 )
-from sdcli.data.tables import CAPTION_COLUMNS, LABEL_COLUMN, pick_column, pyarrow_modules
+from sdcli.data.tables import CAPTION_COLUMNS, LABEL_COLUMN, pick_column, plain_rows, pyarrow_modules
 from sdcli.errors import BadImage, NotFound, Offline, UsageError, first_line
 from sdcli.io.json_files import parse_json
 
@@ -183,7 +184,7 @@ def open_rows(
     items: list[Item] = []
     classes: set[str] = set()
     rows: list[tuple[int, int, int]] = []
-    lost, image_columns, block = list(dropped), [], 0
+    lost, remarks, image_columns, block = list(dropped), [], [], 0
     sizes: list[tuple[int, int]] = []
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
         image_columns.append("")
@@ -194,11 +195,17 @@ def open_rows(
                 image_columns[-1] = columns.image
                 classes |= set(columns.class_names)
                 wanted = [column for column in (columns.caption, columns.label) if column is not None]
+                if not wanted:
+                    present = ", ".join(file.schema_arrow.names)
+                    text = (
+                        f"has no column {' or '.join(CAPTION_COLUMNS)}, but {present}; --caption-column names another"
+                    )
+                    remarks.append(Remark(name, text))
                 row = 0
                 for group in range(file.num_row_groups):
                     count, size = _group_size(file.metadata.row_group(group), columns.image)
                     sizes.append((count, size))
-                    cells = file.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * count
+                    cells = plain_rows(file.read_row_group(group, columns=wanted)) if wanted else [{}] * count
                     for place, values in enumerate(cells):
                         try:
                             items.append(_item(f"{name}:{row}", values, columns, block=block + group))
@@ -217,6 +224,7 @@ def open_rows(
         source,
         Items.of(captioned_by_class(items), classes=classes),
         dropped=tuple(lost),
+        remarks=tuple(remarks),
         files=tuple(files),
         stamps=tuple(stamps),
         image_columns=tuple(image_columns),

@@ -17,16 +17,33 @@ def matches(pattern: str) -> tuple[list[str], tuple[DroppedItem, ...]]:
     """The files that a pattern matches, in its order, and those that its braces name but that do not exist."""
     files: list[str] = []
     absent: list[DroppedItem] = []
-    for path in expand_braces(pattern):
-        if re.search(r"[*?\[]", path):
-            files += sorted(glob.glob(path, recursive=True))
-        elif os.path.lexists(path):
+    folder, rest = _existing_folder(pattern)
+    for inside in expand_braces(rest):
+        path = folder + inside
+        if os.path.lexists(path):
             files.append(path)
+        elif re.search(r"[*?\[]", inside):
+            found = sorted(glob.glob(glob.escape(folder) + inside, recursive=True))
+            files += found
+            absent += [] if found else [DroppedItem(path, "matches no file")]
         else:
             absent.append(DroppedItem(path, "does not exist"))
     if not files:
         raise NotFound(f"no file matches {pattern}")
     return list(dict.fromkeys(files)), tuple(absent)
+
+
+def _existing_folder(pattern: str) -> tuple[str, str]:
+    """A pattern as the folder that it begins with, which exists by that very name, and the rest.
+
+    So `shoot [2023]/{00..03}.tar` matches in the folder `shoot [2023]`, whose brackets are no pattern.
+    """
+    end = 0
+    for match in re.finditer("/", pattern):
+        if not os.path.isdir(pattern[: match.end()]):
+            break
+        end = match.end()
+    return pattern[:end], pattern[end:]
 
 
 def expand_braces(pattern: str) -> list[str]:

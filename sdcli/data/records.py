@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
 from sdcli.errors import BadImage, NotFound
+from sdcli.io.text import NotText, decode_text
 from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".ico"})
-"""Image formats that sdcli does not read; such files are reported as dropped."""
 MAX_CAPTION_BYTES = 1024**2
 
 Kind = Literal["pictures", "latents"]
@@ -33,6 +31,8 @@ class Item:
     """The class name, if the source has classes."""
     block: int = 0
     """The number of its shard or row group; 0 for loose files."""
+    repeats: int = 1
+    """How often it is sampled in an epoch."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,8 @@ class Items:
     """int32 [n], places in `classes`; -1 for none."""
     blocks: np.ndarray
     """int32 [n]"""
+    repeats: np.ndarray
+    """int32 [n]"""
     classes: tuple[str, ...] = ()
 
     @classmethod
@@ -141,6 +143,7 @@ class Items:
             captions=Strings("\n".join(item.captions) for item in items),
             labels=np.array([-1 if item.label is None else place[item.label] for item in items], dtype=np.int32),
             blocks=np.array([item.block for item in items], dtype=np.int32),
+            repeats=np.array([item.repeats for item in items], dtype=np.int32),
             classes=known,
         )
 
@@ -157,6 +160,7 @@ class Items:
             captions=tuple(captions.split("\n")) if captions else (),
             label=None if label < 0 else self.classes[label],
             block=int(self.blocks[index]),
+            repeats=int(self.repeats[index]),
         )
 
 
@@ -199,43 +203,59 @@ class ListedImages:
 
 
 def one_line(text: str) -> str:
-    """A caption on one line, without surrounding space or a byte-order mark. Raises UnusableEntry if not Unicode."""
+    """A caption on one line, without surrounding space or a byte-order mark.
+
+    Raises UnusableEntry for what is not Unicode, and for a NUL character, which no tokenizer accepts.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UnusableEntry("its caption is not UTF-8 text") from None
+        place = text.encode().find(b"\0")
+    except UnicodeEncodeError as error:
+        before = len(text[: error.start].encode("utf-8", "surrogatepass"))
+        raise UnusableEntry(f"its caption is not UTF-8 text (byte {before:,})") from None
+    if place >= 0:
+        raise UnusableEntry(f"its caption holds a NUL character (byte {place:,})")
     return re.sub(r"\s*[\r\n]\s*", " ", re.sub(r"^[\s\ufeff]+|\s+$", "", text))
 
 
-def captions_of_file(data: bytes) -> tuple[str, ...]:
-    """The captions in the bytes of a caption file: one a line, blank lines skipped. Raises UnusableEntry."""
+def text_of_file(data: bytes, *, name: str) -> str:
+    """The text in the bytes of a caption file (`name`), decoded by `io.text.decode_text`. Raises UnusableEntry."""
     if len(data) > MAX_CAPTION_BYTES:
-        raise UnusableEntry(f"its caption is larger than {MAX_CAPTION_BYTES // 1024**2} MiB")
+        raise UnusableEntry(f"its caption is larger than {MAX_CAPTION_BYTES // 1024**2} MiB ({name})")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UnusableEntry("its caption is not UTF-8 text") from None
-    return without_repeats(one_line(line) for line in re.split(r"\r\n|\r|\n", text))
+        return decode_text(data)
+    except NotText as problem:
+        raise UnusableEntry(f"its caption {problem.reason} ({name}, byte {problem.byte:,}); save it as UTF-8") from None
+
+
+def captions_of_file(data: bytes, *, name: str) -> tuple[str, ...]:
+    """The captions in the bytes of a caption file: one a line, blank lines skipped. Raises UnusableEntry."""
+    return without_repeats(one_line(line) for line in re.split(r"\r\n|\r|\n", text_of_file(data, name=name)))
 
 
 def captions_of_value(value: Any) -> tuple[str, ...]:
-    """The captions in a cell of a table: a text, a list of alternatives, or nothing. Raises UnusableEntry."""
-    values = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+    """The captions in a cell of a table: a text or its bytes, a list of such alternatives, or nothing.
+
+    Raises UnusableEntry.
+    """
+    values = [] if value is None else [value] if isinstance(value, str | bytes) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(text, str | bytes) for text in values):
         raise UnusableEntry("its caption is neither a text nor a list of texts")
-    return without_repeats(one_line(text) for text in values)
+    try:
+        return without_repeats(one_line(decode_text(text) if isinstance(text, bytes) else text) for text in values)
+    except NotText as problem:
+        raise UnusableEntry(f"its caption {problem}") from None
 
 
 def label_of_value(value: Any) -> str | None:
     """The class name in a cell of a table: a text or a whole number. Raises UnusableEntry."""
     if value is None or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, bool | bytes) or not isinstance(value, str | int):
         raise UnusableEntry("its label is neither a text nor a whole number")
     try:
         return one_line(str(value)) or None
     except UnusableEntry:
-        raise UnusableEntry("its label is not UTF-8 text") from None
+        raise UnusableEntry("its label is not UTF-8 text, or holds a NUL character") from None
 
 
 def without_repeats(captions: Iterable[str]) -> tuple[str, ...]:
@@ -247,7 +267,7 @@ def captioned_by_class(items: Sequence[Item]) -> list[Item]:
     """Items with the class name as caption, if there are classes and no captions at all; else unchanged."""
     if any(item.captions for item in items):
         return list(items)
-    return [Item(item.name, (item.label,) if item.label else (), item.label, item.block) for item in items]
+    return [replace(item, captions=(item.label,) if item.label else ()) for item in items]
 
 
 # Files

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from sdcli.data.file_tree import LATENT_SUFFIXES, Tree, scan, split_by_name
+from sdcli.data.file_tree import LATENT_SUFFIXES, Tree, scan, split_by_name, split_of_path
 from sdcli.data.folders import open_folder
 from sdcli.data.hub_datasets import HUB_DATA, open_hub
 from sdcli.data.latent_folders import open_latents
-from sdcli.data.parquet import open_rows
+from sdcli.data.parquet import ParquetRows, open_rows
 from sdcli.data.patterns import matches
-from sdcli.data.records import IMAGE_SUFFIXES, DroppedItem, ImageSet, file_stamp
-from sdcli.data.webdataset import open_shards
+from sdcli.data.records import DroppedItem, ImageSet, Remark, file_stamp
+from sdcli.data.webdataset import TarShards, open_shards
 from sdcli.errors import NotFound, UsageError
+from sdcli.images.formats import IMAGE_SUFFIXES
 from sdcli.io.files import expanded
 
 LOOKED_FOR = (
@@ -99,7 +101,23 @@ def _open_folder(root: Path, *, source: str, extension: str, split: str, columns
     names, silent = split_by_name(next(iter(there.values())), split=split, source=source)
     files = [str(root / name) for name in names]
     dropped = (*tree.dropped, *silent)
-    return _open_files(files, names=names, source=source, extension=extension, columns=columns, dropped=dropped)
+    opened = _open_files(files, names=names, source=source, extension=extension, columns=columns, dropped=dropped)
+    return replace(opened, remarks=(*opened.remarks, *_beside(tree, names, split=split)))
+
+
+def _beside(tree: Tree, names: Sequence[str], *, split: str) -> Iterator[Remark]:
+    """What else a folder of shards or parquet files holds, such as the figures that img2dataset writes beside each."""
+    others = sorted({*tree.tars, *tree.parquets, *tree.tables, *tree.others}.difference(names))
+    stems = {PurePosixPath(name).with_suffix("").as_posix() for name in tree.tars}
+    for name in others:
+        stem = PurePosixPath(name).with_suffix("").as_posix().removesuffix("_stats")
+        if name in tree.tars or (name in tree.parquets and stem not in stems):
+            if split_of_path(name) is not None:
+                yield Remark(name, f"belongs to another split than {split!r}")
+        elif stem in stems:
+            yield Remark(name, "belongs to a shard and is not read: captions are in the shards")
+        else:
+            yield Remark(name, "is beside the shards or parquet files and is not read")
 
 
 def _open_files(
@@ -110,7 +128,7 @@ def _open_files(
     columns: ColumnNames,
     dropped: Sequence[DroppedItem],
     names: Sequence[str] | None = None,
-) -> ImageSet:
+) -> ParquetRows | TarShards:
     """Shards or parquet files, all of one kind."""
     names = _short_names(files) if names is None else names
     suffixes = {PurePosixPath(file).suffix.lower() for file in files}

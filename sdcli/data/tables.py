@@ -10,6 +10,7 @@ from typing import Any
 from sdcli.data.records import DroppedItem, UnusableEntry, captions_of_value, label_of_value
 from sdcli.errors import BadImage, UsageError
 from sdcli.io.rows import CsvFile, Row, json_rows
+from sdcli.io.text import utf8_stream
 from sdcli.request.schema import did_you_mean
 
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -40,6 +41,8 @@ class Table:
     """Lines that cannot be read; their names are `metadata.csv line 7`."""
     has_captions: bool
     """Whether it has a caption column, even an empty one."""
+    columns: tuple[str, ...] = ()
+    """The names of all its columns, sorted."""
 
 
 def read_table(path: Path, *, name: str, image_column: str | None = None, caption_column: str | None = None) -> Table:
@@ -53,10 +56,10 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
         match path.suffix:
             case ".jsonl":
                 with open(path, "rb") as table:
-                    lines = list(_rows_of_file(json_rows(table), name, dropped))
+                    lines = list(_rows_of_file(json_rows(utf8_stream(table)), name, dropped))
             case ".csv":
                 with open(path, "rb") as table:
-                    lines = list(_rows_of_file(CsvFile(table), name, dropped))
+                    lines = list(_rows_of_file(CsvFile(utf8_stream(table)), name, dropped))
             case _:
                 lines = list(_parquet_rows(path, name, columns))
     except OSError as error:
@@ -76,7 +79,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
             dropped.append(DroppedItem(f"{name} {place}", f"has no {file_column}"))
             continue
         rows.append(_row(place, file, values, text_column))
-    return Table(tuple(rows), tuple(dropped), has_captions=text_column is not None)
+    return Table(tuple(rows), tuple(dropped), has_captions=text_column is not None, columns=tuple(present))
 
 
 def pick_column(
@@ -128,5 +131,25 @@ def _parquet_rows(path: Path, name: str, columns: Sequence[str | None]) -> Itera
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise BadImage(f"{name} cannot be read as a parquet file: {error}") from None
     present = dict.fromkeys(names)
-    for number, values in enumerate(table.to_pylist(), start=1):
+    for number, values in enumerate(plain_rows(table), start=1):
         yield f"row {number}", {**present, **values}
+
+
+def plain_rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a pyarrow table; strings that are not UTF-8, which parquet does not forbid, come as their bytes."""
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except UnicodeDecodeError:
+        columns = {name: [_plain(cell) for cell in table.column(name)] for name in table.column_names}
+        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return rows
+
+
+def _plain(cell: Any) -> Any:
+    arrow, _ = pyarrow_modules()
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        if arrow.types.is_list(cell.type) or arrow.types.is_large_list(cell.type):
+            return [_plain(one) for one in cell.values]
+        return cell.as_buffer().to_pybytes() if hasattr(cell, "as_buffer") else b"\xff"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from sdcli.data.file_tree import unsupported
+from sdcli.data.folder_listing import CAPTION_LIKE
 from sdcli.data.records import (
-    IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
-    UNREAD_SUFFIXES,
     DroppedItem,
     Item,
     Items,
@@ -29,7 +30,9 @@ from sdcli.data.records import (
     read_part,
 )
 from sdcli.data.tar import DamagedTar, Member, members_of
+from sdcli.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from sdcli.io.json_files import parse_json
+from sdcli.io.text import NotText, decode_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,11 @@ class _Shard:
     samples: list[_Sample] = field(default_factory=list)
     dropped: list[DroppedItem] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    """Suffix -> members that are not read."""
+
+    def drop(self, name: str, reason: str) -> None:
+        self.dropped.append(DroppedItem(name, reason))
 
 
 def _index(path: Path, name: str, caption_extension: str) -> _Shard:
@@ -126,7 +134,9 @@ def _index(path: Path, name: str, caption_extension: str) -> _Shard:
     except OSError as error:
         return _Shard(dropped=[DroppedItem(name, f"cannot be read: {error.strerror or error}")])
     if not shard.samples and not shard.dropped:
-        shard.dropped.append(DroppedItem(name, "holds no images"))
+        shard.drop(name, "holds no images")
+    for suffix, count in sorted(shard.unread.items()):
+        shard.remarks.append(Remark(name, f"holds {count:,} members that are not read ({suffix})"))
     return shard
 
 
@@ -134,23 +144,31 @@ def _groups(file: IO[bytes], name: str, shard: _Shard) -> Groups:
     """Key -> suffix -> members; what cannot be read is noted in the shard."""
     size = os.fstat(file.fileno()).st_size
     groups: Groups = {}
+    keys: dict[tuple[int, str], str] = {}  # joined archives may use a key again, for another sample
     try:
         for member in members_of(file):
             folder, _, base = member.name.rpartition("/")
             stem, dot, suffix = base.partition(".")
-            if not stem or not dot:  # hidden or without suffix: not part of a sample
+            if base.startswith("._"):  # what macOS knows about a file
                 continue
-            key = f"{folder}/{stem}" if folder else stem
+            if not stem or not dot:
+                shard.unread["hidden" if not stem else "without a suffix"] += 1
+                continue
+            plain = f"{folder}/{stem}" if folder else stem
+            again = f"{plain}@{member.archive + 1}" if plain in groups else plain
+            key = keys.setdefault((member.archive, plain), again)
+            if member.link:
+                shard.drop(f"{name}:{member.name}", "is a link, which is not followed")
+                continue
             if member.offset + member.size > size:
                 groups.pop(key, None)
-                shard.dropped.append(DroppedItem(f"{name}:{key}", CUT_SHORT))
+                shard.drop(f"{name}:{key}", CUT_SHORT)
                 break
             groups.setdefault(key, {}).setdefault(f".{suffix.lower()}", []).append(member)
     except DamagedTar as damage:
-        shard.dropped.append(
-            DroppedItem(name, f"{damage}; {'what follows is lost' if groups else 'nothing of it is used'}")
-        )
-        _drop_incomplete(groups, name, shard)
+        shard.drop(name, f"{damage}; {'what follows is lost' if groups else 'nothing of it is used'}")
+        if not damage.ended:
+            _drop_incomplete(groups, name, shard)
     return groups
 
 
@@ -168,41 +186,76 @@ def _add_sample(
 ) -> None:
     images = [member for suffix in members if suffix in IMAGE_SUFFIXES for member in members[suffix]]
     if not images:
-        unread = sorted(set(members) & UNREAD_SUFFIXES)
-        reason = f"is in an unsupported format ({unread[0]})" if unread else "is a sample without an image"
-        shard.dropped.append(DroppedItem(name, reason))
+        _drop_without_image(name, members, shard)
         return
     for other in images[1:]:
-        shard.dropped.append(
-            DroppedItem(f"{name}{other.name[other.name.rindex('.') :]}", "is a second image of its key")
-        )
+        shard.drop(f"{name}{other.name[other.name.rindex('.') :]}", "is a second image of its key")
     try:
         record = _record(file, members)
         captions: tuple[str, ...] = ()
         if caption_extension in members:
-            captions = captions_of_file(_read(file, members[caption_extension][0]))
+            member = members[caption_extension][0]
+            captions = captions_of_file(_read(file, member), name=member.name)
             if not captions and not record.get("caption"):
                 shard.remarks.append(Remark(name, "its caption is empty", loses=True))
         captions = captions or captions_of_value(record.get("caption"))
         label = label_of_value(record.get("label"))
         if label is None and ".cls" in members:
-            label = next(iter(captions_of_file(_read(file, members[".cls"][0]))), None)
+            label = label_of_value(_text(file, members[".cls"][0]).strip().partition("\n")[0])
     except UnusableEntry as problem:
-        shard.dropped.append(DroppedItem(name, str(problem)))
+        shard.drop(name, str(problem))
         return
     shard.samples.append(_Sample(name, images[0], captions, label))
+    _count_unread(name, members, shard, caption_extension, captioned=bool(captions))
+
+
+def _drop_without_image(name: str, members: dict[str, list[Member]], shard: _Shard) -> None:
+    dotted = [suffix for suffix in members if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    for suffix in dotted:
+        key = name.rpartition(":")[2]
+        for _ in members[suffix]:
+            shard.drop(f"{name}{suffix}", f"has a dot in its name, so its key is {key!r}, as in WebDataset; rename it")
+    if not dotted:
+        unread = sorted(set(members) & UNREAD_SUFFIXES)
+        shard.drop(name, unsupported(unread[0]) if unread else "is a sample without an image")
+
+
+def _count_unread(
+    name: str, members: dict[str, list[Member]], shard: _Shard, caption_extension: str, *, captioned: bool
+) -> None:
+    """Note the members of a sample that were not read."""
+    for suffix, same in members.items():
+        if suffix in IMAGE_SUFFIXES:
+            continue
+        if suffix in CAPTION_LIKE - {caption_extension} and not captioned:
+            text = f"has no {caption_extension}, but a {suffix}, which --caption-extension {suffix} would read"
+            shard.remarks.append(Remark(name, text, loses=True))
+        elif suffix not in (caption_extension, ".json", ".cls"):
+            shard.unread[suffix] += len(same)
+        elif len(same) > 1:
+            shard.remarks.append(Remark(name, f"has {len(same)} members {suffix}; only the first is read", loses=True))
 
 
 def _record(file: IO[bytes], members: dict[str, list[Member]]) -> dict[str, Any]:
     if ".json" not in members:
         return {}
+    text = _text(file, members[".json"][0])
     try:
-        record = parse_json(_read(file, members[".json"][0]))
+        record = parse_json(text)
     except ValueError:
         raise UnusableEntry("its .json is damaged") from None
     if not isinstance(record, dict):
         raise UnusableEntry("its .json is not an object")
     return record
+
+
+def _text(file: IO[bytes], member: Member) -> str:
+    """The text of a member. Raises UnusableEntry."""
+    try:
+        return decode_text(_read(file, member))
+    except NotText as problem:
+        suffix = member.name[member.name.rindex(".") :]
+        raise UnusableEntry(f"its {suffix} {problem.reason} ({member.name}, byte {problem.byte:,})") from None
 
 
 def _read(file: IO[bytes], member: Member) -> bytes:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sdcli.data.records import IMAGE_SUFFIXES, ImageSet
+from sdcli.data.records import ImageSet
 from sdcli.data.tar import BLOCK
 from sdcli.errors import CannotWrite
+from sdcli.images.formats import IMAGE_SUFFIXES
 from sdcli.io.files import AlreadyExists, sync_folder, whole_file
 from sdcli.io.temporary_files import sweep, temporary_path
 

@@ -20,6 +20,8 @@ OWN_FORMATS = ("PNG", "JPEG", "WEBP")
 """Pillow's names of the formats that sdcli writes."""
 READABLE = (*OWN_FORMATS, "BMP", "GIF", "TIFF")
 """Pillow's names of the formats that are read; Pillow's other readers have a long history of security holes."""
+BITS_PER_SAMPLE = 258
+"""The tag of a TIFF file."""
 
 
 def open_image(path: Path) -> Image.Image:
@@ -84,7 +86,14 @@ def _reason(error: Exception) -> str:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A copy of a decoded image as RGB, rotated as its EXIF says, with transparent parts on white."""
+    """A copy of a decoded image as RGB, rotated as its EXIF says, with transparent parts on white.
+
+    Raises BadImage for 32-bit and floating-point numbers, whose levels of black and white no file says.
+    """
+    if image.mode == "I" and _bits_of(image) > 16:
+        raise BadImage(
+            "holds 32-bit whole numbers, whose black and white levels are unknown; save it with 8 or 16 bits"
+        )
     return _rgb(_upright(image))
 
 
@@ -115,6 +124,12 @@ def _rgb(image: Image.Image) -> Image.Image:
         solid = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
     return image.convert("RGB")
+
+
+def _bits_of(image: Image.Image) -> int:
+    """The bits of a channel of a grey TIFF file; 16 for other formats, which have no more."""
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
+    return int(bits[0] if isinstance(bits, tuple) else bits)
 
 
 def _listed(formats: tuple[str, ...]) -> str:

@@ -229,11 +229,20 @@ class Session(ABC, Generic[S]):
 
     def _check_same_data(self, checkpoint: CheckpointInfo) -> None:
         """Raise UsageError if the data or the frozen weights changed since the run started."""
-        before, now = checkpoint.facts.get("data_fingerprint"), self.setup.facts.get("data_fingerprint")
-        if before != now:
+        rules, now_rules = checkpoint.facts.get("sampling", {}), self.setup.facts.get("sampling", {})
+        if rules.keys() != now_rules.keys():
+            name = min(rules.keys() ^ now_rules.keys()).replace("_", " ")
             raise UsageError(
-                f"{self.data} changed since the run started: images or captions were added, removed or edited. Restore "
-                f"them, or start a new run from this one: -m {self.run} -o ANOTHER"
+                f"the samples of {self.data} would be drawn in another way than so far ({name}): the data changed, or "
+                f"an older version of sdcli started the run and can resume it. Or start a new run from this one: "
+                f"-m {self.run} -o ANOTHER"
+            )
+        before, now = checkpoint.facts.get("data_fingerprint"), self.setup.facts.get("data_fingerprint")
+        if before != now or rules != now_rules:
+            raise UsageError(
+                f"{self.data} changed since the run started: images or captions were added, removed or edited, or are "
+                f"read in another way by this version of sdcli. Restore them, or start a new run from this one: "
+                f"-m {self.run} -o ANOTHER"
             )
         base, present = checkpoint.facts.get("base", {}), self.setup.facts.get("base", {})
         changed = sorted(part for part in {*base, *present} if base.get(part) != present.get(part))

@@ -144,7 +144,9 @@ class ImageSettings(TrainSettings):
     caption_extension: str = setting(".txt", "extension of the caption files next to images", DATA)
     split: str = setting("train", "split to use, of a data set with several", DATA)
     validation_split: float = setting(0.05, "share of images held out for validation", DATA, ge=0, lt=1)
-    max_train_samples: int | None = setting(None, "use only the first so many images", DATA, ge=1)
+    max_train_samples: int | None = setting(
+        None, "use only so many images, drawn by the seed from all classes", DATA, ge=1
+    )
     shuffle_buffer: int = setting(10_000, "shuffling window of sharded data sets, in samples", DATA, ge=1)
     cache_dir: Path | None = setting(
         None, "folder for cached latents and text states (default: your cache folder)", DATA

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from sdcli.cli.dataset import app
 from sdcli.data.sources import open_images
-from sdcli.errors import BadImage, CannotWrite, SdcliError, UsageError
+from sdcli.errors import BadImage, CannotWrite, SdcliError, SomeFailed, UsageError
 from tests.data.test_dataset_folders import IMAGE, folder_of, image_bytes, latent_file, tree_digest
 
 
@@ -35,7 +35,7 @@ def test_sound_data_pass_the_check_unchanged(good: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == f"{good}: 6 of 6 are used, 0 dropped"
     assert lines[-1] == "no problems"
-    assert "buckets: 3; batches of 2 repeat 2 images an epoch" in lines
+    assert "buckets: 2 for 6 training images, in steps of 2 samples" in lines
     assert tree_digest(good) == before
 
 
@@ -110,7 +110,8 @@ def test_shards_hold_the_same_set(good: Path, tmp_path: Path) -> None:
     folder_of(good, {"bad.png": b"?", "bad.txt": "x"})
     before = tree_digest(good)
     result = run("shard", good, "-o", tmp_path / "out", "--shard-pictures", "4")
-    assert result.exit_code == 0, result.exception
+    assert isinstance(result.exception, SomeFailed)
+    assert str(result.exception) == "1 of 7 images were dropped; the others are in the shards"
     assert result.stdout.splitlines() == [str(tmp_path / f"out/0000{n}.tar") for n in range(2)]
     assert "6 of 7 are used, 1 dropped" in result.stderr
     assert tree_digest(good) == before

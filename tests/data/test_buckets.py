@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from sdcli.data.buckets import Bucketing, bucket_fills, bucket_sizes, resize_and_crop
+from sdcli.data.buckets import BucketFill, Bucketing, bucket_fills, bucket_sizes, resize_and_crop
 from sdcli.errors import UsageError
 from sdcli.images.pixels import fit
 from tests.images.test_images import distance, sample_image
@@ -126,10 +126,15 @@ def test_places_are_random_only_when_asked() -> None:
     assert all(0 <= x < 1 and 0 <= y < 1 for x, y in places)
 
 
-def test_bucket_fills_count_every_image_once_and_what_a_batch_repeats() -> None:
+def fills_of(sizes: list[tuple[int, int]], *, batch_size: int) -> list[BucketFill]:
+    return bucket_fills(sizes, [SQUARE.bucket_for(size) for size in sizes], batch_size=batch_size)
+
+
+def test_bucket_fills_count_every_image_once_in_buckets_that_fill_a_step() -> None:
     sizes = [(512, 512)] * 5 + [(1024, 512)] * 3 + [(100, 100)]
-    fills = bucket_fills(SQUARE, sizes, batch_size=4)
-    assert sum(fill.images for fill in fills) == 9
-    assert all((fill.images + fill.repeats) % 4 == 0 and 0 <= fill.repeats < 4 for fill in fills)
-    square = next(fill for fill in fills if fill.size == (512, 512))
-    assert (square.images, square.repeats, square.enlarged) == (6, 2, 1)
+    assert fills_of(sizes, batch_size=3) == [
+        BucketFill((512, 512), images=6, repeats=0, enlarged=1),
+        BucketFill((704, 320), images=3, repeats=0, enlarged=0),
+    ]
+    assert fills_of(sizes, batch_size=4) == [BucketFill((512, 512), images=9, repeats=0, enlarged=1, merged=3)]
+    assert fills_of(sizes[:1], batch_size=4) == [BucketFill((512, 512), images=1, repeats=3, enlarged=0)]

@@ -67,7 +67,7 @@ def dropped(root: Path | str, **options: str) -> dict[str, str]:
 
 # Packed items
 
-texts = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1)
+texts = st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"]), min_size=1)
 any_items = st.lists(
     st.builds(Item, texts, st.lists(texts).map(tuple), st.none() | st.sampled_from(["cat", "dog"]), st.integers(0, 9))
 )
@@ -91,13 +91,15 @@ def test_captions_in_a_file_are_its_lines_whatever_ends_them(captions: list[str]
     for end in ("\n", "\r\n", "\r"):
         for start in ("", "\ufeff"):
             data = (start + "".join(f"  {caption} {end}{end}" for caption in captions)).encode()
-            assert captions_of_file(data) == tuple(captions)
+            assert captions_of_file(data, name="a.txt") == tuple(captions)
 
 
 def test_what_is_no_caption_is_refused_with_a_reason() -> None:
-    for data in (b"caf\xe9", "cat".encode("utf-16")):
-        with pytest.raises(UnusableEntry, match="not UTF-8"):
-            captions_of_file(data)
+    for data in (b"caf\xe9", "cat".encode("utf-16-le"), "c\ud800".encode("utf-16-le", "surrogatepass")):
+        with pytest.raises(
+            UnusableEntry, match=r"its caption (is not UTF-8 text|holds a NUL character) \(a.txt, byte [13]\)"
+        ):
+            captions_of_file(data, name="a.txt")
     for value in (3, {"a": 1}, [1], ["a", None]):
         with pytest.raises(UnusableEntry, match="neither a text nor a list"):
             captions_of_value(value)
@@ -139,8 +141,8 @@ def test_captions_that_cannot_be_used_drop_their_image_with_a_reason(tmp_path: P
     files = {"a.png": IMAGE, "a.txt": b"caf\xe9", "b.png": IMAGE, "b.txt": "b" * 2_000_000, "c.png": IMAGE}
     root = folder_of(tmp_path, {**files, "c.txt": "see", "d.jpg": IMAGE, "d.png": IMAGE, "d.txt": "dee"})
     assert dropped(root) == {
-        "a.png": "its caption is not UTF-8 text",
-        "b.png": "its caption is larger than 1 MiB",
+        "a.png": "its caption is not UTF-8 text (a.txt, byte 3); save it as UTF-8",
+        "b.png": "its caption is larger than 1 MiB (b.txt)",
         "d.png": "has the same name as d.jpg, to which the caption belongs",
     }
     assert [name for name, *_ in listed(root)] == ["c.png", "d.jpg"]
@@ -337,8 +339,8 @@ def test_damaged_lines_cost_their_own_image_only(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "jsonl", {**files, "metadata.jsonl": b"\n".join(lines)})
     assert listed(root) == [("a.png", ("fine",), None)]
     assert {name: reason for name, reason in dropped(root).items() if name != "c.png"} == {
-        "b.png": "its caption is not UTF-8 text",
-        "d.png": "its caption is not UTF-8 text",
+        "b.png": "its caption is not UTF-8 text (byte 3), metadata.jsonl line 2",
+        "d.png": "its caption is not UTF-8 text (byte 0), metadata.jsonl line 8",
         "metadata.jsonl line 3": (
             "is not a JSON object (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"
         ),
@@ -351,7 +353,7 @@ def test_damaged_lines_cost_their_own_image_only(tmp_path: Path) -> None:
     assert listed(root) == [("a.png", ("fine",), None)]
     reasons = dropped(root)
     assert "more cells than the header" in reasons["metadata.csv line 3"]
-    assert reasons["c.png"] == "its caption is not UTF-8 text"
+    assert reasons["c.png"] == "its caption is not UTF-8 text (byte 3), metadata.csv line 4"
     assert any("is not CSV" in reason for reason in reasons.values())
     root = folder_of(tmp_path / "parquet", {**files, "metadata.parquet": b"PAR1 no"})
     with pytest.raises(BadImage, match=r"metadata.parquet cannot be read as a parquet file"):

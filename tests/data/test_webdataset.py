@@ -147,11 +147,11 @@ def test_what_is_wrong_with_a_sample_costs_that_sample(tmp_path: Path) -> None:
         "b": "is a sample without an image",
         "c.png": "is a second image of its key",
         "d.jpg": "is a second image of its key",
-        "e": "its caption is not UTF-8 text",
+        "e": "its caption is not UTF-8 text (e.txt, byte 3); save it as UTF-8",
         "f": "its .json is damaged",
         "g": "its .json is not an object",
         "h": "its .txt is larger than 1 MiB",
-        "i": "is in an unsupported format (.avif)",
+        "i": "is in an unsupported format (.avif); convert it to PNG or JPEG",
         "j": "its caption is neither a text nor a list of texts",
     }
 
@@ -280,7 +280,9 @@ def test_patterns_name_shards_and_missing_ones_are_dropped(tmp_path: Path) -> No
 # Writing
 
 captions = (
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), min_size=1).map(str.strip).filter(bool)
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"), min_size=1)
+    .map(str.strip)
+    .filter(bool)
 )
 sets = st.lists(
     st.builds(Item, names, st.lists(captions, unique=True, min_size=1).map(tuple), st.none() | captions),

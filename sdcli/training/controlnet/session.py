@@ -23,7 +23,7 @@ from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.controlnet.task import ControlNetTask, new_controlnet
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
-from sdcli.training.inputs.image_data import ImageData, examine_data, examine_images, list_data
+from sdcli.training.inputs.image_data import ImageData, examine_data, examine_images, list_data, merge_buckets
 from sdcli.training.inputs.sources import Latents, Pixels, WithMaps
 from sdcli.training.memory import controlnet_memory
 from sdcli.training.sample_images import SampleSheet
@@ -58,6 +58,7 @@ class ControlNetSession(Session[ControlNetSettings]):
             captions=settings.caption_dropout < 1,
         )
         data, map_digests = yield from self._paired(data, maps)
+        data = yield from merge_buckets(data, self.batch)
         controlnet = self._controlnet(model)
         half = computes_in_half(settings=settings, device=self.accelerator.device)
         with self.accelerator.main_process_first():
@@ -105,6 +106,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 "dropped": data.dropped,
                 "data_fingerprint": fingerprint({**data.contents(), "": map_digests}),
                 "buckets": data.buckets(),
+                "sampling": data.sampling,
                 "trained_parameters": sum(p.numel() for p in controlnet.parameters()),
                 "base": {part: model.identity(part) for part in ("unet", "vae", "text_encoder")},
             },

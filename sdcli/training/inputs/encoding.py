@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from sdcli.data.cache.fill import CacheProgress, fill_latents, fill_texts
 from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, CacheTextEncoder, CacheVae, TextKeys
 from sdcli.data.cache.store import TensorStore
+from sdcli.data.records import Item
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io.devices import free_memory
 from sdcli.models.loaded_model import LoadedModel
@@ -82,6 +83,10 @@ def encode_captions(
     )
     tokenizer: ClipTokenizer = model_parts.tokenizer_of(text_of)
     texts = TextConditioning(data.images, rules, settings.seed, tokenizer=tokenizer, ignored=ignored)
+    if not ignored:
+        note = cut_captions(texts_of((data.images[int(index)] for index in data.used), rules), tokenizer)
+        if note:
+            yield RunNote(note)
     countable = [rules.all_texts(() if ignored else captions) for captions in data.texts()]
     if trained or None in countable:
         return texts
@@ -97,6 +102,25 @@ def encode_captions(
     yield from _shown(fill_texts(wanted, encoder=encoder, store=store), "encoding captions")
     states = CachedTexts(store, TextKeys.of(encoder), wanted, budget=_budget())
     return TextConditioning(data.images, rules, settings.seed, states=states, ignored=ignored)
+
+
+def texts_of(items: Iterable[Item], rules: CaptionRules) -> Iterator[tuple[str, str]]:
+    """The name and the text of every caption, as it is encoded."""
+    return ((item.name, rules.wrapped(caption)) for item in items for caption in item.captions)
+
+
+def cut_captions(texts: Iterable[tuple[str, str]], tokenizer: ClipTokenizer) -> str:
+    """A sentence about texts, by name, that are longer than the text encoder reads; "" if there are none."""
+    limit = tokenizer.max_length - 2
+    counts = [(name, tokenizer(text).count) for name, text in texts]
+    long = {name: count for name, count in counts if count > limit}
+    if not long:
+        return ""
+    cut, names = sum(count > limit for _, count in counts), list(long)
+    return (
+        f"{cut:,} of {len(counts):,} captions have more than the {limit} tokens that the text encoder reads and are cut "
+        f"(the longest has {max(long.values()):,}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    )
 
 
 def computes_in_half(*, settings: DenoiserSettings, device: torch.device) -> bool:

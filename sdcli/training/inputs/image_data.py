@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Generator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from sdcli.data.buckets import Bucketing, bucket_sizes
+from sdcli.data.buckets import Bucketing, bucket_sizes, merged_buckets, samples_of
 from sdcli.data.inspection import Inspection, inspect, summarize
 from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.errors import UsageError
+from sdcli.io import rng
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.order import Order
 from sdcli.training.settings import ImageSettings, cache_folder
@@ -34,6 +35,9 @@ class ImageData:
     digests: tuple[str, ...]
     """The SHA-256 of each image's bytes, by index."""
     dropped: int
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """What is particular about the samples: merged buckets, repeated images, a limit. A resumed run must find the same;
+    {} for runs that versions without these rules trained in the same way."""
 
     def only(self, usable: np.ndarray) -> ImageData:
         """The data without images outside `usable`. Raises UsageError if no training image is left."""
@@ -61,7 +65,7 @@ class ImageData:
         """The order of the training images, for steps of `batch` samples."""
         buckets: dict[tuple[int, int] | None, list[int]] = {}
         for index in self.trained.tolist():
-            buckets.setdefault(self.sizes[index], []).append(index)
+            buckets.setdefault(self.sizes[index], []).extend([index] * self.images[index].repeats)
         blocks, window = None, self.images.shuffle_window
         if window is not None:  # a larger window would read shards again and again
             buffer = min(buffer, window)
@@ -71,6 +75,26 @@ class ImageData:
             {size: np.array(indices) for size, indices in buckets.items()}, batch, seed, blocks=blocks, buffer=buffer
         )
 
+    def merged(self, batch: int) -> ImageData:
+        """The data with small buckets merged for steps of `batch` samples; see `buckets.merged_buckets`.
+
+        Latents keep their size, as they cannot be cropped.
+        """
+        if self.images.kind == "latents":
+            return self
+        own = [self.sizes[index] for index in self.trained.tolist()]
+        into = merged_buckets(samples_of(own, self.repeats()), batch)
+        moved = {size: target for size, target in into.items() if target != size}
+        if not moved:
+            return self
+        sizes = {**self.sizes, **{index: into[self.sizes[index]] for index in self.trained.tolist()}}
+        named = {shown_size(size): shown_size(target) for size, target in moved.items()}
+        return replace(self, sizes=sizes, sampling={**self.sampling, "merged_buckets": named})
+
+    def repeats(self) -> list[int]:
+        """How often each training image is sampled in an epoch."""
+        return [self.images[index].repeats for index in self.trained.tolist()]
+
     def contents(self) -> dict[str, Any]:
         """Digest and captions of every usable image by name; a resumed run must find the same."""
         named = ((self.images[int(index)], self.digests[int(index)]) for index in self.used)
@@ -78,7 +102,7 @@ class ImageData:
 
     def buckets(self) -> dict[str, int]:
         """The number of training images in each bucket, by its size as `512x768`."""
-        return dict(Counter("{}x{}".format(*self.sizes[index]) for index in self.trained.tolist()))
+        return dict(Counter(shown_size(self.sizes[index]) for index in self.trained.tolist()))
 
     def texts(self) -> list[tuple[str, ...]]:
         """The captions of every usable image."""
@@ -111,33 +135,84 @@ def examine_data(
     """
     if images.kind == "latents":
         _refuse_framing(settings, data)
-    bucketing = _bucketing(settings, resolution, size_step=size_step)
+    bucketing = bucketing_of(settings, resolution, size_step=size_step)
     found = yield from examine_images(images, settings, what="images")
     for line in found.report():
-        yield RunNote(line, warning=line.lstrip().startswith(("dropped", "note")))
-    used = found.used
-    if not len(used):
+        yield RunNote(line, warning=line.lstrip().startswith(("dropped", "lost", "note")))
+    if not len(found.used):
         raise UsageError(f"{data} has no usable image")
-    if settings.max_train_samples is not None:
-        used = used[: settings.max_train_samples]
+    trained, held_out = training_images(images, found.used, settings)
     if captions:
-        _require_captions(images, used, data)
-    held_out = _held_out(images, used, settings.validation_split)
-    size_of = {
-        int(index): (int(width), int(height))
-        if images.kind == "latents"
-        else bucketing.bucket_for((int(width), int(height)))
-        for index, (width, height) in zip(found.used, found.sizes[found.used], strict=True)
-    }
+        _require_captions(images, np.sort(np.concatenate([trained, held_out])), data)
+    sampling: dict[str, Any] = {}
+    if settings.max_train_samples is not None and settings.max_train_samples < len(found.used):
+        sampling["max_train_samples"] = "drawn by the seed"
+    repeated = sum(images[index].repeats for index in trained.tolist())
+    if repeated != len(trained):
+        sampling["repeats"] = repeated
     return ImageData(
         images=images,
         bucketing=bucketing,
-        trained=np.setdiff1d(used, held_out),
+        trained=trained,
         held_out=held_out,
-        sizes=size_of,
+        sizes=own_buckets(images, found, bucketing),
         digests=found.digests,
         dropped=len(found.dropped),
+        sampling=sampling,
     )
+
+
+def merge_buckets(data: ImageData, batch: int) -> Generator[Event, None, ImageData]:
+    """`ImageData.merged` for steps of `batch` samples, with a note about every bucket that is too small for a step."""
+    merged = data.merged(batch)
+    counts = Counter(data.sizes[index] for index in data.trained.tolist())
+    moved = merged.sampling.get("merged_buckets", {})
+    if moved:
+        shown = ", ".join(f"{size} to {moved[size]}" for size in sorted(moved))
+        images = sum(count for size, count in counts.items() if shown_size(size) in moved)
+        yield RunNote(
+            f"{images:,} images are in buckets of fewer samples than the {batch:,} of a step, and are cropped to the "
+            f"next bucket instead ({shown}); a smaller --train-batch-size keeps more aspect ratios"
+        )
+    samples = samples_of([merged.sizes[index] for index in merged.trained.tolist()], merged.repeats())
+    small = {size: count for size, count in samples.items() if count < batch}
+    if small:
+        shown = ", ".join(f"{count:,} of {shown_size(size)}" for size, count in sorted(small.items()))
+        yield RunNote(
+            f"a step of {batch:,} samples repeats images, because there are only {shown}; a smaller --train-batch-size "
+            "repeats fewer"
+        )
+    return merged
+
+
+def own_buckets(images: ImageSet, found: Inspection, bucketing: Bucketing) -> dict[int, tuple[int, int]]:
+    """The bucket of each usable image, by index; latents have the size that they were encoded at."""
+    sizes = ((int(width), int(height)) for width, height in found.sizes[found.used])
+    return {
+        int(index): size if images.kind == "latents" else bucketing.bucket_for(size)
+        for index, size in zip(found.used, sizes, strict=True)
+    }
+
+
+def training_images(images: ImageSet, used: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of training and of validation images, rising, out of the `used` ones."""
+    if settings.max_train_samples is not None:
+        used = _limited(images, used, settings.max_train_samples, seed=settings.seed)
+    held_out = _held_out(images, used, settings.validation_split)
+    return np.setdiff1d(used, held_out), held_out
+
+
+def _limited(images: ImageSet, used: np.ndarray, limit: int, *, seed: int) -> np.ndarray:
+    """`limit` of the images, drawn by the seed: one of each class first, then from each in proportion to its size."""
+    drawn = used[rng.permutation(seed, 0, "max train samples", len(used))].tolist()
+    labels = [images[index].label for index in drawn]
+    sizes, seen = Counter(labels), Counter[str | None]()
+    turns = []
+    for label in labels:
+        turns.append(seen[label] / sizes[label])
+        seen[label] += 1
+    order = np.argsort(np.array(turns), kind="stable")
+    return np.sort(np.array(drawn, dtype=np.int64)[order[:limit]])
 
 
 def examine_images(images: ImageSet, settings: ImageSettings, *, what: str) -> Generator[Event, None, Inspection]:
@@ -150,7 +225,8 @@ def examine_images(images: ImageSet, settings: ImageSettings, *, what: str) -> G
     return summarize(images, facts)
 
 
-def _bucketing(settings: ImageSettings, resolution: tuple[int, int], *, size_step: int) -> Bucketing:
+def bucketing_of(settings: ImageSettings, resolution: tuple[int, int], *, size_step: int) -> Bucketing:
+    """The buckets of a run; sides are multiples of `size_step` pixels. Raises UsageError."""
     for side in resolution:
         if side % size_step or side < size_step:
             raise UsageError(f"--resolution: must be a multiple of {size_step}, not {side}")
@@ -161,6 +237,11 @@ def _bucketing(settings: ImageSettings, resolution: tuple[int, int], *, size_ste
         raise UsageError(f"--bucket-reso-steps: must be a multiple of {size_step}, not {step}")
     buckets = bucket_sizes(resolution, step=step, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso)
     return Bucketing(buckets, settings.random_crop)
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """`512x768`: width and height."""
+    return f"{size[0]}x{size[1]}"
 
 
 def _refuse_framing(settings: ImageSettings, data: str) -> None:

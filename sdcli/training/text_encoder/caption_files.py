@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdcli.data.records import MAX_CAPTION_BYTES, DroppedItem, UnusableEntry, captions_of_value
-from sdcli.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick_column
+from sdcli.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick_column, plain_rows
 from sdcli.encoders.tokenizer import END, START
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
 from sdcli.io.rows import CsvFile, Row, json_rows, text_lines
+from sdcli.io.text import utf8_stream
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def read_captions(
     blank lines and repeats within a group are skipped. Raises NotFound, and UsageError if no caption is left.
     """
     path = expanded(source)
-    one_file = not path.is_dir() and not re.search(r"[*?\[{]", str(source))
+    one_file = path.is_file() or (not path.is_dir() and not re.search(r"[*?\[{]", str(source)))
     rows: Iterator[_Row | DroppedItem]
     match path.suffix.lower() if one_file else "":
         case ".txt":
@@ -104,14 +105,14 @@ def _grouped(rows: Iterator[_Row | DroppedItem], *, source: str) -> Captions:
 
 def _text_rows(path: Path) -> Iterator[_Row | DroppedItem]:
     with _opened(path) as file:
-        for line in text_lines(file):
+        for line in text_lines(utf8_stream(file)):
             name = f"{path.name} line {line.number}"
             yield DroppedItem(name, line.problem) if line.problem else _Row(name, line.text)
 
 
 def _json_rows(path: Path, column_name: str | None) -> Iterator[_Row | DroppedItem]:
     with _opened(path) as file:
-        for row in json_rows(file):
+        for row in json_rows(utf8_stream(file)):
             # Lines need not have the same keys, so the column is chosen for each.
             column = column_name or next((column for column in CAPTION_COLUMNS if column in row.values), "")
             yield _row(path, row, column)
@@ -119,7 +120,7 @@ def _json_rows(path: Path, column_name: str | None) -> Iterator[_Row | DroppedIt
 
 def _csv_rows(path: Path, column_name: str | None) -> Iterator[_Row | DroppedItem]:
     with _opened(path) as file:
-        rows = CsvFile(file, strict=False, max_cell=MAX_CAPTION_BYTES)
+        rows = CsvFile(utf8_stream(file), strict=False, max_cell=MAX_CAPTION_BYTES)
         column = _column(column_name, rows.columns, path)
         for row in rows:
             yield _row(path, row, column)
@@ -156,7 +157,7 @@ def _parquet_rows(path: Path, column_name: str | None) -> Iterator[_Row | Droppe
             for number in range(file.num_row_groups):
                 count = file.metadata.row_group(number).num_rows
                 try:
-                    group = file.read_row_group(number, columns=columns).to_pylist()
+                    group = plain_rows(file.read_row_group(number, columns=columns))
                 except (arrow.ArrowException, OSError, ValueError) as error:
                     yield DroppedItem(f"{path.name} rows {first} to {first + count - 1}", f"are damaged: {error}")
                     group = []

@@ -11,6 +11,7 @@ from sdcli.encoders.clip import ClipTextConfig, ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.events import Event, Preparation, RunNote
+from sdcli.training.inputs.encoding import cut_captions
 from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
 from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.settings import cache_folder
@@ -42,6 +43,9 @@ class TextSession(Session[TextSettings]):
             yield RunNote(f"{len(captions.dropped):,} captions are not used ({examples})")
         yield Preparation("learning the vocabulary" if settings.model is None else "loading the model", 0)
         model, encoder, tokenizer = self._network(captions)
+        note = cut_captions(((repr(text[:40]), text) for text in captions.texts), tokenizer)
+        if note:
+            yield RunNote(note)
         task = TextEncoderTask(
             captions=captions,
             tokenizer=tokenizer,

@@ -18,7 +18,7 @@ from sdcli.training import model_parts
 from sdcli.training.events import Event, Preparation
 from sdcli.training.inputs.conditioning import ClassConditioning, NoConditioning, SampleConditioning
 from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
-from sdcli.training.inputs.image_data import ImageData, examine_data, list_data
+from sdcli.training.inputs.image_data import ImageData, examine_data, list_data, merge_buckets
 from sdcli.training.inputs.order import Order
 from sdcli.training.inputs.sources import ImageSource, Latents, NormalizedPixels, Pixels
 from sdcli.training.lora import TEXT_TARGETS, LoraShape, add_lora
@@ -58,6 +58,7 @@ class UnetSession(Session[UnetSettings]):
             size_step=model.size_step,
             captions=captions and model.text_of is not None and settings.caption_dropout < 1,
         )
+        data = yield from merge_buckets(data, self.batch)
         model = with_classes(model, settings, data, source=self.data)
         networks, loras = self._networks(model)
         source, conditioning = yield from self._inputs(model, data)
@@ -80,6 +81,7 @@ class UnetSession(Session[UnetSettings]):
                 "dropped": data.dropped,
                 "data_fingerprint": fingerprint(data.contents()),
                 "buckets": data.buckets(),
+                "sampling": data.sampling,
                 "trained_parameters": sum(
                     p.numel() for n in networks.values() for p in n.parameters() if p.requires_grad
                 ),

@@ -11,7 +11,7 @@ from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import VAE, AutoencoderKL, AutoencoderTiny
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.events import Event, Preparation
-from sdcli.training.inputs.image_data import examine_data, list_data
+from sdcli.training.inputs.image_data import examine_data, list_data, merge_buckets
 from sdcli.training.inputs.sources import Pixels
 from sdcli.training.memory import vae_memory
 from sdcli.training.model_parts import ModelFiles, config_file, load_to_train, new_network
@@ -58,6 +58,7 @@ class VaeSession(Session[VaeSettings]):
         data = yield from examine_data(
             self.data, images, settings, resolution=resolution, size_step=cell(vae), captions=False
         )
+        data = yield from merge_buckets(data, self.batch)
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         task = VaeTask(
@@ -99,6 +100,7 @@ class VaeSession(Session[VaeSettings]):
                 "held_out": len(data.held_out),
                 "dropped": data.dropped,
                 "data_fingerprint": fingerprint({data.images[int(i)].name: data.digests[int(i)] for i in data.used}),
+                "sampling": data.sampling,
                 "trained_parameters": sum(p.numel() for n in task.networks.values() for p in n.parameters()),
             },
         )
