@@ -22,8 +22,8 @@ the formats in `image_files.READABLE`."""
 _UNREAD = """
     .avif .avifs .heic .heif .hif .jxl .jp2 .j2k .j2c .jpc .jpf .jpx .ppm .pgm .pbm .pnm .pfm .pam .qoi .tga .ico .icns
     .cur .dds .exr .hdr .pcx .dcx .sgi .rgb .rgba .bw .ras .xbm .xpm .im .msp .psd .psb .xcf .kra .clip .ora .svg .svgz
-    .eps .ps .ai .wmf .emf .fits .fit .dcm .raw .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .pef .x3f .3fr
-    .mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv
+    .eps .ps .ai .wmf .emf .fits .fit .dcm .raw .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .pef .x3f
+    .3fr .mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv
 """
 UNREAD_SUFFIXES = frozenset(_UNREAD.split())
 """The suffixes of images and videos that are not read: in a folder they are reported, never passed over."""

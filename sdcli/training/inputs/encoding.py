@@ -118,8 +118,8 @@ def cut_captions(texts: Iterable[tuple[str, str]], tokenizer: ClipTokenizer) -> 
         return ""
     cut, names = sum(count > limit for _, count in counts), list(long)
     return (
-        f"{cut:,} of {len(counts):,} captions have more than the {limit} tokens that the text encoder reads and are cut "
-        f"(the longest has {max(long.values()):,}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        f"{cut:,} of {len(counts):,} captions have more than the {limit} tokens that the text encoder reads, and are "
+        f"cut (the longest has {max(long.values()):,}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     )
 
 
