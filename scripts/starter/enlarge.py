@@ -8,7 +8,7 @@ the latents that it had for the image reduced to 128x128, and the decoder an enl
 return exactly those latents. The decoder learns to draw the drawing from its latents and from those that the UNet
 returns for it: L1 and multi-scale gradients (sdcli.training.vae.losses), the distance in the features of perception.py,
 and a patch discriminator, whose gradient is scaled to a share of the others' (as in Esser et al. 2021, arXiv
-2012.09841, eq. 7).
+2012.09841, eq. 7). The last two start later: WORK/perception.pt is needed only then.
 
 The first stages of the decoder see whole latents, the later, larger ones a window of 128x128 pixels. OUT receives
 vae/ (the moving average, as diffusers stores it), state.pt, log.jsonl and sheets of held-out scenes. Every five
@@ -23,8 +23,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class Plan:
     batch: int
     encoder_steps: int
     """The encoder is trained in this many steps, the first ones."""
-    discriminator_start: int
+    sharpen_start: int
+    """The first step with the perceptual loss and the discriminator."""
 
     def rate(self, step: int, *, encoder: bool) -> float:
         """The learning rate as a share of the highest: a warm-up, and linearly to zero in the last 30 %."""
@@ -222,7 +224,8 @@ class Training:
 
     plan: Plan
     old: AutoencoderTiny
-    perception: Perception
+    perception: Callable[[], Perception]
+    """Loads the network of the perceptual loss, once, when it is needed."""
     vae: AutoencoderTiny = field(init=False)
     average: AutoencoderTiny = field(init=False)
     step: int = 0
@@ -269,23 +272,29 @@ class Training:
         parts = {
             "l1": (L1, losses.reconstruction(pixels, drawn).mean()),
             "structure": (STRUCTURE, losses.structure(pixels, drawn).mean()),
-            "perception": (PERCEPTION, self.perception.distance(pixels, drawn).mean()),
         }
+        since = self.step - self.plan.sharpen_start
+        if since >= 0:
+            parts["perception"] = (PERCEPTION, self._perception.distance(pixels, drawn).mean())
         self._note(**{name: float(loss.detach()) for name, (_, loss) in parts.items()})
         (gradient,) = torch.autograd.grad(torch.stack([weight * loss for weight, loss in parts.values()]).sum(), drawn)
-        if self.step >= self.plan.discriminator_start:
+        if since >= 0:
             (fooling,) = torch.autograd.grad(losses.adversarial(self.discriminator(drawn)).mean(), drawn)
-            share = ADVERSARIAL * min(1.0, (self.step - self.plan.discriminator_start + 1) / 500)
+            share = ADVERSARIAL * min(1.0, (since + 1) / 500)
             gradient = gradient + share * gradient.norm() / (fooling.norm() + 1e-8) * fooling
         optimizer = self.optimizers["decoder"]
         optimizer.zero_grad(set_to_none=True)
         output.backward(gradient)
         nn.utils.clip_grad_norm_(self.vae.decoder.parameters(), 1.0)
         optimizer.step()
-        if self.step >= self.plan.discriminator_start - 200:  # it learns a little before it is listened to
+        if since >= -200:  # it learns a little before it is listened to
             real, fake = self.discriminator(torch.cat([pixels, output.detach()])).chunk(2)
             self._update("discriminator", losses.hinge(real, fake).mean())
             self._note(real=float(real.mean().detach()), fake=float(fake.mean().detach()))
+
+    @cached_property
+    def _perception(self) -> Perception:
+        return self.perception()
 
     def _update(self, name: str, loss: Tensor) -> None:
         self.optimizers[name].zero_grad(set_to_none=True)
@@ -302,9 +311,9 @@ class Training:
         """Write state.pt and vae/."""
         parts = {name: getattr(self, name).state_dict() for name in ("vae", "average", "discriminator")}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        partial = out / "state.partial"
-        torch.save({**parts, "optimizers": optimizers, "step": self.step, "figures": self.figures}, partial)
-        os.replace(partial, out / "state.pt")
+        unfinished = out / "state.unfinished"
+        torch.save({**parts, "optimizers": optimizers, "step": self.step, "figures": self.figures}, unfinished)
+        os.replace(unfinished, out / "state.pt")
         self.average.save_pretrained(out / "vae")
 
     def load(self, out: Path) -> None:
@@ -365,15 +374,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12000, help="training steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="windows per step (%(default)s)")
     parser.add_argument(
-        "--encoder-steps", type=int, default=3000, help="steps that train the encoder, too (%(default)s)"
+        "--encoder-steps", type=int, default=1500, help="steps that train the encoder, too (%(default)s)"
     )
-    parser.add_argument("--discriminator-start", type=int, default=1500, help="first step with it (%(default)s)")
+    parser.add_argument(
+        "--sharpen-start",
+        type=int,
+        default=1500,
+        help="first step with perceptual loss and discriminator (%(default)s)",
+    )
     parser.add_argument("--max-minutes", type=float, help="stop after this time, with the state saved")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    plan = Plan(chosen.steps, chosen.batch, chosen.encoder_steps, chosen.discriminator_start)
+    plan = Plan(chosen.steps, chosen.batch, chosen.encoder_steps, chosen.sharpen_start)
     old = load_model(load_registry().find(chosen.model), device="cpu", dtype="float32", parts=("vae",)).vae
-    training = Training(plan, old.requires_grad_(False), load_perception(chosen.work / "perception.pt"))
+    training = Training(plan, old.requires_grad_(False), partial(load_perception, chosen.work / "perception.pt"))
     training.load(chosen.out)
     pairs, held_out = Pairs(chosen.work / "pairs"), Pairs(chosen.work / "check")
     stopped: list[int] = []

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,9 +288,13 @@ def test_training_an_enlarged_vae_continues_as_if_it_had_not_been_interrupted(
     np.save(tmp_path / "pairs" / "000-images.npy", noise.integers(0, 255, (3, 256, 256, 3), np.uint8))
     np.save(tmp_path / "pairs" / "000-latents.npy", noise.normal(size=(3, 3, 8, 16, 16)).astype(np.float16))
     pairs = enlarge.Pairs(tmp_path / "pairs")
-    plan = enlarge.Plan(steps=4, batch=1, encoder_steps=2, discriminator_start=1)
+    plan = enlarge.Plan(steps=4, batch=1, encoder_steps=2, sharpen_start=1)
     torch.manual_seed(0)
-    perception = scripts["perception"].Perception(17).eval().requires_grad_(False)
+    network = scripts["perception"].Perception(17).eval().requires_grad_(False)
+
+    def perception() -> Any:
+        return network
+
     whole = enlarge.Training(plan, starter_vae, perception)
     before = {name: value.clone() for name, value in whole.vae.state_dict().items()}
     for _ in range(3):
