@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 
 from sdcli.errors import UsageError
+from sdcli.metadata.weighted_text import MAX_TEXT, literal, meanings
+from sdcli.request.lora_tags import Tags, read_tags
 from sdcli.request.prompt_syntax import MAX_WEIGHT, subprompts
 
-MAX_TEXT = 100_000
-"""Characters of a prompt."""
 MAX_NESTING = 100
 """Brackets within brackets."""
 
@@ -39,23 +39,17 @@ def converted(text: str) -> ConvertedPrompt:
     bare = _EMBEDDING.sub(lambda match: _word(match[1]) + match[2], text)
     if _reads_the_same(bare, spans):
         return ConvertedPrompt(bare, embeddings=tuple(dict.fromkeys(words)))
-    written = "".join(_weighted(_escaped(piece), weight) for piece, weight in spans)
+    written = "".join(_weighted(literal(piece), weight) for piece, weight in spans)
     if not _reads_the_same(written, spans):
         raise UsageError("it cannot be written in the syntax of sdcli")
     whole = "".join(piece for piece, _ in spans)
-    found = [name for name, pattern in _OURS.items() if pattern.search(whole)]
-    return ConvertedPrompt(written, tuple(found), tuple(dict.fromkeys(words)))
+    return ConvertedPrompt(written, tuple(meanings(whole, _SIGNS)), tuple(dict.fromkeys(words)))
 
 
 _EMBEDDING = re.compile(r"(?<![^\s(])embedding:([^\s,():]+)(,*)")
 """ComfyUI looks for it at the start of a word; a weight or a bracket ends it."""
 
-_OURS = {
-    "AND": re.compile(r"\bAND\b"),
-    "BREAK": re.compile(r"\bBREAK\b"),
-    "[ ]": re.compile(r"[\[\]]"),
-    "<name:>": re.compile(r"<\w+:"),
-}
+_SIGNS = ("AND", "BREAK", "[ ]", "<name:>")
 """Signs that mean something in a prompt of sdcli alone."""
 
 
@@ -117,7 +111,7 @@ def _bracketed(text: str) -> list[str]:
 def _reads_the_same(text: str, spans: list[tuple[str, float]]) -> bool:
     """Whether sdcli reads these pieces from a text, and nothing else, at any step."""
     try:
-        if _OURS["<name:>"].search(text):
+        if read_tags(text) != Tags(text):
             return False
         parts = [subprompts(text, steps=steps) for steps in (7, 20)]
     except UsageError:
@@ -131,13 +125,6 @@ def _reads_the_same(text: str, spans: list[tuple[str, float]]) -> bool:
     return all(
         a == b and math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-6) for (a, x), (b, y) in zip(own, spans, strict=True)
     )
-
-
-def _escaped(text: str) -> str:
-    """A text that sdcli reads as text alone. A backslash before any other letter is dropped by its syntax."""
-    text = re.sub(r"[\\()\[\]]", r"\\\g<0>", text)
-    text = re.sub(r"\b(?:AND|BREAK)\b", lambda match: f"{match[0][0]}\\{match[0][1:]}", text)
-    return re.sub(r"<(?=\w+:)", r"<\\", text)
 
 
 def _weighted(text: str, weight: float) -> str:

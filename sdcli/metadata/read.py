@@ -42,8 +42,8 @@ READERS: tuple[tuple[tuple[str, ...], Reader], ...] = (
     (("invokeai_metadata",), read_invokeai),
     (("sd-metadata",), read_old_invokeai),
     (("Dream",), read_dream),
-    (("prompt", *_ANYWHERE), read_comfyui),
-    (("workflow",), read_comfyui_workflow),
+    (("prompt", "Make", *_ANYWHERE), read_comfyui),
+    (("workflow", "Make", *_ANYWHERE), read_comfyui_workflow),
 )
 """(places, reader) of records that are one text; where an image has several records, the first that parses counts."""
 WHOLE_READERS: tuple[Callable[[Mapping[str, str]], ToolRecord | None], ...] = (
@@ -144,7 +144,9 @@ def _with_record(info: ImageInfo, found: ImageTexts) -> ImageInfo:
     unmapped |= {key: _shown(value) for key, value in tool_record.unmapped.items()}
     text = texts[place] if place is not None and tool_record.tool == "a1111" else texts.get("parameters")
     others = [name for name, other in texts.items() if name != place and other != text and name not in _SPREAD]
-    if place is not None and others and not (tool_record.tool == "comfyui" and set(others) <= {"workflow"}):
+    if tool_record.tool == "comfyui":  # the same graph, as it was drawn
+        others = [name for name in others if name != "workflow" and not texts[name].lower().startswith("workflow:")]
+    if place is not None and others:
         unmapped["other texts"] = others
     return replace(info, source=tool_record.tool, request=tool_record.request, unmapped=unmapped, parameters=text)
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sdcli.metadata.comfyui import read_comfyui, read_comfyui_workflow
 from sdcli.metadata.comfyui_workflow import WIDGETS
-from sdcli.metadata.read import read_tool_record
+from sdcli.metadata.read import read_image, read_tool_record
 from sdcli.metadata.tool_record import ToolRecord
 from sdcli.request.schema import GenerationRequest
 from tests.metadata.comfyui_graphs import well_formed
@@ -57,6 +58,22 @@ def test_the_graph_that_was_run_goes_before_the_one_that_was_drawn() -> None:
     prompt = {"1": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 2}}}
     found = read_tool_record({"workflow": json.dumps(DEFAULT), "prompt": json.dumps(prompt)})
     assert found.request.steps == 2
+
+
+def test_exif_holds_both_graphs_or_the_drawn_one_alone(tmp_path: Path) -> None:
+    prompt = {"1": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 2}}}
+    for number, (steps, fields) in enumerate(
+        {
+            22: {0x010F: f"workflow:{json.dumps(DEFAULT)}"},
+            2: {0x010F: f"Workflow:{json.dumps(DEFAULT)}", 0x0110: f"prompt:{json.dumps(prompt)}"},
+        }.items()
+    ):
+        exif = Image.Exif()
+        exif.update(fields)
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.webp", exif=exif)
+        info = read_image(tmp_path / f"{number}.webp")
+        assert (info.source, info.request.steps) == ("comfyui", steps)
+        assert "other texts" not in info.unmapped
 
 
 def test_links_may_be_objects() -> None:
