@@ -5,9 +5,10 @@
 MODEL is any value of `sdcli generate --model`. The judge is trained first unless WORK/judge.pt exists; its accuracy on
 real scenes is printed before anything else. Then `sdcli generate` runs every prompt with seeds 0 to 3 at the model's
 default steps and guidance. OUT (use one per model) receives the images; table.md and figures.json: the percentage of
-images in each group that match their prompts, the VAE's PSNR, the Frechet distance to real sprites in the judge's
-features (and between two sets of real ones), and the diversity of a prompt's images; and a grid for each group: its
-first prompts with seed 0, not selected.
+images in each group that match their prompts, the VAE's PSNR, the width of outlines relative to that in real images
+(sharpness.py), the Frechet distance to real sprites in the judge's features (and between two sets of real ones), and
+the diversity of a prompt's images; and a grid for each group: its first prompts with seed 0, not selected. With a WORK
+of `sprites.py --side 256`, real images have 256 pixels per side, too, whatever the size of the model's.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ import torch
 from judge import ABOVE, BESIDE, COLOUR_NAMES, HELD_OUT_STYLE, PAIR_TOP_K, PLACE_NAMES, Predictions
 from PIL import Image
 from scenes import HUES, NUMBERS, PLACES, SIDE, Composer, blend, colourable, plain, sprite_of
+from sharpness import outline_width
 from torch import Tensor
+from torch.nn import functional as F
 from words import LISTS, UNSEEN, Concept, is_held_out, plural, singular
 
 from sdcli.images.contact_sheet import contact_sheet
 from sdcli.images.metrics import psnr
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
-from sdcli.vae.autoencoder import decode, moments, scaling_factor
+from sdcli.vae.autoencoder import cell, decode, moments, scaling_factor
 
 SEEDS = 4
 CLASSIC = "an astronaut riding a horse"
@@ -191,7 +194,7 @@ def _without_colour(concept: Concept) -> str:
 
 
 def generate_images(model: str, expectations: Sequence[Expectation], out: Path, *, seeds: int) -> np.ndarray:
-    """Run `sdcli generate`; uint8 [prompts, seeds, 128, 128, 3]. Existing images are kept."""
+    """Run `sdcli generate`; uint8 [prompts, seeds, side, side, 3]. Existing images are kept."""
     out.mkdir(parents=True, exist_ok=True)
     jobs = out / "jobs.jsonl"
     lines = [
@@ -233,31 +236,44 @@ def diversity(features: Tensor) -> float:
 
 
 def real_images(composer: Composer, expectations: Sequence[Expectation], *, seed: int) -> np.ndarray:
-    """Real sprites of the expected things, in the default style on white: uint8 [n, 128, 128, 3]."""
-    source, images = random.Random(seed), []
+    """Real sprites of the expected things, in the default style on white: uint8 [n, side, side, 3]."""
+    source, images, scale = random.Random(seed), [], composer.scale
     for expected in expectations:
         concept = composer.concepts[min(expected.things[0])]
         sprite = sprite_of(concept, "fluent-emoji")
-        canvas = plain((255, 255, 255))
+        canvas = plain((255, 255, 255), scale)
         if sprite is not None:
-            at = (64 + source.uniform(-3, 3), 64 + source.uniform(-3, 3))
-            blend(canvas, composer.sprites[sprite], *at, SIDE * source.uniform(0.82, 0.94))
+            x, y = (64 + source.uniform(-3, 3)) * scale, (64 + source.uniform(-3, 3)) * scale
+            blend(canvas, composer.sprites[sprite], x, y, SIDE * scale * source.uniform(0.82, 0.94))
         images.append(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
     return np.stack(images)
 
 
 def round_trip(composer: Composer, model: str, *, count: int = 200) -> float:
-    """The mean PSNR in dB of the VAE's reconstructions of sprites in the held-out style, on white at 128x128."""
+    """The mean PSNR in dB of the VAE's reconstructions of sprites in the held-out style, on white, of 16x16 latents."""
     vae = load_model(load_registry().find(model), device="cpu", dtype="float32", parts=("vae",)).parts["vae"]
+    scale = 16 * cell(vae) // SIDE
     drawn = [concept.sprites[HELD_OUT_STYLE] for concept in composer.concepts if HELD_OUT_STYLE in concept.sprites]
     found = []
     for place in random.Random(2).sample(drawn, min(count, len(drawn))):
-        canvas = plain((255, 255, 255))
-        blend(canvas, composer.sprites[place], 64, 64, SIDE * 0.9)
+        canvas = plain((255, 255, 255), scale)
+        blend(canvas, composer.sprites[place], 64 * scale, 64 * scale, SIDE * scale * 0.9)
         image = judging.as_tensor((canvas + 0.5).astype(np.uint8)[None])
         mean, _ = moments(vae, image)
         found.append(psnr(decode(vae, mean * scaling_factor(vae)), image))
     return float(torch.cat(found).mean())
+
+
+def relative_outlines(images: np.ndarray, real: np.ndarray) -> float:
+    """The mean 10-90 % width of the outlines of images relative to that of real ones, each uint8 [n, side, side, 3].
+
+    Smaller images are enlarged to the size of the larger ones, as a person would do to compare them.
+    """
+    side = max(images.shape[1], real.shape[1])
+    widths = [
+        outline_width(F.interpolate(judging.as_tensor(one), side, mode="bicubic").clamp(0, 1)) for one in (images, real)
+    ]
+    return widths[0] / widths[1]
 
 
 def table(
@@ -296,7 +312,7 @@ def main() -> None:
     expectations = prompts.every_object() if chosen.every_object else prompts.all()
     seeds = 1 if chosen.every_object else SEEDS
     images = generate_images(chosen.model, expectations, chosen.out / "images", seeds=seeds)
-    seen = judging.predict(judge, judging.downscale(images.reshape(-1, SIDE, SIDE, 3)))
+    seen = judging.predict(judge, judging.downscale(images.reshape(-1, *images.shape[2:])))
     parts = {
         number: judging.predict(judge, judging.windows(images[number], expected.windows))
         for number, expected in enumerate(expectations)
@@ -305,6 +321,9 @@ def main() -> None:
     figures = table(expectations, seen, parts, seeds)
     figures["VAE round trip of held-out sprites, dB"] = round_trip(composer, chosen.model)
     objects = [number for number, expected in enumerate(expectations) if expected.group in ("objects", "every object")]
+    figures["width of outlines, of real images' 1"] = relative_outlines(
+        images[objects, 0], real_images(composer, [expectations[number] for number in objects], seed=0)
+    )
     features = seen.features.reshape(len(expectations), seeds, -1)[objects]
     real = [real_images(composer, [expectations[number] for number in objects], seed=seed) for seed in range(2 * seeds)]
     real_features = [judging.predict(judge, judging.downscale(one_set)).features for one_set in real]

@@ -4,8 +4,8 @@
 
 trains it and writes WORK/judge.pt. It is trained on scenes in the three trained styles, never in the fourth (twemoji),
 and predicts the things, their number, the colour that was given to the thing, and the background. `report` measures its
-accuracy on new scenes. It classifies images of 128x128 downscaled to 64x64 and, where two things are expected, a window
-of 80x80 around each: in the whole image it finds both in only 70 % of real ones.
+accuracy on new scenes. It classifies images of 128x128 or 256x256 downscaled to 64x64 and, where two things are
+expected, a window of 5/8 of the width around each: in the whole image it finds both in only 70 % of real ones.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ class Judge(nn.Module):
 def scenes(
     work: Path, jobs: Sequence[tuple[int, str]], styles: Sequence[str] = tuple(STYLE_WORDS)
 ) -> tuple[np.ndarray, Truth]:
-    """Images of scenes by (seed, kind), uint8 [n, 128, 128, 3], and their labels."""
+    """Images of scenes by (seed, kind), uint8 [n, side, side, 3], and their labels."""
     composer = Composer(work, styles=styles, shares=[1] * len(styles))
+    side = SIDE * composer.scale
     numbers = {concept.label: number for number, concept in enumerate(composer.concepts)}
-    images = np.empty((len(jobs), SIDE, SIDE, 3), np.uint8)
+    images = np.empty((len(jobs), side, side, 3), np.uint8)
     things = torch.zeros(len(jobs), len(numbers))
     targets = torch.full((3, len(jobs)), UNKNOWN)
     for row, (seed, kind) in enumerate(jobs):
@@ -129,7 +130,7 @@ def _small_scenes(work: Path, jobs: Sequence[tuple[int, str]]) -> tuple[np.ndarr
 
 
 def downscale(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, 128, 128, 3] -> [n, 64, 64, 3], each pixel the mean of four."""
+    """uint8 [n, side, side, 3] -> [n, 64, 64, 3], each pixel the mean of four or sixteen."""
     count, height, width, _ = images.shape
     parts = images.reshape(count, INPUT_SIDE, height // INPUT_SIDE, INPUT_SIDE, width // INPUT_SIDE, 3)
     return (parts.mean(axis=(2, 4)) + 0.5).astype(np.uint8)
@@ -248,16 +249,18 @@ def predict(judge: Judge, images: np.ndarray) -> Predictions:
 PAIR_TOP_K = 3
 """Each of two things counts as found if it is among the judge's first k predictions for a window."""
 WINDOW = 80
-"""Width and height of a window in pixels."""
+"""Width and height of a window, of 128 for the whole image."""
 BESIDE, ABOVE = ((36, 60), (92, 68)), ((64, 34), (64, 84))
-"""The windows' centres in pixels, for things side by side and one above the other."""
+"""The windows' centres in the same units, for things side by side and one above the other."""
 
 
 def windows(images: np.ndarray, centres: Sequence[tuple[int, int]]) -> np.ndarray:
-    """uint8 [n, 128, 128, 3] -> [windows * n, 64, 64, 3], the windows of an image in sequence."""
-    padded = np.pad(images, ((0, 0), (WINDOW // 2, WINDOW // 2), (WINDOW // 2, WINDOW // 2), (0, 0)), mode="edge")
-    parts = np.stack([padded[:, y : y + WINDOW, x : x + WINDOW] for x, y in centres], axis=1)
-    smaller = F.interpolate(as_tensor(parts.reshape(-1, WINDOW, WINDOW, 3)), INPUT_SIDE, mode="area")
+    """uint8 [n, side, side, 3] -> [windows * n, 64, 64, 3], the windows of an image in sequence."""
+    scale = images.shape[1] // SIDE
+    side = WINDOW * scale
+    padded = np.pad(images, ((0, 0), (side // 2, side // 2), (side // 2, side // 2), (0, 0)), mode="edge")
+    parts = np.stack([padded[:, y * scale :, x * scale :][:, :side, :side] for x, y in centres], axis=1)
+    smaller = F.interpolate(as_tensor(parts.reshape(-1, side, side, 3)), INPUT_SIDE, mode="area")
     return (smaller * 255 + 0.5).byte().permute(0, 2, 3, 1).numpy()
 
 

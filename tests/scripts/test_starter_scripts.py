@@ -492,6 +492,30 @@ def test_frechet_distance_and_diversity_have_their_closed_forms(scripts: dict[st
     assert evaluate.diversity(across) == pytest.approx(1)
 
 
+def test_images_of_256_pixels_are_judged_like_their_reductions(
+    scripts: dict[str, ModuleType], work: Path, large_work: Path
+) -> None:
+    judge, evaluate, pairs = scripts["judge"], scripts["evaluate"], scripts["pairs"]
+    (large, truth), (small, _) = (judge.scenes(folder, [(5, "pair"), (6, "ride")]) for folder in (large_work, work))
+    assert large.shape == (2, 256, 256, 3)
+    assert truth.things.sum(1).tolist() == pytest.approx([1, 1])
+    halved = (pairs.halved(large).permute(0, 2, 3, 1) * 255 + 0.5).byte().numpy()
+    for centres in (judge.BESIDE, judge.ABOVE):
+        whole, reduced = (judge.windows(images, centres).astype(int) for images in (large, halved))
+        assert whole.shape == (4, 64, 64, 3)
+        assert np.abs(whole - reduced).mean() < 3
+    assert np.abs(judge.downscale(large).astype(int) - judge.downscale(halved)).max() <= 2
+    assert small.shape == (2, 128, 128, 3)
+
+    prompts = evaluate.Prompts(scripts["scenes"].Composer(large_work))
+    objects = list(prompts.objects(3))
+    real = evaluate.real_images(prompts.composer, objects, seed=1)
+    assert real.shape == (3, 256, 256, 3)
+    assert evaluate.relative_outlines(real, real) == pytest.approx(1)
+    assert evaluate.relative_outlines(real[:, ::2, ::2], real) > 1.5, "enlarged ones are softer"
+    assert evaluate.round_trip(prompts.composer, "starter", count=2) > 20
+
+
 def test_groups_count_what_they_ask_for(scripts: dict[str, ModuleType]) -> None:
     evaluate, judge = scripts["evaluate"], scripts["judge"]
     expectations = [
