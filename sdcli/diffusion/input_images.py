@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
-from sdcli.errors import UsageError
-from sdcli.images.image_files import image_from_bytes
+from sdcli.errors import BadImage, UsageError
+from sdcli.images.image_files import image_from_bytes, original_from_bytes
+from sdcli.images.masks import mask_levels
 from sdcli.images.pixels import fit, to_pixels
 from sdcli.io.files import expanded
 from sdcli.io.lean_diffusers import full_imports
@@ -31,6 +32,8 @@ class InitImage:
     """[1, H, W], 1 where it is generated anew and 0 where it is kept; None where all of it is generated."""
     fade: Tensor | None = None
     """[1, H, W] in 0..1, the share of generated pixels in the finished image: 0 wherever the mask is."""
+    notes: tuple[str, ...] = ()
+    """What a user may not expect of the mask."""
 
     @cached_property
     def without_masked(self) -> Tensor:
@@ -79,13 +82,11 @@ class InputImages:
         inner = size if extend is None else (size[0] - extend.left - extend.right, size[1] - extend.top - extend.bottom)
         image = self._open(ref)
         if mask is not None:
-            masked = self._open(mask)
-            if masked.size != image.size:
-                raise UsageError(f"the mask is {_shown(masked)} pixels, the init image {_shown(image)}")
-            white = fit(masked, inner).convert("L").point(lambda level: 255 * (level >= 128))
+            white = fit(self._mask(mask, image), inner).convert("L").point(lambda level: 255 * (level >= 128))
             white = ImageChops.invert(white) if inverted else white
+            notes = tuple(_mask_notes(white))
         else:
-            white = Image.new("L", inner, 0)
+            white, notes = Image.new("L", inner, 0), ()
         pixels = to_pixels(fit(image, inner))
         if mask is None and extend is None:
             return InitImage(pixels)
@@ -102,7 +103,17 @@ class InputImages:
             )
         # half of the blurred edge lies in what is kept: the fade starts with the other half
         soft = (2 * _levels(white.filter(ImageFilter.GaussianBlur(blur))) - 1).clamp(0, 1) * hard if blur else hard
-        return InitImage(pixels, hard, soft)
+        return InitImage(pixels, hard, soft, notes)
+
+    def _mask(self, ref: ImageInput, init: Image.Image) -> Image.Image:
+        """White where to generate. Raises UsageError for another size than that of the init image."""
+        mask = original_from_bytes(self._read(ref), name=str(ref))
+        if mask.size != init.size:
+            raise UsageError(f"the mask is {_shown(mask)} pixels, the init image {_shown(init)}; make them equal")
+        try:
+            return mask_levels(mask, init)
+        except (BadImage, UsageError) as error:
+            raise type(error)(f"the mask {ref} {error}") from None
 
     def _read_control_map(self, ref: ImageInput, preprocessor: Preprocessor, size: tuple[int, int]) -> Tensor:
         """[3, H, W] in 0..1."""
@@ -138,6 +149,15 @@ def read_init_latents(ref: FileRef) -> LatentFile:
     if len(file.latents) != 1:
         raise UsageError(f"{ref.path} holds {len(file.latents)} latents; an init file holds one")
     return file
+
+
+def _mask_notes(white: Image.Image) -> Iterator[str]:
+    """Sentences about a mask, white where to generate, that is the same everywhere."""
+    darkest, lightest = white.getextrema()
+    if darkest:
+        yield "the mask selects all of the init image, so nothing of it is kept"
+    elif not lightest:
+        yield "the mask selects nothing of the init image, so only what --extend adds is generated"
 
 
 def _levels(image: Image.Image) -> Tensor:

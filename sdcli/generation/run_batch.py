@@ -73,6 +73,8 @@ def run_batch(
             shape = lease.pipeline.encode.shape(job.request)
             notes = prompt_notes(lease.pipeline, job.request, strict=strict_prompt)
             check_request(lease.pipeline, job.request)
+            if job.request.masked:
+                notes += lease.pipeline.inputs.init_image(job.request).notes
             groups.setdefault(shape, []).append(job)
             if job in wanted:
                 yield from (Note(text, (job.index,)) for text in notes)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,7 +30,7 @@ def open_image(path: Path) -> Image.Image:
     Raises NotFound, and BadImage for a file that is truncated, damaged, too large, or not an image.
     """
     check_readable(path)
-    return _decoded(path, name=str(path))
+    return _decoded(path, name=str(path), convert=upright_rgb)
 
 
 def image_from_bytes(data: bytes, *, name: str) -> Image.Image:
@@ -38,16 +38,26 @@ def image_from_bytes(data: bytes, *, name: str) -> Image.Image:
 
     Raises BadImage, whose sentence begins with `name`.
     """
+    return _from_bytes(data, name, upright_rgb)
+
+
+def original_from_bytes(data: bytes, *, name: str) -> Image.Image:
+    """Like `image_from_bytes`, but in the file's own mode, with its transparency."""
+    return _from_bytes(data, name, _upright)
+
+
+def _from_bytes(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     if len(data) > MAX_FILE_BYTES:
         raise BadImage(f"{name}: larger than {MAX_FILE_BYTES // 1024**2} MiB, the limit for an image file")
-    return _decoded(io.BytesIO(data), name=name)
+    return _decoded(io.BytesIO(data), name=name, convert=convert)
 
 
-def _decoded(file: Path | io.BytesIO, *, name: str) -> Image.Image:
+def _decoded(file: Path | io.BytesIO, *, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with open_safely(file, formats=READABLE) as image:
+            _scale_transparent_colour(image)
             image.load()
-            return upright_rgb(image)
+            return convert(image)
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from None
 
@@ -102,6 +112,24 @@ def pixels_digest(image: Image.Image) -> str:
     digest = hashlib.sha256(f"RGB {image.width}x{image.height}\n".encode())
     digest.update(image.convert("RGB").tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+_LEVELS = {"1": 255, "L;2": 85, "L;4": 17}
+"""The raw mode of a grey PNG -> what Pillow multiplies its levels with."""
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Bring a PNG's transparent colour to the levels of the decoded pixels, which Pillow leaves undone.
+
+    Has no effect on a decoded image.
+    """
+    tiles = getattr(image, "tile", ()) if image.format == "PNG" else ()
+    raw = tiles[0].args if tiles else None
+    key = image.info.get("transparency")
+    if isinstance(key, int) and raw in _LEVELS:
+        image.info["transparency"] = min(key * _LEVELS[raw], 255)
+    elif isinstance(key, tuple) and raw == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in key)
 
 
 def _upright(image: Image.Image) -> Image.Image:

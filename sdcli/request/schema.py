@@ -155,7 +155,9 @@ class GenerationRequest(BaseModel):
         description="how much noise the init image gets: at 1 nothing is left of it; default: 0.8, with a mask 1",
     )
     mask: ImageInput | None = Field(
-        None, description="image that is white where to generate and black where to keep the init image"
+        None,
+        description="image that is white where to generate and black where to keep the init image; also white strokes "
+        "on transparent, or the init image with a part erased",
     )
     mask_blur: float | None = Field(
         None, ge=0, le=256, description="pixels over which the generated part fades into the kept one; default: 4"
