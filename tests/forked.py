@@ -46,15 +46,43 @@ def run_forked(
         return subprocess.CompletedProcess(list(arguments), process.exitcode, out, err)
 
 
+def run_forked_raw(arguments: Sequence[str], *, cwd: Path, streams: str) -> tuple[int | None, bytes, bytes]:
+    """(exit code, stdout, stderr) of the command line with streams as a shell writes them: `<&-`, `>/dev/full`.
+
+    stdin is empty unless it is closed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        for path in paths:
+            path.touch()
+        targets = [str(path) for path in paths]
+        for stream in streams.split():
+            number = 0 if stream.startswith("<") else 2 if stream.startswith("2") else 1
+            targets[number] = "" if stream.endswith("&-") else stream.partition(">")[2]
+        process = _forking.Process(target=_run, args=(list(arguments), str(cwd), dict(os.environ), targets))
+        process.start()
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return process.exitcode, paths[1].read_bytes(), paths[2].read_bytes()
+
+
 def _run(arguments: list[str], cwd: str, environment: dict[str, str], paths: list[str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     for number, (path, flags) in enumerate(zip(paths, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)):
-        os.dup2(os.open(path, flags, 0o600), number)
-    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
+        if path:
+            opened = os.open(path, flags, 0o600)
+            os.dup2(opened, number)
+            os.close(opened)
+        else:
+            os.close(number)
+    # as Python makes them: None for a closed one
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False) if paths[0] else None  # type: ignore[assignment]
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False) if paths[1] else None  # type: ignore[assignment]
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1) if paths[2] else None  # type: ignore[assignment]
     sys.argv = ["sdcli", *arguments]
     from sdcli.cli.app import main
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -15,7 +16,8 @@ import typer
 from sdcli import __version__
 from sdcli.cli.ui.console import printable
 from sdcli.cli.ui.help import WIDEST, App
-from sdcli.errors import EXIT_CODES, Interrupted, SdcliError, Terminated
+from sdcli.cli.ui.streams import ReaderGone, in_utf8_mode, prepare_streams
+from sdcli.errors import EXIT_CODES, CannotWrite, Interrupted, SdcliError, Terminated
 
 COMMANDS = {
     "generate": "Generate",
@@ -94,22 +96,31 @@ _load(sys.argv)
 
 def main() -> NoReturn:
     """Run the command line, and exit with a code of `errors.EXIT_CODES`."""
+    in_utf8_mode()
+    prepare_streams()
     _raise_on_signals()
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:
-        app()
+        code = _run()
+        sys.stdout.flush()
     except (SdcliError, Interrupted) as error:
-        if str(error):  # empty: another process of this run has printed it
+        if str(error):  # empty: another process of this run has printed it, or nobody reads on
             _print_error(str(error), verbose)
         _exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _exit(141)
     except Exception as error:
         hint = "" if verbose else " (-v shows where)"
         _print_error(f"unexpected {type(error).__name__}: {error}{hint}", verbose)
         _exit(1)
-    _exit(0)
+    _exit(code)
+
+
+def _run() -> int:
+    """Run Typer's app, which ends with SystemExit, and return the exit code."""
+    try:
+        app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0
 
 
 def _print_error(sentence: str, verbose: bool) -> None:
@@ -132,6 +143,7 @@ def _raise_on_signals() -> None:
 def _exit(code: int) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a signal during shutdown must not change the code
-    sys.stdout.flush()
+    with contextlib.suppress(CannotWrite, ReaderGone):  # the code says already that something failed
+        sys.stdout.flush()
     gc.freeze()  # saves a last garbage collection
     sys.exit(code)

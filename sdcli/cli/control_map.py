@@ -51,4 +51,4 @@ def command(
 
     made = control_map(image_from_bytes(read_input(image), name=image), how, wanted)
     write_whole(output, image_bytes(made, "png", None), overwrite=overwrite)
-    console.result(str(output), path=str(output), how=how, width=made.width, height=made.height)
+    console.result(output, path=str(output), how=how, width=made.width, height=made.height)

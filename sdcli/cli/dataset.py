@@ -291,8 +291,8 @@ def shard(
         )
     )
     for written in shards:  # reported at the end, when all exist
-        path = str(output / written.name)
-        console.result(path, path=path, pictures=written.images, bytes=written.size)
+        path = output / written.name
+        console.result(path, path=str(path), pictures=written.images, bytes=written.size)
     if found.dropped:
         total = len(found.used) + len(found.dropped)
         raise SomeFailed(f"{len(found.dropped):,} of {total:,} images were dropped; the others are in the shards")

@@ -140,7 +140,7 @@ def _report(event: DecodeResult, console: Console, *, printed: bool) -> None:
             console.warn(str(event.error))
         return
     console.result(
-        str(event.path),
+        event.path or "",
         **fields,
         path=str(event.path),
         width=event.width,

@@ -198,7 +198,8 @@ def _report(event: EncodeResult, console: Console, *, alone: bool) -> None:
         return
     checked = {"psnr": _finite(event.psnr), "identical": event.psnr == math.inf} if event.psnr is not None else {}
     console.result(
-        f"{event.path}\t{_decibels(event.psnr)}" if event.psnr is not None else str(event.path),
+        event.path or "",
+        f"\t{_decibels(event.psnr)}" if event.psnr is not None else "",
         **fields,
         path=str(event.path),
         width=facts.width,

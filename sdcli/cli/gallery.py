@@ -58,7 +58,7 @@ def command(
         if len(errors) == len(paths):
             raise_for(errors, of=len(paths))  # there is nothing to show, and no page
     shown = len(paths) - len(errors)
-    console.result(str(target), path=str(target), status="done", pictures=shown, failed=len(errors))
+    console.result(target, path=str(target), status="done", pictures=shown, failed=len(errors))
     raise_for(errors, of=len(paths))
 
 

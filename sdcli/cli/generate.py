@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +26,7 @@ from sdcli.cli.options.shared import (
     VerboseOpt,
 )
 from sdcli.cli.sweep_sheet import SweepSheet
-from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.console import Console, readable_json
 from sdcli.cli.ui.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
 from sdcli.cli.ui.progress import GenerationProgress
 from sdcli.cli.ui.results import report, report_failure
@@ -308,7 +307,7 @@ def _print_requests(jobs: list[ResolvedJob | BadJob], console: Console) -> None:
             console.warn(str(job.error))
         else:
             fields = job.request.typed()
-            console.result(json.dumps(fields, ensure_ascii=False), **fields)
+            console.result(readable_json(fields), **fields)
     raise_for([job.error for job in jobs if isinstance(job, BadJob)], of=len(jobs))
 
 

@@ -88,7 +88,7 @@ def command(
     write_sheet(output, sheet, {"pictures": on_it}, overwrite=overwrite)
     texts = labels if labels is not None else [None] * len(shown)
     console.result(
-        str(output),
+        output,
         status="ok",
         path=str(output),
         width=sheet.width,

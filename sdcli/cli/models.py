@@ -120,7 +120,7 @@ def pull(
         if report.checker_left_out:
             console.note(f"{spec.name} has a safety checker; --safety-checker downloads it too")
         console.result(
-            str(report.folder),
+            report.folder,
             name=spec.name,
             folder=str(report.folder),
             commit=report.commit,

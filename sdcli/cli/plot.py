@@ -56,7 +56,7 @@ def command(
     with whole_file(output, overwrite=overwrite) as temporary:
         save_figure(figure, temporary, format=format)
     facts = [_facts(run, log, metric) for run, log in zip(runs, logs, strict=True)]
-    console.result(str(output), path=str(output), metric=metric, runs=facts)
+    console.result(output, path=str(output), metric=metric, runs=facts)
 
 
 def _read(run: Path, metric: str, console: Console) -> Log:

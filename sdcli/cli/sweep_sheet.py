@@ -61,5 +61,5 @@ class SweepSheet:
                 write_sheet(path, sheet, {"pictures": on_it}, overwrite=settings.overwrite)
             except AlreadyExists:
                 continue
-            console.result(str(path), status="sheet", path=str(path), width=sheet.width, height=sheet.height)
+            console.result(path, status="sheet", path=str(path), width=sheet.width, height=sheet.height)
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -12,17 +11,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TextIO, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_args
 
 import typer
 
 from sdcli.cli.options.flags import Command, Flag, field_options
 from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
+from sdcli.cli.ui.streams import ReaderGone
 from sdcli.cli.ui.training_signals import TrainingStop
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, SdcliError, UsageError
 from sdcli.io.files import expanded
@@ -173,7 +173,7 @@ def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> 
         from sdcli.cli.ui.training_progress import TrainingProgress
 
         display = stack.enter_context(TrainingProgress(console))
-        lost: list[OSError] = []
+        lost: list[CannotWrite | ReaderGone] = []
         for event in session.prepare(resume=call.resume, stop=stop):
             display.report(event)
         for line in session.plan_lines():
@@ -184,34 +184,18 @@ def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> 
             return
         try:
             for event in session.train(stop=stop, save=stop.save):
-                with surviving(sys.stderr):
-                    display.report(event)
+                display.report(event)
                 if session.is_main:
-                    with surviving(sys.stdout, lost):
+                    try:
                         _report(event, console)
+                    except (CannotWrite, ReaderGone) as error:  # a full disk or a reader that has gone ends no run
+                        lost.append(error)
         except Interrupted as stopped:
             raise stopped if session.is_main else type(stopped)("") from None  # the main process prints the reason
     if session.is_main:
-        if any(error.errno != errno.EPIPE for error in lost):
-            raise CannotWrite(f"stdout cannot be written: {lost[0].strerror}; the run in {run} is complete")
-        console.result(str(run), status="done", run=str(run))
-
-
-@contextlib.contextmanager
-def surviving(stream: TextIO, lost: list[OSError] | None = None) -> Iterator[None]:
-    """Print within the block; a terminal or a reader that has gone, or a full disk, must not end a run.
-
-    From the first error on what would be printed on the stream is thrown away; the error is added to `lost`.
-    """
-    try:
-        yield
-    except OSError as error:
-        if lost is not None:
-            lost.append(error)
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+        if lost and isinstance(lost[0], CannotWrite):
+            raise CannotWrite(f"{lost[0]}; the run in {run} is complete")
+        console.result(run, status="done", run=str(run))
 
 
 class _AlreadyPrinted(SdcliError):
@@ -261,10 +245,10 @@ def _report(event: Event, console: Console) -> None:
         if not isinstance(event, Preparation):
             console.result("", event=type(event).__name__.lower(), **strict_json(dataclasses.asdict(event)))
     elif isinstance(event, CheckpointSaved):
-        console.result(str(event.path))
+        console.result(event.path)
     elif isinstance(event, SamplesSaved):
         for path in event.paths:
-            console.result(str(path))
+            console.result(path)
 
 
 # --prove-resume

@@ -18,6 +18,12 @@ from sdcli.request.schema import did_you_mean
 FIELDS = ("index", "seed", "prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "custom_id")
 MAX_PROMPT_BYTES = 80
 MAX_NAME_BYTES = 200
+OTHER_FORMATS = {
+    ".apng", ".avi", ".avif", ".bmp", ".dds", ".exr", ".gif", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jfif",
+    ".jp2", ".jpe", ".json", ".jsonl", ".jxl", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".pbm", ".pdf", ".pgm",
+    ".pnm", ".ppm", ".psd", ".safetensors", ".svg", ".tga", ".tif", ".tiff", ".txt", ".webm", ".xcf",
+}  # fmt: skip
+"""Suffixes of files that people know and that are not written here; any other is part of the name, as in `v1.5`."""
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
@@ -26,13 +32,20 @@ def output_settings(output: str | None, outdir: Path | None, image_format: Image
 
     Raises UsageError.
     """
+    if output == "-":
+        raise UsageError("-o - would mean stdout, where only the names of files are printed; name a file")
+    if output is not None and (output.endswith("/") or output.rpartition("/")[2] in ("", ".", "..")):
+        raise UsageError(f"-o {output!r} names a folder, not a file; --outdir names the folder of the images")
     template = output or DEFAULT_TEMPLATE
     if output is not None and outdir is None:
         fixed = output.partition("{")[0]
         cut = max(fixed.rfind("/") + 1, 0)
         outdir, template = expanded(output[:cut] or "."), output[cut:]
     check_template(template)
-    named = FORMAT_OF.get(Path(template).suffix.lower())
+    suffix = Path(template).suffix.lower()
+    named = FORMAT_OF.get(suffix)
+    if suffix in OTHER_FORMATS:
+        raise UsageError(f"-o names a {suffix} file, but images are written as {', '.join(FORMAT_OF)}")
     if named is not None and image_format is not None and named != image_format:
         raise UsageError(f"-o names a {named} file, --format asks for {image_format}")
     folder = outdir if outdir is not None else OutputSettings.outdir
@@ -65,8 +78,11 @@ def check_template(template: str) -> None:
         if field is not None and (field not in FIELDS or conversion or "{" in (spec or "")):
             hint = did_you_mean(field, FIELDS) or f"; fields: {', '.join(FIELDS)}"
             raise UsageError(f"the output template {template!r} has no field {{{field}}}{hint}")
-    if not template or template.endswith(("/", "\\")):
+    if not template or template.endswith("/"):
         raise UsageError(f"the output template {template!r} ends in a folder, not in a file name")
+    odd = next((letter for letter in template if letter < " " or letter in "\\\x7f"), None)
+    if odd is not None:
+        raise UsageError(f"the output template {template!r} has a {odd!r}, which no file name here may have")
     _check_inside(template, template)
 
 
@@ -87,7 +103,7 @@ def image_name(template: str, fields: Mapping[str, Any], *, suffix: str) -> Pure
         raise UsageError(f"the output template {template!r} does not fit: {error}") from None
     _check_inside(rendered, template)
     *folders, name = (_portable(part) for part in PurePosixPath(rendered).parts)
-    if Path(name).suffix.lower() in FORMAT_OF:
+    if FORMAT_OF.get(Path(name).suffix.lower()) == FORMAT_OF[suffix]:
         name, suffix = name[: name.rindex(".")], name[name.rindex(".") :]
     return PurePosixPath(*folders, _cut(name, MAX_NAME_BYTES) + suffix)
 
@@ -110,4 +126,7 @@ def _portable(part: str) -> str:
 
 
 def _cut(text: str, size: int) -> str:
-    return text.encode()[:size].decode(errors="ignore")
+    """The text with at most so many bytes in UTF-8; bytes that are no UTF-8 in a typed name count as one each."""
+    while len(text.encode(errors="surrogateescape")) > size:
+        text = text[:-1]
+    return text

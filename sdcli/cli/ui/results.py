@@ -20,7 +20,7 @@ def report(result: Result, console: Console) -> None:
     if result.status == "skipped":
         console.detail(f"{result.path} is already finished")
     if result.status == "done" or console.json:
-        console.result(str(result.path), **_fields(result.job, result.status), **rest)
+        console.result(result.path or "", **_fields(result.job, result.status), **rest)
     if result.status == "done":
         console.detail(f"seed {result.job.request.seed}, {seconds:.1f} s")
         if result.side_files and not console.json:
