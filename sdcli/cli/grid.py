@@ -59,7 +59,7 @@ def command(
     if not files:
         raise NotFound(f"there are no images besides {output}, the file to write")
 
-    from sdcli.images.contact_sheet import check_size, contact_sheet, write_sheet
+    from sdcli.images.contact_sheet import about_labels, check_size, contact_sheet, write_sheet
     from sdcli.images.image_files import upright_rgb
     from sdcli.metadata.read import image_and_info
 
@@ -85,7 +85,9 @@ def command(
     sheet = contact_sheet(loaded, columns=columns, labels=labels, label_lines=LABEL_LINES, enlarge=enlarge)
     requests = [request.typed() if request is not None else None for _, request in shown]
     on_it = [{"name": file.path.name, "request": request} for (file, _), request in zip(shown, requests, strict=True)]
-    write_sheet(output, sheet, {"pictures": on_it}, overwrite=overwrite)
+    beside = write_sheet(output, sheet, {"pictures": on_it}, overwrite=overwrite)
+    if beside:
+        console.warn(about_labels(beside))
     texts = labels if labels is not None else [None] * len(shown)
     console.result(
         output,

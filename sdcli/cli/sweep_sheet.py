@@ -41,7 +41,7 @@ class SweepSheet:
 
     def write(self, paths: Mapping[int, Path], settings: OutputSettings, console: Console) -> None:
         """Write the sheet of the images, given by job index, and print its path."""
-        from sdcli.images.contact_sheet import contact_sheet, empty, write_sheet
+        from sdcli.images.contact_sheet import about_labels, contact_sheet, empty, write_sheet
         from sdcli.images.image_files import open_image
 
         files = [paths.get(place.index) for place in self.places]
@@ -58,8 +58,10 @@ class SweepSheet:
             if path in paths.values():
                 continue
             try:
-                write_sheet(path, sheet, {"pictures": on_it}, overwrite=settings.overwrite)
+                beside = write_sheet(path, sheet, {"pictures": on_it}, overwrite=settings.overwrite)
             except AlreadyExists:
                 continue
+            if beside:
+                console.warn(about_labels(beside))
             console.result(path, status="sheet", path=str(path), width=sheet.width, height=sheet.height)
             return

@@ -1,30 +1,34 @@
-"""Contact sheets: a grid of images on white with a label under each, as a PNG that records what is on it."""
+"""Contact sheets: a grid of images on white with a label under each, as a PNG that records what is on it.
+
+A label that no font here can draw becomes a number; the labels behind the numbers are a text file beside the sheet.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from sdcli.errors import UsageError
 from sdcli.images.formats import MAX_PIXELS
-from sdcli.io.files import write_whole
+from sdcli.images.label_fonts import JOINERS, LabelFont, breaks_before, label_font, numbered
+from sdcli.io.files import check_new, write_whole
 
 KEY = "sdcli-sheet"
 """The key of the text chunk in a sheet's PNG."""
 GAP = 8
 """Pixels around and between the cells."""
-FONT_SIZE = 12
 LINE_HEIGHT = 15
 LABEL_WIDTH = 96
 """The least width of a cell with a label, in pixels."""
-
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+UNREADABLE = "sdcli-unreadable-labels"
+"""The key in a sheet's `info` of the labels that are numbers on it: {number, from 1: label}."""
 
 
 def contact_sheet(
@@ -38,7 +42,8 @@ def contact_sheet(
     """Images of any mode and size -> one RGB image, row by row, each centred in a cell that fits the largest.
 
     Without `columns` the sheet is about as wide as high. Transparent parts become white. Labels may have line breaks;
-    they are wrapped into `label_lines` lines and cut. `enlarge` draws each pixel as a square of that many per side.
+    they are wrapped into `label_lines` lines and cut. A label that cannot be drawn is shown as its number, [3].
+    `enlarge` draws each pixel as a square of that many per side.
     Raises ValueError for no images, and for another number of labels than images.
     """
     if not images:
@@ -50,8 +55,9 @@ def contact_sheet(
     rows = math.ceil(len(shown) / columns)
     width = max(LABEL_WIDTH if labels else 1, *(image.width for image in shown))
     height = max(image.height for image in shown)
-    font = ImageFont.load_default(FONT_SIZE)
-    wrapped = [_wrapped(label, font, width, label_lines) for label in labels or ()]
+    readable, unreadable = numbered([_clean(label) for label in labels or ()])
+    fonts = [label_font(label) or LabelFont() for label in readable]
+    wrapped = [_wrapped(label, font, width, label_lines) for label, font in zip(readable, fonts, strict=True)]
     below = max((len(lines) for lines in wrapped), default=0) * LINE_HEIGHT
     across, down = width + GAP, height + below + GAP
     sheet = Image.new("RGB", (GAP + columns * across, GAP + rows * down), "white")
@@ -60,8 +66,10 @@ def contact_sheet(
         left, top = GAP + number % columns * across, GAP + number // columns * down
         sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
         for line, text in enumerate(wrapped[number] if wrapped else ()):
-            middle = left + (width - font.getlength(text)) / 2
-            draw.text((middle, top + height + line * LINE_HEIGHT), text, fill="black", font=font)
+            middle = left + (width - fonts[number].getlength(text)) / 2
+            fonts[number].draw(draw, (middle, top + height + line * LINE_HEIGHT), text)
+    if unreadable:
+        sheet.info[UNREADABLE] = unreadable
     return sheet
 
 
@@ -79,9 +87,27 @@ def check_size(count: int, largest: tuple[int, int], *, label_lines: int = 2, en
         )
 
 
-def write_sheet(path: Path, sheet: Image.Image, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Write `sheet_bytes` as a whole file. Raises AlreadyExists and CannotWrite."""
+def write_sheet(
+    path: Path, sheet: Image.Image, settings: Mapping[str, Any], *, overwrite: bool = False
+) -> tuple[Path, ...]:
+    """Write `sheet_bytes` as a whole file, and its unreadable labels, if there are any, as `NAME.labels.txt`.
+
+    Returns the text file, if there is one. Raises AlreadyExists and CannotWrite.
+    """
+    unreadable = sheet.info.get(UNREADABLE, {})
+    beside = (path.with_suffix(".labels.txt"),) if unreadable else ()
+    for text in beside:
+        check_new(text, overwrite=overwrite)
     write_whole(path, sheet_bytes(sheet, settings), overwrite=overwrite)
+    for text in beside:
+        lines = [f"[{number}] {label}\n" for number, label in unreadable.items()]
+        write_whole(text, "".join(lines).encode(errors="backslashreplace"), overwrite=overwrite)
+    return beside
+
+
+def about_labels(beside: Sequence[Path]) -> str:
+    """The sentence about the text file that `write_sheet` returned."""
+    return f"no font here has all letters of the labels; the numbers on the sheet are explained in {beside[0]}"
 
 
 def sheet_bytes(sheet: Image.Image, settings: Mapping[str, Any]) -> bytes:
@@ -106,7 +132,13 @@ def _on_white(image: Image.Image, enlarge: int) -> Image.Image:
     return shown.resize((shown.width * enlarge, shown.height * enlarge), Image.Resampling.NEAREST)
 
 
-def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
+def _clean(label: str) -> str:
+    """A label without control characters and undecodable bytes; its line breaks stay."""
+    text = unicodedata.normalize("NFC", label).encode(errors="replace").decode()
+    return "".join(letter if letter.isprintable() or letter in f"\n{JOINERS}" else " " for letter in text)
+
+
+def _wrapped(text: str, font: LabelFont, width: int, most: int) -> list[str]:
     """A text in at most `most` lines of at most `width` pixels; three dots at the end show that it was cut.
 
     Lines are broken at line breaks, between words, and inside words that are longer than a line.
@@ -124,11 +156,11 @@ def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
     return [*lines[: most - 1], f"{last.rstrip(' ,;:.')}..."]
 
 
-def _broken(text: str, font: Font, width: int, most: int) -> list[str]:
+def _broken(text: str, font: LabelFont, width: int, most: int) -> list[str]:
     """The lines of a text without line breaks; stops once there are more than `most`."""
     lines: list[str] = []
     line = ""
-    for word in "".join(letter if letter.isprintable() else " " for letter in text).split():
+    for word in text.split():
         if font.getlength(longer := f"{line} {word}".strip()) <= width:
             line = longer
             continue
@@ -144,11 +176,14 @@ def _broken(text: str, font: Font, width: int, most: int) -> list[str]:
     return [*lines, line] if line else lines
 
 
-def _fitting(word: str, font: Font, width: int) -> int:
+def _fitting(word: str, font: LabelFont, width: int) -> int:
     """The number of a word's first letters that fit, at least one."""
     if font.getlength(word[:width]) <= width and len(word) <= width:
         return len(word)
     fitting = 1
     while fitting < min(len(word), width) and font.getlength(word[: fitting + 1]) <= width:
         fitting += 1
-    return fitting
+    whole = fitting
+    while whole > 1 and not breaks_before(word[whole]):
+        whole -= 1
+    return whole if whole > 1 else fitting

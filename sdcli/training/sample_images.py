@@ -95,8 +95,7 @@ class SampleSheet:
         enlarge = max(1, 64 // images[0].width)
         sheet = contact_sheet(images, labels=labels, columns=columns, enlarge=enlarge)
         settings = {"step": step, "requests": [request.model_dump(by_alias=True) for request in requests]}
-        write_sheet(path, sheet, settings, overwrite=True)
-        return [path]
+        return [path, *write_sheet(path, sheet, settings, overwrite=True)]
 
     def _controls(self, folder: Path) -> list[tuple[Control, ...]]:
         """The ControlNet input of each image."""

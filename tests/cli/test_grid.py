@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from sdcli.errors import BadImage, NotFound, SdcliError, SomeFailed, UsageError
-from sdcli.images.contact_sheet import FONT_SIZE, GAP, KEY, LABEL_WIDTH, _wrapped, check_size
+from sdcli.images.contact_sheet import GAP, KEY, LABEL_WIDTH, _wrapped, check_size
 from sdcli.images.formats import MAX_PIXELS
+from sdcli.images.label_fonts import LabelFont
 from sdcli.images.sheet_labels import labels_of, parse_fields
 from sdcli.io.files import AlreadyExists
 from sdcli.metadata.embed import image_bytes
@@ -154,6 +155,6 @@ def test_a_sheet_too_large_to_be_read_again_is_refused_before_it_is_made() -> No
 
 
 def test_a_label_breaks_where_it_has_line_breaks() -> None:
-    font = ImageFont.load_default(FONT_SIZE)
+    font = LabelFont()
     assert _wrapped("t 5\nalpha-bar 0.5\n\nSNR 0 dB", font, 200, 3) == ["t 5", "alpha-bar 0.5", "SNR 0 dB"]
     assert _wrapped("t 5\nalpha-bar 0.5\nSNR 0 dB", font, 200, 2) == ["t 5", "alpha-bar 0.5..."]

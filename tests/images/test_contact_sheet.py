@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from sdcli.errors import CannotWrite
-from sdcli.images.contact_sheet import FONT_SIZE, GAP, KEY, LABEL_WIDTH, _wrapped, contact_sheet, write_sheet
+from sdcli.images.contact_sheet import GAP, KEY, LABEL_WIDTH, _clean, _wrapped, contact_sheet, write_sheet
+from sdcli.images.label_fonts import LabelFont
 from sdcli.io.files import AlreadyExists
 
 
@@ -90,7 +91,8 @@ def test_labels_stand_below_their_image_and_stay_in_their_cell() -> None:
 )
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_a_wrapped_label_loses_nothing_but_what_it_says_it_cut(text: str, most: int) -> None:
-    font = ImageFont.load_default(FONT_SIZE)
+    font = LabelFont()
+    text = _clean(text)
     lines = _wrapped(text, font, 80, most)
     assert len(lines) <= most
     assert all(font.getlength(line) <= 80 for line in lines)

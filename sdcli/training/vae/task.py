@@ -286,8 +286,7 @@ class VaeTask:
         )
         path = folder / f"step-{step}.png"
         facts = {"step": step, "pictures": names, "psnr": decibels}
-        write_sheet(path, sheet, facts, overwrite=True)
-        return [path]
+        return [path, *write_sheet(path, sheet, facts, overwrite=True)]
 
     def _batches(self, chosen: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[Tensor]:
         """Batches of images of equal size, [b, 3, H, W] in 0..1, without randomness."""
