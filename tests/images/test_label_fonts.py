@@ -120,7 +120,7 @@ def test_right_to_left_is_drawn_from_right_to_left_and_arabic_is_joined(packaged
     ImageDraw.Draw(backwards).text((2, 2), hebrew[::-1], fill=255, font=basic)
     ImageDraw.Draw(forwards).text((2, 2), hebrew, fill=255, font=basic)
     near, far = (sum(ImageChops.difference(drawn, other).tobytes()) for other in (backwards, forwards))
-    assert near < 0.3 * far  # the two layouts round places differently
+    assert near < far / 2  # the two layouts kern differently
     assert LabelFont(face.whole).getlength(arabic) < sum(basic.getlength(letter) for letter in arabic)
 
 
