@@ -146,18 +146,18 @@ class _Conditioning:
         return (clip,) if clip is not None else ()
 
     def _encoded(self, node: Node) -> Prompt:
-        """A text encoder. Where its texts differ the first counts, and the others are left to be named."""
+        """A text encoder. Where its texts differ the first one counts that is not empty; the others are named."""
         base = Prompt(encoders=(node,), clips=self._clips(node))
-        known: list[Known] = []
+        found: list[Known] = []
         for name in ENCODERS[node.kind]:
             try:
-                one = self._reading.values.of(node, name)
+                found.append(self._reading.values.of(node, name))
             except Unknown as error:
-                return replace(base, why_not=f"its {name} {error}", known=tuple(known))
-            if not isinstance(one.value, str):
+                return replace(base, why_not=f"its {name} {error}", known=tuple(found))
+            if not isinstance(found[-1].value, str):
                 return replace(base, why_not=f"its {name} is no text in node {node.id} ({node.kind})")
-            if not known or one.value == known[0].value:
-                known.append(one)
+        first = next((one.value for one in found if one.value), "")
+        known = [one for one in found if one.value == first]
         try:
             text = self._converted(node, known[0].value)
         except UsageError as error:

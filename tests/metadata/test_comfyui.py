@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdcli.metadata.read import read_image, read_tool_record
 from sdcli.metadata.tool_record import ToolRecord
 from sdcli.request.fields import LoraRef, Upscale
 from sdcli.request.schema import GenerationRequest
+from tests.conftest import Run
 
 CASES = Path(__file__).parent.parent / "cases" / "generation"
 MODEL = {"model": "someModel.safetensors"}
@@ -365,6 +368,27 @@ def test_a_graph_without_a_sampler_names_its_nodes() -> None:
     found = read_graph({"1": node("LoadImage", image="a.png"), "2": node("SaveImage", images=["1", 0])})
     assert found.request is None
     assert found.unmapped == {"nodes": ["LoadImage", "SaveImage"], "LoadImage": {"image": "a.png"}}
+
+
+def test_an_image_whose_prompt_is_not_known_needs_one(sdcli: Run, tmp_path: Path) -> None:
+    nodes = saved(**{"20": node("DPRandomGenerator", text="{a|b} cat", seed=3)})
+    nodes["6"]["inputs"]["text"] = ["20", 0]
+    chunks = PngInfo()
+    chunks.add_text("prompt", json.dumps(nodes))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
+    refused = sdcli("generate", "--from", "a.png", "--dry-run")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "its prompt, which is not known; give one" in refused.stderr
+    done = sdcli("generate", "a boat", "--from", "a.png", "--dry-run")
+    assert json.loads(done.stdout)["prompt"] == "a boat"
+    assert json.loads(done.stdout)["seed"] == 42
+
+
+def test_of_an_encoder_with_several_texts_an_empty_one_is_not_the_prompt() -> None:
+    nodes = saved(**{"6": node("CLIPTextEncodeSD3", clip_l="a cat", clip_g="a cat", t5xxl="", clip=["4", 1])})
+    found = read_graph(nodes)
+    assert found.request.prompt == "a cat"
+    assert found.unmapped["CLIPTextEncodeSD3"] == {"t5xxl": ""}
 
 
 @pytest.mark.parametrize("length", [1_000])

@@ -23,7 +23,8 @@ def recorded_fields(
 ) -> dict[str, Any]:
     """The fields of the request stored in an image, without those named by `without` and those `replaced` by options.
 
-    Of other tools' images, settings without a counterpart and LoRAs that are not here are left out, with a note.
+    Of other tools' images, settings without a counterpart, LoRAs that are not here, and a prompt that is not known are
+    left out, with a note.
     Raises UsageError for an image without settings.
     """
     from sdcli.metadata.read import read_image
@@ -39,6 +40,9 @@ def recorded_fields(
         for ref in missing:
             console.note(f"not taken from {image}: no LoRA {ref.path!r} in {lora_dir or user_lora_folder()}")
         fields["loras"] = [str(ref) for ref in info.request.loras if ref not in missing]
+        if "prompt" not in info.request.model_fields_set:
+            console.note(f"not taken from {image}: its prompt, which is not known; give one")
+            del fields["prompt"]
     if without is not None:
         fields = without_named(fields, without, typed=typed)
     return without_replaced(fields, replaced)
