@@ -32,7 +32,17 @@ MAX_SHOWN = 500
 """Longer texts in `unmapped` are cut to this many characters."""
 
 Reader = Callable[[str], ToolRecord | None]
-_ANYWHERE = (USER_COMMENT, XMP_COMMENT, "ImageDescription", "XPComment", "comment", "Comment", "Model", "Description")
+_ANYWHERE = (
+    USER_COMMENT,
+    XMP_COMMENT,
+    "ImageDescription",
+    "XPComment",
+    "comment",
+    "Comment",
+    "Model",
+    "Make",
+    "Description",
+)
 """Places of any text, in which tools write their records, and other programs copy them."""
 READERS: tuple[tuple[tuple[str, ...], Reader], ...] = (
     (("parameters", *_ANYWHERE), read_swarmui),

@@ -62,7 +62,7 @@ def _converted(text: str, field: str, found: dict[str, Any], unmapped: dict[str,
             named.append(tag[0])
         return ""
 
-    text = _TAG.sub(replaced, text)
+    text = _TAG.sub(replaced, text).strip()
     if named:
         unmapped[f"{field}: tags"] = named
     parts = [converted(part) for part in text.split("\0")]

@@ -87,8 +87,7 @@ def _is_utf8(data: bytes) -> bool:
 
 def _utf16(data: bytes, order: ByteOrder) -> str | None:
     """UTF-16 of either byte order: that of its mark, or the one that gives more ASCII, or else `order`."""
-    if len(data) % 2 and data.endswith(b"\0"):
-        data = data[:-1]
+    data += b"\0" * (len(data) % 2)  # half a character: an EXIF field of type ASCII has lost its last NUL
     marks: dict[bytes, ByteOrder] = {b"\xff\xfe": "<", b"\xfe\xff": ">"}
     marked = marks.get(data[:2])
     if marked is not None:
