@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdcli.errors import BadImage, SdcliError
 from sdcli.images.formats import MAX_PIXELS
-from sdcli.images.png_chunks import without_large_chunks
+from sdcli.images.png_chunks import without_refused_chunks
 from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
 OWN_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -72,7 +72,7 @@ def open_safely(file: Path | io.BytesIO, *, formats: tuple[str, ...] = OWN_FORMA
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(without_large_chunks(file), formats=formats) as image:
+            with Image.open(without_refused_chunks(file), formats=formats) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 yield image

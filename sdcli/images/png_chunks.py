@@ -1,4 +1,4 @@
-"""The chunks of a PNG file: their places, their texts unpacked within a limit, and a copy without the large ones."""
+"""The chunks of a PNG file: their places, their texts unpacked within a limit, and a copy without refused ones."""
 
 from __future__ import annotations
 
@@ -51,6 +51,17 @@ def chunk_data(file: BinaryIO, chunk: PngChunk) -> bytes:
     return file.read(min(chunk.length, MAX_UNPACKED + 4096))
 
 
+def is_sound(file: BinaryIO, chunk: PngChunk) -> bool:
+    """Whether a text or profile has its checksum and a known way of packing; Pillow refuses the image otherwise."""
+    data = chunk_data(file, chunk)
+    file.seek(chunk.offset + chunk.length)
+    (checksum,) = struct.unpack(">I", file.read(4))
+    if len(data) < chunk.length or zlib.crc32(chunk.kind + data) != checksum:
+        return False
+    rest = data.partition(b"\0")[2]
+    return rest[:1] == b"\0" if chunk.kind in (b"zTXt", b"iCCP") else chunk.kind == b"tEXt" or rest[1:2] == b"\0"
+
+
 def unpacked_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
     """Keyword and text of the data of a tEXt, zTXt or iTXt chunk, or name and profile of an iCCP chunk.
 
@@ -71,21 +82,21 @@ def unpacked_text(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
     return keyword, text
 
 
-def without_large_chunks(file: Path | io.BytesIO) -> Path | io.BytesIO:
-    """The file, or a copy without the texts and colour profiles that would make Pillow refuse the whole image.
+def without_refused_chunks(file: Path | io.BytesIO) -> Path | io.BytesIO:
+    """The file, or a copy without the texts and colour profiles, large or damaged, for which Pillow refuses all of it.
 
     The pixels need neither. Raises BadImage for what is over our own limits.
     """
     if isinstance(file, io.BytesIO):
-        dropped = _too_large(file)
+        dropped = _refused(file)
         file.seek(0)
         return _copy(file, dropped) if dropped else file
     with file.open("rb") as opened:
-        dropped = _too_large(opened)
+        dropped = _refused(opened)
         return _copy(opened, dropped) if dropped else file
 
 
-def _too_large(file: BinaryIO) -> list[PngChunk]:
+def _refused(file: BinaryIO) -> list[PngChunk]:
     dropped, in_all = [], 0
     for chunk in png_chunks(file):
         if chunk.kind not in (*TEXTS, b"iCCP"):
@@ -94,7 +105,8 @@ def _too_large(file: BinaryIO) -> list[PngChunk]:
         in_all += size
         if in_all > MAX_IN_ALL:
             raise BadImage(f"cannot be read: its texts are larger than {MAX_IN_ALL // 2**20} MiB in all")
-        if size > _PILLOW_LIMIT or in_all > MAX_IN_ALL // 2:  # Pillow has a limit for all texts, too
+        # Pillow has a limit for all texts, too.
+        if size > _PILLOW_LIMIT or in_all > MAX_IN_ALL // 2 or not is_sound(file, chunk):
             dropped.append(chunk)
     return dropped
 

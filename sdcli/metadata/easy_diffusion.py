@@ -45,7 +45,11 @@ def read_easy_diffusion(texts: Mapping[str, str]) -> ToolRecord | None:
         return None
     if not record.keys() & {"num_inference_steps", "Steps"}:
         return None
-    unmapped = {key: value for key, value in record.items() if value not in (None, "", "None", [], "[]")}
+    unmapped = {
+        key: value
+        for key, value in record.items()
+        if value not in (None, "", [], "[]") and (value != "None" or key.lower().endswith("prompt"))
+    }
     found = taken(unmapped, _KEYS)
     kept: list[str] = []
     for field in ("prompt", "negative_prompt"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from sdcli.images.png_chunks import TEXTS, chunk_data, png_chunks, unpacked_text
+from sdcli.images.png_chunks import TEXTS, chunk_data, is_sound, png_chunks, unpacked_text
 from sdcli.metadata.stealth import stealth_texts
 from sdcli.metadata.text_bytes import ByteOrder, plain_text, user_comment, utf8_text, windows_text
 from sdcli.metadata.xmp import xmp_record, xmp_texts
@@ -75,7 +75,9 @@ def _add_png(found: ImageTexts, path: Path) -> None:
             if key == _XMP or key.startswith("Raw profile type"):
                 continue  # Pillow's part: they are read as XMP and EXIF
             text = utf8_text(data) if chunk.kind == b"iTXt" else plain_text(data)
-            if key == "sdcli":
+            if not is_sound(file, chunk):
+                found.unreadable[key] = "damaged"
+            elif key == "sdcli":
                 found.own = data.decode("utf-8", errors="replace")
             else:
                 found.add("parameters" if key.lower() == "parameters" else key, text, data)

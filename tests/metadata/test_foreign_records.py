@@ -271,7 +271,7 @@ PAIRS = {"Steps": 22, "Sampler": "Euler a", "CFG scale": 6.5, "Seed": 4242, "Siz
 @pytest.mark.parametrize(
     ("more", "unmapped"),
     [
-        ('Hires prompt: "a keep,\nSeed: 3", Hires upscale: 2', {"Hires prompt": "a keep,\nSeed: 3", "Hires upscale": "2"}),
+        ('Hires prompt: "a,\nSeed: 3", Hires upscale: 2', {"Hires prompt": "a,\nSeed: 3", "Hires upscale": "2"}),
         ('Lora hashes: "a: 1, b: 2"', {"Lora hashes": "a: 1, b: 2"}),
         ('Hashes: {"model": "ab", "Seed": 7}', {"Hashes": '{"model": "ab", "Seed": 7}'}),
         (
