@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sdcli.metadata.xmp import xmp_record, xmp_texts
 USER_COMMENT, XMP_COMMENT = "UserComment", "XMP UserComment"
 MAX_TEXTS = 1000
 """Texts of one file that are looked at."""
-_XMP = "XML:com.adobe.xmp"
+_XMP, _PROFILE = "XML:com.adobe.xmp", "Raw profile type "
 
 
 @dataclass
@@ -48,15 +49,18 @@ class ImageTexts:
 def image_texts(path: Path, image: Image.Image) -> ImageTexts:
     """The texts in a file, and those hidden in the pixels of its decoded image. Raises BadImage for enormous ones."""
     found = ImageTexts()
+    packet = image.info.get("xmp")
     if image.format == "PNG":
-        _add_png(found, path)
+        profiles = _add_png(found, path)
+        packet = profiles.get(_XMP, packet)
+        if (data := _hex_profile(profiles.get("APP1", b""))).startswith(b"Exif\0\0"):  # ImageMagick's older name
+            _add_exif(found, lambda: _loaded(data))
     else:
         found.own = xmp_record(image)
     for name, data in getattr(image, "applist", []):
         if name == "COM":
             found.add("comment", plain_text(data), data)
-    _add_exif(found, image)
-    packet = image.info.get("xmp")
+    _add_exif(found, image.getexif)
     if isinstance(packet, bytes):
         for name, text in xmp_texts(packet).items():
             found.add(f"XMP {name}", text, b"")
@@ -66,14 +70,17 @@ def image_texts(path: Path, image: Image.Image) -> ImageTexts:
     return found
 
 
-def _add_png(found: ImageTexts, path: Path) -> None:
+def _add_png(found: ImageTexts, path: Path) -> dict[str, bytes]:
+    """Add the texts of a PNG's chunks; return those that hold XMP and EXIF."""
     with path.open("rb") as file:
+        profiles: dict[str, bytes] = {}
         chunks = [chunk for chunk in png_chunks(file) if chunk.kind in TEXTS]
         for chunk in chunks[:MAX_TEXTS]:
             keyword, data = unpacked_text(chunk.kind, chunk_data(file, chunk))
             key = keyword.decode("latin-1")
-            if key == _XMP or key.startswith("Raw profile type"):
-                continue  # Pillow's part: they are read as XMP and EXIF
+            if key == _XMP or key.startswith(_PROFILE):
+                profiles[key.removeprefix(_PROFILE)] = data
+                continue  # XMP and EXIF are read as such
             text = utf8_text(data) if chunk.kind == b"iTXt" else plain_text(data)
             if not is_sound(file, chunk):
                 found.unreadable[key] = "damaged"
@@ -83,6 +90,7 @@ def _add_png(found: ImageTexts, path: Path) -> None:
                 found.add("parameters" if key.lower() == "parameters" else key, text, data)
     if len(chunks) > MAX_TEXTS:
         found.unreadable["more texts"] = f"{len(chunks) - MAX_TEXTS:,} more text chunks, not read"
+    return profiles
 
 
 _TEXT_FIELDS = {
@@ -101,15 +109,28 @@ _WINDOWS_FIELDS = {
 }
 
 
-def _add_exif(found: ImageTexts, image: Image.Image) -> None:
+def _hex_profile(text: bytes) -> bytes:
+    """The data of ImageMagick's profiles: a line with a name, one with the length, and lines of hexadecimal digits."""
     try:
-        exif = image.getexif()
+        return bytes.fromhex(b"".join(text.strip().split(b"\n")[2:]).decode("ascii"))
+    except ValueError:
+        return b""
+
+
+def _loaded(data: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(data)
+    return exif
+
+
+def _add_exif(found: ImageTexts, load: Callable[[], Image.Exif]) -> None:
+    try:
+        exif = load()
         inner = exif.get_ifd(ExifTags.IFD.Exif)
         order: ByteOrder = "<" if exif.endian == "<" else ">"
         first, second = dict(exif), dict(inner)
     except Exception:  # damaged EXIF is no reason to refuse the image, and fails in a dozen ways
-        if image.info.get("exif"):
-            found.unreadable["EXIF"] = "damaged"
+        found.unreadable["EXIF"] = "damaged"
         return
     for fields in (first, second):
         for tag, place in _TEXT_FIELDS.items():

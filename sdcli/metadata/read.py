@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from sdcli.metadata.invokeai import read_dream, read_invokeai, read_old_invokeai
 from sdcli.metadata.novelai import read_novelai
 from sdcli.metadata.record import Record, parse_record
 from sdcli.metadata.swarmui import read_swarmui
-from sdcli.metadata.tool_record import Tool, ToolRecord
+from sdcli.metadata.tool_record import Tool, ToolRecord, json_object
 from sdcli.request.input_files import check_readable
 from sdcli.request.schema import GenerationRequest
 
@@ -32,6 +33,19 @@ MAX_SHOWN = 500
 """Longer texts in `unmapped` are cut to this many characters."""
 
 Reader = Callable[[str], ToolRecord | None]
+
+
+def read_wrapped_comfyui(text: str) -> ToolRecord | None:
+    """Read `{"prompt": {...}, "workflow": {...}}`, both graphs of ComfyUI in one text. None for anything else."""
+    record = json_object(text) or {}
+    graphs = [(record.get("prompt"), read_comfyui), (record.get("workflow"), read_comfyui_workflow)]
+    for graph, read in graphs:
+        whole = graph if isinstance(graph, str) else json.dumps(graph)
+        if (found := read(whole)) is not None:
+            return found
+    return None
+
+
 _ANYWHERE = (
     USER_COMMENT,
     XMP_COMMENT,
@@ -52,8 +66,9 @@ READERS: tuple[tuple[tuple[str, ...], Reader], ...] = (
     (("invokeai_metadata",), read_invokeai),
     (("sd-metadata",), read_old_invokeai),
     (("Dream",), read_dream),
-    (("prompt", "Make", *_ANYWHERE), read_comfyui),
-    (("workflow", "Make", *_ANYWHERE), read_comfyui_workflow),
+    (("prompt", *_ANYWHERE), read_comfyui),
+    (("workflow", *_ANYWHERE), read_comfyui_workflow),
+    (_ANYWHERE, read_wrapped_comfyui),
 )
 """(places, reader) of records that are one text; where an image has several records, the first that parses counts."""
 WHOLE_READERS: tuple[Callable[[Mapping[str, str]], ToolRecord | None], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,9 +55,17 @@ def taken(unmapped: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """The object in a JSON text; None for invalid JSON and for any other value."""
+    """The object in a JSON text; None for invalid JSON and for any other value. NaN and Infinity become their names."""
     try:
-        value = parse_json(text, strict=True)
+        value = parse_json(text, strict=True, finite=False)
     except ValueError:
         return None
-    return value if isinstance(value, dict) else None
+    return _finite(value) if isinstance(value, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

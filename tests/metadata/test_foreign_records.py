@@ -164,6 +164,21 @@ def test_comfyuis_fields_are_read_wherever_they_stand(tmp_path: Path) -> None:
         assert (info.source, fields(info)["seed"], fields(info)["steps"]) == ("comfyui", 4, 9)
 
 
+def test_the_exif_that_imagemagick_writes_into_a_png_is_read(tmp_path: Path) -> None:
+    data = b"Exif\0\0" + write.exif({}, {write.COMMENT: (7, b"UNICODE\0" + TEXT.encode("utf-16-be"))})
+    for key, name in [("exif", b"exif"), ("APP1", b"generic profile")]:
+        profile = b"\n%s\n%8d\n%s\n" % (name, len(data), data.hex().encode())
+        info = read(tmp_path, write.png(write.text_chunk(f"Raw profile type {key}", profile, "zTXt")))
+        assert (info.source, fields(info)) == ("a1111", READ)
+
+
+def test_both_graphs_of_comfyui_in_one_comment_are_read(tmp_path: Path) -> None:
+    graph = {"1": {"class_type": "KSampler", "inputs": {"seed": 4, "steps": 9}}}
+    text = json.dumps({"prompt": graph, "workflow": {"nodes": []}})
+    info = read(tmp_path, write.commented(b"UNICODE\0" + text.encode("utf-16-be")))
+    assert (info.source, fields(info)["seed"]) == ("comfyui", 4)
+
+
 def test_what_is_no_record_is_shown_and_is_no_prompt(tmp_path: Path) -> None:
     info = read(tmp_path, write.commented(b"ASCII\0\0\0Screenshot"))
     assert (info.source, info.request, info.unmapped) == (None, None, {"UserComment": "Screenshot"})
