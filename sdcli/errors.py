@@ -118,6 +118,7 @@ EXIT_CODES: dict[int, str] = {
     7: "some items of a batch failed; the others are done",
     8: "cannot write the output",
     130: "interrupted (Ctrl-C); finished images are kept",
+    141: "nobody reads stdout any more (such as | head -1); finished images are kept",
     143: "terminated (SIGTERM); finished images are kept",
 }
 """Meaning of each exit code, for `sdcli --help` and docs/cli.md."""

@@ -46,7 +46,9 @@ def run_forked(
         return subprocess.CompletedProcess(list(arguments), process.exitcode, out, err)
 
 
-def run_forked_raw(arguments: Sequence[str], *, cwd: Path, streams: str) -> tuple[int | None, bytes, bytes]:
+def run_forked_raw(
+    arguments: Sequence[str], *, cwd: Path, streams: str, encoding: str = "utf-8"
+) -> tuple[int | None, bytes, bytes]:
     """(exit code, stdout, stderr) of the command line with streams as a shell writes them: `<&-`, `>/dev/full`.
 
     stdin is empty unless it is closed.
@@ -59,7 +61,7 @@ def run_forked_raw(arguments: Sequence[str], *, cwd: Path, streams: str) -> tupl
         for stream in streams.split():
             number = 0 if stream.startswith("<") else 2 if stream.startswith("2") else 1
             targets[number] = "" if stream.endswith("&-") else stream.partition(">")[2]
-        process = _forking.Process(target=_run, args=(list(arguments), str(cwd), dict(os.environ), targets))
+        process = _forking.Process(target=_run, args=(list(arguments), str(cwd), dict(os.environ), targets, encoding))
         process.start()
         process.join(240)
         if process.exitcode is None:
@@ -68,7 +70,9 @@ def run_forked_raw(arguments: Sequence[str], *, cwd: Path, streams: str) -> tupl
         return process.exitcode, paths[1].read_bytes(), paths[2].read_bytes()
 
 
-def _run(arguments: list[str], cwd: str, environment: dict[str, str], paths: list[str]) -> None:
+def _run(
+    arguments: list[str], cwd: str, environment: dict[str, str], paths: list[str], encoding: str = "utf-8"
+) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
@@ -81,8 +85,9 @@ def _run(arguments: list[str], cwd: str, environment: dict[str, str], paths: lis
             os.close(number)
     # as Python makes them: None for a closed one
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False) if paths[0] else None  # type: ignore[assignment]
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False) if paths[1] else None  # type: ignore[assignment]
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1) if paths[2] else None  # type: ignore[assignment]
+    out = os.fdopen(1, "w", encoding=encoding, closefd=False) if paths[1] else None
+    err = os.fdopen(2, "w", encoding=encoding, closefd=False, buffering=1) if paths[2] else None
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     sys.argv = ["sdcli", *arguments]
     from sdcli.cli.app import main
 

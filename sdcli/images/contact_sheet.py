@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from sdcli.errors import UsageError
 from sdcli.images.formats import MAX_PIXELS
-from sdcli.images.label_fonts import JOINERS, LabelFont, breaks_before, label_font, numbered
+from sdcli.images.label_fonts import JOINERS, LabelFont, breaks_before, has_extra_fonts, label_font, numbered
 from sdcli.io.files import check_new, write_whole
 
 KEY = "sdcli-sheet"
@@ -107,7 +107,8 @@ def write_sheet(
 
 def about_labels(beside: Sequence[Path]) -> str:
     """The sentence about the text file that `write_sheet` returned."""
-    return f"no font here has all letters of the labels; the numbers on the sheet are explained in {beside[0]}"
+    more = "" if has_extra_fonts() else ", which pip install 'sdcli[fonts]' brings"
+    return f"no font here has all letters of the labels{more}; the numbers on the sheet are explained in {beside[0]}"
 
 
 def sheet_bytes(sheet: Image.Image, settings: Mapping[str, Any]) -> bytes:

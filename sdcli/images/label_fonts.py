@@ -118,6 +118,11 @@ def face_of(letter: str) -> Face | None:
     return next((face for face in _faces() if ord(letter) in face.letters), None)
 
 
+def has_extra_fonts() -> bool:
+    """Whether the extra `fonts` is installed."""
+    return all(importlib.util.find_spec(package) is not None for package, _ in PACKAGES)
+
+
 def breaks_before(letter: str) -> bool:
     """Whether a line may begin with a letter: not with an accent, or with what belongs to the letter before it."""
     return not _belongs(letter)

@@ -436,6 +436,8 @@ def first_problem(error: ValidationError) -> str:
     )
     if detail["type"] == "value_error":
         shown = ""
+    if detail["type"] == "string_unicode":
+        message, shown = "has bytes that are not UTF-8 text; rename the file, if it is one", ""
     return f"{where}: {message}{shown}" if where else message
 
 

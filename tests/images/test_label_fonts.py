@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import unicodedata
 from pathlib import Path
@@ -44,7 +43,7 @@ EXTRA = [
     "seed 3, 狐 и лис",
 ]
 """Labels that need the fonts of the extra `fonts`, or of the system."""
-HAS_EXTRA = all(importlib.util.find_spec(name) for name in ("manimgx_fonts", "noto_cjk_sans_otc"))
+HAS_EXTRA = label_fonts.has_extra_fonts()
 
 
 @pytest.fixture
