@@ -16,7 +16,7 @@ _MARKS = {b"stealth_pnginfo": (1, False), b"stealth_pngcomp": (1, True)} | {
     b"stealth_rgbcomp": (3, True),
 }
 """The first bytes -> the channels whose lowest bits are used (alpha alone, or red, green and blue), and gzip or not."""
-_MARK_BITS = 8 * 15
+_HEAD_BITS = 8 * 15 + 32
 
 
 def stealth_texts(image: Image.Image) -> dict[str, str]:
@@ -25,7 +25,7 @@ def stealth_texts(image: Image.Image) -> dict[str, str]:
     The bits run down the columns, from left to right: a mark of 15 bytes, the number of bits as 32 bits, the text.
     NovelAI hides a JSON object of the texts that it writes into PNG chunks, others the text of `parameters`.
     """
-    if image.mode not in ("RGBA", "RGB") or image.width * image.height < _MARK_BITS:
+    if image.format == "JPEG" or image.mode not in ("RGBA", "RGB") or image.width * image.height <= _HEAD_BITS:
         return {}
     for channels in (1, 3):
         if channels == 1 and image.mode != "RGBA":
@@ -45,15 +45,18 @@ def stealth_texts(image: Image.Image) -> dict[str, str]:
 
 def _hidden(image: Image.Image, channels: int) -> str | None:
     """The text hidden in one channel or in three; None if there is no mark, or no such text behind it."""
-    mark = _read(image, channels, 0, _MARK_BITS + 32)
+    mark = _packed(_levels(image, channels, 0, _HEAD_BITS))
     known = _MARKS.get(mark[:15])
     if known is None or known[0] != channels:
         return None
     bits = int.from_bytes(mark[15:19], "big")
-    room = image.width * image.height * channels - _MARK_BITS - 32
+    room = image.width * image.height * channels - _HEAD_BITS
     if bits % 8 or not 0 < bits <= min(room, MAX_BYTES * 8):
         return None
-    data = _read(image, channels, _MARK_BITS + 32, bits)
+    import numpy as np  # rare, and not worth its import time for every command that opens an image
+
+    levels = np.frombuffer(_levels(image, channels, _HEAD_BITS, bits), dtype=np.uint8)
+    data = bytes(np.packbits(levels & 1).tobytes())
     try:
         if known[1]:
             data = zlib.decompressobj(wbits=31).decompress(data, MAX_BYTES)
@@ -62,12 +65,14 @@ def _hidden(image: Image.Image, channels: int) -> str | None:
         return None
 
 
-def _read(image: Image.Image, channels: int, start: int, count: int) -> bytes:
-    """`count` of the lowest bits, from bit `start` on."""
-    import numpy as np  # rare, and not worth its import time for every command that opens an image
-
+def _levels(image: Image.Image, channels: int, start: int, count: int) -> bytes:
+    """`count` values of the channels from the `start`-th on, down the columns from left to right."""
     first, last = start // channels // image.height, (start + count - 1) // channels // image.height
-    columns = image.crop((first, 0, min(last, image.width - 1) + 1, image.height))
-    pixels = np.asarray(columns.getchannel("A") if channels == 1 else columns.convert("RGB"))
-    bits = (pixels.swapaxes(0, 1).reshape(-1) & 1)[start - first * image.height * channels :][:count]
-    return bytes(np.packbits(bits).tobytes())
+    columns = image.crop((first, 0, last + 1, image.height)).transpose(Image.Transpose.TRANSPOSE)
+    data = columns.getchannel("A").tobytes() if channels == 1 else columns.convert("RGB").tobytes()
+    return data[start - first * image.height * channels :][:count]
+
+
+def _packed(levels: bytes) -> bytes:
+    bits = "".join(str(level & 1) for level in levels)
+    return int(bits, 2).to_bytes(len(bits) // 8, "big")
