@@ -37,7 +37,7 @@ def command(
     """Write an HTML page that shows the images of a folder with their settings, and print its path.
 
     The page works offline: filter by prompt, model and seed, sort, compare two images, copy the command that generates
-    an image again. It contains thumbnails and settings, also those of A1111, ComfyUI and InvokeAI; the large view loads
+    an image again. It contains thumbnails and settings, also those of A1111, ComfyUI and others; the large view loads
     the image files. Unreadable files are reported and left out.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
