@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from sdcli.errors import BadImage, NotFound
-from sdcli.io.text import NotText, decode_text
+from sdcli.io.text import NotText, control_character, decode_text
 from sdcli.request.input_files import MAX_FILE_BYTES, check_readable
 
 MAX_CAPTION_BYTES = 1024**2
@@ -205,15 +205,16 @@ class ListedImages:
 def one_line(text: str) -> str:
     """A caption on one line, without surrounding space or a byte-order mark.
 
-    Raises UnusableEntry for what is not Unicode, and for a NUL character, which no tokenizer accepts.
+    Raises UnusableEntry for what is not Unicode, and for control characters, of which no tokenizer accepts NUL.
     """
     try:
-        place = text.encode().find(b"\0")
+        text.encode()
     except UnicodeEncodeError as error:
         before = len(text[: error.start].encode("utf-8", "surrogatepass"))
         raise UnusableEntry(f"its caption is not UTF-8 text (byte {before:,})") from None
-    if place >= 0:
-        raise UnusableEntry(f"its caption holds a NUL character (byte {place:,})")
+    control = control_character(text)
+    if control is not None:
+        raise UnusableEntry(f"its caption {control[0]} (byte {len(text[: control[1]].encode()):,})")
     return re.sub(r"\s*[\r\n]\s*", " ", re.sub(r"^[\s\ufeff]+|\s+$", "", text))
 
 
@@ -255,7 +256,7 @@ def label_of_value(value: Any) -> str | None:
     try:
         return one_line(str(value)) or None
     except UnusableEntry:
-        raise UnusableEntry("its label is not UTF-8 text, or holds a NUL character") from None
+        raise UnusableEntry("its label is not UTF-8 text, or holds a control character") from None
 
 
 def without_repeats(captions: Iterable[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from typing import Any, BinaryIO
 
 _MARKS = (
@@ -13,6 +14,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le", "UTF-16"),
     (codecs.BOM_UTF16_BE, "utf-16-be", "UTF-16"),
 )
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b]")
+"""Control characters without tab, ends of lines and the separators that Python counts as white space."""
 CHUNK = 2**16
 """Bytes that are decoded at a time."""
 
@@ -28,18 +31,27 @@ class NotText(ValueError):
 def decode_text(data: bytes) -> str:
     """The text of a whole file, without its byte-order mark.
 
-    Raises NotText for what is neither UTF-8 nor marked as UTF-16 or UTF-32, and for NUL characters, which no tokenizer
-    and no file format of ours can hold; UTF-16 without a mark has them.
+    Raises NotText for what is neither UTF-8 nor marked as UTF-16 or UTF-32, and for control characters other than white
+    space: UTF-16 without a mark has them, in Latin and Cyrillic letters and at ends of lines. No tokenizer accepts NUL.
     """
     mark, encoding, name = next((mark for mark in _MARKS if data.startswith(mark[0])), (b"", "utf-8", "UTF-8"))
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         raise NotText(f"is not {name} text", len(mark) + error.start) from None
-    place = text.find("\0")
-    if place >= 0:
-        raise NotText("holds a NUL character", len(mark) + len(text[:place].encode(encoding)))
+    control = control_character(text)
+    if control is not None:
+        raise NotText(control[0], len(mark) + len(text[: control[1]].encode(encoding)))
     return text
+
+
+def control_character(text: str) -> tuple[str, int] | None:
+    """The first control character of a text as a predicate, `holds a NUL character`, and its place; else None."""
+    match = _CONTROL.search(text)
+    if match is None:
+        return None
+    name = "a NUL character" if match[0] == "\0" else f"the control character U+{ord(match[0]):04X}"
+    return f"holds {name}", match.start()
 
 
 def utf8_stream(file: BinaryIO) -> BinaryIO:

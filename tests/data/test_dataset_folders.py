@@ -67,7 +67,7 @@ def dropped(root: Path | str, **options: str) -> dict[str, str]:
 
 # Packed items
 
-texts = st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"]), min_size=1)
+texts = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs", "Cc"]), min_size=1)
 any_items = st.lists(
     st.builds(Item, texts, st.lists(texts).map(tuple), st.none() | st.sampled_from(["cat", "dog"]), st.integers(0, 9))
 )
