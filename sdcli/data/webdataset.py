@@ -155,8 +155,10 @@ def _groups(file: IO[bytes], name: str, shard: _Shard) -> Groups:
                 shard.unread["hidden" if not stem else "without a suffix"] += 1
                 continue
             plain = f"{folder}/{stem}" if folder else stem
-            again = f"{plain}@{member.archive + 1}" if plain in groups else plain
-            key = keys.setdefault((member.archive, plain), again)
+            key = plain
+            if member.archive:
+                again = f"{plain}@{member.archive + 1}" if plain in groups else plain
+                key = keys.setdefault((member.archive, plain), again)
             if member.link:
                 shard.drop(f"{name}:{member.name}", "is a link, which is not followed")
                 continue
@@ -224,6 +226,8 @@ def _count_unread(
     name: str, members: dict[str, list[Member]], shard: _Shard, caption_extension: str, *, captioned: bool
 ) -> None:
     """Note the members of a sample that were not read."""
+    if len(members) == 1:
+        return
     for suffix, same in members.items():
         if suffix in IMAGE_SUFFIXES:
             continue
