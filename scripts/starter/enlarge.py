@@ -7,8 +7,8 @@ Encoder and decoder get one more stage each and start from the starter's weights
 the latents that it had for the image reduced to 128x128, and the decoder an enlarged image. The encoder learns to
 return exactly those latents. The decoder learns to draw the drawing from its latents and from those that the UNet
 returns for it: L1 and multi-scale gradients (sdcli.training.vae.losses), the distance in the features of perception.py,
-and a patch discriminator, whose gradient is scaled to a share of the others' (as in Esser et al. 2021, arXiv
-2012.09841, eq. 7). The last two start later: WORK/perception.pt is needed only then.
+and a patch discriminator. The gradients of the last two are scaled to a share of the first two's (Esser et al. 2021,
+arXiv 2012.09841, eq. 7, for the discriminator), and they start later: WORK/perception.pt is needed only then.
 
 The first stages of the decoder see whole latents, the later, larger ones a window of 128x128 pixels. OUT receives
 vae/ (the moving average, as diffusers stores it), state.pt, log.jsonl and sheets of held-out scenes. Every five
@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +50,13 @@ CELL = 8
 """Pixels per cell of the states from which a window is cut."""
 SHARES = (0.35, 0.35, 0.3)
 """Shares of latents in the decoder's training: the encoder's, and the UNet's after little and much noise."""
-L1, STRUCTURE, PERCEPTION, ADVERSARIAL = 1.0, 0.5, 0.5, 0.4
-"""The losses' weights; that of the discriminator is the norm of its gradient relative to the others'."""
+TRUST = (1.0, 0.7, 0.3)
+"""For the same, the weight of the difference to the drawing: after much noise the latents are of a slightly different
+one, for which the least error is a blur. The discriminator wants all to be sharp."""
+L1, STRUCTURE = 1.0, 0.5
+"""Weights of losses."""
+PERCEPTION, ADVERSARIAL = 1.0, 0.5
+"""The norms of these losses' gradients relative to that of L1 and structure together."""
 DECAY = 0.998
 """Of the moving average of the weights."""
 SAVE_SECONDS = 300
@@ -179,6 +184,19 @@ def decode_window(decoder: nn.Module, latents: Tensor, windows: Tensor) -> Tenso
 # Data
 
 
+class Batch(NamedTuple):
+    """Windows of B drawings, and the latents of the drawings."""
+
+    latents: Tensor
+    """[B, 8, 16, 16]"""
+    windows: Tensor
+    """[B, 2]: top and left in cells."""
+    pixels: Tensor
+    """[B, 3, 128, 128] in -1..1."""
+    trust: Tensor
+    """[B]: the weight of the difference to the drawing."""
+
+
 class Pairs:
     """The shards of pairs.py: images and latents by number."""
 
@@ -196,10 +214,10 @@ class Pairs:
     def __len__(self) -> int:
         return sum(len(latents) for _, latents in self.shards)
 
-    def sample(self, count: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random latents [count, 8, 16, 16], windows [count, 2] in cells, and their pixels [count, 3, 128, 128]."""
+    def sample(self, count: int, *, seed: int) -> Batch:
+        """Random windows."""
         source = np.random.default_rng([7, seed])
-        rows, places, pixels = [], [], []
+        rows, places, pixels, trust = [], [], [], []
         for _ in range(count):
             images, latents = self.shards[source.integers(len(self.shards))]
             row = source.integers(len(latents))
@@ -209,10 +227,13 @@ class Pairs:
             spots = [tuple(int(place) for place in source.integers(0, last + 1, 2)) for _ in range(3)]
             cut = [image[y * CELL : y * CELL + WINDOW, x * CELL : x * CELL + WINDOW] for y, x in spots]
             chosen = max(range(3), key=lambda one: float(cut[one][::4, ::4].std()))
-            rows.append(torch.from_numpy(latents[row, source.choice(3, p=SHARES)].astype(np.float32)))
+            kind = source.choice(3, p=SHARES)
+            rows.append(torch.from_numpy(latents[row, kind].astype(np.float32)))
+            trust.append(TRUST[kind])
             places.append(spots[chosen])
             pixels.append(torch.from_numpy(cut[chosen].astype(np.float32)))
-        return torch.stack(rows), torch.tensor(places), torch.stack(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        drawings = torch.stack(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        return Batch(torch.stack(rows), torch.tensor(places), drawings, torch.tensor(trust))
 
 
 # Training
@@ -246,13 +267,13 @@ class Training:
 
     def advance(self, pairs: Pairs) -> None:
         """One step."""
-        latents, windows, pixels = pairs.sample(self.plan.batch, seed=self.step)
+        batch = pairs.sample(self.plan.batch, seed=self.step)
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.rates[name] * self.plan.rate(self.step, encoder=name == "encoder")
         if self.step < self.plan.encoder_steps:
-            self._train_encoder(pixels)
-        self._train_decoder(latents, windows, pixels)
+            self._train_encoder(batch.pixels)
+        self._train_decoder(batch)
         decay = min(DECAY, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             for mean, new in zip(self.average.parameters(), self.vae.parameters(), strict=True):
@@ -266,22 +287,22 @@ class Training:
         self._update("encoder", loss)
         self._note(encoder=float(loss.detach()))
 
-    def _train_decoder(self, latents: Tensor, windows: Tensor, pixels: Tensor) -> None:
-        output = decode_window(self.vae.decoder, latents, windows)
-        drawn = output.detach().requires_grad_()
-        parts = {
-            "l1": (L1, losses.reconstruction(pixels, drawn).mean()),
-            "structure": (STRUCTURE, losses.structure(pixels, drawn).mean()),
-        }
-        since = self.step - self.plan.sharpen_start
+    def _train_decoder(self, batch: Batch) -> None:
+        output = decode_window(self.vae.decoder, batch.latents, batch.windows)
+        drawn, pixels, since = output.detach().requires_grad_(), batch.pixels, self.step - self.plan.sharpen_start
+        l1, structure = losses.reconstruction(pixels, drawn), losses.structure(pixels, drawn)
+        gradient = slope(((L1 * l1 + STRUCTURE * structure) * batch.trust).mean(), drawn)
+        self._note(l1=float(l1.detach().mean()), structure=float(structure.detach().mean()))
         if since >= 0:
-            parts["perception"] = (PERCEPTION, self._perception.distance(pixels, drawn).mean())
-        self._note(**{name: float(loss.detach()) for name, (_, loss) in parts.items()})
-        (gradient,) = torch.autograd.grad(torch.stack([weight * loss for weight, loss in parts.values()]).sum(), drawn)
-        if since >= 0:
-            (fooling,) = torch.autograd.grad(losses.adversarial(self.discriminator(drawn)).mean(), drawn)
-            share = ADVERSARIAL * min(1.0, (since + 1) / 500)
-            gradient = gradient + share * gradient.norm() / (fooling.norm() + 1e-8) * fooling
+            perception = self._perception.distance(pixels, drawn)
+            self._note(perception=float(perception.detach().mean()))
+            wanted = gradient.norm() * min(1.0, (since + 1) / 500)
+            for share, loss in (
+                (PERCEPTION, (perception * batch.trust).mean()),
+                (ADVERSARIAL, losses.adversarial(self.discriminator(drawn)).mean()),
+            ):
+                other = slope(loss, drawn)
+                gradient = gradient + share * wanted / (other.norm() + 1e-8) * other
         optimizer = self.optimizers["decoder"]
         optimizer.zero_grad(set_to_none=True)
         output.backward(gradient)
@@ -325,6 +346,11 @@ class Training:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
             self.step, self.figures = state["step"], dict(state["figures"])
+
+
+def slope(loss: Tensor, images: Tensor) -> Tensor:
+    """The gradient of a loss with respect to images."""
+    return torch.autograd.grad(loss, images)[0]
 
 
 @torch.inference_mode()
