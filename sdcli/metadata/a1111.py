@@ -98,10 +98,11 @@ def _record(parts: A1111Text) -> ToolRecord:
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.get("Size", "")):
         del unmapped["Size"]
         found |= {"width": match[1], "height": match[2]}
-    scheduler = _scheduler(pairs.get("Sampler", ""), pairs.get("Schedule type"), cpp=_is_cpp(pairs))
+    scheduler = _scheduler_of(pairs)
     if scheduler is not None:
         found["scheduler"] = scheduler
-        unmapped = {key: value for key, value in unmapped.items() if key not in ("Sampler", "Schedule type")}
+        for key in ("Sampler", "Schedule type", *(["Scheduler"] if _is_fooocus(pairs) else [])):
+            unmapped.pop(key, None)
         if "Eta" in unmapped and SCHEDULERS[scheduler].uses_eta:
             found["eta"] = unmapped.pop("Eta")
     return ToolRecord("a1111", mapped_request(found, unmapped), unmapped)
@@ -122,7 +123,7 @@ def _prompts(parts: A1111Text, unmapped: dict[str, Any]) -> tuple[str, str, tupl
     elif parser == "fixed":  # SD.Next without syntax
         kept = [*meanings(prompt), *meanings(negative)]
         prompt, negative = literal(prompt), literal(negative)
-    elif parts.pairs.get("Version", "").startswith("Fooocus"):
+    elif _is_fooocus(parts.pairs):
         one, two = of_comfyui(prompt), of_comfyui(negative)
         prompt, negative, kept = one.text, two.text, [*one.escaped, *two.escaped]
     if kept:
@@ -152,6 +153,10 @@ def _is_cpp(pairs: Mapping[str, str]) -> bool:
     return pairs.get("Version", "").startswith("stable-diffusion.cpp")
 
 
+def _is_fooocus(pairs: Mapping[str, str]) -> bool:
+    return pairs.get("Version", "").startswith("Fooocus")
+
+
 _NUMBERS = {
     "Steps": "steps",
     "CFG scale": "guidance_scale",
@@ -179,10 +184,25 @@ _CPP = {
 """stable-diffusion.cpp's samplers; `discrete` behind one is the usual schedule."""
 
 
-def _scheduler(sampler: str, schedule_type: str | None, *, cpp: bool = False) -> str | None:
-    """Our name of A1111's pair; older texts have the type in the sampler's name (`DPM++ 2M Karras`), or none."""
-    if cpp:
+_OWN_SCHEDULE = {"Sampler sigma", "Sampler spacing", "Sampler timesteps", "Sampler beta schedule", "Sampler type"}
+"""SD.Next's parameters that make another schedule of a sampler."""
+
+
+def _scheduler_of(pairs: Mapping[str, str]) -> str | None:
+    """Our name of the sampler and its schedule; None where one of them has no counterpart."""
+    sampler = pairs.get("Sampler", "")
+    if _is_cpp(pairs):
         return _CPP.get(sampler.removesuffix(" discrete"))
+    if _is_fooocus(pairs):  # the sampler's name tells of the schedule only in part
+        usual = "karras" if sampler.endswith(" Karras") else "normal"
+        return _scheduler(sampler, None) if pairs.get("Scheduler", usual) == usual else None
+    if pairs.keys() & _OWN_SCHEDULE:
+        return None
+    return _scheduler(sampler, pairs.get("Schedule type"))
+
+
+def _scheduler(sampler: str, schedule_type: str | None) -> str | None:
+    """Our name of A1111's pair; older texts have the type in the sampler's name (`DPM++ 2M Karras`), or none."""
     if schedule_type is None:
         for suffix in ("Karras", "Exponential"):
             if sampler.endswith(f" {suffix}"):

@@ -18,6 +18,7 @@ _KEYS = {
     "width": "width",
     "height": "height",
     "variationseed": "variation_seed",
+    "variationseedstrength": "variation_strength",
 }
 _ASIDE = re.compile(r"<(segment|object|region|extend|refiner|base|edit|video|clear|videoswap)\b[^<>]*>.*", re.DOTALL)
 """What follows one of these belongs to a part of the image, or to another pass."""
@@ -39,10 +40,6 @@ def read_swarmui(text: str) -> ToolRecord | None:
     if pair in SCHEDULERS:
         found["scheduler"] = SCHEDULERS[pair]
         del unmapped["sampler"], unmapped["scheduler"]
-    if "variation_seed" in found and "variationseedstrength" not in unmapped:
-        unmapped["variationseed"] = found.pop("variation_seed")
-    elif "variation_seed" in found:
-        found["variation_strength"] = unmapped.pop("variationseedstrength")
     _take_loras(found, unmapped)
     unmapped |= {key: value for key, value in record.items() if key != "sui_image_params" and value not in ({}, [], "")}
     return ToolRecord("swarmui", mapped_request(found, unmapped), unmapped)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sdcli.errors import UsageError
 from sdcli.io.json_files import parse_json
-from sdcli.request.schema import GenerationRequest, parse_request
+from sdcli.request.schema import NEEDS, GenerationRequest, parse_request
 
 Tool = Literal["a1111", "comfyui", "invokeai", "swarmui", "fooocus", "novelai", "easy-diffusion", "draw-things"]
 
@@ -28,7 +28,10 @@ class ToolRecord:
 
 
 def mapped_request(found: dict[str, Any], unmapped: dict[str, Any]) -> GenerationRequest | None:
-    """A request of the valid fields, or None where there is none; invalid ones are added to `unmapped`."""
+    """A request of the valid fields, or None where there is none.
+
+    Invalid ones, and those without an effect because what they need is not there, are added to `unmapped`.
+    """
     valid = {}
     for field, value in found.items():
         try:
@@ -42,6 +45,9 @@ def mapped_request(found: dict[str, Any], unmapped: dict[str, Any]) -> Generatio
             valid[field] = value
         except UsageError:
             unmapped[field] = value
+    for field, others in NEEDS.items():
+        if field in valid and not valid.keys() & set(others):
+            unmapped[field] = valid.pop(field)
     return parse_request({**valid, "prompt_template": "{prompt}"}) if valid else None
 
 

@@ -364,6 +364,26 @@ def test_texts_with_the_syntax_of_another_tool_mean_the_same_here(
     assert spans(found.request.prompt) == meant
 
 
+@pytest.mark.parametrize(
+    ("more", "scheduler"),
+    [
+        ({"Version": "Fooocus v2.5.5", "Scheduler": "karras"}, None),
+        ({"Version": "Fooocus v2.5.5", "Scheduler": "normal"}, "euler-a"),
+        ({"App": "SD.Next", "Sampler sigma": "karras"}, None),
+        ({"Version": "f2.0.1"}, "euler-a"),
+    ],
+)
+def test_a_sampler_is_taken_over_only_with_its_schedule(more: dict[str, str], scheduler: str | None) -> None:
+    found = read_tool_record({"parameters": write.a1111("a fox", "", {**PAIRS, **more})})
+    assert found.request.scheduler == scheduler
+    assert ("Sampler" in found.unmapped) == (scheduler is None)
+
+
+def test_a_variation_seed_without_its_strength_is_named() -> None:
+    found = read_tool_record({"parameters": write.a1111("a fox", "", {**PAIRS, "Variation seed": 5})})
+    assert (found.request.variation_seed, found.unmapped) == (None, {"variation_seed": "5"})
+
+
 def test_stable_diffusion_cpp_is_read() -> None:
     text = write.stable_diffusion_cpp("a fox", "ugly", seed=5, steps=9, scale=6.5, size=(64, 72))
     found = read_tool_record({"parameters": text})
@@ -448,7 +468,7 @@ def test_swarmuis_tags_and_lists_are_read_or_named() -> None:
     assert [str(ref) for ref in found.request.loras] == ["ink:0.5"]
     assert found.request.scheduler == "dpmpp-2m-karras"
     assert found.unmapped == {
-        "prompt: segment": "<segment:face> smile", "prompt: tags": ["<random:x,y>"], "vae": "x", "variationseed": 7,
+        "prompt: segment": "<segment:face> smile", "prompt: tags": ["<random:x,y>"], "vae": "x", "variation_seed": 7,
         "prompt: syntax": "kept as text: [ ]", "sui_extra_data": {"date": "now"},
     }  # fmt: skip
 
