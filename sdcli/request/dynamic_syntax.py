@@ -251,12 +251,12 @@ def _bounds(amount: str, count: int, sole: Wildcard | None) -> tuple[int, int]:
     if sole is not None and not last and low > 1:
         raise UsageError(f"{{{amount}$$__...__}}: of a wildcard's lines say how many at most, as 2-3")
     high = int(last or count)
+    if sole is not None and low > high:
+        raise UsageError(f"{{{amount}$$...}}: should be the fewest and the most, as 1-3")
     if sole is None or high <= 1:
         if high < 1 or low > min(high, count):
             raise UsageError(f"{{{amount}$$...}}: so many cannot be taken of {count}")
         high = min(high, count)
-    elif low > high:
-        raise UsageError(f"{{{amount}$$...}}: should be the fewest and the most, as 1-3")
     if high > MAX_TAKEN:
         raise UsageError(f"{{{amount}$$...}}: at most {MAX_TAKEN} can be taken at once")
     return low, high

@@ -224,7 +224,8 @@ def _parsed(where: str, texts: list[str], weights: Iterable[float | None] = ()) 
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     given = [*weights] or [None] * len(read)
-    numbers = tuple(own if one is None else float(one) for one, (own, _) in zip(given, read, strict=True))
-    if not read or not any(numbers):
-        raise UsageError(f"{where} has no lines" if not read else f"{where}: all lines have the weight 0")
-    return Lines(tuple(template for _, template in read), numbers)
+    lines = [(own if one is None else float(one), template) for one, (own, template) in zip(given, read, strict=True)]
+    lines = [(weight, template) for weight, template in lines if weight > 0]
+    if not lines:
+        raise UsageError(f"{where}: all lines have the weight 0" if read else f"{where} has no lines")
+    return Lines(tuple(template for _, template in lines), tuple(weight for weight, _ in lines))

@@ -179,7 +179,7 @@ class Wildcards:
     def _options(self, node: Choice | Wildcard | Variable, scope: _Scope) -> Iterator[tuple[Template, _Scope]]:
         """The options of a choice, the lines of a wildcard, or the value of a variable, each with its scope."""
         if isinstance(node, Variable):
-            yield _value(node, scope), scope.within(f"${node.name}")
+            yield _value(node, scope)
             return
         if node.sampler in ("~", "@"):
             how = "at random" if node.sampler == "~" else "one after the other"
@@ -258,7 +258,7 @@ class _Draw:
             elif isinstance(node, Wildcard):
                 yield from self._wildcard(node, scope)
             elif isinstance(node, Variable):
-                yield from self.texts(_value(node, scope), scope.within(f"${node.name}"))
+                yield from self.texts(*_value(node, scope))
             elif isinstance(node, Wrap):
                 yield _wrapped(self.text(node.wrapper, scope), self.text(node.inner, scope))
             elif isinstance(node, Choice):
@@ -282,7 +282,7 @@ class _Draw:
         if node.sole_wildcard is not None:
             own, lines = self._lines(node.sole_wildcard, scope)
             options, weights = lines.templates, lines.weights
-        low, high = _amounts(node, sum(weight > 0 for weight in weights))
+        low, high = _amounts(node, len(weights))
         count = low + int(next(self.numbers) * (high - low + 1))
         return node.separator.join(self.text(options[index], own) for index in _picked(weights, count, self.numbers))
 
@@ -310,15 +310,16 @@ def _beneath(scope: _Scope, values: Mapping[str, Template]) -> _Scope:
     return scope.having({name: value for name, value in values.items() if scope.get(name) is None})
 
 
-def _value(node: Variable, scope: _Scope) -> Template:
+def _value(node: Variable, scope: _Scope) -> tuple[Template, _Scope]:
+    """What a variable becomes, and the scope of that."""
     value = scope.get(node.name)
-    value = node.default if value is None else value
-    if value is None:
-        name = node.name
+    if value is not None:
+        return value, scope.within(f"${node.name}")
+    if node.default is None:
         raise UsageError(
-            f"the variable ${{{name}}} has no value; ${{{name}=...}} sets it, ${{{name}:...}} is a default"
+            f"the variable ${{{node.name}}} has no value; ${{{node.name}=...}} sets it, or ${{{node.name}:...}}"
         )
-    return value
+    return node.default, scope
 
 
 def _wrapped(wrapper: str, inner: str) -> str:
@@ -330,7 +331,7 @@ def _wrapped(wrapper: str, inner: str) -> str:
 
 def _picked(weights: Sequence[float], count: int, numbers: Iterable[float]) -> list[int]:
     """So many different options, by their weights, in the order in which they were picked."""
-    left = {index: weight for index, weight in enumerate(weights) if weight > 0}
+    left = dict(enumerate(weights))
     picked: list[int] = []
     for _, number in zip(range(count), numbers, strict=False):
         place = number * sum(left.values())
