@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdcli.cli.options.from_image import recorded_fields
+from sdcli.cli.ui.console import Console
 from sdcli.errors import BadImage
 from sdcli.images.image_files import open_image
 from sdcli.metadata.invokeai_prompt import converted as from_compel
@@ -90,6 +92,15 @@ def test_a_tag_that_is_not_understood_is_left_out_and_named() -> None:
     info = read_image(CASES / "lora_block_weight_tag.png")
     assert fields(info) == READ | {"prompt": "a lighthouse at dusk, oil painting", "negative_prompt": "blurry, lowres"}
     assert info.unmapped["lora"].startswith("<lora:ink:0.8:lbw=OUTALL>: ")
+
+
+def test_generate_goes_on_without_what_it_cannot_take_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    path = CASES / "lora_block_weight_tag.png"
+    kept = {"without": None, "typed": {}, "replaced": set(), "lora_dir": None}
+    found = recorded_fields(path, console=Console(), **kept)  # type: ignore[arg-type]
+    assert (found["prompt"], found["loras"]) == ("a lighthouse at dusk, oil painting", [])
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"not taken from {path}: lora = <lora:ink:0.8:lbw=OUTALL>: " in told
 
 
 def test_the_xmp_of_draw_things_is_read() -> None:
