@@ -129,7 +129,7 @@ def _pairs(text: str, position: int) -> tuple[Pairs, int]:
             end = closed if closed is not None else _bare_end(text, position)
         else:
             end = _bare_end(text, position)
-        pairs.append((key, text[position:end].rstrip("\r")))
+        pairs.append((key, text[position:end].rstrip(" \t\r")))
         position = end
         following = _NEXT.match(text, position)
         if following is not None:

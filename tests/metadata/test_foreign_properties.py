@@ -226,11 +226,17 @@ def as_stealth(text: str) -> bytes:
     return write.stealth(json.dumps(texts))
 
 
+def as_dream(text: str) -> bytes:
+    dream = f'"{text} [{text}]" -s 22 -S 4242 -W 64 -H 64 -C 7.5 -A k_euler'
+    return write.png(write.text_chunk("Dream", dream.encode(), "iTXt"))
+
+
 TOOLS: dict[str, tuple[Callable[[str], bytes], str]] = {
     "novelai": (as_novelai, r"[{}\[\]]|::"),
     "stealth": (as_stealth, r"[{}\[\]]|::"),
     "swarmui": (as_swarmui, r"[<>()\\]|embedding:"),
     "invokeai": (as_invokeai, r"[()\"+\\-]|withLora|useLora"),
+    "dream": (as_dream, r"[()\[\]\"+\\-]|withLora|useLora"),
     "easy-diffusion": (as_easy_diffusion, r"$^"),
     "draw-things": (as_draw_things, r"[()\\]|\[(?!a[|:]b)|(?<!\[a\|b)(?<!b:0\.5)\]|[\x00-\x08\x0b-\x1f\ufffe\uffff]"),
     "fooocus": (as_fooocus, r"[()\\]|embedding:"),
@@ -253,7 +259,7 @@ def check_tool(tmp_path: Path, tool: str, text: str) -> None:
     assume(not re.search(syntax, text))
     assume(text.strip() == text and "\0" not in text)
     info = read(tmp_path, writer(text))
-    assert info.source == ("novelai" if tool == "stealth" else tool)
+    assert info.source == {"stealth": "novelai", "dream": "invokeai"}.get(tool, tool)
     assert info.request is not None
     assert (info.request.seed, info.request.steps) == (4242, 22)
     assert info.request.loras == ()
