@@ -63,7 +63,7 @@ def command(
         _prompts(
             "--prompts-file",
             metavar="FILE",
-            help="Read jobs from a .txt (a prompt a line), .jsonl or .csv file, or from stdin (-).",
+            help="Read jobs from a text file (a prompt a line), a JSON, JSONL, CSV or TSV file, or from stdin (-).",
         ),
     ] = None,
     from_image: Annotated[

@@ -17,9 +17,9 @@ from typing import Any
 
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.rows import CsvFile, Row, text_lines
+from sdcli.io.text import utf8_stream
 from sdcli.request.prompt_options import KNOWN, text_line
 from sdcli.request.schema import GenerationRequest, did_you_mean, field_name
-from sdcli.request.text_encoding import decoded
 
 MAX_BYTES = 512 * 2**20
 """The largest prompts file that is read."""
@@ -76,11 +76,7 @@ def _bytes_of(source: str) -> bytes:
 
 def _plain(data: bytes, name: str) -> bytes:
     """The file in UTF-8 without byte-order marks; a line of it that is not UTF-8 is left to its row."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
-        try:
-            data = decoded(data).encode()
-        except ValueError as error:
-            raise UsageError(f"{name} {error}") from None
+    data = utf8_stream(io.BytesIO(data)).read()
     if b"\0" in data:
         raise UsageError(
             f"{name} is no text file: it has NUL bytes (if it is UTF-16 without its mark, save it as UTF-8)"

@@ -13,10 +13,10 @@ from typing import Any
 
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.json_files import parse_json
+from sdcli.io.text import NotText, decode_text
 from sdcli.io.yaml_files import parse_yaml
 from sdcli.request.dynamic_syntax import Template, weighted_line
 from sdcli.request.schema import did_you_mean
-from sdcli.request.text_encoding import decoded
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_FILES = 20_000
@@ -181,8 +181,8 @@ def _text(path: Path) -> str:
     if len(data) > MAX_FILE_BYTES:
         raise UsageError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB")
     try:
-        return decoded(data)
-    except ValueError as error:
+        return decode_text(data)
+    except NotText as error:
         raise UsageError(f"{path} {error}") from None
 
 

@@ -55,6 +55,17 @@ def test_lists_objects_and_objects_with_a_list_are_json(tmp_path: Path, name: st
     assert fields_of(lines_of(tmp_path, stream, name)) == READ
 
 
+def test_a_line_that_is_no_text_costs_itself_only(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, "caf\u00e9\n".encode() + b"caf\xe9\nok\n")
+    assert [(line.fields.get("prompt"), line.problem) for line in lines] == [
+        ("café", None),
+        (None, "is not UTF-8 text"),
+        ("ok", None),
+    ]
+    (half,) = lines_of(tmp_path, b"\xff\xfea")
+    assert half.problem == "is not UTF-8 text"
+
+
 def test_entries_of_a_list_have_the_lines_in_which_they_begin(tmp_path: Path) -> None:
     numbers = [line.number for line in lines_of(tmp_path, '[\n{"prompt":\n"a"},\n\n{"prompt": "b"}\n]')]
     assert numbers == [2, 5]
@@ -121,7 +132,6 @@ def test_kohyas_toml_is_read_and_what_all_prompts_have_is_in_each(tmp_path: Path
         ("a.txt", '[{"prompt": "a"}\n{"prompt": "b"}]', "a.txt is not JSON: line 2"),
         ("a.json", '{"prompts": [], "jobs": []}', "has two lists, prompts and jobs"),
         ("a.jsonl", TWO.encode("utf-16-le"), "has NUL bytes"),
-        ("a.txt", b"\xff\xfea", "is not UTF-16 text"),
         ("a.yaml", "- prompt: a", "is a YAML file"),
         ("a.toml", "a = 1", "should hold kohya's"),
         ("a.toml", "a =", "is not TOML"),
