@@ -125,6 +125,15 @@ def permitted_mode() -> int:
     return 0o666 & ~umask
 
 
+def open_writable(path: Path, flags: int) -> int:
+    """Open a file to write, created if missing, and made writable if a copy left it read-only. Raises OSError."""
+    try:
+        return os.open(path, flags | os.O_CREAT, 0o666)
+    except PermissionError:
+        os.chmod(path, permitted_mode())
+        return os.open(path, flags | os.O_CREAT, 0o666)
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file's content is on the disk. Raises OSError."""
     with open(path, "rb") as file:

@@ -32,6 +32,7 @@ from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parame
 from sdcli.training.orders import Orders, SaveRequest, agree, agree_on_failure
 from sdcli.training.settings import TrainSettings
 from sdcli.training.state.checkpoint import save_checkpoint
+from sdcli.training.state.merged_model import is_merged, write_merged
 from sdcli.training.state.model_links import link_model_folder
 from sdcli.training.state.training_state import TrainingState
 from sdcli.training.step_metrics import Means
@@ -96,6 +97,10 @@ class Trainer:
     plan: Plan
     links: Mapping[str, str] = field(default_factory=dict)
     """RUN/<part> -> its folder or file in a checkpoint; the links make RUN a model folder."""
+    merged: Mapping[str, str] = field(default_factory=dict)
+    """The same for parts that `write_merged` writes, which are in no checkpoint."""
+    write_merged: Callable[[Path, Networks, Networks], None] | None = None
+    """Writes the networks with their LoRAs merged into them, from the networks and their averages."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON values for each checkpoint's manifest."""
     before_checkpoint: Callable[[], None] = lambda: None
@@ -169,6 +174,8 @@ class Trainer:
         with Feed(
             task, share=share, first_step=done, device=accelerator.device, workers=settings.dataloader_num_workers
         ) as feed:
+            if done and accelerator.is_main_process:
+                yield from self._write_merged(self.run / f"checkpoint-{done}")
             orders = yield from self._watch(done, "validation" in owed, "samples" in owed, stop, save)
             while not plan.ends_at(done) and orders.reason is None:
                 started, waited = time.perf_counter(), feed.waited
@@ -315,10 +322,27 @@ class Trainer:
                 report=lambda path, reason: notes.append(f"{path} {reason}; it was not deleted"),
             )
             link_model_folder(self.run, self.links)
+            seconds = time.monotonic() - began
+            yield from self._write_merged(path)
+        else:
+            seconds = time.monotonic() - began
         self.accelerator.wait_for_everyone()
         for note in notes:
             yield RunNote(note)
-        yield CheckpointSaved(done, path, time.monotonic() - began)
+        yield CheckpointSaved(done, path, seconds)
+
+    def _write_merged(self, checkpoint: Path) -> Iterator[Event]:
+        """Write the merged model of a LoRA, which only people need: what fails is a warning, made good by a resume."""
+        write = self.write_merged
+        if write is None or is_merged(self.run, checkpoint):
+            return
+        try:
+            write_merged(
+                self.run, checkpoint, lambda folder: write(folder, self.task.networks, self.averages), self.merged
+            )
+        except SdcliError as error:
+            self._watching.failed["merged models"] += 1
+            yield RunNote(f"{error}; the run goes on, and --resume writes it again")
 
     def _not_finite(self, phase: OptimizerPhase, loss: float, done: int) -> str:
         names = [self.task.item_name(draw.index) for draw in self.task.draws(done)]

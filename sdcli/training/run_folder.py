@@ -11,19 +11,24 @@ RUN/log.jsonl, RUN/samples/       the log, and sample sheets
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from sdcli.errors import CannotWrite, NotFound, UsageError
-from sdcli.io.files import write_whole
+from sdcli.io.files import expanded, write_whole
 from sdcli.io.yaml_files import read_yaml
 from sdcli.training.settings import TrainSettings
 
+S = TypeVar("S", bound=TrainSettings)
+CURRENT = "current"
+"""The link in RUN to its newest checkpoint."""
 SETTINGS = "settings.yaml"
 MAY_CHANGE = frozenset(
     {
@@ -46,6 +51,21 @@ MAY_CHANGE = frozenset(
 """Settings that a resumed run may change: they affect its length and its output, but not the training itself."""
 PRODUCT = frozenset({"train_batch_size", "gradient_accumulation_steps", "num_processes"})
 """Settings that may change as long as their product, the samples of a step, stays the same."""
+
+
+LOCATIONS = frozenset(
+    {
+        "model",
+        "vae",
+        "text_encoder",
+        "controlnet",
+        "from_scratch",
+        "lpips",
+        "teacher",
+        "conditioning_data_dir",
+    }
+)
+"""Settings that name a place; in a resumed run it may be another one with the same content, compared by digest."""
 
 
 def check_free(run: Path) -> None:
@@ -74,9 +94,19 @@ def begin(run: Path, settings: TrainSettings, *, command: str, data: str) -> Non
     Raises UsageError for a folder with other content, and CannotWrite.
     """
     check_free(run)
+    if (run / CURRENT).is_dir() and not (run / CURRENT).is_symlink():
+        raise CannotWrite(f"{run / CURRENT} is a folder, where a run has a link to its newest checkpoint; move it away")
+    record(run, settings, command=command, data=data)
+
+
+def record(run: Path, settings: TrainSettings, *, command: str, data: str) -> None:
+    """Write settings.yaml, unless it has these settings already. Raises CannotWrite."""
     values = {"command": command, "data": data, **settings.model_dump(mode="json")}
-    text = yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
-    write_whole(run / SETTINGS, text.encode(), overwrite=True)
+    values = {key: value for key, value in values.items() if value is not None}
+    with contextlib.suppress(UsageError, NotFound):
+        if read_yaml(run / SETTINGS) == values:
+            return
+    write_whole(run / SETTINGS, yaml.safe_dump(values, sort_keys=False).encode(), overwrite=True)
 
 
 def recorded(run: Path, *, command: str, kind: type[TrainSettings]) -> tuple[str, dict[str, Any]]:
@@ -95,10 +125,14 @@ def recorded(run: Path, *, command: str, kind: type[TrainSettings]) -> tuple[str
 
 
 def check_unchanged(before: TrainSettings, now: TrainSettings, *, batch: tuple[int, int]) -> None:
-    """Raise UsageError for settings that would change the run. `batch`: the samples of a step before and now."""
+    """Raise UsageError for settings that would change the run. `batch`: the samples of a step before and now.
+
+    What stands in another place than before (`moved_since`) is compared when it is loaded.
+    """
     for name in type(now).model_fields:
         old, new = getattr(before, name), getattr(now, name)
-        if old != new and name not in MAY_CHANGE | PRODUCT:
+        moved = name in LOCATIONS and (name == "model" or (old is None) == (new is None))
+        if old != new and not moved and name not in MAY_CHANGE | PRODUCT:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} was {old} when this run started; a resumed run cannot change it (now {new})")
     if batch[0] != batch[1]:
@@ -106,6 +140,40 @@ def check_unchanged(before: TrainSettings, now: TrainSettings, *, batch: tuple[i
             f"a step of this run has {batch[0]} samples, but would now have {batch[1]}: --train-batch-size x "
             "--gradient-accumulation-steps x processes must stay the same"
         )
+
+
+def moved_since(before: TrainSettings, now: TrainSettings) -> list[str]:
+    """The settings that name another place than before."""
+    return sorted(
+        name for name in LOCATIONS & set(type(now).model_fields) if getattr(before, name) != getattr(now, name)
+    )
+
+
+def with_absolute_paths(settings: S, names: Mapping[str, Collection[str]]) -> S:
+    """The settings with absolute paths, so that the run can be resumed from any folder.
+
+    `names`: for each setting the values that are names, not paths, such as the models of the registry.
+    """
+    changes: dict[str, Any] = {}
+    for name in (LOCATIONS | {"cache_dir"}) & set(type(settings).model_fields):
+        value = getattr(settings, name)
+        if isinstance(value, Path):
+            changes[name] = absolute(value)
+        elif value is not None and value not in names.get(name, ()) and os.path.exists(expanded(value)):
+            changes[name] = str(absolute(value))
+    return settings.model_copy(update=changes)
+
+
+def absolute_data(data: str) -> str:
+    """DATA with an absolute path, if it is a path or a pattern and not a data set of the hub."""
+    if os.path.lexists(expanded(data)) or (re.search(r"[*?\[{]", data) and "://" not in data):
+        return str(absolute(data))
+    return data
+
+
+def absolute(path: str | Path) -> Path:
+    """An absolute path without `~` and `..`; links stay as they are."""
+    return Path(os.path.abspath(expanded(path)))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any, Self
 
 from sdcli import __version__
 from sdcli.errors import CannotWrite, NotFound, SdcliError
+from sdcli.io.files import open_writable, whole_file
 from sdcli.io.rows import append_row, json_rows
 from sdcli.training.events import (
     CheckpointSaved,
@@ -60,12 +62,18 @@ class RunLog:
     def open(cls, run: Path) -> RunLog:
         """Open the log of a run folder, and create it if missing; lines are appended.
 
-        Raises CannotWrite.
+        A log that a copy of the run shares, by a hard link, is copied first. Raises CannotWrite.
         """
         path = run / NAME
         with _cannot_write(path):
             run.mkdir(parents=True, exist_ok=True)
-            return cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
+            descriptor = open_writable(path, os.O_RDWR | os.O_APPEND)
+            if os.fstat(descriptor).st_nlink > 1:
+                os.close(descriptor)
+                with whole_file(path, overwrite=True) as temporary:
+                    shutil.copyfile(path, temporary)
+                descriptor = open_writable(path, os.O_RDWR | os.O_APPEND)
+            return cls(path, descriptor)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,14 @@ from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.orders import SaveRequest, agree_on_names
 from sdcli.training.reporting import Reporting, start_trackers
+from sdcli.training.run_folder import absolute_data, with_absolute_paths
 from sdcli.training.run_log import RunLog, read_log
 from sdcli.training.settings import TrainSettings
 from sdcli.training.state.checkpoint import CheckpointInfo, newest_checkpoint
+from sdcli.training.state.copied_run import restore_links
 from sdcli.training.state.model_links import write_frozen_parts
 from sdcli.training.state.run_lock import run_lock
-from sdcli.training.task import Task
+from sdcli.training.task import Networks, Task
 from sdcli.training.watching import WATCHED
 
 S = TypeVar("S", bound=TrainSettings)
@@ -47,6 +49,11 @@ class RunSetup:
     """Writes the parts that training does not change, model_index.json and sdcli.json into RUN."""
     memory_bytes: int
     """Estimated peak memory on the device."""
+    merged: Mapping[str, str] = field(default_factory=dict)
+    """RUN/<part> -> its folder in the merged model of a LoRA, which `write_merged` writes beside the checkpoints."""
+    write_merged: Callable[[Path, Networks, Networks], None] | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """Digests of what the run started from, by what it is; a resumed run may find them in another place."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Facts about data and model for --dry-run, the log and the manifests."""
 
@@ -56,6 +63,8 @@ class Session(ABC, Generic[S]):
 
     command: ClassVar[str]
     kind: ClassVar[type[TrainSettings]]
+    presets: ClassVar[Collection[str]] = ()
+    """The names that --from-scratch knows."""
 
     def __init__(self, data: str, run: Path, settings: S, registry: Registry) -> None:
         self.data, self.run, self.settings, self.registry = data, run, settings, registry
@@ -91,9 +100,10 @@ class Session(ABC, Generic[S]):
 
     def prepare(self, *, resume: bool, stop: Stop = lambda: None) -> Iterator[Event]:
         """Do everything before the first step; writes nothing into RUN."""
+        moved: list[str] = []
         if resume:
             self._checkpoint = newest_checkpoint(self.run)
-            self._check_unchanged()
+            moved = self._check_unchanged()
             for path, reason in self._checkpoint.broken:
                 yield RunNote(f"skipped {path}: it {reason}; it was not deleted")
         building = self.build()
@@ -103,12 +113,17 @@ class Session(ABC, Generic[S]):
             except StopIteration as end:
                 self._setup = end.value
                 break
+            except NotFound as error:
+                if not resume:
+                    raise
+                raise NotFound(f"{error}. {_MOVED}") from error
             stopped = stop()
             if stopped is not None:
                 raise type(stopped)(f"{str(stopped).split(' after')[0]} while preparing; nothing was trained yet")
 
         if self._checkpoint is not None:
             self._check_same_data(self._checkpoint)
+            self._check_same_origin(self._checkpoint, moved)
             yield from self._note_changed_schedule(self._checkpoint)
 
     @property
@@ -167,8 +182,14 @@ class Session(ABC, Generic[S]):
         if self.is_main:
             self._stack.enter_context(run_lock(self.run))
             if self._checkpoint is None:
-                run_folder.begin(self.run, settings, command=self.command, data=self.data)
+                run_folder.begin(self.run, self._recordable(), command=self.command, data=absolute_data(self.data))
                 write_frozen_parts(self.run, setup.write_frozen)
+            else:
+                for name in restore_links(self.run, self._checkpoint.path.name, setup.links, setup.merged):
+                    yield RunNote(
+                        f"{self.run / name} was a copy, as in a copied run; it is a link again", warning=False
+                    )
+                run_folder.record(self.run, self._recordable(), command=self.command, data=absolute_data(self.data))
             log = self._stack.enter_context(RunLog.open(self.run))
             reporting = Reporting(log, self.accelerator, trackers=bool(settings.report_to))
         self.accelerator.wait_for_everyone()
@@ -186,7 +207,9 @@ class Session(ABC, Generic[S]):
                 keep=settings.checkpoints_total_limit,
             ),
             links=setup.links,
-            facts={"command": self.command, **setup.facts},
+            merged=setup.merged,
+            write_merged=setup.write_merged,
+            facts={"command": self.command, "origin": dict(setup.origin), **setup.facts},
             before_checkpoint=reporting.sync if reporting is not None else lambda: None,
         )
         done = trainer.resume(self._checkpoint.path) if self._checkpoint is not None else 0
@@ -220,12 +243,48 @@ class Session(ABC, Generic[S]):
             ]
         return []
 
-    def _check_unchanged(self) -> None:
-        """Raise UsageError for settings that a resumed run cannot change."""
+    def _recordable(self) -> S:
+        """The settings for settings.yaml, with absolute paths."""
+        registry = self.registry
+        names: dict[str, Collection[str]] = dict.fromkeys(("model", "vae", "text_encoder"), registry.models)
+        settings = with_absolute_paths(
+            self.settings, {**names, "controlnet": registry.controlnets, "from_scratch": self.presets}
+        )
+        if self._checkpoint is None or "batch" in self._checkpoint.facts:
+            return settings
+        # of an older checkpoint the samples of a step are known by the settings alone, until the next one is saved
+        _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
+        before = self.kind.model_validate(values)
+        return settings.model_copy(update={name: getattr(before, name) for name in run_folder.PRODUCT})
+
+    def _check_unchanged(self) -> list[str]:
+        """Raise UsageError for settings that a resumed run cannot change; returns those that name another place now."""
         assert self._checkpoint is not None
         _, values = run_folder.recorded(self.run, command=self.command, kind=self.kind)
         before = self.kind.model_validate(values)
         run_folder.check_unchanged(before, self.settings, batch=(_batch_until(self._checkpoint, before), self.batch))
+        return run_folder.moved_since(before, self._recordable())
+
+    def _check_same_origin(self, checkpoint: CheckpointInfo, moved: Sequence[str]) -> None:
+        """Raise UsageError if what the run started from has another content now, in the same place or another."""
+        before, now = checkpoint.facts.get("origin"), self.setup.origin
+        if before is None:  # of an earlier version, which recorded the frozen weights only
+            known = {"model", "vae", "text_encoder", "conditioning_data_dir"} if checkpoint.facts.get("base") else set()
+            unknown = sorted({*moved} - known)
+            if unknown:
+                raise UsageError(
+                    f"--{unknown[0].replace('_', '-')} names another place than when this run started, and the run, of "
+                    "an earlier version, has no digest to compare; if it is the same, enter it in "
+                    f"{self.run / run_folder.SETTINGS}"
+                )
+            return
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            where = f" ({', '.join('--' + name.replace('_', '-') for name in moved)})" if moved else ""
+            raise UsageError(
+                f"{', '.join(changed)}: not the same as when this run started{where}; a resumed run needs the same, by "
+                f"digest. For a new run from this one: -m {self.run} -o ANOTHER"
+            )
 
     def _check_same_data(self, checkpoint: CheckpointInfo) -> None:
         """Raise UsageError if the data or the frozen weights changed since the run started."""
@@ -262,6 +321,12 @@ class Session(ABC, Generic[S]):
                 f"the learning rate was scheduled over {before:,} steps so far and over {self.steps:,} from now on: "
                 f"--lr-scheduler {self.settings.lr_scheduler} depends on the number of steps"
             )
+
+
+_MOVED = (
+    "If it was moved, say where it is now: sdcli ... NEW_DATA -o RUN --resume -m NEW_MODEL; it is compared by digest "
+    "and recorded in RUN/settings.yaml"
+)
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from sdcli.training.inputs.encoding import computes_in_half, encode_captions, en
 from sdcli.training.inputs.image_data import ImageData, examine_data, examine_images, list_data, merge_buckets
 from sdcli.training.inputs.sources import Latents, Pixels, WithMaps
 from sdcli.training.memory import controlnet_memory
+from sdcli.training.origin import origin, schedule_facts
 from sdcli.training.sample_images import SampleSheet
 from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.unet.task import DenoisingObjective
@@ -98,6 +99,10 @@ class ControlNetSession(Session[ControlNetSettings]):
                 **({"raw/controlnet": "controlnet"} if settings.use_ema else {}),
             },
             write_frozen=lambda run: None,
+            origin=origin(
+                {"model": model},
+                {"noise schedule": schedule_facts(model.scheduler_config)},
+            ),
             memory_bytes=controlnet_memory(task, settings, size=data.largest()),
             facts={
                 "data": self.data,

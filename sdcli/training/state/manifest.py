@@ -20,6 +20,8 @@ from sdcli.training.state.disk import permit, strerror, write_all
 MANIFEST = "manifest.json"
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
+JUNK = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-fA-F]+|\.directory")
+"""Names of files that systems put into any folder, also into a checkpoint that was copied."""
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(\.replaced)?")
 
 
@@ -51,6 +53,9 @@ def verify(folder: Path, *, content: bool = True) -> Manifest:
         sizes, _ = list_files(folder)
         del sizes[MANIFEST]
         missing, extra = manifest.files.keys() - sizes.keys(), sizes.keys() - manifest.files.keys()
+        for name in {name for name in extra if JUNK.fullmatch(name.rsplit("/", 1)[-1])}:
+            extra.remove(name)
+            del sizes[name]
         if missing:
             raise BrokenCheckpoint(f"lacks {_shown(min(missing))}, which its manifest lists")
         if extra:
@@ -99,6 +104,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 def seal(folder: Path, manifest: Manifest) -> None:
     """Sync everything in a folder to the disk, then its manifest. Raises OSError, and ValueError for links."""
+    sizes = sync_tree(folder)
+    digests = _digests(folder, sizes)
+    files = {name: {"size": size, "sha256": digests[name]} for name, size in sizes.items()}
+    # unbuffered, so that a failed write raises here
+    with open(folder / MANIFEST, "xb", buffering=0) as file:
+        write_all(file.fileno(), Manifest(manifest.step, files, manifest.facts).as_bytes())
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_tree(folder: Path) -> dict[str, int]:
+    """Sync everything in a folder to the disk; returns the files' sizes. Raises OSError, and ValueError for links."""
     try:
         sizes, folders = list_files(folder)
     except BrokenCheckpoint as broken:
@@ -108,13 +125,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
         sync_file(folder / name)
     for name in reversed(folders):
         sync_folder(folder / name)
-    digests = _digests(folder, sizes)
-    files = {name: {"size": size, "sha256": digests[name]} for name, size in sizes.items()}
-    # unbuffered, so that a failed write raises here
-    with open(folder / MANIFEST, "xb", buffering=0) as file:
-        write_all(file.fileno(), Manifest(manifest.step, files, manifest.facts).as_bytes())
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    return sizes
 
 
 def list_files(folder: Path) -> tuple[dict[str, int], list[str]]:

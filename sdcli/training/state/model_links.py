@@ -45,9 +45,9 @@ def link_model_folder(run: Path, parts: Mapping[str, str]) -> None:
         try:
             make_folder((run / part).parent)
             if not (run / CURRENT).is_symlink():
-                _copy(checkpoint / inside, run / part)
-            elif _read_link(run / part) != target:
-                _point(run / part, target)
+                copy_part(checkpoint / inside, run / part)
+            elif read_link(run / part) != target:
+                point(run / part, target)
         except (OSError, BrokenCheckpoint) as error:
             raise CannotWrite(f"cannot link {run / part} to {checkpoint.name}: {strerror(error)}") from error
 
@@ -72,12 +72,23 @@ def write_frozen_parts(run: Path, write: Callable[[Path], None]) -> None:
         raise CannotWrite(f"cannot write the parts of the model into {run}: {strerror(error)}") from error
 
 
+def has_links(run: Path) -> bool:
+    """Whether the file system of RUN has links."""
+    probe = temporary_path(run, "link")
+    try:
+        os.symlink(CURRENT, probe)
+        os.unlink(probe)
+    except OSError:
+        return False
+    return True
+
+
 def swap_current(run: Path, name: str) -> None:
-    if not _point(run / CURRENT, name):
+    if not point(run / CURRENT, name):
         write_whole(run / CURRENT, f"{name}\n".encode(), overwrite=True)
 
 
-def _point(link: Path, target: str) -> bool:
+def point(link: Path, target: str) -> bool:
     """Make or replace a relative link atomically; False on file systems without links. Raises OSError."""
     temporary = temporary_path(link.parent, link.name)
     temporary.unlink(missing_ok=True)
@@ -97,11 +108,12 @@ def _point(link: Path, target: str) -> bool:
     return True
 
 
-def _read_link(path: Path) -> str | None:
+def read_link(path: Path) -> str | None:
+    """The target of a link; None for anything else."""
     return os.readlink(path) if path.is_symlink() else None
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_part(source: Path, target: Path) -> None:
     """Copy a file, or a folder's files, each atomically; other files in the target folder are deleted."""
     if not source.is_dir():
         with whole_file(target, overwrite=True) as temporary:

@@ -12,35 +12,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdcli.errors import CannotWrite
-from sdcli.io.files import sync_folder
+from sdcli.io.files import open_writable, sync_folder
+from sdcli.io.temporary_files import temporary_path
 from sdcli.training.state.disk import make_folder, strerror
-from sdcli.training.state.model_links import CURRENT
 
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
     """Lock RUN, which is created if missing, for this process; the system releases the lock when the process ends.
 
-    Raises CannotWrite where another process has the lock, where RUN cannot be written, and where RUN/current is a
-    folder. On file systems without locks (some network disks) two runs in one folder go unnoticed.
+    Raises CannotWrite where another process has the lock, and where RUN cannot be written. On file systems without
+    locks (some network disks) two runs in one folder go unnoticed.
     """
     try:
         make_folder(run)
         with contextlib.suppress(PermissionError):  # a parent folder without read permission
             sync_folder(run.absolute().parent)
-        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_writable(run / ".lock", os.O_RDWR)
     except OSError as error:
         raise CannotWrite(f"cannot write into {run}: {strerror(error)}") from None
     _held.add(descriptor)
+    mine = [descriptor]
     try:
         _lock(descriptor, run)
-        if (run / CURRENT).is_dir() and not (run / CURRENT).is_symlink():
-            raise CannotWrite(f"{run / CURRENT} is a folder instead of a link, as in a copied run; delete it")
+        if os.fstat(descriptor).st_nlink > 1:
+            mine.append(_own_lock(run))
         yield
     finally:
-        if descriptor in _held:
-            _held.discard(descriptor)
-            os.close(descriptor)
+        for descriptor in mine:
+            if descriptor in _held:
+                _held.discard(descriptor)
+                os.close(descriptor)
 
 
 _held: set[int] = set()
@@ -56,6 +58,22 @@ def _forget_locks() -> None:
 os.register_at_fork(after_in_child=_forget_locks)
 
 
+def _own_lock(run: Path) -> int:
+    """A lock file of RUN's own, locked, in place of one that it shares with a copy of the run by a hard link.
+
+    The shared one stays locked as well, for a process that opened it before. Raises CannotWrite.
+    """
+    temporary = temporary_path(run, "lock")
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _held.add(descriptor)
+        _lock(descriptor, run)
+        os.replace(temporary, run / ".lock")
+    except OSError as error:
+        raise CannotWrite(f"cannot write into {run}: {strerror(error)}") from None
+    return descriptor
+
+
 def _lock(descriptor: int, run: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +82,12 @@ def _lock(descriptor: int, run: Path) -> None:
             return
         holder = os.read(descriptor, 200).decode("ascii", "replace").strip()
         who = f" ({holder})" if re.fullmatch(r"process [0-9]+ on [\w.-]+", holder) else ""
-        raise CannotWrite(f"{run} is in use by another training process{who}; wait for it, or use another -o") from None
+        copy = ""
+        if os.fstat(descriptor).st_nlink > 1:
+            copy = f" (if {run} is a copy that shares its files with that run, by hard links, delete {run / '.lock'})"
+        raise CannotWrite(
+            f"{run} is in use by another training process{who}; wait for it, or use another -o{copy}"
+        ) from None
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode("ascii", "replace"), 0)

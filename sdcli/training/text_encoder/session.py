@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import ClassVar
 
-import torch
-
 from sdcli.encoders.clip import ClipTextConfig, ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.encoding import cut_captions
 from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
+from sdcli.training.origin import origin
 from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.settings import cache_folder
 from sdcli.training.text_encoder.caption_files import Captions, read_captions
@@ -46,6 +45,7 @@ class TextSession(Session[TextSettings]):
         note = cut_captions(((repr(text[:40]), text) for text in captions.texts), tokenizer)
         if note:
             yield RunNote(note)
+        teacher = yield from self._teacher(captions)
         task = TextEncoderTask(
             captions=captions,
             tokenizer=tokenizer,
@@ -54,7 +54,7 @@ class TextSession(Session[TextSettings]):
             batch=self.batch,
             seed=settings.seed,
             learning_rate=settings.learning_rate,
-            vectors=(yield from self._vectors(captions)),
+            vectors=teacher.vectors(captions.texts) if teacher is not None else None,
             validation_split=settings.validation_split,
             word_dropout=settings.word_dropout,
             temperature=settings.temperature,
@@ -69,6 +69,7 @@ class TextSession(Session[TextSettings]):
             samples=len(task.order),
             links=files.links(),
             write_frozen=files.write,
+            origin=origin({"model": model}, {"teacher": teacher.identity if teacher is not None else None}),
             memory_bytes=parameters * 4 * (5 if settings.use_ema else 4)
             + settings.train_batch_size * tokenizer.max_length * width * 4 * 30 * encoder.config.num_hidden_layers,
             facts={
@@ -98,8 +99,8 @@ class TextSession(Session[TextSettings]):
         )
         return None, new_text_encoder(config, tokenizer, seed=settings.seed), tokenizer
 
-    def _vectors(self, captions: Captions) -> Generator[Event, None, torch.Tensor | None]:
-        """The teacher's vector of each caption, from the cache, which the first process fills."""
+    def _teacher(self, captions: Captions) -> Generator[Event, None, TeacherVectors | None]:
+        """The teacher's vectors with those of the captions, from the cache, which the first process fills."""
         settings = self.settings
         if settings.teacher is None:
             return None
@@ -108,4 +109,4 @@ class TextSession(Session[TextSettings]):
             vectors = TeacherVectors.of(teacher, cache_folder(settings.cache_dir) / "teachers")
             for done, total in vectors.compute(teacher, captions.texts):
                 yield Preparation("computing the teacher's vectors", done, total)
-        return vectors.vectors(captions.texts)
+        return vectors

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import ClassVar, Literal, cast
+from collections.abc import Collection, Generator
+from typing import Any, ClassVar, Literal, cast
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from sdcli.training.inputs.sources import ImageSource, Latents, NormalizedPixels
 from sdcli.training.lora import TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
+from sdcli.training.origin import origin, schedule_facts
 from sdcli.training.sample_images import SampleSheet, default_prompts
 from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.unet.model import TrainedModel, trained_model, with_classes
@@ -37,6 +38,7 @@ class UnetSession(Session[UnetSettings]):
 
     command: ClassVar[str] = "train-unet"
     kind: ClassVar[type[UnetSettings]] = UnetSettings
+    presets: ClassVar[Collection[str]] = model_parts.PRESETS
 
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
@@ -71,7 +73,13 @@ class UnetSession(Session[UnetSettings]):
         return RunSetup(
             task=task,
             samples=len(order),
-            links=files.links(),
+            links=files.links() if not loras else {},
+            merged=files.links() if loras else {},
+            write_merged=task.write_merged if loras else None,
+            origin=origin(
+                {"model": model.base_of, "vae": model.vae_of, "text encoder": model.text_of},
+                {"noise schedule": schedule_facts(model.scheduler_config), "configuration": _configuration(settings)},
+            ),
             write_frozen=files.write,
             memory_bytes=unet_memory(task, settings, size=data.largest()),
             facts={
@@ -253,6 +261,11 @@ class UnetSession(Session[UnetSettings]):
             averaged=tuple(networks) if settings.use_ema else (),
             classes=model.classes,
         )
+
+
+def _configuration(settings: UnetSettings) -> dict[str, Any] | None:
+    """The configuration of a new UNet, as it is written in its file."""
+    return model_parts.unet_config(settings.from_scratch) if settings.from_scratch is not None else None
 
 
 def _frozen_weights(model: TrainedModel, networks: dict[str, nn.Module], loras: dict[str, LoraShape]) -> dict[str, str]:

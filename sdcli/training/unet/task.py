@@ -220,14 +220,23 @@ class UnetTask:
     # Files
 
     def save(self, folder: Path, networks: Networks, averages: Mapping[str, nn.Module]) -> None:
-        """`unet/` (with a LoRA merged into it), `unet_ema/`, `text_encoder/` and so on, and the files of a LoRA."""
-        for suffix, some in (("", networks), ("_ema", averages)):
-            for name, network in some.items():
-                tensors = merged_tensors(network) if name in self.loras else network.state_dict()
-                write_network(folder / f"{name}{suffix}", network, tensors)
+        """`unet/`, `unet_ema/`, `text_encoder/` and so on; of a LoRA its own files only, without the frozen network."""
+        for name, network in _with_averages(networks, averages):
+            if not self.loras:
+                write_network(folder / name, network, network.state_dict())
         if self.loras:
             lora = {name: averages.get(name, networks[name]) for name in self.loras}
             write_lora(folder, lora, self.loras, self.family)
+
+    def write_merged(self, folder: Path, networks: Networks, averages: Mapping[str, nn.Module]) -> None:
+        """The networks with their LoRAs merged into them, as `save` writes networks without a LoRA."""
+        for name, network in _with_averages(networks, averages):
+            write_network(folder / name, network, merged_tensors(network))
+
+
+def _with_averages(networks: Networks, averages: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The networks and their averages by the names of their folders: `unet`, `unet_ema`."""
+    return [*networks.items(), *((f"{name}_ema", network) for name, network in averages.items())]
 
 
 def write_network(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any, ClassVar
 
 from sdcli.errors import UsageError
@@ -15,6 +15,7 @@ from sdcli.training.inputs.image_data import examine_data, list_data, merge_buck
 from sdcli.training.inputs.sources import Pixels
 from sdcli.training.memory import vae_memory
 from sdcli.training.model_parts import ModelFiles, config_file, load_to_train, new_network
+from sdcli.training.origin import origin
 from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.vae.losses import load_lpips
 from sdcli.training.vae.settings import VaeSettings
@@ -44,6 +45,7 @@ class VaeSession(Session[VaeSettings]):
 
     command: ClassVar[str] = "train-vae"
     kind: ClassVar[type[VaeSettings]] = VaeSettings
+    presets: ClassVar[Collection[str]] = tuple(PRESETS)
 
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
@@ -93,6 +95,11 @@ class VaeSession(Session[VaeSettings]):
             samples=len(task.order),
             links=files.links(),
             write_frozen=files.write,
+            origin=origin(
+                {"model": model},
+                {"configuration": vae_config(settings.from_scratch) if settings.from_scratch is not None else None},
+                {} if settings.lpips is None else {"lpips": settings.lpips.expanduser()},
+            ),
             memory_bytes=vae_memory(task, settings, size=data.largest()),
             facts={
                 "data": self.data,

@@ -918,16 +918,6 @@ def test_the_lock_is_free_again_after_the_block_and_not_within_it(tmp_path: Path
             pass
 
 
-def test_a_copied_run_whose_current_is_a_folder_is_refused_before_training(run: Path) -> None:
-    copied = Path(shutil.copytree(run, run.parent / "copied"))
-    with pytest.raises(CannotWrite, match="is a folder instead of a link"), run_lock(copied):
-        pass
-    shutil.rmtree(copied / "current")
-    with run_lock(copied):
-        save(copied, 40)
-    assert current_checkpoint(copied) == copied / "checkpoint-40"
-
-
 def test_a_file_system_without_locks_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
