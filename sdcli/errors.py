@@ -117,8 +117,8 @@ EXIT_CODES: dict[int, str] = {
     6: "bad output: NaN, all black, flagged by the safety checker, not verified, or a PSNR below --min-psnr",
     7: "some items of a batch failed; the others are done",
     8: "cannot write the output",
-    130: "interrupted (Ctrl-C); finished images are kept",
+    130: "interrupted (Ctrl-C); finished images and checkpoints are kept",
     141: "nobody reads stdout any more (such as | head -1); finished images are kept",
-    143: "terminated (SIGTERM); finished images are kept",
+    143: "terminated (SIGTERM; in training also SIGHUP and SIGUSR2); finished images and checkpoints are kept",
 }
 """Meaning of each exit code, for `sdcli --help` and docs/cli.md."""

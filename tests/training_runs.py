@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from sdcli.errors import Stop
 from sdcli.models.registry import load_registry
 from sdcli.training.config_files import settings_from
 from sdcli.training.controlnet.session import ControlNetSession
 from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.events import Event
+from sdcli.training.orders import SaveRequest
 from sdcli.training.session import Session
 from sdcli.training.unet.session import UnetSession
 from sdcli.training.unet.settings import UnetSettings
@@ -27,6 +29,13 @@ QUICK: dict[str, Any] = {
     "sample_every_n_steps": 10**9,
     "validation_steps": 10**9,
 }
+
+
+MICRO_UNET = {
+    "_class_name": "UNet2DModel", "in_channels": 1, "out_channels": 1, "block_out_channels": [4, 8],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 2, "layers_per_block": 1, "add_attention": False,
+}  # fmt: skip
 
 
 def captioned_images(folder: Path, count: int = 6, *, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> Path:
@@ -52,21 +61,59 @@ def class_images(folder: Path, classes: Sequence[str] = ("cat", "dog"), *, each:
     return folder
 
 
-def run_session(session: Session[Any], *, resume: bool = False) -> list[Event]:
-    """Prepare and train; what happened."""
+def grey_images(folder: Path, count: int = 6) -> Path:
+    """Images of 8x8, with the configuration of a network in pixel space beside their folder, for `train_pixels`."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder.parent / "micro.json").write_text(json.dumps(MICRO_UNET))
+    return folder
+
+
+def run_session(
+    session: Session[Any],
+    *,
+    resume: bool = False,
+    stop: Stop = lambda: None,
+    save: SaveRequest | None = None,
+    see: Callable[[Event], None] = lambda event: None,
+) -> list[Event]:
+    """Prepare and train; what happened. `see` is called with each event of the training."""
     with session:
         events = list(session.prepare(resume=resume))
-        events += list(session.train(stop=lambda: None))
+        for event in session.train(stop=stop, save=save):
+            events.append(event)
+            see(event)
     return events
 
 
-def train_unet(data: Path, run: Path, *, resume: bool = False, **changes: Any) -> list[Event]:
+def train_pixels(data: Path, run: Path, *, resume: bool = False, **changes: Any) -> list[Event]:
+    """A run on `grey_images` of 2 steps with a checkpoint after each, in a fraction of a second."""
+    micro: dict[str, Any] = {
+        "space": "pixel", "from_scratch": str(data.parent / "micro.json"), "resolution": "8", "validation_split": 0.0,
+        "max_train_steps": 2, "checkpointing_steps": 1, "sample_steps": 1,
+    }  # fmt: skip
+    return train_unet(data, run, resume=resume, **{**micro, **changes})
+
+
+def train_unet(
+    data: Path,
+    run: Path,
+    *,
+    resume: bool = False,
+    stop: Stop = lambda: None,
+    save: SaveRequest | None = None,
+    see: Callable[[Event], None] = lambda event: None,
+    **changes: Any,
+) -> list[Event]:
     """`sdcli train-unet` in this process, on miniature networks."""
     fresh_accelerator()
     quick = {name: value for name, value in QUICK.items() if not (name == "model" and changes.get("space") == "pixel")}
     values = {**quick, "cache_dir": run.parent / "cache", **changes}
     settings = settings_from(UnetSettings, {name: value for name, value in values.items() if value is not None})
-    return run_session(UnetSession(str(data), run, settings, load_registry()), resume=resume)
+    session = UnetSession(str(data), run, settings, load_registry())
+    return run_session(session, resume=resume, stop=stop, save=save, see=see)
 
 
 def controlnet_session(data: Path, run: Path, **changes: Any) -> ControlNetSession:

@@ -74,6 +74,8 @@ METAVARS = {
 }
 """Setting -> placeholder of its value, where the type does not say enough."""
 SECTIONS = (DATA, SHAPE, MODEL, STEPS, OPTIMIZER, OBJECTIVE, KEEP, WATCH, MACHINE)
+SIGNALS = """Signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR2 finish the step, save a checkpoint and end the run
+(exit code 130 for SIGINT, else 143); SIGUSR1 saves and the run goes on. A second SIGINT or SIGTERM ends it at once."""
 ECHO = 0.5
 """Seconds within which a repeated signal counts once: terminal and launcher both send it to every process."""
 
@@ -111,7 +113,7 @@ class TrainingCommand(Generic[S]):
 
         argument = typer.Argument(metavar=self.data_metavar, help=self.data_help, show_default=False)
         command.__annotations__["data"] = Annotated[str | None, argument]
-        command.__doc__ = help_text
+        command.__doc__ = f"{help_text.rstrip()}\n\n{SIGNALS}\n"
         return settings_options(self.kind)(command)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import ValidationError
 from torch import nn
 
 from sdcli.diffusion.pipeline import Pipeline
@@ -117,4 +118,13 @@ def default_prompts(captions: Sequence[tuple[str, ...]], classes: Sequence[str],
     if not firsts:
         return [""] * MAX_IMAGES
     step = max(1, len(firsts) // MAX_IMAGES)
-    return firsts[::step][:MAX_IMAGES]
+    return [text for text in firsts[::step][:MAX_IMAGES] if _is_prompt(text)] or [""]
+
+
+def _is_prompt(text: str) -> bool:
+    """Whether a caption can be generated from; one with a NUL, for example, cannot."""
+    try:
+        GenerationRequest(prompt=text, prompt_syntax="plain")
+    except ValidationError:
+        return False
+    return True

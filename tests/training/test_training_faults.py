@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from sdcli.errors import BadOutput, CannotWrite, NotFound, SdcliError, UsageError
@@ -34,13 +32,15 @@ from sdcli.training.unet.settings import UnetSettings
 from sdcli.vae import autoencoder
 from tests.conftest import REPOSITORY, Disk
 from tests.faults import WRITING, Call, Hook, failing, nothing, watched
-from tests.training_runs import QUICK, captioned_images, fresh_accelerator, same_checkpoint, train_unet
-
-MICRO_UNET = {
-    "_class_name": "UNet2DModel", "in_channels": 1, "out_channels": 1, "block_out_channels": [4, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 2, "layers_per_block": 1, "add_attention": False,
-}  # fmt: skip
+from tests.training_runs import (
+    QUICK,
+    captioned_images,
+    fresh_accelerator,
+    grey_images,
+    same_checkpoint,
+    train_pixels,
+    train_unet,
+)
 
 
 @pytest.fixture
@@ -50,23 +50,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def greys(tmp_path: Path) -> Path:
-    """Six images of 8x8, for a network in pixel space."""
-    folder = tmp_path / "greys"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(6):
-        Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
-    (tmp_path / "micro.json").write_text(json.dumps(MICRO_UNET))
-    return folder
-
-
-def train_pixels(data: Path, run: Path, *, resume: bool = False, **changes: Any) -> list[Event]:
-    """A run of 2 steps with a checkpoint after each, in a fraction of a second."""
-    micro: dict[str, Any] = {
-        "space": "pixel", "from_scratch": str(data.parent / "micro.json"), "resolution": "8", "validation_split": 0.0,
-        "max_train_steps": 2, "checkpointing_steps": 1, "sample_steps": 1,
-    }  # fmt: skip
-    return train_unet(data, run, resume=resume, **{**micro, **changes})
+    return grey_images(tmp_path / "greys")
 
 
 def train_latents(data: Path, run: Path, *, resume: bool = False, **changes: Any) -> list[Event]:

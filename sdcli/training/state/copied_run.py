@@ -41,9 +41,10 @@ def restore_links(run: Path, newest: str, parts: Mapping[str, str], merged: Mapp
     `parts` and `merged`: RUN/<part> -> its folder in a checkpoint, or in the merged model. Returns the names of what
     was a copy. Raises CannotWrite for a folder in the place of a link whose files no checkpoint has.
     """
-    known, known_merged = _once(lambda: _of_checkpoints(run)), _once(lambda: _of_merged(run))
+    links = has_links(run)
+    known, known_merged = _once(lambda: _of_checkpoints(run)), _once(lambda: _joined(run))
     places: list[tuple[str, str, Callable[[], Known]]] = [(CURRENT, "", known)]
-    if has_links(run):
+    if links:
         places += [(MERGED, "", known_merged), *((part, f"{inside}/", known) for part, inside in parts.items())]
         places += [(part, f"{inside}/", known_merged) for part, inside in merged.items()]
     replaced = []
@@ -52,14 +53,26 @@ def restore_links(run: Path, newest: str, parts: Mapping[str, str], merged: Mapp
         if path.is_dir() and not path.is_symlink():
             _delete_copy(path, inside, files())
             replaced.append(name)
-    if current_checkpoint(run) is None:
-        try:
-            swap_current(run, newest)
-        except OSError as error:
-            raise CannotWrite(f"cannot write {run / CURRENT}: {strerror(error)}") from error
+    try:
+        for through, some in ((CURRENT, parts), (MERGED, merged)):
+            for part, inside in some.items():
+                _delete_text(run / part, os.path.relpath(run / through / inside, (run / part).parent))
+        current = current_checkpoint(run)
+        if current is None or (links and not (run / CURRENT).is_symlink()):
+            swap_current(run, newest if current is None else current.name)
+    except OSError as error:
+        raise CannotWrite(f"cannot make the links of {run}: {strerror(error)}") from error
     if parts:
         link_model_folder(run, parts)
     return replaced
+
+
+def _delete_text(path: Path, target: str) -> None:
+    """Delete a file that holds a link's target, as archives are unpacked where there are no links."""
+    expected = os.fsencode(target)
+    is_text = path.is_file() and not path.is_symlink() and path.stat().st_size <= len(expected) + 1
+    if is_text and path.read_bytes().strip() == expected:
+        path.unlink()
 
 
 def _delete_copy(folder: Path, inside: str, known: Known) -> None:
@@ -95,9 +108,9 @@ def _of_checkpoints(run: Path) -> Known:
     return known
 
 
-def _of_merged(run: Path) -> Known:
-    """The files of the merged models, which have no manifests."""
-    known: dict[str, set[str]] = {}
+def _joined(run: Path) -> Known:
+    """The files of the merged models, which have no manifests, and those of the checkpoints."""
+    known = {name: set(digests) for name, digests in _of_checkpoints(run).items()}
     for folder in run.glob(f"{MERGED}-*"):
         for name in list_files(folder)[0]:
             known.setdefault(name, set()).add(sha256(folder / name))
