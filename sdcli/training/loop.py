@@ -202,7 +202,8 @@ class Trainer:
                     )
                     means = Means()
                 if checkpoint:
-                    yield from self._checkpoint_unless_saved(done, save)
+                    extra = not plan.ends_at(done) and not _due(plan.checkpoint_every, done)
+                    yield from self._checkpoint_unless_saved(done, save, hurried=extra and orders.reason is not None)
                 if orders.reason is None:
                     over = orders.late
                     validate = _due(plan.validate_every, done) or (last and plan.validate_every is not None)
@@ -296,8 +297,10 @@ class Trainer:
         """The networks of the finished model: the moving averages where there are some, else the trained ones."""
         return {**self.task.networks, **self.averages}
 
-    def _checkpoint_unless_saved(self, done: int, save: SaveRequest) -> Iterator[Event]:
+    def _checkpoint_unless_saved(self, done: int, save: SaveRequest, *, hurried: bool = False) -> Iterator[Event]:
         if self._saved != done:
+            if hasattr(self.task, "hurried"):
+                self.task.hurried = hurried
             yield from self._checkpoint(done)
             self._saved = done
         save.wanted = False

@@ -4,6 +4,7 @@ RUN/settings.yaml                 the resolved settings; `--config RUN/settings.
 RUN/model_index.json, sdcli.json  the components of the model, and its defaults for generation
 RUN/vae, tokenizer, scheduler, …  the parts that training does not change
 RUN/unet -> current/unet(_ema)    the trained parts; RUN/current -> checkpoint-<step>, replaced at each checkpoint
+RUN/merged -> merged-<step>-…     of a LoRA: the network with the LoRA merged into it; RUN/unet -> merged/unet(_ema)
 RUN/raw/                          with --use-ema: the same model with the weights as trained, not averaged
 RUN/checkpoint-<step>/            see state/checkpoint.py
 RUN/log.jsonl, RUN/samples/       the log, and sample sheets

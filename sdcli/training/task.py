@@ -73,7 +73,10 @@ class Task(Protocol):
         """Figures over the held-out data, with fixed randomness; {} where nothing is held out."""
 
     def save(self, folder: Path, networks: Networks, averages: Mapping[str, nn.Module]) -> None:
-        """Write the trained parts as sub-folders of `folder` in diffusers' layout (`unet`, and `unet_ema`)."""
+        """Write the trained parts as sub-folders of `folder` in diffusers' layout (`unet`, and `unet_ema`).
+
+        A task with an attribute `hurried` takes less time where that is True, as the run may be killed within seconds.
+        """
 
     def samples(self, networks: Networks, step: int, folder: Path) -> list[Path]:
         """Write samples for people to look at into `folder`; returns the files."""

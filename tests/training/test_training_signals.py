@@ -180,6 +180,30 @@ def test_sigusr1_during_samples_saves_what_is_not_saved_yet(
     assert same(straight(tmp_path / "straight"), all_tensors(tmp_path / "run", 8))
 
 
+@pytest.mark.parametrize(("step", "hurried"), [(3, True), (4, False), (8, False)])
+def test_only_a_checkpoint_that_was_not_due_is_hurried(
+    tmp_path: Path, stop: TrainingStop, step: int, hurried: bool
+) -> None:
+    """A train-vae run then measures less; the model at its end is always measured in full."""
+
+    class Measuring(Watched):
+        hurried = False
+
+        def save(self, folder: Path, networks: Networks, averages: Mapping[str, torch.nn.Module]) -> None:
+            super().save(folder, networks, averages)
+            seen.append(self.hurried)
+
+    def before(event: Event) -> None:
+        if isinstance(event, StepMetrics) and event.step == step - 1:
+            send("SIGTERM")
+
+    seen: list[bool] = []
+    with pytest.raises(Terminated):
+        run_to_its_end(trainer(tmp_path / "run", Measuring(), settings(), **PLAN), stop, [], see=before)
+    assert seen[-1] == hurried
+    assert not any(seen[:-1])
+
+
 def test_only_the_thread_that_watches_is_interrupted() -> None:
     import threading
 

@@ -40,6 +40,9 @@ MEASURED_PIXELS = 256 * 256 * MEASURED_IMAGES
 """... or fewer if they are larger than 256x256, because it is measured at every checkpoint. 64 images of 512x512 have a
 million latents."""
 
+HURRIED_IMAGES = 8
+"""The same where the run is about to be killed, so that its checkpoint is not too late; the next one measures again."""
+
 
 @dataclass(frozen=True)
 class VaeObjective:
@@ -116,6 +119,7 @@ class VaeTask:
     discriminator: bool = False
     discriminator_channels: int = 64
     name_of: Callable[[int], str] = str
+    hurried: bool = field(init=False, default=False)
     networks: dict[str, nn.Module] = field(init=False)
     averaged: tuple[str, ...] = field(init=False, default=("vae",))
     phases: Sequence[OptimizerPhase] = field(init=False)
@@ -313,12 +317,13 @@ class VaeTask:
             _set_in_config(folder / name / "config.json", scaling_factor=factor)
 
     def _measured(self) -> list[tuple[int, tuple[int, int]]]:
-        """The images on which the scaling factor is measured: always the same ones, spread over the training images."""
+        """The images on which the scaling factor is measured: the same ones at all steps, spread over the data."""
         everything = sorted(
             (int(index), size) for size, indices in self.order.buckets.items() if size is not None for index in indices
         )
         average = sum(width * height for _, (width, height) in everything) / len(everything)
-        count = max(1, min(len(everything), MEASURED_IMAGES, int(MEASURED_PIXELS / average)))
+        most = HURRIED_IMAGES if self.hurried else MEASURED_IMAGES
+        count = max(1, min(len(everything), most, int(MEASURED_PIXELS / average)))
         return [everything[place * len(everything) // count] for place in range(count)]
 
 
