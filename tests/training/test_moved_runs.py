@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def test_a_folder_that_is_no_copy_is_never_deleted_and_named(tmp_path: Path) -> 
 def test_no_copy_loses_a_byte_that_is_in_no_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    check_copy(tmp_path_factory.mktemp("copy"), data)
+    check_copy(small_template(tmp_path_factory), tmp_path_factory.mktemp("copy"), data)
 
 
 @pytest.mark.slow
@@ -262,12 +263,17 @@ def test_no_copy_loses_a_byte_that_is_in_no_checkpoint(
 def test_no_copy_of_many_loses_a_byte_that_is_in_no_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    check_copy(tmp_path_factory.mktemp("copy"), data)
+    check_copy(small_template(tmp_path_factory), tmp_path_factory.mktemp("copy"), data)
 
 
-def check_copy(root: Path, data: st.DataObject) -> None:
+@cache
+def small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("template") / "run", 10, 20)
+
+
+def check_copy(template: Path, root: Path, data: st.DataObject) -> None:
     """Any mixture of links, copies, texts and foreign files in the links' places: mended, or refused untouched."""
-    run = small_run(root / "run", 10, 20)
+    run = Path(shutil.copytree(template, root / "run", symlinks=True))
     places = {run / name: (run / name).resolve() for name in ("current", "unet", "raw/unet")}
     for place, real in places.items():
         target = os.readlink(place)
@@ -412,10 +418,15 @@ def as_of_an_earlier_version(run: Path) -> None:
     (run / "settings.yaml").write_text(yaml.safe_dump(values))
 
 
-def test_a_lora_run_of_an_earlier_version_resumes_bit_for_bit(tmp_path: Path, begun: Path, images: Path) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_lora_run_of_an_earlier_version_resumes_bit_for_bit(
+    tmp_path: Path, begun: Path, images: Path, copied: bool
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(begun / "run", run, symlinks=True)
     as_of_an_earlier_version(run)
+    if copied:
+        run = Path(shutil.copytree(run, tmp_path / "copy"))
     assert newest_checkpoint(run).step == 2
     assert (run / "checkpoint-2" / "unet_ema" / "config.json").is_file()
     lora(images, run, max_train_steps=3, resume=True)

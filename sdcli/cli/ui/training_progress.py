@@ -51,7 +51,9 @@ class TrainingProgress(ProgressBar):
             case RunNote():
                 (self._console.warn if event.warning else self._console.note)(event.text)
             case RunEnd():
-                self._console.note(f"ended after step {event.step}: {event.reason}")
+                failed = ", ".join(f"{count} {what}" for what, count in event.failed.items())
+                told = f" (failed meanwhile: {failed})" if failed else ""
+                self._console.note(f"ended after step {event.step}: {event.reason}{told}")
 
     def _prepare(self, event: Preparation) -> None:
         new = self._enter(event.what, event.total)
