@@ -14,7 +14,7 @@ import re
 from typing import Any, TypeGuard
 
 from sdcli.io.json_files import parse_json
-from sdcli.metadata.comfyui_conditioning import read_prompt, settle_size, take_prompt
+from sdcli.metadata.comfyui_conditioning import read_prompt, settle_encoders, take_prompt
 from sdcli.metadata.comfyui_graph import Graph, Node, chains, is_sampler
 from sdcli.metadata.comfyui_latents import read_second_pass, read_size
 from sdcli.metadata.comfyui_models import read_models
@@ -67,6 +67,9 @@ def _read(graph: Graph) -> ToolRecord:
     readings = [_read_chain(graph, values, chain) for chain in ways[:MAX_WAYS]]
     found, unmapped = _agreed(readings)
     ends = list(dict.fromkeys(chain[0].id for chain in ways))
+    plain = [node for node in outputs if graph.image_sources(node) and not graph.samplers(node)]
+    if plain:
+        unmapped["sampler"] = f"not certain: node {plain[0].id} ({plain[0].kind}) saves an image that no sampler made"
     if len(ends) > 1:
         unmapped["sampler"] = f"not known: it may be any of the nodes {', '.join(ends)}; what differs is left out"
     used = {chain[-1].id for chain in ways}
@@ -99,7 +102,7 @@ def _read_chain(graph: Graph, values: Values, chain: list[Node]) -> Reading:
             take_prompt(reading, prompts[role], role, field)
     read_size(reading, first)
     for prompt in prompts.values():
-        settle_size(reading, prompt)
+        settle_encoders(reading, prompt)
     clips = [clip for prompt in prompts.values() for clip in prompt.clips]
     model = graph.source(first.settings, "model") if first.settings is not None else None
     read_models(reading, model, clips)

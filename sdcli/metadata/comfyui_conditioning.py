@@ -74,9 +74,10 @@ def take_prompt(reading: Reading, prompt: Prompt, role: str, field: str) -> None
     reading.embeddings += prompt.embeddings
 
 
-def settle_size(reading: Reading, prompt: Prompt) -> None:
-    """Ignore the sizes that SDXL's text encoders are given where they are those of the image, as sdcli gives them."""
+def settle_encoders(reading: Reading, prompt: Prompt) -> None:
+    """Ignore settings of encoders that change nothing, and SDXL's sizes where they are those of the image, as here."""
     for node in prompt.encoders:
+        reading.settle(node, {"token_normalization": "none", "weight_interpretation": "comfy", "parser": "comfy"})
         for side in ("width", "height") if node.kind == "CLIPTextEncodeSDXL" else ():
             size = reading.found.get(side)
             reading.settle(node, {side: size, f"target_{side}": size, f"crop_{side[0]}": 0})
@@ -114,7 +115,10 @@ class _Conditioning:
     def _node(self, output: Output, role: str, depth: int) -> Prompt:
         node, kind = output.node, output.node.kind
         if kind in ENCODERS:
-            return self._encoded(node)
+            return self._encoded(node, ENCODERS[kind])
+        if kind == "Efficient Loader":
+            name = {1: "positive", 2: "negative"}.get(output.slot)
+            return replace(self._encoded(node, (name,) if name else ()), clips=(output,))
         if kind == "ConditioningZeroOut":
             return replace(self._through(node, "conditioning", role, depth), why_not=f"{described(output)} removes it")
         if kind == "ConditioningCombine":
@@ -145,17 +149,19 @@ class _Conditioning:
         clip = self._reading.graph.source(node, "clip")
         return (clip,) if clip is not None else ()
 
-    def _encoded(self, node: Node) -> Prompt:
+    def _encoded(self, node: Node, names: tuple[str, ...]) -> Prompt:
         """A text encoder. Where its texts differ the first one counts that is not empty; the others are named."""
         base = Prompt(encoders=(node,), clips=self._clips(node))
         found: list[Known] = []
-        for name in ENCODERS[node.kind]:
+        for name in names:
             try:
                 found.append(self._reading.values.of(node, name))
             except Unknown as error:
                 return replace(base, why_not=f"its {name} {error}", known=tuple(found))
             if not isinstance(found[-1].value, str):
                 return replace(base, why_not=f"its {name} is no text in node {node.id} ({node.kind})")
+        if not found:
+            return replace(base, why_not=f"node {node.id} ({node.kind}) is not understood")
         first = next((one.value for one in found if one.value), "")
         known = [one for one in found if one.value == first]
         try:

@@ -10,7 +10,13 @@ from sdcli.metadata.comfyui_reading import Reading
 from sdcli.metadata.comfyui_sampling import Sampler, guided_by
 from sdcli.metadata.comfyui_values import Unknown
 
-_EMPTY = ("EmptyLatentImage", "EmptySD3LatentImage", "EmptyLatentImagePresets", "EmptyFlux2LatentImage")
+_EMPTY = {
+    "EmptyLatentImage": "",
+    "EmptySD3LatentImage": "",
+    "EmptyFlux2LatentImage": "",
+    "Efficient Loader": "empty_latent_",
+}
+"""Nodes of an empty latent, and what their width and height begin with."""
 _SAME_SIZE = frozenset({"RepeatLatentBatch", "LatentFromBatch", "SetLatentNoiseMask", "LatentAddNoise"})
 """Nodes of a latent that keep its size."""
 
@@ -27,9 +33,9 @@ def read_size(reading: Reading, sampler: Sampler) -> None:
         return
     for side in ("width", "height"):
         try:
-            reading.found[side] = reading.value(node, side)
+            reading.found[side] = reading.value(node, _EMPTY[node.kind] + side)
         except Unknown as error:
-            reading.ignore(node, side)
+            reading.ignore(node, _EMPTY[node.kind] + side)
             reading.unmapped[side] = f"not known: it {error}"
     count = reading.peek(node, "batch_size", 1)
     if not isinstance(count, bool) and count != 1:

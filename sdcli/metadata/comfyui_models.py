@@ -31,7 +31,9 @@ def read_models(reading: Reading, model: Output | None, clips: Sequence[Output])
             reading.unmapped["model"] = reading.value(loader, name)
         except Unknown as error:
             reading.unmapped["model"] = f"not known: it {error}"
-        reading.settle(loader, {"weight_dtype": "default"})
+        reading.settle(loader, {"weight_dtype": "default", "vae_name": "Baked VAE"})
+        if reading.peek(loader, "lora_name") == "None":  # the loader of Efficiency Nodes
+            reading.ignore(loader, "lora_name", "lora_model_strength", "lora_clip_strength")
     for node in models:
         if node.kind in _PATCHES:
             _patch(reading, node, models)
@@ -101,7 +103,7 @@ def _loras(reading: Reading, models: list[Node], encoders: list[list[Node]]) -> 
     if loras:
         reading.found["loras"] = loras
         return
-    left = [node for node in models if "lora_name" in node.inputs]
+    left = [node for node in models if reading.peek(node, "lora_name", "None") != "None"]
     if left:
         reading.unmapped["loras"] = [reading.peek(node, "lora_name") for node in left]
     for node in left:
@@ -145,16 +147,19 @@ def lora_word(name: str) -> str:
     return re.split(r"[/\\]", name)[-1].removesuffix(".safetensors") or name
 
 
+_LAYERS = {"CLIPSetLastLayer": "stop_at_clip_layer", "Efficient Loader": "clip_skip"}
+
+
 def _clip_skip(reading: Reading, encoders: list[list[Node]]) -> None:
-    """The layer at which all prompts stop: the nearest CLIPSetLastLayer of each counts."""
-    nearest = [next((node for node in chain if node.kind == "CLIPSetLastLayer"), None) for chain in encoders]
-    if not nearest or any(node is None for node in nearest):
+    """The layer at which all prompts stop: the nearest node of each that sets it counts."""
+    nearest = [next((node for node in chain if node.kind in _LAYERS), None) for chain in encoders]
+    nodes = [node for node in nearest if node is not None]
+    if not nodes or len(nodes) < len(nearest):
         return
-    layers = {reading.peek(node, "stop_at_clip_layer") for node in nearest if node is not None}
+    layers = {reading.peek(node, _LAYERS[node.kind]) for node in nodes}
     layer = next(iter(layers))
     if len(layers) == 1 and isinstance(layer, int) and not isinstance(layer, bool) and layer < 0:
         reading.found["clip_skip"] = -layer
-        for node in nearest:
-            if node is not None:
-                reading.take(reading.values.of(node, "stop_at_clip_layer"))
-                reading.understand(node)
+        for node in nodes:
+            reading.take(reading.values.of(node, _LAYERS[node.kind]))
+            reading.understand(node)

@@ -391,6 +391,42 @@ def test_of_an_encoder_with_several_texts_an_empty_one_is_not_the_prompt() -> No
     assert found.unmapped["CLIPTextEncodeSD3"] == {"t5xxl": ""}
 
 
+def test_a_saved_image_that_no_sampler_made_leaves_a_doubt() -> None:
+    nodes = saved(**{"30": node("LoadImage", image="a.png"), "31": node("SaveImage", images=["30", 0])})
+    found = read_graph(nodes)
+    assert found.request.prompt == "a cat"
+    assert found.unmapped["sampler"] == "not certain: node 31 (SaveImage) saves an image that no sampler made"
+
+
+def test_efficiency_nodes_are_read() -> None:
+    loader = {
+        "ckpt_name": "v1-5.safetensors", "vae_name": "Baked VAE", "clip_skip": -2, "lora_name": "None",
+        "lora_model_strength": 1, "lora_clip_strength": 1, "positive": "a (red) cat", "negative": "a dog",
+        "token_normalization": "none", "weight_interpretation": "comfy", "empty_latent_width": 512,
+        "empty_latent_height": 768, "batch_size": 1,
+    }  # fmt: skip
+    sampler = {
+        "seed": 42, "steps": 20, "cfg": 8.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+        "preview_method": "auto", "model": ["1", 0], "positive": ["1", 1], "negative": ["1", 2],
+        "latent_image": ["1", 3],
+        "optional_vae": ["1", 4],
+    }  # fmt: skip
+    nodes = {
+        "1": node("Efficient Loader", **loader),
+        "2": node("KSampler (Efficient)", **sampler),
+        "3": node("SaveImage", images=["2", 5], filename_prefix="x"),
+    }
+    found = read_graph(nodes)
+    assert found.request == GenerationRequest(
+        prompt="a (red) cat", negative_prompt="a dog", prompt_template="{prompt}", clip_skip=2, seed=42, steps=20,
+        width=512, height=768, guidance_scale=8.0, scheduler="euler",
+    )  # fmt: skip
+    assert found.unmapped == {"model": "v1-5.safetensors", "preview_method": "auto"}
+    nodes["1"]["inputs"] |= {"lora_name": "ink.safetensors", "weight_interpretation": "A1111"}
+    assert read_graph(nodes).unmapped["loras"] == ["ink.safetensors"]
+    assert read_graph(nodes).unmapped["Efficient Loader"]["weight_interpretation"] == "A1111"
+
+
 @pytest.mark.parametrize("length", [1_000])
 def test_long_chains_are_read_in_a_moment(length: int) -> None:
     nodes = saved()
