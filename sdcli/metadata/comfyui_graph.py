@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 MAX_CHAINS = 16
 """More ways from a saved image back to a sampler are not told apart."""
+MAX_PASSES = 64
+"""Samplers, one behind the other; a longer chain is not followed."""
 MAX_REROUTES = 64
 """Nodes that only pass a link on, one behind the other."""
 
@@ -155,11 +157,14 @@ def chains(graph: Graph, root: Node, is_full: Callable[[Node], bool]) -> list[li
     """
     done: list[list[Node]] = []
     waiting = [[node] for node in graph.samplers(root)]
-    while waiting and len(done) < MAX_CHAINS:
+    for _ in range(MAX_CHAINS * MAX_PASSES):
+        if not waiting or len(done) >= MAX_CHAINS:
+            break
         chain = waiting.pop()
         before = [] if is_full(chain[-1]) else graph.samplers_behind(chain[-1])
         longer = [[*chain, node] for node in before if node not in chain]
         if not longer:
             done.append(chain)
-        waiting += longer[:MAX_CHAINS]
+        elif len(chain) < MAX_PASSES:
+            waiting += longer[:MAX_CHAINS]
     return done

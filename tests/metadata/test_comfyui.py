@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdcli.cli.options.from_image import recorded_fields
+from sdcli.cli.ui.console import Console
 from sdcli.metadata.read import read_image, read_tool_record
 from sdcli.metadata.tool_record import ToolRecord
 from sdcli.request.fields import LoraRef, Upscale
 from sdcli.request.schema import GenerationRequest
-from tests.conftest import Run
 
 CASES = Path(__file__).parent.parent / "cases" / "generation"
 MODEL = {"model": "someModel.safetensors"}
@@ -370,18 +371,17 @@ def test_a_graph_without_a_sampler_names_its_nodes() -> None:
     assert found.unmapped == {"nodes": ["LoadImage", "SaveImage"], "LoadImage": {"image": "a.png"}}
 
 
-def test_an_image_whose_prompt_is_not_known_needs_one(sdcli: Run, tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_known_is_not_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nodes = saved(**{"20": node("DPRandomGenerator", text="{a|b} cat", seed=3)})
     nodes["6"]["inputs"]["text"] = ["20", 0]
     chunks = PngInfo()
     chunks.add_text("prompt", json.dumps(nodes))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
-    refused = sdcli("generate", "--from", "a.png", "--dry-run")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert "its prompt, which is not known; give one" in refused.stderr
-    done = sdcli("generate", "a boat", "--from", "a.png", "--dry-run")
-    assert json.loads(done.stdout)["prompt"] == "a boat"
-    assert json.loads(done.stdout)["seed"] == 42
+    whole: dict[str, Any] = {"without": None, "typed": {}, "replaced": (), "lora_dir": tmp_path}
+    fields = recorded_fields(tmp_path / "a.png", console=Console(), **whole)
+    assert "prompt" not in fields  # so that `generate` asks for one
+    assert (fields["seed"], fields["negative_prompt"]) == (42, "a dog")
+    assert "its prompt, which is not known; give one" in capsys.readouterr().err
 
 
 def test_of_an_encoder_with_several_texts_an_empty_one_is_not_the_prompt() -> None:
@@ -427,16 +427,24 @@ def test_efficiency_nodes_are_read() -> None:
     assert read_graph(nodes).unmapped["Efficient Loader"]["weight_interpretation"] == "A1111"
 
 
-@pytest.mark.parametrize("length", [1_000])
-def test_long_chains_are_read_in_a_moment(length: int) -> None:
+def test_long_chains_and_many_ways_are_read_in_a_moment() -> None:
     nodes = saved()
-    for number in range(1000, 1000 + length):
-        last = str(number - 1) if number > 1000 else "3"
-        nodes[str(number)] = node("KSampler", **nodes["3"]["inputs"] | {"latent_image": [last, 0], "denoise": 0.5})
-        nodes[f"{number}m"] = node("FreeU", b1=1, model=[f"{number - 1}m" if number > 1000 else "4", 0])
-        nodes[f"{number}r"] = node("Reroute", **{"": [f"{number - 1}r" if number > 1000 else "6", 0]})
-    nodes["8"]["inputs"]["samples"] = [str(999 + length), 0]
-    nodes["3"]["inputs"] |= {"model": [f"{999 + length}m", 0], "positive": [f"{999 + length}r", 0]}
-    started = time.monotonic()
-    assert read_graph(nodes).request.seed == 42
-    assert time.monotonic() - started < 20  # a quadratic reader takes hours
+    for number in range(1000, 2000):
+        first, before = number == 1000, [str(number - 1), 0]
+        settings = nodes["3"]["inputs"] | {"latent_image": ["3", 0] if first else before, "denoise": 0.5}
+        nodes[str(number)] = node(
+            "KSampler", samples=["3", 0] if first else [str(max(1000, number - 2)), 0], **settings
+        )
+        nodes[f"{number}m"] = node("FreeU", b1=1, model=["4", 0] if first else [f"{number - 1}m", 0])
+        nodes[f"{number}r"] = node("Reroute", **{"": ["6", 0] if first else [f"{number - 1}r", 0]})
+        nodes[f"{number}c"] = node(
+            "ConditioningCombine",
+            **dict.fromkeys(("conditioning_1", "conditioning_2"), ["6", 0] if first else [f"{number - 1}c", 0]),
+        )
+    nodes["3"]["inputs"] |= {"model": ["1999m", 0], "positive": ["1999r", 0], "negative": ["1030c", 0]}
+    for last, seed in ((1010, 42), (1999, None)):
+        nodes["8"]["inputs"]["samples"] = [str(last), 0]
+        started = time.monotonic()
+        request = read_graph(nodes).request
+        assert (request and request.seed) == seed
+        assert time.monotonic() - started < 20  # a quadratic reader takes hours

@@ -16,7 +16,7 @@ from sdcli.metadata.tool_record import ToolRecord
 from tests.metadata.comfyui_graphs import Junk, junk, well_formed
 
 SEEDS = st.integers(0, 2**32)
-MANY = range(100_000, 102_000)
+MANY = range(100_000, 101_700)
 """Seeds of the slow set."""
 
 
