@@ -1,6 +1,6 @@
 """Give the starter's VAE twice the resolution: 256x256 pixels for the same latents, so that the UNet stays as it is.
 
-    python scripts/starter/enlarge.py WORK WORK/vae256 --steps 12000
+    python scripts/starter/enlarge.py WORK WORK/vae256 --steps 6000
 
 WORK is the folder that sprites.py, pairs.py (WORK/pairs and, of another seed, WORK/check) and perception.py wrote.
 Encoder and decoder get one more stage each and start from the starter's weights: at first the encoder returns nearly
@@ -397,15 +397,15 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="the folder with pairs/, check/ and perception.pt")
     parser.add_argument("out", type=Path, help="the folder to write to; an unfinished run in it continues")
     parser.add_argument("--model", default="starter", help="the model whose VAE is enlarged (%(default)s)")
-    parser.add_argument("--steps", type=int, default=12000, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="windows per step (%(default)s)")
     parser.add_argument(
-        "--encoder-steps", type=int, default=1500, help="steps that train the encoder, too (%(default)s)"
+        "--encoder-steps", type=int, default=1000, help="steps that train the encoder, too (%(default)s)"
     )
     parser.add_argument(
         "--sharpen-start",
         type=int,
-        default=1500,
+        default=1000,
         help="first step with perceptual loss and discriminator (%(default)s)",
     )
     parser.add_argument("--max-minutes", type=float, help="stop after this time, with the state saved")
