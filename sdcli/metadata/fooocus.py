@@ -7,7 +7,7 @@ from typing import Any
 
 from sdcli.metadata.comfyui_sampling import SCHEDULERS
 from sdcli.metadata.comfyui_syntax import converted
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 
 _KEYS = {
     "prompt": "prompt",
@@ -49,6 +49,12 @@ def read_fooocus(text: str) -> ToolRecord | None:
     if size := re.fullmatch(r"\(?'?(\d{1,5})'?\s*[,x×*]\s*'?(\d{1,5})'?\)?", str(unmapped.get("resolution"))):
         del unmapped["resolution"]
         found |= {"width": size[1], "height": size[2]}
+    listed = unmapped.get("loras")
+    if isinstance(listed, list) and all(isinstance(one, list) and len(one) == 3 for one in listed):
+        loras = loras_of((name, weight) for name, weight, _digest in listed)
+        if loras:
+            found["loras"] = loras
+            unmapped = {key: value for key, value in unmapped.items() if not re.match(r"loras$|lora_combined_\d", key)}
     pair = (str(unmapped.get("sampler")), str(unmapped.get("scheduler")))
     if pair in SCHEDULERS:
         found["scheduler"] = SCHEDULERS[pair]

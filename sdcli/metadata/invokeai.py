@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from sdcli.metadata.invokeai_prompt import converted
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 
 
 def read_invokeai(text: str) -> ToolRecord | None:
@@ -114,6 +115,10 @@ def _invokeai(record: dict[str, Any], *, prompt: str, sampler: str) -> ToolRecor
     fields = {prompt: "prompt", "negative_prompt": "negative_prompt", "cfg_scale": "guidance_scale"}
     fields |= {name: name for name in ("seed", "steps", "width", "height")}
     found = taken(unmapped, fields)
+    loras = loras_of(_named_loras(unmapped.get("loras")))
+    if loras:
+        found["loras"] = loras
+        del unmapped["loras"]
     kept: list[str] = []
     for field in ("prompt", "negative_prompt"):
         if isinstance(found.get(field), str):
@@ -121,7 +126,7 @@ def _invokeai(record: dict[str, Any], *, prompt: str, sampler: str) -> ToolRecor
             found[field] = part.text
             kept += part.kept
             if part.loras and field == "prompt":
-                found["loras"] = part.loras
+                found["loras"] = [*found.get("loras", []), *part.loras]
             elif part.loras:
                 unmapped["withLora in the negative prompt"] = [one["path"] for one in part.loras]
     if kept:
@@ -136,3 +141,12 @@ def _invokeai(record: dict[str, Any], *, prompt: str, sampler: str) -> ToolRecor
         found["scheduler"] = scheduler
         del unmapped[sampler]
     return ToolRecord("invokeai", mapped_request(found, unmapped), unmapped)
+
+
+def _named_loras(listed: Any) -> Iterator[tuple[Any, Any]]:
+    """The names and weights of `loras`, of version 3 (`lora.model_name`) and of those after it (`model.name`)."""
+    for entry in listed if isinstance(listed, list) else []:
+        entry = entry if isinstance(entry, dict) else {}
+        model = entry.get("model", entry.get("lora"))
+        model = model if isinstance(model, dict) else {}
+        yield model.get("name", model.get("model_name")), entry.get("weight")

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdcli.metadata.comfyui_sampling import SCHEDULERS
 from sdcli.metadata.comfyui_syntax import converted
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 
 _KEYS = {
     "prompt": "prompt",
@@ -78,12 +78,7 @@ def _take_loras(found: dict[str, Any], unmapped: dict[str, Any]) -> None:
         return
     if unmapped.keys() & {"lorasectionconfinement", "loratencweights"}:
         return
-    try:
-        loras = [
-            {"path": str(name).strip(), "unet_weight": float(weight), "text_weight": float(weight)}
-            for name, weight in zip(names, weights, strict=True)
-        ]
-    except (TypeError, ValueError):
-        return
-    found["loras"] = loras
-    del unmapped["loras"], unmapped["loraweights"]
+    loras = loras_of(zip(names, weights, strict=True))
+    if loras is not None:
+        found["loras"] = loras
+        del unmapped["loras"], unmapped["loraweights"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +58,20 @@ def taken(unmapped: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]
         if unmapped.get(name) is not None and field not in found:
             found[field] = unmapped.pop(name)
     return found
+
+
+def loras_of(pairs: Iterable[tuple[Any, Any]]) -> list[dict[str, Any]] | None:
+    """Names of LoRA files and their weights as entries of a request; None if one is no name or no number."""
+    entries = []
+    for name, weight in pairs:
+        if not isinstance(name, str) or not name.strip() or isinstance(weight, bool):
+            return None
+        try:
+            number = float(weight)
+        except (TypeError, ValueError):
+            return None
+        entries.append({"path": name.strip(), "unet_weight": number, "text_weight": number})
+    return entries
 
 
 def json_object(text: str) -> dict[str, Any] | None:

@@ -449,6 +449,25 @@ def test_invokeais_record_of_today_maps() -> None:
     assert set(found.unmapped) == {"loras", "rand_device", "prompt syntax"}
 
 
+def test_loras_are_taken_over_by_name_or_all_are_named() -> None:
+    listed = [{"model": {"name": "ink"}, "weight": 0.5}, {"lora": {"model_name": "soft"}, "weight": 1}]
+    found = read_tool_record({"invokeai_metadata": json.dumps({"positive_prompt": "a", "seed": 1, "loras": listed})})
+    assert [str(ref) for ref in found.request.loras] == ["ink:0.5", "soft:1"]
+    listed[1]["weight"] = None
+    found = read_tool_record({"invokeai_metadata": json.dumps({"positive_prompt": "a", "seed": 1, "loras": listed})})
+    assert (found.request.loras, found.unmapped) == ((), {"loras": listed})
+    record = {
+        "prompt": "a",
+        "base_model": "m",
+        "styles": "[]",
+        "loras": [["ink", 0.1, "ab"]],
+        "lora_combined_1": "ink : 0.1",
+    }
+    found = read_tool_record({"parameters": json.dumps(record)})
+    assert [str(ref) for ref in found.request.loras] == ["ink:0.1"]
+    assert found.unmapped == {"base_model": "m", "styles": "[]"}
+
+
 def test_invokeais_command_line_is_read() -> None:
     found = read_tool_record(
         {"Dream": '"a fox [ugly] \\"x\\"" -s 50 -S 42 -W512 -H 640 -C 7.5 -A k_euler_a -G 0.8 --seamless'}
