@@ -8,6 +8,7 @@ from typing import Any
 from sdcli.metadata.comfyui_sampling import SCHEDULERS
 from sdcli.metadata.comfyui_syntax import converted
 from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
+from sdcli.request.lora_tags import read_tags
 
 _KEYS = {
     "prompt": "prompt",
@@ -55,7 +56,11 @@ def _converted(text: str, field: str, found: dict[str, Any], unmapped: dict[str,
     def replaced(tag: re.Match[str]) -> str:
         if tag[1] == "break":
             return "\0"
-        if tag[1] != "comment":
+        if tag[1] == "lora" and field == "prompt" and "loras" not in unmapped and tag[0].count(":") == 2:
+            tags = read_tags(tag[0])
+            found.setdefault("loras", []).extend(ref.model_dump() for ref in tags.loras)
+            named.extend(tags.refused)
+        elif tag[1] != "comment":
             named.append(tag[0])
         return ""
 

@@ -503,6 +503,16 @@ def test_swarmuis_tags_and_lists_are_read_or_named() -> None:
     }  # fmt: skip
 
 
+def test_a_lora_in_a_prompt_of_swarmui_is_taken_over_once() -> None:
+    params: dict[str, Any] = {"prompt": "a fox <lora:ink:0.5> <lora:bad:x>", "steps": 3}
+    found = read_tool_record({"parameters": json.dumps({"sui_image_params": params})})
+    assert (found.request.prompt, [str(ref) for ref in found.request.loras]) == ("a fox", ["ink:0.5"])
+    assert found.unmapped["prompt: tags"][0].startswith("<lora:bad:x>")
+    params |= {"loras": ["ink"], "loraweights": ["0.5"]}
+    found = read_tool_record({"parameters": json.dumps({"sui_image_params": params})})
+    assert [str(ref) for ref in found.request.loras] == ["ink:0.5"]
+
+
 def test_fooocus_own_scheme_is_read(tmp_path: Path) -> None:
     record = {
         "prompt": "a fox", "negative_prompt": "", "full_prompt": ["cinematic still a fox", "sharp"],
