@@ -51,7 +51,7 @@ def _converted(text: str, field: str, found: dict[str, Any], unmapped: dict[str,
     if aside := _ASIDE.search(text):
         unmapped[f"{field}: {aside[1]}"] = aside[0]
         text = text[: aside.start()].rstrip()
-    named = []
+    named: list[str] = []
 
     def replaced(tag: re.Match[str]) -> str:
         if tag[1] == "break":
