@@ -119,11 +119,12 @@ def _described(info: ImageInfo) -> str:
     known = f"record: {TOOLS[info.source]}" if info.source is not None else "no settings stored"
     lines = [f"{info.path}: {info.width}x{info.height} {info.format}, {known}"]
     if info.request is not None:
-        lines += _rows({key: value for key, value in info.request.typed().items() if key != "schema"})
+        unknown = {"schema"} if "prompt" in info.request.model_fields_set else {"schema", "prompt"}
+        lines += _rows({key: value for key, value in info.request.typed().items() if key not in unknown})
     if info.record is not None:
         lines += ["  provenance:", *_rows(info.record.provenance, indent=4)]
     if info.unmapped:
-        lines += ["  settings that sdcli has no field for:", *_rows(info.unmapped, indent=4)]
+        lines += ["  not taken over:", *_rows(info.unmapped, indent=4)]
     return "\n".join(lines)
 
 

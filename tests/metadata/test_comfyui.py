@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdcli.cli.info import _described
 from sdcli.cli.options.from_image import recorded_fields
 from sdcli.cli.ui.console import Console
 from sdcli.metadata.read import read_image, read_tool_record
@@ -448,3 +449,15 @@ def test_long_chains_and_many_ways_are_read_in_a_moment() -> None:
         request = read_graph(nodes).request
         assert (request and request.seed) == seed
         assert time.monotonic() - started < 20  # a quadratic reader takes hours
+
+
+def test_what_is_not_taken_over_is_shown_under_that_name(tmp_path: Path) -> None:
+    shown = _described(read_image(CASES / "comfy_controlnet.png"))
+    assert "ControlNetApplyAdvanced" in shown.partition("not taken over:")[2]
+    nodes = saved(**{"6": node("FooEncode", text="a cat", clip=["4", 1])})
+    chunks = PngInfo()
+    chunks.add_text("prompt", json.dumps(nodes))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
+    shown, _, rest = _described(read_image(tmp_path / "a.png")).partition("not taken over:")
+    assert "\n  prompt  " not in shown  # an empty one would look as if it were known
+    assert "positive" in rest
