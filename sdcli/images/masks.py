@@ -67,7 +67,9 @@ def _colours(image: Image.Image) -> Image.Image:
     """The colours as RGB, also those of transparent pixels."""
     if image.mode == "La":
         return image.convert("LA").convert("L").convert("RGB")
-    return image.convert("RGBA").convert("RGB") if image.has_transparency_data else upright_rgb(image)
+    if image.has_transparency_data and not image.mode.startswith("I"):
+        return image.convert("RGBA").convert("RGB")
+    return upright_rgb(image)
 
 
 def _are_strokes(colours: np.ndarray, opaque: np.ndarray, init: np.ndarray) -> bool:
