@@ -270,8 +270,12 @@ def path(
 
 @app.command("convert")
 def convert_checkpoint(
-    source: Annotated[Path, typer.Argument(metavar="IN.ckpt", help="Pickled checkpoint (.ckpt, .pt or .bin).")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN.ckpt", help="Pickled checkpoint (.ckpt, .pt or .bin), or a folder of them.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.safetensors", help="File to write; for a folder, a folder, or the same one.")
+    ],
     overwrite: OverwriteOpt = False,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit in seconds.")] = 600.0,
     memory: Annotated[
@@ -284,17 +288,28 @@ def convert_checkpoint(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Convert a pickled checkpoint to safetensors, in a restricted process."""
-    from sdcli.models.convert import convert
+    """Convert a pickled checkpoint to safetensors, in a restricted process.
+
+    A folder is converted with all pickles in it, their shards and index; OUT may be the same folder.
+    """
+    from sdcli.models.convert import Converted, convert
     from sdcli.models.hub.download import megabytes
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    done = convert(source, target, overwrite=overwrite, timeout_s=timeout, memory_gb=memory)
-    if done.left_out:
-        more = f" and {len(done.left_out) - 5} more" if len(done.left_out) > 5 else ""
-        console.note(f"skipped entries other than weights: {', '.join(done.left_out[:5])}{more}")
-    console.note(f"{done.tensors} tensors, {megabytes(done.total_bytes)}")
-    console.result(str(done.file), file=str(done.file), tensors=done.tensors, bytes=done.total_bytes)
+
+    def report(done: Converted) -> None:
+        if done.left_out:
+            more = f" and {len(done.left_out) - 5} more" if len(done.left_out) > 5 else ""
+            console.note(f"skipped entries other than weights: {', '.join(done.left_out[:5])}{more}")
+        console.note(f"{done.tensors} tensors, {megabytes(done.total_bytes)}")
+        console.result(str(done.file), file=str(done.file), tensors=done.tensors, bytes=done.total_bytes)
+
+    if source.is_dir():
+        from sdcli.models.convert_folder import convert_folder
+
+        convert_folder(source, target, overwrite=overwrite, timeout_s=timeout, memory_gb=memory, report=report)
+        return
+    report(convert(source, target, overwrite=overwrite, timeout_s=timeout, memory_gb=memory))
 
 
 def _is_packaged(name: str) -> bool:

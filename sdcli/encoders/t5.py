@@ -12,6 +12,7 @@ from torch import nn
 
 from sdcli.errors import BadWeights, NotFound, first_line
 from sdcli.io.lean_diffusers import full_imports
+from sdcli.io.stand_ins import stand_in
 
 LENGTH = 256
 """Tokens that the encoder reads; diffusers' `max_sequence_length`."""
@@ -41,7 +42,7 @@ def load_t5_tokenizer(folder: Path) -> T5Tokenizer:
         tokenizer.enable_truncation(LENGTH)
         tokenizer.enable_padding(length=LENGTH, pad_id=padding, pad_token="<pad>")
     except Exception as error:  # the library raises bare Exception for a bad file
-        raise BadWeights(f"{folder} holds no usable T5 tokenizer: {error}") from None
+        raise BadWeights(stand_in(file) or f"{folder} holds no usable T5 tokenizer: {error}") from None
     return T5Tokenizer(tokenizer)
 
 

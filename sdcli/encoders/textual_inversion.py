@@ -11,12 +11,18 @@ from torch import Tensor
 
 from sdcli.errors import BadWeights, UsageError
 from sdcli.io.files import expanded
+from sdcli.io.weight_files import check_header
+from sdcli.io.weight_kinds import EMBEDDING, kind_of
 from sdcli.io.weights import read_tensors
 from sdcli.request.fields import EmbeddingRef
 from sdcli.request.input_files import pinned
 
 CLIP_L, CLIP_G = "clip_l", "clip_g"
 """What SDXL's files call the vectors of its first and its second text encoder."""
+_ALSO = {"text_encoders_0": CLIP_L, "text_encoders_1": CLIP_G, "emp_params": "emb_params"}
+"""Other names for them: of diffusers' pivotal tuning, and OneTrainer's for A1111's `emb_params`."""
+OUTPUT = {"emp_params_out", "clip_l_out", "clip_g_out"}
+"""OneTrainer's vectors for the output of a text encoder."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ def read_embeddings(
 
     `widths` gives the width of each encoder's vectors, by its name of CLIP_L and CLIP_G. Three layouts are
     known: A1111's `emb_params`, a single tensor by any name (diffusers takes the word for it), both for one encoder
-    alone, and SDXL's pair `clip_l`, `clip_g`. Each holds [n, D], or [D] for one vector.
+    alone, and SDXL's pair `clip_l`, `clip_g`. Each holds [n, D], or [D] for one vector. Vectors for the output of a
+    text encoder are left (see `embedding_notes`).
     Raises UsageError where they do not fit the encoders, or are not what was resolved; BadWeights for a damaged file.
     """
     tokens: dict[str, range] = {}
@@ -56,7 +63,19 @@ def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) 
     """The vectors for each encoder, equally many."""
     path = expanded(embedding.path)
     pinned(embedding)
-    tensors = read_tensors(path, torch.float32)
+    kind = kind_of(check_header(path))
+    if kind is not None and kind is not EMBEDDING:
+        raise BadWeights(f"{path} is not a textual inversion embedding: it is {kind.described(path)}")
+    stored = read_tensors(path, torch.float32)
+    tensors = {_ALSO.get(name, name): tensor for name, tensor in stored.items() if name not in OUTPUT}
+    left = [name for name in stored if name in OUTPUT]
+    if left and not any(tensor.any() for tensor in tensors.values()):
+        raise UsageError(
+            f"{path} holds vectors for the output of the text encoder alone ({left[0]}), which sdcli cannot use; "
+            "in OneTrainer train it without the output embedding"
+        )
+    if widths.keys() <= {CLIP_L} and {CLIP_L, CLIP_G} <= tensors.keys():
+        raise UsageError(f"{path} was made for two text encoders (clip_l and clip_g, as of SDXL), and {model} has one")
     if widths.keys() <= tensors.keys():
         chosen = [tensors[name] for name in widths]
     elif len(tensors) != 1 and "emb_params" not in tensors:
@@ -70,6 +89,16 @@ def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) 
     if len({len(one) for one in found}) > 1:
         raise BadWeights(f"{path}: has not as many vectors for one text encoder as for the other")
     return found
+
+
+def embedding_notes(embeddings: Sequence[EmbeddingRef]) -> list[str]:
+    """What is not taken over of the files of embeddings. Raises BadWeights."""
+    return [
+        f"{embedding.path}: {name} is not taken over: these vectors are for the output of the text encoder"
+        for embedding in embeddings
+        for name in check_header(expanded(embedding.path))
+        if name in OUTPUT
+    ]
 
 
 def _checked(vectors: Tensor, path: Path, width: int, *, model: str) -> Tensor:

@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 
 from sdcli.errors import BadWeights, SdcliError
 from sdcli.io.json_files import read_json_object
+from sdcli.io.stand_ins import stand_in
 from sdcli.request.prompt_syntax import Chunk, Text, chunked
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -100,7 +101,9 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
     except SdcliError:
         raise
     except Exception as error:  # the library raises bare Exception for a bad file
-        raise BadWeights(f"{folder} holds no usable tokenizer: {error}") from None
+        pointers = map(stand_in, (folder / "tokenizer.json", folder / "merges.txt"))
+        reason = next((one for one in pointers if one is not None), f"{folder} holds no usable tokenizer: {error}")
+        raise BadWeights(reason) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     start_id, end_id, pad_id = (tokenizer.token_to_id(token) for token in (START, END, pad))

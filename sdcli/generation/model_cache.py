@@ -172,10 +172,11 @@ class ModelCache:
         """The pipeline with the job's ControlNets among the parts of its model."""
         if not job.controlnets:
             return pipeline
+        assert self._base is not None  # which they are loaded for: LoRAs do not change them
         states = {name: _state(spec) for name, spec in job.controlnets.items()}
         self._controlnets = {name: held for name, held in self._controlnets.items() if states.get(name) == held[0]}
         for name in sorted(set(states) - set(self._controlnets)):
-            self._controlnets[name] = states[name], load_controlnet(job.controlnets[name], pipeline.model)
+            self._controlnets[name] = states[name], load_controlnet(job.controlnets[name], self._base.model)
         networks = {name: controlnet for name, (_, controlnet) in self._controlnets.items()}
         return replace(pipeline, model=with_controlnets(pipeline.model, networks))
 

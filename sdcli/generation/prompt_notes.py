@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from sdcli.diffusion.pipeline import Pipeline
+from sdcli.encoders.textual_inversion import embedding_notes
 from sdcli.errors import UsageError
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.request.schema import ResolvedRequest
 
 
 def prompt_notes(pipeline: Pipeline, request: ResolvedRequest, *, strict: bool) -> list[str]:
-    """The ends of plain prompts that are cut, and special tokens that a prompt spells out.
+    """The ends of plain prompts that are cut, special tokens in prompts, and what is not taken over of embeddings.
 
     With `strict` a prompt that is cut raises UsageError instead.
     """
     tokenizer = pipeline.model.tokenizer
     if tokenizer is None:
         return []
-    notes = []
+    notes = embedding_notes(request.embeddings)
     for kind, text in (("prompt", request.full_prompt), ("negative prompt", request.negative_prompt)):
         tokens = tokenizer(text)
         if tokens.cut and request.prompt_syntax == "plain":
@@ -31,8 +32,9 @@ def prompt_notes(pipeline: Pipeline, request: ResolvedRequest, *, strict: bool) 
 
 
 def lora_notes(model: LoadedModel) -> list[str]:
-    """The tensors of a model's LoRAs that fit none of its layers."""
-    return [
+    """What is not taken over of a model's LoRAs, such as tensors that fit none of its layers."""
+    notes = [f"{one.ref.path}: {note}" for one in model.loras for note in one.notes]
+    return notes + [
         f"{one.ref.path}: {len(one.unmatched)} of its names have no place in {model.spec.name} and no effect, first "
         f"{one.unmatched[0]} ({one.layers} layers do)"
         for one in model.loras

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Never, TypeVar
 
 from sdcli.errors import BadWeights, NotFound
+from sdcli.io.stand_ins import stand_in
 
 MAX_BYTES = 2**20
 """Bytes of a configuration file."""
@@ -81,7 +82,7 @@ def _read(path: Path, kind: type[T], default: T | None, missing: str, max_bytes:
             raise NotFound(f"no file {path}; {missing}") from None
         return default
     except (OSError, ValueError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}") from None
+        raise BadWeights(stand_in(path) or f"{path} cannot be read: {error}") from None
     if not isinstance(value, kind):
         raise BadWeights(f"{path} should hold a JSON {'object' if kind is dict else 'list'}")
     return value

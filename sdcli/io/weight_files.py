@@ -12,6 +12,7 @@ from sdcli.errors import BadWeights
 from sdcli.io.digests import digest_of
 from sdcli.io.json_files import parse_json
 from sdcli.io.pickles import is_pickle, pickle_refused
+from sdcli.io.stand_ins import other_format, stand_in, unfinished
 
 MAX_HEADER_BYTES = 20_000_000
 MAX_TENSORS = 20_000
@@ -30,14 +31,18 @@ def check_header(path: Path) -> dict[str, Any]:
             length = int.from_bytes(start, "little")
             if is_pickle(start, size=size):
                 raise BadWeights(pickle_refused(path))
+            if (instead := stand_in(path)) is not None:
+                raise BadWeights(instead)
             if size < 8 + 2 or (length > MAX_HEADER_BYTES and length > size):
-                raise BadWeights(f"{path} is not a safetensors file")
+                raise BadWeights(_not_safetensors(path, start, size=size))
             if length > MAX_HEADER_BYTES:
                 raise BadWeights(
                     f"{path} has a header of {length:,} bytes; no model needs more than {MAX_HEADER_BYTES:,}"
                 )
             if length > size - 8:
-                raise BadWeights(f"{path} is cut short: its header alone has {length:,} bytes, the file {size:,}")
+                raise BadWeights(
+                    f"{path} is cut short: its header alone has {length:,} bytes, the file {size:,}; {unfinished(path)}"
+                )
             raw = file.read(length)
         header = parse_json(raw)
     except OSError as error:
@@ -60,12 +65,25 @@ def check_header(path: Path) -> dict[str, Any]:
         raise BadWeights(f"{path} is not a safetensors file: a tensor in its header has no place or no shape")
     expected = 8 + length + max(ends, default=0)
     if size < expected:
-        raise BadWeights(f"{path} is cut short: {size:,} bytes of {expected:,}; download or copy it again")
+        raise BadWeights(f"{path} is cut short: {size:,} bytes of {expected:,}; {unfinished(path)}")
+    if size > expected:
+        raise BadWeights(
+            f"{path} is damaged: it has {size:,} bytes, and its header describes {expected:,}; {unfinished(path)}"
+        )
     return header
 
 
+def _not_safetensors(path: Path, start: bytes, *, size: int) -> str:
+    if size == 0:
+        return f"{path} is not a safetensors file: it is empty; {unfinished(path)}"
+    other = other_format(start)
+    return f"{path} is not a safetensors file{f': it is {other}' if other is not None else ''}"
+
+
 def _are_numbers(value: Any, *, count: int | None = None) -> bool:
-    return isinstance(value, list) and len(value) == (count or len(value)) and all(isinstance(n, int) for n in value)
+    if not isinstance(value, list) or len(value) != (len(value) if count is None else count):
+        return False
+    return all(type(number) is int and number >= 0 for number in value)
 
 
 def shards(folder: Path, stem: str, *, variant: str | None = None) -> list[Path]:
@@ -99,7 +117,7 @@ def shard_names(index: Path) -> list[str]:
             raise ValueError("a shard's name is not text")
         return sorted(names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadWeights(f"{index} is not an index of weight files: {error}") from None
+        raise BadWeights(stand_in(index) or f"{index} is not an index of weight files: {error}") from None
 
 
 def files_digest(files: list[Path]) -> str:

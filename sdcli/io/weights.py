@@ -36,10 +36,14 @@ def network_described(source: str) -> Iterator[None]:
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Give an empty network its parameters; the tensors become the parameters, nothing is copied.
+    """Give an empty network its parameters; the tensors become the parameters, nothing is copied. Raises BadWeights."""
+    check_fit(network, tensors, source=source)
+    network.load_state_dict(tensors, strict=True, assign=True)
+    network.requires_grad_(False)
 
-    Raises BadWeights, naming the first parameter that is missing, of another shape, or unknown.
-    """
+
+def check_fit(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Raise BadWeights, naming the first parameter of a network that is missing, of another shape, or unknown."""
     wanted = network.state_dict()
     missing = [name for name in wanted if name not in tensors]
     if missing:
@@ -56,8 +60,6 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> N
             raise BadWeights(
                 f"{source}: {name} has shape {_shape(tensors[name])}, its configuration asks for {_shape(parameter)}"
             )
-    network.load_state_dict(tensors, strict=True, assign=True)
-    network.requires_grad_(False)
 
 
 def read_tensors(

@@ -12,12 +12,17 @@ from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.digests import digest_of
 from sdcli.io.files import expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
+from sdcli.io.weight_files import check_header
 from sdcli.request.fields import FileRef, LoraRef
 from sdcli.request.input_files import check_same_file
 from sdcli.request.schema import did_you_mean
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of a PEFT folder."""
+PEFT_PREFIX = "base_model.model."
+"""What the names of tensors begin with in files that peft wrote."""
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The file of a LoRA folder that diffusers wrote."""
 
 
 def pinned_lora(ref: LoraRef, folder: Path | None) -> LoraRef:
@@ -42,6 +47,11 @@ def find_lora(path: str, folder: Path | None) -> Path:
     """
     found = _by_name(path, folder) or expanded(path)
     if os.path.isdir(found):
+        if not os.path.isfile(found / ADAPTER_CONFIG) and os.path.isfile(found / DIFFUSERS_WEIGHTS):
+            return found / DIFFUSERS_WEIGHTS
+        pickled = (found / ADAPTER_WEIGHTS).with_suffix(".bin")
+        if not os.path.isfile(found / ADAPTER_WEIGHTS) and os.path.isfile(pickled):
+            raise UsageError(pickle_refused(pickled))
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not os.path.isfile(found / name):
                 raise UsageError(f"{path} is a folder without {name}, so it is not a LoRA that peft wrote")
@@ -52,13 +62,26 @@ def find_lora(path: str, folder: Path | None) -> Path:
     return found
 
 
-def lora_digest(path: Path) -> str:
-    """64 hex digits: a file's SHA-256, or that of the two digests of a PEFT folder. Raises BadWeights."""
+def adapter_config(path: Path) -> Path | None:
+    """PEFT's configuration of a LoRA: that of its folder, or what stands beside a file with the names of peft.
+
+    Raises BadWeights for a file that is damaged.
+    """
     if path.is_dir():
-        both = " ".join(lora_digest(path / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-        return hashlib.sha256(both.encode()).hexdigest()
+        return path / ADAPTER_CONFIG
+    beside = path.parent / ADAPTER_CONFIG
+    if not beside.is_file() or not any(name.startswith(PEFT_PREFIX) for name in check_header(path)):
+        return None
+    return beside
+
+
+def lora_digest(path: Path) -> str:
+    """64 hex digits: a file's SHA-256, or that of the digests of PEFT's two files. Raises BadWeights."""
+    config, weights = adapter_config(path), path / ADAPTER_WEIGHTS if path.is_dir() else path
     try:
-        return digest_of(path)
+        if config is None:
+            return digest_of(weights)
+        return hashlib.sha256(f"{digest_of(config)} {digest_of(weights)}".encode()).hexdigest()
     except OSError as error:
         raise BadWeights(f"cannot read {path}: {error.strerror}") from None
 

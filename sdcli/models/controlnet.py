@@ -3,6 +3,8 @@
 Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv 2302.05543). A ControlNet is a
 folder as diffusers writes it (config.json and safetensors), or a single .safetensors file with diffusers' names or the
 original ones (`control_model.*`). A single file does not describe its shape, so it is taken to fit the UNet at hand.
+Some files hold the difference to a UNet's weights (kohya's and lllyasviel's modules of 2023), as the empty tensor
+`difference` in them says; the weights of the UNet at hand are added to those.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel, lean_imports
-from sdcli.io.weight_files import files_digest, in_background, shards
+from sdcli.io.weight_files import check_header, files_digest, in_background, shards
+from sdcli.io.weight_kinds import CONTROLNET, kind_of
 from sdcli.io.weights import empty_network, fill, read_tensors
 from sdcli.models.hub.download import folder_of
 from sdcli.models.loaded_model import LoadedModel
@@ -31,6 +34,11 @@ from sdcli.vae.config import cell_of
 
 PART = "controlnet:"
 """What the parts of a `LoadedModel` that are ControlNets are called, before the name that a request has for them."""
+
+DIFFERENCE = "difference"
+"""The empty tensor of a file that holds the difference to a UNet's weights."""
+LORA_CONTROLNET = "lora_controlnet"
+"""The empty tensor of a file whose ControlNet is a LoRA of the UNet (Stability's Control-LoRA)."""
 
 _SHAPE = {
     "cross_attention_dim": "text states of {} numbers",
@@ -64,8 +72,12 @@ def load_controlnet(spec: ControlNetSpec, model: LoadedModel) -> ControlNet:
         files = shards(path, "diffusion_pytorch_model", variant=variant)
         tensors = {name: tensor for file in files for name, tensor in read_tensors(file, model.dtype).items()}
     else:
-        files = [path]
-        tensors = _modern(read_tensors(path, model.dtype, rename=_without_rest), dict(unet.config), source=path)
+        files, header = [path], check_header(path)
+        _check_kind(header, source=path)
+        stored = read_tensors(path, model.dtype, rename=_without_rest)
+        tensors = _modern(stored, dict(unet.config), source=path)
+        if _is_difference(tensors, header):
+            tensors = _added(tensors, unet.state_dict())
         config = _config_like(unet, tensors)
         check_fits(config, model, source=spec.name)
     network = empty_network(lambda: ControlNetModel.from_config(dict(config)), source=str(path))
@@ -125,7 +137,41 @@ def _local(spec: ControlNetSpec) -> tuple[Path, str | None]:
 
 def _without_rest(name: str) -> str | None:
     """Of a whole checkpoint that holds a ControlNet too, only that; other files have nothing else."""
-    return None if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) else name
+    others = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", DIFFERENCE)
+    return None if name.startswith(others) else name
+
+
+def _check_kind(header: Mapping[str, Any], *, source: Path) -> None:
+    """Raise UsageError or BadWeights for a file of another kind, by its name."""
+    own = any(name.startswith(("control_model.", "zero_convs.", "controlnet_cond_embedding.")) for name in header)
+    kind = kind_of(header)
+    if kind is None or kind is CONTROLNET or (own and LORA_CONTROLNET not in header):
+        return
+    error = UsageError if "cannot use" in kind.what else BadWeights
+    raise error(f"{source} is not a ControlNet: it is {kind.described(source)}")
+
+
+NORMS_OF_DIFFERENCES = 0.1
+"""The scales of norms are near 1, and their differences to those of a UNet much smaller than this."""
+
+
+def _is_difference(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bool:
+    """Whether a file holds the difference to a UNet: it says so, or the scales of its norms are near 0."""
+    norms = [name for name in tensors if ".norm" in name and name.endswith(".weight")]
+    scales = [float(tensors[name].float().abs().mean()) for name in norms]
+    return DIFFERENCE in header or (bool(scales) and sum(scales) / len(scales) < NORMS_OF_DIFFERENCES)
+
+
+def _added(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor plus the UNet's of its name, if there is one; of an inpainting UNet's input the latents alone."""
+    whole = dict(tensors)
+    for name in tensors.keys() & base.keys():
+        own, theirs = tensors[name], base[name].to("cpu")
+        if name == "conv_in.weight" and own.ndim == theirs.ndim == 4:
+            theirs = theirs[:, : own.shape[1]]
+        if own.shape == theirs.shape:
+            whole[name] = (own.float() + theirs.float()).to(own.dtype)
+    return whole
 
 
 def _modern(stored: Mapping[str, Tensor], unet_config: Mapping[str, Any], *, source: Path) -> dict[str, Tensor]:

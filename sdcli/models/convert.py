@@ -18,11 +18,12 @@ from typing import Any
 
 from sdcli.errors import BadWeights, CannotWrite, NotFound, UsageError
 from sdcli.io.files import PACKAGE, whole_file
+from sdcli.io.stand_ins import stand_in
 
 DEFAULT_TIMEOUT_S = 600.0
 MAX_NESTING = 8
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params")
-"""Keys under which trainers keep the weights beside their own state."""
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params", "string_to_param")
+"""Keys under which trainers keep the weights beside their own state; the last is that of A1111's embeddings."""
 TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "typing.")
 """Packages whose objects stand beside the weights in old checkpoints, Stable Diffusion 1.4's among them."""
 MAX_TRAINER_CLASSES = 40
@@ -52,6 +53,8 @@ def convert(
         raise NotFound(f"no file {source}")
     if not source.is_file():
         raise UsageError(f"{source} is not a regular file")
+    if (instead := stand_in(source)) is not None:
+        raise BadWeights(instead)
     if target.suffix != ".safetensors":
         raise UsageError(f"{target} should end in .safetensors")
     if _is_safetensors(source):

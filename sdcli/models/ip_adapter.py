@@ -21,7 +21,8 @@ from sdcli.encoders.clip_vision import CONFIG, ImageEncoder, Look, load_image_en
 from sdcli.errors import BadWeights, NotFound, UsageError, first_line
 from sdcli.io.json_files import read_json_object
 from sdcli.io.out_of_memory import out_of_memory
-from sdcli.io.weight_files import finished
+from sdcli.io.weight_files import check_header, finished
+from sdcli.io.weight_kinds import IP_ADAPTER, kind_of
 from sdcli.io.weights import read_tensors
 from sdcli.models.adapter_files import ip_adapter_path, pinned_ip_adapter
 from sdcli.models.hub.download import folder_of
@@ -99,6 +100,9 @@ def with_ip_adapters(model: LoadedModel, adapters: Sequence[IpAdapter]) -> Loade
 
 def _load(ref: FileRef, weight: float, model: LoadedModel, encoders: Mapping[Path, ImageEncoder]) -> IpAdapter:
     path, digest = ip_adapter_path(ref), pinned_ip_adapter(ref).sha256
+    kind = kind_of(check_header(path))
+    if kind is not None and kind is not IP_ADAPTER:
+        raise BadWeights(f"{path} is not an IP-Adapter: it is {kind.described(path)}")
     tensors: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in read_tensors(path, model.dtype, rename=_of_adapter).items():
         part, _, rest = name.partition(".")

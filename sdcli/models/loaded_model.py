@@ -32,6 +32,8 @@ class AppliedLora:
     """What else is in the file, by its names: layers that the model does not have, and tensors of no LoRA."""
     tensors_sha256: str
     """64 hex digits of the file behind its header: what the web UI and Civitai know a LoRA by."""
+    notes: tuple[str, ...] = ()
+    """What was not taken over of the file, or had to be assumed."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     diffusers    unet.down_blocks.0....to_q             .lora_A.weight .lora_B.weight, once .lora.down.weight and .up,
                                                         before that ...attn1.processor.to_q_lora.down.weight
     peft         base_model.model.down_blocks.0....     .lora_A.weight .lora_B.weight, with adapter_config.json
+    lycoris      lycoris_down_blocks_0_..._to_q         as of kohya
 
 kohya's names cannot be split again into a path, so all names are compared with their dots as underscores. Those of a
 UNet may be of the original code as well (`lora_unet_input_blocks_1_1_...`). diffusers' converter
@@ -26,26 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from sdcli.errors import BadWeights, UsageError
-from sdcli.io.json_files import parse_json, read_json_object
 from sdcli.io.weight_files import check_header
+from sdcli.io.weight_kinds import LORA, kind_of, other_algorithm
 from sdcli.io.weights import read_tensors
-from sdcli.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_lora, pinned_lora
+from sdcli.models.adapter_files import ADAPTER_WEIGHTS, PEFT_PREFIX, adapter_config, find_lora, pinned_lora
 from sdcli.models.loaded_model import AppliedLora, LoadedModel
+from sdcli.models.lora_config import Scales, read_scales
 from sdcli.request.fields import LoraRef, digits
 
-OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada": "LoHa",
-    "lokr": "LoKr",
-    "oft": "OFT",
-    "diff": "a file of whole differences",
-}
-"""What the names of the weights end with, after a dot -> its name; these are added in other ways than a LoRA."""
-_OTHER = re.compile(rf".*\.({'|'.join(OTHER_KINDS)})(?:_[a-z0-9_]+)?(?:\.weight)?")
-
 _TENSOR = re.compile(
-    r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|mid|A|B)(?:\.default)?\.weight|(?:_lora)?\.alpha)"
+    r"(?P<layer>.+?)"
+    r"(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|mid|A|B)(?:\.default)?(?:\.weight)?|(?:[._]lora)?\.alpha)"
 )
 _ROLES = {"A": "down", "B": "up", None: "alpha"}
 
@@ -79,6 +71,10 @@ class LoraFile:
     not_understood: tuple[str, ...]
     """Tensors that belong to no layer."""
     tensors_sha256: str
+    origin: str = ""
+    """The model that its header names, such as `stable-diffusion-xl-v1-base/lora`."""
+    notes: tuple[str, ...] = ()
+    """What was not taken over of it, or had to be assumed."""
 
 
 def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | None) -> LoadedModel:
@@ -100,7 +96,7 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
         if not placed:
             raise BadWeights(
                 f"{path}: none of its {len(lora.layers)} layers is in {model.spec.name}; "
-                "the LoRA was made for another model family"
+                f"the LoRA was made for another model family{_origin(lora)}"
             )
         _check_weights(ref, {part for part, _ in placed.values()})
         for name, (part, layer) in placed.items():
@@ -108,13 +104,13 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
             if not lora.layers[name].fits(weight):
                 raise BadWeights(
                     f"{path}: {name} is for a weight of another shape than {model.spec.name} has there, "
-                    f"{'x'.join(map(str, weight.shape))}; the LoRA was made for another model family"
+                    f"{'x'.join(map(str, weight.shape))}; the LoRA was made for another model family{_origin(lora)}"
                 )
             strength = ref.unet_weight if part == "unet" else ref.text_weight
             if strength:
                 changes.setdefault(part, {}).setdefault(layer, []).append((strength, lora.layers[name]))
         unmatched = (*(name for name in lora.layers if name not in placed), *lora.not_understood)
-        applied.append(AppliedLora(ref, len(placed), unmatched, lora.tensors_sha256))
+        applied.append(AppliedLora(ref, len(placed), unmatched, lora.tensors_sha256, lora.notes))
     merged = {part: _merged(model.parts[part], layers) for part, layers in changes.items()}
     return replace(model, parts={**model.parts, **merged}, loras=tuple(applied))
 
@@ -124,16 +120,22 @@ def read_lora(path: Path) -> LoraFile:
     file = path / ADAPTER_WEIGHTS if path.is_dir() else path
     header = check_header(file)
     named, not_understood = _by_layer(file, header)
-    scales = _scales(path, header.get("__metadata__", {}))
+    metadata = header.get("__metadata__", {})
+    scales = read_scales(path, metadata, header)
     if not named:
+        kind = kind_of(header)
+        if kind is not None and kind is not LORA:
+            raise BadWeights(f"{file} holds no LoRA: it is {kind.described(file)}")
         raise BadWeights(f"{file} holds no LoRA: no weights named lora_down and lora_up, or lora_A and lora_B")
+    _refuse_the_rest(file, not_understood)
     tensors = read_tensors(file, torch.float32)
     layers = {
         layer: _layer(f"{file}: {layer}", layer, {role: tensors[name] for role, name in roles.items()}, scales)
         for layer, roles in named.items()
     }
-    dialect = "peft" if path.is_dir() else _dialect(named)
-    return LoraFile(dialect, layers, tuple(not_understood), _tensors_sha256(file))
+    dialect = "peft" if adapter_config(path) is not None else _dialect(named)
+    origin = str(metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or "")[:60]
+    return LoraFile(dialect, layers, tuple(not_understood), _tensors_sha256(file), origin, scales.notes)
 
 
 def lora_facts(file: Path) -> dict[str, Any] | None:
@@ -162,8 +164,8 @@ def _by_layer(file: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict[str
     layers: dict[str, dict[str, str]] = {}
     not_understood = []
     for name in (name for name in header if name != "__metadata__"):
-        if other := _OTHER.fullmatch(name):
-            raise UsageError(f"{file} is {OTHER_KINDS[other[1]]} ({name}), which sdcli cannot merge; it takes LoRAs")
+        if (other := other_algorithm(name)) is not None:
+            raise UsageError(f"{file} is {other} ({name}), which sdcli cannot merge; it takes LoRAs")
         match = _TENSOR.fullmatch(name)
         if match is None:
             not_understood.append(name)
@@ -174,11 +176,38 @@ def _by_layer(file: Path, header: Mapping[str, Any]) -> tuple[dict[str, dict[str
     return layers, not_understood
 
 
+def _refuse_the_rest(file: Path, names: Sequence[str]) -> None:
+    """Raise UsageError for what PEFT trains beside a LoRA, which changes the image as much as the LoRA does."""
+    for name in names:
+        what = next((what for end, what in _BESIDE.items() if name.endswith(end)), None)
+        if name.startswith(PEFT_PREFIX) and what is not None:
+            raise UsageError(f"{file} holds {what} ({name}) beside its LoRA, which sdcli cannot merge")
+
+
+_BESIDE = {
+    "lora_B.bias": "a bias of the LoRA (lora_bias)",
+    ".bias": "trained biases (bias, modules_to_save)",
+    "lora_embedding_A": "a LoRA of token embeddings",
+    "lora_embedding_B": "a LoRA of token embeddings",
+    ".weight": "whole trained modules (modules_to_save)",
+}
+"""Ends of the names of such tensors -> what they are."""
+
+
+def _origin(lora: LoraFile) -> str:
+    """The end of a sentence about a LoRA for another model."""
+    if lora.origin:
+        return f" (its header says {lora.origin})"
+    if any(name.startswith(("transformer.", "lora_transformer_")) for name in lora.layers):
+        return " (its layers are those of a transformer, as of Flux or Stable Diffusion 3)"
+    return ""
+
+
 def _dialect(layers: Mapping[str, Any]) -> Literal["kohya", "diffusers"]:
-    return "kohya" if next(iter(layers)).startswith("lora_") else "diffusers"
+    return "kohya" if next(iter(layers)).startswith(("lora_", "lycoris_")) else "diffusers"
 
 
-def _layer(what: str, name: str, tensors: Mapping[str, Tensor], scales: _Scales) -> LoraLayer:
+def _layer(what: str, name: str, tensors: Mapping[str, Tensor], scales: Scales) -> LoraLayer:
     down, up, alpha = tensors["down"], tensors["up"], tensors.get("alpha")
     if down.ndim < 2 or up.ndim < 2 or not down.numel() or not up.numel():
         raise BadWeights(f"{what} is not a pair of matrices")
@@ -193,59 +222,8 @@ def _layer(what: str, name: str, tensors: Mapping[str, Tensor], scales: _Scales)
     if alpha is not None and alpha.numel() != 1:
         raise BadWeights(f"{what} has an alpha that is not a number")
     # the rank is the number of columns that are multiplied out, also with a lora_mid
-    return LoraLayer(down, up, scales.scale(what, name, rank=len(tensors["down"]), alpha=alpha))
-
-
-# How strong
-
-
-@dataclass(frozen=True)
-class _Scales:
-    """The LoraConfig of each part, from the headers of diffusers' files or PEFT's adapter_config.json."""
-
-    configs: Mapping[str, Mapping[str, Any]]
-    """By what the names begin with: `unet.`, `text_encoder.`, or nothing."""
-
-    def scale(self, what: str, name: str, *, rank: int, alpha: Tensor | None) -> float:
-        """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023); without alpha it is the rank."""
-        prefix = next((prefix for prefix in self.configs if name.startswith(prefix)), None)
-        config = self.configs[prefix] if prefix is not None else {}
-        value = config.get("lora_alpha")
-        for pattern, special in _mapping(config.get("alpha_pattern")).items():
-            if name.endswith(f".{pattern.removeprefix('^')}"):
-                value = special
-        number = float(alpha) if alpha is not None else rank if value is None else value
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise BadWeights(f"{what} has the alpha {number!r}, which is not a number")
-        return number / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _scales(path: Path, metadata: Mapping[str, Any]) -> _Scales:
-    """Raises BadWeights for a configuration that cannot be read, UsageError for one of another kind."""
-    if path.is_dir():
-        configs = {"": read_json_object(path / ADAPTER_CONFIG)}
-    else:
-        try:
-            flat = _mapping(parse_json(metadata.get("lora_adapter_metadata", "{}")))
-        except (TypeError, ValueError):
-            raise BadWeights(f"{path} has a lora_adapter_metadata that is not JSON") from None
-        configs = {}
-        for key, value in flat.items():
-            part, _, name = key.partition(".")
-            configs.setdefault(f"{part}.", {})[name] = value
-    for config in configs.values():
-        kind = config.get("peft_type", "LORA")
-        if kind != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
-            kind = kind if kind != "LORA" else "DoRA" if config.get("use_dora") else "for transposed layers"
-            raise UsageError(f"{path} is {str(kind)[:40]}, which sdcli cannot merge; it takes LoRAs")
-        for pattern in _mapping(config.get("alpha_pattern")):
-            if re.search(r"[\[\](){}*+?|\\$]", pattern):
-                raise UsageError(f"{path}: its alpha_pattern {pattern[:80]!r} is an expression, not a name")
-    return _Scales(configs)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
+    number = None if alpha is None else float(alpha)
+    return LoraLayer(down, up, scales.scale(what, name, rank=len(tensors["down"]), alpha=number))
 
 
 def _check_weights(ref: LoraRef, parts: set[str]) -> None:

@@ -80,7 +80,13 @@ class ModelSpec(ModelEntry):
         return _origin(self.source)
 
     def require_supported(self) -> None:
-        """Raise UsageError for a family that sdcli cannot generate with yet; asked before anything is downloaded."""
+        """Raise UsageError for a family that sdcli cannot generate with yet; asked before anything is downloaded.
+
+        Raises it, or BadWeights, for a file whose header shows that it is no model to generate with, too.
+        """
+        found = single_file_in(self.source.path) if isinstance(self.source, FileSource) else None
+        if found is not None and found.problem is not None:
+            raise found.problem
         if not self.family.supported:
             supported = sorted(name for name, family in FAMILIES.items() if family.supported)
             raise UsageError(
@@ -324,9 +330,11 @@ def described(spec: ModelSpec) -> ModelSpec:
     if isinstance(spec.source, RandomSource):
         return spec.model_copy(update={"family": family_with_recipe(spec.source.architecture)})
     if isinstance(spec.source, FileSource):
-        family, layout = single_file_in(spec.source.path) or (spec.family, None)
-        own = layout.defaults if layout is not None else {}
-        return spec.model_copy(update={"family": family, "kind": family.kind, "defaults": _over(spec, own)})
+        found = single_file_in(spec.source.path)
+        if found is None:
+            return spec.model_copy(update={"kind": spec.family.kind, "defaults": _over(spec, {})})
+        defaults = _over(spec, found.layout.defaults)
+        return spec.model_copy(update={"family": found.family, "kind": found.kind(), "defaults": defaults})
     try:
         folder = _folder_described(spec.source, spec.family)
     except (BadWeights, NotFound, UsageError):

@@ -17,6 +17,7 @@ from sdcli.errors import BadWeights, first_line
 from sdcli.images.pixels import to_pixels
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import full_imports
+from sdcli.io.pickles import pickle_refused
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, where feature_extractor/preprocessor_config.json names no others."""
@@ -54,7 +55,7 @@ def load_safety_checker(folder: Path) -> SafetyChecker | None:
         return None
     try:
         if not weights:
-            raise BadWeights("is a pickle, which can run any code when opened")
+            raise BadWeights(pickle_refused(sorted(checker.glob("*.bin"))[0]))
         with full_imports():
             from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 

@@ -12,54 +12,61 @@ from torch import Tensor, nn
 from sdcli.errors import BadWeights, UsageError
 from sdcli.io.lean_diffusers import lean_imports
 from sdcli.io.weight_files import check_header, files_digest
-from sdcli.io.weights import fill, read_tensors
-from sdcli.models.families import FAMILIES, single_file_of
-from sdcli.models.families.family import SingleFile
+from sdcli.io.weights import check_fit, fill, read_tensors
+from sdcli.models.families import check_single_file, single_file_in
+from sdcli.models.families.family import PART_NAMES
 from sdcli.models.folder import PartLoader, network_parts
 from sdcli.models.networks import build_empty, network_class, text_name
 from sdcli.models.recipe import shipped_tokenizer
 
-NAMES: dict[str, str] = {
-    "text_encoder": "text encoder",
-    "text_encoder_2": "second text encoder",
-    "text_encoder_3": "third text encoder",
-    "unet": "UNet",
-    "vae": "VAE",
-}
-"""What error messages call the parts."""
+NAMES = PART_NAMES
 
 
 def from_single_file(path: Path, dtype: torch.dtype) -> PartLoader:
     """Raises BadWeights and UsageError for a file that is not a whole model of a known family."""
-    names = set(check_header(path)) - {"__metadata__"}
-    family, layout = single_file_of(names)
-    _check_names(path, names, layout)
+    header = check_header(path)
+    check_single_file(path, header)
+    found = single_file_in(path)
+    assert found is not None
+    if found.problem is not None:
+        raise found.problem
+    family, layout = found.family, found.layout
     configs = layout.configs()
+    if found.channels is not None:
+        configs["unet"] = {**configs["unet"], "in_channels": found.channels}
     _, components = family.components()
 
     def network(part: str) -> nn.Module:
         config, prefix = configs[part], layout.prefixes[part]
         number = family.part_dtype(part, config, dtype)
-        stored = read_tensors(path, number, rename=lambda name: name if name.startswith(prefix) else None)
         kind = network_class(config, components[part], family)
         empty = build_empty(kind, config, source=str(path))
-        try:
-            if part in layout.convert:
-                tensors = layout.convert[part](stored, config)
-            else:
-                tensors = _from_original_names(part, stored, config, empty, prefix, open_clip=part in family.open_clip)
-        except (KeyError, IndexError, RuntimeError) as error:
-            raise BadWeights(f"{path}: its {NAMES[part]} is not laid out as that of {layout.title} ({error})") from None
-        fill(empty, tensors, source=f"{path} ({part})")
+
+        def named(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+            """The tensors by the network's names."""
+            try:
+                if part in layout.convert:
+                    return layout.convert[part](stored, config)
+                open_clip = part in family.open_clip
+                return _from_original_names(part, stored, config, empty, prefix, open_clip=open_clip)
+            except (KeyError, IndexError, RuntimeError) as error:
+                title = f"that of {layout.title}"
+                raise BadWeights(f"{path}: its {NAMES[part]} is not laid out as {title} ({error})") from None
+
+        source = f"{path} ({part})"
+        check_fit(empty, named(_shapes(path, header, prefix)), source=source)  # before gigabytes are read
+        fill(empty, named(read_tensors(path, number, rename=lambda name: _of(name, prefix))), source=source)
         return kind.finish(empty)
 
-    prediction = layout.prediction or marked_prediction
+    prediction = stated_prediction(path, header)
+    if prediction is None:
+        prediction = (layout.prediction or marked_prediction)(path, set(header))
     return PartLoader(
         network_parts(layout.prefixes),
         network,
         tokenizer=lambda part: shipped_tokenizer(family, part),
         identity=lambda part: files_digest([path]),
-        scheduler_config={**configs["scheduler"], **prediction(path, names)},
+        scheduler_config={**configs["scheduler"], **prediction},
         settings=layout.settings,
     )
 
@@ -92,21 +99,45 @@ def marked_prediction(path: Path, names: Collection[str]) -> Mapping[str, Any]:
     return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names} if v else {}
 
 
-def _check_names(path: Path, names: set[str], layout: SingleFile) -> None:
-    """Tell apart the files that people confuse with a checkpoint, each with its own sentence."""
+def stated_prediction(path: Path, header: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the metadata of the header say that the UNet was trained to predict; None where they do not say.
 
-    def some(*starts: str) -> bool:
-        return any(name.startswith(starts) for name in names)
+    Trainers write `modelspec.prediction_type` (Stability's model specification, kohya's scripts, OneTrainer) or
+    `ss_v_parameterization` and `ss_zero_terminal_snr` (kohya's); a tensor `v_pred` counts before both.
+    Raises UsageError for a prediction that sdcli does not know.
+    """
+    metadata = header.get("__metadata__", {})
+    if "v_pred" in header:
+        return None
+    stated = str(metadata.get("modelspec.prediction_type", "")).strip().lower().replace("-", "_")
+    v = stated in {"v", "v_prediction", "v_pred", "vpred", "velocity"}
+    if stated and not v and stated not in {"epsilon", "eps", "noise"}:
+        raise UsageError(f"{path} predicts {stated[:40]!r} (modelspec.prediction_type), which sdcli does not know")
+    if not stated and "ss_v_parameterization" in metadata:
+        stated, v = "ss", _true(metadata["ss_v_parameterization"])
+    if not stated and str(metadata.get("modelspec.architecture", "")).endswith("-v"):  # stable-diffusion-v2-768-v
+        stated, v = "architecture", True
+    if not stated:
+        return None
+    zero_snr = "ztsnr" in header or _true(metadata.get("ss_zero_terminal_snr", ""))
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr} if v else {}
 
-    if some("lora_unet_", "lora_te") or any(".lora_A." in name or ".lora.down." in name for name in names):
-        raise BadWeights(f"{path} is a LoRA, not a whole model; generate with it by --lora {path}")
-    for family in FAMILIES.values():
-        for start, sentence in family.refused_files.items():
-            if some(start):
-                raise UsageError(sentence.format(file=path))
-    if some("down_blocks.", "decoder.up_blocks.", "text_model.", "encoder.layers."):
-        raise BadWeights(f"{path} is one part of a diffusers model; give the folder that holds model_index.json")
-    for part, prefix in layout.prefixes.items():
-        if not some(prefix):
-            missing = f"{NAMES[part]} (no weights named {prefix}*)"
-            raise BadWeights(f"{path} has no {missing}; it is not a whole {layout.title} checkpoint")
+
+def _true(value: Any) -> bool:
+    return str(value).strip().lower() in {"true", "1", "yes"}
+
+
+def _of(name: str, prefix: str) -> str | None:
+    return name if name.startswith(prefix) else None
+
+
+def _shapes(path: Path, header: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Tensors without numbers, of the shapes that the header gives. Raises BadWeights for an impossible one."""
+    try:
+        return {
+            name: torch.empty(entry["shape"], device="meta")
+            for name, entry in header.items()
+            if name.startswith(prefix) and name != "__metadata__"
+        }
+    except (RuntimeError, OverflowError) as error:
+        raise BadWeights(f"{path} is damaged: a shape in its header is impossible ({error})") from None

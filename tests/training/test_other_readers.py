@@ -27,8 +27,10 @@ from sdcli.training.text_encoder.network import write_text_encoder
 from tests.training.read_with_diffusers import FILES, noisy
 from tests.training_runs import captioned_images, train_unet
 
-OLD = ("diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub==0.26.5", "tokenizers==0.20.3")
-OLD += ("peft==0.13.2", "accelerate==1.1.1", "requests", "urllib3")
+OLD = [
+    *("diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub==0.26.5", "tokenizers==0.20.3"),
+    *("peft==0.13.2", "accelerate==1.1.1", "requests", "urllib3"),
+]
 SCRIPT = Path(__file__).with_name("read_with_diffusers.py")
 
 

@@ -8,14 +8,16 @@ torch, because the registry reads these values to describe models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdcli.errors import BadWeights
+from sdcli.errors import BadWeights, SdcliError, UsageError
 from sdcli.io.weight_files import check_header
+from sdcli.io.weight_kinds import LORA, WHOLE_MODEL, kind_of
 from sdcli.models.families.class_conditional import CLASS_CONDITIONAL
-from sdcli.models.families.family import Family, SingleFile
+from sdcli.models.families.family import PART_NAMES, Configs, Family, ModelKind, SingleFile
 from sdcli.models.families.flux import FLUX
 from sdcli.models.families.sd1 import SD1
 from sdcli.models.families.sd2 import SD2
@@ -83,7 +85,28 @@ def single_file_of(names: Iterable[str]) -> tuple[Family, SingleFile]:
     return DEFAULT_FAMILY, DEFAULT_FAMILY.single_files[0]
 
 
-def single_file_in(path: Path) -> tuple[Family, SingleFile] | None:
+@dataclass(frozen=True)
+class FoundFile:
+    """What the header of a single file says about the model in it."""
+
+    family: Family
+    layout: SingleFile
+    channels: int | None
+    """How many channels its denoiser takes; None where the file does not say."""
+    problem: SdcliError | None
+    """Why it cannot be generated with."""
+
+    def kind(self) -> ModelKind:
+        """The facts of the model that the header decides."""
+        return self.family.kind if self.problem is not None else self._described()
+
+    def _described(self) -> ModelKind:
+        configs = self.layout.configs()
+        own = {"in_channels": self.channels} if self.channels is not None else {}
+        return self.family.describe(Configs({**configs["unet"], **own}, configs.get("vae"), None, "the file"))
+
+
+def single_file_in(path: Path) -> FoundFile | None:
     """What a .safetensors file is; None for a file that is damaged or no such, which loading reports."""
     try:
         status = path.stat()
@@ -93,5 +116,40 @@ def single_file_in(path: Path) -> tuple[Family, SingleFile] | None:
 
 
 @lru_cache(maxsize=8)
-def _single_file_in(path: Path, changed: int, size: int) -> tuple[Family, SingleFile]:
-    return single_file_of(check_header(path))
+def _single_file_in(path: Path, changed: int, size: int) -> FoundFile:
+    header = check_header(path)
+    family, layout = single_file_of(header)
+    found = FoundFile(family, layout, _channels(header, layout), None)
+    try:
+        check_single_file(path, header)
+        found._described()
+    except UsageError as error:
+        return replace(found, problem=UsageError(str(error).replace("the file:", f"{path}:", 1)))
+    except BadWeights as error:
+        return replace(found, problem=error)
+    return found
+
+
+def _channels(header: Mapping[str, Any], layout: SingleFile) -> int | None:
+    """The channels that the first convolution of the denoiser takes."""
+    shape = header.get(f"{layout.prefixes['unet']}{layout.first_convolution}", {}).get("shape", [])
+    return shape[1] if len(shape) == 4 else None
+
+
+def check_single_file(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise BadWeights or UsageError for a file that is not a whole model, each kind of it with its own sentence."""
+    names = [name for name in header if name != "__metadata__"]
+    _, layout = single_file_of(names)
+    for family in FAMILIES.values():
+        for start, sentence in family.refused_files.items():
+            if any(name.startswith(start) for name in names):
+                raise UsageError(sentence.format(file=path))
+    kind = kind_of(header)
+    missing = [part for part, prefix in layout.prefixes.items() if not any(name.startswith(prefix) for name in names)]
+    if missing and kind is not None and (len(missing) > 1 or kind.use) and kind is not WHOLE_MODEL:
+        raise BadWeights(kind.sentence(path, wanted="a whole model"))
+    if kind is not None and kind is LORA:
+        raise BadWeights(kind.sentence(path, wanted="a whole model"))
+    for part in missing:
+        lacking = f"{PART_NAMES[part]} (no weights named {layout.prefixes[part]}*)"
+        raise BadWeights(f"{path} has no {lacking}; it is not a whole {layout.title} checkpoint")

@@ -40,6 +40,15 @@ class Component:
     classes: tuple[str, ...]
 
 
+PART_NAMES: dict[str, str] = {
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
+    "unet": "UNet",
+    "vae": "VAE",
+}
+"""What error messages call the parts."""
+
 Components = Mapping[str, Component]
 """Part -> its component. The denoiser is `unet` in every family, whatever its folder is called."""
 
@@ -110,6 +119,8 @@ class SingleFile:
     """The configuration of each part, and of the scheduler."""
     marks: tuple[str, ...] = ()
     """Beginnings of tensor names that only such files have."""
+    first_convolution: str = "input_blocks.0.0.weight"
+    """The denoiser's first layer, whose shape tells the channels that it takes; after the prefix of the denoiser."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of requests, as in models.yaml."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -190,12 +201,35 @@ LORA_PREFIXES: Mapping[str, tuple[str, ...]] = {
         "lora_unet_",
         "unet_",
         "diffusion_model_",
+        "model_diffusion_model_",
+        "lycoris_",
+        "lycoris_unet_",
         "base_model_model_",
+        "base_model_model_unet_",
         "base_model_model_diffusion_model_",
+        "unet_base_model_model_",
         "",
     ),
-    "text_encoder": ("lora_te_", "lora_te1_", "text_encoder_", "base_model_model_", ""),
-    "text_encoder_2": ("lora_te2_", "text_encoder_2_"),
+    "text_encoder": (
+        "lora_te_",
+        "lora_te1_",
+        "text_encoder_",
+        "lycoris_",
+        "lycoris_text_encoder_",
+        "clip_l_",
+        "text_encoders_clip_l_transformer_",
+        "base_model_model_",
+        "base_model_model_text_encoder_",
+        "text_encoder_base_model_model_",
+        "",
+    ),
+    "text_encoder_2": (
+        "lora_te2_",
+        "text_encoder_2_",
+        "clip_g_",
+        "text_encoders_clip_g_transformer_",
+        "text_encoder_2_base_model_model_",
+    ),
 }
 """What layer names in LoRA files begin with, with underscores for dots; PEFT's folders do not name the part."""
 

@@ -13,6 +13,9 @@ CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 INPAINTING_CHANNELS = 5
 """The mask and the masked image's latents, after those that are denoised."""
 
+OTHER_CHANNELS = {1: ", as of a depth2img model", 3: ", as of an upscaler", 4: ", as of an InstructPix2Pix model"}
+"""Further channels of models that sdcli cannot generate with."""
+
 COMPONENTS: Components = {
     "unet": Component("unet", ("UNet2DConditionModel",)),
     "vae": Component("vae", VAE_CLASSES),
@@ -62,9 +65,10 @@ def describe(configs: Configs) -> ModelKind:
     own = 4 if configs.vae is None else configs.vae.get("latent_channels", 4)
     channels = configs.denoiser.get("in_channels", 4)
     if channels not in (own, own + INPAINTING_CHANNELS):
+        special = OTHER_CHANNELS.get(channels - own if type(channels) is int else 0, "")
         raise UsageError(
-            f"{configs.source}: its UNet takes {channels} channels; sdcli generates with those of the VAE ({own}), or "
-            f"with {INPAINTING_CHANNELS} more of an inpainting model"
+            f"{configs.source}: its UNet takes {channels} channels{special}; sdcli generates with those of the VAE "
+            f"({own}), or with {INPAINTING_CHANNELS} more of an inpainting model"
         )
     return ModelKind(size_step=cell, inpaints=channels != own, cell=cell)
 
