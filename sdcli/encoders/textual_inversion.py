@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,8 +74,6 @@ def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) 
             f"{path} holds vectors for the output of the text encoder alone ({left[0]}), which sdcli cannot use; "
             "in OneTrainer train it without the output embedding"
         )
-    if widths.keys() <= {CLIP_L} and {CLIP_L, CLIP_G} <= tensors.keys():
-        raise UsageError(f"{path} was made for two text encoders (clip_l and clip_g, as of SDXL), and {model} has one")
     if widths.keys() <= tensors.keys():
         chosen = [tensors[name] for name in widths]
     elif len(tensors) != 1 and "emb_params" not in tensors:
@@ -91,14 +89,18 @@ def _vectors(embedding: EmbeddingRef, *, widths: Mapping[str, int], model: str) 
     return found
 
 
-def embedding_notes(embeddings: Sequence[EmbeddingRef]) -> list[str]:
-    """What is not taken over of the files of embeddings. Raises BadWeights."""
-    return [
-        f"{embedding.path}: {name} is not taken over: these vectors are for the output of the text encoder"
-        for embedding in embeddings
-        for name in check_header(expanded(embedding.path))
-        if name in OUTPUT
-    ]
+def embedding_notes(embeddings: Sequence[EmbeddingRef], *, encoders: Collection[str]) -> list[str]:
+    """What is not taken over of the files of embeddings for a model with these text encoders. Raises BadWeights."""
+    unused = {name for name, part in ((CLIP_L, "text_encoder"), (CLIP_G, "text_encoder_2")) if part not in encoders}
+    notes = []
+    for embedding in embeddings:
+        names = {_ALSO.get(name, name): name for name in check_header(expanded(embedding.path))}
+        for name, stored in names.items():
+            if name in OUTPUT:
+                notes.append(f"{embedding.path}: {stored} is not taken over: it is for the output of the text encoder")
+            elif name in unused and {CLIP_L, CLIP_G} <= names.keys():
+                notes.append(f"{embedding.path}: {stored} is not taken over: the model has no such text encoder")
+    return notes
 
 
 def _checked(vectors: Tensor, path: Path, width: int, *, model: str) -> Tensor:

@@ -17,7 +17,7 @@ def prompt_notes(pipeline: Pipeline, request: ResolvedRequest, *, strict: bool) 
     tokenizer = pipeline.model.tokenizer
     if tokenizer is None:
         return []
-    notes = embedding_notes(request.embeddings)
+    notes = embedding_notes(request.embeddings, encoders=pipeline.model.parts)
     for kind, text in (("prompt", request.full_prompt), ("negative prompt", request.negative_prompt)):
         tokens = tokenizer(text)
         if tokens.cut and request.prompt_syntax == "plain":

@@ -59,7 +59,7 @@ LYCORIS = {
 """What the names of the weights of other algorithms than LoRA end with, after a dot -> the algorithm's name."""
 _LYCORIS = re.compile(rf".*\.({'|'.join(LYCORIS)})(?:_[A-Za-z0-9_]+)?(?:\.default)?(?:\.weight)?")
 _LORA = re.compile(r".*[._]lora(?:_linear_layer)?[._](?:down|up|mid|A|B)(?:\.default)?(?:\.weight)?")
-_MAX_EMBEDDING_ROWS = 1000
+_MAX_EMBEDDING_ROWS, _MIN_WIDTH = 1000, 16
 
 
 def other_algorithm(name: str) -> str | None:
@@ -100,7 +100,7 @@ def _embedding(names: list[str], header: Header) -> bool:
 def _one_table(names: list[str], header: Header) -> bool:
     """One tensor of few rows by any name, as diffusers writes the vectors of a word."""
     shape = header[names[0]].get("shape", []) if len(names) == 1 else []
-    return 1 <= len(shape) <= 2 and math.prod(shape[:-1]) <= _MAX_EMBEDDING_ROWS
+    return 1 <= len(shape) <= 2 and shape[-1] >= _MIN_WIDTH and math.prod(shape[:-1]) <= _MAX_EMBEDDING_ROWS
 
 
 _KINDS: tuple[tuple[WeightKind, Test], ...] = (

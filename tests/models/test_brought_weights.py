@@ -210,7 +210,7 @@ def test_onetrainers_embedding_is_used_and_what_is_left_of_it_is_named() -> None
     stored = load_file(path)
     found = embedded(path)
     assert torch.equal(found.vectors[0], stored["emp_params"])
-    (note,) = embedding_notes([EmbeddingRef(path=str(path))])
+    (note,) = embedding_notes([EmbeddingRef(path=str(path))], encoders=["text_encoder"])
     assert "emp_params_out is not taken over" in note
 
 
@@ -224,8 +224,11 @@ def test_embeddings_of_other_layouts_are_read_or_named(tmp_path: Path) -> None:
         assert torch.equal(embedded(saved(**{name: two})).vectors[0], two), name
     with pytest.raises(UsageError, match=r"output of the text encoder alone \(emp_params_out\)"):
         embedded(saved(emp_params=torch.zeros(2, 32), emp_params_out=two))
-    with pytest.raises(UsageError, match=r"for two text encoders \(clip_l and clip_g, as of SDXL\), and tiny has one"):
-        embedded(saved(clip_l=two, clip_g=torch.ones(2, 40)))
+    sdxl = saved(clip_l=two, clip_g=torch.ones(2, 40))
+    assert torch.equal(embedded(sdxl).vectors[0], two), "both models have CLIP ViT-L first"
+    (note,) = embedding_notes([EmbeddingRef(path=str(sdxl))], encoders=["unet", "text_encoder"])
+    assert "clip_g is not taken over: the model has no such text encoder" in note
+    assert not embedding_notes([EmbeddingRef(path=str(sdxl))], encoders=["text_encoder", "text_encoder_2"])
     both = embedded(saved(text_encoders_0=two, text_encoders_1=torch.ones(2, 40)), clip_l=32, clip_g=40)
     assert [tuple(vectors.shape) for vectors in both.vectors] == [(2, 32), (2, 40)]
     with pytest.raises(BadWeights, match="it is a LoRA; generate with it by --lora"):

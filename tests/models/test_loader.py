@@ -253,7 +253,7 @@ def test_each_damage_gets_its_own_sentence(
         ({"lora_unet_down.lora_down.weight": torch.zeros(1)}, "is a LoRA"),
         ({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, "one part of a diffusers model"),
         ({"model.diffusion_model.x": torch.zeros(1), "edm_mean": torch.zeros(1)}, "noise levels of EDM"),
-        ({"model.diffusion_model.x": torch.zeros(1)}, "has no VAE"),
+        ({"model.diffusion_model.x": torch.zeros(1)}, "without its VAE or text encoder"),
         ({"whatever": torch.zeros(1)}, "has no UNet"),
     ],
 )

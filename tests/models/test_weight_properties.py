@@ -222,7 +222,7 @@ def no_file_is_unexpected(folder: Path, data: bytes, config: str | None) -> None
         lambda: lora_digest(path),
         lambda: with_loras(tiny(), (LoraRef(path=str(path)),), folder=None),
         lambda: read_embeddings([embedding], widths={"clip_l": 32}, most=75, model="tiny"),
-        lambda: embedding_notes([embedding]),
+        lambda: embedding_notes([embedding], encoders=["text_encoder"]),
         lambda: load_registry_spec(path).require_supported(),
         lambda: from_single_file(path, torch.float32),
         lambda: load_controlnet(controlnet_spec(path), tiny()),
