@@ -97,8 +97,15 @@ def _by_name(images: ImageSet, maps: ImageSet, named: Mapping[str, str]) -> Maps
 
 
 def _without(images: LooseFiles, are_maps: Callable[[str], bool]) -> LooseFiles:
-    """The images that are not maps; items dropped and remarks about maps are left out as well."""
-    items = Items.of([item for item in images if not are_maps(item.name)], classes=images.classes)
+    """The images that are not maps; items dropped and remarks about maps are left out as well.
+
+    Where only one folder is left, its name is no class and no caption, as in folders that hold nothing else.
+    """
+    left = [item for item in images if not are_maps(item.name)]
+    classes = {item.label for item in left}
+    if len(classes) == 1 and len(images.classes) > 1 and all(item.captions == (item.label,) for item in left):
+        left = [replace(item, captions=(), label=None) for item in left]
+    items = Items.of(left, classes=() if len(classes) == 1 else images.classes)
     dropped = tuple(one for one in images.dropped if not are_maps(one.name))
     remarks = tuple(one for one in images.remarks if not are_maps(one.name))
     return replace(images, items=items, dropped=dropped, remarks=remarks)

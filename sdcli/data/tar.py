@@ -49,6 +49,7 @@ def members_of(file: IO[bytes]) -> Iterator[Member]:
     """
     size = os.fstat(file.fileno()).st_size
     offset = archive = 0
+    begun = False
     longer: dict[str, str] = {}
     while offset < size:
         file.seek(offset)
@@ -57,12 +58,13 @@ def members_of(file: IO[bytes]) -> Iterator[Member]:
             following = _after_zeros(file, offset)
             if following is None:
                 return
-            offset, archive, longer = following, archive + 1, {}
+            offset, archive, longer = following, archive + begun, {}
+            begun = False
             file.seek(offset)
             header = file.read(BLOCK)
             if not _is_header(header):
                 raise NoArchive(f"has something else than an archive behind its end, at byte {offset:,}")
-        length, kind = _length_of(header, offset), header[156:157]
+        length, kind, begun = _length_of(header, offset), header[156:157], True
         offset += BLOCK
         if kind == b"L":
             longer["path"] = file.read(min(length, MAX_NAME_BYTES)).rstrip(b"\0").decode("utf-8", "surrogateescape")

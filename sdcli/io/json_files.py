@@ -23,8 +23,10 @@ def parse_json(text: str | bytes, *, strict: bool = False, finite: bool = True) 
     """JSON text -> plain data. With `strict`, only finite numbers, and at most MAX_DEPTH levels of nesting.
 
     With `finite=False` strict JSON may hold NaN and Infinity, as Python programs write them.
+    A byte-order mark before the text is allowed, as some editors write it.
     Raises ValueError for everything that is not JSON, also for text that is nested too deeply or not UTF-8.
     """
+    text = text.removeprefix("\ufeff") if isinstance(text, str) else text
     try:
         refuse = strict and finite
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite) if refuse else json.loads(text)

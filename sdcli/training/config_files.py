@@ -40,7 +40,7 @@ def read_config(file: Path, kind: type[TrainSettings]) -> dict[str, Any]:
     """
     if file.suffix.lower() == ".toml":
         try:
-            data: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+            data: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise NotFound(f"no file {file}") from None
         except (OSError, ValueError, RecursionError) as error:

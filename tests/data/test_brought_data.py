@@ -14,11 +14,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdcli.cli.dataset import app
+from sdcli.data.conditioning_images import with_maps_of_folder
 from sdcli.data.records import Item
 from sdcli.data.sources import open_images
 from sdcli.errors import BadImage, SdcliError, SomeFailed
 from sdcli.images.formats import IMAGE_SUFFIXES
 from sdcli.images.image_files import READABLE, open_image
+from sdcli.io.json_files import parse_json
+from sdcli.training.config_files import read_config
+from sdcli.training.settings import TrainSettings
 from sdcli.training.text_encoder.caption_files import read_captions
 from tests.conftest import Run
 from tests.data.test_dataset_folders import IMAGE, dropped, folder_of, listed
@@ -225,3 +229,22 @@ def test_what_img2dataset_writes_beside_its_shards_is_named(tmp_path: Path) -> N
     remarks = {one.name: one.text for one in open_images(root).remarks}
     assert set(remarks) == {"00000.parquet", "00000_stats.json", "captions.txt"}
     assert remarks["00000.parquet"] == "belongs to a shard and is not read: captions are in the shards"
+
+
+def test_captions_without_an_image_are_told_to_the_trainer_of_text_encoders() -> None:
+    captions = read_captions(CASES / "unread_suffix")
+    assert len(captions.texts) == 3
+    assert [one.name for one in captions.dropped] == ["renamed_away.txt"]
+
+
+def test_the_folder_beside_the_maps_is_no_caption(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, {f"{kind}/{name}.png": IMAGE for kind in ("one", "maps/one") for name in "ab"})
+    images, maps = with_maps_of_folder(open_images(root), str(root / "maps"))
+    assert [images[index] for index in range(2)] == [Item(f"one/{name}.png", ()) for name in "ab"]
+    assert [maps[index].name for index in range(2)] == ["one/a.png", "one/b.png"]
+
+
+def test_a_mark_before_json_and_toml_is_none_of_their_text(tmp_path: Path) -> None:
+    assert parse_json("\ufeff{}") == parse_json("{}".encode("utf-8-sig")) == {}
+    (tmp_path / "run.toml").write_text("seed = 3\n", encoding="utf-8-sig")
+    assert read_config(tmp_path / "run.toml", TrainSettings) == {"seed": 3}

@@ -173,9 +173,13 @@ def _image_rows(source: str | Path, column: str | None, extension: str, split: s
 
     images = open_images(source, caption_column=column, caption_extension=extension, split=split)
     yield from images.dropped
+    without = set()
     for index in range(len(images)):
         item = images[index]
+        without |= set() if item.captions else {item.name}
         yield _Row(item.name, item.captions)
+    # captions without an image, and tables that were not read
+    yield from (DroppedItem(one.name, one.text) for one in images.remarks if one.loses and one.name not in without)
 
 
 def _column(column_name: str | None, present: Sequence[str], path: Path) -> str:
