@@ -13,7 +13,7 @@ import typer
 
 from sdcli.cli.options.flags import field_options
 from sdcli.cli.options.from_image import recorded_fields
-from sdcli.cli.options.prompts import dynamic_lines, prompt_lines
+from sdcli.cli.options.prompts import dynamic_lines, left_as_text, prompt_lines
 from sdcli.cli.options.request_flags import CONTROL, FLAGS, IMAGE, MODEL, START
 from sdcli.cli.options.shared import (
     DeviceOpt,
@@ -248,6 +248,8 @@ def command(
     choices = Wildcards(wildcards) if dynamic else None
     if choices is not None:
         lines = dynamic_lines(lines, example, axes, choices, all_combinations=all_combinations)
+    elif (note := left_as_text(lines)) is not None:
+        console.note(note)
     settings = replace(
         output_settings(output, outdir, image_format),
         overwrite=overwrite,

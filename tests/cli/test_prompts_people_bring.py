@@ -125,3 +125,19 @@ def test_tokens_reads_tags_as_generate_does(sdcli: Run) -> None:
             assert f"sdcli: {prompt.removesuffix(' fox')}" in refused.stderr
         negative = sdcli(command[0], "fox", *command[1:], "--negative-prompt", "<lora:x:1>")
         assert (negative.returncode, "negative_prompt: <lora:x:1>" in negative.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "option"),
+    [
+        ("a {red|blue} cat", "{red|blue} is text in the prompt; with --dynamic-prompts"),
+        ("a __pets__ cat", "__pets__ is text in the prompt; with --wildcards DIR"),
+        ("a {red} snake_case __init [a|b] cat", ""),
+    ],
+)
+def test_alternatives_that_are_not_asked_for_are_text_and_a_note_says_so(sdcli: Run, prompt: str, option: str) -> None:
+    done = sdcli("generate", prompt, *DRY)
+    assert (done.returncode, json.loads(done.stdout)["prompt"]) == (0, prompt)
+    assert option in done.stderr
+    assert bool(done.stderr) == bool(option)
+    assert sdcli("generate", prompt, *DRY, "-q").stderr == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,21 @@ def dynamic_lines(
     if not any(_may_choose(choices, text) for text in texts if isinstance(text, str)):
         raise UsageError("no prompt has alternatives, such as {red|blue} or __animals__")
     return list(combinations(lines, dict(typed), choices)) if all_combinations else lines
+
+
+def left_as_text(lines: Sequence[Line]) -> str | None:
+    """A note about alternatives in the prompts, where none are chosen without --dynamic-prompts; None without any."""
+    texts = (line.fields.get(name) for line in lines for name in DYNAMIC)
+    found = next(filter(None, (_ALTERNATIVES.search(text) for text in texts if isinstance(text, str))), None)
+    if found is None:
+        return None
+    option = "--wildcards DIR" if found[0].startswith("__") else "--dynamic-prompts"
+    return f"{found[0]} is text in the prompt; with {option} one of its alternatives is chosen"
+
+
+_ALTERNATIVES = re.compile(
+    r"\{[^{}|\n]{0,60}\|[^{}\n]{0,60}\}|(?<![\w\\])__[^\W_](?:[\w/* -]{0,60}[^\W_]|[*]?)__(?!\w)"
+)
 
 
 def _may_choose(choices: Wildcards, text: str) -> bool:
