@@ -102,7 +102,7 @@ _TOKEN = re.compile(
     r"|[^\\{}|_$%]+|.",
     re.DOTALL,
 )
-_WEIGHT = re.compile(r"\s*([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))\s*::")
+_WEIGHT = re.compile(r"\s*([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))::")
 
 
 @dataclass

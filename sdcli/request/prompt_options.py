@@ -89,6 +89,7 @@ def text_line(text: str) -> dict[str, Any]:
 
 
 _OPTION = re.compile(r"(?:^|(?<=\s))--([A-Za-z][^\s=]*)(?:=|\s+|$)")
+_BARE = re.compile(r"\s+|[^\s\"']+")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"|\'([^\']*)\'', re.DOTALL)
 
 
@@ -115,20 +116,22 @@ def _quoted(text: str, start: int) -> tuple[str | None, int]:
     """Words of which some are in quotes, up to the next option, and where they end; None for a quote without an end."""
     pieces: list[str] = []
     place = start
+    space = ""
     while place < len(text) and not (text[place - 1].isspace() and _OPTION.match(text, place)):
-        if text[place] in "\"'":
-            match = _QUOTED.match(text, place)
-            if match is None:
-                return None, place + 1
+        match = (_QUOTED if text[place] in "\"'" else _BARE).match(text, place)
+        if match is None:
+            return None, place + 1
+        place = match.end()
+        if match[0].isspace():
+            space = " "
+            continue
+        if text[match.start()] in "\"'":
             inner = re.sub(r'\\(["\\])', r"\1", match[1]) if match[1] is not None else match[2]
-            pieces.append(inner)
-            place = match.end()
         else:
-            bare = re.compile(r"\s+|[^\s\"']+").match(text, place)
-            assert bare is not None
-            pieces.append(" " if bare[0].isspace() else bare[0])
-            place = bare.end()
-    return "".join(pieces).rstrip(" ") if pieces and pieces[-1] == " " else "".join(pieces), place
+            inner = match[0]
+        pieces.append(space + inner)
+        space = ""
+    return "".join(pieces), place
 
 
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:

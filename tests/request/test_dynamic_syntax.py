@@ -67,7 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("{1-5$$ & $$ __pets__ }", ["cat", "dog", "cat & dog", "dog & cat"]),
         ("{1-$$__pets__}", ["cat", "dog"]),
         ("{2$$|$$a|b}", ["a|b", "b|a"]),
-        ("{2 :: a | .5::b}", [" a ", "b"]),
+        ("{2:: a | .5::b}", [" a ", "b"]),
+        ("{2 ::a|b}", ["2 ::a", "b"]),
         ("${s=!{a|b}} ${s} ${s}", [" a a", " b b"]),
         ("${s={a|b}} ${s}${s}", [" aa", " ab", " ba", " bb"]),
         ("${s} ${s=x}", ["x "]),
@@ -201,7 +202,7 @@ def chosen(options: list[Piece], weights: list[str], low: int, high: int, separa
 @st.composite
 def choices(draw: st.DrawFn, inner: st.SearchStrategy[Piece]) -> Piece:
     options = draw(st.lists(inner, min_size=2, max_size=3))
-    weights = draw(st.lists(st.sampled_from(["", "2::", "0.5::", ".5 ::"]), min_size=3, max_size=3))
+    weights = draw(st.lists(st.sampled_from(["", "2::", "0.5::", " .5::"]), min_size=3, max_size=3))
     low = draw(st.integers(1, len(options)))
     high = draw(st.integers(low, len(options)))
     if math.prod(len(option.outcomes) + 1 for option in options) > 40:
@@ -217,7 +218,8 @@ def wildcard(draw: st.DrawFn) -> Piece:
 
 
 def default(piece: Piece) -> Piece:
-    return Piece(f"${{none:{piece.text}}}", piece.outcomes) if not piece.text[:1].isspace() else piece
+    name = f"unset{len(piece.text)}"  # another one than those within it
+    return Piece(f"${{{name}:{piece.text}}}", piece.outcomes) if not piece.text[:1].isspace() else piece
 
 
 PIECES = st.recursive(

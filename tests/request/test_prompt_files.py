@@ -236,7 +236,9 @@ def test_every_scheduler_is_found_by_its_own_and_by_the_web_uis_name() -> None:
 
 LETTERS = st.characters(codec="utf-8", exclude_characters="\0\ufeff")
 PROMPT = st.text(LETTERS, min_size=1, max_size=40).filter(lambda text: bool(text.strip()))
-LINE = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff\n\r"), min_size=1, max_size=40)
+LINE = st.text("a '\"\\,é(", min_size=1, max_size=12) | st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\ufeff\n\r"), min_size=1, max_size=40
+)
 SEED, STEPS = st.integers(0, 2**63 - 1), st.integers(1, 1000)
 ENTRY = st.fixed_dictionaries({"prompt": PROMPT}, optional={"negative_prompt": PROMPT, "seed": SEED, "steps": STEPS})
 ENTRIES = st.lists(ENTRY, min_size=1, max_size=4)
