@@ -87,8 +87,8 @@ def _hide() -> _Hidden:
     from diffusers.utils import import_utils
 
     diffusers.utils.logging.set_verbosity_error()
-    availability = {
-        name: value
+    availability: dict[str, bool] = {
+        name: True
         for name, value in vars(import_utils).items()
         if name.endswith("_available") and value is True and name[1 : -len("_available")] not in _NEEDED
     }
