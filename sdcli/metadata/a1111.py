@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from sdcli.metadata.a1111_text import A1111Text, split_a1111
-from sdcli.metadata.comfyui_syntax import converted as of_comfyui
+from sdcli.metadata.comfyui.syntax import converted as of_comfyui
 from sdcli.metadata.invokeai_prompt import converted as compel
 from sdcli.metadata.tool_record import ToolRecord, mapped_request, taken
 from sdcli.metadata.weighted_text import literal, meanings, untagged, without_editing

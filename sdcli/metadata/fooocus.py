@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sdcli.metadata.comfyui_sampling import SCHEDULERS
-from sdcli.metadata.comfyui_syntax import converted
+from sdcli.metadata.comfyui.sampling import SCHEDULERS
+from sdcli.metadata.comfyui.syntax import converted
 from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 
 _KEYS = {

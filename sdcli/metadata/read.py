@@ -16,7 +16,7 @@ from sdcli.errors import BadImage, UsageError
 from sdcli.images.formats import ImageFormat
 from sdcli.images.image_files import open_safely
 from sdcli.metadata.a1111 import read_a1111, read_a1111_elsewhere
-from sdcli.metadata.comfyui import read_comfyui, read_comfyui_workflow
+from sdcli.metadata.comfyui.record import read_comfyui, read_comfyui_workflow
 from sdcli.metadata.draw_things import read_draw_things
 from sdcli.metadata.easy_diffusion import read_easy_diffusion
 from sdcli.metadata.fooocus import read_fooocus

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdcli.metadata.comfyui import read_comfyui
-from sdcli.metadata.comfyui_graph import Graph, Node
+from sdcli.metadata.comfyui.graph import Graph, Node
+from sdcli.metadata.comfyui.record import read_comfyui
 from sdcli.metadata.tool_record import ToolRecord
 from tests.metadata.comfyui_graphs import Junk, junk, well_formed
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdcli.errors import UsageError
-from sdcli.metadata.comfyui_syntax import ConvertedPrompt, converted
+from sdcli.metadata.comfyui.syntax import ConvertedPrompt, converted
 from sdcli.request.lora_tags import Tags, read_tags
 from sdcli.request.prompt_syntax import subprompts
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdcli.metadata.comfyui import read_comfyui, read_comfyui_workflow
-from sdcli.metadata.comfyui_workflow import WIDGETS
+from sdcli.metadata.comfyui.record import read_comfyui, read_comfyui_workflow
+from sdcli.metadata.comfyui.workflow import WIDGETS
 from sdcli.metadata.read import read_image, read_tool_record
 from sdcli.metadata.tool_record import ToolRecord
 from sdcli.request.schema import GenerationRequest

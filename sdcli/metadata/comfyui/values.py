@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdcli.metadata.comfyui_graph import Graph, Node
+from sdcli.metadata.comfyui.graph import Graph, Node
 
 MAX_TEXT = 100_000
 """Characters of a computed text; a few nodes that double a text make more than fits in memory."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdcli.metadata.comfyui_graph import Graph, Node, Output
-from sdcli.metadata.comfyui_reading import Reading
-from sdcli.metadata.comfyui_values import Unknown
+from sdcli.metadata.comfyui.graph import Graph, Node, Output
+from sdcli.metadata.comfyui.reading import Reading
+from sdcli.metadata.comfyui.values import Unknown
 
 _LOADERS = ("ckpt_name", "unet_name")
 _PATCHES = {

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sdcli.metadata.comfyui_graph import Graph, Node, Output
-from sdcli.metadata.comfyui_values import Known, Unknown, Values
+from sdcli.metadata.comfyui.graph import Graph, Node, Output
+from sdcli.metadata.comfyui.values import Known, Unknown, Values
 
 MAX_SHOWN = 500
 """Longer texts among what is named are cut to this many characters."""

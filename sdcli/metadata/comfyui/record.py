@@ -1,11 +1,4 @@
-"""The graphs that ComfyUI writes into images, read as data: nothing in them is run.
-
-A graph is followed from the node that saves the image back to the sampler that made it (`comfyui_graph`), and from
-there to the settings (`comfyui_sampling`), the model (`comfyui_models`), the prompts (`comfyui_conditioning`, in the
-syntax that `comfyui_syntax` converts) and the size (`comfyui_latents`). `comfyui_values` computes texts and numbers;
-`comfyui_reading` keeps what was taken over, so that everything else is named. `comfyui_workflow` turns the graph as
-the user interface draws it into that of the server.
-"""
+"""A ComfyUI graph -> the settings of the saved image: every field is taken over, or named."""
 
 from __future__ import annotations
 
@@ -14,14 +7,14 @@ import re
 from typing import Any, TypeGuard
 
 from sdcli.io.json_files import parse_json
-from sdcli.metadata.comfyui_conditioning import read_prompt, settle_encoders, take_prompt
-from sdcli.metadata.comfyui_graph import Graph, Node, chains, is_sampler
-from sdcli.metadata.comfyui_latents import read_second_pass, read_size
-from sdcli.metadata.comfyui_models import read_models
-from sdcli.metadata.comfyui_reading import Reading, shown
-from sdcli.metadata.comfyui_sampling import FLOW_NODES, guided_by, is_full, read_sampling, sampler_of
-from sdcli.metadata.comfyui_values import Values
-from sdcli.metadata.comfyui_workflow import workflow_graph
+from sdcli.metadata.comfyui.conditioning import read_prompt, settle_encoders, take_prompt
+from sdcli.metadata.comfyui.graph import Graph, Node, chains, is_sampler
+from sdcli.metadata.comfyui.latents import read_second_pass, read_size
+from sdcli.metadata.comfyui.models import read_models
+from sdcli.metadata.comfyui.reading import Reading, shown
+from sdcli.metadata.comfyui.sampling import FLOW_NODES, guided_by, is_full, read_sampling, sampler_of
+from sdcli.metadata.comfyui.values import Values
+from sdcli.metadata.comfyui.workflow import workflow_graph
 from sdcli.metadata.tool_record import ToolRecord, mapped_request
 
 

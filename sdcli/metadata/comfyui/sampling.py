@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sdcli.metadata.comfyui_graph import Graph, Node
-from sdcli.metadata.comfyui_reading import Reading
+from sdcli.metadata.comfyui.graph import Graph, Node
+from sdcli.metadata.comfyui.reading import Reading
 
 SCHEDULERS = {
     ("ddpm", "normal"): "ddpm",

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.metadata.comfyui_graph import Node, Output
-from sdcli.metadata.comfyui_reading import MAX_DEPTH, Reading, described
-from sdcli.metadata.comfyui_syntax import ConvertedPrompt, converted
-from sdcli.metadata.comfyui_values import Known, Unknown
+from sdcli.metadata.comfyui.graph import Node, Output
+from sdcli.metadata.comfyui.reading import MAX_DEPTH, Reading, described
+from sdcli.metadata.comfyui.syntax import ConvertedPrompt, converted
+from sdcli.metadata.comfyui.values import Known, Unknown
 from sdcli.request.prompt_syntax import MAX_PARTS
 
 

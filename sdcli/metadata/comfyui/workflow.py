@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sdcli.metadata.comfyui_conditioning import ENCODERS
-from sdcli.metadata.comfyui_graph import Node
+from sdcli.metadata.comfyui.conditioning import ENCODERS
+from sdcli.metadata.comfyui.graph import Node
 
 MAX_NODES = 10_000
 """Of all subgraphs together; the rest is not read."""

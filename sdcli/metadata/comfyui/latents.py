@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sdcli.metadata.comfyui_graph import Graph, Node
-from sdcli.metadata.comfyui_reading import Reading
-from sdcli.metadata.comfyui_sampling import Sampler, guided_by
-from sdcli.metadata.comfyui_values import Unknown
+from sdcli.metadata.comfyui.graph import Graph, Node
+from sdcli.metadata.comfyui.reading import Reading
+from sdcli.metadata.comfyui.sampling import Sampler, guided_by
+from sdcli.metadata.comfyui.values import Unknown
 
 _EMPTY = {
     "EmptyLatentImage": "",
