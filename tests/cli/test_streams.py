@@ -99,9 +99,11 @@ CHEAP = [
     ["generate", "狐", *TINY, "--dry-run"],
     ["tokens", "a 狐 🦊", "-m", "tiny"], ["tokens", "a 狐", "-m", "tiny", "--json"], ["models", "list"],
     ["models", "show", "tiny", "--json"], ["info", "{picture}"], ["info", "{picture}", "--json"],
-    ["compare", "{picture}", "{picture}"], ["grid", "{picture}", "-o", "sheet.png"], ["gallery", "{folder}"],
+    ["compare", "{picture}", "{picture}"], ["grid", "{picture}", "-o", "sheet.png"],
+    ["gallery", "{folder}", "--overwrite"],
     ["control-map", "canny", "{picture}", "-o", "map.png"], ["encode", "{picture}", "-m", "tiny"],
-    ["noise", "{picture}", "-m", "tiny", "--steps", "2", "-o", "noise.png"], ["dataset", "check", "{folder}"],
+    ["noise", "{picture}", "-m", "tiny", "--steps", "2", "-o", "noise.png"],
+    ["dataset", "check", "{folder}", "--unconditional"],
     ["dataset", "stats", "{folder}"], ["dataset", "shard", "{folder}", "-o", "shards"],
 ]  # fmt: skip
 

@@ -122,6 +122,21 @@ def test_what_a_mask_keeps_is_the_same_to_the_bit_and_the_rest_is_not(
     assert (result[:, anew] != before[:, anew]).mean() > 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "painted"), [("mask_white_strokes_on_transparent.png", True), ("mask_erased_picture.png", False)]
+)
+def test_a_mask_of_another_tool_changes_what_was_painted_or_erased_alone(
+    tiny: Pipeline, name: str, painted: bool
+) -> None:
+    cases = Path(__file__).parents[1] / "cases" / "generation"
+    result = generated(tiny, init_image=str(cases / "start.png"), mask=str(cases / name), steps=2)
+    before = np.asarray(Image.open(cases / "start.png").convert("RGB"))
+    anew = (np.asarray(Image.open(cases / name))[..., 3] > 0) == painted
+    changed = (np.asarray(result) != before).any(axis=2)
+    assert not changed[~anew].any()
+    assert changed[anew].mean() > 0.5
+
+
 def test_new_canvas_surrounds_the_image_which_stays_as_it_is(tiny: Pipeline, files: Path) -> None:
     result = generated(tiny, init_image=str(files / "image.png"), extend="left=16,bottom=8")
     assert result.size == (64 + 16, 48 + 8)

@@ -89,6 +89,7 @@ def ordinary(name: str) -> bool:
 @example(name="{seed}/", inside=True)
 @example(name="a/{prompt}/.png", inside=False)
 @example(name="caf\udce9.png", inside=False)
+@example(name="{seed}.JPG..", inside=False)  # was a PNG image called .JPG
 @settings(max_examples=100)
 def test_any_name_becomes_a_file_with_the_name_that_is_printed_or_a_sentence(name: str, inside: bool) -> None:
     a_file_or_a_sentence(name, inside=inside or not ordinary(name))
