@@ -324,7 +324,7 @@ def _is_known(name: str) -> bool:
 
 
 def _table(data: bytes, suffix: str) -> _Table | None:
-    """The table that a file is: by its name, or by a first line that names the prompt and other known columns."""
+    """The table that a file is: by its name, or by a first line that names the prompt, alone or with known columns."""
     if b"\n" not in data:
         data = data.replace(b"\r", b"\n")
     before, separator = 0, ""
@@ -344,6 +344,8 @@ def _table(data: bytes, suffix: str) -> _Table | None:
         cells = _cells(header, delimiter)
         if rest.strip() and len(cells) > 1 and "prompt" in cells and all(map(_is_near, filter(None, cells))):
             return _Table(data, delimiter, before)
+    if rest.strip() and _cells(header, ",") == ["prompt"]:  # a table of one column, as a spreadsheet writes it
+        return _Table(data, ",", before)
     return None
 
 

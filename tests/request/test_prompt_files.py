@@ -108,6 +108,12 @@ def test_tables_are_read_with_the_separator_of_their_header(tmp_path: Path, name
     assert fields_of(lines_of(tmp_path, text, name)) == [{"prompt": "a, b", "seed": "3"}]
 
 
+def test_a_table_of_one_column_is_told_by_its_header(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, 'prompt\n"a fox,\nred"\na hen\n', "jobs.txt")
+    assert fields_of(lines) == [{"prompt": "a fox,\nred"}, {"prompt": "a hen"}]
+    assert fields_of(lines_of(tmp_path, "prompt\n", "jobs.txt")) == [{"prompt": "prompt"}]
+
+
 def test_kohyas_toml_is_read_and_what_all_prompts_have_is_in_each(tmp_path: Path) -> None:
     text = (
         '[prompt]\nwidth = 64\n[[prompt.subset]]\nprompt = "a"\nscale = 3.5\nsample_steps = 9\n'
