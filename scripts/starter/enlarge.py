@@ -77,7 +77,7 @@ class Plan:
     def rate(self, step: int, *, encoder: bool) -> float:
         """The learning rate as a share of the highest: a warm-up, and linearly to zero in the last 30 %."""
         steps = self.encoder_steps if encoder else self.steps
-        return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (0.3 * steps)))
+        return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / max(1, 0.3 * steps)))
 
 
 # The networks

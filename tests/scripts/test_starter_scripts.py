@@ -279,6 +279,16 @@ def test_perception_compares_images_and_its_windows_have_their_truth(
     assert 0 < near < far
 
 
+def test_the_learning_rate_of_an_enlarged_vae_rises_stays_and_falls_to_zero(scripts: dict[str, ModuleType]) -> None:
+    plan = scripts["enlarge"].Plan(steps=1000, batch=1, encoder_steps=0, sharpen_start=0)
+    rates = [plan.rate(step, encoder=False) for step in range(1001)]
+    assert rates[0] == 0.01
+    assert rates[100:700] == [1.0] * 600
+    assert rates[850] == pytest.approx(0.5)
+    assert rates[1000] == 0
+    assert plan.rate(5, encoder=True) == 0, "an encoder that is not trained at all"
+
+
 def test_training_an_enlarged_vae_continues_as_if_it_had_not_been_interrupted(
     scripts: dict[str, ModuleType], tmp_path: Path, starter_vae: AutoencoderTiny
 ) -> None:
