@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from pairs import halved
-from perception import Perception, load_perception
+from perception import Perception, load_perception, save
 from PIL import Image
 from sharpness import outline_width
 from torch import Tensor, nn
@@ -332,9 +331,7 @@ class Training:
         """Write state.pt and vae/."""
         parts = {name: getattr(self, name).state_dict() for name in ("vae", "average", "discriminator")}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        unfinished = out / "state.unfinished"
-        torch.save({**parts, "optimizers": optimizers, "step": self.step, "figures": self.figures}, unfinished)
-        os.replace(unfinished, out / "state.pt")
+        save({**parts, "optimizers": optimizers, "step": self.step, "figures": self.figures}, out / "state.pt")
         self.average.save_pretrained(out / "vae")
 
     def load(self, out: Path) -> None:

@@ -11,12 +11,13 @@ decoder draws something else or something softer. VGG16, the usual choice, is la
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from scenes import DEFAULT_STYLE, STYLE_WORDS, Composer, most_detailed_crop
 from torch import Tensor, nn
@@ -82,16 +83,24 @@ def load_perception(path: Path) -> Perception:
     return network.eval().requires_grad_(False)
 
 
-def train(work: Path, *, steps: int, batch: int = 32, seed: int = 5) -> Perception:
-    """AdamW with a cosine schedule; every step has new scenes."""
+def train(work: Path, *, steps: int, batch: int = 32, seed: int = 5, every: int = 50) -> Perception:
+    """AdamW with a cosine schedule; every step has new scenes.
+
+    Every `every` steps the state is saved in WORK, from which an interrupted training continues.
+    """
     torch.manual_seed(seed)
     composers = {style: Composer(work, styles=[style], shares=[1]) for style in STYLE_WORDS}
     network = Perception(len(composers[DEFAULT_STYLE].concepts))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.02)
-    began, shown = time.monotonic(), torch.zeros(3)
-    for step in range(steps):
+    began, shown, start, state = time.monotonic(), torch.zeros(3), 0, work / "perception-state.pt"
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
+            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
         images, truth = windows(composers, random.Random(f"{seed}/{step}"), batch)
         logits = network(images)
         shown += torch.stack(
@@ -102,14 +111,22 @@ def train(work: Path, *, steps: int, batch: int = 32, seed: int = 5) -> Percepti
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % every == 0:
             right = ", ".join(
                 f"{name} {share:.0%}"
-                for name, share in zip(("thing", "style", "blur"), (shown / 100).tolist(), strict=True)
+                for name, share in zip(("thing", "style", "blur"), (shown / every).tolist(), strict=True)
             )
             print(f"step {step + 1} of {steps}: {right}, {time.monotonic() - began:.0f} s", flush=True)
             shown.zero_()
+            save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state)
     return network.eval()
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a file of tensors, whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
 
 
 def windows(composers: Mapping[str, Composer], source: random.Random, count: int) -> tuple[Tensor, Tensor]:
@@ -144,9 +161,9 @@ def blurred(images: Tensor, size: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="the folder that `sprites.py --side 256` wrote")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of 32 windows (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of 32 windows (%(default)s)")
     chosen = parser.parse_args()
-    torch.save(train(chosen.work, steps=chosen.steps).state_dict(), chosen.work / "perception.pt")
+    save(train(chosen.work, steps=chosen.steps).state_dict(), chosen.work / "perception.pt")
 
 
 if __name__ == "__main__":

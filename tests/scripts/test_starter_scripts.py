@@ -279,6 +279,21 @@ def test_perception_compares_images_and_its_windows_have_their_truth(
     assert 0 < near < far
 
 
+def test_training_of_perception_continues_as_if_it_had_not_been_interrupted(
+    scripts: dict[str, ModuleType], large_work: Path, tmp_path: Path
+) -> None:
+    train = scripts["perception"].train
+    for name in ("sprites.npy", "sprites.json"):
+        (tmp_path / name).symlink_to(large_work / name)
+    for steps in (1, 2):  # the first step is the same in both
+        interrupted = train(tmp_path, steps=steps, batch=4, every=1)
+    (tmp_path / "perception-state.pt").unlink()
+    whole = train(tmp_path, steps=2, batch=4)
+    assert interrupted.state_dict().keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, interrupted.state_dict()[name]), name
+
+
 def test_the_learning_rate_of_an_enlarged_vae_rises_stays_and_falls_to_zero(scripts: dict[str, ModuleType]) -> None:
     plan = scripts["enlarge"].Plan(steps=1000, batch=1, encoder_steps=0, sharpen_start=0)
     rates = [plan.rate(step, encoder=False) for step in range(1001)]
