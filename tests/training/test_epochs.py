@@ -152,7 +152,7 @@ def test_buckets_are_merged_until_each_fills_a_step_and_no_further(counts: dict[
 
 
 @pytest.mark.slow
-@settings(max_examples=1500)
+@settings(max_examples=700)
 @given(plans(), st.integers(1, 4))
 def test_hundreds_of_plans_give_every_image_its_turn(plan: Plan, epochs: int) -> None:
     check_every_image_has_its_turn(plan, epochs)
