@@ -337,7 +337,7 @@ class Trainer:
     def _write_merged(self, checkpoint: Path) -> Iterator[Event]:
         """Write the merged model of a LoRA, which only people need: what fails is a warning, made good by a resume."""
         write = self.write_merged
-        if write is None or is_merged(self.run, checkpoint):
+        if write is None or is_merged(self.run, checkpoint, self.merged):
             return
         try:
             write_merged(

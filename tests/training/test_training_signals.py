@@ -9,8 +9,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +109,12 @@ def run_to_its_end(
 PLAN: dict[str, Any] = {"validate_every": 4, "sample_every": 4, "checkpoint_every": 4}
 
 
-def straight(folder: Path) -> dict[str, torch.Tensor]:
+@cache
+def straight() -> dict[str, torch.Tensor]:
     """The state of an uninterrupted run of 8 steps."""
-    list(trainer(folder, Watched(), settings(), **PLAN).train())
-    return all_tensors(folder, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        list(trainer(Path(folder), Watched(), settings(), **PLAN).train())
+        return all_tensors(Path(folder), 8)
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
@@ -147,7 +151,7 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path: Path, stop: TrainingStop) -
         if isinstance(event, CheckpointSaved):
             saved.append(event.step)
     assert saved == [3, 4, 8]
-    assert same(straight(tmp_path / "straight"), all_tensors(tmp_path / "run", 8))
+    assert same(straight(), all_tensors(tmp_path / "run", 8))
 
 
 @pytest.mark.parametrize("during", ["validate", "samples"])
@@ -171,7 +175,7 @@ def test_a_signal_during_validation_or_samples_is_heard_at_the_next_layer(
     made = trainer(run, Watched(), settings(), **PLAN)
     rest = list(made.train(done=made.resume(newest_checkpoint(run).path), owed=("validation", "samples")))
     assert [event.step for event in rest if isinstance(event, SamplesSaved)] == [4, 8]
-    assert same(straight(tmp_path / "straight"), all_tensors(run, 8))
+    assert same(straight(), all_tensors(run, 8))
 
 
 @pytest.mark.parametrize("checkpoint_every", [4, 100])
@@ -185,7 +189,7 @@ def test_sigusr1_during_samples_saves_what_is_not_saved_yet(
     sheets = [event.step for event in events if isinstance(event, SamplesSaved)]
     assert saved == [4, 8]
     assert sheets == ([4, 8] if checkpoint_every == 4 else [8]), "a sheet gives way where there was something to save"
-    assert same(straight(tmp_path / "straight"), all_tensors(tmp_path / "run", 8))
+    assert same(straight(), all_tensors(tmp_path / "run", 8))
 
 
 @pytest.mark.parametrize(("step", "hurried"), [(3, True), (4, False), (8, False)])
@@ -320,7 +324,7 @@ INTERVALS = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 9))
 def check_schedule(root: Path, intervals: tuple[int, int, int], events: list[tuple[str, int, str]]) -> None:
     """A run with any intervals, with signals and faults at any calls, resumed until it ends: not a bit differs."""
     plan = dict(zip(("validate_every", "sample_every", "checkpoint_every"), intervals, strict=True))
-    expected, run = straight(root / "straight"), root / "run"
+    expected, run = straight(), root / "run"
     left = list(events)
     for attempt in range(len(events) + 1):
         fresh_accelerator()
@@ -373,7 +377,7 @@ class Scheduled(Watched):
         return loss
 
 
-@hypothesis_settings(max_examples=15, deadline=None)
+@hypothesis_settings(max_examples=10, deadline=None)
 @given(intervals=INTERVALS, events=EVENTS)
 def test_any_schedule_with_signals_and_faults_gives_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, intervals: tuple[int, int, int], events: list[tuple[str, int, str]]
@@ -382,7 +386,7 @@ def test_any_schedule_with_signals_and_faults_gives_the_same_bits(
 
 
 @pytest.mark.slow
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=60, deadline=None)
 @given(intervals=INTERVALS, events=EVENTS)
 def test_any_of_many_schedules_gives_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, intervals: tuple[int, int, int], events: list[tuple[str, int, str]]
@@ -419,7 +423,7 @@ def test_what_fails_in_validation_and_samples_is_a_warning_and_counted(
     notes = [event.text for event in events if isinstance(event, RunNote)]
     assert len(notes) == 2
     assert all(note.startswith("no ") and "the run goes on" in note and "Error" not in note for note in notes)
-    assert same(straight(tmp_path / "straight"), all_tensors(tmp_path / "run", 8))
+    assert same(straight(), all_tensors(tmp_path / "run", 8))
 
 
 @pytest.mark.slow
@@ -431,7 +435,7 @@ def test_a_fault_at_any_call_of_validation_and_samples_costs_no_bit(
     def fail() -> None:
         raise fault
 
-    expected = straight(tmp_path / "straight")
+    expected = straight()
     for call in range(20):
         task = Watched(during=during, call=call, do=fail)
         list(trainer(tmp_path / str(call), task, settings(), **PLAN).train())
@@ -444,7 +448,7 @@ def test_a_fault_at_any_call_of_validation_and_samples_costs_no_bit(
 def test_a_signal_at_any_call_of_validation_and_samples_costs_no_bit(
     tmp_path: Path, stop: TrainingStop, during: str, name: str
 ) -> None:
-    expected = straight(tmp_path / "straight")
+    expected = straight()
     for call in range(20):
         task = Watched(during=during, call=call, do=lambda: send(name))
         run, fresh = tmp_path / str(call), TrainingStop(Console(quiet=True), kept="").install()

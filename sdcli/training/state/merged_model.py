@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from sdcli.errors import CannotWrite
@@ -25,14 +25,14 @@ MERGED = "merged"
 _NAME = re.compile(r"merged-[0-9]{1,18}-[0-9a-f]{12}")
 
 
-def is_merged(run: Path, checkpoint: Path) -> bool:
-    """Whether RUN/merged is the merged model of this checkpoint."""
+def is_merged(run: Path, checkpoint: Path, parts: Collection[str]) -> bool:
+    """Whether RUN/merged is the merged model of this checkpoint, and RUN has its parts."""
     link, name = run / MERGED, _name_for(checkpoint)
     try:
         found = os.readlink(link) if link.is_symlink() else link.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         return False
-    return found == name and (link.is_file() or (run / name).is_dir())
+    return found == name and all((run / part).exists() for part in parts)
 
 
 def write_merged(run: Path, checkpoint: Path, write: Callable[[Path], None], parts: Mapping[str, str]) -> None:
