@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from sdcli.metadata.a1111_text import A1111Text, split_a1111
-from sdcli.metadata.comfyui.syntax import converted as of_comfyui
+from sdcli.metadata.comfyui.syntax import comfyui_text
 from sdcli.metadata.invokeai_prompt import converted as compel
 from sdcli.metadata.tool_record import ToolRecord, mapped_request, taken
 from sdcli.metadata.weighted_text import literal, meanings, untagged, without_editing
@@ -124,8 +124,8 @@ def _prompts(parts: A1111Text, unmapped: dict[str, Any]) -> tuple[str, str, tupl
         kept = [*meanings(prompt), *meanings(negative)]
         prompt, negative = literal(prompt), literal(negative)
     elif _is_fooocus(parts.pairs):
-        one, two = of_comfyui(prompt), of_comfyui(negative)
-        prompt, negative, kept = one.text, two.text, [*one.escaped, *two.escaped]
+        (prompt, kept), (negative, others) = comfyui_text(prompt), comfyui_text(negative)
+        kept = [*kept, *others]
     if kept:
         unmapped["prompt syntax"] = f"kept as text: {', '.join(dict.fromkeys(kept))}"
     return prompt, negative, loras

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from sdcli.metadata.comfyui.sampling import SCHEDULERS
-from sdcli.metadata.comfyui.syntax import converted
+from sdcli.metadata.comfyui.syntax import comfyui_text
 from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 
 _KEYS = {
@@ -42,10 +42,9 @@ def read_fooocus(text: str) -> ToolRecord | None:
     found = taken(unmapped, _KEYS)
     for field in ("prompt", "negative_prompt"):
         if isinstance(found.get(field), str):
-            part = converted(found[field])
-            found[field] = part.text
-            if part.escaped:
-                unmapped[f"{field}: syntax"] = f"kept as text: {', '.join(part.escaped)}"
+            found[field], kept = comfyui_text(found[field])
+            if kept:
+                unmapped[f"{field}: syntax"] = f"kept as text: {', '.join(kept)}"
     if size := re.fullmatch(r"\(?'?(\d{1,5})'?\s*[,x×*]\s*'?(\d{1,5})'?\)?", str(unmapped.get("resolution"))):
         del unmapped["resolution"]
         found |= {"width": size[1], "height": size[2]}

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from sdcli.metadata.comfyui.sampling import SCHEDULERS
-from sdcli.metadata.comfyui.syntax import converted
+from sdcli.metadata.comfyui.syntax import comfyui_text
 from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 from sdcli.request.lora_tags import read_tags
 
@@ -67,11 +67,11 @@ def _converted(text: str, field: str, found: dict[str, Any], unmapped: dict[str,
     text = _TAG.sub(replaced, text).strip()
     if named:
         unmapped[f"{field}: tags"] = named
-    parts = [converted(part) for part in text.split("\0")]
-    escaped = dict.fromkeys(sign for part in parts for sign in part.escaped)
-    if escaped:
-        unmapped[f"{field}: syntax"] = f"kept as text: {', '.join(escaped)}"
-    return " BREAK ".join(part.text for part in parts)
+    parts = [comfyui_text(part) for part in text.split("\0")]
+    kept = dict.fromkeys(sign for _, signs in parts for sign in signs)
+    if kept:
+        unmapped[f"{field}: syntax"] = f"kept as text: {', '.join(kept)}"
+    return " BREAK ".join(part for part, _ in parts)
 
 
 def _take_loras(found: dict[str, Any], unmapped: dict[str, Any]) -> None:

@@ -503,6 +503,17 @@ def test_swarmuis_tags_and_lists_are_read_or_named() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("prompt", ["(fox:5000) x", "(" * 300 + ")" * 300])
+def test_weights_that_cannot_be_are_text_and_named(prompt: str) -> None:
+    swarm = {"sui_image_params": {"prompt": prompt, "steps": 3}}
+    fooocus = {"prompt": prompt, "base_model": "m", "styles": "[]", "steps": 3}
+    text = write.a1111(prompt, "", {**PAIRS, "Version": "Fooocus v2.5.5"})
+    for record in (json.dumps(swarm), json.dumps(fooocus), text):
+        found = read_tool_record({"parameters": record})
+        assert spans(found.request.prompt) == [(prompt, 1.0)]
+        assert "kept as text: all of it: " in str(found.unmapped)
+
+
 def test_a_lora_in_a_prompt_of_swarmui_is_taken_over_once() -> None:
     params: dict[str, Any] = {"prompt": "a fox <lora:ink:0.5> <lora:bad:x>", "steps": 3}
     found = read_tool_record({"parameters": json.dumps({"sui_image_params": params})})

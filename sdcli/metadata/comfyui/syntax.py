@@ -46,6 +46,15 @@ def converted(text: str) -> ConvertedPrompt:
     return ConvertedPrompt(written, tuple(meanings(whole, _SIGNS)), tuple(dict.fromkeys(words)))
 
 
+def comfyui_text(text: str) -> tuple[str, list[str]]:
+    """A prompt in ComfyUI's syntax of another tool that has it, and what of it is only text here. Raises nothing."""
+    try:
+        found = converted(text)
+    except UsageError as error:
+        return literal(text), [f"all of it: {error}"]
+    return found.text, [*found.escaped, *(f"embedding:{word}" for word in found.embeddings)]
+
+
 _EMBEDDING = re.compile(r"(?<![^\s(])embedding:([^\s,():]+)(,*)")
 """ComfyUI looks for it at the start of a word; a weight or a bracket ends it."""
 
