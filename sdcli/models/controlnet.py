@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,7 @@ def _config_like(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> d
     }
 
 
+@cache
 def _defaults() -> dict[str, Any]:
     """The defaults of diffusers' class."""
     parameters = inspect.signature(ControlNetModel.__init__).parameters

@@ -85,13 +85,14 @@ def with_loras(model: LoadedModel, refs: Sequence[LoraRef], *, folder: Path | No
     weight that has no effect, a kind that is not a LoRA, and a file with another digest than the entry's.
     """
     model.family.refuse("loras", model.spec.name)
-    places = _places(model)
+    places: dict[str, tuple[str, str]] | None = None
     changes: dict[str, dict[str, list[tuple[float, LoraLayer]]]] = {}
     applied = []
     for ref in refs:
         path = find_lora(ref.path, folder)
         pinned_lora(ref, folder)
         lora = read_lora(path)
+        places = _places(model) if places is None else places
         placed = {name: place for name in lora.layers if (place := places.get(_spelled(name))) is not None}
         if not placed:
             raise BadWeights(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import struct
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -100,9 +102,9 @@ def test_one_update_in_every_dialect_merges_to_the_same_weights(
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, **QUIET)
+@settings(max_examples=300, **QUIET)
 @given(updates(), st.sampled_from(DIALECTS))
-def test_a_thousand_updates_in_any_dialect_merge_to_the_same_weights(
+def test_hundreds_of_updates_in_any_dialect_merge_to_the_same_weights(
     update: Update, write: Callable[[Path, Update], Path]
 ) -> None:
     is_the_update(update, write)
@@ -148,20 +150,10 @@ METADATA_KEYS = (
     *("modelspec.prediction_type", "modelspec.architecture", "ss_v_parameterization", "ss_network_alpha"),
     *("ss_network_dim", "ss_base_model_version", "lora_adapter_metadata", "format", "ss_zero_terminal_snr"),
 )
-names = st.one_of(st.builds(str.__add__, st.sampled_from(PIECES), st.sampled_from(ENDS)), st.sampled_from(WHOLE_NAMES))
-shapes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 32]), max_size=4)
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "F64": 8}
-values = st.one_of(
-    st.sampled_from(["v", "epsilon", "flow", "True", "1", "16", "nan", "{", "{}", "null", "[]"]),
-    st.dictionaries(
-        st.sampled_from(["unet.r", "unet.lora_alpha", "unet.alpha_pattern", "unet.use_dora", "text_encoder.r", "r"]),
-        st.one_of(st.integers(-2, 9), st.none(), st.just("x"), st.just({"conv_in": None}), st.just({"(": 1})),
-        max_size=3,
-    ).map(json.dumps),
-    st.text(max_size=8),
-)
-
-
+VALUES = ("v", "epsilon", "flow", "True", "1", "16", "nan", "{", "{}", "null", "[]", "", "é", "-v")
+CONFIG_KEYS = ("r", "lora_alpha", "use_rslora", "peft_type", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias")
+CONFIG_VALUES = (None, -2, 0, 1, 2, 4, 9, "LORA", "x", {"conv_in": 2}, {"conv_in": None}, {"(": 1}, [1], True)
 BROKEN: tuple[Any, ...] = (
     *({}, [], 3, {"dtype": 3, "shape": [-1]}, {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}),
     *({"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}, {"shape": [1], "data_offsets": [4, 0]}),
@@ -170,42 +162,44 @@ BROKEN: tuple[Any, ...] = (
 """Entries of a header that no tool writes."""
 
 
-@st.composite
-def files(draw: st.DrawFn) -> bytes:
+def some_file(random: Random) -> bytes:
     """The bytes of a file: mostly a whole one with names of many tools, and sometimes one that is damaged."""
     header: dict[str, Any] = {}
-    metadata = draw(st.dictionaries(st.sampled_from(METADATA_KEYS), values, max_size=3))
-    if metadata:
-        header["__metadata__"] = metadata
+    if random.random() < 0.5:
+        header["__metadata__"] = {key: random.choice(VALUES) for key in random.sample(METADATA_KEYS, 2)}
+        if random.random() < 0.5:
+            facts = {
+                f"{random.choice(['unet', 'text_encoder'])}.{key}": value for key, value in some_config(random).items()
+            }
+            header["__metadata__"]["lora_adapter_metadata"] = json.dumps(facts)
     end = 0
-    for name in draw(st.lists(names, max_size=8, unique=True)):
-        dtype, shape = draw(st.sampled_from([*SIZES, "F32", "F32"])), draw(shapes)
-        size = SIZES[dtype] * int(torch.Size(shape).numel())
+    for _ in range(random.randrange(9)):
+        usual = random.choice(PIECES) + random.choice(ENDS)
+        name = random.choice(WHOLE_NAMES) if random.random() < 0.2 else usual
+        dtype = random.choice([*SIZES, "F32", "F32"])
+        shape = [random.choice([0, 1, 2, 3, 4, 32]) for _ in range(random.choice([0, 1, 2, 2, 2, 4, 4]))]
+        size = SIZES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
         end += size
-    odd = draw(st.integers(0, 9))
+    odd = random.randrange(10)
     if odd == 0 and header:
-        broken = st.sampled_from(BROKEN)
-        header[draw(st.sampled_from(sorted(header)))] = draw(broken)
+        header[random.choice(sorted(header))] = random.choice(BROKEN)
     raw = json.dumps(header).encode()
-    filling = draw(st.sampled_from([b"\x00", b"\x01", b"\x3f", b"\xff"]))
-    data = struct.pack("<Q", len(raw)) + raw + filling * min(end, 2**16)
+    data = struct.pack("<Q", len(raw)) + raw + random.choice([b"\x00", b"\x01", b"\x3f", b"\xff"]) * min(end, 2**16)
     if odd == 1:
-        cut = draw(st.integers(0, len(data)))
-        data = data[:cut] + draw(st.binary(max_size=9)) + data[cut + draw(st.integers(0, 9)) :]
-    return draw(st.binary(max_size=80)) if odd == 2 else data
+        cut = random.randrange(len(data))
+        data = data[:cut] + random.randbytes(random.randrange(9)) + data[cut + random.randrange(9) :]
+    return random.randbytes(random.randrange(80)) if odd == 2 else data
 
 
-CONFIGS = st.one_of(
-    st.none(),
-    st.dictionaries(
-        st.sampled_from(
-            ["r", "lora_alpha", "use_rslora", "peft_type", "alpha_pattern", "rank_pattern", "bias", "use_dora"]
-        ),
-        st.one_of(st.none(), st.integers(-2, 9), st.just("LORA"), st.just({"conv_in": 2}), st.just([1])),
-    ).map(json.dumps),
-    st.just("version https://git-lfs.github.com/spec/v1\n"),
-)
+def some_config(random: Random) -> dict[str, Any]:
+    return {key: random.choice(CONFIG_VALUES) for key in random.sample(CONFIG_KEYS, random.randrange(5))}
+
+
+def some_adapter_config(random: Random) -> str | None:
+    """What may stand beside a file."""
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    return random.choice([None, None, pointer, json.dumps(some_config(random)), json.dumps(some_config(random))])
 
 
 def no_file_is_unexpected(folder: Path, data: bytes, config: str | None) -> None:
@@ -251,13 +245,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=100, **QUIET)
-@given(data=files(), config=CONFIGS)
-def test_no_header_is_unexpected(folder: Path, data: bytes, config: str | None) -> None:
-    no_file_is_unexpected(folder, data, config)
+@given(random=st.randoms())
+def test_no_header_is_unexpected(folder: Path, random: Random) -> None:
+    no_file_is_unexpected(folder, some_file(random), some_adapter_config(random))
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, **QUIET)
-@given(data=files(), config=CONFIGS)
-def test_ten_thousand_headers_are_not_unexpected(folder: Path, data: bytes, config: str | None) -> None:
-    no_file_is_unexpected(folder, data, config)
+def test_ten_thousand_headers_are_not_unexpected(folder: Path) -> None:
+    for seed in range(10_000):
+        random = Random(seed)
+        try:
+            no_file_is_unexpected(folder, some_file(random), some_adapter_config(random))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error!r}") from error
