@@ -23,7 +23,7 @@ from sdcli.models.networks import build_empty, network_class
 from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.sources import FileSource
 from sdcli.request.schema import GenerationRequest
-from tests.ldm import sd2_checkpoint, sdxl_checkpoint
+from tests.ldm import ldm_checkpoint, sd2_checkpoint, sdxl_checkpoint
 from tests.tiny import save_tiny_pipeline, save_tiny_sdxl
 
 XL = {
@@ -168,3 +168,22 @@ def test_the_shipped_configurations_are_those_of_the_published_models(
         network = build_empty(kind, configs[part], source=layout.title)
         found[part] = sum(p.numel() for p in network.parameters())
     assert found == sizes
+
+
+def test_a_single_file_of_nine_channels_is_loaded_as_an_inpainting_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped configuration has four channels; the header says how many there are."""
+    changes = {**SD2_MICRO, "in_channels": 9, "use_linear_projection": False, "hidden_act": "quick_gelu"}
+    folder = save_tiny_pipeline(tmp_path / "nine", **changes)
+    theirs = load_model(spec_of_folder(folder), dtype="float32", device="cpu")
+    parts = (theirs.parts[part].state_dict() for part in ("unet", "vae", "text_encoder"))
+    save_file(ldm_checkpoint(*parts), tmp_path / "nine.safetensors")
+    configs = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/*config.json")}
+    configs["unet"]["in_channels"] = 4
+    monkeypatch.setattr(family_configs, "shipped_configs", lambda name: configs)
+    ours = load(tmp_path / "nine.safetensors")
+    assert ours.spec.kind.inpaints
+    assert ours.spec.kind == theirs.spec.kind
+    expected, found = theirs.unet.state_dict(), ours.unet.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
