@@ -15,7 +15,7 @@ from sdcli.metadata.tool_record import ToolRecord, mapped_request, taken
 from sdcli.metadata.weighted_text import literal, meanings, untagged, without_editing
 from sdcli.request.fields import LoraRef
 from sdcli.request.lora_tags import read_tags, tag
-from sdcli.request.schedulers import SCHEDULERS
+from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS, scheduler_of_a1111
 from sdcli.request.schema import GenerationRequest
 
 
@@ -36,7 +36,7 @@ def a1111_text(
     pairs = {
         "Steps": request.steps,
         "Sampler": row and row.a1111,
-        "Schedule type": row and (row.a1111_type or ("Uniform" if row.a1111 in _AUTOMATIC else "Automatic")),
+        "Schedule type": row and (row.a1111_type or ("Uniform" if row.a1111 in AUTOMATIC else "Automatic")),
         "CFG scale": _shortest(request.guidance_scale),
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
@@ -167,12 +167,6 @@ _NUMBERS = {
     "Variation strength": "variation_strength",
 }
 """A1111's names -> ours; `Variation strength` is SD.Next's."""
-_AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
-"""What `Schedule type: Automatic` means, for the samplers where it does not mean evenly spaced steps."""
-
-_SCHEDULERS = {(row.a1111.lower(), row.a1111_type): name for name, row in SCHEDULERS.items()}
-
-
 _CPP = {
     "euler": "euler",
     "euler_a": "euler-a",
@@ -195,23 +189,10 @@ def _scheduler_of(pairs: Mapping[str, str]) -> str | None:
         return _CPP.get(sampler.removesuffix(" discrete"))
     if _is_fooocus(pairs):  # the sampler's name tells of the schedule only in part
         usual = "karras" if sampler.endswith(" Karras") else "normal"
-        return _scheduler(sampler, None) if pairs.get("Scheduler", usual) == usual else None
+        return scheduler_of_a1111(sampler) if pairs.get("Scheduler", usual) == usual else None
     if pairs.keys() & _OWN_SCHEDULE:
         return None
-    return _scheduler(sampler, pairs.get("Schedule type"))
-
-
-def _scheduler(sampler: str, schedule_type: str | None) -> str | None:
-    """Our name of A1111's pair; older texts have the type in the sampler's name (`DPM++ 2M Karras`), or none."""
-    if schedule_type is None:
-        for suffix in ("Karras", "Exponential"):
-            if sampler.endswith(f" {suffix}"):
-                sampler, schedule_type = sampler.removesuffix(f" {suffix}"), suffix
-    elif schedule_type == "Automatic":
-        schedule_type = _AUTOMATIC.get(sampler)
-    elif schedule_type in ("Uniform", "Normal"):
-        schedule_type = None
-    return _SCHEDULERS.get((sampler.lower(), schedule_type))
+    return scheduler_of_a1111(sampler, pairs.get("Schedule type"))
 
 
 def _quote(value: str) -> str:

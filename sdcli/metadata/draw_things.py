@@ -9,7 +9,7 @@ from typing import Any
 from sdcli.metadata.image_texts import XMP_COMMENT
 from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
 from sdcli.metadata.weighted_text import without_editing
-from sdcli.request.schedulers import SCHEDULERS
+from sdcli.request.schedulers import scheduler_of_a1111
 
 
 def read_draw_things(texts: Mapping[str, str]) -> ToolRecord | None:
@@ -29,18 +29,10 @@ def read_draw_things(texts: Mapping[str, str]) -> ToolRecord | None:
     if size := re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(unmapped.get("size"))):
         del unmapped["size"]
         found |= {"width": size[1], "height": size[2]}
-    scheduler = _SCHEDULERS.get(str(unmapped.get("sampler")).lower())
+    scheduler = scheduler_of_a1111(str(unmapped.get("sampler")))  # the names are A1111's older ones
     if scheduler is not None:
         del unmapped["sampler"]
         found["scheduler"] = scheduler
     if kept:
         unmapped["prompt syntax"] = f"kept as text: {', '.join(dict.fromkeys(kept))}"
     return ToolRecord("draw-things", mapped_request(found, unmapped), unmapped)
-
-
-_SCHEDULERS = {
-    f"{row.a1111} {row.a1111_type or ''}".strip().lower(): name
-    for name, row in SCHEDULERS.items()
-    if row.process == "diffusion"
-}
-"""Draw Things' names are A1111's older ones (`DPM++ 2M Karras`)."""

@@ -96,7 +96,7 @@ def schedulers_for(process: Process) -> list[str]:
     return [name for name, row in SCHEDULERS.items() if row.process == process]
 
 
-_AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
+AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
 """What A1111's `Schedule type: Automatic` means, for the samplers where it does not mean evenly spaced steps."""
 _A1111 = {(row.a1111.lower(), row.a1111_type): name for name, row in SCHEDULERS.items()}
 _KOHYA = {
@@ -115,20 +115,25 @@ _KOHYA = {
 
 
 def scheduler_of(sampler: str, schedule_type: str | None = None) -> str | None:
-    """Our name of another tool's sampler, or our own; None where there is none.
-
-    A1111's names may have the schedule's type in them (`DPM++ 2M Karras`), or beside them.
-    """
+    """Our name of a sampler that is called as we, kohya or A1111 call it; None where there is none."""
     if schedule_type is None and sampler in SCHEDULERS:
         return sampler
     if schedule_type is None and sampler.lower() in _KOHYA:
         return _KOHYA[sampler.lower()]
+    return scheduler_of_a1111(sampler, schedule_type)
+
+
+def scheduler_of_a1111(sampler: str, schedule_type: str | None = None) -> str | None:
+    """Our name of A1111's sampler; None where there is none.
+
+    The schedule's type is beside the name, or, as older versions write it, at its end (`DPM++ 2M Karras`).
+    """
     if schedule_type is None:
         for suffix in ("Karras", "Exponential"):
             if sampler.lower().endswith(f" {suffix.lower()}"):
                 sampler, schedule_type = sampler[: -len(suffix) - 1], suffix
     elif schedule_type.lower() == "automatic":
-        schedule_type = next((kind for name, kind in _AUTOMATIC.items() if name.lower() == sampler.lower()), None)
+        schedule_type = next((kind for name, kind in AUTOMATIC.items() if name.lower() == sampler.lower()), None)
     elif schedule_type.lower() in ("uniform", "normal"):
         schedule_type = None
     return _A1111.get((sampler.lower(), schedule_type if schedule_type is None else schedule_type.capitalize()))
