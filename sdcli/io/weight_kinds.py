@@ -1,4 +1,4 @@
-"""What a file of weights holds (a whole model, a LoRA, a VAE, ...), told by the names and shapes in its header."""
+"""What a file of weights holds (a model, a LoRA, a VAE, ...), recognised by the names and shapes in its header."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def _scheduler_of(pairs: Mapping[str, str]) -> str | None:
     sampler = pairs.get("Sampler", "")
     if _is_cpp(pairs):
         return _CPP.get(sampler.removesuffix(" discrete"))
-    if _is_fooocus(pairs):  # the sampler's name tells of the schedule only in part
+    if _is_fooocus(pairs):  # the sampler's name contains the schedule only in part
         usual = "karras" if sampler.endswith(" Karras") else "normal"
         return scheduler_of_a1111(sampler) if pairs.get("Scheduler", usual) == usual else None
     if pairs.keys() & _OWN_SCHEDULE:

@@ -1,4 +1,4 @@
-"""Prompts files: text lines, JSON, JSONL, CSV, TSV and kohya's TOML, told by their content -> rows of values."""
+"""Prompts files: text lines, JSON, JSONL, CSV, TSV and kohya's TOML, recognised by their content -> rows of values."""
 
 from __future__ import annotations
 
@@ -331,10 +331,10 @@ def _table(data: bytes, suffix: str) -> _Table | None:
     while True:
         first, _, rest = data.partition(b"\n")
         header = first.decode("utf-8", "surrogateescape").strip("\r\n")
-        told = re.fullmatch(r"sep=(.)", header, re.IGNORECASE)
-        if (header.strip() and told is None) or not rest:
+        mark = re.fullmatch(r"sep=(.)", header, re.IGNORECASE)
+        if (header.strip() and mark is None) or not rest:
             break
-        separator = told[1] if told is not None else separator
+        separator = mark[1] if mark is not None else separator
         data, before = rest, before + 1
     if separator or suffix in _TABLES:
         default = separator or _TABLES[suffix]

@@ -378,10 +378,10 @@ def _step_of(feed: Feed) -> tuple[list[Batch], Exception | None]:
 def _with_advice(failure: SdcliError, done: int, *, saved: int) -> SdcliError:
     """The error of samples that cannot be prepared, with the step that the run has reached and how to continue."""
     kept = f"after step {done}, which is saved; --resume continues from there" if saved else "before the first step"
-    told = type(failure)(f"{failure} ({kept}, with the same data)")
-    told.exit_code = failure.exit_code
-    told.__cause__ = failure.__cause__
-    return told
+    advised = type(failure)(f"{failure} ({kept}, with the same data)")
+    advised.exit_code = failure.exit_code
+    advised.__cause__ = failure.__cause__
+    return advised
 
 
 def _due(every: int | None, done: int) -> bool:

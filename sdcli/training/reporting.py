@@ -1,4 +1,4 @@
-"""Where a run's events go: RUN/log.jsonl and the trackers. What fails here is counted and told, and ends no run."""
+"""Where a run's events go: RUN/log.jsonl and the trackers. What fails here is counted and reported, and ends no run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Reporting:
         self._try(SYNCS, self.log.sync)
 
     def _try(self, what: str, do: Callable[[], None]) -> None:
-        """Do one thing; the first failure in a row is told, and so is its end."""
+        """Do one thing; the first failure in a row is reported, and so is its end."""
         try:
             do()
         except Exception as error:

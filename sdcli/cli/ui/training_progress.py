@@ -52,8 +52,8 @@ class TrainingProgress(ProgressBar):
                 (self._console.warn if event.warning else self._console.note)(event.text)
             case RunEnd():
                 failed = ", ".join(f"{count} {what}" for what, count in event.failed.items())
-                told = f" (failed meanwhile: {failed})" if failed else ""
-                self._console.note(f"ended after step {event.step}: {event.reason}{told}")
+                failures = f" (failed meanwhile: {failed})" if failed else ""
+                self._console.note(f"ended after step {event.step}: {event.reason}{failures}")
 
     def _prepare(self, event: Preparation) -> None:
         new = self._enter(event.what, event.total)

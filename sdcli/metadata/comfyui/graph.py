@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 MAX_CHAINS = 16
-"""More ways from a saved image back to a sampler are not told apart."""
+"""More ways from a saved image back to a sampler are not distinguished."""
 MAX_PASSES = 64
 """Samplers, one behind the other; a longer chain is not followed."""
 MAX_REROUTES = 64

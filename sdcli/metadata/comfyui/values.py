@@ -43,7 +43,7 @@ class Values:
         if name not in node.inputs:
             raise Unknown(f"is missing from node {node.id} ({node.kind})")
         value = node.inputs[name]
-        if isinstance(value, dict) and value.keys() == {"__value__"}:  # how ComfyUI tells a list from a link
+        if isinstance(value, dict) and value.keys() == {"__value__"}:  # how ComfyUI distinguishes a list from a link
             value = value["__value__"]
         elif self._graph.is_link(value):
             output = self._graph.linked(value)

@@ -120,7 +120,7 @@ class SingleFile:
     marks: tuple[str, ...] = ()
     """Beginnings of tensor names that only such files have."""
     first_convolution: str = "input_blocks.0.0.weight"
-    """The denoiser's first layer, whose shape tells the channels that it takes; after the prefix of the denoiser."""
+    """The denoiser's first layer, which gives the number of its channels; after the prefix of the denoiser."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of requests, as in models.yaml."""
     settings: Mapping[str, Any] = field(default_factory=dict)
