@@ -296,6 +296,7 @@ def test_no_metadata_leaves_nothing(sdcli: Run, tmp_path: Path) -> None:
     assert b"tEXt" not in data
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_ends_quietly(tmp_path: Path) -> None:
     command = f"{sys.executable} -m sdcli generate a b c d {' '.join(TINY)} --batch-size 1 | head -1"
     result = subprocess.run(

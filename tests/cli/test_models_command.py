@@ -82,6 +82,7 @@ def test_show_prints_the_entry_and_its_files(models: Run) -> None:
     assert "did you mean" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_an_added_folder_is_listed_found_and_removed_again(models: Run, tmp_path: Path) -> None:
     shutil.copytree(PACKAGE / "starter", tmp_path / "mine")
     options = ["--size", "64x96", "--steps", "7", "--scheduler", "euler", "--license", "MIT", "--description", "ours"]
@@ -101,6 +102,7 @@ def test_an_added_folder_is_listed_found_and_removed_again(models: Run, tmp_path
     assert (tmp_path / "mine/model_index.json").exists(), "the user's own files are never deleted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -230,6 +232,7 @@ def test_a_source_is_told_by_how_it_looks(
             source_of(text, **chosen)
 
 
+@pytest.mark.slow
 def test_the_default_is_of_files_that_every_command_reads(
     models: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:

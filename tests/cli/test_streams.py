@@ -47,6 +47,7 @@ def sheet_of(where: Path) -> list[str]:
 # Every command, with streams as a shell makes them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [*CLOSED, ">/dev/full", "2>/dev/full"])
 @pytest.mark.parametrize("arguments", COMMAND_LINES, ids=" ".join)
 def test_help_works_with_any_streams(arguments: list[str], streams: str, tmp_path: Path) -> None:
@@ -174,6 +175,7 @@ def test_commands_do_their_work_in_any_encoding(
 # The cases
 
 
+@pytest.mark.slow
 def test_letters_that_the_encoding_lacks_stop_nothing(tmp_path: Path) -> None:
     line = "sdcli generate 'a fox' '日本の狐' 'a castle' -m tiny --seed 1 --steps 1 --outdir u"
     done = shell(line, tmp_path, PYTHONIOENCODING="cp1252")

@@ -350,6 +350,7 @@ for shard in write_shards(images, Path(sys.argv[2]), indices=list(range(len(imag
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path: Path) -> None:
     data, target = folder_of(tmp_path / "data", {"a.png": IMAGE}), tmp_path / "out" / "shards"
     process = subprocess.Popen([sys.executable, "-c", KILLED, data, target], stdout=subprocess.PIPE, text=True)

@@ -46,6 +46,7 @@ def test_only_half_precision_on_the_cpu_uses_it(dtype: str, sliced: bool) -> Non
     assert {kinds[name] for name in kinds if ".attn2." in name} == {False}
 
 
+@pytest.mark.slow
 def test_an_image_in_half_precision_stays_close_to_float32() -> None:
     spec = load_registry().find("starter")
     finals = []

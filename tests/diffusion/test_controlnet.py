@@ -191,6 +191,7 @@ def test_a_control_behind_a_mask_gives_diffusers_latents_bit_for_bit(
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_a_control_of_sdxl_gives_diffusers_latents_bit_for_bit(files: Path, tmp_path: Path) -> None:
     folder = save_tiny_sdxl(tmp_path / "sdxl")
     model = load_model(spec_of_folder(folder), dtype="float32", device="cpu")

@@ -80,6 +80,7 @@ def test_a_start_image_gives_diffusers_latents_bit_for_bit(
     assert torch.equal(latents(pipeline, CATS, init_image=str(files / "image.png"), **fields), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", DIFFUSION_SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("channels", [4, 9])

@@ -157,6 +157,7 @@ def test_an_image_prompt_is_of_the_prompt_alone_whatever_becomes_of_the_text(tin
     assert torch.equal(ours(tiny_folder, guidance_interval="0-1", **given), plain)
 
 
+@pytest.mark.slow
 def test_the_image_weighs_more_the_larger_its_weight(tiny_folder: Path, files: Path) -> None:
     plain = ours(tiny_folder)
     adapter = f"{files}/models/plain.safetensors={files}/a.png"
@@ -200,6 +201,7 @@ def test_jobs_that_differ_in_their_images_alone_are_one_batch(tiny_folder: Path,
     assert indices(plan(jobs, Limits(4))) == [[0, 1], [2], [3]]
 
 
+@pytest.mark.slow
 def test_an_image_with_an_image_prompt_paints_again_from_its_record(
     tiny_folder: Path, files: Path, tmp_path: Path
 ) -> None:
@@ -313,6 +315,7 @@ def test_a_file_that_is_no_adapter_or_not_the_models_is_refused_with_a_sentence(
             loaded(tiny_folder, files, changed(adapter, **given) if isinstance(given, dict) else given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "why"),
     [
@@ -334,6 +337,7 @@ def test_a_damaged_image_encoder_is_refused(
         loaded(tiny_folder, files, adapter)
 
 
+@pytest.mark.slow
 def test_the_first_encoder_that_fits_is_taken(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
     adapter = save_tiny_ip_adapter(tmp_path / "sdxl_models", tiny_folder)
     shared = tmp_path / "models/image_encoder"

@@ -124,6 +124,7 @@ def vae_of(model: str) -> Any:
 # The round trip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "starter"])
 def test_the_round_trip_is_that_of_diffusers_bit_for_bit(model: str) -> None:
     source = draw(Path("a.png"))
@@ -191,6 +192,7 @@ def test_a_file_says_what_it_is() -> None:
     }
 
 
+@pytest.mark.slow
 def test_half_precision_is_the_same_up_to_its_rounding() -> None:
     source = draw(Path("a.png"))
     good("encode", source, "-o", "full.safetensors")
@@ -204,6 +206,7 @@ def test_half_precision_is_the_same_up_to_its_rounding() -> None:
     assert Path("half.safetensors").stat().st_size < Path("full.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_latents_do_not_depend_on_their_batch_or_their_file(batch_size: int) -> None:
     folder = folder_of(5)
@@ -216,6 +219,7 @@ def test_latents_do_not_depend_on_their_batch_or_their_file(batch_size: int) -> 
     assert torch.allclose(torch.cat([tensor(path) for path in packs]), alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_packed_file_is_decoded_to_one_image_each() -> None:
     folder = folder_of(3)
     good("encode", folder, "-m", "tiny", "--pack", "-o", "all.safetensors")
@@ -239,6 +243,7 @@ def test_an_empty_folder_is_told_before_the_first_image() -> None:
     assert (outcome.out, type(outcome.error)) == ([], NotFound)
 
 
+@pytest.mark.slow
 def test_only_neighbours_of_equal_size_share_a_pack() -> None:
     for k, size in enumerate([(48, 40), (48, 40), (40, 48), (48, 40)]):
         draw(Path(f"pictures/{k}.png"), seed=k, size=size)
@@ -250,6 +255,7 @@ def test_only_neighbours_of_equal_size_share_a_pack() -> None:
     assert [source["name"] for source in record("all.safetensors")["source"]] == ["0.png", "1.png", "3.png"]
 
 
+@pytest.mark.slow
 def test_the_checks_psnr_is_what_the_files_really_lose() -> None:
     folder = folder_of(2, size=(53, 47))
     lines = run("encode", folder, "--size", "40x32", "--fit", "pad", "--half", "--check", "--json").json
@@ -280,6 +286,7 @@ def test_every_fit_makes_the_size_that_was_asked_for(how: str) -> None:
     assert record("a.safetensors")["size"] == [32, 48]
 
 
+@pytest.mark.slow
 def test_a_vae_with_larger_cells_gets_whole_ones() -> None:
     folder = save_tiny_pipeline(Path("large-cells").resolve())
     shutil.rmtree(folder / "vae")
@@ -299,6 +306,7 @@ def test_a_vae_with_larger_cells_gets_whole_ones() -> None:
 # Streams
 
 
+@pytest.mark.slow
 def test_names_never_collide() -> None:
     for k, name in enumerate(("x/a.png", "x/A.webp", "x/b.png", "x/deep/a.png", "y/a.png", "y/a-2.png")):
         draw(Path(name), seed=k)
@@ -318,6 +326,7 @@ def test_names_never_collide() -> None:
     assert len(good("decode", "latents")) == len(digests(Path("outputs"))) == 7
 
 
+@pytest.mark.slow
 def test_names_too_long_for_another_suffix_are_cut_and_still_tell_their_images_apart() -> None:
     longest = ["l" * 251, "l" * 250 + "m", "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 83]
     for k, name in enumerate(longest):
@@ -331,6 +340,7 @@ def test_names_too_long_for_another_suffix_are_cut_and_still_tell_their_images_a
     assert len(good("decode", "latents", "--format", "webp")) == len(digests(Path("outputs"))) == 4
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_what_is_there_and_encodes_what_changed() -> None:
     folder = folder_of(3)
     first = good("encode", folder, "-m", "tiny")
@@ -353,6 +363,7 @@ def test_a_second_run_skips_what_is_there_and_encodes_what_changed() -> None:
     assert digests(Path("latents"))["0001.safetensors"] != before["0001.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -377,6 +388,7 @@ def test_other_settings_never_pass_for_the_same(change: list[str]) -> None:
     assert good(*base, *model, *change) == []
 
 
+@pytest.mark.slow
 def test_packs_resume_as_well() -> None:
     folder = folder_of(5)
     arguments: list[str | Path] = ["encode", folder, "-m", "tiny", "--pack", "--batch-size", "2"]
@@ -390,6 +402,7 @@ def test_packs_resume_as_well() -> None:
     assert digests(Path("latents")) == before
 
 
+@pytest.mark.slow
 def test_one_unreadable_image_is_reported_and_the_rest_goes_on() -> None:
     folder = folder_of(3)
     data = (folder / "0001.png").read_bytes()
@@ -508,6 +521,7 @@ def test_ten_thousand_images_stream_in_constant_memory(sdcli: Run, tmp_path: Pat
 # Latents from elsewhere
 
 
+@pytest.mark.slow
 def test_latents_of_comfyui_and_diffusers_decode_to_the_same_image() -> None:
     good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "ours.safetensors")
     raw = tensor("ours.safetensors")
@@ -525,6 +539,7 @@ def test_latents_of_comfyui_and_diffusers_decode_to_the_same_image() -> None:
     assert isinstance(run("decode", "plain.safetensors", "-m", "tiny").error, UsageError)
 
 
+@pytest.mark.slow
 def test_the_model_comes_from_the_file_but_never_a_path() -> None:
     good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     (line,) = run("decode", "a.safetensors", "--json").json
@@ -539,6 +554,7 @@ def test_the_model_comes_from_the_file_but_never_a_path() -> None:
     assert "models.yaml does not know" in outcome.err
 
 
+@pytest.mark.slow
 def test_another_vae_is_warned_about_and_other_channels_are_refused() -> None:
     good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     folder = save_tiny_pipeline(Path("other").resolve())
@@ -551,6 +567,7 @@ def test_another_vae_is_warned_about_and_other_channels_are_refused() -> None:
     assert "16 channels; the VAE of tiny takes 4" in str(outcome.error)
 
 
+@pytest.mark.slow
 def test_one_bad_file_among_several_is_reported_and_skipped() -> None:
     good("encode", folder_of(2), "-m", "tiny")
     whole = Path("latents/0000.safetensors").read_bytes()
@@ -562,6 +579,7 @@ def test_one_bad_file_among_several_is_reported_and_skipped() -> None:
     assert isinstance(run("decode", "latents/broken.safetensors").error, BadLatents)
 
 
+@pytest.mark.slow
 def test_latents_of_an_image_beyond_all_bounds_are_refused() -> None:
     np.save("wide.npy", np.zeros((4, 1, 2**21), dtype=np.float16))
     assert isinstance(run("decode", "wide.npy", "--scaled", "-m", "tiny").error, BadLatents)
@@ -569,6 +587,7 @@ def test_latents_of_an_image_beyond_all_bounds_are_refused() -> None:
     assert isinstance(run("decode", "long.npy", "--scaled", "-m", "tiny", "--format", "webp").error, UsageError)
 
 
+@pytest.mark.slow
 def test_a_black_image_survives_the_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
     good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     monkeypatch.setattr(autoencoder, "decode", lambda *_, **__: torch.zeros(1, 3, 40, 48))
@@ -580,6 +599,7 @@ def test_a_black_image_survives_the_round_trip(monkeypatch: pytest.MonkeyPatch) 
 # Memory
 
 
+@pytest.mark.slow
 def test_tiles_are_used_when_asked_for_or_when_memory_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, bool]] = []
     decode, encode = autoencoder.decode, autoencoder.moments
@@ -620,6 +640,7 @@ def test_a_large_image_in_tiles_is_nearly_the_same() -> None:
     assert np.abs(whole - tiled).mean() < 3
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_a_batch_encodes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = autoencoder.moments
 
@@ -696,6 +717,7 @@ def test_a_folder_without_permission_ends_with_exit_8_before_anything_is_loaded(
         assert "no permission to write" in str(error)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_exit_8_and_what_was_printed_is_whole(disk: Disk) -> None:
     folder = folder_of(40, size=(16, 16))
     good("encode", folder, "-m", "tiny", "--outdir", "expected")
@@ -709,6 +731,7 @@ def test_a_full_disk_ends_with_exit_8_and_what_was_printed_is_whole(disk: Disk) 
     assert digests(disk.path).items() <= digests(Path("expected")).items()
 
 
+@pytest.mark.slow
 def test_images_are_not_overwritten_unasked() -> None:
     good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")
     before = digests(Path())
@@ -718,6 +741,7 @@ def test_images_are_not_overwritten_unasked() -> None:
     assert digests(Path())["a.png"] != before["a.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_format", "suffix"), [("jpeg", ".jpg"), ("webp", ".webp"), ("png", ".png")])
 def test_images_come_in_every_format(image_format: str, suffix: str) -> None:
     good("encode", draw(Path("a.png")), "-m", "tiny", "-o", "a.safetensors")

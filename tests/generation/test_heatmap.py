@@ -232,6 +232,7 @@ def test_an_image_is_the_same_with_its_maps(more: list[str]) -> None:
     assert "Not in the prompt as the text encoder read it: &lt;b&gt;" in Path("mapped/1.heatmap/index.html").read_text()
 
 
+@pytest.mark.slow
 def test_maps_are_those_of_the_prompt_and_of_one_image_alone() -> None:
     def maps(folder: str, *arguments: str) -> np.ndarray:
         results("-o", f"{folder}/{{index}}", "--heatmap", "cat", "--steps", "1", *arguments)

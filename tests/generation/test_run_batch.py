@@ -96,6 +96,7 @@ def test_a_batch_ends_early_where_all_of_its_jobs_are_cancelled() -> None:
 # Threads
 
 
+@pytest.mark.slow
 def test_two_threads_with_a_lease_each_generate_the_bytes_they_would_alone(tiny_folder: Path) -> None:
     guided = {"pag_scale": 2.0, "guidance_scale": 4.0, "steps": 6}  # both swap attention processors on a network
     asked = {"tiny": jobs_of("tiny", "a cat", "a dog", **guided), "folder": jobs_of(tiny_folder, "a cat", **guided)}
@@ -141,6 +142,7 @@ def test_a_cache_lends_its_networks_to_one_user_at_a_time() -> None:
 # What the cache keeps
 
 
+@pytest.mark.slow
 def test_a_model_folder_that_was_trained_on_between_two_jobs_is_loaded_again(tmp_path: Path) -> None:
     folder, cache = save_tiny_pipeline(tmp_path / "model"), cache_of()
     (job,) = jobs_of(folder, "a cat")
@@ -156,6 +158,7 @@ def test_a_model_folder_that_was_trained_on_between_two_jobs_is_loaded_again(tmp
     assert torch.equal(after, generated(cache_of(), [job])[1])
 
 
+@pytest.mark.slow
 def test_an_unloaded_cache_loads_again() -> None:
     cache = cache_of()
     (job,) = jobs_of("tiny", "a cat")
@@ -178,6 +181,7 @@ class Encoder:
         return ()
 
 
+@pytest.mark.slow
 def test_ten_thousand_jobs_take_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     (template,) = jobs_of("tiny", "a cat", steps=1)
     step = SimpleNamespace(index=0, count=1, latents=torch.zeros(1, 4, 8, 8))

@@ -51,6 +51,7 @@ def test_a_broken_user_registry_does_not_stop_it(sdcli: Run, tmp_path: Path) -> 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_image_that_comes_out_otherwise_each_time_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = iter(range(100))
     monkeypatch.setattr(
@@ -65,6 +66,7 @@ def test_an_image_that_comes_out_otherwise_each_time_fails(monkeypatch: pytest.M
     assert {"repetition", "verify"} <= set(failures())
 
 
+@pytest.mark.slow
 def test_a_vae_that_fails_is_told_with_its_reason_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel for this machine")

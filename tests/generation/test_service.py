@@ -192,6 +192,7 @@ def statuses(events: list[Event]) -> list[tuple[int, str]]:
     return sorted((event.job.index, event.status) for event in events if isinstance(event, Result))
 
 
+@pytest.mark.slow
 def test_a_piece_of_a_batch_that_fails_leaves_the_others(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

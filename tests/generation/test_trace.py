@@ -209,6 +209,7 @@ def test_a_resumed_run_adds_what_is_missing_beside_finished_images(tmp_path: Pat
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+@pytest.mark.slow
 def test_a_taken_name_beside_an_image_is_kept() -> None:
     draw(Path("cat.trace.png"))
     kept = Path("cat.trace.png").read_bytes()

@@ -54,6 +54,7 @@ def test_optional_packages_that_need_all_of_torch_do_not_end_the_start(tmp_path:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_package_that_breaks_the_quick_import_gives_the_ordinary_one_and_a_note(tmp_path: Path) -> None:
     """accelerate is needed, so it is not hidden; here a module that it imports does not stand the stand-in."""
     install_stub(tmp_path, "sitecustomize", "")

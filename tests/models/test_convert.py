@@ -68,6 +68,7 @@ def test_the_tensors_come_out_the_same_and_nothing_else(tmp_path: Path, layout: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.ckpt", "out.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_trainer_s_objects_in_old_checkpoints_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = types.ModuleType(name)
@@ -122,6 +123,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_cannot_be_converted_is_told_in_a_sentence(tmp_path: Path, case: str) -> None:
     write, sentence = HOSTILE[case]
@@ -222,6 +224,7 @@ def test_the_process_has_no_secrets_no_network_and_no_other_programs(tmp_path: P
     assert "no memory" in found.stdout
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_file_it_wrote(tmp_path: Path) -> None:
     torch.save({**lightning(tensors())["state_dict"], "epoch": 3}, tmp_path / "in.ckpt")
     command = [sys.executable, "-m", "sdcli", "models", "convert", "in.ckpt", "out.safetensors"]

@@ -91,6 +91,7 @@ def test_a_new_folder_gets_the_other_files_and_no_pickles(pickled: Path, tmp_pat
     load_model(spec_of_folder(tmp_path / "new"), device="cpu")
 
 
+@pytest.mark.slow
 def test_a_folder_with_some_weights_in_both_formats_keeps_those(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     torch.save({"x": torch.ones(1)}, tmp_path / "other.bin")

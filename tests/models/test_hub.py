@@ -80,6 +80,7 @@ def cached_blobs(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "hf/hub/models--maker--small/blobs").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_pulled_model_is_whole_verifies_and_is_found_by_other_tools(
     server: HubServer, models: Run, environment: dict[str, str], tmp_path: Path, model_files: dict[str, bytes]
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_controlnet_is_pulled_by_its_name_and_its_pickles_are_left(
     assert "2 files match the recorded hashes" in verified.stdout, verified.stderr
 
 
+@pytest.mark.slow
 def test_a_safety_checker_comes_when_it_is_asked_for_and_stays(
     server: HubServer, models: Run, model_files: dict[str, bytes]
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_line_that_stays_broken_fails_clearly_and_keeps_what_came(server: HubS
     assert server.sent(UNET)[-1].range == f"bytes={CHUNK}-"
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_named_and_the_next_pull_mends_it(models: Run, tmp_path: Path) -> None:
     folder = Path(models("pull", NAME).stdout.strip())
     blob = (folder / UNET).resolve()
@@ -283,6 +286,7 @@ def test_a_revision_is_pulled_beside_main(server: HubServer, models: Run, model_
     assert Path(models("pull", f"{NAME}@{old}").stdout.strip()).name == old
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code", "sentence"),
     [
@@ -339,6 +343,7 @@ def test_a_hub_in_trouble_is_told(server: HubServer, models: Run, status: int) -
     assert f"({status})" in failed.stderr
 
 
+@pytest.mark.slow
 def test_offline_forbids_the_network_and_is_content_with_the_cache(server: HubServer, models: Run) -> None:
     for arguments, changes in (((NAME, "--offline"), {}), ((NAME,), {"HF_HUB_OFFLINE": "1"})):
         refused = models("pull", *arguments, **changes)
@@ -417,6 +422,7 @@ def test_a_pulled_model_paints_without_the_network(
     assert len(server.log) == requests
 
 
+@pytest.mark.slow
 def test_remove_files_frees_the_cache(models: Run, tmp_path: Path, model_files: dict[str, bytes]) -> None:
     models("add", "mine", NAME)
     models("pull", "mine")

@@ -243,6 +243,7 @@ def test_a_convolutions_lora_is_the_sum_of_two_ways(tmp_path: Path, model: Loade
     assert torch.allclose(new(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_a_lora_that_was_trained_here_gives_the_trained_network(tmp_path: Path) -> None:
     run = tmp_path / "run"
     images = captioned_images(tmp_path / "pictures", 2)

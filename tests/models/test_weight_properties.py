@@ -92,6 +92,7 @@ def is_the_update(update: Update, write: Callable[[Path, Update], Path]) -> None
             assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", DIALECTS, ids=lambda write: write.__name__)
 @settings(max_examples=8, **QUIET)
 @given(updates())

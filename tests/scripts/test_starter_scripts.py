@@ -469,6 +469,7 @@ def test_a_synonym_is_near_to_its_name_and_a_caption_has_it_in_its_place(
         assert not re.search(r"\ba arabian|\ban (poodle|police|tabby)", other)
 
 
+@pytest.mark.slow
 def test_prompts_ask_for_what_was_trained_and_for_what_was_held_out(scripts: dict[str, ModuleType], work: Path) -> None:
     evaluate, words = scripts["evaluate"], scripts["words"]
     prompts = evaluate.Prompts(scripts["scenes"].Composer(work))

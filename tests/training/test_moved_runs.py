@@ -79,6 +79,7 @@ def test_settings_yaml_is_not_touched_where_nothing_changes(tmp_path: Path, grey
 # Paths
 
 
+@pytest.mark.slow
 def test_paths_are_recorded_as_absolute_ones_and_names_as_they_are(
     tmp_path: Path, tiny_folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +112,7 @@ def test_paths_are_recorded_as_absolute_ones_and_names_as_they_are(
         lora(tmp_path / "moved" / "images", tmp_path / "run", model="tiny", max_train_steps=3, resume=True)
 
 
+@pytest.mark.slow
 def test_another_model_in_the_same_place_is_noticed(tmp_path: Path, tiny_folder: Path, images: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "base")
     train_unet(images, tmp_path / "run", model=str(tmp_path / "base"), max_train_steps=1)
@@ -374,6 +376,7 @@ def files_of(run: Path) -> list[Path]:
     return [path for path in (run / "checkpoint-2").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_a_merged_model_that_does_not_fit_on_the_disk_ends_no_run(
     tmp_path: Path, images: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

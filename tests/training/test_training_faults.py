@@ -221,6 +221,7 @@ def test_a_run_below_a_file_is_a_sentence(tmp_path: Path, greys: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_frozen_parts_have_the_permissions_of_other_files(tmp_path: Path, images: Path) -> None:
     train_latents(images, tmp_path / "run", max_train_steps=1)
     umask = os.umask(0)
@@ -233,6 +234,7 @@ def test_the_frozen_parts_have_the_permissions_of_other_files(tmp_path: Path, im
 # Numbers
 
 
+@pytest.mark.slow
 def test_an_image_whose_latents_are_not_finite_is_dropped_and_told(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +281,7 @@ def test_latents_that_go_wrong_in_training_stop_the_run_with_the_images_names(
 # Images that change under the run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("harm", ["deleted", "cut short"])
 def test_an_image_that_is_gone_in_the_middle_of_a_run_is_a_sentence_with_its_name(

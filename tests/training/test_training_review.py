@@ -150,6 +150,7 @@ def test_every_name_of_every_setting_is_an_option(kind: type[TrainSettings]) -> 
         assert {f"--{name.replace('_', '-')}", *info.json_schema_extra["also"]} <= known  # type: ignore[call-overload, index]
 
 
+@pytest.mark.slow
 def test_captions_are_wanted_of_the_images_that_are_used(tmp_path: Path) -> None:
     data = captioned_images(tmp_path / "pictures")
     left_out = int(rng.permutation(0, 0, "max train samples", 6)[5])
@@ -159,6 +160,7 @@ def test_captions_are_wanted_of_the_images_that_are_used(tmp_path: Path) -> None
     train_unet(data, tmp_path / "some", max_train_steps=1, max_train_samples=5)
 
 
+@pytest.mark.slow
 def test_what_is_judged_is_in_evaluation_mode_averages_too(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

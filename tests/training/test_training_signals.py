@@ -479,6 +479,7 @@ def test_a_request_that_cannot_be_made_costs_the_sheet_and_nothing_else(tmp_path
     assert note.text == "no samples at step 4: steps: should be greater than or equal to 1, not -1; the run goes on"
 
 
+@pytest.mark.slow
 def test_a_log_that_fails_at_any_line_costs_those_lines_only(
     tmp_path: Path, greys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +522,7 @@ def test_a_tracker_and_a_sync_that_fail_are_told_once_in_a_row(tmp_path: Path) -
     assert reporting.lost["syncs of log.jsonl"] == 1
 
 
+@pytest.mark.slow
 def test_an_image_that_vanishes_ends_the_run_with_a_checkpoint_and_a_sentence(tmp_path: Path, greys: Path) -> None:
     train_pixels(greys, tmp_path / "straight", max_train_steps=30)
     run, image = tmp_path / "run", greys / "3.png"

@@ -959,6 +959,7 @@ def test_a_cached_text_is_what_generate_computes_bit_for_bit(tmp_path: Path, mod
         CachedTexts(store, TextKeys.of(text_encoder_of(model)), ["", "absent"])
 
 
+@pytest.mark.slow
 def test_another_text_encoder_or_tokenizer_means_other_keys(tmp_path: Path, tiny_folder: Path) -> None:
     def changed(name: str, change: Callable[[Path], None]) -> bytes:
         shutil.copytree(tiny_folder, tmp_path / name)

@@ -65,6 +65,7 @@ def test_it_loads_from_a_single_file_and_generates(toy_file: Path, tmp_path: Pat
     assert "which was trained with flow matching" in str(refused.exception)
 
 
+@pytest.mark.slow
 def test_it_trains_a_lora_that_generates(toy_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     data = captioned_images(tmp_path / "data")

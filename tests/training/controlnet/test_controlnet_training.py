@@ -105,6 +105,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, images: Path, ma
     assert not same_checkpoint(tmp_path / "straight" / "checkpoint-4", tmp_path / "straight" / "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_before_the_first_step_the_unet_speaks_alone(tmp_path: Path, images: Path) -> None:
     task = setup(images, tmp_path / "run", preprocessor="softedge")
     batch = task.collate([task.item(draw) for draw in task.draws(0)])
@@ -116,6 +117,7 @@ def test_before_the_first_step_the_unet_speaks_alone(tmp_path: Path, images: Pat
         assert not torch.equal(task.predicted(task.networks, batch["noise"], batch), guided)
 
 
+@pytest.mark.slow
 def test_run_is_a_controlnet_for_sdcli_and_for_diffusers(tmp_path: Path, images: Path) -> None:
     run, tiny = tmp_path / "run", load_registry().find("tiny")
     before = load_model(tiny, device="cpu").unet.state_dict()
@@ -165,6 +167,7 @@ def test_a_run_begins_where_another_controlnet_is(tmp_path: Path, images: Path) 
     assert all(parameter.requires_grad for parameter in task.networks["controlnet"].parameters())
 
 
+@pytest.mark.slow
 def test_maps_are_cut_and_mirrored_as_their_images(tmp_path: Path, images: Path) -> None:
     """Copies of the images as maps: then each sample's map is its image."""
     copied(images, tmp_path / "copies")
@@ -189,6 +192,7 @@ def test_a_frozen_unet_keeps_less_for_the_backward_pass_than_a_trained_one(
     assert 0 < kept < memory.controlnet_memory(task, settings, size=(64, 64))
 
 
+@pytest.mark.slow
 def test_unusable_maps_cost_their_images_alone(tmp_path: Path, images: Path, maps: Path) -> None:
     (maps / "1.webp").unlink()
     (maps / "2.webp").write_bytes(b"no image")

@@ -755,6 +755,7 @@ def test_random_kills_inside_saves_of_20_mb_lose_nothing_that_was_reported(tmp_p
 # The model folder
 
 
+@pytest.mark.slow
 def test_run_is_a_model_folder_before_during_and_after_a_swap(tmp_path: Path, tiny_folder: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_folder, run, ignore=shutil.ignore_patterns("unet"))

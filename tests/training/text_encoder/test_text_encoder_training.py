@@ -366,6 +366,7 @@ def test_every_caption_is_in_the_bucket_of_its_length_or_of_a_longer_one(tokens:
                 assert sum(-(-t // 4) * 4 == own for t in tokens) < fewest, "it had too few of its kind"
 
 
+@pytest.mark.slow
 def test_distillation_learns_a_teachers_vectors() -> None:
     work = task({"distil": 1.0}, found=captions(alternatives=False), batch=43, validation_split=0.1)
     train(work, 250)
@@ -375,6 +376,7 @@ def test_distillation_learns_a_teachers_vectors() -> None:
     assert set(figures) == {"loss", "cosine", "retrieval"}
 
 
+@pytest.mark.slow
 def test_aligned_captions_take_on_the_states_of_the_first_one_and_it_keeps_them() -> None:
     pairs = [(f"a {c} {a} {d}", f"a {c} {SYNONYMS[a]} {d}") for c in COLOURS for a in ANIMALS for d in DOINGS]
     found = Captions(tuple(text for pair in pairs for text in pair), tuple(n for n in range(len(pairs)) for _ in "ab"))

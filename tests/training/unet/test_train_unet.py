@@ -98,6 +98,7 @@ def test_run_is_a_model_folder_for_sdcli_and_for_diffusers(tmp_path: Path, image
     assert oct((run / "unet" / "config.json").stat().st_mode)[-3:] == "644"
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_held_out_noise_levels(tmp_path: Path, images: Path) -> None:
     events = train_unet(
         images, tmp_path / "run", max_train_steps=40, learning_rate=2e-3, validation_split=0.4, validation_steps=39
@@ -109,6 +110,7 @@ def test_training_lowers_the_loss_on_held_out_noise_levels(tmp_path: Path, image
     assert last["loss"] == pytest.approx(sum(last[f"loss_level_{n}"] for n in range(4)) / 4)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_does_not_depend_on_the_run(tmp_path: Path, images: Path) -> None:
     """Untrained (learning rate nearly 0), two runs with other seeds and batches measure the same."""
     figures = [
@@ -138,6 +140,7 @@ def test_cached_latents_train_as_online_ones(tmp_path: Path, images: Path) -> No
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_captions_that_would_fill_the_memory_are_encoded_in_the_loop(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +182,7 @@ def test_latents_that_encode_wrote_are_trained_on_like_the_images(tmp_path: Path
         train_unet(latents, tmp_path / "three", max_train_steps=2, model="starter")
 
 
+@pytest.mark.slow
 def test_a_lora_file_gives_the_merged_network_in_diffusers_and_in_kohyas_dialect(tmp_path: Path, images: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -237,6 +241,7 @@ def test_a_class_conditional_pixel_model_is_trained_and_painted(tmp_path: Path, 
     assert sdcli("generate", "horse", "-m", run).returncode == 2
 
 
+@pytest.mark.slow
 def test_missing_captions_are_an_error_before_the_first_step(tmp_path: Path, images: Path) -> None:
     (images / "3.txt").unlink()
     with pytest.raises(UsageError, match=r"1 of 6 images .* have no caption \(3\.png\).*--unconditional"):
@@ -258,6 +263,7 @@ def test_broken_images_are_counted_and_never_fatal(tmp_path: Path, images: Path)
     }
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(NotFound, match="no checkpoint"):
@@ -273,6 +279,7 @@ def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, images: Pa
     assert newest_checkpoint(run).step == 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_name_processes_instead_of_a_batch_goes_on(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
     train_unet(images, run, max_train_steps=1)
@@ -303,6 +310,7 @@ def test_a_run_on_other_data_is_not_resumed(tmp_path: Path, images: Path, change
         train_unet(images, run, max_train_steps=2, resume=True)
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_is_passed_over_told_and_left_alone(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
     train_unet(images, run, max_train_steps=4, checkpointing_steps=2)
@@ -330,6 +338,7 @@ def test_the_log_of_a_resumed_run_reads_as_one_run(tmp_path: Path, images: Path)
     assert cut[0] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
     train_unet(images, run, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
@@ -518,6 +527,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, im
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_told_as_soon_as_they_are_whole(tmp_path: Path, images: Path) -> None:
     events = train_unet(images, tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
     paths = [event.path for event in events if isinstance(event, CheckpointSaved)]

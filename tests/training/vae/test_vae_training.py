@@ -688,6 +688,7 @@ RESUMED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "changes", "chosen"), RESUMED)
 def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
     tmp_path: Path, kind: str, changes: dict[str, Any], chosen: dict[str, Any]
