@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sdcli.errors import BadOutput, SdcliError, Stop, UsageError
 from sdcli.io import rng
-from sdcli.io.devices import pick_device
+from sdcli.io.devices import cpu_has_bfloat16_kernels, pick_device
 from sdcli.training.events import CheckpointSaved, Event, RunEnd, RunNote, RunStart
 from sdcli.training.inputs.feed import Feed, Share, on_device
 from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
@@ -169,8 +169,7 @@ class Trainer:
             ),
         )
         computed, note = self._compiled(networks)
-        if note:
-            yield RunNote(note)
+        yield from (RunNote(text) for text in (note, _precision_note(settings, accelerator.device)) if text)
         with Feed(
             task, share=share, first_step=done, device=accelerator.device, workers=settings.dataloader_num_workers
         ) as feed:
@@ -382,6 +381,13 @@ def _with_advice(failure: SdcliError, done: int, *, saved: int) -> SdcliError:
     advised.exit_code = failure.exit_code
     advised.__cause__ = failure.__cause__
     return advised
+
+
+def _precision_note(settings: TrainSettings, device: torch.device) -> str | None:
+    """Why this precision is slow here, if it is."""
+    if settings.mixed_precision == "bf16" and device.type == "cpu" and not cpu_has_bfloat16_kernels():
+        return "this CPU has no instructions for bfloat16: --mixed-precision no is much faster"
+    return None
 
 
 def _due(every: int | None, done: int) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from sdcli.errors import BadOutput, BadWeights, Interrupted, Terminated
 from sdcli.io import rng
+from sdcli.training import loop
 from sdcli.training.events import CheckpointSaved, Event, RunEnd, RunNote, StepMetrics
 from sdcli.training.inputs.feed import Feed, Share
 from sdcli.training.inputs.order import Order
@@ -249,6 +250,18 @@ def test_a_time_limit_ends_the_run_well_and_with_a_checkpoint(tmp_path: Path) ->
     assert "--max-hours" in last.reason
     assert 0 < last.step < 10_000
     assert newest_checkpoint(tmp_path / "run").step == last.step
+
+
+@pytest.mark.parametrize(
+    ("kernels", "precision", "noted"), [(False, "bf16", True), (True, "bf16", False), (False, "no", False)]
+)
+def test_a_precision_that_the_cpu_has_no_kernels_for_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: bool, precision: str, noted: bool
+) -> None:
+    monkeypatch.setattr(loop, "cpu_has_bfloat16_kernels", lambda: kernels)
+    _, events = trained(tmp_path / "run", settings(mixed_precision=precision), steps=1)
+    notes = [event.text for event in events if isinstance(event, RunNote)]
+    assert any("bfloat16" in text for text in notes) == noted
 
 
 def test_the_average_is_that_of_its_formula(tmp_path: Path) -> None:
