@@ -28,6 +28,7 @@ import contextlib  # noqa: E402
 import hashlib  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
@@ -737,7 +738,10 @@ def configurations(folder: Path, model: str | None) -> Iterator[None]:
 
 
 def digests(folder: Path, root: Path) -> dict[str, Any]:
-    """File -> its digests; links are named and not followed."""
+    """File -> its digests; links are named and not followed.
+
+    The digest in the name of a merged model is left out: it depends on the paths that the checkpoint records.
+    """
     found: dict[str, Any] = {}
     for parent, folders, files in os.walk(folder):
         for name in [*files, *(one for one in folders if (Path(parent) / one).is_symlink())]:
@@ -745,7 +749,9 @@ def digests(folder: Path, root: Path) -> dict[str, Any]:
             found[path.relative_to(folder).as_posix()] = "link" if path.is_symlink() else digest(path)
     for name, request in requests_in([name for name, one in found.items() if "pixels" in one], root).items():
         found[name]["request"] = request
-    return dict(sorted(found.items()))
+    return dict(
+        sorted((re.sub(r"/merged-(\d+)-[0-9a-f]{12}/", r"/merged-\1/", name), one) for name, one in found.items())
+    )
 
 
 def digest(path: Path) -> Any:
