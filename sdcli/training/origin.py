@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,22 @@ SCHEDULE_KEYS = (
 
 
 def origin(
-    models: Mapping[str, LoadedModel | None], facts: Mapping[str, Any], files: Mapping[str, Path] | None = None
+    models: Mapping[str, LoadedModel | None],
+    facts: Mapping[str, Any],
+    files: Mapping[str, Path] | None = None,
+    *,
+    replaced: Collection[str] = (),
 ) -> dict[str, str]:
     """The digests of models (of each of their loaded parts), of JSON facts, and of files or folders, by their names.
 
-    A fact that is None is left out. The facts must not depend on the version of a library.
+    `replaced` are the parts of the model that every checkpoint has whole: what they began with no longer matters. A
+    fact that is None is left out. The facts must not depend on the version of a library.
     """
     digests = {
         f"{name} ({part})" if name == "model" else name: _short(model.identity(_part(name, part)))
         for name, model in models.items()
         if model is not None
-        for part in (sorted(model.parts) if name == "model" else [name])
+        for part in (sorted({*model.parts} - {*replaced}) if name == "model" else [name])
     }
     digests |= {
         name: _short(json.dumps(value, sort_keys=True, default=str))

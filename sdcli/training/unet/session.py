@@ -79,6 +79,7 @@ class UnetSession(Session[UnetSettings]):
             origin=origin(
                 {"model": model.base_of, "vae": model.vae_of, "text encoder": model.text_of},
                 {"noise schedule": schedule_facts(model.scheduler_config), "configuration": _configuration(settings)},
+                replaced=() if loras else networks,
             ),
             write_frozen=files.write,
             memory_bytes=unet_memory(task, settings, size=data.largest()),
