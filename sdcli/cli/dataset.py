@@ -272,10 +272,11 @@ def shard(
     if images.kind != "pictures":
         raise UsageError(f"{data} holds latents; shards hold images")
     found = _examined(images, console, workers)
-    for line in found.warnings():
+    warnings = found.warnings()
+    for line in warnings:
         console.warn(line)
     for line in found.report():
-        if line.strip() not in found.warnings():
+        if line.strip() not in warnings:
             console.note(line)
     if not len(found.used):
         raise BadImage(f"{data} has no usable image")

@@ -44,17 +44,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_YAML_BYTES:
             raise UsageError(f"{file}: larger than {MAX_YAML_BYTES // 1024} KiB, the limit for such files")
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        data = parse_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFound(f"no models file {file}") from None
     except OSError as error:
         raise NotFound(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{file}: is not UTF-8 text") from None
-    except RecursionError:
-        raise UsageError(f"{file}: is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{file}: {_sentence(error)}") from None
+    except ValueError as error:
+        raise UsageError(f"{file}: {error}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -62,6 +60,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return data
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return f"{f'line {mark.line + 1}: ' if mark else ''}{getattr(error, 'problem', None) or error}"

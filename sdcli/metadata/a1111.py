@@ -11,7 +11,7 @@ from typing import Any
 from sdcli.metadata.a1111_text import A1111Text, split_a1111
 from sdcli.metadata.comfyui.syntax import comfyui_text
 from sdcli.metadata.invokeai_prompt import converted as compel
-from sdcli.metadata.tool_record import ToolRecord, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, mapped_request, name_syntax, taken
 from sdcli.metadata.weighted_text import literal, meanings, untagged, without_editing
 from sdcli.request.fields import LoraRef
 from sdcli.request.lora_tags import read_tags, tag
@@ -126,8 +126,7 @@ def _prompts(parts: A1111Text, unmapped: dict[str, Any]) -> tuple[str, str, tupl
     elif _is_fooocus(parts.pairs):
         (prompt, kept), (negative, others) = comfyui_text(prompt), comfyui_text(negative)
         kept = [*kept, *others]
-    if kept:
-        unmapped["prompt syntax"] = f"kept as text: {', '.join(dict.fromkeys(kept))}"
+    name_syntax(unmapped, kept)
     return prompt, negative, loras
 
 

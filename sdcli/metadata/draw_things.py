@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdcli.metadata.image_texts import XMP_COMMENT
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, convert_prompts, json_object, mapped_request, name_syntax, taken
 from sdcli.metadata.weighted_text import without_editing
 from sdcli.request.schedulers import scheduler_of_a1111
 
@@ -21,11 +21,7 @@ def read_draw_things(texts: Mapping[str, str]) -> ToolRecord | None:
     unmapped |= {key: text for key, text in texts.items() if not key.startswith("XMP ")}
     names = {"c": "prompt", "uc": "negative_prompt", "scale": "guidance_scale", "seed": "seed", "steps": "steps"}
     found = {"prompt": record["c"], **taken(unmapped, names)}
-    kept: list[str] = []
-    for field in ("prompt", "negative_prompt"):
-        if isinstance(found.get(field), str):
-            found[field], notes = without_editing(found[field])
-            kept += notes
+    kept = convert_prompts(found, without_editing)
     if size := re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(unmapped.get("size"))):
         del unmapped["size"]
         found |= {"width": size[1], "height": size[2]}
@@ -33,6 +29,5 @@ def read_draw_things(texts: Mapping[str, str]) -> ToolRecord | None:
     if scheduler is not None:
         del unmapped["sampler"]
         found["scheduler"] = scheduler
-    if kept:
-        unmapped["prompt syntax"] = f"kept as text: {', '.join(dict.fromkeys(kept))}"
+    name_syntax(unmapped, kept)
     return ToolRecord("draw-things", mapped_request(found, unmapped), unmapped)

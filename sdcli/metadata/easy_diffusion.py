@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdcli.metadata.image_texts import USER_COMMENT
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, convert_prompts, json_object, mapped_request, name_syntax, taken
 from sdcli.metadata.weighted_text import literal, meanings
 
 _KEYS = {
@@ -51,12 +51,7 @@ def read_easy_diffusion(texts: Mapping[str, str]) -> ToolRecord | None:
         if value not in (None, "", [], "[]") and (value != "None" or key.lower().endswith("prompt"))
     }
     found = taken(unmapped, _KEYS)
-    kept: list[str] = []
-    for field in ("prompt", "negative_prompt"):
-        text = found.get(field)
-        if isinstance(text, str):
-            kept += meanings(text) + [sign for sign in ("++", "--") if sign in text]
-            found[field] = literal(text)
+    kept = convert_prompts(found, _plain)
     for key in ("sampler_name", "Sampler"):
         if (scheduler := _SAMPLERS.get(str(unmapped.get(key)))) and not unmapped.keys() & {
             "scheduler_name",
@@ -67,7 +62,10 @@ def read_easy_diffusion(texts: Mapping[str, str]) -> ToolRecord | None:
     for key in ("clip_skip", "Clip Skip"):
         if key in unmapped and str(unmapped[key]) == "False":
             del unmapped[key]
-    if kept:
-        signs = ", ".join(dict.fromkeys(kept))
-        unmapped["prompt syntax"] = f"kept as text, for it differs between versions: {signs}"
+    name_syntax(unmapped, kept, why=", for it differs between versions")
     return ToolRecord("easy-diffusion", mapped_request(found, unmapped), unmapped)
+
+
+def _plain(text: str) -> tuple[str, list[str]]:
+    """A prompt as plain text, and the signs in it that are weights in some versions."""
+    return literal(text), meanings(text) + [sign for sign in ("++", "--") if sign in text]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sdcli.metadata.comfyui.sampling import SCHEDULERS
+from sdcli.metadata.comfyui.sampling import take_scheduler
 from sdcli.metadata.comfyui.syntax import comfyui_text
 from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 
@@ -54,10 +54,7 @@ def read_fooocus(text: str) -> ToolRecord | None:
         if loras:
             found["loras"] = loras
             unmapped = {key: value for key, value in unmapped.items() if not re.match(r"loras$|lora_combined_\d", key)}
-    pair = (str(unmapped.get("sampler")), str(unmapped.get("scheduler")))
-    if pair in SCHEDULERS:
-        found["scheduler"] = SCHEDULERS[pair]
-        del unmapped["sampler"], unmapped["scheduler"]
+    take_scheduler(found, unmapped)
     return ToolRecord("fooocus", mapped_request(found, unmapped), unmapped)
 
 

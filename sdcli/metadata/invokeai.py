@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sdcli.metadata.invokeai_prompt import converted
-from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, name_syntax, taken
 
 
 def read_invokeai(text: str) -> ToolRecord | None:
@@ -129,8 +129,7 @@ def _invokeai(record: dict[str, Any], *, prompt: str, sampler: str) -> ToolRecor
                 found["loras"] = [*found.get("loras", []), *part.loras]
             elif part.loras:
                 unmapped["withLora in the negative prompt"] = [one["path"] for one in part.loras]
-    if kept:
-        unmapped["prompt syntax"] = f"kept as text: {', '.join(dict.fromkeys(kept))}"
+    name_syntax(unmapped, kept)
     skipped = unmapped.get("clip_skip")
     if isinstance(skipped, int) and not isinstance(skipped, bool) and skipped >= 0:
         del unmapped["clip_skip"]

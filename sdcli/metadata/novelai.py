@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sdcli.metadata.tool_record import ToolRecord, json_object, mapped_request, taken
+from sdcli.metadata.tool_record import ToolRecord, convert_prompts, json_object, mapped_request, name_syntax, taken
 from sdcli.metadata.weighted_text import MAX_TEXT, Spans, literal, meanings, weighted
 
 STRONGER, WEAKER = 1.05, 1 / 1.05
@@ -25,19 +25,14 @@ def read_novelai(texts: Mapping[str, str]) -> ToolRecord | None:
     names = {"prompt": "prompt", "uc": "negative_prompt", "scale": "guidance_scale"}
     found = taken(unmapped, names | {name: name for name in ("seed", "steps", "width", "height")})
     unmapped = {key: value for key, value in unmapped.items() if value is not None}
-    kept: list[str] = []
-    for field in ("prompt", "negative_prompt"):
-        if isinstance(found.get(field), str):
-            found[field], notes = converted(found[field])
-            kept += notes
+    kept = convert_prompts(found, converted)
     schedule = unmapped.get("noise_schedule", "native")
     scheduler = _SCHEDULERS.get((str(unmapped.get("sampler")), str(schedule)))
     if scheduler is not None and not unmapped.get("sm"):
         found["scheduler"] = scheduler
         unmapped.pop("sampler")
         unmapped.pop("noise_schedule", None)
-    if kept:
-        unmapped["prompt syntax"] = f"kept as text: {', '.join(dict.fromkeys(kept))}"
+    name_syntax(unmapped, kept)
     return ToolRecord("novelai", mapped_request(found, unmapped), unmapped)
 
 

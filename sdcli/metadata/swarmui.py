@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sdcli.metadata.comfyui.sampling import SCHEDULERS
+from sdcli.metadata.comfyui.sampling import take_scheduler
 from sdcli.metadata.comfyui.syntax import comfyui_text
 from sdcli.metadata.tool_record import ToolRecord, json_object, loras_of, mapped_request, taken
 from sdcli.request.lora_tags import read_tags
@@ -37,10 +37,7 @@ def read_swarmui(text: str) -> ToolRecord | None:
     for field in ("prompt", "negative_prompt"):
         if isinstance(found.get(field), str):
             found[field] = _converted(found[field], field, found, unmapped)
-    pair = (str(unmapped.get("sampler")), str(unmapped.get("scheduler")))
-    if pair in SCHEDULERS:
-        found["scheduler"] = SCHEDULERS[pair]
-        del unmapped["sampler"], unmapped["scheduler"]
+    take_scheduler(found, unmapped)
     _take_loras(found, unmapped)
     unmapped |= {key: value for key, value in record.items() if key != "sui_image_params" and value not in ({}, [], "")}
     return ToolRecord("swarmui", mapped_request(found, unmapped), unmapped)

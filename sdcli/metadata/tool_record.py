@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +58,22 @@ def taken(unmapped: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]
         if unmapped.get(name) is not None and field not in found:
             found[field] = unmapped.pop(name)
     return found
+
+
+def convert_prompts(found: dict[str, Any], convert: Callable[[str], tuple[str, list[str]]]) -> list[str]:
+    """Replace both prompts by what `convert` makes of them; returns what it keeps as text."""
+    kept: list[str] = []
+    for field in ("prompt", "negative_prompt"):
+        if isinstance(found.get(field), str):
+            found[field], more = convert(found[field])
+            kept += more
+    return kept
+
+
+def name_syntax(unmapped: dict[str, Any], kept: Iterable[str], *, why: str = "") -> None:
+    """Name the signs that mean something in the tool's prompts, or in ours, and are text in the converted ones."""
+    if signs := ", ".join(dict.fromkeys(kept)):
+        unmapped["prompt syntax"] = f"kept as text{why}: {signs}"
 
 
 def loras_of(pairs: Iterable[tuple[Any, Any]]) -> list[dict[str, Any]] | None:

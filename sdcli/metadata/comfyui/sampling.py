@@ -27,6 +27,15 @@ SCHEDULERS = {
 }
 """ComfyUI's `sampler_name` and `scheduler` -> the scheduler of sdcli."""
 
+
+def take_scheduler(found: dict[str, Any], unmapped: dict[str, Any]) -> None:
+    """Take `sampler` and `scheduler`, ComfyUI's names in another tool's record, out of `unmapped` if they map."""
+    scheduler = SCHEDULERS.get((str(unmapped.get("sampler")), str(unmapped.get("scheduler"))))
+    if scheduler is not None:
+        found["scheduler"] = scheduler
+        del unmapped["sampler"], unmapped["scheduler"]
+
+
 FLOW_SCHEDULERS = {("euler", "normal"): "flow-euler"}
 """The same for models that were trained with flow matching."""
 
