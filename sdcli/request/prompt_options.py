@@ -28,7 +28,7 @@ _KOHYA_REFUSED = {
     "am": "weights of LoRAs are given as <lora:NAME:WEIGHT> in the prompt",
     "f": "names of files are given by -o, as a template",
     "cn": "a ControlNet is given by --control MODEL=IMAGE",
-    **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), "the sizes and crops of SDXL's conditioning are not settable"),
+    **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), "the sizes of SDXL's conditioning are not settable"),
     **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), "Deep Shrink is not supported"),
     **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), "Gradual Latent is not supported"),
     **dict.fromkeys(("ctr", "rcfg", "fs"), "there is no such setting here"),
