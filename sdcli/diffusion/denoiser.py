@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sdcli.diffusion.attention.perturbed import perturbed
 from sdcli.diffusion.controlnet import ActiveControl, Residuals, control_residuals, reuse_last_residuals
@@ -22,6 +23,7 @@ from sdcli.diffusion.guidance import (
 from sdcli.diffusion.init_latents import InitLatents
 from sdcli.diffusion.pipeline import Pipeline
 from sdcli.diffusion.predict import Predict, network_predict, steps_by_timestep, stepwise
+from sdcli.diffusion.reuse import FeatureReuse, check_reusable
 from sdcli.encoders.condition import Conditioning, ConditioningSchedule
 from sdcli.errors import UsageError
 from sdcli.request.schema import ResolvedRequest
@@ -47,6 +49,7 @@ def predict_for(pipeline: Pipeline, run: DenoisingPass) -> Predict:
     shared, unet = run.requests[0], pipeline.model.unet
     scale_size = unet.config.get("time_cond_proj_dim")
     timesteps = run.init.timesteps
+    by_step = steps_by_timestep(timesteps, run.steps)
 
     def residuals_of_run() -> Callable[[Conditioning], Residuals]:
         return control_residuals(run.controls, timesteps, guess_mode=bool(shared.guess_mode))
@@ -56,16 +59,21 @@ def predict_for(pipeline: Pipeline, run: DenoisingPass) -> Predict:
             condition = conditions.at(step)
             if scale_size is not None:
                 condition = with_guidance_embedding(condition, shared.guidance_scale, size=scale_size)
-            return network_predict(unet, pipeline.model.family.call, condition, residuals(condition))
 
-        by_step = steps_by_timestep(timesteps, run.steps)
+            def of(network: nn.Module) -> Predict:
+                return network_predict(network, pipeline.model.family.call, condition, residuals(condition))
+
+            return of(unet) if reuse is None else reuse.predict(of, condition)
+
+        every = shared.reuse or 1
+        reuse = FeatureReuse(unet, every=every, steps=by_step) if every > 1 else None
         return run.init.wrap_predict(stepwise(predict_at, by_step) if conditions.changes else predict_at(1))
 
     def conditional(residuals: Callable[[Conditioning], Residuals]) -> Predict:
         return network(pipeline.encode(run.requests, guided=False, steps=run.steps), residuals)
 
     for request in run.requests:
-        check_guidance(pipeline, request)
+        check_denoising(pipeline, request)
     residuals, perturbation = residuals_of_run(), None
     if shared.pag_scale:
         residuals, reused = reuse_last_residuals(residuals)
@@ -89,11 +97,14 @@ def predict_for(pipeline: Pipeline, run: DenoisingPass) -> Predict:
     return only_within(predict, outside, timesteps=timesteps[part.start : part.stop])
 
 
-def check_guidance(pipeline: Pipeline, request: ResolvedRequest) -> None:
+def check_denoising(pipeline: Pipeline, request: ResolvedRequest) -> None:
     """Raise UsageError for guidance that does not go with a resolved request's prompt, or with the network.
 
-    A network that takes the guidance scale as an input has no unconditional half.
+    A network that takes the guidance scale as an input has no unconditional half. Raises it, too, for a network whose
+    features cannot be reused.
     """
+    if request.reuse is not None:
+        check_reusable(pipeline.model.unet, name=pipeline.model.spec.name)
     joined = request.prompts[request.passes[0]].weights
     if joined and request.pag_scale:
         raise UsageError("pag_scale does not go with AND: there is no one prompt to perturb")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdcli.diffusion.controlnet import active_controls
-from sdcli.diffusion.denoiser import DenoisingPass, check_guidance, predict_for
+from sdcli.diffusion.denoiser import DenoisingPass, check_denoising, predict_for
 from sdcli.diffusion.init_latents import check_init_image, enlarged_latents, init_latents
 from sdcli.diffusion.loop import Step, denoise
 from sdcli.diffusion.pipeline import Pipeline
@@ -55,13 +55,13 @@ def sample(pipeline: Pipeline, requests: Sequence[ResolvedRequest], *, report: R
 
 
 def check_request(pipeline: Pipeline, request: ResolvedRequest) -> None:
-    """Raise what `sample` would raise for this image alone: for the files that the request names and its guidance.
+    """Raise what `sample` would raise for this image alone, for its files, its guidance and its reuse of features.
 
     Raises UsageError, NotFound, BadImage and BadLatents.
     """
     check_init_image(pipeline, request)
     active_controls(pipeline, [request])
-    check_guidance(pipeline, request)
+    check_denoising(pipeline, request)
 
 
 def _denoised(pipeline: Pipeline, run: DenoisingPass) -> Generator[Step, None, Tensor]:

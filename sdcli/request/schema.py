@@ -134,6 +134,13 @@ class GenerationRequest(BaseModel):
         description="part of the steps with guidance, such as 0.2-0.8; the other steps take half the time; "
         "default: all",
     )
+    reuse: int | None = Field(
+        None,
+        ge=1,
+        le=20,
+        description="run the whole UNet every so many steps only, and its outermost layers in the others, which is "
+        "quicker and less exact; default: 1, every step",
+    )
     pag_scale: float | None = Field(
         None,
         ge=0,

@@ -58,6 +58,7 @@ VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "guidance_end": ({}, 1.5),
     "guidance_rescale": ({}, 0.7),
     "guidance_interval": ({}, "0.5-1"),
+    "reuse": ({"steps": 6}, 2),
     "pag_scale": ({}, 3.0),
     "variation_seed": ({"variation_strength": 0.5, "variation_seed": 1}, 5),
     "variation_strength": ({"variation_seed": 5, "variation_strength": 0.1}, 0.5),

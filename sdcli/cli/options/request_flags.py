@@ -24,6 +24,7 @@ METAVARS = {
     "embeddings": "FILE[=WORD]",
     "guidance_scale": "NUMBER|FIRST..LAST",
     "guidance_interval": "START-STOP",
+    "reuse": "N",
     "init_image": "FILE|-",
     "mask": "FILE|-",
     "extend": "SIDE=PIXELS,...",

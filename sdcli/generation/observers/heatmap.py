@@ -28,7 +28,9 @@ class HeatmapObserver:
     words: Sequence[str]
 
     def check(self, pipeline: Pipeline, request: ResolvedRequest) -> None:
-        """Raise UsageError for a prompt that has none of the words."""
+        """Raise UsageError for a prompt that has none of the words, and for steps that run few of the layers."""
+        if request.reuse is not None and request.reuse > 1:
+            raise UsageError("--heatmap does not go with --reuse, where most steps run few of the layers it maps")
         words_in_prompt(pipeline, request, self.words)
 
     @contextlib.contextmanager

@@ -16,6 +16,8 @@ from sdcli.request.schedulers import SCHEDULERS, TRAINED, schedulers_for
 from sdcli.request.schema import GenerationRequest, ResolvedRequest, check_needs, first_problem, watermark_room
 
 DEFAULT_REFINER_START = 0.8
+FEW_STEPS = 4
+"""So many steps are all needed whole."""
 
 
 def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | None = None) -> ResolvedRequest:
@@ -37,7 +39,7 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
         check(resolved, spec)
     if resolved.embeddings:
         resolved = resolved.model_copy(update={"embeddings": pinned_embeddings(resolved.embeddings)})
-    for check in (_check_syntax, _check_steps, _check_inpainting, _check_watermark, _check_guidance):
+    for check in (_check_syntax, _check_steps, _check_inpainting, _check_watermark, _check_guidance, _check_reuse):
         check(resolved, spec)
     return resolved
 
@@ -165,3 +167,14 @@ def _check_guidance(request: ResolvedRequest, spec: ModelSpec) -> None:
             raise UsageError(f"{name} has no effect at guidance scale {request.guidance_scale:g}; use one above 1")
     if request.eta and not SCHEDULERS[request.scheduler].uses_eta:
         raise UsageError(f"eta has no effect with the {request.scheduler} scheduler; only ddim uses it")
+
+
+def _check_reuse(request: ResolvedRequest, spec: ModelSpec) -> None:
+    """Raise UsageError for the reuse of features where each of few steps is needed whole."""
+    if request.reuse is None or request.reuse == 1:
+        return
+    if request.scheduler == "lcm":
+        raise UsageError("reuse does not go with the lcm scheduler, whose few steps are all needed whole")
+    steps = max(request.passes)
+    if steps <= FEW_STEPS:
+        raise UsageError(f"reuse needs more than {FEW_STEPS} steps, not {steps}: so few are all needed whole")

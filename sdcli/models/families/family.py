@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sdcli.encoders.conditioning import ClipReader, Encode
     from sdcli.vae.latent_space import Space
 
-NO_EFFECT = {"prompt_syntax": "plain", "clip_skip": 1}
+NO_EFFECT = {"prompt_syntax": "plain", "clip_skip": 1, "reuse": 1}
 """Values of request fields that change nothing, beside those that are false."""
 SHOWN_CLASSES = 20
 """How many classes an error message lists."""

@@ -80,6 +80,7 @@ SD3 = Family(
     defaults={"width": 1024, "height": 1024, "steps": 28, "guidance_scale": 7.0, "scheduler": "flow-euler"},
     refuses={
         **dict.fromkeys(("refiner", "loras", "controls", "ip_adapters", "embeddings", "pag_scale"), NOT_YET),
+        "reuse": "{name}: {model} has a transformer, and only UNets have outermost layers to run alone",
         "train": "{model} is of the sd3 family, which sdcli generates with but does not train yet",
         "noise": "{model} was trained with flow matching, whose noise is not that of diffusion",
     },

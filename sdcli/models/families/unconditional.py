@@ -20,6 +20,7 @@ NO_TEXT = {
     **dict.fromkeys(
         ("prompt_syntax", "clip_skip", "embeddings"), "{name} has no effect with {model}, which has no text encoder"
     ),
+    "reuse": "{name}: sdcli has none for {model}, only for the UNets of Stable Diffusion",
     "controls": "{model} takes no captions, and ControlNets are made for models that do",
     "ip_adapters": "{model} takes no captions, and IP-Adapters are made for models that do",
     "train-controlnet": "{model} takes no captions, and ControlNets are made for models that do",
