@@ -7,6 +7,7 @@ once, in a first round that is not counted.
 
     python scripts/bench_features.py                                        # the starter at its own size and steps
     python scripts/bench_features.py --model random-sd15 --size 256 --steps 8 --json docs/bench/features-sd15.json
+    python scripts/bench_features.py --quality --steps 20 --sheet quality.png    # time beside PSNR, 12 prompts
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "--guidance-rescale": {"guidance_rescale": 0.7},
     "--guidance-scale 7..3": {"guidance_scale": "7..3"},
     "--guidance-interval 0.2-0.8": {"guidance_interval": "0.2-0.8"},
+    "--reuse 2": {"reuse": 2},
+    "--reuse 3": {"reuse": 3},
+    "--reuse 5": {"reuse": 5},
     "--pag-scale": {"pag_scale": 3},
     "--control": {"controls": ["./controlnet=mask.png"]},
     "two --control": {"controls": ["./controlnet=mask.png", "./controlnet=start.png"]},
@@ -54,6 +58,24 @@ FEATURES: dict[str, dict[str, Any]] = {
     "--preview FILE": {},
     "--watermark": {"watermark": "sdcli"},
 }
+
+
+QUALITY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "--reuse 2": {"reuse": 2},
+    "--reuse 3": {"reuse": 3},
+    "--reuse 5": {"reuse": 5},
+    "--guidance-interval 0.2-0.8": {"guidance_interval": "0.2-0.8"},
+    "--guidance-interval 0.3-1": {"guidance_interval": "0.3-1"},
+    "1/2 of the steps": {"share": 1 / 2},
+    "1/3 of the steps": {"share": 1 / 3},
+    "1/5 of the steps": {"share": 1 / 5},
+}
+"""What changes an image and saves time; `share` is of the steps."""
+PROMPTS = (
+    *("a red fox", "a yellow banana", "a blue car", "a cat with a hat", "a green tree", "a slice of pizza"),
+    *("a house in the snow", "a violin", "a smiling sun", "an open book", "a penguin", "a bicycle"),
+)
 
 
 def main() -> None:
@@ -66,8 +88,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--only", nargs="+", metavar="FEATURE", help="measure only these, and plain")
     parser.add_argument("--machine", default="", help="name of the machine in the output")
+    parser.add_argument("--quality", action="store_true", help="measure time and PSNR of quicker ways instead")
+    parser.add_argument("--sheet", type=Path, help="with --quality, also write a contact sheet of the images")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    if arguments.quality:
+        measure_quality(arguments)
+        return
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         seconds = measure_features(arguments)
     plain = seconds["plain"]
@@ -77,7 +104,8 @@ def main() -> None:
         rows[name] = {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
         print(f"{name:30} {rows[name]['seconds']:8.3f} s {rows[name]['ratio']:6.2f}")
     if arguments.json:
-        facts = {name: value for name, value in vars(arguments).items() if name not in ("json", "only")}
+        left_out = ("json", "only", "quality", "sheet")
+        facts = {name: value for name, value in vars(arguments).items() if name not in left_out}
         arguments.json.write_text(json.dumps({**facts, "features": rows}, indent=2) + "\n")
 
 
@@ -117,7 +145,7 @@ def measure_features(arguments: argparse.Namespace) -> dict[str, list[float]]:
             trace=TraceSettings.of("8", "webp") if name.startswith("--trace") else None,
             heatmap=() if name.startswith("--heatmap") else None,
         )
-        preview = Preview(to_file(Path("preview.png"))) if name.startswith("--preview") else None
+        preview = Preview(to_file(Path("preview.png")), warn=print) if name.startswith("--preview") else None
         began = clock()
         for event in generate([ResolvedJob.of(1, request, registry)], cache, Writer(settings)):
             if isinstance(event, Progress) and preview is not None:
@@ -138,6 +166,61 @@ def measure_features(arguments: argparse.Namespace) -> dict[str, list[float]]:
             if number:
                 seconds[name].append(took)
     return seconds
+
+
+def measure_quality(arguments: argparse.Namespace) -> None:
+    """Print what each way of saving time costs and saves, for an image of each prompt beside the plain one."""
+    import torch
+
+    from sdcli.generation.model_cache import ModelCache
+    from sdcli.generation.resolve.jobs import ResolvedJob
+    from sdcli.generation.resolve.resolve import resolve
+    from sdcli.generation.service import generate_images
+    from sdcli.generation.settings import RunSettings
+    from sdcli.images.contact_sheet import contact_sheet
+    from sdcli.images.pixels import from_pixels
+    from sdcli.models.registry import load_registry
+    from sdcli.request.schema import parse_request
+
+    registry = load_registry()
+    spec = registry.find(arguments.model)
+    cache = ModelCache(RunSettings(device=arguments.device, dtype=arguments.dtype, batch_size=1))
+    steps = arguments.steps or spec.defaults.steps
+    size = {"size": f"{arguments.size}x{arguments.size}"} if arguments.size else {}
+
+    def job(index: int, name: str) -> ResolvedJob:
+        fields = {"model": arguments.model, "prompt": PROMPTS[index], "seed": index, "steps": steps, **size}
+        fields |= QUALITY[name]
+        fields["steps"] = max(1, round(steps * fields.pop("share", 1)))
+        return ResolvedJob.of(index, resolve(parse_request(fields), spec), registry)
+
+    seconds: dict[str, list[float]] = {name: [] for name in QUALITY}
+    images: dict[str, list[torch.Tensor]] = {name: [] for name in QUALITY}
+    with cache.lease(job(0, "plain")) as lease:
+        clock = time.process_time if lease.pipeline.model.device.type == "cpu" else time.perf_counter
+        generate_images(lease, [job(0, "plain")], cache.limits)
+        for index in range(len(PROMPTS)):
+            for name in QUALITY:
+                began = clock()
+                (made,) = generate_images(lease, [job(index, name)], cache.limits)
+                seconds[name].append(clock() - began)
+                images[name].append(made.pixels)
+    rows = {}
+    for name in QUALITY:
+        ratios = [one / base for one, base in zip(seconds[name], seconds["plain"], strict=True)]
+        psnr = [
+            float(-10 * ((one - base) ** 2).mean().clamp_min(1e-12).log10())
+            for one, base in zip(images[name], images["plain"], strict=True)
+        ]
+        rows[name] = {"ratio": statistics.median(ratios), "psnr": statistics.median(psnr), "worst_psnr": min(psnr)}
+        print(f"{name:30} {rows[name]['ratio']:6.2f} {rows[name]['psnr']:6.1f} dB {rows[name]['worst_psnr']:6.1f} dB")
+    if arguments.sheet:
+        cells = [from_pixels(images[name][index]) for index in range(len(PROMPTS)) for name in QUALITY]
+        labels = [name.removeprefix("--") for _ in PROMPTS for name in QUALITY]
+        contact_sheet(cells, columns=len(QUALITY), labels=labels).save(arguments.sheet)
+    if arguments.json:
+        facts = {"model": arguments.model, "steps": steps, "prompts": len(PROMPTS), "machine": arguments.machine}
+        arguments.json.write_text(json.dumps({**facts, "ways": rows}, indent=2) + "\n")
 
 
 def make_files(model: Any, size: int) -> None:

@@ -358,7 +358,8 @@ def _generate(
     with GenerationProgress(console, images=preview == TERMINAL) as display:
         watched = None
         if preview is not None:
-            watched = Preview(display.image if preview == TERMINAL else to_file(Path(preview)), warn=console.warn)
+            shown = display.image if preview == TERMINAL else to_file(Path(preview))
+            watched = Preview(shown, warn=console.warn, detail=console.detail)
         for event in generate(good, cache, writer, stop=stop):
             if isinstance(event, Phase):
                 display.phase(event)

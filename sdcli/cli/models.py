@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +12,12 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, ModelsFileOpt, OfflineOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.help import App
-from sdcli.cli.ui.model_facts import cells, files_of, lines, local_path, lora_of, summary, table
+from sdcli.cli.ui.model_facts import cells, files_of, lines, local_path, lora_of, preset_of, summary, table
 from sdcli.cli.ui.progress import ProgressBar
 from sdcli.errors import BadWeights, NotFound, SdcliError, SomeFailed, UsageError
 from sdcli.generation.settings import DType
 from sdcli.models.families import DEFAULT_FAMILY, FAMILIES
+from sdcli.models.preview_vae import PREVIEW_FILES, preview_source
 from sdcli.models.registry import (
     ControlNetSpec,
     ModelSpec,
@@ -23,10 +25,11 @@ from sdcli.models.registry import (
     load_registry,
     user_registry_file,
 )
-from sdcli.models.sources import HubSource
+from sdcli.models.sources import HubFile, HubSource
 from sdcli.request.schema import parse_size
 
 if TYPE_CHECKING:
+    from sdcli.models.hub.download import PullReport
     from sdcli.models.user_registry import Written
 
 app = App(help="List, download, verify, add and convert models.")
@@ -68,7 +71,7 @@ def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False
     fields: dict[str, Any] = {
         **summary(spec, registry),
         "source": spec.source.model_dump(mode="json"),
-        **({"defaults": spec.defaults.model_dump(mode="json"), **lora_of(spec)} if isinstance(spec, ModelSpec) else {}),
+        **(_facts_of_model(spec) if isinstance(spec, ModelSpec) else {}),
         "files": [{"file": path, "bytes": size} for path, size in files_of(spec)],
     }
     console = Console(json=json)
@@ -79,11 +82,19 @@ def show(name: NameArg, models_file: ModelsFileOpt = None, json: JsonOpt = False
         console.result(line)
 
 
+def _facts_of_model(spec: ModelSpec) -> dict[str, Any]:
+    return {"defaults": spec.defaults.model_dump(mode="json"), **preset_of(spec), **lora_of(spec)}
+
+
 @app.command()
 def pull(
     names: NamesArg,
     safety_checker: Annotated[
         bool, typer.Option("--safety-checker", help="Also download the model's safety checker.")
+    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Also download the LoRA of the model's --fast preset.")] = False,
+    preview_vae: Annotated[
+        bool, typer.Option("--preview-vae", help="Also download the tiny autoencoder that previews are decoded with.")
     ] = False,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
@@ -93,35 +104,35 @@ def pull(
 ) -> None:
     """Download models into the Hugging Face cache, and record their hashes.
 
+    A NAME may also be a single file of the hub, hub:owner/name/file.safetensors, such as a LoRA.
+
     No other command uses the network, except for training on a data set of the hub. Only safetensors weights and small
     text files are downloaded. An interrupted download can be continued.
     """
     console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
 
-    def one(name: str) -> None:
+    def brought(name: str, download: Callable[..., PullReport]) -> None:
         from sdcli.models.hub.download import megabytes
-        from sdcli.models.hub.download import pull as pull_from_hub
 
-        spec = registry.find_either(name)
         with ProgressBar(console, sizes=True) as bar:
-            bar.start(spec.name)
+            bar.start(name)
 
             def progress(file: str, done: int, total: int) -> None:
-                line = f"{spec.name}: {100 * done // max(total, 1):3d} % of {megabytes(total)} ({file})"
-                bar.update(done, total, line=line, description=f"{spec.name} {file}")
+                line = f"{name}: {100 * done // max(total, 1):3d} % of {megabytes(total)} ({file})"
+                bar.update(done, total, line=line, description=f"{name} {file}")
 
-            report = pull_from_hub(spec, offline=offline, safety_checker=safety_checker, progress=progress)
+            report = download(offline=offline, progress=progress)
         for path in report.changed:
-            console.warn(f"{spec.name}: {path} changed on the hub since the last pull")
+            console.warn(f"{name}: {path} changed on the hub since the last pull")
         console.note(
-            f"{spec.name}: {report.files} files, {megabytes(report.total_bytes)} "
+            f"{name}: {report.files} {'file' if report.files == 1 else 'files'}, {megabytes(report.total_bytes)} "
             f"({megabytes(report.downloaded_bytes)} downloaded), commit {report.commit[:12]}"
         )
         if report.checker_left_out:
-            console.note(f"{spec.name} has a safety checker; --safety-checker downloads it too")
+            console.note(f"{name} has a safety checker; --safety-checker downloads it too")
         console.result(
             report.folder,
-            name=spec.name,
+            name=name,
             folder=str(report.folder),
             commit=report.commit,
             files=report.files,
@@ -130,7 +141,40 @@ def pull(
             changed=list(report.changed),
         )
 
+    def one(name: str) -> None:
+        from sdcli.models.hub.download import pull as pull_from_hub
+        from sdcli.models.hub.download import pull_files
+
+        file = HubFile.of(name)
+        if file is not None:
+            brought(name, partial(pull_files, file.source, [file.file]))
+            return
+        spec = registry.find_either(name)
+        more = list(_further_files(spec, fast=fast, preview_vae=preview_vae))
+        if isinstance(spec.source, HubSource) or not more:
+            brought(spec.name, partial(pull_from_hub, spec, safety_checker=safety_checker))
+        for source, files in more:
+            brought(source.repo, partial(pull_files, source, files))
+
     _each(names, one, console=console)
+
+
+def _further_files(
+    spec: ModelSpec | ControlNetSpec, *, fast: bool, preview_vae: bool
+) -> Iterator[tuple[HubSource, list[str]]]:
+    """The files of other repositories to download beside a model. Raises UsageError where it has none."""
+    if fast:
+        preset = spec.fast if isinstance(spec, ModelSpec) else None
+        if preset is None or preset.lora is None:
+            why = f"{preset.name} needs no LoRA" if preset is not None else "it has no few-step preset"
+            raise UsageError(f"--fast: there is nothing to download for {spec.name}: {why}")
+        if not isinstance(preset.lora.source, HubFile):
+            raise UsageError(f"--fast: the LoRA of {spec.name} is on this machine, {preset.lora.source.path}")
+        yield preset.lora.source.source, [preset.lora.source.file]
+    if preview_vae:
+        if spec.family.preview_vae is None:
+            raise UsageError(f"--preview-vae: there is none for models of the {spec.family.name} family")
+        yield preview_source(spec.family), list(PREVIEW_FILES)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import torch
 
 from sdcli.diffusion.attention.sliced import use_sliced_self_attention
 from sdcli.diffusion.input_images import InputImages
+from sdcli.diffusion.preview_decoder import PreviewDecoder
 from sdcli.encoders.clip_vision import ImagePrompting
 from sdcli.encoders.conditioning import Encode
 from sdcli.errors import UsageError
@@ -42,6 +43,7 @@ class Pipeline:
     refiner: Pipeline | None = None
     """Does the last steps; it has no VAE of its own."""
     inputs: InputImages = field(default_factory=InputImages, compare=False)
+    previews: PreviewDecoder = field(default_factory=PreviewDecoder, compare=False)
 
     @classmethod
     def of(cls, model: LoadedModel, *, refiner: LoadedModel | None = None) -> Pipeline:
@@ -63,7 +65,7 @@ class Pipeline:
 
     def with_model(self, model: LoadedModel) -> Pipeline:
         """The same with the model's own weights changed, as by LoRAs; the refiner stays as it is."""
-        return replace(Pipeline.of(model), refiner=self.refiner, inputs=self.inputs)
+        return replace(Pipeline.of(model), refiner=self.refiner, inputs=self.inputs, previews=self.previews)
 
     def with_ip_adapters(self, adapters: Sequence[IpAdapter]) -> Pipeline:
         """The same with IP-Adapters on the model, which take the requests' images; the refiner has none."""

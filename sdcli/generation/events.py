@@ -37,7 +37,10 @@ class Progress:
     index: int
     count: int
     preview: Callable[[], Image.Image | None]
-    """Computes an image of the x0 prediction of this step, which takes time; None where memory runs out."""
+    """Computes an image of the x0 prediction of this step, which takes time; None where memory runs out.
+
+    `decoded` in the image's `info` says in a few words how.
+    """
 
 
 @dataclass(frozen=True)

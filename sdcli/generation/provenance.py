@@ -10,6 +10,7 @@ import torch
 
 import sdcli
 from sdcli.diffusion.pipeline import Pipeline
+from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.models.loaded_model import AppliedLora
 from sdcli.request.lora_tags import lora_name
 
@@ -30,6 +31,12 @@ def provenance(pipeline: Pipeline, **facts: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()},
     }
+
+
+def preset_facts(job: ResolvedJob) -> dict[str, str]:
+    """The name of the model's few-step preset, where the request of a job is one of it."""
+    preset = job.model.fast
+    return {} if preset is None or not preset.is_in(job.request) else {"fast": preset.name}
 
 
 def _lora_facts(lora: AppliedLora) -> dict[str, Any]:

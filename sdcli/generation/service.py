@@ -24,7 +24,7 @@ from sdcli.generation.events import Cancelled, Event, Failed, Generated, Phase, 
 from sdcli.generation.model_cache import Lease, ModelCache
 from sdcli.generation.observers import observers_for
 from sdcli.generation.plan import Batch, Limits, models_of, plan
-from sdcli.generation.provenance import provenance
+from sdcli.generation.provenance import preset_facts, provenance
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.run_batch import OF_ONE_IMAGE, IsCancelled, never, run_batch
 from sdcli.generation.writer import Writer
@@ -129,7 +129,10 @@ def _write(generated: Generated, lease: Lease, writer: Writer, existing: Path | 
         if path is None:
             yield Phase("save", generated.jobs)
             batch = {"size": generated.batch_size, "index": generated.batch_index}
-            path = writer.write(generated, provenance(lease.pipeline, batch=batch, fallbacks=generated.fallbacks))
+            path = writer.write(
+                generated,
+                provenance(lease.pipeline, **preset_facts(generated.job), batch=batch, fallbacks=generated.fallbacks),
+            )
         if writer.side_files(path):
             yield Phase("explain", generated.jobs)
             side_files = writer.write_side_files(path, generated.side_files, replace=existing is not None)

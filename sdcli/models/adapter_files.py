@@ -8,11 +8,13 @@ from pathlib import Path
 
 import platformdirs
 
-from sdcli.errors import BadWeights, NotFound, UsageError
+from sdcli.errors import BadWeights, NotFound, Offline, UsageError
 from sdcli.io.digests import digest_of
 from sdcli.io.files import expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
 from sdcli.io.weight_files import check_header
+from sdcli.models.hub.cache import cache_folder, cached_file
+from sdcli.models.sources import HUB_PREFIX, HubFile
 from sdcli.request.fields import FileRef, LoraRef
 from sdcli.request.input_files import check_same_file
 from sdcli.request.schema import did_you_mean
@@ -28,7 +30,8 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 def pinned_lora(ref: LoraRef, folder: Path | None) -> LoraRef:
     """The entry with the digest of its file.
 
-    Raises NotFound, UsageError for a pickle and for another file than the entry's own digest says, and BadWeights.
+    Raises NotFound, Offline, UsageError for a pickle and for another file than the entry's own digest says, and
+    BadWeights.
     """
     digest = lora_digest(find_lora(ref.path, folder))
     check_same_file(digest, ref.sha256, what=f"the LoRA {ref.path}")
@@ -41,10 +44,13 @@ def is_in_folder(ref: LoraRef, folder: Path | None) -> bool:
 
 
 def find_lora(path: str, folder: Path | None) -> Path:
-    """The .safetensors file or PEFT folder of an entry: a name of the LoRA folder, or else a path.
+    """The .safetensors file or PEFT folder of an entry: a name of the LoRA folder, a path, or a cached file of the hub.
 
-    Raises NotFound, and UsageError for a pickle or a folder of another kind.
+    Raises NotFound, Offline for a file of the hub that is not in the cache, and UsageError for a pickle or a folder of
+    another kind.
     """
+    if path.startswith(HUB_PREFIX):
+        return _of_hub(path)
     found = _by_name(path, folder) or expanded(path)
     if os.path.isdir(found):
         if not os.path.isfile(found / ADAPTER_CONFIG) and os.path.isfile(found / DIFFUSERS_WEIGHTS):
@@ -59,6 +65,17 @@ def find_lora(path: str, folder: Path | None) -> Path:
         raise NotFound(f"no file {path}{f', and {lora_not_found(path, folder)}' if _is_name(path) else ''}")
     elif found.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(pickle_refused(found))
+    return found
+
+
+def _of_hub(path: str) -> Path:
+    """The file in the hub's cache that `hub:owner/name/file.safetensors` names."""
+    file = HubFile.of(path)
+    if file is None:
+        raise UsageError(f"{path!r} is no file of the hub; it is written as hub:owner/name/file.safetensors")
+    found = cached_file(file)
+    if not found.is_file():
+        raise Offline(f"the LoRA {path} is not in the cache {cache_folder()}; run `sdcli models pull {path}`")
     return found
 
 

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import platformdirs
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import PACKAGE, expanded
@@ -17,36 +17,18 @@ from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
 from sdcli.io.yaml_files import read_yaml
 from sdcli.models.families import DEFAULT_FAMILY, FAMILIES, family_named, family_with_recipe, single_file_in
 from sdcli.models.families.family import Family, ModelKind
+from sdcli.models.fast_presets import FastPreset
 from sdcli.models.hub.cache import snapshot_folder
 from sdcli.models.layout import ModelFolder, read_model_folder
+from sdcli.models.model_defaults import ModelDefaults, own_defaults, size_problem, usual_defaults
 from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource, Source, Strict
-from sdcli.request.fields import with_prompt
 from sdcli.request.schedulers import SCHEDULERS
-from sdcli.request.schema import (
-    did_you_mean,
-    first_problem,
-    parse_request,
-)
+from sdcli.request.schema import did_you_mean, first_problem
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 FamilyField = Annotated[Family, BeforeValidator(family_named)]
-
-
-class ModelDefaults(Strict):
-    """The values of a request's fields that are left open."""
-
-    width: int = Field(512, ge=8, le=8192)
-    height: int = Field(512, ge=8, le=8192)
-    steps: int = Field(25, ge=1, le=1000)
-    guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False)
-    scheduler: str = "dpmpp-2m-karras"
-    prompt_template: Annotated[str, AfterValidator(with_prompt)] = "{prompt}"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-
-DEFAULT_REFINER_START = 0.8
 
 
 class ModelEntry(Strict):
@@ -59,6 +41,15 @@ class ModelEntry(Strict):
     description: str = ""
     download_bytes: int = Field(0, ge=0)
     defaults: ModelDefaults = ModelDefaults()
+    fast: FastPreset | None = None
+    """What `--fast` sets; None if there is no such preset for the model."""
+
+    @model_validator(mode="after")
+    def _preset_fits(self) -> Self:
+        problem = None if self.fast is None else self.fast.problem_with(self.family)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -285,10 +276,11 @@ def _spec(file: Path, name: str, entry: dict[str, Any]) -> ModelSpec:
     if spec.defaults.scheduler not in SCHEDULERS:
         hint = did_you_mean(spec.defaults.scheduler, SCHEDULERS)
         raise UsageError(f"{file}: models.{name}.defaults.scheduler: no scheduler {spec.defaults.scheduler!r}{hint}")
-    return _of_family(spec.model_copy(update={"source": _beside(file, spec.source)}))
+    fast = spec.fast and spec.fast.with_source(lambda source: _beside(file, source))
+    return _of_family(spec.model_copy(update={"source": _beside(file, spec.source), "fast": fast}))
 
 
-def _beside(file: Path, source: Source) -> Source:
+def _beside(file: Path, source: Any) -> Any:
     """A source whose path, if it has one, counts from the file's folder."""
     if not isinstance(source, FolderSource | FileSource):
         return source
@@ -343,7 +335,7 @@ def described(spec: ModelSpec) -> ModelSpec:
         folder = None  # `models pull` mends what the cache has
     if folder is None:
         return _of_family(spec)
-    defaults = _over(spec, {**_usual_defaults(folder), **_own_defaults(folder)})
+    defaults = _over(spec, {**usual_defaults(folder), **own_defaults(folder)})
     return spec.model_copy(update={"kind": folder.kind, "family": folder.family, "defaults": defaults})
 
 
@@ -369,36 +361,3 @@ def _of_family(spec: ModelSpec) -> ModelSpec:
 def _over(spec: ModelSpec, defaults: Mapping[str, Any]) -> ModelDefaults:
     """The defaults of an entry; fields that it leaves open are taken from the others."""
     return ModelDefaults(**{**defaults, **spec.defaults.model_dump(exclude_unset=True)})
-
-
-def _usual_defaults(folder: ModelFolder) -> dict[str, Any]:
-    """What suits a folder that has no sdcli.json: the size it was trained on, and the habits of its family."""
-    family, size = folder.family, folder.size
-    if size is None and not family.reads_text:
-        size = (folder.kind.size_step * 8,) * 2
-    return {**family.defaults, **(dict(zip(("width", "height"), size, strict=True)) if size is not None else {})}
-
-
-def _own_defaults(folder: ModelFolder) -> dict[str, Any]:
-    """The defaults in a folder's sdcli.json, checked as those of models.yaml are. Raises UsageError."""
-    try:
-        checked = ModelDefaults.model_validate(folder.defaults).model_dump(exclude_unset=True)
-        parse_request({name: value for name, value in checked.items() if name != "dtype"})
-    except ValidationError as error:
-        raise UsageError(f"{folder.defaults_file}: defaults.{first_problem(error)}") from None
-    except UsageError as error:
-        raise UsageError(f"{folder.defaults_file}: defaults.{error}") from None
-    for side in {"width", "height"} & set(checked):
-        problem = size_problem(checked[side], folder.kind)
-        if problem is not None:
-            raise UsageError(f"{folder.defaults_file}: defaults.{side}: {problem}")
-    return checked
-
-
-def size_problem(side: int, kind: ModelKind) -> str | None:
-    """What is wrong with a width or height for a kind of model."""
-    if side < kind.smallest_size:
-        return f"should be greater than or equal to {kind.smallest_size}, not {side}"
-    if side % kind.size_step:
-        return f"should be a multiple of {kind.size_step}, not {side}"
-    return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 
 class Strict(BaseModel):
@@ -56,6 +57,38 @@ class HubSource(Strict):
     repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
     revision: str = "main"
     variant: str | None = None
+
+
+HUB_PREFIX = "hub:"
+_HUB_FILE = re.compile(r"hub:([A-Za-z0-9][\w.-]*/[\w.-]+)/([^@]+?)(?:@(.+))?")
+
+
+class HubFile(Strict):
+    """One safetensors file of a repository on the Hugging Face hub, such as a LoRA."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    file: str = Field(pattern=r"^(?:[\w-][\w.-]*/)*[\w-][\w.-]*\.safetensors$")
+    revision: str = "main"
+
+    @classmethod
+    def of(cls, text: str) -> Self | None:
+        """From `hub:owner/name/file.safetensors[@revision]`; None for a text that is not spelled so."""
+        match = _HUB_FILE.fullmatch(text)
+        try:
+            return match and cls(repo=match[1], file=match[2], revision=match[3] or "main")
+        except ValidationError:
+            return None
+
+    @property
+    def spelled(self) -> str:
+        """How a request names it."""
+        return f"{HUB_PREFIX}{self.repo}/{self.file}{'' if self.revision == 'main' else f'@{self.revision}'}"
+
+    @property
+    def source(self) -> HubSource:
+        """Its repository."""
+        return HubSource(kind="hub", repo=self.repo, revision=self.revision)
 
 
 Source = Annotated[EmbeddedSource | RandomSource | FolderSource | FileSource | HubSource, Field(discriminator="kind")]

@@ -53,6 +53,13 @@ SCHEDULERS: dict[str, Scheduler] = {
         begins_anywhere=False,
     ),
     "euler": Scheduler("EulerDiscreteScheduler", "simple and quick; what turbo models expect", "Euler"),
+    "euler-trailing": Scheduler(
+        "EulerDiscreteScheduler",
+        "Euler on steps counted from the end; what Lightning models expect",
+        "Euler",
+        "SGM Uniform",
+        settings={"timestep_spacing": "trailing"},
+    ),
     "euler-a": Scheduler(
         "EulerAncestralDiscreteScheduler", "Euler with fresh noise at every step", "Euler a", stochastic=True
     ),
@@ -98,7 +105,7 @@ def schedulers_for(process: Process) -> list[str]:
 
 AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
 """What A1111's `Schedule type: Automatic` means, for the samplers where it does not mean evenly spaced steps."""
-_A1111 = {(row.a1111.lower(), row.a1111_type): name for name, row in SCHEDULERS.items()}
+_A1111 = {(row.a1111.lower(), row.a1111_type and row.a1111_type.lower()): name for name, row in SCHEDULERS.items()}
 _KOHYA = {
     "ddim": "ddim",
     "pndm": "pndm",
@@ -129,11 +136,11 @@ def scheduler_of_a1111(sampler: str, schedule_type: str | None = None) -> str | 
     The schedule's type is beside the name, or, as older versions write it, at its end (`DPM++ 2M Karras`).
     """
     if schedule_type is None:
-        for suffix in ("Karras", "Exponential"):
+        for suffix in ("Karras", "Exponential", "SGM Uniform"):
             if sampler.lower().endswith(f" {suffix.lower()}"):
                 sampler, schedule_type = sampler[: -len(suffix) - 1], suffix
     elif schedule_type.lower() == "automatic":
         schedule_type = next((kind for name, kind in AUTOMATIC.items() if name.lower() == sampler.lower()), None)
     elif schedule_type.lower() in ("uniform", "normal"):
         schedule_type = None
-    return _A1111.get((sampler.lower(), schedule_type if schedule_type is None else schedule_type.capitalize()))
+    return _A1111.get((sampler.lower(), schedule_type and schedule_type.lower()))

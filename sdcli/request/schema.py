@@ -108,6 +108,11 @@ class GenerationRequest(BaseModel):
         description="height in pixels, for most models a multiple of 8; default: the init image's or the model's",
     )
     steps: int | None = Field(None, ge=1, le=1000, description="denoising steps; default: the model's")
+    fast: bool | None = Field(
+        None,
+        description="use the model's few-step preset: scheduler, steps and guidance scale, unless they are given, and "
+        "its LoRA (`models show` prints it)",
+    )
     guidance_scale: float | None = Field(
         None,
         ge=0,

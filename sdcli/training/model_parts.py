@@ -24,7 +24,8 @@ from sdcli.models.families.family import Family
 from sdcli.models.hub.download import folder_of
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import Part, load_model
-from sdcli.models.registry import ModelDefaults, ModelSpec
+from sdcli.models.model_defaults import ModelDefaults
+from sdcli.models.registry import ModelSpec
 from sdcli.request.schema import did_you_mean
 from sdcli.training.run_folder import write_json
 from sdcli.training.text_encoder.network import use_stored_names

@@ -26,7 +26,8 @@ from sdcli.metadata.embed import image_bytes
 from sdcli.models.controlnet import PART
 from sdcli.models.families.family import Family
 from sdcli.models.loaded_model import model_in_memory
-from sdcli.models.registry import ModelDefaults, ModelSpec
+from sdcli.models.model_defaults import ModelDefaults
+from sdcli.models.registry import ModelSpec
 from sdcli.models.sources import FolderSource
 from sdcli.request.fields import Control, FileRef
 from sdcli.request.schema import GenerationRequest

@@ -21,7 +21,7 @@ def latent_preview(space: Space, x: Tensor) -> Tensor:
     of these latents, reduced to at most FEW_CELLS cells, and its decoded image.
     """
     _, height, width = x.shape
-    if isinstance(space, PixelSpace) or height * width <= FEW_CELLS:
+    if decodes_exactly(space, x):
         return space.decode(x[None])[0].nan_to_num(0)
     factor = math.ceil(math.sqrt(height * width / FEW_CELLS))
     few = (max(1, height // factor), max(1, width // factor))
@@ -29,6 +29,11 @@ def latent_preview(space: Space, x: Tensor) -> Tensor:
     colours = functional.adaptive_avg_pool2d(space.decode(reduced[None])[0].nan_to_num(0), few)
     linear = torch.linalg.lstsq(_with_one(reduced), colours.flatten(1).T).solution
     return (_with_one(x) @ linear).T.unflatten(1, (height, width)).clamp(0, 1)
+
+
+def decodes_exactly(space: Space, x: Tensor) -> bool:
+    """Whether the preview of x [C, h, w] is its decoded image itself."""
+    return isinstance(space, PixelSpace) or x.shape[1] * x.shape[2] <= FEW_CELLS
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -9,24 +9,31 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 from sdcli.cli.ui.preview import SHARE, Preview, Throttle
 from sdcli.cli.ui.terminal_images import BELOW, HalfBlocks
+from sdcli.diffusion.preview_decoder import PreviewDecoder
 from sdcli.errors import CannotWrite, SdcliError, UsageError
 from sdcli.generation.events import Progress
 from sdcli.images.contact_sheet import KEY
 from sdcli.io.files import AlreadyExists
+from sdcli.models.families import FAMILIES
 from sdcli.models.families.family import latents_or_pixels
+from sdcli.models.hub.cache import ref_file, snapshot_folder
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
+from sdcli.models.preview_vae import preview_source
 from sdcli.models.registry import load_registry
 from sdcli.vae.latent_preview import FEW_CELLS, latent_preview
 from sdcli.vae.latent_space import PixelSpace
@@ -128,6 +135,77 @@ def test_half_blocks_are_the_image() -> None:
             if style.bgcolor is not None:
                 seen[2 * row + 1, column] = style.bgcolor.get_truecolor()
     np.testing.assert_array_equal(seen[:13], np.asarray(image))
+
+
+# The tiny autoencoder
+
+
+def save_tiny_vae(**changes: Any) -> AutoencoderTiny:
+    """A miniature of madebyollin/taesd in the hub's cache, as other tools leave it there."""
+    torch.manual_seed(0)
+    config = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4, **changes}
+    vae = AutoencoderTiny(**config, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)
+    source = preview_source(FAMILIES["sd1"])
+    ref_file(source).parent.mkdir(parents=True)
+    ref_file(source).write_text("c" * 40)
+    vae.save_pretrained(snapshot_folder(source))
+    return vae
+
+
+@pytest.fixture(scope="module")
+def sd1(tiny_folder: Path) -> LoadedModel:
+    return load_model(load_registry().find(str(tiny_folder)), device="cpu", dtype="float32")
+
+
+X = torch.randn((4, 24, 32), generator=torch.Generator().manual_seed(1))
+
+
+def test_many_latents_are_decoded_by_the_tiny_autoencoder_where_the_cache_has_it(sd1: LoadedModel) -> None:
+    space, vae = latents_or_pixels(sd1), save_tiny_vae()
+    decoder = PreviewDecoder()
+    seen = decoder.pixels(sd1, space, X)
+    assert decoder.described == "decoded by madebyollin/taesd"
+    assert seen.shape == (3, 192, 256)
+    with torch.no_grad():
+        expected = vae.decode(X[None]).sample[0] / 2 + 0.5
+    torch.testing.assert_close(seen, expected.clamp(0, 1))
+    few = X[:, :8, :8]
+    assert torch.equal(decoder.pixels(sd1, space, few), space.decode(few[None])[0])
+    assert decoder.described == "decoded as the image will be"
+
+
+@pytest.mark.parametrize("case", ["absent", "half", "damaged", "another class", "other latents"])
+def test_otherwise_the_preview_is_the_linear_one(sd1: LoadedModel, case: str) -> None:
+    model = sd1
+    if case != "absent":
+        save_tiny_vae()
+        folder = snapshot_folder(preview_source(FAMILIES["sd1"]))
+        weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+        if case == "half":
+            weights.unlink()
+        if case == "damaged":
+            weights.write_bytes(weights.read_bytes()[:-9])
+        if case == "another class":
+            config.write_text(config.read_text().replace("AutoencoderTiny", "AutoencoderKL"))
+        if case == "other latents":  # a VAE of one's own, with another scale
+            own = AutoencoderKL.from_config({**sd1.vae.config, "scaling_factor": 0.9})
+            model = replace(sd1, parts={**sd1.parts, "vae": own})
+    space, decoder = latents_or_pixels(model), PreviewDecoder()
+    assert torch.equal(decoder.pixels(model, space, X), latent_preview(space, X))
+    assert decoder.described.startswith("approximated linearly")
+    assert ("(" in decoder.described) == (case in ("damaged", "another class"))
+
+
+def test_with_v_the_run_says_how_previews_are_decoded(tiny_folder: Path) -> None:
+    job = ["generate", "a cat", "-m", str(tiny_folder), "--seed", "3", "--steps", "2", "--size", "256x192", "-o"]
+    plain = run(*job, "a.png", "--preview", "live.png", "-v")
+    assert "previews are approximated linearly, a pixel for each latent cell" in plain.err
+    save_tiny_vae()
+    tiny = run(*job, "b.png", "--preview", "live.png", "-v")
+    assert "previews are decoded by madebyollin/taesd" in tiny.err
+    assert "previews are" not in run(*job, "c.png", "--preview", "live.png").err
+    assert Image.open("live.png").size == (256, 192)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes() == Path("c.png").read_bytes()
 
 
 JOB = ["generate", "a cat", "-m", "tiny", "--seed", "3", "--steps", "2"]

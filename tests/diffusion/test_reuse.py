@@ -197,9 +197,14 @@ def images(cache: ModelCache, jobs: list[ResolvedJob], *gone: int) -> dict[int, 
     """The pixels of each job's image; those of `gone` are cancelled after the second step."""
     steps: list[Progress] = []
     found = {}
+
+    def is_cancelled(job: ResolvedJob) -> bool:
+        return len(steps) >= 2 and job.index in gone
+
     with cache.lease(jobs[0]) as lease:
-        for event in run_batch(lease, Batch.of(jobs), cancelled=lambda job, steps=steps: len(steps) >= 2 and job.index in gone):
-            steps += [event] if isinstance(event, Progress) else []
+        for event in run_batch(lease, Batch.of(jobs), cancelled=is_cancelled):
+            if isinstance(event, Progress):
+                steps.append(event)
             if isinstance(event, Generated):
                 found[event.job.index] = event.pixels
     return found

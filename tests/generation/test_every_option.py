@@ -84,7 +84,7 @@ UNUSUAL = {
 REFUSED = {"sd1": {"refiner", "refiner_start"}, "sdxl": {"loras", "ip_adapters"}}
 """All that these kinds do not accept, the files of `loras` and `ip_adapters` being for sd1: one of the two accepts
 each field, and its image shows that the field counts."""
-ELSEWHERE = {"schema_version", "model", "controls", "guess_mode"}
+ELSEWHERE = {"schema_version", "model", "controls", "guess_mode", "fast"}
 """Fields whose own tests walk the families."""
 
 

@@ -565,3 +565,44 @@ def test_a_listing_that_lies_about_small_files_is_refused() -> None:
     sizes = dict.fromkeys(files_of(PACKAGE / "starter"), 100) | {"tokenizer/vocab.json": 10**10}
     with pytest.raises(BadWeights, match=r"vocab\.json has 10 GB"):
         hub.wanted_files(sizes, variant=None, repo=NAME)
+
+
+def test_the_lora_of_a_preset_and_a_preview_vae_come_when_they_are_asked_for(
+    server: HubServer, models: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    data = b"\0" * 150_000
+    server.repos["maker/quick"] = Repo()
+    server.repos["maker/quick"].commit({"a.safetensors": data, "b.safetensors": data + b"b", "README.md": b""})
+    server.repos["madebyollin/taesd"] = Repo()
+    tiny = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": data + b"c", "taesd_decoder.pth": b"."}
+    server.repos["madebyollin/taesd"].commit(tiny)
+    source = f"{{kind: folder, path: {PACKAGE / 'starter'}}}"
+    lora = "{source: {kind: hub, repo: maker/quick, file: a.safetensors}}"
+    preset = f"{{name: quick, scheduler: lcm, steps: 4, lora: {lora}}}"
+    (tmp_path / "own.yaml").write_text(f"models:\n  mine: {{source: {source}, fast: {preset}}}\n")
+    own = ("--models-file", "own.yaml")
+    asked = [sys.executable, "-m", "sdcli", "generate", "a fox", "-m", "mine", "--fast", "--dry-run", *own]
+    offline = {"env": environment | {"HF_HUB_OFFLINE": "1"}, "cwd": tmp_path, "capture_output": True, "text": True}
+
+    refused = subprocess.run(asked, **offline)  # type: ignore[call-overload]
+    assert refused.returncode == 4
+    assert "the LoRA of --fast, quick, is not in the cache" in refused.stderr
+    assert "run `sdcli models pull mine --fast`" in refused.stderr
+
+    pulled = models("pull", "mine", "--fast", "--preview-vae", "--json", *own)
+    assert pulled.returncode == 0, pulled.stderr
+    first, second = map(json.loads, pulled.stdout.splitlines())
+    assert set(files_of(Path(first["folder"]))) == {"a.safetensors"}
+    assert set(files_of(Path(second["folder"]))) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    shown = subprocess.run(asked, **offline)  # type: ignore[call-overload]
+    assert "hub:maker/quick/a.safetensors" in shown.stdout + shown.stderr, shown.stderr
+
+    another = models("pull", "hub:maker/quick/b.safetensors")
+    assert another.returncode == 0, another.stderr
+    assert set(files_of(Path(another.stdout.strip()))) == {"a.safetensors", "b.safetensors"}
+    again = models("pull", "hub:maker/quick/a.safetensors", "--json", "--offline")
+    assert json.loads(again.stdout)["downloaded_bytes"] == 0
+    missing = models("pull", "hub:maker/quick/c.safetensors")
+    assert (missing.returncode, "has no file c.safetensors" in missing.stderr) == (3, True)
+    nothing = models("pull", "starter", "--fast")
+    assert (nothing.returncode, "it has no few-step preset" in nothing.stderr) == (2, True)

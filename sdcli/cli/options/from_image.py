@@ -11,6 +11,9 @@ from sdcli.errors import UsageError
 from sdcli.models.adapter_files import is_in_folder, user_lora_folder
 from sdcli.request.schema import NEEDS, did_you_mean, field_name
 
+PRESET_FIELDS = ("scheduler", "steps", "guidance_scale", "guidance_rescale", "guidance_interval", "reuse")
+"""What `--fast` decides anew."""
+
 
 def recorded_fields(
     image: Path,
@@ -67,7 +70,8 @@ def without_named(recorded: Mapping[str, Any], without: str, *, typed: Mapping[s
 
 def without_replaced(recorded: dict[str, Any], replaced: Collection[str]) -> dict[str, Any]:
     """The fields without the `replaced` ones and without those that only go with the old values."""
-    gone = {*replaced, *(["guidance_end"] if "guidance_scale" in replaced else [])}  # a scale is a whole schedule
+    gone = {*replaced, *(PRESET_FIELDS if "fast" in replaced else [])}
+    gone |= {"guidance_end"} if "guidance_scale" in gone else set()  # a scale is a whole schedule
     left = {name: value for name, value in recorded.items() if name not in gone}
     return _without_size(left) if gone & {"init_image", "extend"} else left  # the size was that of another init image
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sdcli.errors import BadWeights
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
-from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubSource, RandomSource
+from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubFile, HubSource, RandomSource
 
 
 def summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, A
         "download_bytes": spec.download_bytes,
         "license": spec.license,
         "description": spec.description,
+        "fast": spec.fast.name if isinstance(spec, ModelSpec) and spec.fast is not None else None,
     }
 
 
@@ -83,6 +84,21 @@ def lora_of(spec: ModelSpec) -> dict[str, Any]:
     return {"lora": facts} if facts is not None else {}
 
 
+def preset_of(spec: ModelSpec) -> dict[str, Any]:
+    """What `--fast` sets, and whether its LoRA is on this machine."""
+    from sdcli.models.hub.cache import cached_file
+
+    preset = spec.fast
+    if preset is None:
+        return {}
+    facts: dict[str, Any] = {"name": preset.name, **preset.fields(), "most_steps": preset.most_steps}
+    if preset.lora is not None:
+        source = preset.lora.source
+        path = cached_file(source) if isinstance(source, HubFile) else source.path
+        facts |= {"lora": str(preset.lora.ref), "lora_here": "yes" if path.is_file() else "no"}
+    return {"fast": {**facts, "license": preset.license}}
+
+
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the list, as texts."""
     from sdcli.models.hub.download import megabytes
@@ -93,7 +109,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["here"],
         megabytes(row["download_bytes"]) if row["download_bytes"] else "-",
         row["license"].partition(" (")[0],
-        row["description"],
+        row["description"] + (f" [--fast: {row['fast']}]" if row["fast"] else ""),
     )
 
 
@@ -116,4 +132,4 @@ def lines(fields: dict[str, Any]) -> Iterator[str]:
         elif isinstance(value, dict):
             yield f"{key}: {', '.join(f'{inner}={shown}' for inner, shown in value.items() if shown is not None)}"
         else:
-            yield f"{key}: {'yes' if value is True else 'no' if value is False else value}"
+            yield f"{key}: { {True: 'yes', False: 'no', None: 'none'}.get(value, value) }"

@@ -49,14 +49,21 @@ class Throttle:
 class Preview:
     """Calls `show` with a PIL image of the x0 prediction after some steps, at least once in a complete run.
 
-    If showing fails, `warn` gets a sentence, and there are no more previews.
+    If showing fails, `warn` gets a sentence, and there are no more previews. `detail` gets one about how the latents
+    were decoded, and another where that changes.
     """
 
     def __init__(
-        self, show: Callable[[Any], None], throttle: Throttle | None = None, *, warn: Callable[[str], None]
+        self,
+        show: Callable[[Any], None],
+        throttle: Throttle | None = None,
+        *,
+        warn: Callable[[str], None],
+        detail: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._show, self._throttle, self._shown = show, throttle or Throttle(), False
-        self._warn, self._fails = warn, False
+        self._warn, self._detail, self._fails = warn, detail, False
+        self._decoded: str | None = None
 
     def step(self, progress: Progress) -> None:
         """A denoising step is done."""
@@ -66,6 +73,10 @@ class Preview:
                 image = progress.preview()
                 if image is None:
                     return
+                decoded = getattr(image, "info", {}).get("decoded")
+                if decoded != self._decoded:
+                    self._decoded = decoded
+                    self._detail(f"previews are {decoded}")
                 try:
                     self._show(image)
                     self._shown = True

@@ -14,7 +14,6 @@ from sdcli.images.pixels import from_pixels
 from sdcli.io.out_of_memory import MemoryAttempt
 from sdcli.models.safety_checker import SafetyChecker
 from sdcli.request.schema import ResolvedRequest
-from sdcli.vae.latent_preview import latent_preview
 
 
 def preview_image(
@@ -22,10 +21,12 @@ def preview_image(
 ) -> Image.Image:
     """The x0 prediction of a step, roughly decoded; several images on one sheet, where a flagged one is left empty."""
     _, x0 = x0_predictor(pipeline, requests[0])(step)
-    images = [from_pixels(latent_preview(pipeline.space, x)) for x in x0]
+    images = [from_pixels(pipeline.previews.pixels(pipeline.model, pipeline.space, x)) for x in x0]
     if checker is not None:
         images = [empty(image.size) if checker.flags(image) else image for image in images]
-    return images[0] if len(images) == 1 else contact_sheet(images)
+    whole = images[0] if len(images) == 1 else contact_sheet(images)
+    whole.info["decoded"] = pipeline.previews.described
+    return whole
 
 
 def preview_or_none(

@@ -8,9 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from sdcli.errors import UsageError
+from sdcli.generation.resolve.fast import with_fast_preset
 from sdcli.generation.resolve.inputs import Measure, input_values, pinned_embeddings
 from sdcli.images.formats import MAX_PIXELS
-from sdcli.models.registry import ModelSpec, size_problem
+from sdcli.models.model_defaults import size_problem
+from sdcli.models.registry import ModelSpec
 from sdcli.request.prompt_syntax import used
 from sdcli.request.schedulers import SCHEDULERS, TRAINED, schedulers_for
 from sdcli.request.schema import GenerationRequest, ResolvedRequest, check_needs, first_problem, watermark_room
@@ -24,10 +26,11 @@ def resolve(request: GenerationRequest, spec: ModelSpec, *, measure: Measure | N
     """The request as it will be generated: open fields get the model's defaults, and random seeds.
 
     With `measure`, the size of an init image is the default size. A field of a feature that is not used stays None.
-    Raises UsageError for a field that would have no effect, and for what the model cannot do; and what reading the
-    files of the request raises.
+    Raises UsageError for a field that would have no effect, and for what the model cannot do; Offline for the LoRA of a
+    few-step preset that is not on this machine; and what reading the files of the request raises.
     """
     check_needs(request)
+    request = with_fast_preset(request, spec)
     given = {name: value for name, value in request if value is not None}
     spec.family.check(given, model=spec.name)
     values = {**_defaults(request, spec), **given, **input_values(request, spec, measure), "model": spec.name}
@@ -175,6 +178,8 @@ def _check_reuse(request: ResolvedRequest, spec: ModelSpec) -> None:
         return
     if request.scheduler == "lcm":
         raise UsageError("reuse does not go with the lcm scheduler, whose few steps are all needed whole")
+    if spec.fast is not None and (spec.fast.lora is None or spec.fast.is_in(request)):
+        raise UsageError(f"reuse does not go with {spec.fast.name}, whose few steps are all needed whole")
     steps = max(request.passes)
     if steps <= FEW_STEPS:
         raise UsageError(f"reuse needs more than {FEW_STEPS} steps, not {steps}: so few are all needed whole")

@@ -14,6 +14,7 @@ SCHEDULERS = {
     ("ddim", "normal"): "ddim",
     ("ddim", "ddim_uniform"): "ddim",
     ("euler", "normal"): "euler",
+    ("euler", "sgm_uniform"): "euler-trailing",
     ("euler_ancestral", "normal"): "euler-a",
     ("heun", "normal"): "heun",
     ("dpmpp_2m", "normal"): "dpmpp-2m",

@@ -248,6 +248,15 @@ LORA_NAMES: Mapping[str, LoraNames] = {
 }
 
 
+@dataclass(frozen=True)
+class PreviewVae:
+    """A tiny autoencoder on the hub that previews are decoded with."""
+
+    repo: str
+    latents: tuple[float, int]
+    """Scaling factor and channels of the VAE whose latents it knows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """A model family. Outside this folder no code asks which family a model is: it asks this value, or calls it."""
@@ -270,6 +279,8 @@ class Family:
     """Whether the prompt is text for a text encoder."""
     takes_prompt: bool = True
     """Whether a prompt has an effect at all."""
+    preview_vae: PreviewVae | None = None
+    """A tiny autoencoder for its latents."""
     takes_refiners: bool = False
     """Whether a second model of the family can take over for the last steps."""
     refuses: Mapping[str, str] = field(default_factory=dict)

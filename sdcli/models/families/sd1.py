@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from sdcli.errors import UsageError
-from sdcli.models.families.family import Component, Components, Configs, Family, ModelKind, SingleFile, shipped
+from sdcli.models.families.family import (
+    Component,
+    Components,
+    Configs,
+    Family,
+    ModelKind,
+    PreviewVae,
+    SingleFile,
+    shipped,
+)
 from sdcli.vae.config import cell_of
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -80,6 +89,7 @@ def mended(scheduler: dict[str, Any]) -> dict[str, Any]:
 
 SD1 = Family(
     name="sd1",
+    preview_vae=PreviewVae("madebyollin/taesd", latents=(0.18215, 4)),
     pipelines=dict.fromkeys(PIPELINES, COMPONENTS),
     index={
         "safety_checker": [None, None],

@@ -27,6 +27,7 @@ def prediction(file: Path, names: Collection[str]) -> Mapping[str, Any]:
 
 SD2 = Family(
     name="sd2",
+    preview_vae=sd1.SD1.preview_vae,
     pipelines=dict.fromkeys(sd1.PIPELINES, sd1.COMPONENTS),
     index=sd1.SD1.index,
     open_clip=frozenset({"text_encoder"}),

@@ -13,6 +13,7 @@ from sdcli.models.families.family import (
     Family,
     Loaded,
     ModelKind,
+    PreviewVae,
     call_transformer,
     clip_readers,
 )
@@ -73,6 +74,7 @@ def encoding(model: Loaded) -> Encode:
 
 SD3 = Family(
     name="sd3",
+    preview_vae=PreviewVae("madebyollin/taesd3", latents=(1.5305, 16)),
     pipelines={"StableDiffusion3Pipeline": COMPONENTS},
     optional=frozenset({"text_encoder_3", "tokenizer_3"}),
     process="flow",

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdcli.models.families import sd1
-from sdcli.models.families.family import Component, Components, Family, Loaded, SingleFile, clip_readers, shipped
+from sdcli.models.families.family import (
+    Component,
+    Components,
+    Family,
+    Loaded,
+    PreviewVae,
+    SingleFile,
+    clip_readers,
+    shipped,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +53,7 @@ def part_dtype(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> torc
 
 SDXL = Family(
     name="sdxl",
+    preview_vae=PreviewVae("madebyollin/taesdxl", latents=(0.13025, 4)),
     pipelines=dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), COMPONENTS),
     optional=frozenset({"text_encoder", "tokenizer"}),
     takes_refiners=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdcli.errors import UsageError
 from sdcli.io.files import expanded
-from sdcli.models.sources import HubSource
+from sdcli.models.sources import HubFile, HubSource
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A commit's name."""
@@ -48,3 +48,8 @@ def ref_file(source: HubSource) -> Path:
 def snapshot_folder(source: HubSource) -> Path:
     """Where the cache has the source's revision, if it has it."""
     return repo_folder(source.repo) / "snapshots" / (cached_commit(source) or "none")
+
+
+def cached_file(file: HubFile) -> Path:
+    """Where the cache has one file of a repository, if it has it."""
+    return snapshot_folder(file.source) / file.file

@@ -11,8 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -331,6 +331,30 @@ def pull(
         return _pull(spec, source, progress, safety_checker=safety_checker)
 
 
+def pull_files(
+    source: HubSource, files: Sequence[str], *, offline: bool, progress: Progress = lambda *_: None
+) -> PullReport:
+    """Download these files of a repository, such as a LoRA, as `pull` does a model's; raises what it raises.
+
+    Files that were pulled from it before are brought to the same commit.
+    """
+    if offline or offline_by_environment():
+        folder = snapshot_folder(source)
+        missing = next((file for file in files if not (folder / file).is_file()), None)
+        if missing is not None:
+            raise Offline(f"{source.repo}: {missing} is not in the cache, and the network is not to be used")
+        return PullReport(folder, folder.name, len(files), sum((folder / file).stat().st_size for file in files), 0)
+    use_offline(False)
+    with _explained(source):
+        api = _api()
+        commit, remote = _announced(api, source)
+        absent = next((file for file in files if file not in remote), None)
+        if absent is not None:
+            raise NotFound(f"{source.repo} has no file {absent}")
+        earlier = [path for path in read_manifest(source.repo, cached_commit(source)) if path in remote]
+        return _fetched(api, source, commit, remote, list(dict.fromkeys([*files, *earlier])), source.repo, progress)
+
+
 def _counted(folder: Path) -> tuple[int, int]:
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return len(sizes), sum(sizes)
@@ -339,11 +363,7 @@ def _counted(folder: Path) -> tuple[int, int]:
 def _pull(
     spec: ModelSpec | ControlNetSpec, source: HubSource, progress: Progress, *, safety_checker: bool
 ) -> PullReport:
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import logging as hub_logging
-
-    hub_logging.set_verbosity_error()
-    api = HfApi(library_name="sdcli")
+    api = _api()
     before = read_manifest(source.repo, cached_commit(source))
     commit, remote = _announced(api, source)
     folder = repo_folder(source.repo) / "snapshots" / commit
@@ -362,10 +382,33 @@ def _pull(
     else:
         parts = [*weighty_parts(index), *([CHECKER] if with_checker else [])]
         wanted = wanted_files(sizes, variant=source.variant, repo=source.repo, parts=parts)
+    report = _fetched(api, source, commit, remote, wanted, spec.name, progress)
+    return replace(report, checker_left_out=ships_checker and not with_checker)
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()
+    return HfApi(library_name="sdcli")
+
+
+def _fetched(
+    api: HfApi,
+    source: HubSource,
+    commit: str,
+    remote: Mapping[str, _Remote],
+    wanted: Sequence[str],
+    name: str,
+    progress: Progress,
+) -> PullReport:
+    """Bring the wanted files of a commit into the cache, and record their hashes."""
+    before, folder = read_manifest(source.repo, cached_commit(source)), repo_folder(source.repo) / "snapshots" / commit
     files = [remote[path] for path in wanted]
     total = sum(file.size for file in files)
     absent = [file for file in files if not _is_whole(folder / file.path, file)]
-    _require_disk(spec.name, source.repo, absent)
+    _require_disk(name, source.repo, absent)
     here = total - sum(file.size for file in absent)
     for file in absent:
 
@@ -385,7 +428,6 @@ def _pull(
         total,
         sum(file.size for file in absent),
         changed,
-        checker_left_out=ships_checker and not with_checker,
     )
 
 

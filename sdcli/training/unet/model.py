@@ -14,7 +14,8 @@ from sdcli.models.families import family_from_scratch
 from sdcli.models.families.family import Configs, Family
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
-from sdcli.models.registry import ModelDefaults, ModelSpec, Registry
+from sdcli.models.model_defaults import ModelDefaults
+from sdcli.models.registry import ModelSpec, Registry
 from sdcli.training import model_parts
 from sdcli.training.inputs.image_data import ImageData
 from sdcli.training.unet.settings import UnetSettings
