@@ -53,7 +53,7 @@ def load_preview_vae(folder: Path, device: torch.device) -> AutoencoderTiny:
     except UsageError as error:
         raise BadWeights(f"{folder}: {error}") from None
     fill(network, read_tensors(folder / PREVIEW_FILES[1], torch.float32), source=str(folder / PREVIEW_FILES[1]))
-    return network.to(device).eval()  # type: ignore[no-any-return]
+    return network.to(device).eval()
 
 
 _NO_FAMILY = Family(name="")

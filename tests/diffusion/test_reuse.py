@@ -61,7 +61,7 @@ def calls_of(module: Any) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def deep_part_held(unet: Any, whole: set[int]) -> Iterator[None]:
     """The naive reference: every step runs the whole network, and in those that are not `whole` the features before
-    its last layer are replaced by those of the last whole one."""
+    its last layers are replaced by those of the last whole one."""
     calls, kept, skipped = [0], [torch.empty(0)], unet.config.block_out_channels[0]
 
     def hold(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ def deep_part_held(unet: Any, whole: set[int]) -> Iterator[None]:
         calls[0] += 1
         return torch.cat([kept[0], inputs[0][:, -skipped:]], dim=1), *inputs[1:]
 
-    handle = unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(hold)
+    handle = unet.up_blocks[-1].resnets[-2].register_forward_pre_hook(hold)
     try:
         yield
     finally:
@@ -97,7 +97,7 @@ def test_it_equals_the_reference_with_a_last_block_without_attention_and_on_sdxl
             assert torch.equal(got, latents(other))
 
 
-def test_with_a_controlnet_the_first_skip_connection_gets_its_residual_of_each_step(tmp_path: Path) -> None:
+def test_with_a_controlnet_the_first_skip_connections_get_their_residuals_of_each_step(tmp_path: Path) -> None:
     folder = save_tiny_pipeline(tmp_path / "model", **CROSS)
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "map.png")
     plain = oracle.load_pipeline(folder)
@@ -111,7 +111,7 @@ def test_with_a_controlnet_the_first_skip_connection_gets_its_residual_of_each_s
     assert not torch.equal(got, latents(pipeline, reuse=2))
 
 
-def test_with_an_ip_adapter_the_last_layer_attends_to_the_image_in_each_step(tmp_path: Path) -> None:
+def test_with_an_ip_adapter_the_last_layers_attend_to_the_image_in_each_step(tmp_path: Path) -> None:
     folder = save_tiny_pipeline(tmp_path / "model", **CROSS)
     adapter = save_tiny_ip_adapter(tmp_path / "adapters", folder)
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "image.png")
@@ -125,9 +125,9 @@ def test_with_an_ip_adapter_the_last_layer_attends_to_the_image_in_each_step(tmp
     assert not torch.equal(got, latents(plain, reuse=2))
 
 
-def test_the_steps_between_run_the_last_layer_alone_with_both_halves_of_guidance(pipeline: Pipeline) -> None:
+def test_the_steps_between_run_the_last_layers_alone_with_both_halves_of_guidance(pipeline: Pipeline) -> None:
     unet = pipeline.model.unet
-    with calls_of(unet.mid_block) as deep, calls_of(unet.up_blocks[-1].resnets[-1]) as last:
+    with calls_of(unet.mid_block) as deep, calls_of(unet.up_blocks[-1].resnets[-2]) as last:
         latents(pipeline, reuse=3)
     assert (deep, last) == ([4, 4, 4], [4] * 7)
 
