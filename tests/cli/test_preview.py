@@ -191,7 +191,7 @@ def test_otherwise_the_preview_is_the_linear_one(sd1: LoadedModel, case: str) ->
             own = AutoencoderKL.from_config({**sd1.vae.config, "scaling_factor": 0.9})
             model = replace(sd1, parts={**sd1.parts, "vae": own})
     space, decoder = latents_or_pixels(model), PreviewDecoder()
-    assert torch.equal(decoder.pixels(model, space, X), latent_preview(space, X))
+    torch.testing.assert_close(decoder.pixels(model, space, X), latent_preview(space, X), rtol=1e-3, atol=1e-3)
     assert decoder.described.startswith("approximated linearly")
     assert ("(" in decoder.described) == (case in ("damaged", "another class"))
 
