@@ -26,6 +26,8 @@ from scenes import BACKGROUNDS, HUES, KINDS, PLACES, SIDE, STYLE_WORDS, Composer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdcli.io.devices import cpu_has_bfloat16_kernels
+
 INPUT_SIDE = 64
 """Width and height of the judge's input in pixels."""
 HELD_OUT_STYLE = "twemoji"
@@ -172,19 +174,19 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(work: Path, *, steps: int = STEPS, count: int = 80_000, batch: int = 128, seed: int = 3) -> Judge:
-    """Train a judge on `count` scenes: AdamW with a cosine schedule, bfloat16."""
+    """Train a judge on `count` scenes: AdamW with a cosine schedule, bfloat16 where the CPU has kernels for it."""
     torch.manual_seed(seed)
     images, truth = many_scenes(work, count, seed=seed)
     judge = Judge(truth.things.shape[1])
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.02)
     generator = torch.Generator().manual_seed(seed)
-    began = time.monotonic()
+    autocast, began = cpu_has_bfloat16_kernels(), time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
         rows = torch.randint(len(images), (batch,), generator=generator)
         batch_images = augment(as_tensor(images[rows.numpy()]), generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = [head.float() for head in judge(batch_images)]
         loss = loss_of(logits, truth.rows(rows))
         optimizer.zero_grad(set_to_none=True)

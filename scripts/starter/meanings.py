@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from wordnet import THINGS, Nouns, fetch
 from words import plural, singular
 
+from sdcli.io.devices import cpu_has_bfloat16_kernels
 from sdcli.training.text_encoder.teachers import SentenceEncoder, Teacher
 
 GLOSS = 80
@@ -71,7 +72,7 @@ def meaning_vectors(teacher: Teacher, phrased: Phrasings) -> Tensor:
     unique = sorted({text for texts in phrased.values() for text in texts}, key=lambda text: (len(text), text))
     parts = []
     for start in range(0, len(unique), BATCH):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16_kernels()):
             parts.append(teacher(unique[start : start + BATCH]).half())
         if start // BATCH % 100 == 0:
             print(f"{start} of {len(unique)} texts encoded", flush=True)
