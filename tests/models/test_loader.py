@@ -363,11 +363,11 @@ def test_a_folder_of_the_sd2_kind_is_painted_as_diffusers_does(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_full_size_model_loads_in_half_precision_without_a_second_copy(tmp_path: Path) -> None:
-    """random-sd15 at 512x512 in bfloat16: peak memory at most the weights + 1.5 GB."""
+    """random-sd15 at 128x128 in bfloat16: peak memory at most the weights + 1.2 GB, the UNet being 1.7."""
     script = (
         "import resource, sys\n"
-        "sys.argv = ['sdcli', 'generate', 'x', '-m', 'random-sd15', '--steps', '1', '--dtype', 'bfloat16', '-q',"
-        " '-o', sys.argv[1]]\n"
+        "sys.argv = ['sdcli', 'generate', 'x', '-m', 'random-sd15', '--steps', '1', '--size', '128x128',"
+        " '--dtype', 'bfloat16', '-q', '-o', sys.argv[1]]\n"
         "from sdcli.cli.app import main\n"
         "try:\n    main()\n"
         "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
@@ -381,4 +381,4 @@ def test_a_full_size_model_loads_in_half_precision_without_a_second_copy(tmp_pat
     ).stdout
     peak = int(output.splitlines()[-1])
     weights = 2 * (859_520_964 + 83_653_863 + 123_060_480)
-    assert peak - weights <= 1.5 * 2**30
+    assert peak - weights <= 1.2e9

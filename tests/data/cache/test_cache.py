@@ -455,26 +455,26 @@ def test_a_shard_that_goes_away_or_shrinks_under_a_reader_is_told_in_a_sentence(
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_records_are_opened_in_seconds_and_take_little_room(tmp_path: Path) -> None:
+def test_thousands_of_records_are_opened_in_seconds_and_take_little_room(tmp_path: Path) -> None:
     import tracemalloc
 
     store, latents = TensorStore(tmp_path, "any"), torch.randn(4, 4, 4)
-    keys = [key_of(str(number)) for number in range(100_000)]
+    keys = [key_of(str(number)) for number in range(30_000)]
     for key in keys:
         store.add(key, {"mean": latents, "logvar": latents})
     store.flush()
     began = time.perf_counter()
     opened = TensorStore(tmp_path, "any")
-    assert time.perf_counter() - began < 6  # 1.3 s on an idle 2-core AMD EPYC
-    assert len(pickle.dumps(opened)) < 12e6
+    assert time.perf_counter() - began < 2  # 1.3 s for 100,000 on an idle 2-core AMD EPYC
+    assert len(pickle.dumps(opened)) < 3.6e6
     tracemalloc.start()
     kept = TensorStore(tmp_path, "any")
-    assert tracemalloc.get_traced_memory()[0] < 15e6
+    assert tracemalloc.get_traced_memory()[0] < 4.5e6
     tracemalloc.stop()
     assert (kept.find(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32)) >= 0).all()
     began = time.perf_counter()
     for number in range(1000):
-        opened.read(number * 97)
+        opened.read(number * 29)
     assert time.perf_counter() - began < 2
 
 
