@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -16,10 +17,12 @@ from sdcli.training.config_files import settings_from
 from sdcli.training.controlnet.session import ControlNetSession
 from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.events import Event
+from sdcli.training.memory import unet_memory
 from sdcli.training.orders import SaveRequest
 from sdcli.training.session import Session
 from sdcli.training.unet.session import UnetSession
 from sdcli.training.unet.settings import UnetSettings
+from sdcli.training.unet.task import UnetTask
 
 QUICK: dict[str, Any] = {
     "model": "tiny",
@@ -113,7 +116,23 @@ def train_unet(
     values = {**quick, "cache_dir": run.parent / "cache", **changes}
     settings = settings_from(UnetSettings, {name: value for name, value in values.items() if value is not None})
     session = UnetSession(str(data), run, settings, load_registry())
-    return run_session(session, resume=resume, stop=stop, save=save, see=see)
+    with mock.patch("sdcli.training.unet.session.unet_memory", estimated_once):
+        return run_session(session, resume=resume, stop=stop, save=save, see=see)
+
+
+_estimates: dict[str, int] = {}
+
+
+def estimated_once(task: UnetTask, settings: UnetSettings, *, size: tuple[int, int]) -> int:
+    """The estimated memory of a step, which takes a quarter of a short run: once for each kind of network and step."""
+    network = task.networks["unet"]
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    of_step = ("train_batch_size", "mixed_precision", "gradient_checkpointing", "optimizer", "use_ema")
+    values = settings.model_dump(mode="json")
+    key = repr((dict(network.config), trained, task.vae is None, size, [values[name] for name in of_step]))
+    if key not in _estimates:
+        _estimates[key] = unet_memory(task, settings, size=size)
+    return _estimates[key]
 
 
 def controlnet_session(data: Path, run: Path, **changes: Any) -> ControlNetSession:

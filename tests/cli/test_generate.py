@@ -22,6 +22,7 @@ from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.sweep import parse_axis, swept
 from sdcli.request.wildcards import Wildcards
 from tests.conftest import REPOSITORY, Disk, Run
+from tests.forked import Forked
 
 TINY = ("-m", "tiny", "--steps", "2", "-q")
 
@@ -39,15 +40,8 @@ def whole(folder: Path) -> int:
     return len(paths)
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sdcli", "generate", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(folder: Path, *arguments: str) -> Forked:
+    return Forked(["generate", *arguments], cwd=folder)
 
 
 def jobs_file(folder: Path, count: int, **fields: object) -> Path:
@@ -335,17 +329,11 @@ def test_a_signal_leaves_whole_images_and_its_exit_code(tmp_path: Path, signals:
 
 
 @pytest.mark.slow
-def test_a_batch_killed_and_resumed_is_the_same_set_as_one_that_ran_through(sdcli: Run, tmp_path: Path) -> None:
-    kill_and_resume(sdcli, tmp_path, jobs=24, kills=3)
-
-
-@pytest.mark.slow
-def test_200_jobs_killed_again_and_again_are_resumed_to_the_same_set(sdcli: Run, tmp_path: Path) -> None:
-    kill_and_resume(sdcli, tmp_path, jobs=200, kills=12)
-
-
-def kill_and_resume(sdcli: Run, folder: Path, *, jobs: int, kills: int) -> None:
+def test_a_batch_killed_again_and_again_is_resumed_to_the_set_of_one_that_ran_through(
+    sdcli: Run, tmp_path: Path
+) -> None:
     """SIGKILL at random moments; no seeds are given, so the drawn ones must survive too."""
+    folder, jobs, kills = tmp_path, 100, 12
     options = (*TINY, "--prompts-file", str(jobs_file(folder, jobs)), "--resume", "--batch-size", "4", "--steps", "6")
     rng = random.Random(7)
     for _ in range(kills):

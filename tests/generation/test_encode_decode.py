@@ -43,6 +43,7 @@ from sdcli.models.registry import load_registry
 from sdcli.vae import autoencoder
 from tests.conftest import REPOSITORY, Disk, Run
 from tests.faults import temporary_of
+from tests.forked import Forked
 from tests.tiny import save_tiny_pipeline
 
 
@@ -453,11 +454,7 @@ def test_a_signal_ends_the_stream_after_the_image_in_hand(
 def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> None:
     folder = folder_of(60)
     good("encode", folder, "-m", "tiny", "--outdir", "expected")
-    command = [sys.executable, "-m", "sdcli", "encode", str(folder), "-m", "tiny", "-q"]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    process = Forked(["encode", str(folder), "-m", "tiny", "-q"], cwd=Path.cwd())
     for _ in range(7):
         process.stdout.readline()
     process.send_signal(signal.SIGKILL)
@@ -474,17 +471,9 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> No
 @pytest.mark.slow
 def test_a_terminated_run_prints_exactly_what_it_leaves_on_the_disk() -> None:
     folder = folder_of(200, size=(16, 16))
-    command = [sys.executable, "-m", "sdcli", "encode", str(folder), "-m", "tiny"]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
+    process = Forked(["encode", str(folder), "-m", "tiny"], cwd=Path.cwd())
     first = [process.stdout.readline().strip() for _ in range(3)]
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     rest, talk = process.communicate(timeout=60)
     assert process.returncode == 143, talk
     assert "Traceback" not in talk
@@ -496,7 +485,7 @@ def test_a_terminated_run_prints_exactly_what_it_leaves_on_the_disk() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_images_stream_in_constant_memory(sdcli: Run, tmp_path: Path) -> None:
+def test_a_thousand_images_stream_in_constant_memory(sdcli: Run, tmp_path: Path) -> None:
     script = (
         "import resource, sys\n"
         "from sdcli.cli.app import app\n"
@@ -515,7 +504,7 @@ def test_ten_thousand_images_stream_in_constant_memory(sdcli: Run, tmp_path: Pat
         shutil.rmtree(tmp_path / "latents")
         return int(done.stderr.split()[-1])
 
-    assert peak(10_000) - peak(100) < 40_000  # KiB; 10,000 held images would be 2 GB
+    assert peak(1000) - peak(50) < 40_000  # KiB; 1,000 held images would be 200 MB
 
 
 # Latents from elsewhere

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from sdcli.training.unet.settings import UnetSettings
 from sdcli.training.unet.task import UnetTask
 from sdcli.training.vae.settings import VaeSettings
 from tests.conftest import Run
+from tests.forked import Forked
 from tests.training_runs import captioned_images, class_images, fresh_accelerator, train_unet
 
 GREY: dict[str, Any] = {"space": "pixel", "from_scratch": "pixel-grey", "resolution": "16", "sample_steps": 2}
@@ -258,15 +257,10 @@ def test_a_signal_that_comes_twice_at_once_is_one(capsys: pytest.CaptureFixture[
 def test_ctrl_c_in_a_terminal_reaches_every_process_and_ends_them_gently(tmp_path: Path, images: Path) -> None:
     """The terminal signals the whole group, and the launcher passes the signal on: each process has it twice."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "sdcli", "train-unet", images, "-o", run, "-m", "tiny", "--num-processes", "2"]
+    command = ["train-unet", str(images), "-o", str(run), "-m", "tiny", "--num-processes", "2"]
     limits = ["--train-batch-size", "2", "--max-train-steps", "100000", "--checkpointing-steps", "100000"]
-    process = subprocess.Popen(
-        [*command, *limits, "--device", "cpu", "--cache-dir", tmp_path / "cache"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        text=True,
-    )
+    places = ["--device", "cpu", "--cache-dir", str(tmp_path / "cache")]
+    process = Forked([*command, *limits, *places], cwd=tmp_path, session=True)
     deadline = time.monotonic() + 120
     while not (run / "log.jsonl").exists() or (run / "log.jsonl").stat().st_size < 1500:
         assert time.monotonic() < deadline

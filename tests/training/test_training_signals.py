@@ -7,8 +7,6 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +34,7 @@ from sdcli.training.state.checkpoint import newest_checkpoint
 from sdcli.training.task import Networks
 from sdcli.training.watching import Watching, abandoned_if
 from tests.conftest import REPOSITORY
+from tests.forked import Forked, run_forked
 from tests.training.test_training_loop import ToyTask, all_tensors, settings, trainer
 from tests.training_runs import fresh_accelerator, grey_images, same_checkpoint, train_pixels
 
@@ -304,7 +303,7 @@ def test_any_sequence_of_signals_is_understood(names: list[str]) -> None:
 
 
 @pytest.mark.slow
-@hypothesis_settings(max_examples=10_000, deadline=None)
+@hypothesis_settings(max_examples=3000, deadline=None)
 @given(names=SEQUENCES)
 def test_any_of_many_sequences_of_signals_is_understood(names: list[str]) -> None:
     check_sequence(names)
@@ -386,7 +385,7 @@ def test_any_schedule_with_signals_and_faults_gives_the_same_bits(
 
 
 @pytest.mark.slow
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=30, deadline=None)
 @given(intervals=INTERVALS, events=EVENTS)
 def test_any_of_many_schedules_gives_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, intervals: tuple[int, int, int], events: list[tuple[str, int, str]]
@@ -594,23 +593,14 @@ def command(data: Path, run: Path, *more: str) -> list[str]:
         str(data.parent / "micro.json"),
     ]
     line += ["--resolution", "8", "--train-batch-size", "2", "--device", "cpu", "--validation-split", "0.3", "-q"]
-    return [sys.executable, "-m", "sdcli", *line, "--cache-dir", str(data.parent / "cache"), *more]
+    return [*line, "--cache-dir", str(data.parent / "cache"), *more]
 
 
-def started(line: list[str], **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        line,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+def started(line: list[str]) -> Forked:
+    return Forked(line, cwd=REPOSITORY, session=True)
 
 
-def wait_for_steps(run: Path, process: subprocess.Popen[str], *, count: int = 3) -> None:
+def wait_for_steps(run: Path, process: Forked, *, count: int = 3) -> None:
     deadline = time.monotonic() + 200
     while not (run / "log.jsonl").exists() or (run / "log.jsonl").read_text().count('"event": "train"') < count:
         assert time.monotonic() < deadline
@@ -654,9 +644,7 @@ def test_signals_at_any_moment_cost_no_bit(tmp_path: Path, greys: Path) -> None:
         "--sample-steps",
         "20",
     )
-    whole = subprocess.run(
-        command(greys, tmp_path / "straight", *often), cwd=REPOSITORY, capture_output=True, text=True
-    )
+    whole = run_forked(command(greys, tmp_path / "straight", *often), cwd=REPOSITORY, timeout=240)
     assert whole.returncode == 0, whole.stderr
     chance, run = random.Random(11), tmp_path / "run"
     codes = []
@@ -682,7 +670,7 @@ def test_signals_at_any_moment_cost_no_bit(tmp_path: Path, greys: Path) -> None:
     assert same_checkpoint(tmp_path / "straight" / "checkpoint-60", run / "checkpoint-60")
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+def ranks_of(process: Forked) -> list[int]:
     """The processes of the ranks, by /proc, rank 0 first."""
     ranks = {}
     for entry in Path("/proc").iterdir():
@@ -734,8 +722,6 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_a_checkpoint(tmp_pa
 def test_a_run_whose_readers_went_away_goes_on_to_its_end(tmp_path: Path, greys: Path) -> None:
     run = tmp_path / "run"
     process = started([*command(greys, run, "--max-train-steps", "6", "--checkpointing-steps", "2"), "-v"])
-    assert process.stdout is not None
-    assert process.stderr is not None
     process.stdout.close()
     process.stderr.close()
     assert process.wait(timeout=120) in {0, 141}

@@ -23,6 +23,7 @@ from sdcli.training.run_log import read_log
 from sdcli.training.state.checkpoint import newest_checkpoint
 from sdcli.training.state.manifest import MANIFEST
 from tests.conftest import REPOSITORY, Run
+from tests.forked import Forked
 from tests.training_runs import captioned_images, class_images, same_checkpoint, train_unet
 
 
@@ -61,7 +62,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-IN_THE_SLOW_SET = {"lora", "ema and accumulation", "text encoder along", "random crops", "shuffled captions"}
+IN_THE_SLOW_SET = {
+    "workers, flips and buckets",
+    "lora",
+    "ema and accumulation",
+    "text encoder along",
+    "random crops",
+    "shuffled captions",
+}
 
 
 @pytest.mark.parametrize(
@@ -373,33 +381,46 @@ def command(data: Path, run: Path, *more: str) -> list[str]:
         "2",
         "--sample-every-n-steps",
         "1000000",
+        "--sample-steps",
+        "1",
         "--validation-split",
         "0",
         "-m",
         "tiny",
         "-q",
     ]
-    return [sys.executable, "-m", "sdcli", "train-unet", str(data), "-o", str(run), *quick, *more]
+    return ["train-unet", str(data), "-o", str(run), *quick, *more]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+def begun(data: Path, run: Path, *more: str) -> Forked:
+    """The command as a process of its own."""
+    return Forked(command(data, run, *more), cwd=data.parent)
+
+
+def finished(data: Path, run: Path, *more: str) -> str:
+    """What the command prints in a process of its own, which must end well."""
+    process = begun(data, run, *more)
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return out
+
+
+def interpreted(*line: str) -> None:
+    """Run a new interpreter, with hashes of its own, to a good end."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_kill_9_and_resume_give_the_same_bytes_as_no_kill(tmp_path: Path, images: Path) -> None:
     limits = ["--max-train-steps", "12", "--checkpointing-steps", "3"]
-    straight = subprocess.run(command(images, tmp_path / "straight", *limits), env=environment(), capture_output=True)
-    assert straight.returncode == 0, straight.stderr
-    process = subprocess.Popen(command(images, tmp_path / "cut", *limits), env=environment(), stdout=subprocess.PIPE)
-    assert process.stdout is not None
+    interpreted("-m", "sdcli", *command(images, tmp_path / "straight", *limits))
+    process = begun(images, tmp_path / "cut", *limits)
     process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    resumed = subprocess.run(
-        command(images, tmp_path / "cut", *limits, "--resume"), env=environment(), capture_output=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished(images, tmp_path / "cut", *limits, "--resume")
     assert same_checkpoint(tmp_path / "straight" / "checkpoint-12", tmp_path / "cut" / "checkpoint-12")
 
 
@@ -410,11 +431,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
     tmp_path: Path, images: Path, number: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        command(images, run, "--max-train-steps", "100000", "--checkpointing-steps", "5"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
+    process = begun(images, run, "--max-train-steps", "100000", "--checkpointing-steps", "5")
     process.stdout.readline()
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -428,21 +445,15 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_batch(tmp_path: Path) -> None:
     data = captioned_images(tmp_path / "pictures", 8)
-    one = command(data, tmp_path / "one", "--max-train-steps", "4", "--train-batch-size", "4")
-    two = command(data, tmp_path / "two", "--max-train-steps", "4", "--train-batch-size", "2", "--num-processes", "2")
-    for line in (one, two):
-        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
+    finished(data, tmp_path / "one", "--max-train-steps", "4", "--train-batch-size", "4")
+    two_of_two = ("--train-batch-size", "2", "--num-processes", "2")
+    finished(data, tmp_path / "two", "--max-train-steps", "4", *two_of_two)
     losses = [read_log(tmp_path / name).series("train", "loss")[1] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     weights = [unet_of(tmp_path / name) for name in ("one", "two")]
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
-    for size, processes, steps in (("2", "2", 6), ("4", "1", 7), ("2", "2", 8)):
-        traded = ["--train-batch-size", size, "--num-processes", processes, "--max-train-steps", str(steps)]
-        done = subprocess.run(
-            [*two[:-6], *traded, "--resume"], env=environment(), capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr
+    for steps, traded in ((5, ("--train-batch-size", "4", "--num-processes", "1")), (6, two_of_two)):
+        finished(data, tmp_path / "two", "--max-train-steps", str(steps), *traded, "--resume")
         assert newest_checkpoint(tmp_path / "two").step == steps
 
 
@@ -459,23 +470,15 @@ def test_launchers_of_others_do_the_same(tmp_path: Path, launcher: str) -> None:
         start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
         start += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         limits_of_own = limits
-    line = command(data, tmp_path / "launched", *limits)
-    done = subprocess.run(
-        [sys.executable, *start, *line[1:]], env=environment(), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    own = command(data, tmp_path / "own", *limits_of_own)
-    assert subprocess.run(own, env=environment(), capture_output=True, timeout=240).returncode == 0
+    interpreted(*start, "-m", "sdcli", *command(data, tmp_path / "launched", *limits))
+    finished(data, tmp_path / "own", *limits_of_own)
     assert same_checkpoint(tmp_path / "launched" / "checkpoint-3", tmp_path / "own" / "checkpoint-3")
 
 
 @pytest.mark.slow
 def test_a_signal_to_two_processes_stops_both_after_the_same_step(tmp_path: Path, images: Path) -> None:
-    line = command(
-        images, tmp_path / "run", "--max-train-steps", "100000", "--checkpointing-steps", "5", "--num-processes", "2"
-    )
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    endless = ("--max-train-steps", "100000", "--checkpointing-steps", "5", "--num-processes", "2")
+    process = begun(images, tmp_path / "run", *endless)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
@@ -488,13 +491,12 @@ def test_random_kills_never_cost_more_than_the_last_interval(tmp_path: Path, ima
     import random
 
     limits = ["--max-train-steps", "30", "--checkpointing-steps", "2", "--checkpoints-total-limit", "2"]
-    assert subprocess.run(command(images, tmp_path / "straight", *limits), env=environment()).returncode == 0
+    finished(images, tmp_path / "straight", *limits)
     chance = random.Random(3)
     run, step = tmp_path / "cut", 0
     for _ in range(40):
         resume = ["--resume"] if any(run.glob("checkpoint-*")) else []
-        process = subprocess.Popen(command(images, run, *limits, *resume), env=environment(), stdout=subprocess.PIPE)
-        assert process.stdout is not None
+        process = begun(images, run, *limits, *resume)
         process.stdout.readline()
         time.sleep(chance.random() * 0.4)
         process.kill()
@@ -509,19 +511,13 @@ def test_random_kills_never_cost_more_than_the_last_interval(tmp_path: Path, ima
 
 @pytest.mark.slow
 def test_prove_resume_says_identical_on_the_users_own_set_up(tmp_path: Path, images: Path) -> None:
-    line = command(images, tmp_path / "unused", "--use-ema", "--prove-resume")
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "identical" in done.stdout
+    assert "identical" in finished(images, tmp_path / "unused", "--use-ema", "--prove-resume")
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("pictures",)] == []
 
 
 @pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, images: Path) -> None:
-    line = command(images, tmp_path / "run", "--max-train-steps", "7", "--dry-run")
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
+    plan = json.loads(finished(images, tmp_path / "run", "--max-train-steps", "7", "--dry-run"))
     assert (plan["steps"], plan["batch"], plan["pictures"]) == (7, 2, 6)
     assert plan["memory_bytes"] > 0
     assert not (tmp_path / "run").exists()
