@@ -585,8 +585,10 @@ def test_a_disk_that_is_full_from_any_call_on_loses_nothing(tmp_path: Path, name
 @by_situation
 @pytest.mark.slow
 def test_a_process_that_dies_at_any_call_loses_nothing(tmp_path: Path, name: str) -> None:
+    """At every third call outside of the first situation: a power failure that loses nothing leaves the same files."""
     stage = Stage(tmp_path, SITUATIONS[name])
-    for index, call in enumerate(stage.calls()):
+    place = list(SITUATIONS).index(name)
+    for index, call in list(enumerate(stage.calls()))[place % 3 :: 1 if name == QUICK else 3]:
         for half in (False, True)[: 1 + (call.kind in WRITING)]:
             run = stage.fresh()
             assert in_a_child(partial(stage.play, run, dying(index, half=half))) == DIED
@@ -602,7 +604,7 @@ def test_without_an_atomic_exchange_a_reader_still_finds_the_old_or_the_new(
     stage = Stage(tmp_path, replace(situation, survivor="", current=False))
     calls = stage.calls()
     assert "exchange" in {call.kind for call in calls}
-    for index in range(len(calls)):
+    for index in [*range(0, len(calls), 2), *(index for index, call in enumerate(calls) if call.kind == "exchange")]:
         run = stage.fresh()
         assert in_a_child(partial(stage.play, run, dying(index))) == DIED
         stage.check(run)
@@ -859,7 +861,8 @@ def test_without_links_no_fault_loses_a_checkpoint_or_leaves_half_a_file(
         save_and_copy(run, 40)
     for index in range(len(calls)):
         run = Path(shutil.copytree(template, tmp_path / f"died-{index}"))
-        assert in_a_child(partial(play, run, dying(index, half=True))) == DIED
+        if index % 2:  # the others fail only: forking this process takes the most time
+            assert in_a_child(partial(play, run, dying(index, half=True))) == DIED
         failed = Path(shutil.copytree(template, tmp_path / f"failed-{index}"))
         with contextlib.suppress(CannotWrite):
             play(failed, failing(index))
