@@ -97,7 +97,7 @@ def test_any_name_becomes_a_file_with_the_name_that_is_printed_or_a_sentence(nam
 
 @pytest.mark.slow
 @given(name=NAMES, inside=st.booleans())
-@settings(max_examples=5000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
 def test_thousands_of_names_become_files_or_sentences(name: str, inside: bool) -> None:
     a_file_or_a_sentence(name, inside=inside or not ordinary(name))
 

@@ -335,8 +335,8 @@ def test_a_mask_of_any_mode_is_read_like_its_rgba_conversion(given: tuple[str, I
 
 @pytest.mark.slow
 @given(masks())
-@settings(max_examples=4000, suppress_health_check=list(HealthCheck))
-def test_thousands_of_masks_are_read_like_their_rgba_conversion(given: tuple[str, Image.Image]) -> None:
+@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
+def test_many_masks_are_read_like_their_rgba_conversion(given: tuple[str, Image.Image]) -> None:
     any_mode_is_read_like_rgba(given)
 
 
@@ -374,6 +374,6 @@ def test_what_was_painted_or_erased_is_generated_in_every_mode(seed: int, pictur
 
 @pytest.mark.slow
 @given(**MEANINGS)
-@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
-def test_what_was_painted_or_erased_is_generated_in_thousands_of_masks(seed: int, picture: bool, mode: str) -> None:
+@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
+def test_what_was_painted_or_erased_is_generated_in_many_masks(seed: int, picture: bool, mode: str) -> None:
     meaning_survives(seed, picture, mode)

@@ -23,7 +23,7 @@ from tests.metadata import foreign_writers as write
 from tests.metadata.test_other_tools import as_the_text_keeps_it, names_a_negative
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=1700, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 
 PIECES = [
     "a red fox", "灯台", "夕暮れ、", "лиса", "naïve", "🦊", "שלום", "\n", " ", ",", ":", '"', "'", "\\", "(", ")", "[",

@@ -103,7 +103,7 @@ def test_one_update_in_every_dialect_merges_to_the_same_weights(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **QUIET)
+@settings(max_examples=120, **QUIET)
 @given(updates(), st.sampled_from(DIALECTS))
 def test_hundreds_of_updates_in_any_dialect_merge_to_the_same_weights(
     update: Update, write: Callable[[Path, Update], Path]
@@ -252,8 +252,8 @@ def test_no_header_is_unexpected(folder: Path, random: Random) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_headers_are_not_unexpected(folder: Path) -> None:
-    for seed in range(10_000):
+def test_thousands_of_headers_are_not_unexpected(folder: Path) -> None:
+    for seed in range(3000):
         random = Random(seed)
         try:
             no_file_is_unexpected(folder, some_file(random), some_adapter_config(random))

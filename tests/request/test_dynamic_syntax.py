@@ -255,7 +255,7 @@ def check_template(folder: Path, piece: Piece, seed: int) -> None:
 
 
 FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-MANY = settings(FEW, max_examples=3000)
+MANY = settings(FEW, max_examples=1000)
 
 
 @FEW
@@ -265,7 +265,7 @@ def test_any_template_becomes_what_the_model_says(folder: Path, piece: Piece, se
 
 
 @pytest.mark.slow
-@settings(FEW, max_examples=1500)
+@settings(FEW, max_examples=800)
 @given(piece=templates(), seed=st.integers(0, 99))
 def test_many_templates_become_what_the_model_says(folder: Path, piece: Piece, seed: int) -> None:
     check_template(folder, piece, seed)

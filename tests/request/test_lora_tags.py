@@ -103,7 +103,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(TEXTS)
 def test_many_texts_are_read_or_refused_in_a_sentence(text: str) -> None:
     check_any(text)

@@ -308,7 +308,7 @@ def option_lines(draw: st.DrawFn) -> tuple[str, bytes, list[dict[str, Any]]]:
 
 FILES = json_files() | tables() | option_lines()
 FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-MANY = settings(FEW, max_examples=2500)
+MANY = settings(FEW, max_examples=900)
 
 
 def check_file(folder: Path, file: tuple[str, bytes, list[dict[str, Any]]]) -> None:

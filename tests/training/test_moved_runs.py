@@ -271,7 +271,7 @@ def test_no_copy_loses_a_byte_that_is_in_no_checkpoint(
 
 
 @pytest.mark.slow
-@hypothesis_settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_copy_of_many_loses_a_byte_that_is_in_no_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, template: Path, data: st.DataObject
