@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import typer
+
+from sdcli.cli.app import COMMANDS, app
+from sdcli.cli.ui.help import command_sections
 
 HEAVY = ["torch", "diffusers", "transformers", "accelerate", "PIL", "numpy", "huggingface_hub"]
 
@@ -70,6 +74,33 @@ def test_nothing_heavy_is_loaded(arguments: list[str], tmp_path: Path) -> None:
 def test_the_version_is_printed_without_any_command(tmp_path: Path) -> None:
     done = run(["--version"], tmp_path, heavy=["pydantic", "yaml", "sdcli.cli.generate"])
     assert done.stdout.startswith("sdcli ")
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["genrate"]], ids=" ".join)
+def test_the_list_of_commands_is_printed_without_any_command(arguments: list[str], tmp_path: Path) -> None:
+    done = run(arguments, tmp_path, heavy=["pydantic", "yaml", *(f"sdcli.cli.{name}" for name in COMMANDS)])
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+    assert "train-text-encoder  Train a small" in done.stdout or "No such command 'genrate'" in done.stderr
+
+
+def test_the_list_of_commands_says_what_their_own_help_says() -> None:
+    root = typer.main.get_command(app)
+    listed = [(name, text) for section in root.sections().values() for name, text in section]  # type: ignore[attr-defined]
+    own = [(name, text) for section in command_sections(root).values() for name, text in section]
+    assert listed == own
+    assert {name for name, _ in listed} == set(COMMANDS)
+
+
+def test_a_first_image_loads_only_what_it_needs(tmp_path: Path) -> None:
+    """No client for the network, no compiler, no other library for models than diffusers, none for terminals."""
+    unneeded = [
+        *("torch._dynamo", "torch._inductor", "sympy", "transformers", "peft", "accelerate", "scipy", "matplotlib"),
+        *("requests", "urllib3", "httpcore2", "huggingface_hub.hf_api", "huggingface_hub.file_download", "rich"),
+        *("diffusers.hooks.faster_cache", "diffusers.pipelines", "diffusers.models.transformers", "email.parser"),
+    ]
+    done = run(["generate", "a", "-m", "tiny", "--steps", "1", "-o", "a.png"], tmp_path, heavy=unneeded)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 

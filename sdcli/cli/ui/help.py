@@ -28,7 +28,9 @@ class _Command(TyperCommand):
         _write(option_sections(self, ctx), formatter)
 
 
-class _Group(TyperGroup):
+class Group(TyperGroup):
+    """A group of commands; without any, it prints its help."""
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:
             print(self.get_help(ctx))
@@ -36,15 +38,19 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        _write(command_sections(self), formatter)
+        _write(self.sections(), formatter)
         _write(option_sections(self, ctx), formatter)
+
+    def sections(self) -> dict[str, list[tuple[str, str]]]:
+        """What the help page lists: heading -> (name, first sentence) of each command."""
+        return command_sections(self)
 
 
 class App(typer.Typer):
     """A Typer app whose help pages are those of this module."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(cls=_Group, rich_markup_mode=None, **options)
+    def __init__(self, *, cls: type[Group] = Group, **options: Any) -> None:
+        super().__init__(cls=cls, rich_markup_mode=None, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
         """Like Typer's."""
