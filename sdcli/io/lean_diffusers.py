@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 import sys
 import threading
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sdcli.io.deferred_modules import DeferredDistributions, DeferredModule, DeferredName
+
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 _EAGER_PACKAGES = (
@@ -27,6 +30,7 @@ _EAGER_PACKAGES = (
     "diffusers.models.unets",
     "diffusers.models.autoencoders",
     "diffusers.models.controlnets",
+    "diffusers.hooks",
 )
 _PIPELINES_LORA = ("diffusers.loaders.lora_base", "diffusers.loaders.lora_pipeline")
 """Part of pipelines, not of models; imported without peft, they could not fuse a LoRA afterwards."""
@@ -34,6 +38,16 @@ _ABSENT = ("transformers", "scipy", "peft")
 """Packages that cannot be imported inside the block; all other optional ones are only reported as not installed."""
 _NEEDED = {"torch", "safetensors", "accelerate", "hf_hub"}
 """Packages that diffusers looks for and that sdcli depends on, by the names that diffusers has for them."""
+_DEFERRED = (
+    *("accelerate", "accelerate.hooks", "accelerate.utils", "requests"),
+    *("diffusers.utils.dynamic_modules_utils", "diffusers.utils.remote_utils", "huggingface_hub.file_download"),
+)
+"""Modules that diffusers takes names from at import, and uses for what generation never does."""
+_DEFERRED_OF_HUB = (
+    *("ModelCard", "ModelCardData", "create_repo", "hf_hub_download", "model_info", "resolve_revision"),
+    *("snapshot_download", "split_torch_state_dict_into_shards", "upload_folder"),
+)
+"""The same of huggingface_hub itself, whose own names bring its client for the network."""
 
 _importing = threading.RLock()
 
@@ -71,47 +85,77 @@ def full_imports() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Hidden:
     modules: dict[str, Any]
     """By name; None where the module was not imported yet."""
+    hub_names: list[str]
+    """Names that huggingface_hub did not have yet."""
     availability: dict[str, bool]
     """By the name of diffusers' variable."""
 
 
 def _hide() -> _Hidden:
-    modules: dict[str, Any] = {name: sys.modules.get(name) for name in (*_ABSENT, "torch._dynamo")}
-    if modules["torch._dynamo"] is None:
-        sys.modules["torch._dynamo"] = _dynamo_stand_in()
-    import diffusers
-    from diffusers.utils import import_utils
+    import huggingface_hub
 
-    diffusers.utils.logging.set_verbosity_error()
-    availability: dict[str, bool] = {
-        name: True
-        for name, value in vars(import_utils).items()
-        if name.endswith("_available") and value is True and name[1 : -len("_available")] not in _NEEDED
-    }
-    for name in availability:
-        setattr(import_utils, name, False)
-    for name in _ABSENT:
-        sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say "not installed"
-    for name in _EAGER_PACKAGES:
-        sys.modules[name] = _package_without_init(name, diffusers.__path__[0])
-    return _Hidden(modules, availability)
+    deferred = [name for name in _DEFERRED if name not in sys.modules]
+    modules: dict[str, Any] = {name: sys.modules.get(name) for name in (*_ABSENT, "torch._dynamo", *deferred)}
+    hidden = _Hidden(modules, [name for name in _DEFERRED_OF_HUB if name not in vars(huggingface_hub)], {})
+    try:
+        if modules["torch._dynamo"] is None:
+            sys.modules["torch._dynamo"] = _dynamo_stand_in()
+        sys.modules.update({name: DeferredModule(name) for name in deferred})
+        for name in hidden.hub_names:
+            setattr(huggingface_hub, name, DeferredName("huggingface_hub", name))
+        with _deferred_distributions():
+            import diffusers
+            from diffusers.utils import import_utils
+
+        diffusers.utils.logging.set_verbosity_error()
+        hidden.availability = {
+            name: True
+            for name, value in vars(import_utils).items()
+            if name.endswith("_available") and value is True and name[1 : -len("_available")] not in _NEEDED
+        }
+        for name in hidden.availability:
+            setattr(import_utils, name, False)
+        for name in _ABSENT:
+            sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say "not installed"
+        for name in _EAGER_PACKAGES:
+            sys.modules[name] = _package_without_init(name, diffusers.__path__[0])
+    except BaseException:
+        _show(hidden)
+        raise
+    return hidden
 
 
 def _show(hidden: _Hidden) -> None:
-    from diffusers.utils import import_utils
+    import huggingface_hub
 
     for name, module in hidden.modules.items():
         sys.modules.pop(name, None)
         if module is not None:
             sys.modules[name] = module
-    for name, available in hidden.availability.items():
-        setattr(import_utils, name, available)
+    for name in hidden.hub_names:
+        delattr(huggingface_hub, name)
+    if hidden.availability:
+        from diffusers.utils import import_utils
+
+        for name, available in hidden.availability.items():
+            setattr(import_utils, name, available)
     for name in (*_EAGER_PACKAGES, "diffusers.loaders", *_PIPELINES_LORA):
         sys.modules.pop(name, None)
+
+
+@contextlib.contextmanager
+def _deferred_distributions() -> Iterator[None]:
+    """A block in which the package of every installed file is not looked up; diffusers does so at import."""
+    real = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = DeferredDistributions  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = real
 
 
 def _package_without_init(name: str, root: str) -> types.ModuleType:

@@ -54,6 +54,45 @@ def test_optional_packages_that_need_all_of_torch_do_not_end_the_start(tmp_path:
     assert done.stderr == ""
 
 
+AFTERWARDS = """
+import sys
+from pathlib import Path
+from sdcli.io.lean_diffusers import UNet2DModel, torch
+left_out = {"accelerate", "requests", "huggingface_hub.hf_api", "diffusers.utils.dynamic_modules_utils"}
+assert not left_out & set(sys.modules), left_out & set(sys.modules)
+small = dict(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+unet = UNet2DModel(layers_per_block=1, norm_num_groups=8, **small)
+unet.save_pretrained("unet")
+again = UNet2DModel.from_pretrained("unet")  # through accelerate
+assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters(), strict=True))
+unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")  # through diffusers.hooks and accelerate
+try:
+    UNet2DModel.from_pretrained("somebody/nothing")  # through the hub, offline
+except OSError as error:
+    assert "somebody/nothing" in str(error)
+import accelerate, diffusers, huggingface_hub, requests
+from diffusers.utils import load_image, remote_utils
+assert isinstance(accelerate.Accelerator, type) and isinstance(huggingface_hub.ModelCard, type)
+assert callable(diffusers.hooks.apply_faster_cache)
+try:
+    load_image("http://127.0.0.1:9/a.png")
+except requests.exceptions.ConnectionError:
+    print("refused")
+from diffusers.utils.import_utils import _is_package_available
+print(_is_package_available("PIL", get_dist_name=True))
+"""
+
+
+def test_what_was_left_out_at_the_start_is_there_when_it_is_needed(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", AFTERWARDS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    refused, pillow = done.stdout.splitlines()[-2:]
+    assert refused == "refused"
+    assert pillow.startswith("(True, '1")
+
+
 @pytest.mark.slow
 def test_a_package_that_breaks_the_quick_import_gives_the_ordinary_one_and_a_note(tmp_path: Path) -> None:
     """accelerate is needed, so it is not hidden; here a module that it imports does not stand the stand-in."""
