@@ -1,7 +1,8 @@
 """Measure how long commands take as whole processes, compared with the shortest diffusers script.
 
 Commands that compute nothing are compared with `python -c pass`, those that generate with a diffusers script for the
-same image. Every round runs each command once, so that a slow moment of the machine affects all alike.
+same image; RATIOS compares some with the import that they cannot do without. Every round runs each command once, so
+that a slow moment of the machine affects all alike, and a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ SDCLI = [sys.executable, "-m", "sdcli"]
 EMPTY = "python -c pass"
 THROUGH_SCRIPT = "scripts/sdcli --version"
 BY_HAND = "diffusers script (starter)"
+TYPER, TORCH = "python -c 'import typer'", "python -c 'import torch'"
 COMMANDS: dict[str, list[str]] = {
     EMPTY: [sys.executable, "-c", "pass"],
+    TYPER: [sys.executable, "-c", "import typer"],
+    TORCH: [sys.executable, "-c", "import torch"],
     "--version": [*SDCLI, "--version"],
     "--help": [*SDCLI, "--help"],
     "generate --help": [*SDCLI, "generate", "--help"],
@@ -59,6 +63,8 @@ BUDGETS = {
     "generate (tiny)": 3.0,
 }
 """Seconds that a command may take; generating with the starter may take 0.7 of the diffusers script's time."""
+RATIOS = {"--help": (TYPER, 4.0), "generate --help": (TYPER, 4.0), "generate (starter)": (TORCH, 1.6)}
+"""Command -> what it is compared with, and how many times as long as that it may take."""
 
 
 def main() -> None:
@@ -75,7 +81,12 @@ def main() -> None:
     seconds = measure(commands, rounds=chosen.rounds)
     print_table(seconds)
     if chosen.json:
-        report = {"machine": machine(), "python": platform.python_version(), "seconds": seconds}
+        report = {
+            "machine": machine(),
+            "python": platform.python_version(),
+            "ratios": {f"{name} / {base}": round(ratio, 3) for name, (base, ratio, _) in ratios(seconds).items()},
+            "seconds": seconds,
+        }
         chosen.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
@@ -83,6 +94,7 @@ def measure(commands: dict[str, list[str]], *, rounds: int) -> dict[str, list[fl
     """Name -> seconds of each round; a first round, which only warms the disk cache, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiles what it installs, so sdcli's modules are compiled as well
     for round_number in range(rounds + 1):
         for name, command in commands.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -109,9 +121,21 @@ def print_table(seconds: dict[str, list[float]]) -> None:
         row = f"{name:28}{median[name]:8.3f}{min(times):8.3f}{f'{budget:8.2f}' if budget else ' ' * 8}   "
         if name.startswith("generate (") and BY_HAND in median:
             row += f"{median[name] / median[BY_HAND]:.2f} of the diffusers script"
-        elif name not in (EMPTY, BY_HAND) and EMPTY in median:
+        elif name not in (EMPTY, TYPER, TORCH, BY_HAND) and EMPTY in median:
             row += f"{median[name] - median[EMPTY]:+.3f} s over {EMPTY}"
         print(row.rstrip() + ("  OVER BUDGET" if budget and median[name] > budget else ""))
+    print()
+    for name, (base, ratio, wanted) in ratios(seconds).items():
+        print(f"{name}: {ratio:.2f} of {base} (wanted: at most {wanted})")
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, tuple[str, float, float]]:
+    """Command -> what it is compared with, the median of the rounds' ratios, and the wanted ratio."""
+    return {
+        name: (base, statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True)), wanted)
+        for name, (base, wanted) in RATIOS.items()
+        if name in seconds and base in seconds
+    }
 
 
 def machine() -> str:
