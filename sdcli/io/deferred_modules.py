@@ -24,9 +24,10 @@ class DeferredName:
 
     def _real(self) -> Any:
         module = importlib.import_module(self._module)
-        if isinstance(module, DeferredModule):
+        found = getattr(module, self._name)
+        if isinstance(found, DeferredName):
             raise ImportError(f"{self._module}.{self._name} is needed while {self._module} is being left out")
-        return getattr(module, self._name)
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._real()(*args, **kwargs)

@@ -4,8 +4,9 @@ Measured on a 2-core AMD EPYC: `import torch` takes 1.0 s, the UNet class 2.4 s 
 The rest goes to packages whose `__init__` imports every model family, to `torch._dynamo` (for one decorator),
 and to optional packages such as transformers, peft and scipy.stats (for features that generation does not use). Inside
 the block they are absent, which diffusers allows for; after it everything is as before, so that other code in the
-process imports the real ones. Where this fails, because of a package that diffusers began to look for, the ordinary
-imports are used, with a note.
+process imports the real ones. Of accelerate, requests and the hub's client diffusers keeps names that import them when
+they are used (see `deferred_modules`). Where this fails, because of a package that diffusers began to look for, the
+ordinary imports are used, with a note.
 """
 
 from __future__ import annotations
