@@ -152,7 +152,7 @@ def _show(hidden: _Hidden) -> None:
 def _deferred_distributions() -> Iterator[None]:
     """A block in which the package of every installed file is not looked up; diffusers does so at import."""
     real = importlib.metadata.packages_distributions
-    importlib.metadata.packages_distributions = DeferredDistributions  # type: ignore[assignment]
+    importlib.metadata.packages_distributions = DeferredDistributions
     try:
         yield
     finally:
