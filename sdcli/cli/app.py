@@ -20,6 +20,7 @@ from sdcli.cli.ui.console import printable
 from sdcli.cli.ui.help import WIDEST, App, Group
 from sdcli.cli.ui.streams import ReaderGone, in_utf8_mode, prepare_streams
 from sdcli.errors import EXIT_CODES, CannotWrite, Interrupted, SdcliError, Terminated
+from sdcli.io.threads import wait_without_spinning
 
 COMMANDS = {
     "generate": ("Generate", "Generate images, and print the path of each as soon as it is written."),
@@ -113,6 +114,7 @@ def _app_with(name: str) -> App:
     """An app with this command alone. Raises KeyError for a name that is none."""
     section, _ = COMMANDS[name]
     gc.set_threshold(*COLLECT_AFTER)
+    wait_without_spinning()
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search all installed packages
     module = importlib.import_module(f"sdcli.cli.{name.replace('-', '_')}")
     if name == "dataset":  # not in that module, as it imports options from it
