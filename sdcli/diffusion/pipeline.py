@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 
-from sdcli.diffusion.attention.sliced import use_sliced_self_attention
+from sdcli.diffusion.attention.sliced import (
+    SELF_ATTENTION,
+    SLICED,
+    attention_layers,
+    quick_way,
+    use_sliced_self_attention,
+)
 from sdcli.diffusion.input_images import InputImages
 from sdcli.diffusion.preview_decoder import PreviewDecoder
 from sdcli.encoders.clip_vision import ImagePrompting
 from sdcli.encoders.conditioning import Encode
 from sdcli.errors import UsageError
+from sdcli.io.devices import keep_freed_memory
 from sdcli.models.ip_adapter import IpAdapter, with_ip_adapters
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
@@ -21,12 +28,21 @@ from sdcli.models.registry import ModelSpec
 from sdcli.vae.latent_space import Space
 
 
-def load_denoiser(spec: ModelSpec, **options: Any) -> LoadedModel:
-    """`load_model` with these options, and the attention processors that are quick on the model's device."""
+def load_denoiser(spec: ModelSpec, *, attention: str = "auto", **options: Any) -> LoadedModel:
+    """`load_model` with these options, and the attention processors that are quick on the model's device.
+
+    `attention` is one of `sliced.WAYS`, or auto; it matters in half precision on the CPU only. Raises UsageError.
+    """
     model = load_model(spec, **options)
-    if model.device.type == "cpu" and model.dtype != torch.float32:
+    if model.device.type != "cpu":
+        return model
+    keep_freed_memory(large=True)
+    if model.dtype == torch.float32 or not attention_layers(model.unet, SELF_ATTENTION):
+        return model
+    way = quick_way(attention)
+    if way == SLICED:
         use_sliced_self_attention(model.unet)
-    return model
+    return replace(model, attention=way)
 
 
 @dataclass(frozen=True)

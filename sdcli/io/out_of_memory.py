@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 import torch
 
 from sdcli.errors import OutOfMemory
+from sdcli.io.devices import return_freed_memory
 
 T = TypeVar("T")
 
@@ -65,5 +66,6 @@ def out_of_memory(error: BaseException) -> bool:
 def free_caches() -> None:
     """Give cached memory back before the next attempt."""
     gc.collect()
+    return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
