@@ -117,7 +117,9 @@ class ModelCache:
             free_caches()
 
     def _load_models(self, job: ResolvedJob) -> None:
-        options: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype, "offline": self.run.offline}
+        run = self.run
+        options: dict[str, Any] = {"device": run.device, "dtype": run.dtype, "offline": run.offline}
+        options["attention"] = run.attention
         state, refiner_state = _state(job.model), _state(job.refiner)
         if self._base is None or self._base_state != state:
             if self._base is not None:

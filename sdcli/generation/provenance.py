@@ -29,6 +29,7 @@ def provenance(pipeline: Pipeline, **facts: Any) -> dict[str, Any]:
         "device": model.device.type,
         "hardware": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({"attention": model.attention} if model.attention else {}),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()},
     }
 

@@ -33,6 +33,8 @@ class RunSettings:
     """Refuse a prompt that does not fit the text encoder, instead of saying what was cut."""
     lora_dir: Path | None = None
     """Where LoRAs are looked up by name; None is the user's own folder."""
+    attention: str = "auto"
+    """How self-attention is computed in half precision on the CPU: sliced, sdpa, or whichever is quicker there."""
 
 
 @dataclass(frozen=True)

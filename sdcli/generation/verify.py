@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
+from sdcli.diffusion.attention.sliced import WAYS
 from sdcli.errors import BadOutput, UsageError
 from sdcli.generation.events import Failed, Generated
 from sdcli.generation.model_cache import ModelCache
@@ -75,6 +76,8 @@ def verify_image(path: Path, registry: Registry, run: RunSettings) -> Verdict:
     facts = info.record.provenance
     if run.dtype == "auto" and facts.get("dtype") in ("float32", "bfloat16", "float16"):
         run = replace(run, dtype=facts["dtype"])
+    if run.attention == "auto" and facts.get("attention") in WAYS:
+        run = replace(run, attention=facts["attention"])
     batch = facts.get("batch") or {}
     size, position = (batch.get("size", 1), batch.get("index", 0)) if isinstance(batch, dict) else (None, None)
     if not (isinstance(size, int) and isinstance(position, int) and 0 <= position < size <= 256):
@@ -119,9 +122,9 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             found.append(
                 f"the {part} has other weights ({_short(after.get(part))}, recorded {_short(before.get(part))})"
             )
-    for name in ("sdcli", "torch", "diffusers", "device", "hardware", "dtype"):
-        if name in then and then[name] != now[name]:
-            found.append(f"{name} {now[name]}, recorded {then[name]}")
+    for name in ("sdcli", "torch", "diffusers", "device", "hardware", "dtype", "attention"):
+        if name in then and then[name] != now.get(name):
+            found.append(f"{name} {now.get(name)}, recorded {then[name]}")
     return found
 
 

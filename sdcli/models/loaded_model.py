@@ -52,6 +52,8 @@ class LoadedModel:
     loras: tuple[AppliedLora, ...] = ()
     ip_adapters: tuple[tuple[FileRef, float], ...] = ()
     """What the UNet attends to beside the text, each with its weight."""
+    attention: str | None = None
+    """How the UNet's self-attention is computed, where there are several ways."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """model_index.json: what its family may need beside the parts."""
 

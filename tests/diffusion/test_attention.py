@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from sdcli.diffusion.attention import sliced
 from sdcli.diffusion.attention.sliced import (
+    WAYS,
     PlainSmallAttention,
     SlicedSelfAttention,
     sliced_attention,
@@ -14,9 +18,12 @@ from sdcli.diffusion.attention.sliced import (
 )
 from sdcli.diffusion.pipeline import Pipeline, load_denoiser
 from sdcli.diffusion.sampling import sample
+from sdcli.errors import UsageError
 from sdcli.generation.resolve.resolve import resolve
+from sdcli.metadata.read import read_image
 from sdcli.models.registry import load_registry
 from sdcli.request.schema import GenerationRequest
+from tests.conftest import Run
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(1024, 40), (576, 80), (300, 160)])
@@ -38,12 +45,58 @@ def test_in_float32_it_is_exact_attention() -> None:
     assert torch.allclose(sliced_attention(queries, keys, values), exact, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "sliced"), [("float32", False), ("bfloat16", True)])
-def test_only_half_precision_on_the_cpu_uses_it(dtype: str, sliced: bool) -> None:
+@pytest.mark.parametrize(("dtype", "used"), [("float32", False), ("bfloat16", True)])
+def test_only_half_precision_on_the_cpu_uses_it(dtype: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCLI_ATTENTION", "sliced")
     model = load_denoiser(load_registry().find("starter"), device="cpu", dtype=dtype)
     kinds = {name: isinstance(p, SlicedSelfAttention) for name, p in model.unet.attn_processors.items()}
-    assert {kinds[name] for name in kinds if ".attn1." in name} == {sliced}
+    assert {kinds[name] for name in kinds if ".attn1." in name} == {used}
     assert {kinds[name] for name in kinds if ".attn2." in name} == {False}
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "asked", "expected"),
+    [
+        ({"avx512_bf16"}, None, "auto", "sliced"),
+        ({"avx512_bf16", "amx_tile"}, None, "auto", "sdpa"),
+        ({"amx_tile"}, "sliced", "auto", "sliced"),
+        ({"avx2"}, "sdpa", "auto", "sdpa"),
+        ({"amx_tile"}, "auto", "auto", "sdpa"),
+        ({"avx2"}, "sdpa", "sliced", "sliced"),
+    ],
+)
+def test_the_cpu_chooses_the_attention_unless_the_variable_or_a_record_does(
+    flags: set[str], variable: str | None, asked: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sliced, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.delenv("SDCLI_ATTENTION", raising=False)
+    if variable:
+        monkeypatch.setenv("SDCLI_ATTENTION", variable)
+    assert sliced.quick_way(asked) == expected
+
+
+def test_another_word_in_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCLI_ATTENTION", "flash")
+    with pytest.raises(UsageError, match="SDCLI_ATTENTION is 'flash', but should be auto, sliced or sdpa"):
+        load_denoiser(load_registry().find("tiny"), device="cpu", dtype="bfloat16")
+
+
+def test_the_record_names_the_attention_and_verifying_uses_it(
+    sdcli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = {}
+    for way in WAYS:
+        monkeypatch.setenv("SDCLI_ATTENTION", way)
+        options = ("-m", "tiny", "--seed", "1", "--size", "256x256", "--steps", "2", "--dtype", "bfloat16")
+        assert sdcli("generate", "a castle", *options, "-o", f"{way}.png").returncode == 0
+        record = read_image(tmp_path / f"{way}.png").record
+        assert record is not None
+        assert record.provenance["attention"] == way
+        pixels[way] = record.provenance["pixels"]
+    assert pixels["sliced"] != pixels["sdpa"], "the ways could be mixed up, and the test would not see it"
+    for way in WAYS:
+        verified = sdcli("generate", "--from", f"{way}.png", "--verify")
+        assert verified.stdout.strip() == f"{way}.png: identical", verified.stderr
 
 
 @pytest.mark.slow

@@ -1,28 +1,51 @@
 """Attention for half precision on the CPU, where torch's own kernel is slow at the shapes that the SD UNet has.
 
 Generating: the many-token, few-channel self-attention takes 35 to 46 % of a step for 16 % of its operations. Plain
-matrix products over slices that stay in the cache take 0.7 of its time at 4096 tokens of 40 channels.
+matrix products over slices that stay in the cache take 0.7 of its time at 4096 tokens of 40 channels on a 2-core AMD
+EPYC with avx512_bf16, but 1.8 times its time on a 2-core Intel Xeon with AMX, whose tiles the kernel uses.
 
 Training: the kernel's backward pass in bfloat16 takes two to four times as long as plain matrix products where there
 are few tokens (64 queries, 32 keys, 4 heads of 32, batch 64: 18.4 ms and 5.3 ms; 64 keys: 20.5 and 11.0 ms), and less
-from 256 tokens on. All on a 2-core AMD EPYC.
+from 256 tokens on, on a 2-core AMD EPYC.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdcli.errors import UsageError
+from sdcli.io.devices import cpu_flags
 from sdcli.io.lean_diffusers import UNet
 
 SLICE = 512
 """Query rows at a time; 512 x 4096 scores in bfloat16 are 4 MiB."""
 FEWEST_TOKENS = 256
 MOST_PLAIN_TOKENS = 128
+
+SELF_ATTENTION = ".attn1"
+SLICED, SDPA = "sliced", "sdpa"
+WAYS = (SLICED, SDPA)
+"""How self-attention can be computed in half precision on the CPU; the bytes of images differ."""
+VARIABLE = "SDCLI_ATTENTION"
+
+
+def quick_way(attention: str = "auto") -> str:
+    """This one of WAYS; auto is that of SDCLI_ATTENTION, else SDPA on a CPU with AMX and sliced on others.
+
+    Raises UsageError for anything else in the variable.
+    """
+    chosen = os.environ.get(VARIABLE) or "auto" if attention == "auto" else attention
+    if chosen == "auto":
+        return SDPA if "amx_tile" in cpu_flags() else SLICED
+    if chosen not in WAYS:
+        raise UsageError(f"{VARIABLE} is {chosen!r}, but should be auto, {' or '.join(WAYS)}")
+    return chosen
 
 
 def attention_layers(unet: UNet, ending: str | tuple[str, ...], *, within: str = "") -> list[Any]:
@@ -46,7 +69,7 @@ def other_processors(layers: Sequence[Any], other: Callable[[Any], Any]) -> Iter
 
 def use_sliced_self_attention(unet: UNet) -> None:
     """Give the self-attention layers of a half-precision UNet on the CPU the processor below."""
-    for layer in attention_layers(unet, ".attn1"):
+    for layer in attention_layers(unet, SELF_ATTENTION):
         layer.set_processor(SlicedSelfAttention(layer.processor))
 
 
