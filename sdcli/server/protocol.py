@@ -1,0 +1,97 @@
+"""The messages between the server and its worker processes; plain values that are pickled on a private pipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sdcli.generation.resolve.jobs import ResolvedJob
+from sdcli.images.formats import ImageFormat
+
+
+@dataclass(frozen=True)
+class Run:
+    """Generate the images of a job. The indices of `images` count from 0."""
+
+    id: str
+    images: tuple[ResolvedJob, ...]
+    format: ImageFormat = "png"
+    preview_every: float | None = None
+    """Seconds between latent previews; None sends none."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop generating these images of a job between steps; None is all of them."""
+
+    id: str
+    images: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
+class Preload:
+    """Load the model of a resolved job, whose image is not wanted."""
+
+    job: ResolvedJob
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Drop all loaded models."""
+
+
+Order = Run | Cancel | Preload | Unload
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker takes orders."""
+
+
+@dataclass(frozen=True)
+class Happened:
+    """An event of a job, as the native API shows it."""
+
+    id: str
+    event: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A small image of the x0 prediction after a step, PNG."""
+
+    id: str
+    image: int
+    step: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class ImageDone:
+    """A finished image file with its metadata."""
+
+    id: str
+    image: int
+    data: bytes
+    request: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ImageFailed:
+    """An image that there will not be, and why."""
+
+    id: str
+    image: int
+    kind: Literal["cancelled", "flagged", "out_of_memory", "bad_request", "error"]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job has ended: each of its images is done or failed."""
+
+    id: str
+
+
+Report = Ready | Happened | Preview | ImageDone | ImageFailed | Ended
