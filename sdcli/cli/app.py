@@ -38,6 +38,7 @@ COMMANDS = {
     "gallery": "Images",
     "models": "Models",
     "selftest": "Models",
+    "serve": "Server",
 }
 """Command -> its section of `sdcli --help`. Its module has the same name, with _ for -."""
 

@@ -20,8 +20,8 @@ from sdcli.server.native import ApiError, routes
 from sdcli.server.settings import ServerSettings
 
 
-def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> Guard:
-    """The application with its engine, which starts and ends with it. `options` are those of `Engine`."""
+def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tuple[Guard, Engine]:
+    """The application and its engine, which starts and ends with it. `options` are those of `Engine`."""
     metrics = Metrics()
     engine = Engine(settings, metrics, **options)
 
@@ -30,9 +30,9 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> Gu
         engine.start()
         yield
         await engine.drain()
+        await engine.close()
 
     app = FastAPI(title="sdcli", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.engine = engine
     app.include_router(routes(engine, registry))
 
     @app.get("/healthz", response_class=PlainTextResponse)
@@ -74,4 +74,4 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> Gu
         body = {"type": "internal", "message": "unexpected error; the log has it", "param": None}
         return JSONResponse({"error": body}, 500, headers={"x-should-retry": "false"})
 
-    return Guard(app, settings)
+    return Guard(app, settings), engine

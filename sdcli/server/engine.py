@@ -7,6 +7,7 @@ its end; the images of other jobs are never touched by a cancel, a failure or a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -57,7 +58,7 @@ class _Slot:
 
 
 class Engine:
-    """The queue and the workers. `start` and `drain` belong around everything else."""
+    """The queue and the workers. `start`, `drain` and `close` belong around everything else."""
 
     def __init__(self, settings: ServerSettings, metrics: Metrics, *, preload: tuple[ResolvedJob, ...] = ()) -> None:
         self.settings, self.metrics, self._preload = settings, metrics, preload
@@ -92,19 +93,20 @@ class Engine:
         self._tasks.append(asyncio.get_running_loop().create_task(self._housekeeping()))
 
     async def drain(self) -> None:
-        """Refuse new jobs, let the running ones finish for as long as `grace`, and end the workers.
-
-        Waiting jobs are cancelled at once.
-        """
+        """Refuse new jobs, cancel the waiting ones, and let the running ones finish for as long as `grace`."""
         self.draining = True
         for job in list(self._queue):
             self.cancel(job, why="the server is stopping")
-        until = time.monotonic() + self.settings.grace
-        while self.running and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.grace):
+                for job in self.running:
+                    await job.wait()
         for job in self.running:
             self._fail(job, range(len(job.images)), "cancelled", "the server is stopping")
-            job.finish()
+            self._end(job)
+
+    async def close(self) -> None:
+        """End the workers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(asyncio.to_thread(slot.worker.close) for slot in self._slots))
@@ -170,7 +172,8 @@ class Engine:
                 self._add_failure(job, report)
             case Ended() if job is not None:
                 self._free(slot)
-                self._end(job)
+                if not job.over:
+                    self._end(job)
             case _:
                 log.info("worker %d is ready (pid %s)", worker.number, worker.pid)
                 slot.deaths = 0
@@ -273,5 +276,3 @@ class Engine:
 
 def _model(job: Job) -> str | None:
     return job.images[0].request.model if job.images else None
-
-

@@ -140,7 +140,9 @@ def _bounded(receive: Receive, limit: int) -> Receive:
 
 
 async def _answer(send: Send, refused: Refused) -> None:
-    body = json.dumps({"error": {"type": "refused", "message": str(refused)}}).encode() if refused.status != 204 else b""
+    body = (
+        json.dumps({"error": {"type": "refused", "message": str(refused)}}).encode() if refused.status != 204 else b""
+    )
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
     await send(
         {
@@ -166,4 +168,6 @@ def _log(scope: Scope, id: str, status: int, seconds: float, form: str) -> None:
     if form == "json":
         log.info(json.dumps(facts))
     else:
-        log.info("%s %s %r %s in %s ms (%s)", *(facts[name] for name in ("client", "method", "path", "status", "ms")), id)
+        log.info(
+            "%s %s %r %s in %s ms (%s)", *(facts[name] for name in ("client", "method", "path", "status", "ms")), id
+        )

@@ -1,11 +1,11 @@
 """The native API: jobs of one or several images, their events as server-sent events, and their files.
 
-    POST   /v1/jobs                     a job: 202 with its id and place in the queue
-    GET    /v1/jobs/{id}                its state
-    GET    /v1/jobs/{id}/events         its events, from the first or from Last-Event-ID on
-    GET    /v1/jobs/{id}/images/{n}     a finished image, from 0
-    GET    /v1/jobs/{id}/preview        the newest latent preview
-    DELETE /v1/jobs/{id}                cancel it; again and later, it stays as it is
+POST   /v1/jobs                     a job: 202 with its id and place in the queue
+GET    /v1/jobs/{id}                its state
+GET    /v1/jobs/{id}/events         its events, from the first or from Last-Event-ID on
+GET    /v1/jobs/{id}/images/{n}     a finished image, from 0
+GET    /v1/jobs/{id}/preview        the newest latent preview
+DELETE /v1/jobs/{id}                cancel it; again and later, it stays as it is
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdcli.errors import SdcliError, UsageError
+from sdcli.errors import UsageError
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.images.formats import ImageFormat
 from sdcli.models.registry import Registry
-from sdcli.request.fields import PATH_FIELDS
 from sdcli.request.jobs import Line
 from sdcli.server.engine import Draining, Engine
 from sdcli.server.fair_queue import QueueFull
 from sdcli.server.jobs import Job
+from sdcli.server.remote_fields import remote_fields
 from sdcli.server.settings import ServerSettings
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -85,11 +85,11 @@ def resolve_images(
     requests: list[dict[str, Any]], registry: Registry, settings: ServerSettings
 ) -> tuple[ResolvedJob, ...]:
     """Requests as they came -> resolved jobs, counted from 0. Raises ApiError. Reads files, so it runs in a thread."""
-    for fields in requests:
-        named = [name for name in PATH_FIELDS if name in fields]
-        if named:
-            raise ApiError(400, "bad_request", f"{named[0]}: files of the server cannot be named", param=named[0])
-    lines = [Line(number, fields) for number, fields in enumerate(requests, start=1)]
+    try:
+        safe = [remote_fields(fields, max_pixels=settings.max_pixels) for fields in requests]
+    except UsageError as error:
+        raise ApiError(400, "bad_request", str(error)) from None
+    lines = [Line(number, fields) for number, fields in enumerate(safe, start=1)]
     found: list[ResolvedJob] = []
     for job in expand(
         lines, {}, registry, num_images=1, base_seed=secrets.randbelow(2**32), lora_dir=settings.run.lora_dir
@@ -106,7 +106,9 @@ def resolve_images(
     return tuple(found)
 
 
-async def submit(engine: Engine, registry: Registry, request: Request, requests: list[dict[str, Any]], **wishes: Any) -> Job:
+async def submit(
+    engine: Engine, registry: Registry, request: Request, requests: list[dict[str, Any]], **wishes: Any
+) -> Job:
     """Resolve requests and queue them as one job. Raises ApiError."""
     images = await asyncio.to_thread(resolve_images, requests, registry, engine.settings)
     job = Job(f"job-{secrets.token_hex(12)}", client_of(request), images, **wishes)
@@ -226,4 +228,3 @@ def _with_urls(job: Job, event: dict[str, Any]) -> dict[str, Any]:
 
 
 JobView.model_rebuild()
-__all__ = ["ApiError", "JobBody", "SdcliError", "routes", "submit"]

@@ -1,0 +1,111 @@
+"""Runs a server in this process until a signal ends it: listens, logs, and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from sdcli.errors import CannotWrite, Interrupted, Terminated
+from sdcli.generation.resolve.jobs import ResolvedJob
+from sdcli.generation.resolve.resolve import resolve
+from sdcli.models.registry import Registry
+from sdcli.request.schema import GenerationRequest
+from sdcli.server.app import make_app
+from sdcli.server.engine import Engine
+from sdcli.server.settings import ServerSettings
+
+
+def run_server(settings: ServerSettings, registry: Registry) -> None:
+    """Serve until SIGINT or SIGTERM. Raises UsageError and NotFound for models to preload, and CannotWrite."""
+    preload = tuple(_job_of(name, registry) for name in settings.preload)
+    _log_to_stderr(settings)
+    app, engine = make_app(settings, registry, preload=preload)
+    listening = _listen(settings)
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{port}", flush=True)
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = _Server(config, engine)
+    server.run(sockets=[listening])
+    if server.reason is not None:
+        raise server.reason
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server that lets the running jobs finish at the first signal, and ends at the second one.
+
+    Until then it still answers: new jobs with 503 and Retry-After, and the events of running ones.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.reason: Interrupted | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        again = self.reason is not None
+        self.reason = Terminated("terminated") if sig == signal.SIGTERM else Interrupted("interrupted")
+        if again or self._loop is None:
+            self.should_exit = self.force_exit = True
+        else:
+            asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
+
+    async def _drain(self) -> None:
+        await self._engine.drain()
+        self.should_exit = True
+
+
+def _job_of(name: str, registry: Registry) -> ResolvedJob:
+    spec = registry.find(name)
+    spec.require_supported()
+    return ResolvedJob(0, resolve(GenerationRequest(prompt="", seed=0, model=name), spec), spec)
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    try:
+        return socket.create_server((settings.host, settings.port), family=_family(settings.host), backlog=512)
+    except OSError as error:
+        raise CannotWrite(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _log_to_stderr(settings: ServerSettings) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if settings.log == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    for name in ("sdcli.server", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if name.startswith("sdcli") else logging.WARNING)
+        logger.propagate = False
+
+
+class _JsonLines(logging.Formatter):
+    """A line of JSON; messages that are JSON objects already are merged into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        facts = json.loads(text) if text.startswith("{") else {"message": text}
+        return json.dumps({"time": self.formatTime(record), "level": record.levelname.lower(), **facts})
