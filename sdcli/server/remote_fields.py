@@ -15,6 +15,7 @@ from typing import Any
 
 from sdcli.errors import SdcliError, UsageError
 from sdcli.request.fields import ImageBytes
+from sdcli.request.prompt_files import OWN
 from sdcli.request.schema import canonical
 
 NAME = re.compile(r"[\w .+@-]{1,200}")
@@ -28,7 +29,8 @@ _FILES_ONLY = {
 
 def remote_fields(fields: Mapping[str, Any], *, max_pixels: int) -> dict[str, Any]:
     """The fields of a request, with images decoded from base64. Raises UsageError that names the field."""
-    safe = dict(canonical(fields))
+    own = {name: value for name, value in fields.items() if name in OWN}
+    safe = dict(canonical({name: value for name, value in fields.items() if name not in OWN}))
     for name, sentence in _FILES_ONLY.items():
         if safe.get(name):
             raise UsageError(f"{name}: {sentence}")
@@ -42,7 +44,7 @@ def remote_fields(fields: Mapping[str, Any], *, max_pixels: int) -> dict[str, An
         safe["loras"] = [_lora(one) for one in _list("loras", safe["loras"])]
     if safe.get("controls") is not None:
         safe["controls"] = [_control(one, max_pixels) for one in _list("controls", safe["controls"])]
-    return safe
+    return {**safe, **own}
 
 
 def image_in(value: Any, *, field: str, max_pixels: int) -> ImageBytes:
