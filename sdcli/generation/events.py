@@ -36,8 +36,11 @@ class Progress:
     jobs: tuple[int, ...]
     index: int
     count: int
-    preview: Callable[[], Image.Image | None]
-    """Computes an image of the x0 prediction of this step, which takes time; None where memory runs out."""
+    preview: Callable[..., Image.Image | None]
+    """Computes an image of the x0 prediction of this step, which takes time; with `exact=True` in full size by the VAE.
+
+    None where memory runs out.
+    """
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from starlette.exceptions import HTTPException
 
 from sdcli import __version__
 from sdcli.models.registry import Registry
+from sdcli.server import openai_images
+from sdcli.server.blocking import ClientGone, JobFailed
+from sdcli.server.dialects import dialect_of, error_answer, validation_problem
 from sdcli.server.engine import Engine
 from sdcli.server.guard import Guard
 from sdcli.server.metrics import Metrics
@@ -34,6 +37,7 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
 
     app = FastAPI(title="sdcli", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(routes(engine, registry))
+    app.include_router(openai_images.routes(engine, registry))
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
@@ -50,28 +54,33 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
 
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> JSONResponse:
-        headers = {"x-should-retry": "true" if error.retry else "false"}
-        headers |= {"retry-after": str(error.retry)} if error.retry else {}
-        body = {"type": error.kind, "message": str(error), "param": error.param}
-        return JSONResponse({"error": body}, error.status, headers=headers)
+        return error_answer(
+            request.url.path,
+            error.status,
+            error.kind,
+            str(error),
+            param=error.param,
+            retry_after=error.retry,
+            should_retry=error.retry is not None and not isinstance(error, JobFailed),
+        )
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # for the log; nobody reads it
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(
-            {"error": {"type": "bad_request", "message": f"{where}: {first['msg']}".lstrip(": "), "param": where}}, 400
-        )
+        where, sentence = validation_problem(error.errors())
+        status = 422 if dialect_of(request.url.path) == "a1111" else 400
+        return error_answer(request.url.path, status, "bad_request", sentence, param=where or None)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(
-            {"error": {"type": "http", "message": str(error.detail), "param": None}}, error.status_code, error.headers
-        )
+        path, sentence = request.url.path, str(error.detail)
+        return error_answer(path, error.status_code, "http", sentence, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        body = {"type": "internal", "message": "unexpected error; the log has it", "param": None}
-        return JSONResponse({"error": body}, 500, headers={"x-should-retry": "false"})
+        return error_answer(request.url.path, 500, "internal", "unexpected error; the log has it")
 
     return Guard(app, settings), engine

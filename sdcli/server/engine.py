@@ -24,6 +24,7 @@ from sdcli.server.protocol import (
     Happened,
     ImageDone,
     ImageFailed,
+    Partial,
     Preload,
     Preview,
     Report,
@@ -162,6 +163,9 @@ class Engine:
             case Preview() if job is not None:
                 job.preview = report
                 job.add({"type": "preview", "image": report.image, "step": report.step, "bytes": len(report.data)})
+            case Partial() if job is not None:
+                job.partials.append(report)
+                job.add({"type": "partial", "image": report.image, "step": report.step})
             case ImageDone() if job is not None:
                 job.done[report.image] = report
                 self.metrics.images.inc()
@@ -217,7 +221,8 @@ class Engine:
             if self.settings.timeout is not None:
                 loop = asyncio.get_running_loop()
                 slot.deadline = loop.call_later(self.settings.timeout, self._too_late, slot, job)
-            slot.worker.send(Run(job.id, job.images, job.format, job.preview_every))
+            more = {"partial_images": job.partial_images, "quality": job.quality}
+            slot.worker.send(Run(job.id, job.images, job.format, job.preview_every, **more))
             self._say_places()
 
     def _too_late(self, slot: _Slot, job: Job) -> None:

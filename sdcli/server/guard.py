@@ -8,6 +8,7 @@ them without the browser asking first (no `text/plain`).
 
 from __future__ import annotations
 
+import base64
 import hmac
 import json
 import logging
@@ -19,12 +20,15 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sdcli.server.dialects import ascii_json, dialect_of, error_body
 from sdcli.server.settings import ServerSettings
 
 log = logging.getLogger("sdcli.server.access")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Answered without a token: they give nothing away, and supervisors have none."""
+SIGNED_PATHS = ("/v1/images/files/",)
+"""Answered without a token: the address itself was given to someone who had it, and cannot be guessed."""
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -64,7 +68,7 @@ class Guard:
             await self._app(scope, _bounded(receive, self._settings.max_body), sending)
         except Refused as refused:
             if status == 0:
-                await _answer(sending, refused)
+                await _answer(sending, scope["path"], refused)
         finally:
             _log(scope, id, status, time.monotonic() - began, self._settings.log)
 
@@ -80,8 +84,11 @@ class Guard:
         if scope["method"] == "OPTIONS" and origin is not None:
             raise Refused(204, "")
         token = self._settings.token
-        if token is not None and scope["path"] not in OPEN_PATHS and not _token_matches(headers, token):
-            raise Refused(401, "this server needs a token", {"www-authenticate": "Bearer"})
+        path: str = scope["path"]
+        signed = path.startswith(SIGNED_PATHS)
+        if token is not None and path not in OPEN_PATHS and not signed and not _token_matches(path, headers, token):
+            scheme = 'Basic realm="sdcli"' if dialect_of(path) == "a1111" else "Bearer"
+            raise Refused(401, "this server needs a token", {"www-authenticate": scheme})
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_body:
             raise Refused(413, f"the body is larger than {self._settings.max_body} bytes")
@@ -119,9 +126,18 @@ def _host_of(header: str) -> str:
         return ""
 
 
-def _token_matches(headers: dict[str, str], token: str) -> bool:
+def _token_matches(path: str, headers: dict[str, str], token: str) -> bool:
+    """Whether a request has the token: as a bearer, or in A1111's dialect as the password of any user name."""
     kind, _, given = headers.get("authorization", "").partition(" ")
-    return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+    given = given.strip()
+    if kind.lower() == "basic" and dialect_of(path) == "a1111":
+        try:
+            given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+        except ValueError:
+            return False
+    elif kind.lower() != "bearer":
+        return False
+    return hmac.compare_digest(given.encode(), token.encode())
 
 
 def _bounded(receive: Receive, limit: int) -> Receive:
@@ -139,11 +155,14 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     return bounded
 
 
-async def _answer(send: Send, refused: Refused) -> None:
-    body = (
-        json.dumps({"error": {"type": "refused", "message": str(refused)}}).encode() if refused.status != 204 else b""
-    )
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
+async def _answer(send: Send, path: str, refused: Refused) -> None:
+    body = b"" if refused.status == 204 else ascii_json(error_body(path, refused.status, "refused", str(refused)))
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "x-should-retry": "false",
+        **refused.headers,
+    }
     await send(
         {
             "type": "http.response.start",

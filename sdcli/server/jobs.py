@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.images.formats import ImageFormat
-from sdcli.server.protocol import ImageDone, ImageFailed, Preview
+from sdcli.server.protocol import ImageDone, ImageFailed, Partial, Preview
 
 State = Literal["queued", "running", "done", "partial", "failed", "cancelled"]
 """`partial`: some images are done, others failed."""
@@ -27,6 +27,10 @@ class Job:
     """Their indices count from 0."""
     format: ImageFormat = "png"
     preview_every: float | None = None
+    partial_images: int = 0
+    """How many whole images of the x0 prediction the worker decodes along the way."""
+    quality: int | None = None
+    """Of JPEG and WebP; None is the usual one."""
     tied: bool = False
     """Whether the job is cancelled when the client that follows its events goes away."""
     state: State = "queued"
@@ -36,6 +40,7 @@ class Job:
     events: list[dict[str, Any]] = field(default_factory=list)
     preview: Preview | None = None
     """The newest one."""
+    partials: list[Partial] = field(default_factory=list)
     done: dict[int, ImageDone] = field(default_factory=dict)
     failed: dict[int, ImageFailed] = field(default_factory=dict)
     progress: float = 0.0

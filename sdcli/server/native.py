@@ -27,7 +27,7 @@ from sdcli.request.jobs import Line
 from sdcli.server.engine import Draining, Engine
 from sdcli.server.fair_queue import QueueFull
 from sdcli.server.jobs import Job
-from sdcli.server.remote_fields import remote_fields
+from sdcli.server.remote_fields import remote_fields, upload_size
 from sdcli.server.settings import ServerSettings
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -89,10 +89,16 @@ def resolve_images(
         safe = [remote_fields(fields, max_pixels=settings.max_pixels) for fields in requests]
     except UsageError as error:
         raise ApiError(400, "bad_request", str(error)) from None
-    lines = [Line(number, fields) for number, fields in enumerate(safe, start=1)]
+    lines = [Line(number, fields) for number, fields in enumerate(safe, start=1 if len(safe) > 1 else 0)]
     found: list[ResolvedJob] = []
     for job in expand(
-        lines, {}, registry, num_images=1, base_seed=secrets.randbelow(2**32), lora_dir=settings.run.lora_dir
+        lines,
+        {},
+        registry,
+        num_images=1,
+        base_seed=secrets.randbelow(2**32),
+        measure=upload_size,
+        lora_dir=settings.run.lora_dir,
     ):
         if isinstance(job, BadJob):
             status = 400 if isinstance(job.error, UsageError) else 404

@@ -18,6 +18,10 @@ class Run:
     format: ImageFormat = "png"
     preview_every: float | None = None
     """Seconds between latent previews; None sends none."""
+    partial_images: int = 0
+    """Whole images decoded from the x0 prediction, spread evenly over the steps."""
+    quality: int | None = None
+    """The quality of JPEG and WebP, 0..100; None is that of `sdcli generate`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,16 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """A whole image decoded from the x0 prediction after a step, in the format of the job."""
+
+    id: str
+    image: int
+    step: int
+    data: bytes
+
+
+@dataclass(frozen=True)
 class ImageDone:
     """A finished image file with its metadata."""
 
@@ -94,4 +108,4 @@ class Ended:
     id: str
 
 
-Report = Ready | Happened | Preview | ImageDone | ImageFailed | Ended
+Report = Ready | Happened | Preview | Partial | ImageDone | ImageFailed | Ended

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdcli.errors import SdcliError, UsageError
-from sdcli.request.fields import ImageBytes
+from sdcli.request.fields import ImageBytes, ImageInput
 from sdcli.request.prompt_files import OWN
 from sdcli.request.schema import canonical
 
@@ -52,6 +52,8 @@ def image_in(value: Any, *, field: str, max_pixels: int) -> ImageBytes:
 
     Its size is read from its header before a pixel is decoded.
     """
+    if isinstance(value, ImageBytes):  # an upload that was checked; JSON has no such value
+        return value
     if not isinstance(value, str):
         raise UsageError(f"{field}: should be an image as base64 text")
     text = value.partition(",")[2] if value.startswith("data:image/") else value
@@ -74,6 +76,20 @@ def checked_image(data: bytes, *, field: str, max_pixels: int) -> ImageBytes:
     if width * height > max_pixels:
         raise UsageError(f"{field}: {width}x{height} is more than {max_pixels} pixels")
     return ImageBytes.model_validate(data)
+
+
+def upload_size(image: ImageInput, cell: int) -> tuple[int, int]:
+    """Width and height in pixels of an uploaded image, upright. Raises UsageError."""
+    from PIL import ImageOps
+
+    from sdcli.images.image_files import open_safely
+
+    assert isinstance(image, ImageBytes) and image.data is not None, "a remote request holds its images"
+    try:
+        with open_safely(io.BytesIO(image.data)) as opened:
+            return ImageOps.exif_transpose(opened).size
+    except SdcliError as error:
+        raise UsageError(f"init_image: {error}") from None
 
 
 def _lora(value: Any) -> Any:

@@ -28,6 +28,7 @@ from sdcli.server.protocol import (
     ImageDone,
     ImageFailed,
     Order,
+    Partial,
     Preload,
     Preview,
     Ready,
@@ -186,6 +187,8 @@ class _Steps:
                 "seconds_left": round((progress.count - done) / rate, 1),
             },
         )
+        if done in partial_steps(progress.count, self._run.partial_images):
+            yield from self._partial(progress, done)
         every = self._run.preview_every
         if every is None or done == progress.count or now - self._preview < every:
             return
@@ -195,6 +198,19 @@ class _Steps:
             file = io.BytesIO()
             shown.convert("RGB").save(file, "PNG", compress_level=1)
             yield Preview(self._run.id, progress.jobs[0], done, file.getvalue())
+
+    def _partial(self, progress: Progress, done: int) -> Iterator[Report]:
+        from sdcli.metadata.embed import image_bytes
+
+        shown = progress.preview(exact=True)
+        if shown is not None:
+            data = image_bytes(shown, self._run.format, None, quality=self._run.quality)
+            yield Partial(self._run.id, progress.jobs[0], done, data)
+
+
+def partial_steps(steps: int, count: int) -> frozenset[int]:
+    """After which of the steps, from 1, partial images are decoded: spread evenly, and never after the last one."""
+    return frozenset(round(steps * (number + 1) / (count + 1)) for number in range(count)) - {0, steps}
 
 
 def _image(run: Run, lease: Lease, generated: Generated) -> ImageDone:
@@ -208,7 +224,7 @@ def _image(run: Run, lease: Lease, generated: Generated) -> ImageDone:
     batch = {"size": generated.batch_size, "index": generated.batch_index}
     facts = provenance(lease.pipeline, batch=batch, fallbacks=generated.fallbacks)
     record = Record(request, {**facts, "pixels": pixels_digest(image)})
-    data = image_bytes(image, run.format, record)
+    data = image_bytes(image, run.format, record, quality=run.quality)
     return ImageDone(run.id, generated.job.index, data, request.typed(), round(generated.seconds, 3))
 
 
