@@ -1,7 +1,7 @@
 """Bodies and answers of OpenAI's images API, as pydantic models.
 
-A field that cannot be honoured is refused by its name, unless it has the value that clients send by default. The names
-of the fields that OpenAI does not have are those of vLLM-Omni: num_inference_steps, guidance_scale, negative_prompt, seed.
+A field that cannot be honoured is refused by its name, unless it has the value that clients send by default. The
+fields that OpenAI does not have are called as in vLLM-Omni: num_inference_steps, guidance_scale, negative_prompt, seed.
 """
 
 from __future__ import annotations

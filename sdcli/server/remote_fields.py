@@ -84,7 +84,8 @@ def upload_size(image: ImageInput, cell: int) -> tuple[int, int]:
 
     from sdcli.images.image_files import open_safely
 
-    assert isinstance(image, ImageBytes) and image.data is not None, "a remote request holds its images"
+    assert isinstance(image, ImageBytes), "a remote request holds its images"
+    assert image.data is not None, "a remote request holds its images"
     try:
         with open_safely(io.BytesIO(image.data)) as opened:
             return ImageOps.exif_transpose(opened).size
