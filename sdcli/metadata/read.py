@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -109,6 +110,19 @@ def read_image(path: Path) -> ImageInfo:
     """
     with image_and_info(path) as (_, info):
         return info
+
+
+def read_image_bytes(data: bytes, *, name: str) -> tuple[ImageInfo, dict[str, str]]:
+    """`read_image` of a file in memory, and all texts by their places. Raises BadImage that begins with `name`."""
+    file = io.BytesIO(data)
+    try:
+        with open_safely(file) as image:
+            image.load()
+            found = image_texts(file, image)
+            info = ImageInfo(Path(name), *image.size, _FORMATS[str(image.format)])
+            return _with_record(info, found), found.texts
+    except BadImage as error:
+        raise BadImage(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager

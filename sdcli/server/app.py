@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from sdcli import __version__
 from sdcli.models.registry import Registry
-from sdcli.server import openai_images
+from sdcli.server import a1111, openai_images
 from sdcli.server.blocking import ClientGone, JobFailed
 from sdcli.server.dialects import dialect_of, error_answer, validation_problem
 from sdcli.server.engine import Engine
@@ -38,6 +38,7 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
     app = FastAPI(title="sdcli", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(routes(engine, registry))
     app.include_router(openai_images.routes(engine, registry))
+    app.include_router(a1111.routes(engine, registry))
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:

@@ -49,8 +49,8 @@ def error_body(path: str, status: int, kind: str, sentence: str, param: str | No
     return {"error": {"type": kind, "message": sentence, "param": param}}
 
 
-class ErrorAnswer(JSONResponse):
-    """An error as JSON in ASCII: sentences repeat what was sent, which may hold halves of characters."""
+class AsciiAnswer(JSONResponse):
+    """JSON in ASCII: answers repeat texts that were sent, which may hold halves of characters."""
 
     def render(self, content: Any) -> bytes:
         return ascii_json(content)
@@ -71,7 +71,7 @@ def error_answer(
     retry_after: int | None = None,
     should_retry: bool = False,
     headers: Mapping[str, str] | None = None,
-) -> ErrorAnswer:
+) -> AsciiAnswer:
     """An error in the dialect of a path.
 
     Client libraries send a failed request again unless told otherwise, which would generate the image again: so
@@ -81,7 +81,7 @@ def error_answer(
     if retry_after is not None:
         own["retry-after"] = str(retry_after)
     body = error_body(path, status, kind, sentence, param)
-    return ErrorAnswer(body, status, headers={**(headers or {}), **own})
+    return AsciiAnswer(body, status, headers={**(headers or {}), **own})
 
 
 def validation_problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
