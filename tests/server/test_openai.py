@@ -209,9 +209,9 @@ def test_a_render_that_fails_is_not_rendered_again(strict_server: RunningServer)
     before = strict_server.metric("sdcli_jobs_accepted_total")
     token = strict_server.http.headers["authorization"].partition(" ")[2]
     extra = {"num_inference_steps": 1000}
-    with openai.OpenAI(base_url=f"{strict_server.url}/v1", api_key=token, max_retries=2) as client:
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.images.generate(prompt="a fox", model="tiny", size="256x256", extra_body=extra)
+    client = openai.OpenAI(base_url=f"{strict_server.url}/v1", api_key=token, max_retries=2)
+    with client, pytest.raises(openai.InternalServerError) as caught:
+        client.images.generate(prompt="a fox", model="tiny", size="256x256", extra_body=extra)
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert "took longer than 1.5 s" in caught.value.message
     assert strict_server.metric("sdcli_jobs_accepted_total") == before + 1
