@@ -36,7 +36,7 @@ _FACTS: dict[str, Any] = {
     "emphasis": "Original",
 }
 """Options of the web UI with the value that this server always has."""
-_SAME = {"sd_vae": {"Automatic", "None", "", None}, "forge_additional_modules": {None}}
+_SAME: dict[str, set[str | None]] = {"sd_vae": {"Automatic", "None", "", None}}
 """Other values that mean the same as what the server does."""
 
 

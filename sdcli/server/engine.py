@@ -221,8 +221,9 @@ class Engine:
             if self.settings.timeout is not None:
                 loop = asyncio.get_running_loop()
                 slot.deadline = loop.call_later(self.settings.timeout, self._too_late, slot, job)
-            more = {"partial_images": job.partial_images, "quality": job.quality}
-            slot.worker.send(Run(job.id, job.images, job.format, job.preview_every, **more))
+            slot.worker.send(
+                Run(job.id, job.images, job.format, job.preview_every, job.partial_images, quality=job.quality)
+            )
             self._say_places()
 
     def _too_late(self, slot: _Slot, job: Job) -> None:

@@ -73,6 +73,13 @@ class RunningServer:
         assert self.finished(id)["state"] == "done", self.view(id)
         return self.image(id)
 
+    def generate_all(self, **fields: Any) -> list[bytes]:
+        """The files of several images of one job."""
+        id = self.submit(fields)["id"]
+        view = self.finished(id)
+        assert view["state"] == "done", view
+        return [self.image(id, number) for number in range(len(view["images"]))]
+
     def metric(self, name: str) -> float:
         """A figure of /metrics, under its name with labels."""
         lines = self.http.get("/metrics").text.splitlines()

@@ -64,7 +64,7 @@ def test_images_have_the_bytes_of_the_native_api_and_info_has_their_seeds(
 ) -> None:
     made = api.txt2img(prompt="a fox", negative_prompt="blue", seed=5, width=64, height=72, n_iter=2, batch_size=2)
     native = {"prompt": "a fox", "negative_prompt": "blue", "steps": 3, "guidance_scale": 7.0, "scheduler": "ddim"}
-    files = [server.generate(**native, eta=1.0, size="64x72", seed=seed) for seed in (5, 6, 7, 8)]
+    files = server.generate_all(**native, eta=1.0, size="64x72", seed=5, num_images=4)
     assert [base64.b64decode(one) for one in made.json["images"]] == files
     assert made.info.keys() >= INFO_KEYS
     assert (made.info["all_seeds"], made.info["seed"], made.info["batch_size"]) == ([5, 6, 7, 8], 5, 2)
@@ -76,7 +76,7 @@ def test_images_have_the_bytes_of_the_native_api_and_info_has_their_seeds(
 def test_a_variation_is_that_of_sdcli(server: RunningServer, api: webuiapi.WebUIApi) -> None:
     made = api.txt2img(prompt="a", seed=5, subseed=9, subseed_strength=0.3, width=64, height=64, batch_size=2, eta=0)
     fields = {"prompt": "a", "seed": 5, "variation_strength": 0.3, "steps": 3, "guidance_scale": 7.0, "eta": 0.0}
-    files = [server.generate(**fields, scheduler="ddim", variation_seed=seed) for seed in (9, 10)]
+    files = server.generate_all(**fields, scheduler="ddim", variation_seed=9, num_images=2)
     assert [base64.b64decode(one) for one in made.json["images"]] == files
     assert (made.info["all_seeds"], made.info["all_subseeds"]) == ([5, 5], [9, 10])
     random = api.txt2img(prompt="a", width=64, height=64)
@@ -209,7 +209,7 @@ def test_png_info_is_the_text_of_the_image(server: RunningServer, api: webuiapi.
     assert post(server, "png-info", image="aGVsbG8=").status_code == 400
 
 
-LONG = {"prompt": "a", "steps": 1000, "width": 256, "height": 256, "sampler_name": "DDIM"}
+LONG = {"prompt": "a", "steps": 1000, "width": 512, "height": 512, "sampler_name": "DDIM"}
 
 
 def test_progress_is_that_of_the_task_and_interrupt_ends_it(server: RunningServer, api: webuiapi.WebUIApi) -> None:
@@ -222,7 +222,7 @@ def test_progress_is_that_of_the_task_and_interrupt_ends_it(server: RunningServe
     next_one = server.http.get(f"{API}/progress", params={"id_task": "next"}).json()
     assert (next_one["progress"], next_one["textinfo"]) == (0, "waiting, place 1 in the queue")
     shown = until(lambda: server.http.get(f"{API}/progress", params={"id_task": "mine"}).json()["current_image"])
-    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (32, 32)
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (64, 64)
     state = api.get_progress()
     assert 0 < state["progress"] < 1
     assert (state["state"]["job"], state["state"]["job_count"], state["state"]["sampling_steps"]) == ("mine", 1, 1000)
@@ -237,7 +237,7 @@ def test_progress_is_that_of_the_task_and_interrupt_ends_it(server: RunningServe
 
 
 def test_skip_goes_on_with_the_next_images(server: RunningServer) -> None:
-    body = {**LONG, "width": 136, "height": 136, "steps": 250, "n_iter": 3}  # each is a batch of its own at that size
+    body = {**LONG, "width": 264, "height": 256, "steps": 100, "n_iter": 3}  # each is a batch of its own at that size
     thread, answers = in_thread(lambda: post(server, "txt2img", **body, seed=1, force_task_id="skipped"))
     until(lambda: server.http.get(f"{API}/progress?id_task=skipped").json()["state"]["sampling_step"])
     server.http.post(f"{API}/skip")
