@@ -8,7 +8,8 @@ from typing import Any
 
 from sdcli.images.formats import FORMAT_OF, ImageFormat
 from sdcli.models.registry import Registry
-from sdcli.server.model_names import check_model, default_model
+from sdcli.server.known_names import default_model
+from sdcli.server.model_names import check_model
 from sdcli.server.native import ApiError
 from sdcli.server.settings import ServerSettings
 

@@ -19,7 +19,7 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdcli.errors import UsageError
+from sdcli.errors import NotFound, UsageError
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.images.formats import ImageFormat
 from sdcli.models.registry import Registry
@@ -27,6 +27,7 @@ from sdcli.request.jobs import Line
 from sdcli.server.engine import Draining, Engine
 from sdcli.server.fair_queue import QueueFull
 from sdcli.server.jobs import Job
+from sdcli.server.known_names import check_known, default_model, is_known_model
 from sdcli.server.remote_fields import remote_fields, upload_size
 from sdcli.server.settings import ServerSettings
 
@@ -86,9 +87,11 @@ def resolve_images(
 ) -> tuple[ResolvedJob, ...]:
     """Requests as they came -> resolved jobs, counted from 0. Raises ApiError. Reads files, so it runs in a thread."""
     try:
-        safe = [remote_fields(fields, max_pixels=settings.max_pixels) for fields in requests]
+        safe = [_safe(fields, registry, settings) for fields in requests]
     except UsageError as error:
         raise ApiError(400, "bad_request", str(error)) from None
+    except NotFound as error:
+        raise ApiError(404, "not_found", str(error)) from None
     lines = [Line(number, fields) for number, fields in enumerate(safe, start=1 if len(safe) > 1 else 0)]
     found: list[ResolvedJob] = []
     for job in expand(
@@ -110,6 +113,16 @@ def resolve_images(
         if len(found) > settings.max_images:
             raise ApiError(400, "bad_request", f"a job has at most {settings.max_images} images here")
     return tuple(found)
+
+
+def _safe(fields: dict[str, Any], registry: Registry, settings: ServerSettings) -> dict[str, Any]:
+    """The fields of a request with images in memory, names that are known, and a model. Raises UsageError, NotFound."""
+    model = fields.get("model")
+    rest = {name: value for name, value in fields.items() if name != "model"}
+    known = model is None or is_known_model(model, registry, settings)
+    safe = remote_fields(rest if known else fields, max_pixels=settings.max_pixels)
+    check_known(safe, registry, settings)
+    return {**safe, "model": default_model(registry, settings) if model is None else model}
 
 
 async def submit(
