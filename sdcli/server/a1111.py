@@ -32,13 +32,13 @@ from sdcli.server.a1111_models import (
     PendingTasks,
     PngInfo,
     PngInfoQuestion,
-    Progress,
+    ProgressAnswer,
     TaskProgress,
     TaskQuestion,
     Txt2Img,
 )
 from sdcli.server.a1111_options import first_options
-from sdcli.server.a1111_tasks import Task, Tasks
+from sdcli.server.a1111_tasks import ImageTask, Tasks
 from sdcli.server.blocking import failure_of, wait_for
 from sdcli.server.dialects import AsciiAnswer
 from sdcli.server.engine import Engine
@@ -90,7 +90,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
             options = options.changed(overridden, registry, settings)
         kind = "img2img" if images else "txt2img"
         id = body.force_task_id or f"task({kind}-{secrets.token_hex(8)})"
-        task = Task(id, kind, job, body.batch_size or 1)
+        task = ImageTask(id, kind, job, body.batch_size or 1)
         tasks.add(task)
         await wait_for(job, engine, request)
         for failed in job.failed.values():
@@ -103,7 +103,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         return AsciiAnswer(Images(images=encoded, parameters=_echo(body), info=info).model_dump())
 
     @router.get("/sdapi/v1/progress")
-    async def progress(request: Request, skip_current_image: bool = False, id_task: TaskId = None) -> Progress:
+    async def progress(request: Request, skip_current_image: bool = False, id_task: TaskId = None) -> ProgressAnswer:
         return tasks.progress(client_of(request), id_task, with_image=not skip_current_image)
 
     @router.post("/internal/progress")

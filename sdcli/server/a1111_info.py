@@ -12,12 +12,12 @@ from sdcli.metadata.read import read_image_bytes
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.server.a1111_fields import all_seeds
 from sdcli.server.a1111_models import PngInfo, Txt2Img
-from sdcli.server.a1111_tasks import Task, timestamp
+from sdcli.server.a1111_tasks import ImageTask, timestamp
 
 SAVES_NOTHING = "save_images: this server keeps no files, so nothing was saved; the images are in the answer"
 
 
-def info_text(body: Txt2Img, task: Task) -> str:
+def info_text(body: Txt2Img, task: ImageTask) -> str:
     """The info of the images that are done, as a JSON text. Reads the files, so it belongs in a thread."""
     job = task.job
     numbers = sorted(job.done)
@@ -69,7 +69,7 @@ def info_text(body: Txt2Img, task: Task) -> str:
 _EXTRA = ("Schedule type", "Eta", "Mask blur", "Hires upscale", "Refiner", "Refiner switch at", "RNG", "Lora hashes")
 
 
-def _comments(body: Txt2Img, task: Task) -> list[str]:
+def _comments(body: Txt2Img, task: ImageTask) -> list[str]:
     """What the user should know of the images: cut prompts, fallbacks, those that were skipped."""
     job = task.job
     notes = [str(event["text"]) for event in job.events if event["type"] == "note"]

@@ -17,12 +17,12 @@ from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS
 from sdcli.server.a1111_fields import LATENT_UPSCALERS, PIXEL_UPSCALERS, SCHEDULE_LABELS
 from sdcli.server.a1111_models import (
     Checkpoint,
-    Embeddings,
+    EmbeddingList,
     LatentUpscaler,
     Lora,
     Memory,
     Nothing,
-    Sampler,
+    SamplerEntry,
     Schedule,
     Scripts,
     Upscaler,
@@ -39,9 +39,11 @@ def list_routes(router: APIRouter, registry: Registry, settings: ServerSettings)
     """Add the routes of the lists."""
 
     @router.get("/sdapi/v1/samplers")
-    async def samplers() -> list[Sampler]:
+    async def samplers() -> list[SamplerEntry]:
         return [
-            Sampler(name=name, aliases=aliases, options={"scheduler": AUTOMATIC[name]} if name in AUTOMATIC else {})
+            SamplerEntry(
+                name=name, aliases=aliases, options={"scheduler": AUTOMATIC[name]} if name in AUTOMATIC else {}
+            )
             for name, aliases in _samplers().items()
         ]
 
@@ -79,8 +81,8 @@ def list_routes(router: APIRouter, registry: Registry, settings: ServerSettings)
         return []
 
     @router.get("/sdapi/v1/embeddings")
-    async def embeddings() -> Embeddings:
-        return Embeddings()
+    async def embeddings() -> EmbeddingList:
+        return EmbeddingList()
 
     @router.get("/sdapi/v1/memory")
     async def memory() -> Memory:

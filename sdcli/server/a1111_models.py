@@ -144,7 +144,7 @@ class State(BaseModel):
     sampling_steps: int = 0
 
 
-class Progress(BaseModel):
+class ProgressAnswer(BaseModel):
     """How far a job is: the one of `id_task`, or else the running one of this client, or of anyone."""
 
     progress: float = 0.0
@@ -196,7 +196,7 @@ class PngInfo(BaseModel):
     parameters: dict[str, Any]
 
 
-class Sampler(BaseModel):
+class SamplerEntry(BaseModel):
     name: str
     aliases: list[str]
     options: dict[str, str]
@@ -248,7 +248,7 @@ class Scripts(BaseModel):
     img2img: list[str] = []
 
 
-class Embeddings(BaseModel):
+class EmbeddingList(BaseModel):
     loaded: dict[str, Any] = {}
     skipped: dict[str, Any] = {}
 

@@ -9,16 +9,16 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from sdcli.server.a1111_models import Progress, State, TaskProgress, TaskQuestion
+from sdcli.server.a1111_models import ProgressAnswer, State, TaskProgress, TaskQuestion
 from sdcli.server.engine import Engine
 from sdcli.server.jobs import Job
 
 MAX_TASKS = 1000
-"""Task ids that are remembered."""
+"""ImageTask ids that are remembered."""
 
 
 @dataclass(eq=False)
-class Task:
+class ImageTask:
     """A call of txt2img or img2img."""
 
     id: str
@@ -38,22 +38,22 @@ class Tasks:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self._tasks: OrderedDict[str, ImageTask] = OrderedDict()
 
-    def add(self, task: Task) -> None:
+    def add(self, task: ImageTask) -> None:
         self._tasks[task.id] = task
         self._tasks.move_to_end(task.id)
         while len(self._tasks) > MAX_TASKS:
             self._tasks.popitem(last=False)
 
-    def find(self, id: str) -> Task | None:
+    def find(self, id: str) -> ImageTask | None:
         return self._tasks.get(id)
 
     @property
-    def waiting(self) -> list[Task]:
+    def waiting(self) -> list[ImageTask]:
         return [task for task in self._tasks.values() if task.job.state == "queued"]
 
-    def running(self, client: str) -> list[Task]:
+    def running(self, client: str) -> list[ImageTask]:
         """The running tasks of a client."""
         return [task for task in self._tasks.values() if task.job.state == "running" and task.job.client == client]
 
@@ -70,24 +70,24 @@ class Tasks:
             task.skipped = True
             self._engine.cancel(task.job, frozenset(next(events, [0])), why="skipped")
 
-    def _chosen(self, client: str, id: str | None) -> list[Task]:
+    def _chosen(self, client: str, id: str | None) -> list[ImageTask]:
         named = None if id is None else self.find(id)
         return self.running(client) if id is None else [named] if named is not None and not named.job.over else []
 
-    def progress(self, client: str, id: str | None, *, with_image: bool) -> Progress:
+    def progress(self, client: str, id: str | None, *, with_image: bool) -> ProgressAnswer:
         """How far a task is: the one with the id, else one of the client, else that of anyone; else idle."""
         if id is not None:
             named = self.find(id)
-            return Progress() if named is None or named.job.over else self._progress(named, with_image)
+            return ProgressAnswer() if named is None or named.job.over else self._progress(named, with_image)
         own = [*self.running(client), *(task for task in self.waiting if task.job.client == client)]
         if own:
             return self._progress(own[0], with_image)
         others = [task for task in self._tasks.values() if task.job.state == "running"]
         if others:
             return self._progress(others[0], False)
-        return Progress()
+        return ProgressAnswer()
 
-    def _progress(self, task: Task, with_image: bool) -> Progress:
+    def _progress(self, task: ImageTask, with_image: bool) -> ProgressAnswer:
         job = task.job
         step = next((event for event in reversed(job.events) if event["type"] == "step"), {"step": 0, "steps": 0})
         if not step["steps"]:
@@ -104,7 +104,7 @@ class Tasks:
             sampling_steps=step["steps"],
         )
         place = self._engine.place(job)
-        return Progress(
+        return ProgressAnswer(
             progress=round(job.progress, 4),
             eta_relative=job.seconds_left or 0.0,
             state=state,

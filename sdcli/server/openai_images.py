@@ -33,7 +33,7 @@ from sdcli.server.openai_edits import edit_fields
 from sdcli.server.openai_models import (
     EditForm,
     ImageBody,
-    ImageData,
+    ImageAnswer,
     ImagesAnswer,
     ModelAnswer,
     ModelList,
@@ -86,9 +86,9 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         by_address = body.response_format == "url"
         base = str(request.base_url).rstrip("/")
         data = [
-            ImageData(url=f"{base}{links.path(job, number)}", seed=one.request.seed)
+            ImageAnswer(url=f"{base}{links.path(job, number)}", seed=one.request.seed)
             if by_address
-            else ImageData(b64_json=await asyncio.to_thread(_base64, job.done[number].data), seed=one.request.seed)
+            else ImageAnswer(b64_json=await asyncio.to_thread(_base64, job.done[number].data), seed=one.request.seed)
             for number, one in enumerate(job.images)
         ]
         return ImagesAnswer(created=int(time.time()), data=data, output_format=job.format, size=_size(job))

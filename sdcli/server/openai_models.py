@@ -135,7 +135,7 @@ class EditForm(ImageBody):
         return {**super().fields(), **({"strength": self.strength} if self.strength is not None else {})}
 
 
-class ImageData(BaseModel):
+class ImageAnswer(BaseModel):
     """One image."""
 
     b64_json: str | None = None
@@ -163,7 +163,7 @@ class ImagesAnswer(BaseModel):
     """The images of a call that does not stream."""
 
     created: int
-    data: list[ImageData]
+    data: list[ImageAnswer]
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str

@@ -196,7 +196,7 @@ def test_the_models_are_those_that_a_request_can_name(server: RunningServer, cli
 def test_a_client_that_goes_away_cancels_its_job(server: RunningServer) -> None:
     before = cancelled(server)
     for stream in (False, True):
-        body = {"prompt": "a fox", "model": "tiny", "num_inference_steps": 1000, "size": "256x256", "stream": stream}
+        body = {"prompt": "a fox", "model": "tiny", "num_inference_steps": 999, "size": "256x256", "stream": stream}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=1.0)
         before, until = before + 1, time.monotonic() + 60
@@ -208,7 +208,7 @@ def test_a_client_that_goes_away_cancels_its_job(server: RunningServer) -> None:
 def test_a_render_that_fails_is_not_rendered_again(strict_server: RunningServer) -> None:
     before = strict_server.metric("sdcli_jobs_accepted_total")
     token = strict_server.http.headers["authorization"].partition(" ")[2]
-    extra = {"num_inference_steps": 1000}
+    extra = {"num_inference_steps": 999}
     client = openai.OpenAI(base_url=f"{strict_server.url}/v1", api_key=token, max_retries=2)
     with client, pytest.raises(openai.InternalServerError) as caught:
         client.images.generate(prompt="a fox", model="tiny", size="256x256", extra_body=extra)
@@ -219,7 +219,7 @@ def test_a_render_that_fails_is_not_rendered_again(strict_server: RunningServer)
 
 def test_an_error_of_a_stream_is_raised_by_the_client(strict_server: RunningServer) -> None:
     token = strict_server.http.headers["authorization"].partition(" ")[2]
-    extra = {"num_inference_steps": 1000}
+    extra = {"num_inference_steps": 999}
     with openai.OpenAI(base_url=f"{strict_server.url}/v1", api_key=token) as client:
         events = client.images.generate(prompt="a", model="tiny", size="256x256", stream=True, extra_body=extra)
         with pytest.raises(openai.APIError, match="took longer than"):
@@ -228,7 +228,7 @@ def test_an_error_of_a_stream_is_raised_by_the_client(strict_server: RunningServ
 
 def test_a_full_queue_and_every_guard_answer_in_the_dialect(strict_server: RunningServer) -> None:
     http = strict_server.http
-    long = {"requests": [{"prompt": "", "model": "tiny", "steps": 1000, "size": "256x256"}]}
+    long = {"requests": [{"prompt": "", "model": "tiny", "steps": 999, "size": "256x256"}]}
     busy = [http.post("/v1/jobs", json=long).json()["id"] for _ in range(2)]
     full = post(strict_server)
     assert (full.status_code, full.headers["x-should-retry"]) == (429, "true")
