@@ -32,8 +32,8 @@ from sdcli.server.native import MEDIA_TYPES, ApiError, submit
 from sdcli.server.openai_edits import edit_fields
 from sdcli.server.openai_models import (
     EditForm,
-    ImageBody,
     ImageAnswer,
+    ImageBody,
     ImagesAnswer,
     ModelAnswer,
     ModelList,
