@@ -73,7 +73,11 @@ def _comments(body: Txt2Img, task: ImageTask) -> list[str]:
     """What the user should know of the images: cut prompts, fallbacks, those that were skipped."""
     job = task.job
     notes = [str(event["text"]) for event in job.events if event["type"] == "note"]
-    missing = [f"image {number + 1}: {failed.sentence}" for number, failed in sorted(job.failed.items())]
+    why = "skipped" if task.skipped else "interrupted"
+    missing = [
+        f"image {number + 1}: {why if failed.kind == 'cancelled' else failed.sentence}"
+        for number, failed in sorted(job.failed.items())
+    ]
     return list(dict.fromkeys([*notes, *missing, *([SAVES_NOTHING] if body.save_images else [])]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -11,6 +11,8 @@ from sdcli.request.schema import MAX_SEED
 
 MAX_IMAGES = 1000
 Seed = Annotated[int | None, Field(ge=-1, le=MAX_SEED)]
+Switch = Literal[True, False, 1, 0] | None
+"""A boolean that clients write as a number, too."""
 
 
 def _plain(text: str | None) -> str | None:
@@ -114,9 +116,9 @@ class Img2Img(Txt2Img):
     mask_blur_y: int | None = None
     mask_round: bool | None = None
     inpainting_fill: int | None = Field(None, description="0: fill from around, 1: the original")
-    inpaint_full_res: bool | int | None = None
+    inpaint_full_res: Switch = None
     inpaint_full_res_padding: int | None = None
-    inpainting_mask_invert: bool | int | None = None
+    inpainting_mask_invert: Switch = None
     initial_noise_multiplier: float | None = None
     latent_mask: str | None = None
     include_init_images: bool | None = None
