@@ -96,7 +96,8 @@ def running_server(
     folder: Path, *options: str | Path, env: Mapping[str, str] | None = None, wait: bool = True
 ) -> Iterator[RunningServer]:
     """A server with the model `tiny` on the CPU, or as `options` say, whose HOME is `folder`; ended at the end."""
-    command = [sys.executable, "-m", "sdcli", "serve", "--port", "0", "--device", "cpu", *map(str, options)]
+    device = () if "--device" in options else ("--device", "cpu")
+    command = [sys.executable, "-m", "sdcli", "serve", "--port", "0", *device, *map(str, options)]
     names = ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
     home = {name: str(folder / name.lower()) for name in names} | {"HOME": str(folder)}
     (folder / "xdg_runtime_dir").mkdir(mode=0o700, exist_ok=True)
