@@ -77,7 +77,7 @@ def failure_of(job: Job, engine: Engine, failed: ImageFailed) -> JobFailed:
     number = f"image {failed.image + 1} of {len(job.images)}: " if len(job.images) > 1 else ""
     sentence = f"{number}{failed.sentence}"
     match failed.kind:
-        case "bad_request":
+        case "bad_request" | "not_found":
             return JobFailed(400, "bad_request", sentence)
         case "flagged":
             return JobFailed(400, "content_policy_violation", sentence)

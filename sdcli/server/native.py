@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -200,11 +200,15 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         engine.cancel(job)
         return view(job, engine)
 
+    async def found(id: str) -> Job:
+        return find(id)
+
+    job_of_path = Depends(found)  # found before the stream begins, so that its absence is an answer of its own
+
     @router.get("/v1/jobs/{id}/events", response_class=EventSourceResponse)
     async def events(
-        id: str, request: Request, last_event_id: Annotated[int | None, Header(ge=0)] = None
+        last_event_id: Annotated[int | None, Header(ge=0)] = None, job: Any = job_of_path
     ) -> AsyncIterator[ServerSentEvent]:
-        job = find(id)
         first = 0 if last_event_id is None else last_event_id + 1
         job.followers += 1
         try:
