@@ -246,7 +246,7 @@ async def kills(server: BenchServer, model: str, count: int) -> dict[str, Any]:
 async def slow_reader(server: BenchServer, model: str, seconds: float) -> dict[str, Any]:
     """Images a second of one client, alone and beside a client that follows a long job without reading."""
     alone = await load(server, model, 1, seconds)
-    id = (await server.submit(model=model, prompt="x", steps=1000, num_images=4)).json()["id"]
+    id = (await server.submit(model=model, prompt="x", steps=500, num_images=4)).json()["id"]
     with socket.create_connection(("127.0.0.1", server.port)) as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.sendall(f"GET /v1/jobs/{id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())

@@ -70,6 +70,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *self._extra_headers(id, headers.get("origin"))]
+                if status == 413:  # or the rest of the body would be read
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:

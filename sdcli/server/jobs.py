@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -107,8 +107,8 @@ class Job:
     async def follow(self, first: int = 0) -> AsyncIterator[tuple[int, dict[str, Any]]]:
         """The events from number `first` on, with their numbers, until the job is over.
 
-        A slow reader costs no one else anything: it gets what is in the list when it comes back. Where the job has
-        ended meanwhile, those of `PASSING` are no longer in it.
+        A slow reader costs no one else anything: it gets what is in the list when it comes back. Some time after the
+        end those of `PASSING` are no longer in it.
         """
         number = first
         while True:
@@ -135,10 +135,13 @@ class Job:
         else:
             self.state = "cancelled" if kinds == {"cancelled"} else "failed"
         self.ended, self.progress, self.seconds_left = time.time(), 1.0, 0.0
-        self.events = [None if event is None or event["type"] in PASSING else event for event in self.events]
         self.images = tuple(_without_uploads(one) for one in self.images)
         self.previews, self.preview = {}, None
         self.add({"type": "end", "state": self.state})
+
+    def forget_steps(self) -> None:
+        """Drop the events that say nothing any more."""
+        self.events = [None if event is None or event["type"] in PASSING else event for event in self.events]
 
     @property
     def bytes_kept(self) -> int:
@@ -158,6 +161,8 @@ class JobStore:
         self._jobs: dict[str, Job] = {}
         self._finished: OrderedDict[str, Job] = OrderedDict()
         """In the order of their ends."""
+        self._fresh: deque[Job] = deque()
+        """Those that still have all their events."""
         self._expired: dict[str, None] = {}
 
     def add(self, job: Job) -> None:
@@ -167,6 +172,7 @@ class JobStore:
     def finished(self, job: Job) -> None:
         """A job has ended: its time begins."""
         self._finished[job.id] = job
+        self._fresh.append(job)
         self.kept_bytes += job.bytes_kept
         self.expire()
 
@@ -184,6 +190,8 @@ class JobStore:
     def expire(self, now: float | None = None) -> None:
         """Drop the jobs whose time is over; their ids are remembered for a while."""
         now = time.time() if now is None else now
+        while self._fresh and (self._fresh[0].ended or now) + STEPS_KEPT <= now:
+            self._fresh.popleft().forget_steps()
         while self._finished:
             job = next(iter(self._finished.values()))
             many = len(self._finished) > MOST_KEPT or (self.kept_bytes > self.max_bytes and len(self._finished) > 1)
@@ -196,6 +204,8 @@ class JobStore:
             del self._expired[next(iter(self._expired))]
 
 
+STEPS_KEPT = 30.0
+"""Seconds after the end of a job in which its followers can still read every step."""
 MOST_KEPT = 4096
 """Finished jobs that are kept, however small their images are."""
 REMEMBERED = 10_000

@@ -83,7 +83,7 @@ class RunningServer:
         while self.http.get("/readyz").status_code != 200:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < ends, self.log
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit code."""

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.server.in_process import png
 from tests.server.running import RunningServer
 
-LONG = {"prompt": "x", "steps": 1000, "seed": 3}
+LONG = {"prompt": "x", "steps": 500, "seed": 3}
 """Takes some seconds, so that there is time to do something meanwhile."""
 
 
@@ -52,7 +52,7 @@ def test_a_job_ends_with_its_images(server: RunningServer) -> None:
 
 
 def test_the_events_tell_the_whole_story_in_order(server: RunningServer) -> None:
-    id = server.submit({"prompt": "x", "steps": 300}, previews=0.1, partial_images=2)["id"]
+    id = server.submit({"prompt": "x", "steps": 60}, previews=0.1, partial_images=2)["id"]
     found = list(events(server, id))
     kinds = list(dict.fromkeys(event["type"] for _, event in found))
     main = ["running", "step", "image", "end"]
@@ -60,11 +60,11 @@ def test_the_events_tell_the_whole_story_in_order(server: RunningServer) -> None
     assert [number for number, _ in found] == sorted({number for number, _ in found})
     steps = [event for _, event in found if event["type"] == "step"]
     assert [step["step"] for step in steps] == sorted(step["step"] for step in steps)
-    assert steps[-1]["step"] == steps[-1]["steps"] == 300
+    assert steps[-1]["step"] == steps[-1]["steps"] == 60
     assert all(step["per_second"] > 0 and step["seconds_left"] >= 0 for step in steps)
     assert [step["progress"] for step in steps] == sorted(step["progress"] for step in steps)
     assert steps[0]["seconds_left"] > steps[-1]["seconds_left"]
-    assert [event["step"] for _, event in found if event["type"] == "partial"] == [100, 200]
+    assert [event["step"] for _, event in found if event["type"] == "partial"] == [20, 40]
     last = [(number, event) for number, event in events(server, id, after=found[-2][0])]
     assert last == found[-1:], "a client that comes back gets the rest"
 
@@ -131,7 +131,7 @@ def test_a_slow_reader_of_events_stops_nobody(server: RunningServer) -> None:
 
 
 def test_a_job_that_takes_too_long_is_ended(server: RunningServer) -> None:
-    id = server.submit({**LONG, "num_images": 8, "steps": 1000}, timeout=0.3)["id"]
+    id = server.submit({**LONG, "num_images": 8}, timeout=0.3)["id"]
     ended = server.finished(id)
     assert ended["state"] == "failed"
     assert {image["kind"] for image in ended["images"]} == {"timeout"}
