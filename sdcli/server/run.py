@@ -120,9 +120,12 @@ def _job_of(name: str, registry: Registry) -> ResolvedJob:
 
 def _listen(settings: ServerSettings) -> socket.socket:
     try:
-        return socket.create_server((settings.host, settings.port), family=_family(settings.host), backlog=512)
+        listening = socket.create_server((settings.host, settings.port), family=_family(settings.host), backlog=512)
     except OSError as error:
         raise CannotWrite(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from None
+    # asyncio sets it only where a socket's protocol is given; without it an answer can wait 40 ms for the client's ACK
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def _family(host: str) -> socket.AddressFamily:

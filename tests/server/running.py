@@ -105,9 +105,7 @@ def running_server(
     environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", **(env or {}), "PYTHONPATH": path}
     stderr = folder / "serve.log"
     with stderr.open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment)
     assert process.stdout is not None
     try:
         url = process.stdout.readline().strip()

@@ -104,8 +104,11 @@ def test_two_workers_run_two_jobs_at_once(fragile: RunningServer) -> None:
 
 
 def test_idle_models_are_unloaded_and_loaded_again(fragile: RunningServer) -> None:
-    fragile.generate(prompt="x")
-    until(lambda: "unloads its models" in fragile.log)
+    lines = [f"worker {number} unloads its models" for number in (1, 2)]
+    before = [fragile.log.count(line) for line in lines]
+    ids = [fragile.submit({**LONG, "seed": seed})["id"] for seed in (1, 2)]
+    assert [fragile.finished(id)["state"] for id in ids] == ["done", "done"], "one by each worker"
+    until(lambda: all(fragile.log.count(line) > count for line, count in zip(lines, before, strict=True)))
     id = fragile.submit({"prompt": "x"})["id"]
     assert wait_for(fragile, id, "phase")["phase"] == "load"
     assert fragile.finished(id)["state"] == "done"

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.server.in_process import png
 from tests.server.running import RunningServer
 
-LONG = {"prompt": "x", "steps": 500, "seed": 3}
+LONG = {"prompt": "x", "steps": 300, "seed": 3}
 """Takes some seconds, so that there is time to do something meanwhile."""
 
 
@@ -26,12 +26,14 @@ def events(server: RunningServer, id: str, *, after: int | None = None) -> Itera
     headers = {} if after is None else {"last-event-id": str(after)}
     with server.http.stream("GET", f"/v1/jobs/{id}/events", headers=headers) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
-        number = -1
+        fields: dict[str, str] = {}
         for line in stream.iter_lines():
-            if line.startswith("id:"):
-                number = int(line[3:])
-            elif line.startswith("data:"):
-                yield number, json.loads(line[5:])
+            name, _, value = line.partition(":")
+            if name:
+                fields[name] = value
+            elif fields:
+                yield int(fields["id"]), json.loads(fields["data"])
+                fields = {}
 
 
 def wait_for(server: RunningServer, id: str, kind: str) -> dict[str, Any]:

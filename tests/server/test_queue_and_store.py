@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import httpx
 from sdcli.server.engine import Engine
 from sdcli.server.jobs import Job, JobStore
 from sdcli.server.protocol import ImageDone
+from sdcli.server.run import _listen
+from sdcli.server.settings import ServerSettings
 from tests.server.in_process import answers, application, job_of, png
 
 
@@ -137,6 +140,11 @@ def test_an_upload_is_not_kept_when_its_job_is_over() -> None:
         assert after.key() == before.key()
 
     run(test)
+
+
+def test_answers_do_not_wait_for_the_acknowledgement_of_their_beginning() -> None:
+    with _listen(ServerSettings(port=0)) as listening:
+        assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), "accepted connections inherit it"
 
 
 def test_a_request_id_is_taken_over_or_made() -> None:
