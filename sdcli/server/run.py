@@ -106,7 +106,7 @@ def _with_preloaded(settings: ServerSettings, registry: Registry) -> tuple[Serve
             spec, name = registry.find(given), Path(given).resolve().name.removesuffix(".safetensors")
             if name in registry.models or name in added:
                 raise UsageError(f"--model {given}: there is another model {name!r}; rename one of them")
-            added[name] = spec
+            added[name] = spec.model_copy(update={"name": name})  # which is what requests and records have
         names.append(name)
     models = {**registry.models, **added}
     return replace(settings, preload=tuple(names)), registry.model_copy(update={"models": models})
