@@ -76,6 +76,7 @@ class _Worker:
         self._connection, self.cache = connection, cache
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int | None]] = set()
+        self._cancelling = threading.Lock()
         self._sending = threading.Lock()
 
     def listen(self) -> None:
@@ -89,7 +90,8 @@ class _Worker:
                 os._exit(0)
             if isinstance(order, Cancel):
                 images: list[int | None] = [None] if order.images is None else list(order.images)
-                self._cancelled |= {(order.id, image) for image in images}
+                with self._cancelling:
+                    self._cancelled |= {(order.id, image) for image in images}
             else:
                 self._orders.put(order)
 
@@ -99,7 +101,8 @@ class _Worker:
                 case Generate(parts):
                     _Run(self, parts).run()
                     ids = {part.id for part in parts}
-                    self._cancelled = {one for one in self._cancelled if one[0] not in ids}
+                    with self._cancelling:
+                        self._cancelled = {one for one in self._cancelled if one[0] not in ids}
                 case Unload():
                     self.cache.unload()
 
