@@ -273,3 +273,27 @@ def test_a_token_file_that_others_can_read_is_refused(sdcli: object, tmp_path: P
     refused = sdcli("serve", "--host", "0.0.0.0", "--token-file", file)  # type: ignore[operator]
     assert refused.returncode == 2
     assert "chmod 600" in refused.stderr
+
+
+def test_what_the_operator_gave_names_to_can_be_used(tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from sdcli.generation.settings import RunSettings
+    from sdcli.request.fields import EmbeddingRef
+
+    save_file({"emb_params": np.zeros((1, 32), np.float32)}, tmp_path / "style.safetensors")
+    (tmp_path / "loras").mkdir()
+    save_file({"x.lora_down.weight": np.zeros((1, 4), np.float32)}, tmp_path / "loras" / "soft.safetensors")
+    settings = {
+        "run": RunSettings(lora_dir=tmp_path / "loras"),
+        "embeddings": (EmbeddingRef(path=str(tmp_path / "style.safetensors"), token="my-style"),),
+    }
+    by_name = [
+        job_of(embeddings=["my-style"], prompt="a fox in my-style"),
+        job_of(loras=["soft:0.5"]),
+        job_of(loras=[{"path": "soft", "unet_weight": 0.5}]),
+        job_of(prompt="a fox <lora:soft:0.5>"),
+    ]
+    others = [job_of(embeddings=["style"]), job_of(loras=["hard"])]
+    assert [answer.status_code for answer in answers(*by_name, *others, **settings)] == [202] * 4 + [404] * 2
