@@ -12,6 +12,7 @@ from sdcli.cli.options.shared import DTypeOpt, ModelsFileOpt, OfflineOpt
 from sdcli.errors import NotFound, UsageError
 from sdcli.generation.settings import RunSettings
 from sdcli.models.registry import load_registry
+from sdcli.request.fields import EmbeddingRef
 
 TOKEN_VARIABLE = "SDCLI_SERVER_TOKEN"
 
@@ -39,12 +40,32 @@ def command(
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Longest time that a job may run.")
     ] = None,
+    batch_wait: Annotated[
+        float,
+        typer.Option(
+            "--batch-wait",
+            min=0,
+            max=60_000,
+            metavar="MS",
+            help="Time for jobs of one shape to come together in a batch, which can change the last bits of an image.",
+        ),
+    ] = 0.0,
     keep: Annotated[
         float, typer.Option("--keep", min=0, metavar="SECONDS", help="Time in which finished images can be fetched.")
     ] = 900.0,
+    max_kept: Annotated[
+        int, typer.Option("--max-kept", min=1024, help="Bytes of finished images; above it the oldest go sooner.")
+    ] = 256 * 1024 * 1024,
     idle_unload: Annotated[
         float | None,
         typer.Option("--idle-unload", min=0, metavar="SECONDS", help="Unload models after this time without a job."),
+    ] = None,
+    lora_dir: Annotated[
+        Path | None, typer.Option("--lora-dir", metavar="DIR", help="Folder of the LoRAs that requests may name.")
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option("--embedding", metavar="FILE[=WORD]", help="Textual inversion that requests name by its word."),
     ] = None,
     grace: Annotated[
         float, typer.Option("--grace", min=0, metavar="SECONDS", help="Time for running jobs after SIGTERM.")
@@ -77,14 +98,17 @@ def command(
         host=host,
         port=port,
         devices=tuple(device or ["auto"]),
-        run=RunSettings(dtype=dtype, offline=offline),
+        run=RunSettings(dtype=dtype, offline=offline, lora_dir=lora_dir),
+        embeddings=tuple(_embedding(text) for text in embedding or ()),
         preload=tuple(model or ()),
         max_queue=max_queue,
         max_images=max_images,
         max_pixels=max_pixels,
         max_body=max_body,
         timeout=timeout,
+        batch_wait=batch_wait / 1000,
         keep=keep,
+        max_kept=max_kept,
         idle_unload=idle_unload,
         grace=grace,
         token=_token(token_file),
@@ -94,6 +118,14 @@ def command(
     )
     settings.check()
     run_server(settings, load_registry(models_file))
+
+
+def _embedding(text: str) -> EmbeddingRef:
+    """FILE or FILE=WORD. Raises NotFound for a file that is not there."""
+    ref = EmbeddingRef.model_validate(EmbeddingRef.pieces(text))
+    if not Path(ref.path).is_file():
+        raise NotFound(f"--embedding {text}: no file {ref.path}")
+    return ref
 
 
 def _token(file: Path | None) -> str | None:

@@ -41,6 +41,8 @@ class Progress:
 
     None where memory runs out.
     """
+    previews: Callable[..., list[Image.Image]] = list
+    """The same as an image for each of `jobs`, in their order; none where memory runs out."""
 
 
 @dataclass(frozen=True)

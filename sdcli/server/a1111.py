@@ -68,7 +68,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
     """The routes of the dialect."""
     router = APIRouter(tags=["AUTOMATIC1111"], responses=_FAILURES)
     settings, tasks = engine.settings, Tasks(engine)
-    options = first_options(registry, settings)
+    options = first_options(registry)
 
     @router.post("/sdapi/v1/txt2img", response_model=Images)
     async def txt2img(body: Txt2Img, request: Request) -> AsciiAnswer:
@@ -76,7 +76,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
 
     @router.post("/sdapi/v1/img2img", response_model=Images)
     async def img2img(body: Img2Img, request: Request) -> AsciiAnswer:
-        images = await asyncio.to_thread(image_fields, body, max_pixels=settings.max_pixels)
+        images = await asyncio.to_thread(image_fields, body, max_pixels=settings.max_upload_pixels)
         return await generate(body, images, request)
 
     async def generate(body: Txt2Img, images: dict[str, Any], request: Request) -> AsciiAnswer:
@@ -138,7 +138,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
     @router.post("/sdapi/v1/png-info", response_model=PngInfo)
     async def read_png_info(body: PngInfoQuestion) -> AsciiAnswer:
         try:
-            upload = image_in(body.image, field="image", max_pixels=settings.max_pixels)
+            upload = image_in(body.image, field="image", max_pixels=settings.max_upload_pixels)
             found = await asyncio.to_thread(png_info, upload.data or b"")
         except SdcliError as error:
             raise ApiError(400, "bad_request", str(error), param="image") from None

@@ -72,7 +72,7 @@ _EXTRA = ("Schedule type", "Eta", "Mask blur", "Hires upscale", "Refiner", "Refi
 def _comments(body: Txt2Img, task: ImageTask) -> list[str]:
     """What the user should know of the images: cut prompts, fallbacks, those that were skipped."""
     job = task.job
-    notes = [str(event["text"]) for event in job.events if event["type"] == "note"]
+    notes = [str(event["text"]) for event in job.events if event and event["type"] == "note"]
     why = "skipped" if task.skipped else "interrupted"
     missing = [
         f"image {number + 1}: {why if failed.kind == 'cancelled' else failed.sentence}"

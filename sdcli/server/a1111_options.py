@@ -8,7 +8,6 @@ from typing import Any
 
 from sdcli.images.formats import FORMAT_OF, ImageFormat
 from sdcli.models.registry import Registry
-from sdcli.server.known_names import default_model
 from sdcli.server.model_names import check_model
 from sdcli.server.native import ApiError
 from sdcli.server.settings import ServerSettings
@@ -83,9 +82,9 @@ class Options:
         return options
 
 
-def first_options(registry: Registry, settings: ServerSettings) -> Options:
+def first_options(registry: Registry) -> Options:
     """The options of a server that nobody has changed yet."""
-    return Options(default_model(registry, settings))
+    return Options(registry.default)
 
 
 def _is_same(name: str, value: Any) -> bool:

@@ -66,7 +66,7 @@ class Tasks:
     def skip(self, client: str, id: str | None) -> None:
         """Cancel the images that are generated now; the next ones of the same jobs follow."""
         for task in self._chosen(client, id):
-            events = (event["images"] for event in reversed(task.job.events) if "images" in event)
+            events = (event["images"] for event in reversed(task.job.events) if event and "images" in event)
             task.skipped = True
             self._engine.cancel(task.job, frozenset(next(events, [0])), why="skipped")
 
@@ -89,7 +89,8 @@ class Tasks:
 
     def _progress(self, task: ImageTask, with_image: bool) -> ProgressAnswer:
         job = task.job
-        step = next((event for event in reversed(job.events) if event["type"] == "step"), {"step": 0, "steps": 0})
+        steps = (event for event in reversed(job.events) if event and event["type"] == "step")
+        step = next(steps, {"step": 0, "steps": 0})
         if not step["steps"]:
             step = {"step": 0, "steps": job.images[0].request.steps}
         finished = len(job.done) + len(job.failed)

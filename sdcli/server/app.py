@@ -18,7 +18,7 @@ from sdcli.server.blocking import ClientGone, JobFailed
 from sdcli.server.dialects import dialect_of, error_answer, validation_problem
 from sdcli.server.engine import Engine
 from sdcli.server.guard import Guard
-from sdcli.server.metrics import Metrics
+from sdcli.server.metrics import CONTENT_TYPE, Metrics
 from sdcli.server.native import ApiError, routes
 from sdcli.server.settings import ServerSettings
 
@@ -51,7 +51,7 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
 
     @app.get("/metrics", response_class=Response)
     async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> JSONResponse:
@@ -84,4 +84,4 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         return error_answer(request.url.path, 500, "internal", "unexpected error; the log has it")
 
-    return Guard(app, settings), engine
+    return Guard(app, settings, metrics.answered), engine

@@ -77,7 +77,7 @@ def failure_of(job: Job, engine: Engine, failed: ImageFailed) -> JobFailed:
     number = f"image {failed.image + 1} of {len(job.images)}: " if len(job.images) > 1 else ""
     sentence = f"{number}{failed.sentence}"
     match failed.kind:
-        case "bad_request":
+        case "bad_request" | "not_found":
             return JobFailed(400, "bad_request", sentence)
         case "flagged":
             return JobFailed(400, "content_policy_violation", sentence)
@@ -87,6 +87,10 @@ def failure_of(job: Job, engine: Engine, failed: ImageFailed) -> JobFailed:
             return JobFailed(503, "stopping", sentence, retry=30)
         case "cancelled":
             return JobFailed(409, "cancelled", sentence)
+        case "timeout":
+            return JobFailed(504, "timeout", sentence)
+        case "worker_died":
+            return JobFailed(503, "worker_died", sentence, retry=engine.retry_after())
     return JobFailed(500, "generation_failed", sentence)
 
 

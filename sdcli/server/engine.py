@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sdcli.generation.plan import Limits, batch_size_of
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.server.fair_queue import FairQueue, QueueFull
 from sdcli.server.jobs import Job, JobStore
@@ -21,15 +24,18 @@ from sdcli.server.pool import WorkerProcess
 from sdcli.server.protocol import (
     Cancel,
     Ended,
+    FailureKind,
+    Generate,
     Happened,
     ImageDone,
     ImageFailed,
+    Part,
     Partial,
-    Preload,
-    Preview,
+    PreviewImage,
+    Ready,
     Report,
-    Run,
     Unload,
+    Unusable,
 )
 from sdcli.server.settings import ServerSettings, worker_devices
 
@@ -48,14 +54,21 @@ class _Slot:
     """A worker process and what it does now."""
 
     worker: WorkerProcess
-    job: Job | None = None
+    jobs: list[Job] = field(default_factory=list)
+    """The jobs of its order that are not over: one, or several that are generated together."""
+    limits: Limits = field(default_factory=Limits)
+    device: str = ""
     model: str | None = None
     """The model of its last job, which is still loaded."""
     deaths: int = 0
+    """In a row."""
+    served: bool = False
+    """Whether it has ever been ready."""
     idle_since: float = field(default_factory=time.monotonic)
-    deadline: asyncio.TimerHandle | None = None
-    late: bool = False
-    """Whether the running job was cancelled by its deadline."""
+
+    @property
+    def idle(self) -> bool:
+        return self.worker.ready and not self.jobs
 
 
 class Engine:
@@ -63,16 +76,24 @@ class Engine:
 
     def __init__(self, settings: ServerSettings, metrics: Metrics, *, preload: tuple[ResolvedJob, ...] = ()) -> None:
         self.settings, self.metrics, self._preload = settings, metrics, preload
-        self.store = JobStore(settings.keep)
+        self.store = JobStore(settings.keep, settings.max_kept)
         self.draining = False
+        self.on_unusable: Callable[[Unusable], None] = lambda report: None
+        """Called where a worker cannot even start, which is not to be tried again."""
         self._queue: FairQueue[Job] = FairQueue(settings.max_queue)
         self._slots: list[_Slot] = []
+        self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        metrics.watch(waiting=lambda: len(self._queue), running=lambda: len(self.running))
+        metrics.watch(
+            waiting=lambda: len(self._queue),
+            running=lambda: len(self.running),
+            ready=lambda: sum(slot.worker.ready for slot in self._slots),
+            kept=lambda: self.store.kept_bytes,
+        )
 
     @property
     def running(self) -> list[Job]:
-        return [slot.job for slot in self._slots if slot.job is not None]
+        return [job for slot in self._slots for job in slot.jobs]
 
     @property
     def waiting(self) -> int:
@@ -83,18 +104,33 @@ class Engine:
         """Whether a worker takes jobs."""
         return not self.draining and any(slot.worker.ready for slot in self._slots)
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The kinds of device of the workers that are ready, such as cpu or cuda."""
+        return tuple(slot.device for slot in self._slots if slot.worker.ready)
+
     def start(self) -> None:
         """Start the workers."""
-        for number, device in enumerate(worker_devices(self.settings.devices), start=1):
+        devices = worker_devices(self.settings.devices)
+        on_cpu = devices.count("cpu")
+        for number, device in enumerate(devices, start=1):
             worker = WorkerProcess(
-                number, replace(self.settings.run, device=device), on_report=self._on_report, on_death=self._on_death
+                number,
+                replace(self.settings.run, device=device),
+                on_report=self._on_report,
+                on_death=self._on_death,
+                preload=self._preload,
+                threads=_share_of_cores(on_cpu) if device == "cpu" and on_cpu > 1 else None,
             )
             self._slots.append(_Slot(worker))
+            self.metrics.watch_memory(f"worker-{number}", lambda worker=worker: worker.pid)  # type: ignore[misc]
             self._start(self._slots[-1])
         self._tasks.append(asyncio.get_running_loop().create_task(self._housekeeping()))
 
     async def drain(self) -> None:
         """Refuse new jobs, cancel the waiting ones, and let the running ones finish for as long as `grace`."""
+        if not self.draining:
+            log.info("stopping: %d jobs run, %d wait and are cancelled", len(self.running), len(self._queue))
         self.draining = True
         for job in list(self._queue):
             self.cancel(job, why="the server is stopping")
@@ -103,7 +139,7 @@ class Engine:
                 for job in self.running:
                     await job.wait()
         for job in self.running:
-            self._fail(job, range(len(job.images)), "cancelled", "the server is stopping")
+            self._fail(job, job.left, "cancelled", "the server is stopping")
             self._end(job)
 
     async def close(self) -> None:
@@ -111,6 +147,11 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(asyncio.to_thread(slot.worker.close) for slot in self._slots))
+
+    def kill(self) -> None:
+        """End the workers by force."""
+        for slot in self._slots:
+            slot.worker.kill()
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises QueueFull and Draining."""
@@ -123,162 +164,225 @@ class Engine:
             raise
         self.store.add(job)
         self.metrics.accepted.inc()
-        self._say_places()
+        self._announce_places()
         self._dispatch()
 
     def place(self, job: Job) -> int | None:
         """The place of a waiting job, from 1; None for one that does not wait."""
+        if job.state != "queued":
+            return None
         return next((place for place, other in enumerate(self._queue, start=1) if other is job), None)
 
     def cancel(self, job: Job, images: frozenset[int] | None = None, *, why: str = "cancelled") -> None:
-        """Cancel a job, or some of its images; nothing happens to one that is over."""
+        """Cancel a job, or some of its images; nothing happens to those that are done or failed.
+
+        A running job stops between two steps, so its state changes a moment later.
+        """
         if job.over:
             return
-        if job.state == "queued":
-            if images is not None and images < set(range(len(job.images))):
-                self._fail(job, images, "cancelled", why)
-                job.images = tuple(one for one in job.images if one.index not in images)
-                return
-            self._queue.remove(job)
-            self._fail(job, range(len(job.images)), "cancelled", why)
-            self._end(job)
-            self._say_places()
+        if job.state == "running":
+            slot = next(slot for slot in self._slots if job in slot.jobs)
+            slot.worker.send(Cancel(job.id, images))
             return
-        slot = next(slot for slot in self._slots if slot.job is job)
-        slot.worker.send(Cancel(job.id, images))
+        self._fail(job, job.left if images is None else images & {*job.left}, "cancelled", why)
+        if not job.left:
+            self._queue.remove(job)
+            self._end(job)
+            self._announce_places()
 
     def retry_after(self) -> int:
         """Seconds after which a refused client may try again."""
-        return max(1, min(120, round(self.metrics.typical_run() * (len(self._queue) + 1) / max(1, len(self._slots)))))
+        ahead = self.metrics.typical_run() * (len(self._queue) + 1) / max(1, len(self._slots))
+        return max(1, min(120, round(ahead)))
 
     # What the workers report
 
     def _on_report(self, worker: WorkerProcess, report: Report) -> None:
-        slot = self._slot(worker)
-        job = slot.job
+        slot = next(slot for slot in self._slots if slot.worker is worker)
         match report:
-            case Happened(event=event) if job is not None:
-                self._note_progress(job, event)
-                job.add(event)
-            case Preview() if job is not None:
-                job.preview = report
-                job.add({"type": "preview", "image": report.image, "step": report.step, "bytes": len(report.data)})
-            case Partial() if job is not None:
-                job.partials.append(report)
-                job.add({"type": "partial", "image": report.image, "step": report.step})
-            case ImageDone() if job is not None:
-                job.done[report.image] = report
-                self.metrics.images.inc()
-                job.add({"type": "image", "image": report.image, "seconds": report.seconds})
-            case ImageFailed() if job is not None:
-                if slot.late and report.kind == "cancelled":
-                    report = replace(report, kind="error", sentence=f"took longer than {self.settings.timeout:g} s")
-                self._add_failure(job, report)
-            case Ended() if job is not None:
-                self._free(slot)
-                if not job.over:
-                    self._end(job)
+            case Ready(limits, device):
+                log.info("worker %d is ready (%s, process %s)", worker.number, device, worker.pid)
+                slot.limits, slot.device, slot.served = limits, device, True
+                slot.model = self._preload[-1].request.model if self._preload else None
+                slot.idle_since = time.monotonic()
+            case Unusable():
+                log.error("worker %d: %s", worker.number, report.sentence)
+                if not slot.served:
+                    self.on_unusable(report)
             case _:
-                log.info("worker %d is ready (pid %s)", worker.number, worker.pid)
-                slot.deaths = 0
+                job = next((job for job in slot.jobs if job.id == report.id), None)
+                if job is not None and not job.over:
+                    self._on_job_report(job, report)
+                if isinstance(report, Ended):
+                    self._free(slot, report.id)
         self._dispatch()
 
+    def _on_job_report(self, job: Job, report: Report) -> None:
+        match report:
+            case Happened(event=event):
+                if event["type"] == "step":
+                    event = self._with_progress(job, event)
+                job.add(event)
+            case PreviewImage():
+                job.preview = job.previews[report.image] = report
+                job.add({"type": "preview", "image": report.image, "step": report.step, "bytes": len(report.data)})
+            case Partial():
+                job.partials.append(report)
+                number = len(job.partials) - 1
+                job.add({"type": "partial", "image": report.image, "step": report.step, "number": number})
+            case ImageDone() if report.image in job.left:
+                job.done[report.image] = report
+                job.previews.pop(report.image, None)
+                self.metrics.images.inc()
+                job.progress = max(job.progress, (len(job.done) + len(job.failed)) / len(job.images))
+                job.add({"type": "image", "image": report.image, "seconds": report.seconds})
+            case ImageFailed() if report.image in job.left:
+                if job.late and report.kind == "cancelled":
+                    sentence = f"took longer than {self._timeout(job):g} s"
+                    report = replace(report, kind="timeout", sentence=sentence)
+                self._add_failure(job, report)
+            case Ended():
+                self._end(job)
+
     def _on_death(self, worker: WorkerProcess, cause: str) -> None:
-        """A worker has died: its job fails, the others are untouched, and it is started again."""
-        slot = self._slot(worker)
+        """A worker has died: its jobs fail, the others are untouched, and it is started again."""
+        slot = next(slot for slot in self._slots if slot.worker is worker)
         slot.deaths, slot.model = slot.deaths + 1, None
         self.metrics.deaths.inc()
         log.error("worker %d died: %s", worker.number, cause)
-        job = slot.job
-        if job is not None:
-            self._free(slot)
-            left = [one.index for one in job.images if one.index not in job.done and one.index not in job.failed]
-            self._fail(job, left, "error", f"the worker process died ({cause})")
-            self._end(job)
+        for job in slot.jobs:
+            self._fail(job, job.left, "worker_died", f"the worker process died ({cause})")
+            if not job.over:
+                self._end(job)
+        slot.jobs = []
         if not self.draining:
             wait = min(30.0, RESTART_AFTER * slot.deaths)
             asyncio.get_running_loop().call_later(wait, self._start, slot)
 
     def _start(self, slot: _Slot) -> None:
-        if self.draining:
-            return
-        slot.worker.start()
-        for job in self._preload:
-            slot.worker.send(Preload(job))
+        if not self.draining:
+            slot.worker.start()
+
+    # Which job goes where
 
     def _dispatch(self) -> None:
         """Give waiting jobs to free workers, to one that has the model loaded where there is a choice."""
-        for slot in self._slots:
-            if slot.job is not None or not slot.worker.ready or not len(self._queue):
-                continue
-            model = slot.model
-            job = self._queue.take(lambda one, model=model: _model(one) == model)  # type: ignore[misc]
+        while len(self._queue):
+            idle = [slot for slot in self._slots if slot.idle]
+            if not idle:
+                return
+            loaded = {slot.model for slot in idle}
+            job = self._queue.first(lambda one, loaded=loaded: one.model in loaded)  # type: ignore[misc]
             assert job is not None
-            slot.job, slot.model, slot.late = job, _model(job), False
+            slot = min(idle, key=lambda one: (one.model != job.model, one.model is not None, one.idle_since))
+            mates = self._mates(job, slot)
+            hold = job.created + self.settings.batch_wait - time.time()
+            if mates is not None and hold > 0:
+                asyncio.get_running_loop().call_later(hold, self._dispatch)
+                return
+            taken = self._queue.take(lambda one, loaded=loaded: one.model in loaded)  # type: ignore[misc]
+            assert taken is job
+            for mate in mates or []:
+                self._queue.remove(mate)
+            self._run(slot, [job, *(mates or [])])
+
+    def _mates(self, job: Job, slot: _Slot) -> list[Job] | None:
+        """Waiting jobs that fit into one batch with this one; None where there is no room for any.
+
+        Their list is complete once the time that they may take to come is over.
+        """
+        if not self.settings.batch_wait or job.batch_key is None:
+            return None
+        room = batch_size_of(job.images[0], slot.limits) - len(job.images)
+        mates = []
+        for other in self._queue:
+            if room > 0 and other is not job and len(other.images) <= room and other.batch_key == job.batch_key:
+                mates.append(other)
+                room -= len(other.images)
+        return mates if room > 0 or mates else None
+
+    def _run(self, slot: _Slot, jobs: list[Job]) -> None:
+        slot.jobs, slot.model, slot.deaths = jobs, jobs[0].model, 0
+        if len(jobs) > 1:
+            self.metrics.joined.inc(len(jobs))
+        for job in jobs:
             job.start()
             self.metrics.waited(job)
-            job.add({"type": "running"})
-            if self.settings.timeout is not None:
-                loop = asyncio.get_running_loop()
-                slot.deadline = loop.call_later(self.settings.timeout, self._too_late, slot, job)
-            slot.worker.send(
-                Run(job.id, job.images, job.format, job.preview_every, job.partial_images, quality=job.quality)
-            )
-            self._say_places()
+            job.add({"type": "running", **({"together": len(jobs)} if len(jobs) > 1 else {})})
+            timeout = self._timeout(job)
+            if timeout is not None:
+                handle = asyncio.get_running_loop().call_later(timeout, self._too_late, job)
+                self._deadlines[job.id] = handle
+            if job.failed:  # cancelled while it waited: computed along like any image that is cancelled
+                slot.worker.send(Cancel(job.id, frozenset(job.failed)))
+        parts = [
+            Part(job.id, job.images, job.format, job.preview_every, job.partial_images, job.quality) for job in jobs
+        ]
+        slot.worker.send(Generate(tuple(parts)))
+        self._announce_places()
 
-    def _too_late(self, slot: _Slot, job: Job) -> None:
-        if slot.job is job:
-            slot.late = True
-            slot.worker.send(Cancel(job.id))
+    def _timeout(self, job: Job) -> float | None:
+        return min((one for one in (job.timeout, self.settings.timeout) if one is not None), default=None)
 
-    def _free(self, slot: _Slot) -> None:
-        slot.job, slot.idle_since = None, time.monotonic()
-        if slot.deadline is not None:
-            slot.deadline.cancel()
-            slot.deadline = None
+    def _too_late(self, job: Job) -> None:
+        if job.state == "running":
+            job.late = True
+            self.cancel(job)
+
+    def _free(self, slot: _Slot, id: str) -> None:
+        slot.jobs = [job for job in slot.jobs if job.id != id]
+        slot.idle_since = time.monotonic()
+
+    # What becomes of jobs
 
     def _end(self, job: Job) -> None:
+        deadline = self._deadlines.pop(job.id, None)
+        if deadline is not None:
+            deadline.cancel()
         job.finish()
+        self.store.finished(job)
         self.metrics.ran(job)
 
-    def _fail(self, job: Job, images: Any, kind: Any, sentence: str) -> None:
-        for image in images:
-            if image not in job.done and image not in job.failed:
-                self._add_failure(job, ImageFailed(job.id, image, kind, sentence))
+    def _fail(self, job: Job, images: Iterable[int], kind: FailureKind, sentence: str) -> None:
+        for image in sorted(images):
+            self._add_failure(job, ImageFailed(job.id, image, kind, sentence))
 
     def _add_failure(self, job: Job, failure: ImageFailed) -> None:
         job.failed[failure.image] = failure
         self.metrics.failed(failure.kind)
         job.add({"type": "failed", "image": failure.image, "kind": failure.kind, "error": failure.sentence})
 
-    def _note_progress(self, job: Job, event: dict[str, Any]) -> None:
-        if event["type"] == "step":
-            over = len(job.done) + len(job.failed)
-            share = len(event["images"]) * event["step"] / event["steps"]
-            job.progress = min(1.0, (over + share) / max(1, len(job.images)))
-            job.seconds_left = event["seconds_left"]
+    def _with_progress(self, job: Job, event: dict[str, Any]) -> dict[str, Any]:
+        """The event of a step, with the progress and the time left of the whole job instead of the batch."""
+        fraction, of_batch, together = event["fraction"], event["seconds_left"], len(event["images"])
+        over = len(job.done) + len(job.failed)
+        share = (over + together * fraction) / len(job.images)
+        job.progress = max(job.progress, min(1.0, share))
+        batches_left = max(0, len(job.images) - over - together) / together
+        of_others = batches_left * of_batch / (1 - fraction) if fraction < 1 else 0.0
+        job.seconds_left = round(of_batch + of_others, 1)
+        return {**event, "progress": round(job.progress, 4), "seconds_left": job.seconds_left}
 
-    def _say_places(self) -> None:
+    def _announce_places(self) -> None:
         for place, job in enumerate(self._queue, start=1):
             event = {"type": "queued", "place": place}
             if not job.events or job.events[-1] != event:
                 job.add(event)
 
-    def _slot(self, worker: WorkerProcess) -> _Slot:
-        return next(slot for slot in self._slots if slot.worker is worker)
-
     async def _housekeeping(self) -> None:
         """Drop expired jobs, and unload the models of idle workers."""
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(min(1.0, self.settings.idle_unload or 1.0))
             self.store.expire()
             limit = self.settings.idle_unload
             for slot in self._slots:
-                idle = slot.job is None and slot.model is not None
-                if limit is not None and idle and time.monotonic() - slot.idle_since >= limit:
+                loaded = slot.idle and slot.model is not None
+                if limit is not None and loaded and time.monotonic() - slot.idle_since >= limit:
+                    log.info("worker %d unloads its models after %g idle seconds", slot.worker.number, limit)
                     slot.worker.send(Unload())
                     slot.model = None
 
 
-def _model(job: Job) -> str | None:
-    return job.images[0].request.model if job.images else None
+def _share_of_cores(workers: int) -> int:
+    """Threads for each of several workers on the CPU, so that they do not wait for each other's."""
+    return max(1, (os.cpu_count() or 1) // workers)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import base64
 import hmac
+import ipaddress
 import json
 import logging
+import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdcli.server.dialects import ascii_json, dialect_of, error_body
@@ -25,8 +28,12 @@ from sdcli.server.settings import ServerSettings
 
 log = logging.getLogger("sdcli.server.access")
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-"""Answered without a token: they give nothing away, and supervisors have none."""
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+"""Answered without a token: they give nothing away; supervisors have none, and the web page asks for it."""
+FORM_PATHS = frozenset({"/v1/images/edits"})
+"""Where a body may be form data with files; everywhere else it is JSON."""
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+"""What an X-Request-ID of a client may look like to be taken over."""
 SIGNED_PATHS = ("/v1/images/files/",)
 """Answered without a token: the address itself was given to someone who had it, and cannot be guessed."""
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
@@ -43,8 +50,8 @@ class Refused(Exception):
 class Guard:
     """Lets requests through to `app`, or answers them itself; gives each an id, and logs one line for it."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self._app, self._settings = app, settings
+    def __init__(self, app: ASGIApp, settings: ServerSettings, on_answer: Callable[[int], None]) -> None:
+        self._app, self._settings, self._on_answer = app, settings, on_answer
         self._hosts = _host_names(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +60,9 @@ class Guard:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         began, status = time.monotonic(), 0
-        id = f"req-{secrets.token_hex(8)}"
+        id = headers.get("x-request-id", "")
+        if not REQUEST_ID.fullmatch(id):
+            id = f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = id
 
         async def sending(message: Message) -> None:
@@ -61,6 +70,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *self._extra_headers(id, headers.get("origin"))]
+                if status == 413:  # or the rest of the body would be read
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
@@ -70,16 +81,18 @@ class Guard:
             if status == 0:
                 await _answer(sending, scope["path"], refused)
         finally:
+            status = status or 499  # the client was gone before there was an answer
+            self._on_answer(status)
             _log(scope, id, status, time.monotonic() - began, self._settings.log)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Raise Refused for a request from where none should come."""
-        if _host_of(headers.get("host", "")) not in self._hosts:
+        if not self._is_own_host(_host_of(headers.get("host", ""))):
             raise Refused(403, "the Host header is not an address of this server; --allow-host NAME adds one")
         origin = headers.get("origin")
         if origin is not None and not self._same_origin(origin, headers["host"]):
             raise Refused(403, f"web pages of {origin!r} may not use this server; --allow-origin adds one")
-        if headers.get("sec-fetch-site") == "cross-site" and origin is None and scope["path"] != "/":
+        if origin is None and headers.get("sec-fetch-site") in {"cross-site", "same-site"} and scope["path"] != "/":
             raise Refused(403, "another web page may not use this server")
         if scope["method"] == "OPTIONS" and origin is not None:
             raise Refused(204, "")
@@ -94,8 +107,16 @@ class Guard:
             raise Refused(413, f"the body is larger than {self._settings.max_body} bytes")
         if scope["method"] in METHODS_WITH_BODY and (length != "0" or "transfer-encoding" in headers):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind not in {"application/json", "multipart/form-data"}:
+            if kind != "application/json" and (kind != "multipart/form-data" or path not in FORM_PATHS):
                 raise Refused(415, "the body should be JSON (Content-Type: application/json)")
+
+    def _is_own_host(self, host: str) -> bool:
+        """Whether a Host header means this server. A name of an attacker can point here, an address cannot."""
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return host in self._hosts
+        return host in self._hosts or address.is_loopback or not self._settings.loopback
 
     def _same_origin(self, origin: str, host: str) -> bool:
         return origin in self._settings.origins or urlsplit(origin).netloc.lower() == host.lower()
@@ -141,7 +162,7 @@ def _token_matches(path: str, headers: dict[str, str], token: str) -> bool:
 
 
 def _bounded(receive: Receive, limit: int) -> Receive:
-    """`receive` that raises Refused when a body without an honest length passes the limit."""
+    """`receive` that raises HTTPException when a body without an honest length passes the limit."""
     received = 0
 
     async def bounded() -> Message:
@@ -149,7 +170,7 @@ def _bounded(receive: Receive, limit: int) -> Receive:
         message = await receive()
         received += len(message.get("body", b""))
         if received > limit:
-            raise Refused(413, f"the body is larger than {limit} bytes")
+            raise HTTPException(413, f"the body is larger than {limit} bytes")
         return message
 
     return bounded

@@ -8,7 +8,6 @@ from sdcli.models.hub.cache import snapshot_folder
 from sdcli.models.registry import ModelSpec, Registry
 from sdcli.models.sources import FileSource, FolderSource, HubSource
 from sdcli.request.schema import did_you_mean
-from sdcli.server.known_names import is_known_model
 from sdcli.server.native import ApiError
 from sdcli.server.settings import ServerSettings
 
@@ -22,7 +21,7 @@ def models_here(registry: Registry, settings: ServerSettings) -> list[str]:
 
 def check_model(name: str, registry: Registry, settings: ServerSettings, *, param: str = "model") -> str:
     """The name of a known model. Raises ApiError: 404 for any other text, whatever it may mean on the disk."""
-    if is_known_model(name, registry, settings):
+    if name in registry.models:
         return name
     hint = did_you_mean(name, registry.models)
     raise ApiError(404, "model_not_found", f"there is no model {name[:100]!r} here{hint}", param=param)

@@ -4,8 +4,10 @@ POST   /v1/jobs                     a job: 202 with its id and place in the queu
 GET    /v1/jobs/{id}                its state
 GET    /v1/jobs/{id}/events         its events, from the first or from Last-Event-ID on
 GET    /v1/jobs/{id}/images/{n}     a finished image, from 0
-GET    /v1/jobs/{id}/preview        the newest latent preview
+GET    /v1/jobs/{id}/preview        the newest latent preview, /images/{n}/preview that of one image
+GET    /v1/jobs/{id}/partials/{n}   an image decoded along the way, from 0
 DELETE /v1/jobs/{id}                cancel it; again and later, it stays as it is
+DELETE /v1/jobs/{id}/images/{n}     cancel one image of it
 """
 
 from __future__ import annotations
@@ -13,25 +15,37 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdcli.errors import NotFound, UsageError
+from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
-from sdcli.images.formats import ImageFormat
+from sdcli.images.formats import SUFFIX_OF, ImageFormat
 from sdcli.models.registry import Registry
 from sdcli.request.jobs import Line
 from sdcli.server.engine import Draining, Engine
 from sdcli.server.fair_queue import QueueFull
 from sdcli.server.jobs import Job
-from sdcli.server.known_names import check_known, default_model, is_known_model
-from sdcli.server.remote_fields import remote_fields, upload_size
+from sdcli.server.protocol import PreviewImage
+from sdcli.server.remote_fields import Allowed, remote_fields, upload_size
 from sdcli.server.settings import ServerSettings
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+STATUS_OF: dict[str, int] = {
+    "cancelled": 409,
+    "flagged": 409,
+    "bad_request": 409,
+    "not_found": 409,
+    "timeout": 504,
+    "out_of_memory": 503,
+    "worker_died": 503,
+}
+"""What asking for an image answers that there will not be, by the kind of failure; 500 for others."""
 
 
 class JobBody(BaseModel):
@@ -39,13 +53,17 @@ class JobBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    requests: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
+    requests: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)] | dict[str, Any]
     """The same fields as in JSONL: prompt, negative_prompt, seed, steps, num_images ..."""
     format: ImageFormat = "png"
     previews: Annotated[float | None, Field(ge=0.1, le=3600)] = None
     """Seconds between latent previews; none if omitted."""
+    partial_images: Annotated[int, Field(ge=0, le=8)] = 0
+    """Whole images decoded along the way, each an event; for each image of the job."""
+    timeout: Annotated[float | None, Field(gt=0, le=86_400)] = None
+    """The longest time that the job may run, in seconds; the server's own limit holds, too."""
     cancel_on_disconnect: bool = False
-    """Cancel the job when the client that follows its events goes away."""
+    """Cancel the job when the last client that follows its events goes away."""
 
 
 class JobView(BaseModel):
@@ -86,12 +104,14 @@ def resolve_images(
     requests: list[dict[str, Any]], registry: Registry, settings: ServerSettings
 ) -> tuple[ResolvedJob, ...]:
     """Requests as they came -> resolved jobs, counted from 0. Raises ApiError. Reads files, so it runs in a thread."""
+    too_many = ApiError(400, "bad_request", f"a job has at most {settings.max_images} images here")
+    if len(requests) > settings.max_images:
+        raise too_many
+    allowed = Allowed.of(registry, settings)
     try:
-        safe = [_safe(fields, registry, settings) for fields in requests]
-    except UsageError as error:
-        raise ApiError(400, "bad_request", str(error)) from None
-    except NotFound as error:
-        raise ApiError(404, "not_found", str(error)) from None
+        safe = [remote_fields(fields, allowed=allowed) for fields in requests]
+    except (UsageError, NotFound) as error:
+        raise _bad_request(error) from None
     lines = [Line(number, fields) for number, fields in enumerate(safe, start=1 if len(safe) > 1 else 0)]
     found: list[ResolvedJob] = []
     for job in expand(
@@ -104,25 +124,20 @@ def resolve_images(
         lora_dir=settings.run.lora_dir,
     ):
         if isinstance(job, BadJob):
-            status = 400 if isinstance(job.error, UsageError) else 404
-            raise ApiError(status, "bad_request" if status == 400 else "not_found", str(job.error))
+            raise _bad_request(job.error)
         width, height = job.request.final_size
         if width * height > settings.max_pixels:
             raise ApiError(400, "bad_request", f"{width}x{height} is more than {settings.max_pixels} pixels")
-        found.append(ResolvedJob(**{**vars(job), "index": len(found)}))
+        found.append(replace(job, index=len(found)))
         if len(found) > settings.max_images:
-            raise ApiError(400, "bad_request", f"a job has at most {settings.max_images} images here")
+            raise too_many
     return tuple(found)
 
 
-def _safe(fields: dict[str, Any], registry: Registry, settings: ServerSettings) -> dict[str, Any]:
-    """The fields of a request with images in memory, names that are known, and a model. Raises UsageError, NotFound."""
-    model = fields.get("model")
-    rest = {name: value for name, value in fields.items() if name != "model"}
-    known = model is None or is_known_model(model, registry, settings)
-    safe = remote_fields(rest if known else fields, max_pixels=settings.max_pixels)
-    check_known(safe, registry, settings)
-    return {**safe, "model": default_model(registry, settings) if model is None else model}
+def _bad_request(error: SdcliError) -> ApiError:
+    if isinstance(error, NotFound):
+        return ApiError(404, "not_found", str(error))
+    return ApiError(400, "bad_request", str(error))
 
 
 async def submit(
@@ -163,8 +178,15 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
 
     @router.post("/v1/jobs", status_code=202)
     async def create(body: JobBody, request: Request, response: Response) -> JobView:
-        wishes = {"format": body.format, "preview_every": body.previews, "tied": body.cancel_on_disconnect}
-        job = await submit(engine, registry, request, body.requests, **wishes)
+        requests = [body.requests] if isinstance(body.requests, dict) else body.requests
+        wishes = {
+            "format": body.format,
+            "preview_every": body.previews,
+            "partial_images": body.partial_images,
+            "timeout": body.timeout,
+            "tied": body.cancel_on_disconnect,
+        }
+        job = await submit(engine, registry, request, requests, **wishes)
         response.headers["location"] = f"/v1/jobs/{job.id}"
         return view(job, engine)
 
@@ -178,37 +200,70 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         engine.cancel(job)
         return view(job, engine)
 
+    async def found(id: str) -> Job:
+        return find(id)
+
+    job_of_path = Depends(found)  # found before the stream begins, so that its absence is an answer of its own
+
     @router.get("/v1/jobs/{id}/events", response_class=EventSourceResponse)
     async def events(
-        id: str, request: Request, last_event_id: Annotated[int | None, Header(ge=0)] = None
+        last_event_id: Annotated[int | None, Header(ge=0)] = None, job: Any = job_of_path
     ) -> AsyncIterator[ServerSentEvent]:
-        job = find(id)
         first = 0 if last_event_id is None else last_event_id + 1
+        job.followers += 1
         try:
             async for number, event in job.follow(first):
                 yield ServerSentEvent(data=_with_urls(job, event), event=event["type"], id=str(number))
         finally:
-            if job.tied and not job.over:
+            job.followers -= 1
+            if job.tied and not job.followers:
                 engine.cancel(job, why="the client went away")
 
     @router.get("/v1/jobs/{id}/images/{number}", response_class=Response)
     async def image(id: str, number: int) -> Response:
         job = find(id)
         if number in job.failed:
-            raise ApiError(409, job.failed[number].kind, job.failed[number].sentence)
+            failed = job.failed[number]
+            raise ApiError(STATUS_OF.get(failed.kind, 500), failed.kind, failed.sentence)
         if number not in job.done:
             there = 0 <= number < len(job.images)
             raise ApiError(409 if there else 404, "not_ready" if there else "not_found", "this image is not there")
-        return Response(job.done[number].data, media_type=MEDIA_TYPES[job.format])
+        return Response(
+            job.done[number].data,
+            media_type=MEDIA_TYPES[job.format],
+            headers={"content-disposition": f'inline; filename="{job.id}-{number}{SUFFIX_OF[job.format]}"'},
+        )
+
+    @router.delete("/v1/jobs/{id}/images/{number}")
+    async def cancel_image(id: str, number: int) -> JobView:
+        job = find(id)
+        if not 0 <= number < len(job.images):
+            raise ApiError(404, "not_found", "this job has no such image")
+        engine.cancel(job, frozenset({number}))
+        return view(job, engine)
+
+    @router.get("/v1/jobs/{id}/images/{number}/preview", response_class=Response)
+    async def image_preview(id: str, number: int) -> Response:
+        return _preview(find(id).previews.get(number))
+
+    @router.get("/v1/jobs/{id}/partials/{number}", response_class=Response)
+    async def partial(id: str, number: int) -> Response:
+        job = find(id)
+        if not 0 <= number < len(job.partials):
+            raise ApiError(404, "not_found", "there is no such partial image")
+        return Response(job.partials[number].data, media_type=MEDIA_TYPES[job.format])
 
     @router.get("/v1/jobs/{id}/preview", response_class=Response)
     async def preview(id: str) -> Response:
-        job = find(id)
-        if job.preview is None:
-            raise ApiError(404, "not_found", "there is no preview")
-        return Response(job.preview.data, media_type="image/png", headers={"cache-control": "no-store"})
+        return _preview(find(id).preview)
 
     return router
+
+
+def _preview(preview: PreviewImage | None) -> Response:
+    if preview is None:
+        raise ApiError(404, "not_found", "there is no preview")
+    return Response(preview.data, media_type="image/png", headers={"cache-control": "no-store"})
 
 
 def view(job: Job, engine: Engine) -> JobView:
@@ -242,7 +297,9 @@ def _with_urls(job: Job, event: dict[str, Any]) -> dict[str, Any]:
         case "image":
             return {**event, "url": f"/v1/jobs/{job.id}/images/{event['image']}"}
         case "preview":
-            return {**event, "url": f"/v1/jobs/{job.id}/preview"}
+            return {**event, "url": f"/v1/jobs/{job.id}/images/{event['image']}/preview"}
+        case "partial":
+            return {**event, "url": f"/v1/jobs/{job.id}/partials/{event['number']}"}
     return event
 
 

@@ -31,8 +31,8 @@ from sdcli.server.model_names import check_model, models_here
 from sdcli.server.native import MEDIA_TYPES, ApiError, submit
 from sdcli.server.openai_edits import edit_fields
 from sdcli.server.openai_models import (
+    AnswerImage,
     EditForm,
-    ImageAnswer,
     ImageBody,
     ImagesAnswer,
     ModelAnswer,
@@ -69,7 +69,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
     async def edits(
         form: Annotated[EditForm, Form(media_type="multipart/form-data")], request: Request
     ) -> ImagesAnswer:
-        fields = await edit_fields(form, max_pixels=settings.max_pixels)
+        fields = await edit_fields(form, max_pixels=settings.max_upload_pixels)
         return await answer(form, fields, request, "image_edit")  # type: ignore[return-value]
 
     async def answer(body: ImageBody, fields: dict[str, Any], request: Request, kind: str) -> ImagesAnswer | Response:
@@ -86,9 +86,9 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         by_address = body.response_format == "url"
         base = str(request.base_url).rstrip("/")
         data = [
-            ImageAnswer(url=f"{base}{links.path(job, number)}", seed=one.request.seed)
+            AnswerImage(url=f"{base}{links.path(job, number)}", seed=one.request.seed)
             if by_address
-            else ImageAnswer(b64_json=await asyncio.to_thread(_base64, job.done[number].data), seed=one.request.seed)
+            else AnswerImage(b64_json=await asyncio.to_thread(_base64, job.done[number].data), seed=one.request.seed)
             for number, one in enumerate(job.images)
         ]
         return ImagesAnswer(created=int(time.time()), data=data, output_format=job.format, size=_size(job))

@@ -1,7 +1,7 @@
 """Bodies and answers of OpenAI's images API, as pydantic models.
 
 A field that cannot be honoured is refused by its name, unless it has the value that clients send by default. The
-fields that OpenAI does not have are called as in vLLM-Omni: num_inference_steps, guidance_scale, negative_prompt, seed.
+fields that OpenAI does not have are named as by vLLM-Omni: num_inference_steps, guidance_scale, negative_prompt, seed.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class EditForm(ImageBody):
         return {**super().fields(), **({"strength": self.strength} if self.strength is not None else {})}
 
 
-class ImageAnswer(BaseModel):
+class AnswerImage(BaseModel):
     """One image."""
 
     b64_json: str | None = None
@@ -163,7 +163,7 @@ class ImagesAnswer(BaseModel):
     """The images of a call that does not stream."""
 
     created: int
-    data: list[ImageAnswer]
+    data: list[AnswerImage]
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str

@@ -7,10 +7,11 @@ import contextlib
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
+from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import RunSettings
 from sdcli.server.protocol import Order, Ready, Report
 from sdcli.server.worker import work
@@ -26,9 +27,12 @@ class WorkerProcess:
         *,
         on_report: Callable[[WorkerProcess, Report], None],
         on_death: Callable[[WorkerProcess, str], None],
+        preload: Sequence[ResolvedJob] = (),
+        threads: int | None = None,
     ) -> None:
         self.number, self.settings = number, settings
         self.ready = False
+        self._preload, self._threads = tuple(preload), threads
         self._on_report, self._on_death = on_report, on_death
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
@@ -43,7 +47,8 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self.ready, self._connection = False, ours
-        self._process = context.Process(target=work, args=(theirs, self.settings), name=f"sdcli worker {self.number}")
+        arguments = (theirs, self.settings, self._preload, self._threads)
+        self._process = context.Process(target=work, args=arguments, name=f"sdcli worker {self.number}")
         self._process.start()
         theirs.close()
         loop = asyncio.get_running_loop()
@@ -56,31 +61,41 @@ class WorkerProcess:
                 self._connection.send(order)
 
     def close(self) -> None:
-        """End the process by closing its pipe, or by force where it does not end at once."""
-        self._closing = True
+        """End the process, by force where it does not end at once; nothing happens to one that has ended."""
+        self._closing, self.ready = True, False
         if self._connection is not None:
             with contextlib.suppress(OSError):
-                self._connection.close()
+                self._connection.send(None)
         if self._process is not None:
             self._process.join(timeout=2)
-            if self._process.is_alive():
-                self._process.kill()
-                self._process.join()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process by force."""
+        self._closing, self.ready = True, False
+        if self._process is not None and self._process.is_alive():
+            self._process.kill()
+            self._process.join()
 
     def _receive(self, loop: asyncio.AbstractEventLoop, connection: Connection, process: SpawnProcess) -> None:
         """Pass the reports of one process into the event loop, in a thread of its own."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                report = connection.recv()
-                loop.call_soon_threadsafe(self._report, report)
-        process.join()
-        if not self._closing:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._on_death, self, _cause(process.exitcode))
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    report = connection.recv()
+                    loop.call_soon_threadsafe(self._report, report)
+            process.join()
+            connection.close()
+            loop.call_soon_threadsafe(self._died, _cause(process.exitcode))
 
     def _report(self, report: Report) -> None:
-        self.ready = self.ready or isinstance(report, Ready)
+        self.ready = self.ready or (isinstance(report, Ready) and not self._closing)
         self._on_report(self, report)
+
+    def _died(self, cause: str) -> None:
+        self.ready = False
+        if not self._closing:
+            self._on_death(self, cause)
 
 
 def _cause(code: int | None) -> str:

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sdcli.generation.plan import Limits
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.images.formats import ImageFormat
+from sdcli.models.families import family_named
+from sdcli.models.families.family import Family
+
+copyreg.pickle(Family, lambda family: (family_named, (family.name,)))  # the other process has the same table
+
+FailureKind = Literal[
+    "cancelled", "timeout", "flagged", "out_of_memory", "bad_request", "not_found", "worker_died", "error"
+]
 
 
 @dataclass(frozen=True)
-class Run:
-    """Generate the images of a job. The indices of `images` count from 0."""
+class Part:
+    """The images of one job. Their indices count from 0."""
 
     id: str
     images: tuple[ResolvedJob, ...]
     format: ImageFormat = "png"
     preview_every: float | None = None
-    """Seconds between latent previews; None sends none."""
+    """Seconds between latent previews; None sends none for their time."""
     partial_images: int = 0
     """Whole images decoded from the x0 prediction, spread evenly over the steps."""
     quality: int | None = None
     """The quality of JPEG and WebP, 0..100; None is that of `sdcli generate`."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate the images of a job, or of several jobs that are planned into batches together."""
+
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -33,23 +50,27 @@ class Cancel:
 
 
 @dataclass(frozen=True)
-class Preload:
-    """Load the model of a resolved job, whose image is not wanted."""
-
-    job: ResolvedJob
-
-
-@dataclass(frozen=True)
 class Unload:
     """Drop all loaded models."""
 
 
-Order = Run | Cancel | Preload | Unload
+Order = Generate | Cancel | Unload
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker takes orders."""
+    """The worker takes orders; its first models are loaded."""
+
+    limits: Limits
+    device: str
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """The worker cannot do what it is for (no such device, a model that does not load), and ends."""
+
+    sentence: str
+    exit_code: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,7 @@ class Happened:
 
 
 @dataclass(frozen=True)
-class Preview:
+class PreviewImage:
     """A small image of the x0 prediction after a step, PNG."""
 
     id: str
@@ -97,7 +118,7 @@ class ImageFailed:
 
     id: str
     image: int
-    kind: Literal["cancelled", "flagged", "out_of_memory", "bad_request", "error"]
+    kind: FailureKind
     sentence: str
 
 
@@ -108,4 +129,4 @@ class Ended:
     id: str
 
 
-Report = Ready | Happened | Preview | Partial | ImageDone | ImageFailed | Ended
+Report = Ready | Unusable | Happened | PreviewImage | Partial | ImageDone | ImageFailed | Ended

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from sdcli.errors import UsageError
 from sdcli.generation.settings import RunSettings
+from sdcli.request.fields import EmbeddingRef
 
 MIB = 1024 * 1024
 
@@ -21,6 +23,8 @@ class ServerSettings:
     devices: tuple[str, ...] = ("auto",)
     """One worker process for each; a device may come several times."""
     run: RunSettings = field(default_factory=RunSettings)
+    embeddings: tuple[EmbeddingRef, ...] = ()
+    """Textual inversions that requests may use, by their words."""
     preload: tuple[str, ...] = ()
     """Models that each worker loads at once, by their names."""
     max_queue: int = 64
@@ -28,13 +32,17 @@ class ServerSettings:
     max_images: int = 16
     """Images of one job."""
     max_pixels: int = 2048 * 2048
-    """Pixels of one image, after upscaling."""
+    """Pixels of one image, after upscaling; an uploaded one may have four times as many."""
     max_body: int = 32 * MIB
     """Bytes of a request's body."""
     timeout: float | None = None
     """How long a job may run before it is cancelled; None is as long as it takes."""
     keep: float = 900.0
     """How long the images and events of a finished job can be fetched; afterwards its id answers 410."""
+    max_kept: int = 256 * MIB
+    """Bytes of finished images that are kept; above it the oldest go before their time."""
+    batch_wait: float = 0.0
+    """How long a job waits for others of its shape, to be generated in one batch with them."""
     idle_unload: float | None = None
     """Unload the models of a worker without a job for so long."""
     grace: float = 30.0
@@ -48,6 +56,11 @@ class ServerSettings:
     log: Literal["text", "json"] = "text"
 
     @property
+    def max_upload_pixels(self) -> int:
+        """Pixels of an uploaded image, which is often larger than what is made of it."""
+        return 4 * self.max_pixels
+
+    @property
     def loopback(self) -> bool:
         """Whether only this machine reaches the server."""
         return is_loopback(self.host)
@@ -58,6 +71,11 @@ class ServerSettings:
             raise UsageError(
                 f"--host {self.host} opens the server to other machines; that needs a token: --token-file FILE"
             )
+        for origin in self.origins:
+            parts = urlsplit(origin)
+            if parts.scheme not in {"http", "https"} or origin != f"{parts.scheme}://{parts.netloc}":
+                raise UsageError(f"--allow-origin {origin}: should be like https://example.org, without a path")
+        worker_devices(self.devices)
 
 
 def is_loopback(host: str) -> bool:

@@ -90,7 +90,7 @@ class RunningServer:
         while self.http.get("/readyz").status_code != 200:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < ends, self.log
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit code."""
@@ -103,7 +103,8 @@ def running_server(
     folder: Path, *options: str | Path, env: Mapping[str, str] | None = None, wait: bool = True
 ) -> Iterator[RunningServer]:
     """A server with the model `tiny` on the CPU, or as `options` say, whose HOME is `folder`; ended at the end."""
-    command = [sys.executable, "-m", "sdcli", "serve", "--port", "0", "--device", "cpu", *map(str, options)]
+    device = () if "--device" in options else ("--device", "cpu")
+    command = [sys.executable, "-m", "sdcli", "serve", "--port", "0", *device, *map(str, options)]
     names = ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
     home = {name: str(folder / name.lower()) for name in names} | {"HOME": str(folder)}
     (folder / "xdg_runtime_dir").mkdir(mode=0o700, exist_ok=True)
@@ -111,9 +112,7 @@ def running_server(
     environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", **(env or {}), "PYTHONPATH": path}
     stderr = folder / "serve.log"
     with stderr.open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment)
     assert process.stdout is not None
     try:
         url = process.stdout.readline().strip()

@@ -15,7 +15,7 @@ from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS
 from sdcli.server.a1111_fields import request_fields
 from sdcli.server.a1111_images import filled
 from sdcli.server.a1111_models import Txt2Img
-from sdcli.server.a1111_options import first_options
+from sdcli.server.a1111_options import Options
 from sdcli.server.native import ApiError
 from sdcli.server.settings import ServerSettings
 
@@ -23,8 +23,7 @@ REGISTRY = load_registry()
 
 
 def fields(*, model: str = "tiny", **body: Any) -> dict[str, Any]:
-    settings = ServerSettings(preload=(model,))
-    return request_fields(Txt2Img(**body), first_options(REGISTRY, settings), REGISTRY, settings)
+    return request_fields(Txt2Img(**body), Options(model), REGISTRY, ServerSettings())
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -33,14 +33,33 @@ def preview_image(
 
     Roughly decoded, or with `exact` by the VAE in full size. Raises BadOutput where that gives no image.
     """
+    images = preview_images(pipeline, requests, step, checker, exact=exact)
+    return images[0] if len(images) == 1 else contact_sheet(images)
+
+
+def preview_images(
+    pipeline: Pipeline,
+    requests: Sequence[ResolvedRequest],
+    step: Step,
+    checker: SafetyChecker | None = None,
+    *,
+    exact: bool = False,
+    rows: Sequence[int] | None = None,
+) -> list[Image.Image]:
+    """The x0 prediction of a step, an image for each request or for those of some `rows`; a flagged one is empty.
+
+    Raises BadOutput where `exact` decoding gives no image.
+    """
     _, x0 = x0_predictor(pipeline, requests[0])(step)
+    if rows is not None:
+        requests, x0 = [requests[row] for row in rows], x0[list(rows)]
     if exact:
         images = [from_pixels(_decoded(pipeline, request, x)) for request, x in zip(requests, x0, strict=True)]
     else:
         images = [from_pixels(latent_preview(pipeline.space, x)) for x in x0]
     if checker is not None:
         images = [empty(image.size) if checker.flags(image) else image for image in images]
-    return images[0] if len(images) == 1 else contact_sheet(images)
+    return images
 
 
 def preview_or_none(
@@ -57,6 +76,23 @@ def preview_or_none(
         return preview_image(pipeline, requests, step, checker, exact=exact)
     attempt.ran_out()
     return None
+
+
+def previews_of_rows(
+    pipeline: Pipeline,
+    requests: Sequence[ResolvedRequest],
+    step: Step,
+    checker: SafetyChecker | None,
+    rows: Sequence[int],
+    *,
+    exact: bool = False,
+) -> list[Image.Image]:
+    """`preview_images` of some rows of a batch; none where memory runs out, or the numbers are no image."""
+    attempt = MemoryAttempt()
+    with attempt, contextlib.suppress(BadOutput, OutOfMemory):
+        return preview_images(pipeline, requests, step, checker, exact=exact, rows=rows)
+    attempt.ran_out()
+    return []
 
 
 def _decoded(pipeline: Pipeline, request: ResolvedRequest, x: Tensor) -> Tensor:

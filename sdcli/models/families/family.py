@@ -313,12 +313,6 @@ class Family:
     is_refiner: Callable[[Loaded], bool] = lambda model: False
     """Whether a model can only end what another one began."""
 
-    def __reduce__(self) -> Any:
-        """A family is pickled by its name: another process has the same table."""
-        from sdcli.models.families import family_named
-
-        return family_named, (self.name,)
-
     def components(self, space: Literal["latent", "pixel"] = "latent") -> tuple[str, Components]:
         """The pipeline class, and its parts, of models that generate in a space."""
         return next(
