@@ -3,10 +3,10 @@
     python scripts/bench_serve.py                                        about five minutes
     python scripts/bench_serve.py --seconds 60 --cancels 1000 --kills 20 --images 5000
 
-Each model is first generated with in a loop without a server, for as long as each load lasts; the throughput of the
-server is a share of that. A load is so many clients, each of which submits a job of one image, follows its events, and
-fetches the file, over and over. What must hold (no failed job below the limit of the queue, the bytes after all that
-happened are those before) is checked; the exit code is 1 where it does not.
+Before and after each load the model generates in a loop without a server; the throughput of the server is a share of
+the mean of both, because the speed of a machine changes. A load is so many clients, each of which submits a job of one
+image, follows its events, and fetches the file, over and over. What must hold (no failed job below the limit of the
+queue, the bytes after all that happened are those before) is checked; the exit code is 1 where it does not.
 """
 
 from __future__ import annotations
@@ -71,12 +71,38 @@ def generate(number):
                 image_bytes(image, "png", Record(job.request, {**facts, "pixels": pixels_digest(image)}))
 
 generate(0)
-count, began = 0, time.monotonic()
-while time.monotonic() - began < float(sys.argv[2]):
-    count += 1
-    generate(count)
-print(json.dumps(count / (time.monotonic() - began)))
+print(flush=True)
+for line in sys.stdin:
+    count, began = 0, time.monotonic()
+    while time.monotonic() - began < float(line):
+        count += 1
+        generate(count)
+    print(count / (time.monotonic() - began), flush=True)
 """
+
+
+class Loop:
+    """The process that generates without a server, for so many seconds whenever it is told to."""
+
+    def __init__(self, model: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", LOOP, model], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        self._answer()
+
+    def images_per_second(self, seconds: float) -> float:
+        assert self._process.stdin is not None
+        print(seconds, file=self._process.stdin, flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
 
 
 class BenchServer:
@@ -294,20 +320,22 @@ async def measure_loads(options: argparse.Namespace, folder: Path) -> dict[str, 
     """Each model in a loop without a server, and by so many clients."""
     result: dict[str, Any] = {}
     for model in options.models:
-        loop = subprocess.run(
-            [sys.executable, "-c", LOOP, model, str(options.seconds)],
-            cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        row: dict[str, Any] = {"loop_images_per_second": round(json.loads(loop.stdout), 3), "loads": []}
+        row: dict[str, Any] = {"loads": []}
         result[model] = row
+        loop = Loop(model)
         async with BenchServer(folder, "--device", "cpu", "--model", model, "--keep", "5") as server:
             one = {"model": model, "prompt": "a fox", "seed": 7}
             before = await server.digest(**one)
+            after = loop.images_per_second(options.seconds / 2)
             for clients in options.clients:
+                first = after
                 found = await load(server, model, clients, options.seconds)
-                found["share_of_loop"] = round(found["images_per_second"] / row["loop_images_per_second"], 3)
+                after = loop.images_per_second(options.seconds / 2)
+                found["loop_before_and_after"] = [round(first, 3), round(after, 3)]
+                found["share_of_loop"] = round(2 * found["images_per_second"] / (first + after), 3)
                 row["loads"].append(found)
                 print(json.dumps({"model": model, **found}), file=sys.stderr, flush=True)
+            loop.close()
             row["bytes"] = "equal" if await server.digest(**one) == before else "not the same after the load"
     return result
 
