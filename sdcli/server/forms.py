@@ -30,7 +30,7 @@ from sdcli.server.settings import ServerSettings
 from sdcli.server.uploaded_settings import FILES, uploaded_settings
 
 
-class ModelDefaults(BaseModel):
+class FormDefaults(BaseModel):
     """The values of the fields that a request leaves to the model."""
 
     width: int
@@ -51,7 +51,7 @@ class ModelView(BaseModel):
     family: str
     usable: bool
     """Whether its files are here; `sdcli models pull` downloads them."""
-    defaults: ModelDefaults
+    defaults: FormDefaults
     size_step: int
     """Width and height are multiples of this."""
     smallest_size: int
@@ -74,7 +74,7 @@ class FieldView(BaseModel):
     choices: list[str] | None = None
 
 
-class Limits(BaseModel):
+class FormLimits(BaseModel):
     """What the operator has set."""
 
     images: int
@@ -99,7 +99,7 @@ class Capabilities(BaseModel):
     """Name -> what it is."""
     loras: list[str]
     fields: dict[str, FieldView]
-    limits: Limits
+    limits: FormLimits
 
 
 class MetadataBody(BaseModel):
@@ -157,7 +157,7 @@ def form_routes(settings: ServerSettings, registry: Registry) -> APIRouter:
             schedulers={name: row.summary for name, row in SCHEDULERS.items()},
             loras=_loras(settings.run.lora_dir),
             fields=_fields(),
-            limits=Limits(
+            limits=FormLimits(
                 images=settings.max_images,
                 pixels=settings.max_pixels,
                 upload_pixels=settings.max_upload_pixels,
@@ -218,7 +218,7 @@ def _model(name: str, spec: ModelSpec, usable: bool) -> ModelView:
         description=spec.description,
         family=family.name,
         usable=usable,
-        defaults=ModelDefaults(
+        defaults=FormDefaults(
             **spec.defaults.model_dump(exclude={"dtype"}), prompt_syntax="a1111" if family.reads_text else "plain"
         ),
         size_step=kind.size_step,
