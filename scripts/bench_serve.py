@@ -365,7 +365,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "machine": options.machine,
         "python": platform.python_version(),
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's own choice"),
-        "seconds": options.seconds,
+        "seconds": options.seconds if "loads" in options.parts else result.get("seconds"),
         "max_queue": QUEUE,
     }
     with tempfile.TemporaryDirectory() as name:

@@ -17,9 +17,11 @@ from sdcli.server import a1111, openai_images
 from sdcli.server.blocking import ClientGone, JobFailed
 from sdcli.server.dialects import dialect_of, error_answer, validation_problem
 from sdcli.server.engine import Engine
+from sdcli.server.forms import form_routes
 from sdcli.server.guard import Guard
 from sdcli.server.metrics import CONTENT_TYPE, Metrics
 from sdcli.server.native import ApiError, routes
+from sdcli.server.page.files import page_routes
 from sdcli.server.settings import ServerSettings
 
 
@@ -39,6 +41,8 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
     app.include_router(routes(engine, registry))
     app.include_router(openai_images.routes(engine, registry))
     app.include_router(a1111.routes(engine, registry))
+    app.include_router(form_routes(settings, registry))
+    app.include_router(page_routes())
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdcli.server.dialects import ascii_json, dialect_of, error_body
+from sdcli.server.page.files import is_page
 from sdcli.server.settings import ServerSettings
 
 log = logging.getLogger("sdcli.server.access")
@@ -98,8 +99,8 @@ class Guard:
             raise Refused(204, "")
         token = self._settings.token
         path: str = scope["path"]
-        signed = path.startswith(SIGNED_PATHS)
-        if token is not None and path not in OPEN_PATHS and not signed and not _token_matches(path, headers, token):
+        free = path in OPEN_PATHS or is_page(path) or path.startswith(SIGNED_PATHS)
+        if token is not None and not free and not _token_matches(path, headers, token):
             scheme = 'Basic realm="sdcli"' if dialect_of(path) == "a1111" else "Bearer"
             raise Refused(401, "this server needs a token", {"www-authenticate": scheme})
         length = headers.get("content-length", "0")

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdcli.server.worker import partial_steps
+from sdcli.server.steps import partial_steps
 from tests.server.running import RunningServer
 
 
