@@ -13,6 +13,9 @@ from tests.server.running import RunningServer
 from tests.server.test_page import centre, enter, opened, picture, ready, text_of, violations
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with browser(tmp_path_factory.mktemp("chromium")) as started:
