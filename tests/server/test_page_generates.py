@@ -12,7 +12,6 @@ from tests.browser import Browser, browser
 from tests.server.running import RunningServer
 from tests.server.test_page import centre, enter, opened, picture, ready, text_of, violations
 
-
 pytestmark = pytest.mark.slow
 
 
