@@ -194,7 +194,7 @@ def test_a_job_shows_its_progress_and_preview_and_its_images_come_to_the_gallery
     page.wait_for("document.querySelector('.job img').naturalWidth === 8")
     idle.finish(job)
     page.wait_for("document.querySelectorAll('#gallery img[src]').length === 2")
-    assert page.run("$('jobs').children.length") == 0
+    page.wait_for("$('jobs').children.length === 0")
     seeds = page.run("[...document.querySelectorAll('#gallery .seed')].map(one => one.textContent)")
     assert seeds == [str(2**63 - 2), str(2**63 - 1)], "exactly, beyond what JavaScript's numbers tell apart"
     assert text_of(page, "#live") == "2 images are done."
