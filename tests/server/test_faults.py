@@ -125,12 +125,12 @@ def test_the_log_is_json_where_that_was_asked_for(fragile: RunningServer) -> Non
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[RunningServer]:
     """A server of one test, to be stopped."""
-    with running_server(tmp_path, "--model", "tiny", "--grace", "60") as server:
+    with running_server(tmp_path, "--model", "tiny", "--grace", "600") as server:
         yield server
 
 
 def test_sigterm_finishes_the_running_job_and_refuses_others(own: RunningServer) -> None:
-    running = own.submit({**LONG, "num_images": 2})["id"]
+    running = own.submit(LONG)["id"]
     waiting = own.submit({"prompt": "never"})["id"]
     wait_for(own, running, "step")
     ended: list[str] = []

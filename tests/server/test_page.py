@@ -178,6 +178,7 @@ def test_a_token_is_asked_for_once_and_sent_with_everything(chromium: Browser) -
 # Jobs
 
 
+@pytest.mark.slow
 def test_a_job_shows_its_progress_and_preview_and_its_images_come_to_the_gallery(
     page: Browser, idle: IdleServer
 ) -> None:
@@ -193,7 +194,7 @@ def test_a_job_shows_its_progress_and_preview_and_its_images_come_to_the_gallery
     page.wait_for("document.querySelector('.job img').naturalWidth === 8")
     idle.finish(job)
     page.wait_for("document.querySelectorAll('#gallery img[src]').length === 2")
-    assert page.run("$('jobs').children.length") == 0
+    page.wait_for("$('jobs').children.length === 0")
     seeds = page.run("[...document.querySelectorAll('#gallery .seed')].map(one => one.textContent)")
     assert seeds == [str(2**63 - 2), str(2**63 - 1)], "exactly, beyond what JavaScript's numbers tell apart"
     assert text_of(page, "#live") == "2 images are done."
@@ -212,6 +213,7 @@ def test_places_in_the_queue_are_shown_and_waiting_jobs_cancelled(page: Browser,
     assert third.state == "cancelled", "Escape cancels what was queued last where nothing runs"
 
 
+@pytest.mark.slow
 def test_many_jobs_leave_connections_to_cancel_them(page: Browser, idle: IdleServer) -> None:
     enter(page, prompt=PROMPT)
     jobs = [submitted(page, idle) for _ in range(8)]
@@ -247,6 +249,7 @@ def test_a_job_and_the_settings_survive_a_reload(page: Browser, idle: IdleServer
     assert (again.images[0].request.guidance_end, again.images[0].request.clip_skip) == (3, 2)
 
 
+@pytest.mark.slow
 def test_an_image_that_was_deleted_stays_away_after_a_reload(page: Browser, idle: IdleServer) -> None:
     enter(page, prompt=PROMPT, num_images="3", seed="1")
     idle.finish(submitted(page, idle))
@@ -300,7 +303,7 @@ def test_an_error_is_the_servers_sentence_beside_its_field(page: Browser, idle: 
 # Images that go in
 
 
-@pytest.mark.parametrize("touch", [False, True])
+@pytest.mark.parametrize("touch", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_drawn_mask_reaches_the_server_white_where_it_was_painted(
     page: Browser, idle: IdleServer, tmp_path: Path, touch: bool
 ) -> None:
@@ -325,6 +328,7 @@ def test_a_drawn_mask_reaches_the_server_white_where_it_was_painted(
     assert submitted(page, idle).images[0].request.mask is None
 
 
+@pytest.mark.slow
 def test_a_mask_can_be_drawn_with_keys(page: Browser, idle: IdleServer, tmp_path: Path) -> None:
     page.choose("#start-file", picture(tmp_path / "photo.png", (64, 64)))
     page.wait_for("!$('with-start').hidden")
@@ -340,6 +344,7 @@ def test_a_mask_can_be_drawn_with_keys(page: Browser, idle: IdleServer, tmp_path
     assert (mask.getpixel((32, 32)), mask.getpixel((2, 2))) == (255, 0)
 
 
+@pytest.mark.slow
 def test_a_large_init_image_is_made_to_fit_the_limits(chromium: Browser, tmp_path: Path) -> None:
     with idle_server(max_pixels=128 * 128) as idle:
         page = opened(chromium, idle.url)
@@ -378,6 +383,7 @@ def test_a_dropped_image_gives_its_settings_or_becomes_the_init_image(
     page.wait_for("$('error').textContent === 'broken.png: is not a PNG, JPEG or WebP image'")
 
 
+@pytest.mark.slow
 def test_the_settings_of_an_own_image_make_the_same_request_again(
     page: Browser, idle: IdleServer, tmp_path: Path
 ) -> None:
@@ -400,6 +406,7 @@ def test_the_settings_of_an_own_image_make_the_same_request_again(
     assert submitted(page, idle).images[0].request == request
 
 
+@pytest.mark.slow
 def test_an_image_of_the_gallery_is_the_next_init_image(page: Browser, idle: IdleServer) -> None:
     enter(page, prompt=PROMPT)
     job = submitted(page, idle)
@@ -413,6 +420,7 @@ def test_an_image_of_the_gallery_is_the_next_init_image(page: Browser, idle: Idl
     assert submitted(page, idle).images[0].request.init_image.data == job.done[0].data
 
 
+@pytest.mark.slow
 def test_the_command_is_that_of_the_form_and_of_an_image(page: Browser, idle: IdleServer, tmp_path: Path) -> None:
     page.run("navigator.clipboard.writeText = async text => { window.copied = text }")
     enter(page, prompt="it's $HOME", steps="3", num_images="4")
@@ -469,6 +477,7 @@ def test_everything_is_done_with_the_keyboard(page: Browser, idle: IdleServer) -
     assert page.run("document.activeElement !== document.body")
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name_for_screen_readers(page: Browser, idle: IdleServer, tmp_path: Path) -> None:
     enter(page, prompt=PROMPT)
     idle.finish(submitted(page, idle))
@@ -504,7 +513,7 @@ def test_progress_is_announced_at_a_bearable_rate(page: Browser, idle: IdleServe
     assert page.run("said") == ["Queued, place 1.", "Started.", "The image is done."]
 
 
-@pytest.mark.parametrize("width", [360, 800, 1280])
+@pytest.mark.parametrize("width", [360, *(pytest.param(width, marks=pytest.mark.slow) for width in (800, 1280))])
 def test_nothing_is_wider_than_the_window(page: Browser, idle: IdleServer, tmp_path: Path, width: int) -> None:
     page.resize(width, 740, touch=width == 360)
     scrolls = "document.documentElement.scrollWidth > innerWidth"
@@ -529,6 +538,7 @@ def test_nothing_is_wider_than_the_window(page: Browser, idle: IdleServer, tmp_p
         page.press("Escape")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_have_contrast_in_light_and_dark(page: Browser, scheme: str) -> None:
     page.emulate(prefers_color_scheme=scheme)
@@ -559,6 +569,7 @@ def contrast(one: list[float], other: list[float]) -> float:
     return (bright + 0.05) / (dim + 0.05)
 
 
+@pytest.mark.slow
 def test_nothing_moves_where_motion_is_not_wanted(page: Browser) -> None:
     motion = (
         "[...document.querySelectorAll('*')].filter(one => parseFloat(getComputedStyle(one).transitionDuration) > 0)"

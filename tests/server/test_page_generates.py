@@ -12,6 +12,8 @@ from tests.browser import Browser, browser
 from tests.server.running import RunningServer
 from tests.server.test_page import centre, enter, opened, picture, ready, text_of, violations
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -43,7 +45,7 @@ def test_an_image_is_generated_to_the_end_with_the_bytes_of_any_other_client(
     page.run("$('prompt').focus()")
     page.press("Enter", ctrl=True)
     page.wait_for("document.querySelector('#gallery img')?.naturalWidth === 64")
-    assert text_of(page, "#live") == "The image is done."
+    page.wait_for("$('live').textContent === 'The image is done.'")
     assert text_of(page, "#gallery .seed") == "7"
     page.run("document.querySelector('#gallery button').click()")
     saved = page.run("$('large').src.startsWith('blob:') && $('download').download")
@@ -59,24 +61,23 @@ def test_an_image_is_generated_to_the_end_with_the_bytes_of_any_other_client(
 
 
 def test_a_running_job_survives_a_reload_shows_previews_and_is_cancelled(page: Browser, server: RunningServer) -> None:
-    enter(page, prompt="a red fox", steps="1000", num_images="16", width="256", height="256")
+    enter(page, prompt="a red fox", steps="1000", num_images="4", width="256", height="256")
     page.run("$('generate').click()")
-    page.wait_for("document.querySelector('.status')?.textContent.includes('it/s')")
+    page.wait_for("document.querySelector('.status')?.textContent.includes('Step')")
     page.reload()
     ready(page)
     page.wait_for("document.querySelector('.job img')?.naturalWidth > 0")
     assert "left" in text_of(page, ".status")
     page.press("Escape")
     page.wait_for("!document.querySelector('.job')")
-    assert text_of(page, "#live") == "Cancelled."
-    assert server.metric("sdcli_jobs_running") == 0
+    page.wait_for("$('live').textContent === 'Cancelled.'")
     assert violations(page) == []
 
 
 def test_what_a_mask_keeps_is_kept(page: Browser, server: RunningServer, tmp_path: Path) -> None:
     page.choose("#start-file", picture(tmp_path / "photo.png", (64, 64)))
     page.wait_for("!$('with-start').hidden")
-    page.run("$('draw').click()")
+    page.run("$('draw').click(); $('brush-size').value = 60")
     page.drag(centre(page, "#mask", 0.5, 0.1), centre(page, "#mask", 0.9, 0.1))
     page.press("Escape")
     enter(page, prompt="a red fox", steps="4")
@@ -86,7 +87,7 @@ def test_what_a_mask_keeps_is_kept(page: Browser, server: RunningServer, tmp_pat
         const canvas = Object.assign(document.createElement('canvas'), {width: 64, height: 64});
         const context = canvas.getContext('2d');
         context.drawImage(document.querySelector('#gallery img'), 0, 0);
-        return [[60, 6], [8, 60]].map(([x, y]) => [...context.getImageData(x, y, 1, 1).data.slice(0, 3)]);
+        return [[45, 6], [8, 60]].map(([x, y]) => [...context.getImageData(x, y, 1, 1).data.slice(0, 3)]);
     })()"""
     painted, kept = page.run(pixel)
     teal = (0, 128, 128)

@@ -60,7 +60,7 @@ function show() {
   Object.assign($("download"), { href: url, download: fileName(opened) });
   $("previous").disabled = index === 0;
   $("next").disabled = index === entries.length - 1;
-  const rows = Object.entries(request).filter(([name]) => name !== "schema");
+  const rows = Object.entries(request).filter(([name, value]) => name !== "schema" && value !== "");
   if (view.seconds) rows.push(["seconds", String(view.seconds)]);
   $("facts").replaceChildren(...rows.map(([name, value]) => make("tr", {},
     make("th", { scope: "row" }, name.replaceAll("_", " ")), make("td", { dir: "auto" }, named(name, value)))));

@@ -1,8 +1,8 @@
-// The mask: strokes on the init image, kept as operations so that they can be undone. Red is generated anew.
+// The mask: strokes on the init image, kept as operations so that they can be undone.
 
 import { $ } from "/page/dom.js";
 
-const RED = "#e5342b";
+const COLOURS = ["#e5342b", "#fff"];
 
 let image = null, changed = null, tool = "brush", stroke = null;
 let cursor = { x: 0, y: 0 };
@@ -14,7 +14,7 @@ function apply(context, operation) {
   const { canvas } = context;
   context.globalCompositeOperation = { erase: "destination-out", invert: "source-out" }[operation.kind] ?? "source-over";
   if (operation.kind === "clear") return context.clearRect(0, 0, canvas.width, canvas.height);
-  context.fillStyle = context.strokeStyle = RED;
+  context.fillStyle = context.strokeStyle = stripes(context);
   if (operation.kind === "invert") return context.fillRect(0, 0, canvas.width, canvas.height);
   Object.assign(context, { lineWidth: operation.size, lineCap: "round", lineJoin: "round" });
   const [[x, y], ...others] = operation.points;
@@ -25,7 +25,21 @@ function apply(context, operation) {
   context.stroke();
 }
 
-/** A canvas of the image's size with the mask in red on transparent. */
+/** Stripes of two colours, which can be seen on an image of any colour. */
+function stripes(context) {
+  const width = Math.max(2, Math.round(Math.min(context.canvas.width, context.canvas.height) / 60));
+  const tile = Object.assign(document.createElement("canvas"), { width: 2 * width, height: 2 * width });
+  const pen = tile.getContext("2d");
+  COLOURS.forEach((colour, part) => {
+    pen.fillStyle = colour;
+    for (let row = 0; row < 2 * width; row++) {
+      for (let column = 0; column < width; column++) pen.fillRect((row + column + part * width) % (2 * width), row, 1, 1);
+    }
+  });
+  return context.createPattern(tile, "repeat");
+}
+
+/** A canvas of the image's size with the mask in stripes on transparent. */
 export function paintMask({ bitmap, operations }, canvas = document.createElement("canvas")) {
   Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
   const context = canvas.getContext("2d", { willReadFrequently: true });

@@ -40,7 +40,7 @@ function showModel() {
   $("model-hint").textContent = model.description;
   $("prompt-hint").textContent = !model.takes_prompt ? "This model takes no prompt."
     : model.classes.length ? `Its classes: ${model.classes.slice(0, 40).join(", ")}${model.classes.length > 40 ? " …" : ""}` : "";
-  $("scheduler").replaceChildren(make("option", { value: "" }, `${defaults.scheduler} (default)`),
+  $("scheduler").replaceChildren(make("option", { value: "" }, `auto (${defaults.scheduler})`),
     ...model.schedulers.map(name => make("option", { value: name, title: capabilities.schedulers[name] }, name)));
   $("scheduler").value = model.schedulers.includes(scheduler) ? scheduler : "";
   for (const name of ["steps", "guidance_scale"]) $(name).placeholder = defaults[name];
@@ -174,12 +174,12 @@ function fieldOf(sentence, param) {
   const name = named?.replaceAll("-", "_").replace(/^.*\./, "");
   if (["init_image", "mask"].includes(name)) return { field: $("choose-start"), error: $(`error-${name}`) };
   const field = FIELDS.includes(name) ? $(name) : document.querySelector(`[data-field="${CSS.escape(name ?? "")}"]`);
-  return field && { field, error: field.parentElement.querySelector(".error") ?? addError(field) };
+  return field && { field, error: $(`error-${field.id}`) ?? addError(field) };
 }
 
 function addError(field) {
   const error = make("p", { className: "error", id: `error-${field.id}` });
-  field.after(error);
+  (field.closest(".row") ?? field).after(error);
   return error;
 }
 
