@@ -87,11 +87,11 @@ def _worker(run: RunSettings, keep: float | None, console: Console) -> Worker | 
                 return None
             outdated = reason.outdated
     assert keep is not None
-    from sdcli.server.warm.process import start
+    from sdcli.server.warm.process import BEGIN, start
 
     try:
         start(place, keep, instead=outdated)
-        return connect(place)
+        return connect(place, seconds=BEGIN)
     except (NoWorker, CannotWrite, Unsafe) as reason:
         console.note(without(str(reason)))
         return None

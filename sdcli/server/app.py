@@ -23,6 +23,7 @@ from sdcli.server.metrics import CONTENT_TYPE, Metrics
 from sdcli.server.native import ApiError, routes
 from sdcli.server.page.files import page_routes
 from sdcli.server.settings import ServerSettings
+from sdcli.server.warm.listener import CommandListener
 
 
 def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tuple[Guard, Engine]:
@@ -33,7 +34,10 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        commands = CommandListener(settings, engine.lend)
+        commands.open()
         yield
+        commands.close()
         await engine.drain()
         await engine.close()
 

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +47,10 @@ RESTART_AFTER = 1.0
 """Seconds before a worker that died is started again, times the number of deaths in a row, at most 30."""
 
 
+COMMAND_LINE = "(command line)"
+"""Stands for the models that a worker has loaded for a command."""
+
+
 class Draining(Exception):
     """The server is stopping and takes no more jobs."""
 
@@ -65,10 +71,12 @@ class _Slot:
     served: bool = False
     """Whether it has ever been ready."""
     idle_since: float = field(default_factory=time.monotonic)
+    loan: str | None = None
+    """Set while a command of this machine uses the worker."""
 
     @property
     def idle(self) -> bool:
-        return self.worker.ready and not self.jobs
+        return self.worker.ready and not self.jobs and self.loan is None
 
 
 class Engine:
@@ -138,6 +146,8 @@ class Engine:
             async with asyncio.timeout(self.settings.grace):
                 for job in self.running:
                     await job.wait()
+                while any(slot.loan is not None for slot in self._slots):
+                    await asyncio.sleep(0.05)
         for job in self.running:
             self._fail(job, job.left, "cancelled", "the server is stopping")
             self._end(job)
@@ -166,6 +176,15 @@ class Engine:
         self.metrics.accepted.inc()
         self._announce_places()
         self._dispatch()
+
+    def lend(self, connection: socket.socket) -> bool:
+        """Lend an idle worker to a command of this machine until that closes the connection; False if none is idle."""
+        slot = next((slot for slot in self._slots if slot.idle), None)
+        if slot is None or self.draining or len(self._queue):
+            return False
+        slot.loan, slot.model = uuid.uuid4().hex, COMMAND_LINE
+        slot.worker.lend(slot.loan, connection)
+        return True
 
     def place(self, job: Job) -> int | None:
         """The place of a waiting job, from 1; None for one that does not wait."""
@@ -205,6 +224,8 @@ class Engine:
                 slot.limits, slot.device, slot.served = limits, device, True
                 slot.model = self._preload[-1].request.model if self._preload else None
                 slot.idle_since = time.monotonic()
+            case Ended(id) if id == slot.loan:
+                slot.loan, slot.idle_since = None, time.monotonic()
             case Unusable():
                 log.error("worker %d: %s", worker.number, report.sentence)
                 if not slot.served:
@@ -247,7 +268,7 @@ class Engine:
     def _on_death(self, worker: WorkerProcess, cause: str) -> None:
         """A worker has died: its jobs fail, the others are untouched, and it is started again."""
         slot = next(slot for slot in self._slots if slot.worker is worker)
-        slot.deaths, slot.model = slot.deaths + 1, None
+        slot.deaths, slot.model, slot.loan = slot.deaths + 1, None, None
         self.metrics.deaths.inc()
         log.error("worker %d died: %s", worker.number, cause)
         for job in slot.jobs:

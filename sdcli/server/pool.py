@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import multiprocessing
 import signal
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import send_handle
 
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import RunSettings
-from sdcli.server.protocol import Order, Ready, Report
+from sdcli.server.protocol import Lend, Order, Ready, Report
 from sdcli.server.worker import work
 
 
@@ -59,6 +61,13 @@ class WorkerProcess:
         if self._connection is not None:
             with contextlib.suppress(OSError):
                 self._connection.send(order)
+
+    def lend(self, id: str, connection: socket.socket) -> None:
+        """Let the process generate for the command at the other end of a connection, of which it gets a copy."""
+        if self._connection is not None and self.pid is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(Lend(id))
+                send_handle(self._connection, connection.fileno(), self.pid)
 
     def close(self) -> None:
         """End the process, by force where it does not end at once; nothing happens to one that has ended."""

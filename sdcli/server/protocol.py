@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copyreg
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdcli.generation.plan import Limits
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.images.formats import ImageFormat
-from sdcli.models.families import family_named
-from sdcli.models.families.family import Family
-
-copyreg.pickle(Family, lambda family: (family_named, (family.name,)))  # the other process has the same table
 
 FailureKind = Literal[
     "cancelled", "timeout", "flagged", "out_of_memory", "bad_request", "not_found", "worker_died", "error"
@@ -50,11 +45,18 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Lend:
+    """Generate for a command of this machine, whose connection follows on the pipe."""
+
+    id: str
+
+
+@dataclass(frozen=True)
 class Unload:
     """Drop all loaded models."""
 
 
-Order = Generate | Cancel | Unload
+Order = Generate | Cancel | Lend | Unload
 
 
 @dataclass(frozen=True)

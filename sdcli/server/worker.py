@@ -6,15 +6,18 @@ Signals of the terminal are the server's to handle.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from typing import TYPE_CHECKING
 
 from sdcli.errors import NotFound, OutOfMemory, SdcliError, UsageError
@@ -27,6 +30,7 @@ from sdcli.server.protocol import (
     Happened,
     ImageDone,
     ImageFailed,
+    Lend,
     Order,
     Part,
     Ready,
@@ -74,7 +78,7 @@ def work(connection: Connection, settings: RunSettings, preload: Sequence[Resolv
 class _Worker:
     def __init__(self, connection: Connection, cache: ModelCache) -> None:
         self._connection, self.cache = connection, cache
-        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order | tuple[Lend, int]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int | None]] = set()
         self._cancelling = threading.Lock()
         self._sending = threading.Lock()
@@ -88,7 +92,9 @@ class _Worker:
                 os._exit(0)  # the server is gone, and with it everyone who waits for the image
             if order is None:
                 os._exit(0)
-            if isinstance(order, Cancel):
+            if isinstance(order, Lend):
+                self._orders.put((order, recv_handle(self._connection)))
+            elif isinstance(order, Cancel):
                 images: list[int | None] = [None] if order.images is None else list(order.images)
                 with self._cancelling:
                     self._cancelled |= {(order.id, image) for image in images}
@@ -103,8 +109,22 @@ class _Worker:
                     ids = {part.id for part in parts}
                     with self._cancelling:
                         self._cancelled = {one for one in self._cancelled if one[0] not in ids}
+                case (Lend(id), int() as descriptor):
+                    self._generate_for_command(id, descriptor)
                 case Unload():
                     self.cache.unload()
+
+    def _generate_for_command(self, id: str, descriptor: int) -> None:
+        from sdcli.server.warm.messages import Wire
+        from sdcli.server.warm.session import Retire, SessionProgress, carry_out, take_order
+
+        wire = Wire(socket.socket(fileno=descriptor), trusting=True)
+        with contextlib.suppress(Retire):  # which this worker does not offer
+            order = take_order(wire)
+            if order is not None:
+                carry_out(order, wire, self.cache, SessionProgress())
+        wire.close()
+        self.report(Ended(id))
 
     def report(self, report: Report) -> None:
         try:

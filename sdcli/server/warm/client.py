@@ -21,13 +21,11 @@ from sdcli.generation.writer import Writer
 from sdcli.request.input_files import stdin_bytes
 from sdcli.server.warm.identity import difference, identity
 from sdcli.server.warm.messages import Gone, Message, Wire, packed_error, unpacked_error
-from sdcli.server.warm.place import Place, Unsafe
+from sdcli.server.warm.place import ANSWER, Place, Unsafe
 
 if TYPE_CHECKING:
     from PIL import Image
 
-ANSWER = 1.0
-"""Seconds in which a worker says who it is."""
 ASK_AGAIN = 0.1
 """Seconds between two looks for a signal while the worker works."""
 
@@ -61,8 +59,8 @@ class _Known:
     """The images of those that have none yet."""
 
 
-def connect(place: Place, *, retire: bool = False) -> Worker:
-    """A connection to the worker at a place. Raises NoWorker.
+def connect(place: Place, *, retire: bool = False, seconds: float = ANSWER) -> Worker:
+    """A connection to the worker at a place, if it answers within some seconds. Raises NoWorker.
 
     With `retire` a worker of --keep-warm that does not fit any more, as after an update, is told to end.
     """
@@ -77,7 +75,7 @@ def connect(place: Place, *, retire: bool = False) -> Worker:
         raise NoWorker(error.strerror or str(error)) from None
     wire = Wire(connection)
     try:
-        greeting = wire.receive_within(ANSWER)
+        greeting = wire.receive_within(seconds)
         if greeting is None:
             raise NoWorker("it does not answer")
         _, facts = greeting

@@ -63,7 +63,7 @@ _DATA = {"__pycache__", "starter", "clip_tokenizer"}
 def _python_state() -> str:
     """Changes when a package is installed, upgraded or removed, which touches the folder that holds all of them."""
     folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages")) and os.path.isdir(path)]
-    return f"{sys.version} {sys.executable} " + " ".join(f"{path} {os.stat(path).st_mtime_ns}" for path in folders)
+    return f"{sys.version} {sys.prefix} " + " ".join(f"{path} {os.stat(path).st_mtime_ns}" for path in folders)
 
 
 def _processors() -> int | None:

@@ -18,6 +18,9 @@ from pathlib import Path
 
 from sdcli.errors import CannotWrite, UsageError
 
+ANSWER = 1.0
+"""Seconds in which a worker takes a connection, and says who it is."""
+
 
 class Unsafe(UsageError):
     """Another user could have made the socket."""
@@ -53,6 +56,7 @@ class Place:
             raise Unsafe(f"{self.socket} is not a socket of this user")
         connection = socket.socket(socket.AF_UNIX)
         try:
+            connection.settimeout(ANSWER)
             connection.connect(str(self.socket))
             check_peer(connection)
         except (OSError, Unsafe):
@@ -96,6 +100,11 @@ class Place:
         if descriptor is not None:
             self.socket.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def as_option(device: str) -> str:
+    """A device as --device of `sdcli generate` names it, where it does: its cuda is the first one."""
+    return "cuda" if device == "cuda:0" else device
 
 
 def possible() -> bool:

@@ -27,8 +27,9 @@ from sdcli.server.warm.place import Place, Unsafe, check_folder, check_peer
 if TYPE_CHECKING:
     from sdcli.server.warm.session import SessionProgress
 
-BEGIN = 2.0
-"""Seconds that a new worker waits for an outdated one to end, or for another new one to listen."""
+BEGIN = 5.0
+"""Seconds that a new worker waits for an outdated one to end, for another new one to listen, or for the command that
+started it."""
 LAST_CALL = 0.2
 """Seconds for which an ending worker still serves a command that had found its socket."""
 
@@ -122,7 +123,7 @@ class _Worker:
     def serve(self, keep: float) -> None:
         """Until no command has come for `keep` seconds, or for those that the last one named."""
         threading.Thread(target=self._accept, daemon=True).start()
-        first = self._next(LAST_CALL)  # is greeted now: nothing else happens in this process while torch is imported
+        first = self._next(BEGIN)  # is greeted now: nothing else happens in this process while torch is imported
         began = time.monotonic()
         from sdcli.generation.model_cache import ModelCache
         from sdcli.generation.settings import RunSettings

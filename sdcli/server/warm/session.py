@@ -18,17 +18,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdcli.errors import Interrupted, SdcliError
 from sdcli.generation.events import Event, Note, Phase, Progress, Result, SideFile
-from sdcli.generation.model_cache import ModelCache
 from sdcli.generation.resolve.jobs import ResolvedJob
-from sdcli.generation.service import generate
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.writer import Writer
 from sdcli.request.input_files import stdin_bytes
 from sdcli.server.warm.messages import Gone, Message, Wire, packed_error, unpacked_error
+from sdcli.server.warm.place import as_option
+
+if TYPE_CHECKING:
+    from sdcli.generation.model_cache import ModelCache
 
 FIRST_MESSAGE = 10.0
 """Seconds that a command has to send its jobs."""
@@ -107,8 +109,10 @@ def carry_out(order: Order, wire: Wire, cache: ModelCache, progress: SessionProg
 
 
 def _carry_out(order: Order, dialogue: _Dialogue, cache: ModelCache, progress: SessionProgress) -> None:
+    from sdcli.generation.service import generate
+
     before = cache.run
-    if (order.run.device, order.run.dtype) != (before.device, before.dtype):
+    if (order.run.device, order.run.dtype) != (as_option(before.device), before.dtype):
         dialogue.send("broken", "it has another device or dtype")
         return
     progress.begin(len(order.jobs))
