@@ -48,7 +48,7 @@ def warm(worker: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(worker["XDG_RUNTIME_DIR"])
 
 
-def both(tmp_path: Path, *arguments: str | Path, given: str = "", prepare: object = None) -> None:
+def both(tmp_path: Path, *arguments: str | Path) -> None:
     """Run a command with the worker and without it, and compare everything."""
     done = []
     for name, options in (("warm", ["-v"]), ("cold", ["-v", "--no-server"])):
@@ -57,7 +57,7 @@ def both(tmp_path: Path, *arguments: str | Path, given: str = "", prepare: objec
         Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(folder / "start.png")
         (folder / "prompts.txt").write_text("a fox\n\na cat\nan owl\n")
         (folder / "bad.jsonl").write_text('{"prompt": "fox"}\n{"prompt": "cat", "steps": -1}\n')
-        done.append(generate(folder, *arguments, *TINY, *options, given=given))
+        done.append(generate(folder, *arguments, *TINY, *options))
     warm, cold = done
     assert "generating with the warm worker, process" in warm.err, warm.err
     assert "generating with the warm worker" not in cold.err
@@ -88,17 +88,37 @@ def told(err: str) -> list[str]:
         ["fox", "--sweep", "steps=2,3", "-o", "swept-{steps}.png"],
         ["fox " * 100],
         ["fox", "--strict-prompt", "cat " * 100],
-        ["fox", "-o", "start.png"],
-        ["fox", "--embedding", "start.png"],
     ],
     ids=lambda arguments: " ".join(arguments)[:40],
 )
 def test_files_output_and_exit_code_are_those_of_a_cold_run(arguments: list[str], warm: Path, tmp_path: Path) -> None:
-    if ("-o" in arguments and "start.png" in arguments) or "--embedding" in arguments:
-        refused = generate(tmp_path / "refused", *arguments, *TINY)  # before any worker is asked
-        assert (refused.code or 0) in (2, 3, 0)
-        return
     both(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["fox", "-m", "no-such-model"], 3),
+        (["fox", "-m", "sd15"], 4),
+        (["fox", "-m", "tiny", "--steps", "0"], 2),
+        (["fox", "-m", "tiny", "-o", "there.png", "--outdir", "."], 8),
+        (["fox", "-m", "tiny", "--keep-warm", "soon"], 2),
+        (["fox", "-m", "tiny", "--keep-warm", "9s", "--dry-run"], 2),
+        (["fox", "-m", "tiny", "--keep-warm", "9s", "--no-server"], 2),
+        (["--from", "there.png", "--verify", "--keep-warm", "9s"], 2),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else " ".join(value),
+)
+def test_what_is_refused_is_refused_before_a_worker_is_asked(
+    arguments: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with runtime_folder() as runtime:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        (tmp_path / "there.png").touch()
+        done = generate(tmp_path, *arguments, "--device", "cpu")
+        assert (done.code, done.out) == (code, "")
+        assert len(done.err.splitlines()) == 1
+        assert list(runtime.iterdir()) == []
 
 
 def test_an_image_from_stdin_reaches_the_worker(warm: Path, tmp_path: Path) -> None:
