@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from sdcli.cli.ui.console import Console
 from sdcli.cli.warm_worker import generate_events, seconds_of
 from sdcli.errors import CannotWrite, Interrupted, NotFound, OutOfMemory, SdcliError, UsageError
+from sdcli.generation import service
 from sdcli.generation.events import Event, Progress, Result
 from sdcli.generation.journal import Journal
 from sdcli.generation.model_cache import ModelCache
@@ -82,7 +82,7 @@ def by_worker(
     messages: int = -1,
     stop: Callable[[], Interrupted | None] = lambda: None,
     journal: Journal | None = None,
-    previews: bool = False,
+    previews: list[bytes] | None = None,
     **output: Any,
 ) -> tuple[list[Event], list[str]]:
     """The events of a command whose worker is a thread, and what it notes."""
@@ -101,10 +101,12 @@ def by_worker(
     worker = Worker(Wire(ours), pid=1, patience=60)
     try:
         events = []
-        for event in generate_warm(jobs, RUN, writer, worker, stop=stop, note=notes.append, previews=previews):
-            if previews and isinstance(event, Progress):
+        options: dict[str, Any] = {"stop": stop, "note": notes.append, "previews": previews is not None}
+        for event in generate_warm(jobs, RUN, writer, worker, **options):
+            if previews is not None and isinstance(event, Progress):
                 image = event.preview()
-                assert isinstance(image, Image.Image)
+                assert image is not None
+                previews.append(image.tobytes())
             events.append(event)
         return events, notes
     finally:
@@ -155,8 +157,15 @@ def test_the_journal_of_a_run_that_lost_its_worker_has_each_image_once(
 
 
 def test_previews_are_those_of_the_running_step(cache: ModelCache, tmp_path: Path) -> None:
-    events, _ = by_worker(cache, jobs_of(1, steps=3), tmp_path, previews=True)
-    assert len([event for event in events if isinstance(event, Progress)]) == 3
+    jobs, ours = jobs_of(2, steps=3, width=64, height=64), list[bytes]()
+    for event in service.generate(jobs, cache, Writer(OutputSettings(outdir=tmp_path / "cold"))):
+        if isinstance(event, Progress):
+            image = event.preview()
+            assert image is not None
+            ours.append(image.tobytes())
+    by_worker(cache, jobs, tmp_path / "warm", previews=(theirs := []))
+    assert theirs == ours
+    assert len(ours) == 3
 
 
 @pytest.mark.parametrize("error", [OutOfMemory("no memory"), UsageError("no"), AlreadyExists("there"), RuntimeError()])

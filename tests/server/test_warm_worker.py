@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def both(tmp_path: Path, *arguments: str | Path) -> None:
 
 def told(err: str) -> list[str]:
     """The lines of stderr that do not depend on how long something takes or what is loaded already."""
-    lines = [line.split(", 0.")[0] for line in err.splitlines()]
+    lines = [re.sub(r", [0-9.]+ s$", "", line) for line in err.splitlines()]
     timing = ("generating with the warm", "loading ", "step ", "Traceback", "  ", "sdcli.", "During", "The above")
     return [line for line in lines if line and not line.startswith(timing)]
 
@@ -81,7 +82,7 @@ def told(err: str) -> list[str]:
         ["fox", "cat", "-n", "2", "--outdir", "there"],
         ["fox", "--format", "jpeg", "--json"],
         ["fox", "--format", "webp", "--no-metadata", "-o", "{seed}/{prompt}"],
-        ["a fox in snow", "--trace", "2", "--heatmap", "fox,snow", "--json", "--preview", "p.png"],
+        ["a fox in snow", "--trace", "2", "--heatmap", "fox,snow", "--json"],
         ["fox", "--init-image", "start.png", "--strength", "0.5", "--batch-size", "2", "-n", "3"],
         ["--prompts-file", "prompts.txt", "-n", "2"],
         ["--prompts-file", "bad.jsonl", "--json"],
@@ -216,7 +217,8 @@ def test_ctrl_c_stops_after_the_image_and_twice_at_once_and_the_worker_stays(war
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
         assert "interrupted" in err
-        assert len(list(folder.rglob("*.png"))) == len(out.splitlines()) + 1 < 500
+        printed = len(out.splitlines()) + 1
+        assert printed <= len(list(folder.rglob("*.png"))) < printed + signals < 500
     (pid,) = workers(warm)
     after = generate(tmp_path / "after", "fox", *TINY, "-v")
     assert f"with the warm worker, process {pid}" in after.err

@@ -15,7 +15,6 @@ import pickle
 import select
 import socket
 import struct
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,11 +74,10 @@ class Wire:
         return self.receive() if self.wait(seconds) else None
 
     def receive_while(self, every: float, do: Callable[[], None]) -> Message:
-        """The next message; while there is none, `do` is called every so many seconds. Raises Gone."""
-        began = time.monotonic()
-        while not self.wait(every - (time.monotonic() - began)):
+        """The next message; `do` is called first, and every so many seconds until there is one. Raises Gone."""
+        do()
+        while not self.wait(every):
             do()
-            began = time.monotonic()
         return self.receive()
 
     def close(self) -> None:
