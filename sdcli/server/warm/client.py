@@ -140,7 +140,7 @@ def _completed(jobs: Sequence[ResolvedJob], writer: Writer, known: _Known) -> It
     """The results of images whose files were all written when the worker died, just before it could say so."""
     for job in jobs:
         path = known.written.get(job.index)
-        if path is not None and all(file.exists() for file in writer.side_files(path)):
+        if path is not None and job.index not in known.over and all(file.exists() for file in writer.side_files(path)):
             known.over.add(job.index)
             yield Result("done", job, path, side_files=writer.side_files(path))
 

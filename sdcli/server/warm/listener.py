@@ -48,7 +48,7 @@ class CommandListener:
         try:
             self._lock = place.lock()
             if self._lock is None:
-                log.info("`sdcli generate` uses another worker, which listens on %s", place.socket)
+                log.info("`sdcli generate` uses another worker, which listens on %s", place.address)
                 return
             self._listener, self._place = place.listen(), place
         except (SdcliError, OSError) as error:
@@ -58,12 +58,12 @@ class CommandListener:
         self._facts = identity()
         self._listener.setblocking(False)
         asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept, self._listener)
-        log.info("`sdcli generate` uses this server through %s", place.socket)
+        log.info("`sdcli generate` uses this server through %s", place.address)
 
     def close(self) -> None:
         if self._listener is not None and self._place is not None:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
-            self._place.socket.unlink(missing_ok=True)  # before the lock is free, so that it is this server's own
+            self._place.address.unlink(missing_ok=True)  # before the lock is free, so that it is this server's own
             self._listener.close()
             self._listener = None
         if self._lock is not None:

@@ -34,7 +34,7 @@ class Place:
     dtype: str
 
     @property
-    def socket(self) -> Path:
+    def address(self) -> Path:
         return self._file("sock")
 
     @property
@@ -46,18 +46,18 @@ class Place:
 
     def exists(self) -> bool:
         """Whether there is a socket; all that a command without any worker spends time on."""
-        return possible() and self.socket.exists()
+        return possible() and self.address.exists()
 
     def connect(self) -> socket.socket:
         """A connection to the worker. Raises Unsafe, and OSError where none answers."""
         check_folder()
-        found = self.socket.lstat()
+        found = self.address.lstat()
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-            raise Unsafe(f"{self.socket} is not a socket of this user")
+            raise Unsafe(f"{self.address} is not a socket of this user")
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(ANSWER)
-            connection.connect(str(self.socket))
+            connection.connect(str(self.address))
             check_peer(connection)
         except (OSError, Unsafe):
             connection.close()
@@ -85,20 +85,20 @@ class Place:
         """A socket to accept from, for the holder of the lock; a stale one is replaced. Raises CannotWrite."""
         listener = socket.socket(socket.AF_UNIX)
         try:
-            self.socket.unlink(missing_ok=True)
-            listener.bind(str(self.socket))  # in a folder that no one else can enter, even before the next line
-            self.socket.chmod(0o600)
+            self.address.unlink(missing_ok=True)
+            listener.bind(str(self.address))  # in a folder that no one else can enter, even before the next line
+            self.address.chmod(0o600)
             listener.listen(64)
         except OSError as error:
             listener.close()
-            raise CannotWrite(f"cannot listen on {self.socket}: {error.strerror or error}") from None
+            raise CannotWrite(f"cannot listen on {self.address}: {error.strerror or error}") from None
         return listener
 
     def remove_stale(self) -> None:
         """Remove the socket unless a process holds its lock."""
         descriptor = self.lock()
         if descriptor is not None:
-            self.socket.unlink(missing_ok=True)
+            self.address.unlink(missing_ok=True)
             os.close(descriptor)
 
 

@@ -84,7 +84,7 @@ def main() -> NoReturn:
     listener = place.listen()
     os.write(descriptor, b"1")
     os.close(descriptor)
-    print(f"process {os.getpid()} listens on {place.socket}", flush=True)
+    print(f"process {os.getpid()} listens on {place.address}", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -92,7 +92,7 @@ def main() -> NoReturn:
     except Terminated:
         pass
     finally:
-        place.socket.unlink(missing_ok=True)  # before the lock is free, so that it is this worker's own
+        place.address.unlink(missing_ok=True)  # before the lock is free, so that it is this worker's own
         os.close(lock)
     os._exit(0)  # threads that wait for a command may be left
 
@@ -138,7 +138,7 @@ class _Worker:
             if wire is None:
                 if ending:
                     return
-                self._place.socket.unlink(missing_ok=True)
+                self._place.address.unlink(missing_ok=True)
                 ending = True
                 continue
             try:

@@ -269,7 +269,7 @@ def _given_stdin(data: bytes | None) -> Iterator[None]:
     before = sys.stdin
     stdin_bytes.cache_clear()
     if data is not None:
-        sys.stdin = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False)  # type: ignore[assignment]
+        sys.stdin = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False)
     try:
         yield
     finally:
