@@ -38,7 +38,7 @@ def runtime_folder() -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Done:
-    """What a command did. Seconds, which differ from run to run, are replaced."""
+    """What a command did. Seconds, and what the journal says of the run itself, differ from run to run: left out."""
 
     code: int | None
     out: str
@@ -49,6 +49,8 @@ class Done:
 def finished(done: subprocess.CompletedProcess[str], folder: Path) -> Done:
     out = re.sub(r'"seconds": [0-9.]+', '"seconds": 0', done.stdout)
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for name in [name for name in files if name.endswith("journal.jsonl")]:
+        files[name] = b"".join(line for line in files[name].splitlines(True) if b"base_seed" not in line)
     return Done(done.returncode, out, done.stderr, files)
 
 
