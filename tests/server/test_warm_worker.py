@@ -84,10 +84,15 @@ def told(err: str) -> list[str]:
         ["fox", "--format", "webp", "--no-metadata", "-o", "{seed}/{prompt}"],
         ["a fox in snow", "--trace", "2", "--heatmap", "fox,snow", "--json"],
         ["fox", "--init-image", "start.png", "--strength", "0.5", "--batch-size", "2", "-n", "3"],
-        ["--prompts-file", "prompts.txt", "-n", "2"],
         ["--prompts-file", "bad.jsonl", "--json"],
-        ["fox", "--sweep", "steps=2,3", "-o", "swept-{steps}.png"],
-        ["fox " * 100],
+        *(
+            pytest.param(arguments, marks=pytest.mark.slow)
+            for arguments in (
+                ["--prompts-file", "prompts.txt", "-n", "2"],
+                ["fox", "--sweep", "steps=2,3", "-o", "swept-{steps}.png"],
+                ["fox " * 100],
+            )
+        ),
         ["fox", "--strict-prompt", "cat " * 100],
     ],
     ids=lambda arguments: " ".join(arguments)[:40],
