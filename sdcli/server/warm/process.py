@@ -88,7 +88,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        _Worker(place, listener, facts).serve(float(keep))
+        _WarmWorker(place, listener, facts).serve(float(keep))
     except Terminated:
         pass
     finally:
@@ -109,7 +109,7 @@ def _terminated(*_: object) -> NoReturn:
     raise Terminated
 
 
-class _Worker:
+class _WarmWorker:
     """Accepts in a thread, and serves one command after the other in the main thread, where torch is."""
 
     def __init__(self, place: Place, listener: socket.socket, facts: dict[str, str]) -> None:
