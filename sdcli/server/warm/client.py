@@ -114,7 +114,7 @@ def generate(
     """
     known = _Known()
     if worker is not None:
-        remote = _Remote(worker, jobs, writer, stop, known, previews=previews)
+        remote = _RemoteRun(worker, jobs, writer, stop, known, previews=previews)
         try:
             yield from remote.events(run, keep)
             return
@@ -145,7 +145,7 @@ def _completed(jobs: Sequence[ResolvedJob], writer: Writer, known: _Known) -> It
             yield Result("done", job, path, side_files=writer.side_files(path))
 
 
-class _Remote:
+class _RemoteRun:
     """One order to a worker: its messages become events, and what it wants written is written."""
 
     def __init__(

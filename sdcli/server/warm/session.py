@@ -37,7 +37,7 @@ FIRST_MESSAGE = 10.0
 
 
 @dataclass(frozen=True)
-class Order:
+class CommandOrder:
     """What a command wants generated."""
 
     folder: str
@@ -64,14 +64,14 @@ class Retire(Exception):
     """A command of another version wants this worker to end, to start its own."""
 
 
-def take_order(wire: Wire) -> Order | None:
+def take_order(wire: Wire) -> CommandOrder | None:
     """The first message of a command; None where it wants nothing or is gone. Raises Retire."""
     with contextlib.suppress(Gone):
         message = wire.receive_within(FIRST_MESSAGE)
         if message is not None and message[0] == "retire":
             raise Retire
         if message is not None and message[0] == "run":
-            return Order(**message[1])
+            return CommandOrder(**message[1])
     return None
 
 
@@ -101,14 +101,14 @@ class SessionProgress:
         return (time.monotonic() - self._began) * (self._jobs - done) / done if done else None
 
 
-def carry_out(order: Order, wire: Wire, cache: ModelCache, progress: SessionProgress) -> None:
+def carry_out(order: CommandOrder, wire: Wire, cache: ModelCache, progress: SessionProgress) -> None:
     """Generate what a command wants, for as long as it is there to write it."""
     with contextlib.suppress(Gone):
         wire.send("start")
         _carry_out(order, _Dialogue(wire), cache, progress)
 
 
-def _carry_out(order: Order, dialogue: _Dialogue, cache: ModelCache, progress: SessionProgress) -> None:
+def _carry_out(order: CommandOrder, dialogue: _Dialogue, cache: ModelCache, progress: SessionProgress) -> None:
     from sdcli.generation.service import generate
 
     before = cache.run
@@ -191,7 +191,7 @@ class _Dialogue:
 class _RemoteWriter(Writer):
     """A writer whose files are written by the command."""
 
-    def __init__(self, order: Order, dialogue: _Dialogue) -> None:
+    def __init__(self, order: CommandOrder, dialogue: _Dialogue) -> None:
         super().__init__(order.output)
         self._order, self._dialogue = order, dialogue
 
@@ -247,7 +247,7 @@ class _Elsewhere(Exception):
 
 
 @contextlib.contextmanager
-def _in_folder(order: Order) -> Iterator[None]:
+def _in_folder(order: CommandOrder) -> Iterator[None]:
     """Work in the command's folder: paths in requests, and in sentences about them, are relative to it."""
     before = os.getcwd()
     try:
