@@ -40,7 +40,15 @@ def _own_home(_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty HOME, so that no test reads or writes the user's files."""
     home = next(_homes)
     home.mkdir()
-    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "HF_HOME"):
+    for name in (
+        "HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_CACHE_HOME",
+        "XDG_DATA_HOME",
+        "XDG_STATE_HOME",
+        "XDG_RUNTIME_DIR",
+        "HF_HOME",
+    ):
         monkeypatch.setenv(name, str(home if name == "HOME" else home / name.lower()))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
 

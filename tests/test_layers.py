@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sdcli"
 
 FOLDERS = (
     "cli",
+    "server",
     "training",
     "data",
     "generation",
@@ -84,13 +85,14 @@ HEAVY = frozenset(
     | {"PIL", "rich", "safetensors", "tokenizers", "torch", "transformers"}
 )
 TORCH = frozenset({"torch", "diffusers", "transformers"})
+SERVER = frozenset({"fastapi", "starlette", "uvicorn", "prometheus_client"})
 
 
 @pytest.mark.parametrize(
     ("place", "unwanted"),
     [
         ("request", HEAVY),
-        ("cli", HEAVY),
+        ("cli", HEAVY | SERVER),
         ("images.formats", HEAVY),
         ("vae.config", HEAVY),
         ("generation.resolve", TORCH),
@@ -98,6 +100,7 @@ TORCH = frozenset({"torch", "diffusers", "transformers"})
         ("generation.journal", TORCH),
         ("models.registry", TORCH),
         ("models.layout", TORCH),
+        ("server", TORCH),
     ],
 )
 def test_what_plans_and_parses_imports_nothing_heavy(place: str, unwanted: frozenset[str]) -> None:

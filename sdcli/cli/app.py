@@ -65,6 +65,7 @@ COMMANDS = {
         "Examine training images before training, cache their latents, and pack them into shards.",
     ),
     "models": ("Models", "List, download, verify, add and convert models."),
+    "serve": ("Server", "Generate images over HTTP with models that stay loaded."),
 }
 """Command -> its section of `sdcli --help`, and the first paragraph of its own help: the list imports no command.
 

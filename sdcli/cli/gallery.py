@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.options.request_flags import command_line
 from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.progress import counted
 from sdcli.errors import NotFound, SdcliError, UsageError, raise_for
 from sdcli.images.formats import FORMAT_OF
 from sdcli.io.files import whole_file
+from sdcli.request.command_line import command_line
 from sdcli.request.input_files import input_files
 
 if TYPE_CHECKING:

@@ -32,11 +32,14 @@ from sdcli.cli.ui.progress import GenerationProgress
 from sdcli.cli.ui.results import report, report_failure
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.cli.ui.terminal_images import best_renderable
+from sdcli.cli.warm_worker import OPT_OUT, check_keep_warm, generate_events, seconds_of
 from sdcli.errors import SdcliError, UsageError, raise_for, same_for_all
+from sdcli.generation.events import Note, Phase, Progress
 from sdcli.generation.filenames import check_output, known_paths, output_settings
 from sdcli.generation.journal import Journal
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
+from sdcli.generation.writer import Writer
 from sdcli.images.formats import MAX_SIDE, ImageFormat
 from sdcli.models.hub.download import folder_of
 from sdcli.models.registry import ControlNetSpec, ModelSpec, load_registry
@@ -181,6 +184,19 @@ def command(
     dry_run: Annotated[
         bool, _run("--dry-run", help="Print the resolved requests as JSON, and generate nothing.")
     ] = False,
+    keep_warm: Annotated[
+        str | None,
+        _run(
+            "--keep-warm",
+            metavar="TIME",
+            help="Start a worker in the background, which keeps torch and the model loaded until it has had nothing to "
+            "do for this time, such as 15m.",
+        ),
+    ] = None,
+    no_server: Annotated[
+        bool,
+        _run("--no-server", help=f"Do not use a warm worker, of --keep-warm or `sdcli serve` (or set {OPT_OUT}=1)."),
+    ] = False,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -218,13 +234,30 @@ def command(
     explained = traced is not None or words is not None or preview is not None or show
     if explained and dry_run:
         raise UsageError("--trace, --heatmap, --preview and --show have no effect with --dry-run")
+    kept = None if keep_warm is None else seconds_of(keep_warm)
+    if kept is not None:
+        if no_server or dry_run:
+            raise UsageError(f"--keep-warm has no effect with {'--no-server' if no_server else '--dry-run'}")
+        check_keep_warm()
     if show:
         check_terminal("--show")
     if preview is not None:
         check_preview(preview, overwrite=overwrite, quiet=quiet)
 
     if verify:
-        others = (without, prompts, prompts_file, typed, num_images != 1, resume, sweep, dynamic, explained, dry_run)
+        others = (
+            without,
+            prompts,
+            prompts_file,
+            typed,
+            num_images != 1,
+            resume,
+            sweep,
+            dynamic,
+            explained,
+            dry_run,
+            kept,
+        )
         written = (output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt)
         if from_image is None or any((*others, *written)):
             raise UsageError("--verify goes with --from IMAGE alone: it generates exactly what the image records")
@@ -237,8 +270,8 @@ def command(
 
     if from_image is not None:
         replaced = {*typed, *(name for axis in axes for value in axis.values for name in axis.fields(value))}
-        kept: dict[str, Any] = {"without": without, "typed": typed, "replaced": replaced}
-        typed = {**recorded_fields(from_image, **kept, console=console, lora_dir=lora_dir), **typed}
+        change: dict[str, Any] = {"without": without, "typed": typed, "replaced": replaced}
+        typed = {**recorded_fields(from_image, **change, console=console, lora_dir=lora_dir), **typed}
     elif without is not None:
         raise UsageError("--without needs --from IMAGE, whose settings it drops")
     if resume and prompts_file is None:
@@ -285,7 +318,8 @@ def command(
         _print_requests(jobs, console)
     else:
         sheet = SweepSheet.of(jobs, axes, num_images=num_images) if axes else None
-        _generate(jobs, run, settings, journal, console, sheet=sheet, preview=preview, show=show)
+        warm: dict[str, Any] = {"use": not no_server, "keep": kept}
+        _generate(jobs, run, settings, journal, console, sheet=sheet, preview=preview, show=show, warm=warm)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -323,6 +357,7 @@ def _generate(
     sheet: SweepSheet | None,
     preview: str | None,
     show: bool,
+    warm: dict[str, Any],
 ) -> None:
     """Generate what can be generated, report it, and lay it out on the sheet of a sweep.
 
@@ -347,12 +382,8 @@ def _generate(
             console.warn(f"no contact sheet of the sweep: {error}")
             sheet = None
     stop = GracefulStop(console).install()
-    from sdcli.generation.events import Note, Phase, Progress
-    from sdcli.generation.model_cache import ModelCache
-    from sdcli.generation.service import generate
-    from sdcli.generation.writer import Writer
-
-    cache, writer = ModelCache(run), Writer(settings, journal)
+    writer, previews = Writer(settings, journal), preview is not None
+    events = generate_events(good, run, writer, console, stop=stop, previews=previews, **warm)
     renderable = best_renderable() if show else None
     paths: dict[int, Path] = {}
     with GenerationProgress(console, images=preview == TERMINAL) as display:
@@ -360,7 +391,7 @@ def _generate(
         if preview is not None:
             shown = display.image if preview == TERMINAL else to_file(Path(preview))
             watched = Preview(shown, warn=console.warn, detail=console.detail)
-        for event in generate(good, cache, writer, stop=stop):
+        for event in events:
             if isinstance(event, Phase):
                 display.phase(event)
             elif isinstance(event, Progress):

@@ -115,4 +115,8 @@ def scheduler_for(model: LoadedModel, request: ResolvedRequest) -> Any:
     cell = model.spec.kind.cell
     further = model.family.timesteps(model.scheduler_config, request.height // cell, request.width // cell)
     scheduler.set_timesteps(steps, device=model.device, **further)
+    if (
+        not hasattr(scheduler, "sigmas") and int(scheduler.timesteps.max()) >= levels
+    ):  # its `steps_offset` is one too far
+        raise UsageError(f"{steps} steps are too many for {request.scheduler} with {model.spec.name}; use fewer")
     return scheduler

@@ -36,11 +36,13 @@ class Progress:
     jobs: tuple[int, ...]
     index: int
     count: int
-    preview: Callable[[], Image.Image | None]
-    """Computes an image of the x0 prediction of this step, which takes time; None where memory runs out.
+    preview: Callable[..., Image.Image | None]
+    """Computes an image of the x0 prediction of this step, which takes time; with `exact=True` in full size by the VAE.
 
-    `decoded` in the image's `info` says in a few words how.
+    None where memory runs out. `decoded` in the image's `info` says in a few words how.
     """
+    previews: Callable[..., list[Image.Image]] = list
+    """The same as an image for each of `jobs`, in their order; none where memory runs out."""
 
 
 @dataclass(frozen=True)

@@ -62,19 +62,28 @@ def plan(jobs: Sequence[ResolvedJob], limits: Limits) -> list[Batch]:
     """
     groups: dict[tuple[Any, ...], list[ResolvedJob]] = {}
     for job in jobs:
-        request = job.request
-        shared = tuple(value for name, value in request if name not in PER_IMAGE)
-        controls = tuple(one.model_copy(update={"image": None}) for one in request.controls)
-        adapters = tuple(one.adapting for one in request.ip_adapters)
-        key = (shared, request.masked, is_latents(request.init_image), controls, adapters)
-        groups.setdefault(key, []).append(job)
+        groups.setdefault(batch_key(job), []).append(job)
     models, weights = (_places(jobs, kind) for kind in (models_of, _weights_of))
     batches = []
     for group in sorted(groups.values(), key=lambda g: (models[models_of(g[0])], weights[_weights_of(g[0])])):
-        width, height = group[0].request.final_size
-        size = limits.batch_size or automatic_batch_size(width * height, on_gpu=limits.on_gpu)
+        size = batch_size_of(group[0], limits)
         batches += [Batch.of(group[start : start + size]) for start in range(0, len(group), size)]
     return batches
+
+
+def batch_key(job: ResolvedJob) -> tuple[Any, ...]:
+    """What two jobs have in common that can be denoised in one batch."""
+    request = job.request
+    shared = tuple(value for name, value in request if name not in PER_IMAGE)
+    controls = tuple(one.model_copy(update={"image": None}) for one in request.controls)
+    adapters = tuple(one.adapting for one in request.ip_adapters)
+    return shared, request.masked, is_latents(request.init_image), controls, adapters
+
+
+def batch_size_of(job: ResolvedJob, limits: Limits) -> int:
+    """The most images of a batch of such jobs."""
+    width, height = job.request.final_size
+    return limits.batch_size or automatic_batch_size(width * height, on_gpu=limits.on_gpu)
 
 
 def automatic_batch_size(pixels: int, *, on_gpu: bool) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from sdcli.errors import (
     BadWeights,
@@ -21,10 +22,10 @@ from sdcli.errors import (
     stop_if_asked,
 )
 from sdcli.generation.events import Cancelled, Event, Failed, Generated, Phase, Result
+from sdcli.generation.image_file import image_file
 from sdcli.generation.model_cache import Lease, ModelCache
 from sdcli.generation.observers import observers_for
 from sdcli.generation.plan import Batch, Limits, models_of, plan
-from sdcli.generation.provenance import preset_facts, provenance
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.run_batch import OF_ONE_IMAGE, IsCancelled, never, run_batch
 from sdcli.generation.writer import Writer
@@ -40,22 +41,26 @@ def generate(
     *,
     stop: Stop = lambda: None,
     cancelled: IsCancelled = never,
+    over: Collection[int] = (),
+    written: Mapping[int, Path] = MappingProxyType({}),
 ) -> Iterator[Event]:
     """Generate every job and write its image; yields one Result for each job.
 
     Where the writer resumes an earlier run, finished jobs are skipped. Batches are planned over all jobs, finished ones
     included, so that a resumed run generates the missing images with the same batch mates, and so to the same bytes,
     as an uninterrupted one. `stop` is called between batches and returns a reason to end, or None; `cancelled` is
-    called between steps for each job. Raises the reason to end, an error that concerns every job (the only model
-    cannot be loaded), and CannotWrite.
+    called between steps for each job. Where this run continues what another process began, `over` are the indices of
+    the jobs that need no Result any more, and `written` the images of others, which lack side files alone. Raises the
+    reason to end, an error that concerns every job (the only model cannot be loaded), and CannotWrite.
     """
-    images = writer.finished(jobs)
+    images = {**writer.finished(jobs), **written}
     done = {index for index, path in images.items() if all(file.exists() for file in writer.side_files(path))}
+    done.update(over)
     one_model = len({models_of(job) for job in jobs}) == 1  # without which there is nothing to continue with
     unloadable: dict[tuple[str | None, ...], SdcliError] = {}
     for whole in plan(jobs, cache.limits):
         for job in whole.jobs:
-            if job.index in done:
+            if job.index in done and job.index not in over:
                 yield Result("skipped", job, path=images[job.index], side_files=writer.side_files(images[job.index]))
         batch = whole.without(done)
         if not batch.wanted:
@@ -128,11 +133,7 @@ def _write(generated: Generated, lease: Lease, writer: Writer, existing: Path | 
     try:
         if path is None:
             yield Phase("save", generated.jobs)
-            batch = {"size": generated.batch_size, "index": generated.batch_index}
-            path = writer.write(
-                generated,
-                provenance(lease.pipeline, **preset_facts(generated.job), batch=batch, fallbacks=generated.fallbacks),
-            )
+            path = writer.write(generated.job, image_file(lease.pipeline, generated, writer.output))
         if writer.side_files(path):
             yield Phase("explain", generated.jobs)
             side_files = writer.write_side_files(path, generated.side_files, replace=existing is not None)

@@ -1,4 +1,7 @@
-"""The writer of one run: file names that are free, the journal, whole files, and the side files of each image."""
+"""The writer of one run: file names that are free, the journal, whole files, and the side files of each image.
+
+Imports no torch: where a warm worker generates, the images are written by a process that has none.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,16 @@ import itertools
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from sdcli.errors import BadOutput, OutOfMemory, UsageError
-from sdcli.generation.events import Generated, SideFile
+from sdcli.generation.events import SideFile
 from sdcli.generation.filenames import image_name, is_literal
 from sdcli.generation.journal import Journal
 from sdcli.generation.resolve.jobs import ResolvedJob, key_of
 from sdcli.generation.settings import OutputSettings
 from sdcli.images.formats import SUFFIX_OF
-from sdcli.images.image_files import pixels_digest
-from sdcli.images.pixels import from_pixels
 from sdcli.io.files import AlreadyExists, check_new, numbered, write_whole
 from sdcli.io.temporary_files import sweep
-from sdcli.metadata.embed import image_bytes
-from sdcli.metadata.record import Record
 from sdcli.models.weight_digests import weights_digest
 
 
@@ -34,6 +32,10 @@ class Writer:
         """Names that this run wrote or keeps, which are not replaced even where files may be overwritten."""
         self._keys: dict[int, str | None] = {}
         """Keys of the jobs that are being generated, for the journal."""
+
+    @property
+    def has_journal(self) -> bool:
+        return self._journal is not None
 
     def finished(self, jobs: Sequence[ResolvedJob]) -> dict[int, Path]:
         """The whole images of an earlier run, by the indices of their jobs; none unless the run resumes one.
@@ -67,14 +69,11 @@ class Writer:
         """The side files of a finished image; of a folder of them the last one that is written."""
         return tuple(self.output.beside(image))
 
-    def write(self, generated: Generated, facts: dict[str, Any]) -> Path:
-        """Write one image, with `facts` in its record, under a name that is free or may be overwritten."""
-        image = from_pixels(generated.pixels)
-        request, output = generated.job.request, self.output
-        record = Record(request, {**facts, "pixels": pixels_digest(image)}) if output.metadata else None
-        data = image_bytes(image, output.format, record)
+    def write(self, job: ResolvedJob, data: bytes) -> Path:
+        """Write the file of one image under a name that is free or may be overwritten."""
+        request, output = job.request, self.output
         size = dict(zip(("width", "height"), request.final_size, strict=True))
-        own = {"index": generated.job.index, "custom_id": generated.job.custom_id or "none"}
+        own = {"index": job.index, "custom_id": job.custom_id or "none"}
         fields = {**request.model_dump(), **size, **own}
         name = image_name(output.template, fields, suffix=SUFFIX_OF[output.format])
         for number in itertools.count(1):
@@ -85,7 +84,7 @@ class Writer:
                 for file in self.side_files(output.outdir / candidate):
                     check_new(file, overwrite=output.overwrite)
                 if self._journal is not None:
-                    self._journal.note(request.key(), self._keys[generated.job.index], str(candidate), data)
+                    self._journal.note(request.key(), self._keys[job.index], str(candidate), data)
                 write_whole(output.outdir / candidate, data, overwrite=output.overwrite)
             except AlreadyExists:
                 if is_literal(output.template) and number == 1:

@@ -27,16 +27,17 @@ from sdcli.metadata.text_bytes import plain_text
 from sdcli.metadata.xmp import MAX_SEGMENT, jpeg_segments, xmp_packet
 
 
-def image_bytes(image: Image.Image, format: ImageFormat, record: Record | None) -> bytes:
+def image_bytes(image: Image.Image, format: ImageFormat, record: Record | None, *, quality: int | None = None) -> bytes:
     """Encode an image (any mode, stored as RGB) as a file; equal arguments give equal bytes.
 
-    PNG uses the fastest compression level, JPEG quality 95 with full colour resolution, WebP lossy quality 95.
+    PNG uses the fastest compression level, JPEG full colour resolution, WebP its lossy form; `quality` (default 95) is
+    that of JPEG and WebP, 0 to 100.
     Without a record only pixels are written, whatever `image.info` holds.
     """
     pixels = image.convert("RGB")
     # A new image of the same pixels: Pillow would write what the old one's `info` carries (comment, profile, dpi).
     clean = Image.frombytes("RGB", pixels.size, pixels.tobytes())
-    options = _encoding(format) | (_embedded(record, format) if record is not None else {})
+    options = _encoding(format, quality) | (_embedded(record, format) if record is not None else {})
     file = io.BytesIO()
     clean.save(file, format=format, **options)
     return file.getvalue()
@@ -62,14 +63,15 @@ def _lora_hashes(record: Record) -> dict[str, str]:
     }
 
 
-def _encoding(format: ImageFormat) -> dict[str, Any]:
+def _encoding(format: ImageFormat, quality: int | None) -> dict[str, Any]:
+    quality = 95 if quality is None else quality
     match format:
         case "png":
             return {"compress_level": 1}
         case "jpeg":
-            return {"quality": 95, "subsampling": 0}
+            return {"quality": max(1, quality), "subsampling": 0}
         case "webp":
-            return {"quality": 95, "method": 4}
+            return {"quality": quality, "method": 4}
 
 
 def _embedded(record: Record, format: ImageFormat) -> dict[str, Any]:

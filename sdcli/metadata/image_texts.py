@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +47,12 @@ class ImageTexts:
         self.texts[place] = text
 
 
-def image_texts(path: Path, image: Image.Image) -> ImageTexts:
+def image_texts(source: Path | io.BytesIO, image: Image.Image) -> ImageTexts:
     """The texts in a file, and those hidden in the pixels of its decoded image. Raises BadImage for enormous ones."""
     found = ImageTexts()
     packet = image.info.get("xmp")
     if image.format == "PNG":
-        profiles = _add_png(found, path)
+        profiles = _add_png(found, source)
         packet = profiles.get(_XMP, packet)
         if (data := _hex_profile(profiles.get("APP1", b""))).startswith(b"Exif\0\0"):  # ImageMagick's older name
             _add_exif(found, lambda: _loaded(data))
@@ -70,9 +71,9 @@ def image_texts(path: Path, image: Image.Image) -> ImageTexts:
     return found
 
 
-def _add_png(found: ImageTexts, path: Path) -> dict[str, bytes]:
+def _add_png(found: ImageTexts, source: Path | io.BytesIO) -> dict[str, bytes]:
     """Add the texts of a PNG's chunks; return those that hold XMP and EXIF."""
-    with path.open("rb") as file:
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
         profiles: dict[str, bytes] = {}
         chunks = [chunk for chunk in png_chunks(file) if chunk.kind in TEXTS]
         for chunk in chunks[:MAX_TEXTS]:

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdcli.cli.app import app
-from sdcli.cli.options.request_flags import command_line, request_arguments
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.registry import load_registry
+from sdcli.request.command_line import command_line, request_arguments
 from sdcli.request.schema import MAX_SEED, GenerationRequest, ResolvedRequest, parse_request
 
 COMMANDS = typer.main.get_command(app)

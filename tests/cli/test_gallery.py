@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from typer.testing import CliRunner, Result
 
 from sdcli.cli.app import app
-from sdcli.cli.options.request_flags import command_line
 from sdcli.errors import BadImage, CannotWrite, NotFound, SomeFailed, UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.files import AlreadyExists
@@ -27,6 +26,7 @@ from sdcli.metadata import gallery
 from sdcli.metadata.embed import image_bytes
 from sdcli.metadata.record import Record
 from sdcli.models.registry import load_registry
+from sdcli.request.command_line import command_line
 from sdcli.request.schema import MAX_SEED, SCHEMA, GenerationRequest
 from tests.browser import Browser, browser
 from tests.conftest import Run

@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdcli.cli.options.request_flags import request_arguments
 from sdcli.diffusion.attention.maps import AttentionMaps
 from sdcli.diffusion.attention.sliced import SlicedSelfAttention
 from sdcli.diffusion.pipeline import Pipeline
@@ -34,6 +33,7 @@ from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import RunSettings
 from sdcli.generation.verify import verify_image
 from sdcli.models.registry import load_registry
+from sdcli.request.command_line import request_arguments
 from sdcli.request.fields import ImagePrompt
 from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest, parse_request

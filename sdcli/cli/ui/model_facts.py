@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdcli.errors import BadWeights
+from sdcli.models.presence import presence
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
-from sdcli.models.sources import EmbeddedSource, FileSource, FolderSource, HubFile, HubSource, RandomSource
+from sdcli.models.sources import FileSource, HubFile, HubSource
 
 
 def summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, Any]:
@@ -20,34 +20,13 @@ def summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, A
         "default": isinstance(spec, ModelSpec) and spec.name == registry.default,
         "family": spec.family.name,
         "supported": spec.family.supported,
-        "here": _here(spec),
+        "here": presence(spec),
         "origin": spec.origin(),
         "download_bytes": spec.download_bytes,
         "license": spec.license,
         "description": spec.description,
         "fast": spec.fast.name if isinstance(spec, ModelSpec) and spec.fast is not None else None,
     }
-
-
-def _here(spec: ModelSpec | ControlNetSpec) -> str:
-    match spec.source:
-        case EmbeddedSource():
-            return "embedded"
-        case RandomSource():
-            return "in memory"
-        case FolderSource(path=path) | FileSource(path=path):
-            return "on disk" if path.exists() else "missing"
-        case HubSource() as source:
-            from sdcli.models.hub.cache import snapshot_folder
-            from sdcli.models.hub.download import first_missing
-
-            folder = snapshot_folder(source)
-            if not folder.is_dir():
-                return "not downloaded"
-            try:
-                return "downloaded" if first_missing(folder, spec) is None else "partly downloaded"
-            except BadWeights:
-                return "damaged"
 
 
 def local_path(spec: ModelSpec | ControlNetSpec) -> Path | None:

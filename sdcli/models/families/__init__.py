@@ -7,6 +7,7 @@ torch, because the registry reads these values to describe models.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -40,6 +41,9 @@ def family_named(name: Any) -> Family:
     if family is None:
         raise ValueError(f"no family {name!r}{did_you_mean(str(name), FAMILIES)}; there are {', '.join(FAMILIES)}")
     return family
+
+
+copyreg.pickle(Family, lambda family: (family_named, (family.name,)))  # another process has the same table
 
 
 def pipelines() -> dict[str, list[Family]]:

@@ -1,0 +1,91 @@
+"""What the fields of AUTOMATIC1111's dialect mean, without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from sdcli.models.registry import load_registry
+from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS
+from sdcli.server.a1111_fields import request_fields
+from sdcli.server.a1111_images import filled
+from sdcli.server.a1111_models import Txt2Img
+from sdcli.server.a1111_options import Options
+from sdcli.server.native import ApiError
+from sdcli.server.settings import ServerSettings
+
+REGISTRY = load_registry()
+
+
+def fields(*, model: str = "tiny", **body: Any) -> dict[str, Any]:
+    return request_fields(Txt2Img(**body), Options(model), REGISTRY, ServerSettings())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_is_reached_by_its_sampler_and_schedule(name: str) -> None:
+    row = SCHEDULERS[name]
+    schedule = row.a1111_type or "Uniform"
+    for spelled in (schedule, schedule.lower()):
+        assert fields(sampler_name=row.a1111, scheduler=spelled)["scheduler"] == name
+    if row.a1111_type is not None:
+        assert fields(sampler_name=f"{row.a1111} {row.a1111_type}", scheduler="automatic")["scheduler"] == name
+
+
+@pytest.mark.parametrize("schedule", [None, "", "automatic", "Automatic"])
+def test_automatic_is_what_the_web_ui_means_by_it(schedule: str | None) -> None:
+    for sampler, means in AUTOMATIC.items():
+        known = [row for row in SCHEDULERS.values() if (row.a1111, row.a1111_type) == (sampler, means)]
+        if known:
+            found = SCHEDULERS[fields(sampler_name=sampler, scheduler=schedule)["scheduler"]]
+            assert found.a1111_type == means
+        else:
+            with pytest.raises(ApiError, match="send Uniform"):
+                fields(sampler_name=sampler, scheduler=schedule)
+    assert fields(sampler_name="Euler a", scheduler=schedule)["scheduler"] == "euler-a"
+
+
+def test_euler_is_that_of_flow_matching_for_such_a_model() -> None:
+    assert fields(model="sd3-medium", sampler_name="Euler")["scheduler"] == "flow-euler"
+
+
+def test_what_is_omitted_or_random_is_left_to_the_model() -> None:
+    assert fields(seed=-1, subseed=5, subseed_strength=0, negative_prompt="", clip_skip=1) == {
+        "prompt": "",
+        "num_images": 1,
+        "model": "tiny",
+    }
+
+
+def test_a_second_pass_by_size_needs_the_same_proportions() -> None:
+    second = {"enable_hr": True, "width": 64, "height": 128}
+    assert fields(**second, hr_resize_x=128, hr_resize_y=256)["upscale"]["factor"] == 2
+    with pytest.raises(ApiError, match="hr_resize_x"):
+        fields(**second, hr_resize_x=128, hr_resize_y=128)
+
+
+@given(
+    colours=arrays(np.uint8, (24, 16, 3)),
+    mask=arrays(np.bool_, (24, 16)).filter(lambda mask: 0 < mask.sum() < mask.size),
+)
+def test_a_filled_image_keeps_what_is_not_masked_and_knows_nothing_of_the_rest(
+    colours: np.ndarray, mask: np.ndarray
+) -> None:
+    white = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+    result = np.asarray(filled(Image.fromarray(colours), white))
+    assert (result[~mask] == colours[~mask]).all()
+    other = np.where(mask[..., None], 255 - colours, colours)
+    assert (np.asarray(filled(Image.fromarray(other), white)) == result).all()
+
+
+def test_a_filled_image_has_the_colours_from_around() -> None:
+    image = Image.new("RGB", (64, 64), (200, 40, 10))
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 16, 48, 48))
+    image.paste("white", (16, 16, 48, 48))
+    result = np.asarray(filled(image, mask), dtype=int)
+    assert abs(result - [200, 40, 10]).max() <= 12
