@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(options: argparse.Namespace) -> None:
-    training(options, ["bare", "sdcli", "diffusers-cached"])
+    training(options, ["sdcli"] if options.miniature else ["bare", "sdcli", "diffusers-cached"])
 
 
 def train_compile(options: argparse.Namespace) -> None:
