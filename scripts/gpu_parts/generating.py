@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import sys
@@ -236,7 +237,9 @@ def miniature_of(spec: ModelSpec) -> ModelSpec:
         return load_registry().find("tiny")
     from tests.tiny import save_tiny_sdxl
 
-    return spec_of_folder(save_tiny_sdxl(Path(tempfile.mkdtemp(prefix="sdcli-bench-")) / "sdxl"))
+    folder = tempfile.TemporaryDirectory(prefix="sdcli-bench-")
+    atexit.register(folder.cleanup)
+    return spec_of_folder(save_tiny_sdxl(Path(folder.name) / "sdxl"))
 
 
 class CudaGraph(torch.nn.Module):
