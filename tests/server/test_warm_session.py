@@ -240,7 +240,9 @@ class Evil:
 
 
 @pytest.mark.parametrize("trusting", [True, False])
-@pytest.mark.parametrize("value", [Evil(), pickle.Unpickler, Path.unlink, print], ids=["reduced", "class", "method", "function"])
+@pytest.mark.parametrize(
+    "value", [Evil(), pickle.Unpickler, Path.unlink, print], ids=["reduced", "class", "method", "function"]
+)
 def test_nothing_but_the_classes_of_a_job_is_let_in(value: Any, trusting: bool) -> None:
     ours, theirs = socket.socketpair()
     Wire(ours).send("run", value)
