@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sdcli.models.registry import Registry
-from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS, scheduler_of_a1111
+from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS, scheduler_of_a1111, schedulers_for
 from sdcli.request.schema import did_you_mean
 from sdcli.server.a1111_models import Img2Img, Txt2Img
 from sdcli.server.a1111_options import Options
@@ -115,8 +115,8 @@ def _scheduler(body: Txt2Img, options: Options, registry: Registry) -> str | Non
         meant = name[len(bare) :].strip() or (AUTOMATIC.get(sampler) if automatic else schedule)
         hint = "send Uniform" if scheduler_of_a1111(sampler) else "send Karras"
         raise refused("scheduler", f"{sampler} is not here with the schedule {meant}; {hint}")
-    process = registry.find(options.sd_model_checkpoint).family.process
-    return "flow-euler" if found == "euler" and process == "flow" else found
+    own = schedulers_for(registry.find(options.sd_model_checkpoint).family.process)
+    return f"flow-{found}" if f"flow-{found}" in own else found
 
 
 def _eta(body: Txt2Img, scheduler: str | None) -> float | None:
