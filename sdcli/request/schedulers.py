@@ -105,6 +105,8 @@ def schedulers_for(process: Process) -> list[str]:
 
 AUTOMATIC = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}
 """What A1111's `Schedule type: Automatic` means, for the samplers where it does not mean evenly spaced steps."""
+SCHEDULE_SUFFIXES = ("Karras", "Exponential", "SGM Uniform")
+"""Schedules that stand at the end of a sampler's name in A1111's older versions."""
 _A1111 = {(row.a1111.lower(), row.a1111_type and row.a1111_type.lower()): name for name, row in SCHEDULERS.items()}
 _KOHYA = {
     "ddim": "ddim",
@@ -136,7 +138,7 @@ def scheduler_of_a1111(sampler: str, schedule_type: str | None = None) -> str | 
     The schedule's type is beside the name, or, as older versions write it, at its end (`DPM++ 2M Karras`).
     """
     if schedule_type is None:
-        for suffix in ("Karras", "Exponential", "SGM Uniform"):
+        for suffix in SCHEDULE_SUFFIXES:
             if sampler.lower().endswith(f" {suffix.lower()}"):
                 sampler, schedule_type = sampler[: -len(suffix) - 1], suffix
     elif schedule_type.lower() == "automatic":

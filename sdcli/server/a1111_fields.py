@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sdcli.models.registry import Registry
-from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS, scheduler_of_a1111, schedulers_for
+from sdcli.request.schedulers import AUTOMATIC, SCHEDULE_SUFFIXES, SCHEDULERS, scheduler_of_a1111, schedulers_for
 from sdcli.request.schema import did_you_mean
 from sdcli.server.a1111_models import Img2Img, Txt2Img
 from sdcli.server.a1111_options import Options
@@ -104,7 +104,9 @@ def _scheduler(body: Txt2Img, options: Options, registry: Registry) -> str | Non
             raise refused("scheduler", "is a part of a sampler; send sampler_name as well")
         return None
     labels = {row.a1111.lower(): row.a1111 for row in SCHEDULERS.values()}
-    bare = name.lower().removesuffix(" karras").removesuffix(" exponential")
+    bare = name.lower()
+    for suffix in SCHEDULE_SUFFIXES:
+        bare = bare.removesuffix(f" {suffix.lower()}")
     if bare not in labels:
         hint = did_you_mean(name, labels.values())
         raise refused(field, f"Sampler not found: {name[:60]!r}{hint} (GET /sdapi/v1/samplers)", status=404)
