@@ -41,7 +41,7 @@ class CommandListener:
             return
         names = [as_option(device) for device in worker_devices(self._settings.devices)]
         devices = set(names)
-        if len(devices) > 1 or ":" in names[0] or names.count("cpu") > 1:  # which share the cores: other bytes
+        if len(devices) != 1 or ":" in names[0] or names.count("cpu") > 1:  # which share the cores: other bytes
             log.info("`sdcli generate` does not use these workers: they do not compute as a command does")
             return
         place = Place(devices.pop(), self._settings.run.dtype)
