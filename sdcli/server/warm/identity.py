@@ -20,7 +20,16 @@ PREFIXES = (
 )
 NAMES = {"HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"}
 """Variables, beside those of the prefixes, that decide how torch computes or where models are."""
-IGNORED = {"SDCLI_NO_SERVER", "SDCLI_SERVER_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+IGNORED = {
+    *("SDCLI_NO_SERVER", "SDCLI_SERVER_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+    # sdcli sets these itself, sooner or later in every process
+    *(
+        "HF_HUB_DISABLE_TELEMETRY",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_HUB_DISABLE_XET",
+        "DIFFUSERS_DISABLE_REMOTE_CODE",
+    ),
+}
 
 
 def identity(environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sdcli.errors import CannotWrite, Terminated
 from sdcli.io.files import PACKAGE
+from sdcli.io.threads import wait_without_spinning
 from sdcli.server.warm.identity import identity
 from sdcli.server.warm.messages import Gone, Wire, greeting
 from sdcli.server.warm.place import Place, Unsafe, check_folder, check_peer
@@ -74,6 +75,7 @@ def _import_paths() -> list[str]:
 def main() -> NoReturn:
     """The process: `python -m sdcli.server.warm.process DEVICE DTYPE SECONDS DESCRIPTOR INSTEAD`."""
     device, dtype, keep, ready, instead = sys.argv[1:]
+    wait_without_spinning()
     place, descriptor = Place(device, dtype), int(ready)
     facts = identity()
     lock = _lock(place, instead=bool(int(instead)))
