@@ -65,7 +65,7 @@ def test_a_waiting_job_can_be_cancelled_again_and_again() -> None:
             assert [image["state"] for image in view["images"]] == ["cancelled"] * 2
         job = engine.store.find(id)
         assert job is not None
-        assert [event["type"] for event in await events_of(job)] == ["failed", "failed", "end"]
+        assert [event["type"] for event in await events_of(job)] == ["queued", "failed", "failed", "end"]
         assert (await http.get(f"/v1/jobs/{id}/images/0")).status_code == 409
         assert engine.waiting == 0
 
