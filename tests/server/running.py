@@ -30,6 +30,15 @@ class RunningServer:
     def log(self) -> str:
         return self._stderr.read_text(encoding="utf-8")
 
+    def logged(self, text: str) -> list[str]:
+        """The lines of the log with this text; the one of a request comes a moment after its answer."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            lines = [line for line in self.log.splitlines() if text in line]
+            if lines or time.monotonic() > deadline:
+                return lines
+            time.sleep(0.01)
+
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])

@@ -116,12 +116,7 @@ def test_idle_models_are_unloaded_and_loaded_again(fragile: RunningServer) -> No
 
 def test_the_log_is_json_where_that_was_asked_for(fragile: RunningServer) -> None:
     fragile.http.get("/healthz", headers={"x-request-id": "json-1"})
-
-    def lines() -> list[str]:
-        return [line for line in fragile.log.splitlines() if "json-1" in line]
-
-    until(lambda: bool(lines()))  # the line comes after the answer
-    (line,) = lines()
+    (line,) = fragile.logged("json-1")
     facts = json.loads(line)
     assert (facts["status"], facts["path"], facts["level"]) == (200, "/healthz", "info")
 

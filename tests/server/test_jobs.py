@@ -186,7 +186,7 @@ def test_an_image_from_the_server_is_verified_by_the_command_line(
 
 def test_every_request_has_one_line_in_the_log(server: RunningServer) -> None:
     server.http.get("/v1/jobs/job-of-nobody?secret=1", headers={"x-request-id": "find-me-1"})
-    lines = [line for line in server.log.splitlines() if "find-me-1" in line]
+    lines = server.logged("find-me-1")
     assert len(lines) == 1
     assert "GET" in lines[0]
     assert "404" in lines[0]

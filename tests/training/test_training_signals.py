@@ -50,6 +50,7 @@ def _fresh() -> None:
 def stop() -> Iterator[TrainingStop]:
     """The handlers of a training command, in this process."""
     before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where nohup started the tests
     yield TrainingStop(Console(), kept="complete checkpoints are kept").install()
     for name, handler in before.items():
         signal.signal(getattr(signal, name), handler)
