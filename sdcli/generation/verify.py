@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
-from sdcli.diffusion.attention.sliced import WAYS
+from sdcli.diffusion.attention.sliced import SLICED, WAYS
 from sdcli.errors import BadOutput, UsageError
 from sdcli.generation.events import Failed, Generated
 from sdcli.generation.model_cache import ModelCache
@@ -76,8 +76,9 @@ def verify_image(path: Path, registry: Registry, run: RunSettings) -> Verdict:
     facts = info.record.provenance
     if run.dtype == "auto" and facts.get("dtype") in ("float32", "bfloat16", "float16"):
         run = replace(run, dtype=facts["dtype"])
-    if run.attention == "auto" and facts.get("attention") in WAYS:
-        run = replace(run, attention=facts["attention"])
+    attention = facts.get("attention", SLICED)  # the only way when none was recorded yet
+    if run.attention == "auto" and attention in WAYS:
+        run = replace(run, attention=attention)
     batch = facts.get("batch") or {}
     size, position = (batch.get("size", 1), batch.get("index", 0)) if isinstance(batch, dict) else (None, None)
     if not (isinstance(size, int) and isinstance(position, int) and 0 <= position < size <= 256):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from sdcli.diffusion.attention import sliced
@@ -20,9 +21,11 @@ from sdcli.diffusion.pipeline import Pipeline, load_denoiser
 from sdcli.diffusion.sampling import sample
 from sdcli.errors import UsageError
 from sdcli.generation.resolve.resolve import resolve
+from sdcli.metadata.embed import image_bytes
 from sdcli.metadata.read import read_image
+from sdcli.metadata.record import Record
 from sdcli.models.registry import load_registry
-from sdcli.request.schema import GenerationRequest
+from sdcli.request.schema import GenerationRequest, ResolvedRequest
 from tests.conftest import Run
 
 
@@ -87,7 +90,7 @@ def test_the_record_names_the_attention_and_verifying_uses_it(
     pixels = {}
     for way in WAYS:
         monkeypatch.setenv("SDCLI_ATTENTION", way)
-        options = ("-m", "tiny", "--seed", "1", "--size", "256x256", "--steps", "2", "--dtype", "bfloat16")
+        options = ("-m", "tiny", "--seed", "1", "--size", "128x128", "--steps", "2", "--dtype", "bfloat16")
         assert sdcli("generate", "a castle", *options, "-o", f"{way}.png").returncode == 0
         record = read_image(tmp_path / f"{way}.png").record
         assert record is not None
@@ -97,6 +100,23 @@ def test_the_record_names_the_attention_and_verifying_uses_it(
     for way in WAYS:
         verified = sdcli("generate", "--from", f"{way}.png", "--verify")
         assert verified.stdout.strip() == f"{way}.png: identical", verified.stderr
+
+
+def test_a_record_from_before_the_attention_was_recorded_is_of_the_sliced_one(
+    sdcli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDCLI_ATTENTION", "sliced")
+    options = ("-m", "tiny", "--seed", "1", "--size", "128x128", "--steps", "2", "--dtype", "bfloat16")
+    assert sdcli("generate", "a castle", *options, "-o", "new.png").returncode == 0
+    record = read_image(tmp_path / "new.png").record
+    assert record is not None
+    request = ResolvedRequest.model_validate(dict(record.request))
+    facts = {name: value for name, value in record.provenance.items() if name != "attention"}
+    with Image.open(tmp_path / "new.png") as image:
+        (tmp_path / "old.png").write_bytes(image_bytes(image, "png", Record(request, facts)))
+    monkeypatch.setenv("SDCLI_ATTENTION", "sdpa")
+    verified = sdcli("generate", "--from", "old.png", "--verify")
+    assert verified.stdout.strip() == "old.png: identical", verified.stderr
 
 
 @pytest.mark.slow
