@@ -75,6 +75,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     import torch
 
+    from sdcli.diffusion.pipeline import load_denoiser
     from sdcli.models import loader
     from sdcli.models.registry import load_registry
 
@@ -83,8 +84,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = "float32" if plain else "auto"
     times = run_sdcli if contender.startswith("sdcli") else run_diffusers
     if times is run_diffusers:
-        loader.keep_freed_memory = lambda: None  # sdcli's own tuning of the allocator
-    model = loader.load_model(spec, device=arguments.device, dtype=dtype)
+        loader.keep_freed_memory = lambda **_: None  # sdcli's own tuning of the allocator
+    load = load_denoiser if times is run_sdcli else loader.load_model
+    model = load(spec, device=arguments.device, dtype=dtype)
     loaded = time.perf_counter() - started
     steps, decode = times(model, arguments)
     cuda = model.device.type == "cuda"
