@@ -20,7 +20,6 @@ from sdcli.diffusion.preview_decoder import PreviewDecoder
 from sdcli.encoders.clip_vision import ImagePrompting
 from sdcli.encoders.conditioning import Encode
 from sdcli.errors import UsageError
-from sdcli.io.devices import keep_freed_memory
 from sdcli.models.ip_adapter import IpAdapter, with_ip_adapters
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
@@ -33,11 +32,9 @@ def load_denoiser(spec: ModelSpec, *, attention: str = "auto", **options: Any) -
 
     `attention` is one of `sliced.WAYS`, or auto; it matters in half precision on the CPU only. Raises UsageError.
     """
-    model = load_model(spec, **options)
-    if model.device.type != "cpu":
-        return model
-    keep_freed_memory(large=True)
-    if model.dtype == torch.float32 or not attention_layers(model.unet, SELF_ATTENTION):
+    model = load_model(spec, large_buffers=True, **options)
+    half_on_cpu = model.device.type == "cpu" and model.dtype != torch.float32
+    if not half_on_cpu or not attention_layers(model.unet, SELF_ATTENTION):
         return model
     way = quick_way(attention)
     if way == SLICED:

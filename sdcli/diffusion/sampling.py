@@ -115,8 +115,7 @@ def scheduler_for(model: LoadedModel, request: ResolvedRequest) -> Any:
     cell = model.spec.kind.cell
     further = model.family.timesteps(model.scheduler_config, request.height // cell, request.width // cell)
     scheduler.set_timesteps(steps, device=model.device, **further)
-    if (
-        not hasattr(scheduler, "sigmas") and int(scheduler.timesteps.max()) >= levels
-    ):  # its `steps_offset` is one too far
+    by_index = not hasattr(scheduler, "sigmas")  # looks timesteps up in the schedule; `steps_offset` can be beyond it
+    if by_index and int(scheduler.timesteps.max()) >= levels:
         raise UsageError(f"{steps} steps are too many for {request.scheduler} with {model.spec.name}; use fewer")
     return scheduler

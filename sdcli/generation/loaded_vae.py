@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from sdcli.generation.settings import RunSettings
 from sdcli.images.pixels import from_pixels
-from sdcli.io.devices import keep_freed_memory
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
 from sdcli.models.registry import ModelSpec
@@ -33,9 +33,8 @@ class LoadedVae:
     def load(cls, spec: ModelSpec, run: RunSettings) -> LoadedVae:
         """Load the VAE of a model; `auto` computes in float32, since what is encoded should survive the round trip."""
         dtype = "float32" if run.dtype == "auto" else run.dtype
-        model = load_model(spec, device=run.device, dtype=dtype, offline=run.offline, parts=("vae",))
-        if model.device.type == "cpu":
-            keep_freed_memory(large=True)
+        options: dict[str, Any] = {"device": run.device, "dtype": dtype, "offline": run.offline}
+        model = load_model(spec, parts=("vae",), large_buffers=True, **options)
         factor, shift = autoencoder.scaling_factor(model.vae), autoencoder.shift_factor(model.vae)
         # nothing is multiplied, so nothing is rounded
         model.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)

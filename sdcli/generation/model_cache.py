@@ -118,8 +118,12 @@ class ModelCache:
 
     def _load_models(self, job: ResolvedJob) -> None:
         run = self.run
-        options: dict[str, Any] = {"device": run.device, "dtype": run.dtype, "offline": run.offline}
-        options["attention"] = run.attention
+        options: dict[str, Any] = {
+            "device": run.device,
+            "dtype": run.dtype,
+            "offline": run.offline,
+            "attention": run.attention,
+        }
         state, refiner_state = _state(job.model), _state(job.refiner)
         if self._base is None or self._base_state != state:
             if self._base is not None:

@@ -31,7 +31,7 @@ from sdcli.generation.events import (
 )
 from sdcli.generation.model_cache import Lease
 from sdcli.generation.observers.observer import Observer, Recording
-from sdcli.generation.observers.preview import preview_or_none, previews_of_rows
+from sdcli.generation.observers.preview import preview_or_none, previews_or_none
 from sdcli.generation.plan import Batch
 from sdcli.generation.prompt_notes import prompt_notes
 from sdcli.generation.resolve.jobs import ResolvedJob
@@ -181,7 +181,7 @@ def _denoise(
                 return _Denoised(None)
             preview = partial(preview_or_none, pipeline, requests, step, lease.safety_checker)
             rows = [row for row, job in enumerate(group) if job in wanted]
-            previews = partial(previews_of_rows, pipeline, requests, step, lease.safety_checker, rows)
+            previews = partial(previews_or_none, pipeline, requests, step, lease.safety_checker, rows=rows)
             yield Progress(_indices(left), step.index, step.count, preview, previews)
             if passes and step.index + 1 == step.count:
                 yield Phase("denoise", _indices(left), detail, passes.pop(0))

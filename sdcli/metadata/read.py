@@ -112,41 +112,31 @@ def read_image(path: Path) -> ImageInfo:
         return info
 
 
-def read_image_bytes(data: bytes, *, name: str) -> ImageInfo:
-    """Like `read_image`, for an image held in memory, such as an upload; `name` is its name in error sentences."""
-    with _opened(io.BytesIO(data), Path(name)) as (_, info):
-        return info
+def read_image_bytes(data: bytes, *, name: str) -> tuple[ImageInfo, dict[str, str]]:
+    """Like `read_image`, for an image held in memory, such as an upload; and all its texts by their places.
 
-
-def image_bytes_info(data: bytes, *, name: str) -> tuple[ImageInfo, dict[str, str]]:
-    """`read_image_bytes`, and all texts of the image by their places."""
-    file = io.BytesIO(data)
-    try:
-        with open_safely(file) as image:
-            image.load()
-            found = image_texts(file, image)
-            info = ImageInfo(Path(name), *image.size, _FORMATS[str(image.format)])
-            return _with_record(info, found), found.texts
-    except BadImage as error:
-        raise BadImage(f"{name}: {error}") from None
+    `name` is its name in error sentences.
+    """
+    with _opened(io.BytesIO(data), Path(name)) as (_, info, texts):
+        return info, texts
 
 
 @contextlib.contextmanager
 def image_and_info(path: Path) -> Iterator[tuple[Image.Image, ImageInfo]]:
     """Open and decode an image file: yield the image and its `read_image` info. Raises what `read_image` raises."""
     check_readable(path)
-    with _opened(path, path) as opened:
-        yield opened
+    with _opened(path, path) as (image, info, _):
+        yield image, info
 
 
 @contextlib.contextmanager
-def _opened(file: Path | io.BytesIO, path: Path) -> Iterator[tuple[Image.Image, ImageInfo]]:
+def _opened(file: Path | io.BytesIO, path: Path) -> Iterator[tuple[Image.Image, ImageInfo, dict[str, str]]]:
     try:
         with open_safely(file) as image:
             image.load()
             found = image_texts(file, image)
             info = ImageInfo(path, *image.size, _FORMATS[str(image.format)])
-            yield image, _with_record(info, found)
+            yield image, _with_record(info, found), found.texts
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
 

@@ -33,8 +33,11 @@ def load_model(
     parts: Iterable[Part] | None = None,
     needs: Part = "unet",
     leave_out: Container[str] = (),
+    large_buffers: bool = False,
 ) -> LoadedModel:
     """Load a model from the source of its spec, or some `parts` of it. The network is never used.
+
+    With `large_buffers` the CPU's memory is kept for buffers above 32 MiB, too (see `keep_freed_memory`).
 
     Without `parts` everything is loaded except `leave_out`; a model without the part `needs` is refused.
     Raises NotFound, Offline (a hub model that is not in the cache; `sdcli models pull` gets it), BadWeights and
@@ -44,7 +47,7 @@ def load_model(
     spec = described(spec)
     target = pick_device(device)
     if target.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(large=large_buffers)
     number = pick_dtype(spec.defaults.dtype if dtype == "auto" else dtype, target)
     source = part_loader(spec, number, offline=offline)
     wanted = tuple(part for part in source.parts if part not in leave_out) if parts is None else tuple(parts)

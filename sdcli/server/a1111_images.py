@@ -5,7 +5,6 @@ Runs in a thread of the server's process, on images whose headers were checked b
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from sdcli.request.fields import ImageBytes
 from sdcli.server.a1111_fields import image_settings, refused
 from sdcli.server.a1111_models import Img2Img
 from sdcli.server.native import ApiError
-from sdcli.server.remote_fields import image_in
+from sdcli.server.remote_fields import as_upload, image_in
 
 RADII = (256, 64, 16, 4)
 """Of the blurs that fill a masked part from around, in pixels, the coarse ones first."""
@@ -90,8 +89,4 @@ def _mask(upload: ImageBytes, size: tuple[int, int], *, inverted: bool | int | N
 
 
 def _as_png(field: str, image: Image.Image | None) -> dict[str, ImageBytes]:
-    if image is None:
-        return {}
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return {field: ImageBytes.model_validate(file.getvalue())}
+    return {} if image is None else {field: as_upload(image)}

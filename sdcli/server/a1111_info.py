@@ -8,7 +8,7 @@ from typing import Any
 from sdcli import __version__
 from sdcli.errors import SdcliError
 from sdcli.metadata.a1111 import parse_a1111
-from sdcli.metadata.read import image_bytes_info
+from sdcli.metadata.read import read_image_bytes
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.server.a1111_fields import all_seeds
 from sdcli.server.a1111_models import PngInfo, Txt2Img
@@ -25,7 +25,7 @@ def info_text(body: Txt2Img, task: ImageTask) -> str:
     first = requests[0]
     seeds = [one.seed for one in requests]
     all_seed, all_subseeds = all_seeds(body, seeds, [one.variation_seed for one in requests])
-    texts = [image_bytes_info(job.done[number].data, name="image")[0].parameters or "" for number in numbers]
+    texts = [read_image_bytes(job.done[number].data, name="image")[0].parameters or "" for number in numbers]
     written = parse_a1111(texts[0])[2]
     prompt, negative = body.prompt or "", body.negative_prompt or ""
     info: dict[str, Any] = {
@@ -83,7 +83,7 @@ def _comments(body: Txt2Img, task: ImageTask) -> list[str]:
 
 def png_info(data: bytes) -> PngInfo:
     """What an image file says of itself. Raises BadImage."""
-    found, texts = image_bytes_info(data, name="image")
+    found, texts = read_image_bytes(data, name="image")
     text = found.parameters or ""
     items: dict[str, Any] = {place: one for place, one in texts.items() if place != "parameters"}
     if found.record is not None:

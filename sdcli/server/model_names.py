@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-from sdcli.models.hub.cache import snapshot_folder
-from sdcli.models.registry import ModelSpec, Registry
-from sdcli.models.sources import FileSource, FolderSource, HubSource
+from sdcli.models.presence import USABLE, presence
+from sdcli.models.registry import Registry
 from sdcli.request.schema import did_you_mean
 from sdcli.server.native import ApiError
 from sdcli.server.settings import ServerSettings
@@ -14,7 +11,7 @@ from sdcli.server.settings import ServerSettings
 
 def models_here(registry: Registry, settings: ServerSettings) -> list[str]:
     """The models whose files are on this machine, those that were loaded at the start first, then the default."""
-    here = [name for name, spec in registry.models.items() if spec.family.supported and _is_here(spec)]
+    here = [name for name, spec in registry.models.items() if spec.family.supported and presence(spec) in USABLE]
     first = [*settings.preload, registry.default]
     return list(dict.fromkeys([*(name for name in first if name in here or name in settings.preload), *here]))
 
@@ -25,12 +22,3 @@ def check_model(name: str, registry: Registry, settings: ServerSettings, *, para
         return name
     hint = did_you_mean(name, registry.models)
     raise ApiError(404, "model_not_found", f"there is no model {name[:100]!r} here{hint}", param=param)
-
-
-def _is_here(spec: ModelSpec) -> bool:
-    match spec.source:
-        case HubSource():
-            return (snapshot_folder(spec.source) / "model_index.json").is_file()
-        case FolderSource(path=path) | FileSource(path=path):
-            return os.path.exists(path)
-    return True

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from typing import Any
 
 from sdcli.errors import SdcliError, UsageError
 from sdcli.request.fields import ImageBytes
 from sdcli.server.native import ApiError
 from sdcli.server.openai_models import EditForm
-from sdcli.server.remote_fields import checked_image
+from sdcli.server.remote_fields import as_upload, checked_image
 
 
 async def edit_fields(form: EditForm, *, max_pixels: int) -> dict[str, Any]:
@@ -32,12 +31,12 @@ def _images(image: bytes, mask: bytes | None, max_pixels: int) -> dict[str, Imag
     fields = {"init_image": checked_image(image, field="image", max_pixels=max_pixels)}
     if mask is not None:
         checked_image(mask, field="mask", max_pixels=max_pixels)
-        fields["mask"] = ImageBytes.model_validate(white_where_transparent(mask))
+        fields["mask"] = white_where_transparent(mask)
     return fields
 
 
-def white_where_transparent(mask: bytes) -> bytes:
-    """A mask as a PNG that is white where it is transparent, which is generated anew, and black elsewhere.
+def white_where_transparent(mask: bytes) -> ImageBytes:
+    """A mask that is white where it is transparent, which is generated anew, and black elsewhere.
 
     sdcli's own rule for masks with transparency asks what their colours are; here only the transparency counts. Raises
     UsageError for a mask without a transparent part.
@@ -55,6 +54,4 @@ def white_where_transparent(mask: bytes) -> bytes:
     transparent = None if alpha is None else alpha < 128
     if transparent is None or not transparent.any():
         raise UsageError("mask: has no transparent part; what is transparent in it is generated anew")
-    file = io.BytesIO()
-    Image.fromarray(np.where(transparent, 255, 0).astype(np.uint8)).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return as_upload(Image.fromarray(np.where(transparent, 255, 0).astype(np.uint8)))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -25,6 +25,9 @@ from sdcli.request.lora_tags import read_tags
 from sdcli.request.prompt_files import OWN
 from sdcli.request.schema import canonical, did_you_mean
 from sdcli.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 NAME = re.compile(r"[\w .+@-]{1,200}")
 """What a name may consist of: no slash, backslash, colon or control character."""
@@ -105,6 +108,13 @@ def checked_image(data: bytes, *, field: str, max_pixels: int) -> ImageBytes:
     if width * height > max_pixels:
         raise UsageError(f"{field}: {width}x{height} is more than {max_pixels} pixels")
     return ImageBytes.model_validate(data)
+
+
+def as_upload(image: Image.Image) -> ImageBytes:
+    """An image that was computed from an upload, as if it had been uploaded."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return ImageBytes.model_validate(file.getvalue())
 
 
 def upload_size(image: ImageInput, cell: int) -> tuple[int, int]:

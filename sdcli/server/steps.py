@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sdcli.server.protocol import Happened, Part, Partial, PreviewImage, Report
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from sdcli.generation.events import Progress
     from sdcli.generation.resolve.jobs import ResolvedJob
 
 Share = tuple[Part, list[int], list[int]]
-"""A job, those of its images that a step is about, and their places among all images of the step."""
+"""A job, those of its images that something is about, and their places among all images that it is about."""
 
 
 class Steps:
@@ -53,16 +50,11 @@ class Steps:
             "per_second": round(rate, 3),
             "seconds_left": round((total - over) / rate, 1),
         }
-        parts: dict[str, Share] = {}
-        for position, number in enumerate(progress.jobs):
-            part, image = self._owners[number]
-            _, own, positions = parts.setdefault(part.id, (part, [], []))
-            own.append(image)
-            positions.append(position)
-        yield from (Happened(part.id, {**step, "images": own}) for part, own, _ in parts.values())
+        parts = shares(self._owners, progress.jobs)
+        yield from (Happened(part.id, {**step, "images": own}) for part, own, _ in parts)
         if over < total:
-            yield from self._partials(progress, list(parts.values()), over, total)
-            yield from self._previews(progress, list(parts.values()), over)
+            yield from self._partials(progress, parts, over, total)
+            yield from self._previews(progress, parts, over)
         if done == progress.count:
             self._before = 0 if over >= total else over
 
@@ -81,23 +73,30 @@ class Steps:
         wanted = [
             share for share in shares if share[0].preview_every is not None and now >= self._next_preview(share[0])
         ]
+        from sdcli.metadata.embed import image_bytes
+
         images = progress.previews() if wanted else []
         for part, own, positions in wanted:
             self._shown[part.id] = time.monotonic()
             for image, position in zip(own, positions, strict=True) if images else ():
-                yield PreviewImage(part.id, image, over, _png(images[position]))
+                yield PreviewImage(part.id, image, over, image_bytes(images[position], "png", None))
 
     def _next_preview(self, part: Part) -> float:
         """When a job wants its next latent preview."""
         return self._shown[part.id] + (part.preview_every or 0.0)
 
 
+def shares(owners: Sequence[tuple[Part, int]], images: Iterable[int]) -> list[Share]:
+    """The jobs that some images of an order belong to. `owners` has the job of each image, and its number there."""
+    found: dict[str, Share] = {}
+    for position, number in enumerate(images):
+        part, image = owners[number]
+        _, own, positions = found.setdefault(part.id, (part, [], []))
+        own.append(image)
+        positions.append(position)
+    return list(found.values())
+
+
 def partial_steps(steps: int, count: int) -> frozenset[int]:
     """After which of the steps, from 1, partial images are decoded: spread evenly, and never after the last one."""
     return frozenset(round(steps * (number + 1) / (count + 1)) for number in range(count)) - {0, steps}
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG", compress_level=1)
-    return file.getvalue()

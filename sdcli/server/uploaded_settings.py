@@ -21,7 +21,7 @@ def uploaded_settings(
 
     Models are taken over by name where `is_usable` says so, LoRAs by the names in their folder. Raises BadImage.
     """
-    info = read_image_bytes(data, name="image")
+    info, _ = read_image_bytes(data, name="image")
     left = dict(info.unmapped)
     if info.request is None:
         return info, None, left

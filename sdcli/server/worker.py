@@ -38,7 +38,7 @@ from sdcli.server.protocol import (
     Unload,
     Unusable,
 )
-from sdcli.server.steps import Steps
+from sdcli.server.steps import Steps, shares
 
 if TYPE_CHECKING:
     from sdcli.generation.events import BatchEvent, Generated
@@ -56,11 +56,10 @@ def work(connection: Connection, settings: RunSettings, preload: Sequence[Resolv
     import torch
 
     from sdcli.generation.model_cache import ModelCache
-    from sdcli.io.devices import keep_freed_memory, pick_device
+    from sdcli.io.devices import pick_device
 
     if threads is not None:
         torch.set_num_threads(threads)
-    keep_freed_memory()
     worker = _Worker(connection, ModelCache(settings))
     threading.Thread(target=worker.listen, daemon=True).start()
     try:
@@ -217,7 +216,7 @@ class _Run:
 
     def _happened(self, images: Iterable[int], **event: object) -> Iterator[Happened]:
         """An event of some images, for each of their jobs."""
-        for part, own in by_part(self._owners, images):
+        for part, own, _ in shares(self._owners, images):
             yield Happened(part.id, {**event, "images": own})
 
     def _is_cancelled(self, job: ResolvedJob) -> bool:
@@ -235,15 +234,6 @@ class _Run:
         part, number = self._owners[generated.job.index]
         data = image_file(lease.pipeline, generated, OutputSettings(format=part.format), quality=part.quality)
         return ImageDone(part.id, number, data, generated.job.request.typed(), round(generated.seconds, 3))
-
-
-def by_part(owners: Sequence[tuple[Part, int]], images: Iterable[int]) -> Iterator[tuple[Part, list[int]]]:
-    """The jobs that some images of an order belong to, each with the numbers that it has for them."""
-    found: dict[str, tuple[Part, list[int]]] = {}
-    for number in images:
-        part, image = owners[number]
-        found.setdefault(part.id, (part, []))[1].append(image)
-    yield from found.values()
 
 
 def _failure(id: str, image: int, error: BaseException) -> ImageFailed:

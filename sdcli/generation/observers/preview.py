@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -18,6 +19,8 @@ from sdcli.io.out_of_memory import MemoryAttempt
 from sdcli.models.safety_checker import SafetyChecker
 from sdcli.request.schema import ResolvedRequest
 from sdcli.vae.decode import decode_with_fallbacks
+
+T = TypeVar("T")
 
 
 def preview_image(
@@ -64,37 +67,22 @@ def preview_images(
     return images
 
 
-def preview_or_none(
-    pipeline: Pipeline,
-    requests: Sequence[ResolvedRequest],
-    step: Step,
-    checker: SafetyChecker | None,
-    *,
-    exact: bool = False,
-) -> Image.Image | None:
+def preview_or_none(*arguments: Any, **options: Any) -> Image.Image | None:
     """`preview_image`, or None where memory runs out, or the numbers are no image."""
-    attempt = MemoryAttempt()
-    with attempt, contextlib.suppress(BadOutput, OutOfMemory):
-        return preview_image(pipeline, requests, step, checker, exact=exact)
-    attempt.ran_out()
-    return None
+    return _if_possible(lambda: preview_image(*arguments, **options), otherwise=None)
 
 
-def previews_of_rows(
-    pipeline: Pipeline,
-    requests: Sequence[ResolvedRequest],
-    step: Step,
-    checker: SafetyChecker | None,
-    rows: Sequence[int],
-    *,
-    exact: bool = False,
-) -> list[Image.Image]:
-    """`preview_images` of some rows of a batch; none where memory runs out, or the numbers are no image."""
+def previews_or_none(*arguments: Any, **options: Any) -> list[Image.Image]:
+    """`preview_images`, or none where memory runs out, or the numbers are no image."""
+    return _if_possible(lambda: preview_images(*arguments, **options), otherwise=[])
+
+
+def _if_possible(compute: Callable[[], T], *, otherwise: T) -> T:
     attempt = MemoryAttempt()
     with attempt, contextlib.suppress(BadOutput, OutOfMemory):
-        return preview_images(pipeline, requests, step, checker, exact=exact, rows=rows)
+        return compute()
     attempt.ran_out()
-    return []
+    return otherwise
 
 
 def _decoded(pipeline: Pipeline, request: ResolvedRequest, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The command's end: the events of `service.generate` from a warm worker, with the command's own writer and files.
 
-`generate` uses a worker where one fits, and generates in this process where none does, or where the worker fails: then
-what is written stays, and the rest gets the same bytes as without any worker. Imports no torch.
+Where the worker fails, `generate` goes on in this process: what is written stays, and the rest gets the same bytes as
+without any worker. Imports no torch until then.
 """
 
 from __future__ import annotations
@@ -100,31 +100,30 @@ def generate(
     jobs: Sequence[ResolvedJob],
     run: RunSettings,
     writer: Writer,
-    worker: Worker | None,
+    worker: Worker,
     *,
     stop: Stop,
     note: Callable[[str], None],
     previews: bool = False,
     keep: float | None = None,
 ) -> Iterator[Event]:
-    """The events of `service.generate`, by a worker as far as there is one; otherwise in this process.
+    """The events of `service.generate`, by a worker, and in this process for what is left where the worker fails.
 
     `note` gets a sentence where the worker fails; `previews` says that some steps will be shown. A worker of
     --keep-warm stays for `keep` seconds after the last job.
     """
     known = _Known()
-    if worker is not None:
-        remote = _RemoteRun(worker, jobs, writer, stop, known, previews=previews)
-        try:
-            yield from remote.events(run, keep)
-            return
-        except Gone:
-            note(without("it has died"))
-        except NoWorker as reason:
-            note(without(str(reason)))
-        finally:
-            worker.wire.close()
-        yield from _completed(jobs, writer, known)
+    remote = _RemoteRun(worker, jobs, writer, stop, known, previews=previews)
+    try:
+        yield from remote.events(run, keep)
+        return
+    except Gone:
+        note(without("it has died"))
+    except NoWorker as reason:
+        note(without(str(reason)))
+    finally:
+        worker.wire.close()
+    yield from _completed(jobs, writer, known)
     from sdcli.generation import service
     from sdcli.generation.model_cache import ModelCache
 

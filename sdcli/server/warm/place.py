@@ -12,7 +12,6 @@ import socket
 import stat
 import struct
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,22 +63,18 @@ class Place:
             raise
         return connection
 
-    def lock(self, *, seconds: float = 0.0) -> int | None:
+    def lock(self) -> int | None:
         """A file descriptor that holds the right to listen until it is closed; None where another process has it."""
         import fcntl
 
         check_folder(create=True)
         descriptor = os.open(self._file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    os.close(descriptor)
-                    return None
-            time.sleep(0.02)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
 
     def listen(self) -> socket.socket:
         """A socket to accept from, for the holder of the lock; a stale one is replaced. Raises CannotWrite."""
