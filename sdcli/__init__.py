@@ -1,3 +1,3 @@
-"""sdcli generates images from text with latent diffusion models; `pipeline.py` is the place to start reading."""
+"""sdcli generates images from text with latent diffusion models. Start reading at `diffusion/sampling.py`."""
 
 __version__ = "0.1.0"

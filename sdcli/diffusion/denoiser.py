@@ -55,18 +55,19 @@ def predict_for(pipeline: Pipeline, run: DenoisingPass) -> Predict:
         return control_residuals(run.controls, timesteps, guess_mode=bool(shared.guess_mode))
 
     def network(conditions: ConditioningSchedule, residuals: Callable[[Conditioning], Residuals]) -> Predict:
+        every = shared.reuse or 1
+        reuse = FeatureReuse(unet, every=every, steps=by_step) if every > 1 else None
+
         def predict_at(step: int) -> Predict:
             condition = conditions.at(step)
             if scale_size is not None:
                 condition = with_guidance_embedding(condition, shared.guidance_scale, size=scale_size)
 
-            def of(network: nn.Module) -> Predict:
+            def with_network(network: nn.Module) -> Predict:
                 return network_predict(network, pipeline.model.family.call, condition, residuals(condition))
 
-            return of(unet) if reuse is None else reuse.predict(of, condition)
+            return with_network(unet) if reuse is None else reuse.predict(with_network, condition)
 
-        every = shared.reuse or 1
-        reuse = FeatureReuse(unet, every=every, steps=by_step) if every > 1 else None
         return run.init.wrap_predict(stepwise(predict_at, by_step) if conditions.changes else predict_at(1))
 
     def conditional(residuals: Callable[[Conditioning], Residuals]) -> Predict:
