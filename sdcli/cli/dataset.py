@@ -186,7 +186,7 @@ def stats(
     tokenizer = None
     if model is not None:
         from sdcli.encoders.tokenizer import load_tokenizer
-        from sdcli.models.hub.download import tokenizer_folder
+        from sdcli.models.hub.folders import tokenizer_folder
 
         tokenizer = load_tokenizer(tokenizer_folder(load_registry(models_file).find(model)))
     images = _open(data, split, image_column, caption_column, caption_extension)

@@ -41,7 +41,7 @@ from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
 from sdcli.generation.writer import Writer
 from sdcli.images.formats import MAX_SIDE, ImageFormat
-from sdcli.models.hub.download import folder_of
+from sdcli.models.hub.folders import folder_of
 from sdcli.models.registry import ControlNetSpec, ModelSpec, load_registry
 from sdcli.request.fields import ImageInput
 from sdcli.request.schedulers import SCHEDULERS

@@ -112,7 +112,7 @@ def pull(
     console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
 
     def brought(name: str, download: Callable[..., PullReport]) -> None:
-        from sdcli.models.hub.download import megabytes
+        from sdcli.io.files import megabytes
 
         with ProgressBar(console, sizes=True) as bar:
             bar.start(name)
@@ -189,7 +189,7 @@ def verify(
     console, registry = Console(quiet=quiet, verbose=verbose, json=json), load_registry(models_file)
 
     def one(name: str) -> None:
-        from sdcli.models.hub.download import verify as verify_in_cache
+        from sdcli.models.hub.manifest import verify as verify_in_cache
 
         spec = registry.find_either(name)
         report = verify_in_cache(spec)
@@ -336,8 +336,8 @@ def convert_checkpoint(
 
     A folder is converted with all pickles in it, their shards and index; OUT may be the same folder.
     """
+    from sdcli.io.files import megabytes
     from sdcli.models.convert import Converted, convert
-    from sdcli.models.hub.download import megabytes
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
 
@@ -365,7 +365,8 @@ def _is_packaged(name: str) -> bool:
 
 
 def _delete_download(spec: ModelSpec | ControlNetSpec, registry: Registry, *, removed: bool) -> None:
-    from sdcli.models.hub.download import delete_from_cache, megabytes
+    from sdcli.io.files import megabytes
+    from sdcli.models.hub.manifest import delete_from_cache
 
     console = Console()
     if not isinstance(spec.source, HubSource):

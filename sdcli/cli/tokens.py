@@ -58,7 +58,7 @@ def command(
         prompt_syntax=syntax,
     )
     from sdcli.encoders.tokenizer import load_tokenizer
-    from sdcli.models.hub.download import tokenizer_folder
+    from sdcli.models.hub.folders import tokenizer_folder
 
     tokenizer = load_tokenizer(tokenizer_folder(spec))
     read: dict[str, Any] = {"steps": request.steps, "syntax": request.prompt_syntax}

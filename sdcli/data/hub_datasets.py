@@ -9,7 +9,7 @@ from typing import Any
 
 from sdcli.data.parquet import ParquetRows, open_rows
 from sdcli.errors import NotFound, Offline, UsageError, first_line
-from sdcli.models.hub.download import offline_by_environment, use_offline
+from sdcli.models.hub.network import offline_by_environment, use_offline
 
 HUB_DATA = re.compile(
     r"(?P<sure>hf://datasets/)?(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"

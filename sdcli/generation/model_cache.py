@@ -29,7 +29,7 @@ from sdcli.generation.settings import RunSettings
 from sdcli.io.digests import FileState
 from sdcli.io.out_of_memory import free_caches
 from sdcli.models.controlnet import ControlNet, load_controlnet, with_controlnets
-from sdcli.models.hub.download import folder_of
+from sdcli.models.hub.folders import folder_of
 from sdcli.models.ip_adapter import load_ip_adapters
 from sdcli.models.lora import with_loras
 from sdcli.models.registry import ControlNetSpec, ModelSpec

@@ -25,7 +25,7 @@ from sdcli.io.lean_diffusers import ControlNetModel, UNet2DConditionModel, lean_
 from sdcli.io.weight_files import check_header, files_digest, in_background, shards
 from sdcli.io.weight_kinds import CONTROLNET, kind_of
 from sdcli.io.weights import empty_network, fill, read_tensors
-from sdcli.models.hub.download import folder_of
+from sdcli.models.hub.folders import folder_of
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.networks import placed
 from sdcli.models.registry import ControlNetSpec

@@ -25,7 +25,7 @@ from sdcli.io.weight_files import check_header, finished
 from sdcli.io.weight_kinds import IP_ADAPTER, kind_of
 from sdcli.io.weights import read_tensors
 from sdcli.models.adapter_files import ip_adapter_path, pinned_ip_adapter
-from sdcli.models.hub.download import folder_of
+from sdcli.models.hub.folders import folder_of
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.request.fields import FileRef
 

@@ -13,7 +13,8 @@ from sdcli.errors import UsageError
 from sdcli.io.devices import keep_freed_memory, pick_device, pick_dtype
 from sdcli.io.weight_files import in_background
 from sdcli.models.folder import PartLoader, from_folder
-from sdcli.models.hub.download import folder_of, use_offline
+from sdcli.models.hub.folders import folder_of
+from sdcli.models.hub.network import use_offline
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.networks import placed
 from sdcli.models.recipe import from_recipe

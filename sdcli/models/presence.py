@@ -21,7 +21,7 @@ def presence(spec: ModelSpec | ControlNetSpec) -> str:
             return "on disk" if path.exists() else "missing"
         case HubSource() as source:
             from sdcli.models.hub.cache import snapshot_folder
-            from sdcli.models.hub.download import first_missing
+            from sdcli.models.hub.repo_files import first_missing
 
             folder = snapshot_folder(source)
             if not folder.is_dir():

@@ -8,7 +8,7 @@ from pathlib import Path
 from sdcli.errors import BadWeights
 from sdcli.io.digests import digest_of
 from sdcli.io.weight_files import shards
-from sdcli.models.hub.download import folder_of
+from sdcli.models.hub.folders import folder_of
 from sdcli.models.layout import read_components
 from sdcli.models.registry import ControlNetSpec, ModelSpec
 from sdcli.models.sources import FileSource, HubSource, RandomSource

@@ -21,7 +21,7 @@ from sdcli.io.lean_diffusers import UNet2DConditionModel, UNet2DModel
 from sdcli.io.weights import network_described
 from sdcli.models.families import family_from_scratch
 from sdcli.models.families.family import Family
-from sdcli.models.hub.download import folder_of
+from sdcli.models.hub.folders import folder_of
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import Part, load_model
 from sdcli.models.model_defaults import ModelDefaults

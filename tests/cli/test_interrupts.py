@@ -81,7 +81,7 @@ def test_a_signal_while_a_file_is_hashed_ends_generate_and_reports_no_bad_job(
     ("arguments", "function"),
     [
         (["info", "a.png", "b.png"], "PIL.Image.open"),
-        (["models", "verify", "starter", "sd15"], "sdcli.models.hub.download.verify"),
+        (["models", "verify", "starter", "sd15"], "sdcli.models.hub.manifest.verify"),
         (["compare", "a.png", "b.png"], "PIL.Image.open"),
         (["selftest", "--device", "cpu"], "sdcli.generation.selftest._Trial.generate"),
     ],

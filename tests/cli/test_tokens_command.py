@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sdcli.cli.tokens import command
 from sdcli.encoders.tokenizer import load_tokenizer
 from sdcli.errors import UsageError
-from sdcli.models.hub.download import tokenizer_folder
+from sdcli.models.hub.folders import tokenizer_folder
 from sdcli.models.registry import load_registry
 from tests.tiny import save_tiny_pipeline
 

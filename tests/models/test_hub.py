@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from sdcli.errors import BadWeights, Offline, UsageError
-from sdcli.io.files import PACKAGE
-from sdcli.models.hub import download as hub
+from sdcli.io.files import PACKAGE, megabytes
+from sdcli.models.hub.download import pull
+from sdcli.models.hub.folders import folder_of
+from sdcli.models.hub.manifest import verify
+from sdcli.models.hub.repo_files import first_missing, wanted_files, weight_files, weighty_parts
 from sdcli.models.registry import ControlNetSpec, ModelSpec
 from sdcli.models.sources import HubSource
 from tests.hub_server import HubServer, Repo, files_of
@@ -429,7 +432,7 @@ def test_remove_files_frees_the_cache(models: Run, tmp_path: Path, model_files: 
     removed = models("remove", "mine", "--files")
     assert removed.returncode == 0, removed.stderr
     size = sum(len(data) for path, data in model_files.items() if path not in EXTRAS)
-    assert f"freed {hub.megabytes(size)} (maker/small)" in removed.stderr
+    assert f"freed {megabytes(size)} (maker/small)" in removed.stderr
     assert cached_blobs(tmp_path) == []
     assert not list((tmp_path / "data").rglob("*.json"))
     assert models("path", NAME).returncode == 4
@@ -445,17 +448,17 @@ def test_weights_of_the_variant_come_first_and_plain_ones_fill_in() -> None:
         "text_encoder/model.fp16-00002-of-00002.safetensors",
         "text_encoder/model.safetensors.index.fp16.json",
     }
-    assert hub.weight_files(present, "unet/diffusion_pytorch_model", variant="fp16") == [
+    assert weight_files(present, "unet/diffusion_pytorch_model", variant="fp16") == [
         "unet/diffusion_pytorch_model.fp16.safetensors"
     ]
-    assert hub.weight_files(present, "unet/diffusion_pytorch_model", variant=None) == [
+    assert weight_files(present, "unet/diffusion_pytorch_model", variant=None) == [
         "unet/diffusion_pytorch_model.safetensors"
     ]
-    assert hub.weight_files(present, "vae/diffusion_pytorch_model", variant="fp16") == [
+    assert weight_files(present, "vae/diffusion_pytorch_model", variant="fp16") == [
         "vae/diffusion_pytorch_model.safetensors"
     ]
-    assert len(hub.weight_files(present, "text_encoder/model", variant="fp16")) == 3
-    assert hub.weight_files(present, "text_encoder/model", variant=None) == []
+    assert len(weight_files(present, "text_encoder/model", variant="fp16")) == 3
+    assert weight_files(present, "text_encoder/model", variant=None) == []
 
 
 def test_a_partial_sdxl_names_the_first_missing_file(tmp_path: Path) -> None:
@@ -464,10 +467,10 @@ def test_a_partial_sdxl_names_the_first_missing_file(tmp_path: Path) -> None:
     spec = ModelSpec(name="small", source=HubSource(kind="hub", repo=NAME, variant="fp16"))
     for refiner in (False, True):
         folder = save_tiny_sdxl(tmp_path / str(refiner), refiner=refiner)
-        assert hub.first_missing(folder, spec) is None
+        assert first_missing(folder, spec) is None
         for path in ("text_encoder_2/model.safetensors", "text_encoder_2/config.json", "tokenizer_2/tokenizer.json"):
             (folder / path).rename(folder / "away")
-            missing = hub.first_missing(folder, spec)
+            missing = first_missing(folder, spec)
             assert missing is not None
             assert missing.partition("/")[0] == path.partition("/")[0]
             (folder / "away").rename(folder / path)
@@ -477,7 +480,7 @@ def test_a_partial_snapshot_names_the_first_missing_file(tmp_path: Path, monkeyp
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     spec = ModelSpec(name="small", source=HubSource(kind="hub", repo=NAME), download_bytes=2_100_000_000)
     with pytest.raises(Offline, match=r"not in the cache .*`sdcli models pull small` \(2\.1 GB\)"):
-        hub.folder_of(spec)
+        folder_of(spec)
     commit = "a" * 40
     folder = tmp_path / "models--maker--small/snapshots" / commit
     folder.mkdir(parents=True)
@@ -486,10 +489,10 @@ def test_a_partial_snapshot_names_the_first_missing_file(tmp_path: Path, monkeyp
     (refs / "main").write_text(commit)
     for path, data in files_of(PACKAGE / "starter").items():
         with pytest.raises(Offline, match=r"only partly in the cache: .* is missing"):
-            hub.folder_of(spec)
+            folder_of(spec)
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data[:100])
-    assert hub.folder_of(spec) == folder
+    assert folder_of(spec) == folder
 
 
 def test_a_controlnet_without_its_shards_or_its_configuration_is_not_whole(tmp_path: Path) -> None:
@@ -497,13 +500,13 @@ def test_a_controlnet_without_its_shards_or_its_configuration_is_not_whole(tmp_p
     shards = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     index = {"weight_map": {str(number): shard for number, shard in enumerate(shards)}}
     files = {"config.json": "{}", "diffusion_pytorch_model.safetensors.index.json": json.dumps(index)}
-    assert hub.first_missing(tmp_path, spec) == "config.json"
+    assert first_missing(tmp_path, spec) == "config.json"
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     for shard in shards:
-        assert hub.first_missing(tmp_path, spec) == shard
+        assert first_missing(tmp_path, spec) == shard
         (tmp_path / shard).touch()
-    assert hub.first_missing(tmp_path, spec) is None
+    assert first_missing(tmp_path, spec) is None
 
 
 def test_the_cache_is_where_huggingface_hub_has_it(tmp_path: Path) -> None:
@@ -525,9 +528,9 @@ def test_the_cache_is_where_huggingface_hub_has_it(tmp_path: Path) -> None:
 
 def test_the_parts_of_a_repository_are_those_that_its_index_names() -> None:
     base = {part: ["library", "Class"] for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    assert hub.weighty_parts(base) == ["unet", "vae", "text_encoder", "text_encoder_2"]
-    assert hub.weighty_parts(base | {"text_encoder": [None, None]}) == ["unet", "vae", "text_encoder_2"]
-    assert hub.weighty_parts({}) == ["unet", "vae", "text_encoder"]
+    assert weighty_parts(base) == ["unet", "vae", "text_encoder", "text_encoder_2"]
+    assert weighty_parts(base | {"text_encoder": [None, None]}) == ["unet", "vae", "text_encoder_2"]
+    assert weighty_parts({}) == ["unet", "vae", "text_encoder"]
     sizes = dict.fromkeys(
         (
             *("model_index.json", "tokenizer_2/vocab.json", "text_encoder_2/config.json", "text_encoder_2/model.onnx"),
@@ -536,19 +539,19 @@ def test_the_parts_of_a_repository_are_those_that_its_index_names() -> None:
         ),
         100,
     )
-    parts = hub.weighty_parts(base | {"text_encoder": [None, None]})
-    wanted = hub.wanted_files(sizes, variant="fp16", repo=NAME, parts=parts)
+    parts = weighty_parts(base | {"text_encoder": [None, None]})
+    wanted = wanted_files(sizes, variant="fp16", repo=NAME, parts=parts)
     assert set(sizes) - set(wanted) == {
         *("text_encoder_2/model.onnx", "text_encoder_2/model.safetensors", "sd_xl.safetensors")
     }
     with pytest.raises(BadWeights, match="has no text_encoder/model"):
-        hub.wanted_files(sizes, variant="fp16", repo=NAME, parts=hub.weighty_parts(base))
+        wanted_files(sizes, variant="fp16", repo=NAME, parts=weighty_parts(base))
 
 
 def test_a_family_that_is_not_supported_is_refused_before_the_network_is_asked() -> None:
     source = HubSource(kind="hub", repo="maker/flux")
     with pytest.raises(UsageError, match="of the flux family, which is not yet supported"):
-        hub.pull(ModelSpec(name="flux", source=source, family="flux"), offline=False)
+        pull(ModelSpec(name="flux", source=source, family="flux"), offline=False)
 
 
 def test_a_model_of_another_source_is_not_pulled_or_verified() -> None:
@@ -556,15 +559,15 @@ def test_a_model_of_another_source_is_not_pulled_or_verified() -> None:
 
     spec = ModelSpec(name="tiny", source=RandomSource(kind="random", architecture="tiny"), download_bytes=0)
     with pytest.raises(UsageError, match="needs no download"):
-        hub.pull(spec, offline=True)
+        pull(spec, offline=True)
     with pytest.raises(UsageError, match="was not pulled"):
-        hub.verify(spec)
+        verify(spec)
 
 
 def test_a_listing_that_lies_about_small_files_is_refused() -> None:
     sizes = dict.fromkeys(files_of(PACKAGE / "starter"), 100) | {"tokenizer/vocab.json": 10**10}
     with pytest.raises(BadWeights, match=r"vocab\.json has 10 GB"):
-        hub.wanted_files(sizes, variant=None, repo=NAME)
+        wanted_files(sizes, variant=None, repo=NAME)
 
 
 def test_the_lora_of_a_preset_and_a_preview_vae_come_when_they_are_asked_for(

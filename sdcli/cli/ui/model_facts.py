@@ -31,7 +31,7 @@ def summary(spec: ModelSpec | ControlNetSpec, registry: Registry) -> dict[str, A
 
 def local_path(spec: ModelSpec | ControlNetSpec) -> Path | None:
     """Where a model's files are, or None for one without files. Raises Offline for one that is not downloaded."""
-    from sdcli.models.hub.download import folder_of
+    from sdcli.models.hub.folders import folder_of
 
     return spec.source.path if isinstance(spec.source, FileSource) else folder_of(spec)
 
@@ -80,7 +80,7 @@ def preset_of(spec: ModelSpec) -> dict[str, Any]:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the list, as texts."""
-    from sdcli.models.hub.download import megabytes
+    from sdcli.io.files import megabytes
 
     return (
         f"{'*' if row['default'] else ' '} {row['name']}",

@@ -34,7 +34,7 @@ from sdcli.metadata.embed import parameters_text
 from sdcli.metadata.read import read_image
 from sdcli.models.families import SD3
 from sdcli.models.folder import from_folder
-from sdcli.models.hub.download import first_missing
+from sdcli.models.hub.repo_files import first_missing
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry, spec_of_folder
 from sdcli.request.jobs import Line
