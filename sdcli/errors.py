@@ -107,6 +107,18 @@ def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
         raise SomeFailed(f"{len(errors)} of {of} images failed")
 
 
+def packed_error(error: SdcliError) -> tuple[list[str], str]:
+    """An error as plain values: the names of its classes, the most particular first, and its sentence."""
+    return [kind.__name__ for kind in type(error).__mro__], str(error)
+
+
+def unpacked_error(packed: tuple[list[str], str]) -> SdcliError:
+    """The error, of the most particular of its classes that is in this module: those decide the exit code."""
+    names, sentence = packed
+    kind = next(kind for name in names if isinstance(kind := globals().get(name), type))
+    return kind(sentence) if issubclass(kind, SdcliError) else SdcliError(sentence)
+
+
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "another error (such as a damaged model file or an unreadable image)",

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sdcli"
 FOLDERS = (
     "cli",
     "server",
+    "cluster",
     "training",
     "data",
     "generation",

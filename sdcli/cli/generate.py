@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from sdcli.cli.options.cluster import (
+    CLUSTER,
+    ClusterOpt,
+    GpusOpt,
+    ThreadsOpt,
+    WorkersOpt,
+    cluster_settings,
+    refuse_with_cluster,
+)
 from sdcli.cli.options.flags import field_options
 from sdcli.cli.options.from_image import recorded_fields
 from sdcli.cli.options.prompts import dynamic_lines, left_as_text, prompt_lines
@@ -25,6 +33,7 @@ from sdcli.cli.options.shared import (
     QuietOpt,
     VerboseOpt,
 )
+from sdcli.cli.refusals import refusals
 from sdcli.cli.sweep_sheet import SweepSheet
 from sdcli.cli.ui.console import Console, readable_json
 from sdcli.cli.ui.preview import TERMINAL, Preview, check_preview, check_terminal, to_file
@@ -33,24 +42,25 @@ from sdcli.cli.ui.results import report, report_failure
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.cli.ui.terminal_images import best_renderable
 from sdcli.cli.warm_worker import OPT_OUT, check_keep_warm, generate_events, seconds_of
-from sdcli.errors import SdcliError, UsageError, raise_for, same_for_all
+from sdcli.errors import UsageError, raise_for, same_for_all
 from sdcli.generation.events import Note, Phase, Progress
 from sdcli.generation.filenames import check_output, known_paths, output_settings
 from sdcli.generation.journal import Journal
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
 from sdcli.generation.writer import Writer
-from sdcli.images.formats import MAX_SIDE, ImageFormat
-from sdcli.models.hub.folders import folder_of
-from sdcli.models.registry import ControlNetSpec, ModelSpec, load_registry
+from sdcli.images.formats import ImageFormat
+from sdcli.io.threads import use_threads
+from sdcli.models.registry import load_registry
 from sdcli.request.fields import ImageInput
+from sdcli.request.input_files import stdin_bytes
 from sdcli.request.schedulers import SCHEDULERS
 from sdcli.request.schema import GenerationRequest, canonical, parse_size
 from sdcli.request.sweep import parse_axis, swept
 from sdcli.request.wildcards import Wildcards
 
 PROMPTS, OUTPUT, EXPLAIN, RUN = "Prompts", "Output", "Explanations", "The run"
-SECTIONS = (PROMPTS, MODEL, IMAGE, START, CONTROL, OUTPUT, EXPLAIN, RUN)
+SECTIONS = (PROMPTS, MODEL, IMAGE, START, CONTROL, OUTPUT, EXPLAIN, RUN, CLUSTER)
 _prompts, _image, _output, _explain, _run = (
     partial(typer.Option, rich_help_panel=panel) for panel in (PROMPTS, IMAGE, OUTPUT, EXPLAIN, RUN)
 )
@@ -197,6 +207,10 @@ def command(
         bool,
         _run("--no-server", help=f"Do not use a warm worker, of --keep-warm or `sdcli serve` (or set {OPT_OUT}=1)."),
     ] = False,
+    cluster: ClusterOpt = None,
+    workers: WorkersOpt = None,
+    threads: ThreadsOpt = None,
+    gpus_per_worker: GpusOpt = None,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -225,6 +239,14 @@ def command(
         safety=safety,
         lora_dir=lora_dir,
     )
+    nodes = cluster_settings(cluster, workers=workers, threads=threads, gpus=gpus_per_worker, device=device)
+    if nodes is not None:
+        refuse_with_cluster(verify=verify, dry_run=dry_run, trace=trace, trace_format=trace_format, heatmap=heatmap)
+        refuse_with_cluster(preview=preview, show=show, keep_warm=keep_warm)
+        if prompts_file is None:
+            raise UsageError("--cluster needs --prompts-file, whose journal says which images are finished")
+    elif threads is not None:
+        use_threads(threads)
     registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
     dynamic = dynamic_prompts or all_combinations or wildcards is not None
     if trace_format is not None and trace is None:
@@ -291,7 +313,7 @@ def command(
         trace=traced,
         heatmap=words,
     )
-    journal, base_seed = None, secrets.randbelow(2**32)
+    journal, source, base_seed = None, "", secrets.randbelow(2**32)
     if prompts_file is not None:
         journal = Journal.open(settings.outdir)
         source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
@@ -318,8 +340,12 @@ def command(
         _print_requests(jobs, console)
     else:
         sheet = SweepSheet.of(jobs, axes, num_images=num_images) if axes else None
-        warm: dict[str, Any] = {"use": not no_server, "keep": kept}
-        _generate(jobs, run, settings, journal, console, sheet=sheet, preview=preview, show=show, warm=warm)
+        if nodes is not None and stdin_bytes.cache_info().currsize:
+            raise UsageError("--cluster takes no image from stdin, which the workers cannot read; save it as a file")
+        where: dict[str, Any] = {"use": not no_server, "keep": kept}
+        if nodes is not None:
+            where = {"cluster": nodes, "begun": (source, base_seed)}
+        _generate(jobs, run, settings, journal, console, sheet=sheet, preview=preview, show=show, where=where)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -357,14 +383,16 @@ def _generate(
     sheet: SweepSheet | None,
     preview: str | None,
     show: bool,
-    warm: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Generate what can be generated, report it, and lay it out on the sheet of a sweep.
+
+    `where`: options of `generate_events`, in this process or a warm worker, or of `cluster_events`.
 
     Bad requests, unusable folders and missing models are reported before torch is imported.
     """
     alone = len(jobs) == 1
-    refused = dict(_refusals(jobs, settings))
+    refused = dict(refusals(jobs, settings))
     errors = list(refused.values())
     for job in jobs:
         if job.index in refused:
@@ -381,9 +409,7 @@ def _generate(
         except UsageError as error:
             console.warn(f"no contact sheet of the sweep: {error}")
             sheet = None
-    stop = GracefulStop(console).install()
-    writer, previews = Writer(settings, journal), preview is not None
-    events = generate_events(good, run, writer, console, stop=stop, previews=previews, **warm)
+    stop = GracefulStop(console, unit="the current step" if "cluster" in where else "the current image").install()
     renderable = best_renderable() if show else None
     paths: dict[int, Path] = {}
     with GenerationProgress(console, images=preview == TERMINAL) as display:
@@ -391,6 +417,14 @@ def _generate(
         if preview is not None:
             shown = display.image if preview == TERMINAL else to_file(Path(preview))
             watched = Preview(shown, warn=console.warn, detail=console.detail)
+        if "cluster" in where:
+            from sdcli.cli.on_cluster import cluster_events
+
+            assert journal is not None
+            events = cluster_events(good, run, settings, journal, console=console, bar=display, stop=stop, **where)
+        else:
+            writer, previews = Writer(settings, journal), preview is not None
+            events = generate_events(good, run, writer, console, stop=stop, previews=previews, **where)
         for event in events:
             if isinstance(event, Phase):
                 display.phase(event)
@@ -414,37 +448,3 @@ def _generate(
     if sheet is not None and paths:
         sheet.write(paths, settings, console)
     raise_for(errors, of=len(jobs))
-
-
-def _refusals(jobs: list[ResolvedJob | BadJob], output: OutputSettings) -> Iterator[tuple[int, SdcliError]]:
-    """(index, error) of each job that is malformed, too large for its file format, or lacks a model on this machine.
-
-    With --resume models are not looked for: the images that an earlier run finished need none.
-    """
-    missing: dict[tuple[type, str], SdcliError | None] = {}
-    for job in jobs:
-        if isinstance(job, BadJob):
-            yield job.index, job.error
-            continue
-        width, height = job.request.final_size
-        if max(width, height) > MAX_SIDE[output.format]:
-            yield job.index, UsageError(f"an image of {width}x{height} is too long for {output.format}; use png")
-            continue
-        for spec in () if output.resume else (job.model, job.refiner, *job.controlnets.values()):
-            if spec is None:
-                continue
-            key = type(spec), spec.name
-            if key not in missing:
-                missing[key] = _absence(spec)
-            if (error := missing[key]) is not None:
-                yield job.index, error
-                break
-
-
-def _absence(spec: ModelSpec | ControlNetSpec) -> SdcliError | None:
-    """The error for a model whose files are not all on this machine, such as one that was never pulled."""
-    try:
-        folder_of(spec)
-    except SdcliError as error:
-        return error
-    return None

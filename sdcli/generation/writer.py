@@ -5,8 +5,10 @@ Imports no torch: where a warm worker generates, the images are written by a pro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -69,30 +71,51 @@ class Writer:
         """The side files of a finished image; of a folder of them the last one that is written."""
         return tuple(self.output.beside(image))
 
+    def reserve(self, jobs: Iterable[ResolvedJob]) -> dict[int, str]:
+        """The names that the images of jobs will get, by index, where other processes write them.
+
+        A job whose name cannot be made has none; writing it raises the error.
+        """
+        names: dict[int, str] = {}
+        for job in jobs:
+            with contextlib.suppress(UsageError):
+                names[job.index] = next(name for _, name in self._free_names(job) if self._may_write(name))
+                self._names.add(names[job.index].lower())
+        return names
+
     def write(self, job: ResolvedJob, data: bytes) -> Path:
         """Write the file of one image under a name that is free or may be overwritten."""
-        request, output = job.request, self.output
-        size = dict(zip(("width", "height"), request.final_size, strict=True))
-        own = {"index": job.index, "custom_id": job.custom_id or "none"}
-        fields = {**request.model_dump(), **size, **own}
-        name = image_name(output.template, fields, suffix=SUFFIX_OF[output.format])
-        for number in itertools.count(1):
-            candidate = numbered(name, number)
-            if str(candidate).lower() in self._names:
-                continue
+        output = self.output
+        for number, name in self._free_names(job):
             try:
-                for file in self.side_files(output.outdir / candidate):
+                for file in self.side_files(output.outdir / name):
                     check_new(file, overwrite=output.overwrite)
                 if self._journal is not None:
-                    self._journal.note(request.key(), self._keys[job.index], str(candidate), data)
-                write_whole(output.outdir / candidate, data, overwrite=output.overwrite)
+                    self._journal.note(job.request.key(), self._keys[job.index], name, data)
+                write_whole(output.outdir / name, data, overwrite=output.overwrite)
             except AlreadyExists:
                 if is_literal(output.template) and number == 1:
                     raise
                 continue
-            self._names.add(str(candidate).lower())
-            return output.outdir / candidate
+            self._names.add(name.lower())
+            return output.outdir / name
         raise AssertionError("unreachable")
+
+    def _free_names(self, job: ResolvedJob) -> Iterator[tuple[int, str]]:
+        """(number, name) of the names of an image, as they are tried, without those that this run has used."""
+        request = job.request
+        size = dict(zip(("width", "height"), request.final_size, strict=True))
+        own = {"index": job.index, "custom_id": job.custom_id or "none"}
+        fields = {**request.model_dump(), **size, **own}
+        name = image_name(self.output.template, fields, suffix=SUFFIX_OF[self.output.format])
+        for number in itertools.count(1):
+            candidate = str(numbered(name, number))
+            if candidate.lower() not in self._names:
+                yield number, candidate
+
+    def _may_write(self, name: str) -> bool:
+        path = self.output.outdir / name
+        return self.output.overwrite or not any(map(os.path.lexists, (path, *self.side_files(path))))
 
     def write_side_files(self, image: Path, files: Iterable[SideFile], *, replace: bool) -> tuple[Path, ...]:
         """Write the side files of an image, whose name gives them theirs.

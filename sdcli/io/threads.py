@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables that set how the threads of an OpenMP library wait: any, GNU's, and those of LLVM and Intel."""
@@ -17,3 +18,10 @@ def wait_without_spinning() -> None:
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with so many threads, as `OMP_NUM_THREADS` does from outside; the bytes are the same."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if (torch := sys.modules.get("torch")) is not None:  # which has read that variable already
+        torch.set_num_threads(count)

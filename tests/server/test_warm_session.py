@@ -15,7 +15,16 @@ import pytest
 
 from sdcli.cli.ui.console import Console
 from sdcli.cli.warm_worker import generate_events, seconds_of
-from sdcli.errors import CannotWrite, Interrupted, NotFound, OutOfMemory, SdcliError, UsageError
+from sdcli.errors import (
+    CannotWrite,
+    Interrupted,
+    NotFound,
+    OutOfMemory,
+    SdcliError,
+    UsageError,
+    packed_error,
+    unpacked_error,
+)
 from sdcli.generation import service
 from sdcli.generation.events import Event, Progress, Result
 from sdcli.generation.journal import Journal
@@ -31,7 +40,7 @@ from sdcli.server.warm import place as place_module
 from sdcli.server.warm.client import Worker
 from sdcli.server.warm.client import generate as generate_warm
 from sdcli.server.warm.identity import identity
-from sdcli.server.warm.messages import Gone, Wire, greeting, packed_error, unpacked_error
+from sdcli.server.warm.messages import Gone, Wire, greeting
 from sdcli.server.warm.place import Place, Unsafe, check_folder
 from sdcli.server.warm.session import SessionProgress, carry_out, take_order
 from tests.server.warm import LINE, listening, runtime_folder

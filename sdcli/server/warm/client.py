@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcli.errors import SdcliError, Stop, stop_if_asked
+from sdcli.errors import SdcliError, Stop, packed_error, stop_if_asked, unpacked_error
 from sdcli.generation.events import Event, Note, Phase, Progress, Result, SideFile
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import RunSettings
 from sdcli.generation.writer import Writer
 from sdcli.request.input_files import stdin_bytes
 from sdcli.server.warm.identity import difference, identity
-from sdcli.server.warm.messages import Gone, Message, Wire, packed_error, unpacked_error
+from sdcli.server.warm.messages import Gone, Message, Wire
 from sdcli.server.warm.place import ANSWER, Place, Unsafe
 
 if TYPE_CHECKING:

@@ -18,9 +18,6 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sdcli.errors
-from sdcli.errors import SdcliError
-
 Message = tuple[Any, ...]
 """Its kind, a word, and its values."""
 LARGEST = 2**31
@@ -133,15 +130,3 @@ def greeting(
         "patience": patience,
         "retires": retires,
     }
-
-
-def packed_error(error: SdcliError) -> tuple[list[str], str]:
-    """An error as plain values: the names of its classes, the most particular first, and its sentence."""
-    return [kind.__name__ for kind in type(error).__mro__], str(error)
-
-
-def unpacked_error(packed: tuple[list[str], str]) -> SdcliError:
-    """The error, of the most particular of its classes that all modules know: those decide the exit code."""
-    names, sentence = packed
-    kind = next(kind for name in names if isinstance(kind := getattr(sdcli.errors, name, None), type))
-    return kind(sentence) if issubclass(kind, SdcliError) else SdcliError(sentence)

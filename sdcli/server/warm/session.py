@@ -20,13 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from sdcli.errors import Interrupted, SdcliError
+from sdcli.errors import Interrupted, SdcliError, packed_error, unpacked_error
 from sdcli.generation.events import Event, Note, Phase, Progress, Result, SideFile
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.writer import Writer
 from sdcli.request.input_files import stdin_bytes
-from sdcli.server.warm.messages import Gone, Message, Wire, packed_error, unpacked_error
+from sdcli.server.warm.messages import Gone, Message, Wire
 from sdcli.server.warm.place import as_option
 
 if TYPE_CHECKING:

@@ -1,0 +1,171 @@
+"""Images on a cluster, the driver's side: batches become units, rows become results. Imports no torch.
+
+The batches are planned once, over all jobs, so an image has the same batch mates, and with them the same bytes, whoever
+generates it and whenever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
+from sdcli.cluster.run import ClusterEngine, run_units
+from sdcli.cluster.scheduler import UnitScheduler
+from sdcli.cluster.units import ItemDone, Program, Remarked, Throughput, Trouble, Unit, UnitFailed
+from sdcli.errors import CannotWrite, Interrupted, Stop, unpacked_error
+from sdcli.generation.events import Note, Result
+from sdcli.generation.journal import Journal
+from sdcli.generation.plan import Batch, Limits, models_of, plan
+from sdcli.generation.resolve.jobs import ResolvedJob
+from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.writer import Writer
+from sdcli.io.temporary_files import temporary_path
+
+WORKER = "sdcli.cluster.generate_worker:start"
+
+
+@dataclass(frozen=True)
+class GenerateSetup:
+    """What the workers of a run need to know once."""
+
+    run: RunSettings
+    output: OutputSettings
+    on_gpu: bool
+    """What the batches were planned for."""
+    part: str
+    """The beginning of the names of this run's parts of the journal."""
+    begun: tuple[str, int]
+    """The prompts file, and its base seed."""
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The payload of a unit: jobs that are denoised together, and the names of the images that are to be written."""
+
+    jobs: tuple[ResolvedJob, ...]
+    names: Mapping[int, str]
+
+
+ClusterEvent = Result | Note | Trouble | Throughput
+
+
+def generate(
+    jobs: Sequence[ResolvedJob],
+    run: RunSettings,
+    output: OutputSettings,
+    journal: Journal,
+    cluster: ClusterSettings,
+    *,
+    begun: tuple[str, int],
+    stop: Stop,
+) -> Iterator[ClusterEvent]:
+    """Generate every job on a cluster; yields one Result for each job, as `service.generate` does.
+
+    `begun` are the prompts file and its base seed. Where the output resumes an earlier run, finished jobs are skipped,
+    and where nothing is left no cluster is started. Raises the reason of `stop`, an error that concerns every job, and
+    CannotWrite.
+    """
+    if output.resume:
+        journal.take_in_parts()
+    writer = Writer(output, journal)
+    finished = writer.finished(jobs)
+    for job in jobs:
+        if job.index in finished:
+            yield Result("skipped", job, path=finished[job.index])
+    if len(finished) == len(jobs):
+        return
+    with RayEngine(cluster) as engine:
+        limits = Limits(run.batch_size, on_gpu=engine.device == "cuda")
+        yield from _on(engine, jobs, replace(run, device=engine.device), writer, journal, limits, finished, begun, stop)
+
+
+def _on(
+    engine: ClusterEngine,
+    jobs: Sequence[ResolvedJob],
+    run: RunSettings,
+    writer: Writer,
+    journal: Journal,
+    limits: Limits,
+    finished: Mapping[int, Path],
+    begun: tuple[str, int],
+    stop: Stop,
+) -> Iterator[ClusterEvent]:
+    output, part = writer.output, secrets.token_hex(4)
+    batches = [batch for whole in plan(jobs, limits) if (batch := whole.without(set(finished))).wanted]
+    scheduler = UnitScheduler(_units(batches, writer), one_need=len({models_of(job) for job in jobs}) == 1)
+    entries: list[dict[str, object]] = []  # safe in the workers' parts of the journal, so they can wait for a second
+    with _probe(output.outdir) as probe:
+        setup = GenerateSetup(run, output, limits.on_gpu, part, begun)
+        program = Program(WORKER, setup, os.getcwd(), str(probe))
+        over = False
+        try:
+            for event in run_units(engine, scheduler, program, stop=stop, most=len(batches)):
+                match event:
+                    case ItemDone():
+                        if "entry" in event.values:
+                            entries.append(event.values["entry"])
+                        yield _result(event, output.outdir)
+                    case UnitFailed():
+                        wanted = set(event.items)
+                        failed = (job for job in event.unit.payload.jobs if job.index in wanted)
+                        yield from (Result("failed", job, error=event.error) for job in failed)
+                    case Remarked():
+                        yield Note(event.text, event.items)
+                    case Throughput():
+                        journal.add(entries)
+                        entries.clear()
+                        yield event
+                    case Trouble():
+                        yield event
+            over = True
+        except Interrupted as reason:
+            over = reason is stop()  # else it came in the middle, and workers may still write
+            raise
+        finally:
+            journal.add(entries)
+            if over:
+                for number in range(1, engine.workers + 1):
+                    engine.kill(number)
+                _remove_parts(output.outdir, part)
+
+
+def _units(batches: Sequence[Batch], writer: Writer) -> Iterator[Unit]:
+    """The units of batches. Names are chosen in the order of the plan, which no worker can change."""
+    for number, batch in enumerate(batches, start=1):
+        wanted = batch.wanted_jobs
+        order = BatchOrder(batch.jobs, writer.reserve(wanted))
+        needs = " ".join(name for name in models_of(batch.jobs[0]) if name is not None)
+        yield Unit(number, tuple(job.index for job in wanted), order, needs)
+
+
+def _result(done: ItemDone, outdir: Path) -> Result:
+    job = next(job for job in done.unit.payload.jobs if job.index == done.item)
+    values = done.values
+    if "error" in values:
+        return Result(values["status"], job, error=unpacked_error(values["error"]))
+    return Result("done", job, outdir / values["path"], values["seconds"], tuple(values["fallbacks"]))
+
+
+@contextlib.contextmanager
+def _probe(folder: Path) -> Iterator[Path]:
+    """A file in the output folder, by which a worker knows that it sees the same folder. Raises CannotWrite."""
+    path = temporary_path(folder, "probe")
+    try:
+        path.touch(exist_ok=False)
+    except OSError as error:
+        raise CannotWrite(f"cannot write into {folder}: {error.strerror}") from None
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _remove_parts(folder: Path, part: str) -> None:
+    """Remove what this run's workers noted, all of which is in the journal itself now."""
+    for file in folder.glob(f".sdcli-journal-{part}-*.jsonl"):
+        file.unlink(missing_ok=True)

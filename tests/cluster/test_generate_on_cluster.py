@@ -1,0 +1,275 @@
+"""`sdcli generate --cluster`: the images of one process, byte for byte, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.processes import command_of, descendants, gone, listening
+from tests.conftest import Disk, Run
+
+REPOSITORY = Path(__file__).parents[2]
+JOURNAL = ".sdcli-journal.jsonl"
+PROMPTS = [f"a fox number {number}" for number in range(8)]
+OPTIONS = ("-m", "tiny", "--seed", "3", "--batch-size", "2", "--prompts-file", "prompts.txt")
+LOCAL = ("--cluster", "local", "--workers", "2")
+LOOPBACK = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
+"""127.0.0.1 and ::1 in the kernel's hex."""
+
+
+def sessions() -> set[Path]:
+    """The folders of local clusters."""
+    return set(Path("/tmp").glob("sdcli-ray-*"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    assert not list(folder.glob("*.tmp"))
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def journal(folder: Path) -> list[str]:
+    """The names in the journal, which has no parts left."""
+    assert [path.name for path in folder.glob(".sdcli-journal*")] == [JOURNAL]
+    rows = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    return [row["path"] for row in rows if "path" in row]
+
+
+class Driver:
+    """A running `sdcli generate` in a session of its own, like a command in a terminal."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "sdcli", "generate", *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True
+        )
+        self.seen: set[int] = set()
+
+    def look(self) -> set[int]:
+        """The processes of the cluster, now; `seen` are all so far."""
+        now = {pid for pid in descendants(self.process.pid) if "ray" in command_of(pid)}
+        self.seen |= now
+        return now
+
+    def workers(self) -> list[int]:
+        return [pid for pid in self.look() if command_of(pid).startswith("ray::ClusterWorker")]
+
+    def busy_worker(self) -> int:
+        """A worker that runs a unit."""
+        while True:
+            assert self.process.poll() is None, self.process.communicate()
+            found = [pid for pid in self.workers() if ".run" in command_of(pid)]
+            if found:
+                return found[0]
+            time.sleep(0.005)
+
+    def wait_for_image(self, folder: Path, count: int = 1) -> None:
+        while len(list(folder.glob("*.png"))) < count:
+            assert self.process.poll() is None, self.process.communicate()
+            self.look()
+            time.sleep(0.005)
+
+    def end(self, timeout: float = 240) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr; nothing of the cluster is left."""
+        out, err = self.process.communicate(timeout=timeout)
+        assert not gone(self.seen), [command_of(pid) for pid in self.seen]
+        return self.process.returncode, out, err
+
+
+@contextlib.contextmanager
+def driver(folder: Path, *arguments: str) -> Iterator[Driver]:
+    running = Driver(folder, arguments)
+    try:
+        yield running
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+        gone(running.seen)
+
+
+@pytest.fixture
+def expected(sdcli: Run, prompts: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The images of one process with one thread."""
+    done = sdcli("generate", *OPTIONS, "--outdir", "one", "--threads", "1", "-q")
+    assert done.returncode == 0, done.stderr
+    found = images(tmp_path / "one")
+    assert len(found) == len(PROMPTS)
+    return found
+
+
+def test_two_workers_make_the_images_of_one_process(expected: dict[str, bytes], sdcli: Run, tmp_path: Path) -> None:
+    """And nothing of the cluster is seen: not on stdout, not by other machines, not by another user, not afterwards."""
+    before = sessions()
+    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL, "-v") as running:
+        running.busy_worker()
+        mapped = Path(f"/proc/{running.process.pid}/maps").read_text()
+        assert "libtorch" not in mapped, "the driver needs no torch"
+        addresses = listening({running.process.pid, *running.seen})
+        assert addresses
+        assert {one for one in addresses if not one.startswith(LOOPBACK)} == set(), "only this machine can connect"
+        (session,) = sessions() - before
+        assert stat.S_IMODE(session.stat().st_mode) == 0o700
+        code, out, err = running.end()
+    assert code == 0, err
+    assert sessions() == before
+    assert images(tmp_path / "out") == expected
+    assert sorted(out.split()) == sorted(f"out/{name}" for name in expected)
+    assert sorted(journal(tmp_path / "out")) == sorted(expected)
+    assert "starting 2 workers" in err
+    assert "the cluster took " in err
+    lines = [line for line in err.splitlines() if line.startswith(("worker 1 on ", "worker 2 on "))]
+    assert len(lines) == 2
+    for word in ("raylet", "INFO", "WARNING", "Traceback", "dashboard", "usage"):
+        assert word not in err
+    began = time.monotonic()
+    again = sdcli("generate", *OPTIONS, "--outdir", "out", *LOCAL, "--resume", "--json")
+    assert time.monotonic() - began < 3, "no cluster is started where nothing is left to do"
+    assert [json.loads(line)["status"] for line in again.stdout.splitlines()] == ["skipped"] * 8
+    assert images(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_no_image(expected: dict[str, bytes], tmp_path: Path) -> None:
+    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL) as running:
+        os.kill(running.busy_worker(), signal.SIGKILL)
+        code, out, err = running.end()
+    assert code == 0, err
+    assert "died: " in err
+    assert len(out.splitlines()) == len(expected)
+    assert images(tmp_path / "out") == expected
+    assert sorted(journal(tmp_path / "out")) == sorted(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", [LOCAL, ("--threads", "1")], ids=["on a cluster", "in one process"])
+def test_a_killed_driver_leaves_no_process_and_resume_makes_the_same_set(
+    expected: dict[str, bytes], cluster: tuple[str, ...], tmp_path: Path
+) -> None:
+    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL) as running:
+        running.wait_for_image(tmp_path / "out")
+        running.process.kill()
+        code, _, _ = running.end()
+    assert code == -signal.SIGKILL
+    kept = {name: (tmp_path / "out" / name).read_bytes() for name in os.listdir(tmp_path / "out") if "png" in name}
+    assert 0 < len(kept) < len(expected)
+    assert kept.items() <= expected.items()
+    with driver(tmp_path, *OPTIONS, "--outdir", "out", *cluster, "--resume", "--json") as running:
+        code, out, err = running.end()
+    assert code == 0, err
+    statuses = [json.loads(line)["status"] for line in out.splitlines()]
+    assert statuses.count("skipped") == len(kept)
+    assert images(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_within_a_step_and_keeps_what_is_finished(expected: dict[str, bytes], tmp_path: Path) -> None:
+    many = ("--steps", "2000")
+    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL, *many) as running:
+        running.busy_worker()
+        time.sleep(1)
+        began = time.monotonic()
+        os.killpg(running.process.pid, signal.SIGINT)  # to all of the terminal's processes, as Ctrl-C does
+        code, _, err = running.end()
+    assert code == 130, err
+    assert time.monotonic() - began < 15
+    assert "stopping after the current step" in err
+    assert err.rstrip().endswith("sdcli: interrupted after the current step; finished images are kept")
+    with driver(tmp_path, *OPTIONS, "--outdir", "some", *LOCAL) as running:
+        running.wait_for_image(tmp_path / "some")
+        os.killpg(running.process.pid, signal.SIGINT)
+        code, _, err = running.end()
+    assert code in (130, 0), err
+    assert images(tmp_path / "some").items() <= expected.items()
+    assert sorted(journal(tmp_path / "some")) == sorted(images(tmp_path / "some"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_as_in_one_process_and_resume_goes_on(
+    expected: dict[str, bytes], disk: Disk, tmp_path: Path
+) -> None:
+    size = sum(map(len, expected.values())) // 2
+    disk.resize(max(size, 64 * 1024) // 4096 * 4096)
+    (disk.path / "ballast").write_bytes(b"\0" * (max(size, 64 * 1024) // 4096 * 4096 - 8 * 4096))
+    with driver(tmp_path, *OPTIONS, "--outdir", str(disk.path), *LOCAL) as running:
+        code, _, err = running.end()
+    assert code == 8, err
+    assert "No space left on device" in err
+    disk.resize(2**30)
+    with driver(tmp_path, *OPTIONS, "--outdir", str(disk.path), *LOCAL, "--resume") as running:
+        code, _, err = running.end()
+    assert code == 0, err
+    assert images(disk.path) == expected
+
+
+@pytest.mark.slow
+def test_names_that_collide_are_numbered_as_in_one_process(sdcli: Run, prompts: Path, tmp_path: Path) -> None:
+    names = ("-o", "{seed}")
+    assert sdcli("generate", *OPTIONS, *names, "--outdir", "one", "--threads", "1").returncode == 0
+    with driver(tmp_path, *OPTIONS, *names, "--outdir", "out", *LOCAL) as running:
+        assert running.end()[0] == 0
+    assert images(tmp_path / "out") == images(tmp_path / "one")
+    assert len(images(tmp_path / "out")) == 8
+
+
+@pytest.mark.slow
+def test_two_threads_are_two_threads_on_a_worker_too(sdcli: Run, prompts: Path, tmp_path: Path) -> None:
+    """The number decides the bytes: with other numbers the images differ in their last bits."""
+    options = [one if one != "tiny" else "starter" for one in OPTIONS] + ["--steps", "2"]
+    for folder, more in {"one": ["--threads", "2"], "out": ["--threads", "2", "--cluster", "local"]}.items():
+        with driver(tmp_path, *options, "--outdir", folder, *more, "--no-server") as running:
+            code, _, err = running.end()
+            assert code == 0, err
+    assert images(tmp_path / "out") == images(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--preview", "p.png"], "--preview cannot be combined with --cluster"),
+        (["--trace", "4"], "--trace cannot be combined with --cluster"),
+        (["--heatmap", "fox"], "--heatmap cannot be combined with --cluster"),
+        (["--keep-warm", "1m"], "--keep-warm cannot be combined with --cluster"),
+        (["--dry-run"], "--dry-run cannot be combined with --cluster"),
+        (["--device", "mps"], "--cluster takes --device cpu or cuda, not mps"),
+        (["--gpus-per-worker", "0.5", "--device", "cpu"], "--gpus-per-worker has no effect with --device cpu"),
+        (["--gpus-per-worker", "1.5"], "--gpus-per-worker takes a number, such as 1 or 0.5; not 1.5"),
+        (["--cluster", "ray://host:10001"], "--cluster takes local, auto or HOST:PORT, not 'ray://host:10001'"),
+        (["--cluster", "host"], "--cluster takes local, auto or HOST:PORT, not 'host'"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_refused(options: list[str], reason: str, sdcli: Run, prompts: Path) -> None:
+    done = sdcli("generate", *OPTIONS, "--cluster", "local", *options)
+    assert done.returncode == 2
+    assert reason in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["a fox", "--cluster", "local"], "--cluster needs --prompts-file"),
+        (["a fox", "--workers", "2"], "--workers has no effect without --cluster"),
+        (["a fox", "--gpus-per-worker", "1"], "--gpus-per-worker has no effect without --cluster"),
+    ],
+)
+def test_options_of_a_cluster_without_what_they_need_are_refused(arguments: list[str], reason: str, sdcli: Run) -> None:
+    done = sdcli("generate", "-m", "tiny", *arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
