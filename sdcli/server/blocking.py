@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import Request
 
 from sdcli.server.engine import Engine
+from sdcli.server.event_stream import paced
 from sdcli.server.jobs import Job
 from sdcli.server.native import ApiError
 from sdcli.server.protocol import ImageFailed
@@ -43,32 +44,16 @@ async def wait_for(job: Job, engine: Engine, request: Request) -> None:
         raise ClientGone
 
 
-async def followed(job: Job, engine: Engine, *, pause: float) -> AsyncIterator[dict[str, Any] | None]:
+async def followed(job: Job, engine: Engine, *, pause: float) -> AsyncGenerator[dict[str, Any] | None, None]:
     """The events of a job until it is over, and None after each `pause` without one, in which to show a sign of life.
 
     A consumer that stops before the end cancels the job.
     """
-    events = job.follow()
-    waiting: asyncio.Future[tuple[int, dict[str, Any]]] | None = None
     try:
-        while True:
-            if waiting is None:
-                waiting = asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({waiting}, timeout=pause)
-            if not done:
-                yield None
-                continue
-            try:
-                _, event = waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = None
-            yield event
+        async with contextlib.aclosing(paced(job.follow(), pause)) as events:
+            async for one in events:
+                yield None if one is None else one[1]
     finally:
-        if waiting is not None:
-            waiting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await waiting
         engine.cancel(job, why=GONE)
 
 

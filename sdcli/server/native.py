@@ -13,13 +13,13 @@ DELETE /v1/jobs/{id}/images/{n}     cancel one image of it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Request, Response
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcli.errors import NotFound, SdcliError, UsageError
@@ -28,6 +28,7 @@ from sdcli.images.formats import SUFFIX_OF, ImageFormat
 from sdcli.models.registry import Registry
 from sdcli.request.jobs import Line
 from sdcli.server.engine import Draining, Engine
+from sdcli.server.event_stream import SIGN_OF_LIFE, STILL_WORKING, EventStream, event_bytes, paced
 from sdcli.server.fair_queue import QueueFull
 from sdcli.server.jobs import Job
 from sdcli.server.protocol import PreviewImage
@@ -200,24 +201,9 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         engine.cancel(job)
         return view(job, engine)
 
-    async def found(id: str) -> Job:
-        return find(id)
-
-    job_of_path = Depends(found)  # found before the stream begins, so that its absence is an answer of its own
-
-    @router.get("/v1/jobs/{id}/events", response_class=EventSourceResponse)
-    async def events(
-        last_event_id: Annotated[int | None, Header(ge=0)] = None, job: Any = job_of_path
-    ) -> AsyncIterator[ServerSentEvent]:
-        first = 0 if last_event_id is None else last_event_id + 1
-        job.followers += 1
-        try:
-            async for number, event in job.follow(first):
-                yield ServerSentEvent(data=_with_urls(job, event), event=event["type"], id=str(number))
-        finally:
-            job.followers -= 1
-            if job.tied and not job.followers:
-                engine.cancel(job, why="the client went away")
+    @router.get("/v1/jobs/{id}/events", response_class=EventStream)
+    async def events(id: str, last_event_id: Annotated[int | None, Header(ge=0)] = None) -> EventStream:
+        return EventStream(_events(find(id), engine, 0 if last_event_id is None else last_event_id + 1))
 
     @router.get("/v1/jobs/{id}/images/{number}", response_class=Response)
     async def image(id: str, number: int) -> Response:
@@ -258,6 +244,23 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         return _preview(find(id).preview)
 
     return router
+
+
+async def _events(job: Job, engine: Engine, first: int) -> AsyncGenerator[bytes, None]:
+    """The events of a job from number `first` on. When its last follower goes away, a job that is tied is cancelled."""
+    job.followers += 1
+    try:
+        async with contextlib.aclosing(paced(job.follow(first), SIGN_OF_LIFE)) as events:
+            async for one in events:
+                if one is None:
+                    yield STILL_WORKING
+                    continue
+                number, event = one
+                yield event_bytes(event["type"], _with_urls(job, event), id=number)
+    finally:
+        job.followers -= 1
+        if job.tied and not job.followers:
+            engine.cancel(job, why="the client went away")
 
 
 def _preview(preview: PreviewImage | None) -> Response:

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
-import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request, Response
-from fastapi.responses import StreamingResponse
 
 from sdcli.images.formats import SUFFIX_OF
 from sdcli.models.registry import Registry
 from sdcli.server.blocking import failure_of, followed, wait_for
 from sdcli.server.dialects import error_body
 from sdcli.server.engine import Engine
+from sdcli.server.event_stream import SIGN_OF_LIFE, STILL_WORKING, EventStream, event_bytes
 from sdcli.server.jobs import Job
 from sdcli.server.model_names import check_model, models_here
 from sdcli.server.native import MEDIA_TYPES, ApiError, submit
@@ -41,8 +41,6 @@ from sdcli.server.openai_models import (
     Usage,
 )
 
-SIGN_OF_LIFE = 15.0
-"""Seconds after which a stream without an event sends a comment, so that no proxy ends it."""
 _FAILURES = {400: "refused", 401: "no token", 404: "no such model", 413: "too large", 429: "the queue is full"}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     **{status: {"model": OpenAIError, "description": text} for status, text in _FAILURES.items()},
@@ -78,8 +76,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         wishes = {"format": body.format, "quality": body.encoder_quality, "partial_images": body.partial_images or 0}
         job = await submit(engine, registry, request, [fields], **wishes)
         if body.stream:
-            events = _events(job, engine, kind)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+            return EventStream(_events(job, engine, kind))
         await wait_for(job, engine, request)
         for failed in job.failed.values():
             raise failure_of(job, engine, failed)
@@ -115,17 +112,18 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
     return router
 
 
-async def _events(job: Job, engine: Engine, kind: str) -> AsyncIterator[bytes]:
+async def _events(job: Job, engine: Engine, kind: str) -> AsyncGenerator[bytes, None]:
     """The server-sent events of a job of one image: partial images, then the image or an error, then the end."""
     sent = 0
     shared = {"size": _size(job), "quality": "auto", "background": "opaque", "output_format": job.format}
-    async for event in followed(job, engine, pause=SIGN_OF_LIFE):
-        if event is None:
-            yield b": still working\n\n"
-        while sent < len(job.partials):
-            partial = {"partial_image_index": sent, "b64_json": _base64(job.partials[sent].data)}
-            yield _event(f"{kind}.partial_image", {**partial, "created_at": int(time.time()), **shared})
-            sent += 1
+    async with contextlib.aclosing(followed(job, engine, pause=SIGN_OF_LIFE)) as events:
+        async for event in events:
+            if event is None:
+                yield STILL_WORKING
+            while sent < len(job.partials):
+                partial = {"partial_image_index": sent, "b64_json": _base64(job.partials[sent].data)}
+                yield _event(f"{kind}.partial_image", {**partial, "created_at": int(time.time()), **shared})
+                sent += 1
     if job.done:
         image = {"b64_json": _base64(job.done[0].data), "created_at": int(time.time()), **shared}
         more = {"usage": Usage().model_dump(), "seed": job.images[0].request.seed}
@@ -137,8 +135,7 @@ async def _events(job: Job, engine: Engine, kind: str) -> AsyncIterator[bytes]:
 
 
 def _event(type: str, data: dict[str, Any]) -> bytes:
-    whole = {"type": type, **data}
-    return f"event: {type}\ndata: {json.dumps(whole)}\n\n".encode()
+    return event_bytes(type, {"type": type, **data})
 
 
 def _size(job: Job) -> str:

@@ -21,6 +21,8 @@ from sdcli.models.registry import Registry
 from sdcli.request.schema import GenerationRequest
 from sdcli.server.app import make_app
 from sdcli.server.engine import Engine
+from sdcli.server.guard import Guard
+from sdcli.server.http_connection import HttpConnection
 from sdcli.server.protocol import Unusable
 from sdcli.server.settings import ServerSettings
 
@@ -38,16 +40,7 @@ def run_server(settings: ServerSettings, registry: Registry) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}", flush=True)
-    config = uvicorn.Config(
-        app,
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    server = _Server(config, engine)
+    server = _Server(http_config(app), engine)
     try:
         server.run(sockets=[listening])
     finally:
@@ -56,6 +49,20 @@ def run_server(settings: ServerSettings, registry: Registry) -> None:
         raise server.problem
     if server.reason is not None and (server.force_exit or not isinstance(server.reason, Terminated)):
         raise server.reason
+
+
+def http_config(app: Guard) -> uvicorn.Config:
+    """How the application is served."""
+    return uvicorn.Config(
+        app,
+        http=HttpConnection,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
 
 
 class _Server(uvicorn.Server):
