@@ -14,8 +14,9 @@ from sdcli.metadata.record import Record
 
 def image_file(
     pipeline: Pipeline, generated: Generated, output: OutputSettings, *, quality: int | None = None
-) -> bytes:
-    """The bytes of the file. Raises UsageError for an image that the format cannot hold, and OutOfMemory.
+) -> tuple[bytes, Record | None]:
+    """The bytes of the file, and the record in it. Raises UsageError for an image that the format cannot hold, and
+    OutOfMemory.
 
     `quality`: 0..100, of a JPEG or WebP; None for the usual one.
     """
@@ -25,4 +26,4 @@ def image_file(
         batch = {"size": generated.batch_size, "index": generated.batch_index}
         facts = provenance(pipeline, **preset_facts(generated.job), batch=batch, fallbacks=generated.fallbacks)
         record = Record(generated.job.request, {**facts, "pixels": pixels_digest(image)})
-    return image_bytes(image, output.format, record, quality=quality)
+    return image_bytes(image, output.format, record, quality=quality), record

@@ -133,7 +133,8 @@ def _write(generated: Generated, lease: Lease, writer: Writer, existing: Path | 
     try:
         if path is None:
             yield Phase("save", generated.jobs)
-            path = writer.write(generated.job, image_file(lease.pipeline, generated, writer.output))
+            data, _ = image_file(lease.pipeline, generated, writer.output)
+            path = writer.write(generated.job, data)
         if writer.side_files(path):
             yield Phase("explain", generated.jobs)
             side_files = writer.write_side_files(path, generated.side_files, replace=existing is not None)

@@ -97,7 +97,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
             wanted = failed.kind == "cancelled" and (task.interrupted or task.skipped)
             if not wanted or not job.done:
                 raise failure_of(job, engine, failed)
-        info = await asyncio.to_thread(info_text, body, task)
+        info = info_text(body, task)
         shown = [] if body.send_images is False else [job.done[number].data for number in sorted(job.done)]
         encoded = [base64.b64encode(data).decode() for data in shown]
         return AsciiAnswer(Images(images=encoded, parameters=_echo(body), info=info).model_dump())

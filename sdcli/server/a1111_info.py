@@ -18,14 +18,14 @@ SAVES_NOTHING = "save_images: this server keeps no files, so nothing was saved; 
 
 
 def info_text(body: Txt2Img, task: ImageTask) -> str:
-    """The info of the images that are done, as a JSON text. Reads the files, so it belongs in a thread."""
+    """The info of the images that are done, as a JSON text."""
     job = task.job
     numbers = sorted(job.done)
     requests = [job.images[number].request for number in numbers]
     first = requests[0]
     seeds = [one.seed for one in requests]
     all_seed, all_subseeds = all_seeds(body, seeds, [one.variation_seed for one in requests])
-    texts = [read_image_bytes(job.done[number].data, name="image")[0].parameters or "" for number in numbers]
+    texts = [job.done[number].parameters for number in numbers]
     written = parse_a1111(texts[0])[2]
     prompt, negative = body.prompt or "", body.negative_prompt or ""
     info: dict[str, Any] = {

@@ -105,12 +105,15 @@ class Partial:
 
 @dataclass(frozen=True)
 class ImageDone:
-    """A finished image file with its metadata."""
+    """A finished image file, and what its metadata says."""
 
     id: str
     image: int
     data: bytes
     request: dict[str, Any]
+    """As it was generated, JSON-ready."""
+    parameters: str
+    """A1111's text of it."""
     seconds: float
 
 

@@ -230,10 +230,13 @@ class _Run:
     def _image(self, lease: Lease, generated: Generated) -> ImageDone:
         from sdcli.generation.image_file import image_file
         from sdcli.generation.settings import OutputSettings
+        from sdcli.metadata.embed import parameters_text
 
         part, number = self._owners[generated.job.index]
-        data = image_file(lease.pipeline, generated, OutputSettings(format=part.format), quality=part.quality)
-        return ImageDone(part.id, number, data, generated.job.request.typed(), round(generated.seconds, 3))
+        data, record = image_file(lease.pipeline, generated, OutputSettings(format=part.format), quality=part.quality)
+        assert record is not None
+        fields, text = record.request.typed(), parameters_text(record)
+        return ImageDone(part.id, number, data, fields, text, round(generated.seconds, 3))
 
 
 def _failure(id: str, image: int, error: BaseException) -> ImageFailed:

@@ -14,21 +14,22 @@ from typing import Any
 import uvicorn
 from PIL import Image
 
-from sdcli.metadata.embed import image_bytes
+from sdcli.metadata.embed import image_bytes, parameters_text
 from sdcli.metadata.record import Record
 from sdcli.models.registry import load_registry
 from sdcli.server.app import make_app
 from sdcli.server.engine import Engine
 from sdcli.server.jobs import Job
 from sdcli.server.protocol import ImageDone, ImageFailed, PreviewImage
+from sdcli.server.run import http_config
 from sdcli.server.settings import ServerSettings
 
 
 class IdleServer:
     """A server whose jobs are played by the test. All methods may be called from the test's thread."""
 
-    def __init__(self, engine: Engine, url: str) -> None:
-        self.engine, self.url = engine, url
+    def __init__(self, engine: Engine, url: str, server: uvicorn.Server) -> None:
+        self.engine, self.url, self._server = engine, url, server
 
     @property
     def port(self) -> int:
@@ -44,6 +45,11 @@ class IdleServer:
         done = threading.Event()
         self.engine._tasks[0].get_loop().call_soon_threadsafe(lambda: (action(), done.set()))
         assert done.wait(20)
+
+    @property
+    def unread(self) -> list[int]:
+        """The bytes in this process that wait for their reader, of each connection."""
+        return [one.transport.get_write_buffer_size() for one in list(self._server.server_state.connections)]
 
     def begin(self, job: Job) -> None:
         """A worker takes the job."""
@@ -81,8 +87,10 @@ class IdleServer:
                     job.add({"type": "failed", "image": one.index, "kind": "error", "error": failing})
                     continue
                 picture = Image.new("RGB", (16, 16), (40 * one.index, 120, 200))
-                data = image_bytes(picture, "png", Record(one.request, {}))
-                job.done[one.index] = ImageDone(job.id, one.index, data, one.request.typed(), 0.5)
+                record = Record(one.request, {})
+                data = image_bytes(picture, "png", record)
+                done = ImageDone(job.id, one.index, data, one.request.typed(), parameters_text(record), 0.5)
+                job.done[one.index] = done
                 job.add({"type": "image", "image": one.index, "seconds": 0.5})
             job.finish()
 
@@ -94,7 +102,9 @@ def idle_server(*, port: int = 0, **settings: Any) -> Iterator[IdleServer]:
     """A server on a port of this machine, in a thread; ended at the end with its connections."""
     app, engine = make_app(ServerSettings(devices=(), **settings), load_registry())
     listening = socket.create_server(("127.0.0.1", port))
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1))
+    config = http_config(app)
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
@@ -103,7 +113,7 @@ def idle_server(*, port: int = 0, **settings: Any) -> Iterator[IdleServer]:
             assert time.monotonic() < ends
             time.sleep(0.01)
         loop = engine._tasks[0].get_loop()
-        yield IdleServer(engine, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield IdleServer(engine, f"http://127.0.0.1:{listening.getsockname()[1]}", server)
     finally:
         server.should_exit = True
         ends = time.monotonic() + 30

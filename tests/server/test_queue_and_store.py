@@ -107,7 +107,7 @@ def test_ids_that_never_were_are_404_and_those_that_expired_410() -> None:
 
 def finished(id: str, size: int) -> Job:
     job = Job(id, "client", ())
-    job.done[0] = ImageDone(id, 0, b"x" * size, {}, 0.0)
+    job.done[0] = ImageDone(id, 0, b"x" * size, {}, "", 0.0)
     job.finish()
     return job
 
