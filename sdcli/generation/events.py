@@ -22,7 +22,7 @@ SideFile = tuple[str, bytes]
 class Phase:
     """Something that takes time begins; `steps` is 0 where the length is unknown."""
 
-    name: Literal["load", "encode", "denoise", "decode", "save", "explain"]
+    name: Literal["wait", "load", "encode", "denoise", "decode", "save", "explain"]
     jobs: tuple[int, ...]
     """Indices of jobs."""
     detail: str = ""

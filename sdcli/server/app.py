@@ -34,7 +34,7 @@ def make_app(settings: ServerSettings, registry: Registry, **options: Any) -> tu
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        commands = CommandListener(settings, engine.lend)
+        commands = CommandListener(settings, can_lend=lambda: engine.can_lend, lend=engine.lend)
         commands.open()
         yield
         commands.close()

@@ -13,40 +13,23 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from sdcli.generation.plan import Limits, batch_size_of
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.server.fair_queue import FairQueue, QueueFull
+from sdcli.server.job_reports import enter_report, fail
 from sdcli.server.jobs import Job, JobStore
 from sdcli.server.metrics import Metrics
 from sdcli.server.pool import WorkerProcess
-from sdcli.server.protocol import (
-    Cancel,
-    Ended,
-    FailureKind,
-    Generate,
-    Happened,
-    ImageDone,
-    ImageFailed,
-    Part,
-    Partial,
-    PreviewImage,
-    Ready,
-    Report,
-    Unload,
-    Unusable,
-)
+from sdcli.server.protocol import Cancel, Ended, Generate, Part, Ready, Report, Unload, Unusable
 from sdcli.server.settings import ServerSettings, worker_devices
 
 log = logging.getLogger("sdcli.server")
 
 RESTART_AFTER = 1.0
 """Seconds before a worker that died is started again, times the number of deaths in a row, at most 30."""
-
-
 COMMAND_LINE = "(command line)"
 """Stands for the models that a worker has loaded for a command."""
 
@@ -149,7 +132,7 @@ class Engine:
                 while any(slot.loan is not None for slot in self._slots):
                     await asyncio.sleep(0.05)
         for job in self.running:
-            self._fail(job, job.left, "cancelled", "the server is stopping")
+            fail(job, job.left, "cancelled", "the server is stopping", self.metrics)
             self._end(job)
 
     async def close(self) -> None:
@@ -172,19 +155,22 @@ class Engine:
         except QueueFull:
             self.metrics.refused.inc()
             raise
+        job.timeout = min((one for one in (job.timeout, self.settings.timeout) if one is not None), default=None)
         self.store.add(job)
         self.metrics.accepted.inc()
         self._announce_places()
         self._dispatch()
 
-    def lend(self, connection: socket.socket) -> bool:
-        """Lend an idle worker to a command of this machine until that closes the connection; False if none is idle."""
-        slot = next((slot for slot in self._slots if slot.idle), None)
-        if slot is None or self.draining or len(self._queue):
-            return False
+    @property
+    def can_lend(self) -> bool:
+        """Whether a worker has nothing to do."""
+        return not self.draining and not len(self._queue) and any(slot.idle for slot in self._slots)
+
+    def lend(self, connection: socket.socket) -> None:
+        """Lend an idle worker to a command of this machine, until that closes the connection."""
+        slot = next(slot for slot in self._slots if slot.idle)
         slot.loan, slot.model = uuid.uuid4().hex, COMMAND_LINE
         slot.worker.lend(slot.loan, connection)
-        return True
 
     def place(self, job: Job) -> int | None:
         """The place of a waiting job, from 1; None for one that does not wait."""
@@ -203,7 +189,7 @@ class Engine:
             slot = next(slot for slot in self._slots if job in slot.jobs)
             slot.worker.send(Cancel(job.id, images))
             return
-        self._fail(job, job.left if images is None else images & {*job.left}, "cancelled", why)
+        fail(job, job.left if images is None else images & {*job.left}, "cancelled", why, self.metrics)
         if not job.left:
             self._queue.remove(job)
             self._end(job)
@@ -233,37 +219,12 @@ class Engine:
             case _:
                 job = next((job for job in slot.jobs if job.id == report.id), None)
                 if job is not None and not job.over:
-                    self._on_job_report(job, report)
+                    enter_report(job, report, self.metrics)
                 if isinstance(report, Ended):
+                    if job is not None and not job.over:
+                        self._end(job)
                     self._free(slot, report.id)
         self._dispatch()
-
-    def _on_job_report(self, job: Job, report: Report) -> None:
-        match report:
-            case Happened(event=event):
-                if event["type"] == "step":
-                    event = self._with_progress(job, event)
-                job.add(event)
-            case PreviewImage():
-                job.preview = job.previews[report.image] = report
-                job.add({"type": "preview", "image": report.image, "step": report.step, "bytes": len(report.data)})
-            case Partial():
-                job.partials.append(report)
-                number = len(job.partials) - 1
-                job.add({"type": "partial", "image": report.image, "step": report.step, "number": number})
-            case ImageDone() if report.image in job.left:
-                job.done[report.image] = report
-                job.previews.pop(report.image, None)
-                self.metrics.images.inc()
-                job.progress = max(job.progress, (len(job.done) + len(job.failed)) / len(job.images))
-                job.add({"type": "image", "image": report.image, "seconds": report.seconds})
-            case ImageFailed() if report.image in job.left:
-                if job.late and report.kind == "cancelled":
-                    sentence = f"took longer than {self._timeout(job):g} s"
-                    report = replace(report, kind="timeout", sentence=sentence)
-                self._add_failure(job, report)
-            case Ended():
-                self._end(job)
 
     def _on_death(self, worker: WorkerProcess, cause: str) -> None:
         """A worker has died: its jobs fail, the others are untouched, and it is started again."""
@@ -272,7 +233,7 @@ class Engine:
         self.metrics.deaths.inc()
         log.error("worker %d died: %s", worker.number, cause)
         for job in slot.jobs:
-            self._fail(job, job.left, "worker_died", f"the worker process died ({cause})")
+            fail(job, job.left, "worker_died", f"the worker process died ({cause})", self.metrics)
             if not job.over:
                 self._end(job)
         slot.jobs = []
@@ -330,9 +291,8 @@ class Engine:
             job.start()
             self.metrics.waited(job)
             job.add({"type": "running", **({"together": len(jobs)} if len(jobs) > 1 else {})})
-            timeout = self._timeout(job)
-            if timeout is not None:
-                handle = asyncio.get_running_loop().call_later(timeout, self._too_late, job)
+            if job.timeout is not None:
+                handle = asyncio.get_running_loop().call_later(job.timeout, self._too_late, job)
                 self._deadlines[job.id] = handle
             if job.failed:  # cancelled while it waited: computed along like any image that is cancelled
                 slot.worker.send(Cancel(job.id, frozenset(job.failed)))
@@ -341,9 +301,6 @@ class Engine:
         ]
         slot.worker.send(Generate(tuple(parts)))
         self._announce_places()
-
-    def _timeout(self, job: Job) -> float | None:
-        return min((one for one in (job.timeout, self.settings.timeout) if one is not None), default=None)
 
     def _too_late(self, job: Job) -> None:
         if job.state == "running":
@@ -363,26 +320,6 @@ class Engine:
         job.finish()
         self.store.finished(job)
         self.metrics.ran(job)
-
-    def _fail(self, job: Job, images: Iterable[int], kind: FailureKind, sentence: str) -> None:
-        for image in sorted(images):
-            self._add_failure(job, ImageFailed(job.id, image, kind, sentence))
-
-    def _add_failure(self, job: Job, failure: ImageFailed) -> None:
-        job.failed[failure.image] = failure
-        self.metrics.failed(failure.kind)
-        job.add({"type": "failed", "image": failure.image, "kind": failure.kind, "error": failure.sentence})
-
-    def _with_progress(self, job: Job, event: dict[str, Any]) -> dict[str, Any]:
-        """The event of a step, with the progress and the time left of the whole job instead of the batch."""
-        fraction, of_batch, together = event["fraction"], event["seconds_left"], len(event["images"])
-        over = len(job.done) + len(job.failed)
-        share = (over + together * fraction) / len(job.images)
-        job.progress = max(job.progress, min(1.0, share))
-        batches_left = max(0, len(job.images) - over - together) / together
-        of_others = batches_left * of_batch / (1 - fraction) if fraction < 1 else 0.0
-        job.seconds_left = round(of_batch + of_others, 1)
-        return {**event, "progress": round(job.progress, 4), "seconds_left": job.seconds_left}
 
     def _announce_places(self) -> None:
         for place, job in enumerate(self._queue, start=1):

@@ -63,7 +63,7 @@ class ScriptedWorker:
     def finish(self, *ids: str) -> None:
         """Report that jobs of one image are done."""
         for id in ids:
-            self.report(ImageDone(id, 0, b"image", {}, 0.1))
+            self.report(ImageDone(id, 0, b"image", {}, "", 0.1))
             self.report(Ended(id))
 
 
@@ -146,7 +146,7 @@ def test_images_that_were_cancelled_while_they_waited_are_not_wanted_later(monke
         assert len(order.parts[0].images) == 3, "so that the others have the bytes that they would have had"
         workers[0].report(ImageFailed("b", 1, "cancelled", "cancelled"))
         for number in (0, 2):
-            workers[0].report(ImageDone("b", number, b"image", {}, 0.1))
+            workers[0].report(ImageDone("b", number, b"image", {}, "", 0.1))
         workers[0].report(Ended("b"))
         assert second.state == "partial"
         assert [event["image"] for event in second.events if event is not None and event["type"] == "failed"] == [1]
@@ -217,7 +217,7 @@ def test_progress_and_time_left_are_those_of_the_whole_job(monkeypatch: pytest.M
         assert one.progress == 0.25
         assert one.seconds_left == 3.0  # one second of this batch, two of the next
         for number in (0, 1):
-            workers[0].report(ImageDone("a", number, b"image", {}, 0.1))
+            workers[0].report(ImageDone("a", number, b"image", {}, "", 0.1))
         assert one.progress == 0.5
         workers[0].report(Happened("a", {**step, "images": [2, 3]}))
         assert (one.progress, one.seconds_left) == (0.75, 1.0)
@@ -271,3 +271,15 @@ def test_draining_waits_for_the_running_job_as_long_as_the_grace(monkeypatch: py
         assert workers[0].jobs == [["a"]]
 
     run(test, monkeypatch, grace=30.0)
+
+
+def test_what_runs_longer_than_the_grace_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: Engine, workers: list[ScriptedWorker]) -> None:
+        one = job("a", num_images=2)
+        engine.submit(one)
+        workers[0].report(ImageDone("a", 0, b"image", {}, "", 0.1))
+        await engine.drain()
+        assert one.state == "partial"
+        assert one.failed[1].sentence == "the server is stopping"
+
+    run(test, monkeypatch, grace=0.02)

@@ -40,10 +40,11 @@ from sdcli.server.warm import place as place_module
 from sdcli.server.warm.client import Worker
 from sdcli.server.warm.client import generate as generate_warm
 from sdcli.server.warm.identity import identity
-from sdcli.server.warm.messages import Gone, Wire, greeting
+from sdcli.server.warm.messages import Gone, Message, Wire, greeting
 from sdcli.server.warm.place import Place, Unsafe, check_folder
 from sdcli.server.warm.session import SessionProgress, carry_out, take_order
-from tests.server.warm import LINE, listening, runtime_folder
+from sdcli.server.warm.waiting import WaitingCommands
+from tests.server.warm import LINE, TINY, generate, listening, runtime_folder
 
 RUN = RunSettings(device="cpu")
 PLACE = Place("cpu", "auto")
@@ -100,8 +101,8 @@ def by_worker(
 
     def work() -> None:
         order = take_order(wire)
-        assert order is not None
-        carry_out(order, wire, cache, SessionProgress())
+        if order is not None:
+            carry_out(order, wire, cache, SessionProgress())
         wire.close()
 
     thread = threading.Thread(target=work)
@@ -332,13 +333,81 @@ def test_a_worker_that_does_not_begin_in_time_is_left(
 ) -> None:
     def serve(wire: Wire) -> None:
         wire.send(*greeting(identity(), seconds_left=0.1, patience=0.2))
-        assert wire.receive()[0] == "run"
         with pytest.raises(Gone):
             wire.receive()
 
     check_folder(create=True)
     with listening(PLACE, serve):
         assert notes_of(tmp_path, cache, capsys) == [f"{LINE}it is busy"]
+
+
+def test_a_command_shows_its_place_while_it_waits_and_sends_nothing(
+    runtime: Path, cache: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+
+    def serve(wire: Wire) -> None:
+        wire.send(*greeting(facts, seconds_left=0.1, patience=60.0, place=2))
+        sent.append(wire.wait(0.2))
+        wire.send("place", 1)
+        order = take_order(wire)
+        assert order is not None
+        carry_out(order, wire, cache, SessionProgress())
+
+    check_folder(create=True)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which a command sets itself
+    facts = identity()
+    with listening(PLACE, serve):
+        done = generate(tmp_path / "out", "fox", *TINY, "--steps", "1")
+    assert done.code == 0, done.err
+    assert sent == [False]
+    assert [line for line in done.err.splitlines() if "warm worker" in line] == [
+        "waiting for the warm worker, place 2 in the queue",
+        "waiting for the warm worker, place 1 in the queue",
+    ]
+
+
+def test_commands_that_wait_are_served_in_their_order_and_told_their_places() -> None:
+    commands, heard, theirs = WaitingCommands(), list[Wire](), list[Wire]()
+
+    def come() -> Message:
+        ours, other = socket.socketpair()
+        heard.append(Wire(ours))
+        theirs.append(Wire(other))
+        commands.add(theirs[-1], lambda place: ("hello", place))
+        return heard[-1].receive()
+
+    assert commands.take(0.0) is None
+    assert [come() for _ in range(3)] == [("hello", place) for place in range(3)]
+    assert commands.take(0.0) is theirs[0]
+    assert [wire.receive() for wire in heard[1:]] == [("place", 1), ("place", 2)]
+    assert [come(), come()] == [("hello", 3), ("hello", 4)]
+    heard[2].close()
+    assert commands.take(0.0) is theirs[1]
+    assert not heard[0].wait(0.0)
+    assert [wire.receive() for wire in heard[3:]] == [("place", 1), ("place", 2)], "who has gone has no place"
+    assert len(commands) == 2
+
+
+def test_the_time_of_those_who_wait_is_that_of_the_last_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("sdcli.server.warm.session.time.monotonic", lambda: now)
+    progress = SessionProgress()
+    assert progress.seconds_left() == 0.0
+    progress.begin(4)
+    assert progress.seconds_left() is None
+    now = 2.0
+    progress.note(Progress((1, 2), 1, 4, preview=lambda: None))  # half of two of the four
+    assert progress.seconds_left() == 6.0
+    assert progress.seconds_left(waiting=1) is None
+    now = 8.0
+    progress.end()
+    progress.begin(2)
+    now = 9.0
+    assert progress.seconds_left() == 3.0, "two seconds an image, as before"
+    assert progress.seconds_left(waiting=2) == 19.0
+    now = 20.0
+    assert progress.seconds_left() == 0.0
 
 
 def test_what_answers_with_no_greeting_is_no_worker(

@@ -128,6 +128,7 @@ def _rich_bar(sizes: bool, remaining: bool, auto_refresh: bool) -> Any:
 
 
 PHASES = {
+    "wait": "waiting for the warm worker,",
     "load": "loading",
     "encode": "encoding",
     "denoise": "denoising",
@@ -151,7 +152,7 @@ class GenerationProgress(ProgressBar):
         self._began = time.monotonic()
         text = f"{PHASES[phase.name]} {phase.detail}".rstrip()
         line = f"{text}, {phase.steps} steps" if phase.steps else text
-        self.start(text, phase.steps or None, line=line if phase.name in ("load", "denoise") else None)
+        self.start(text, phase.steps or None, line=line if phase.name in ("wait", "load", "denoise") else None)
 
     def step(self, progress: Progress) -> None:
         """A denoising step is done."""

@@ -6,6 +6,7 @@ without any worker. Imports no torch until then.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ class Worker:
     pid: int
     patience: float
     """Seconds that a command may wait for its turn: about what it would take to begin without a worker."""
+    place: int = 0
+    """In the queue; 0 where it is its turn."""
 
 
 @dataclass
@@ -84,10 +87,12 @@ def connect(place: Place, *, retire: bool = False, seconds: float = ANSWER) -> W
             ending = retire and facts["retires"] and left == 0
             if ending:
                 wire.send("retire")
+                with contextlib.suppress(Gone):
+                    wire.receive_within(seconds)  # "start"; until then it may not have read the message
             raise NoWorker(f"it has another {other}", replaceable=ending, outdated=ending)
         if left is None or left > facts["patience"]:
             raise NoWorker("it is busy")
-        return Worker(wire, facts["pid"], facts["patience"])
+        return Worker(wire, facts["pid"], facts["patience"], facts["place"])
     except Gone:
         wire.close()
         raise NoWorker("it has ended", replaceable=True) from None
@@ -164,8 +169,8 @@ class _RemoteRun:
     def events(self, run: RunSettings, keep: float | None) -> Iterator[Event]:
         """Raises Gone and NoWorker where the worker fails, and what `service.generate` raises."""
         stop_if_asked(self._stop)
+        yield from self._wait_for_turn()
         self._order(run, keep)
-        self._wait_for_turn()
         while True:
             match self._receive():
                 case ("phase", name, jobs, detail, steps):
@@ -215,15 +220,23 @@ class _RemoteRun:
         }
         self._wire.send("run", order)
 
-    def _wait_for_turn(self) -> None:
-        """Raises NoWorker where the worker takes too long to begin, and Gone."""
-        deadline = time.monotonic() + self._worker.patience
-        while not self._wire.wait(ASK_AGAIN):
-            stop_if_asked(self._stop)
-            if time.monotonic() > deadline:
-                raise NoWorker("it is busy")
-        if self._wire.receive() != ("start",):
-            raise Gone
+    def _wait_for_turn(self) -> Iterator[Phase]:
+        """A phase for each place in the queue. Raises NoWorker where the worker takes too long to begin, and Gone."""
+        deadline, place = time.monotonic() + self._worker.patience, self._worker.place
+        while True:
+            if place:
+                yield Phase("wait", tuple(self._by_index), f"place {place} in the queue")
+            while not self._wire.wait(ASK_AGAIN):
+                stop_if_asked(self._stop)
+                if time.monotonic() > deadline:
+                    raise NoWorker("it is busy")
+            match self._wire.receive():
+                case ("start",):
+                    return
+                case ("place", int() as place):
+                    pass
+                case _:
+                    raise Gone
 
     def _receive(self) -> Message:
         """The next message. The worker is told when a signal has asked for a stop."""

@@ -26,10 +26,15 @@ PATIENCE = 1.0
 
 
 class CommandListener:
-    """Listens from `open` to `close`, in the event loop. `lend` gives a connection to a worker, if one is free."""
+    """Listens from `open` to `close`, in the event loop.
 
-    def __init__(self, settings: ServerSettings, lend: Callable[[socket.socket], bool]) -> None:
-        self._settings, self._lend = settings, lend
+    `can_lend` says whether a worker is free, to which `lend` gives a connection.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, *, can_lend: Callable[[], bool], lend: Callable[[socket.socket], None]
+    ) -> None:
+        self._settings, self._can_lend, self._lend = settings, can_lend, lend
         self._place: Place | None = None
         self._listener: socket.socket | None = None
         self._lock: int | None = None
@@ -77,5 +82,7 @@ class CommandListener:
             return
         with connection, contextlib.suppress(Unsafe, Gone, OSError):
             check_peer(connection)
-            left = 0.0 if self._lend(connection) else None
-            Wire(connection).send(*greeting(self._facts, seconds_left=left, patience=PATIENCE))
+            free = self._can_lend()
+            Wire(connection).send(*greeting(self._facts, seconds_left=0.0 if free else None, patience=PATIENCE))
+            if free:  # only now: the worker itself says that it begins
+                self._lend(connection)

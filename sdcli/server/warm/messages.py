@@ -116,17 +116,20 @@ class _Unpickler(pickle.Unpickler):
 
 
 def greeting(
-    facts: Mapping[str, str], *, seconds_left: float | None, patience: float, retires: bool = False
+    facts: Mapping[str, str], *, seconds_left: float | None, patience: float, place: int = 0, retires: bool = False
 ) -> Message:
     """What a worker sends first.
 
     `seconds_left`: until it is free, None where that is not known. `patience`: seconds that beginning without it would
-    take. `retires`: whether it makes room for a newer one.
+    take. `place`: in the queue; 0 where it is the command's turn. `retires`: whether it makes room for a newer one.
+
+    Then come its place whenever it changes, "start" when it is its turn, and from the command what it wants generated.
     """
     return "hello", {
         "identity": facts,
         "pid": os.getpid(),
         "seconds_left": seconds_left,
         "patience": patience,
+        "place": place,
         "retires": retires,
     }

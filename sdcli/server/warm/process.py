@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -22,8 +21,9 @@ from sdcli.errors import CannotWrite, Terminated
 from sdcli.io.files import PACKAGE
 from sdcli.io.threads import wait_without_spinning
 from sdcli.server.warm.identity import identity
-from sdcli.server.warm.messages import Gone, Wire, greeting
+from sdcli.server.warm.messages import Gone, Message, Wire, greeting
 from sdcli.server.warm.place import Place, Unsafe, check_folder, check_peer
+from sdcli.server.warm.waiting import WaitingCommands
 
 if TYPE_CHECKING:
     from sdcli.server.warm.session import SessionProgress
@@ -116,7 +116,7 @@ class _WarmWorker:
 
     def __init__(self, place: Place, listener: socket.socket, facts: dict[str, str]) -> None:
         self._place, self._listener, self._facts = place, listener, facts
-        self._commands: queue.SimpleQueue[Wire] = queue.SimpleQueue()
+        self._commands = WaitingCommands()
         self._progress: SessionProgress | None = None
         """None until torch is imported."""
         self._patience = math.inf
@@ -125,7 +125,7 @@ class _WarmWorker:
     def serve(self, keep: float) -> None:
         """Until no command has come for `keep` seconds, or for those that the last one named."""
         threading.Thread(target=self._accept, daemon=True).start()
-        first = self._next(BEGIN)  # is greeted now: nothing else happens in this process while torch is imported
+        first = self._commands.take(BEGIN)  # greeted now: nothing else happens in this process while torch is imported
         began = time.monotonic()
         from sdcli.generation.model_cache import ModelCache
         from sdcli.generation.settings import RunSettings
@@ -136,7 +136,7 @@ class _WarmWorker:
         self._patience = time.monotonic() - began
         ending = False
         while True:
-            wire, first = first or self._next(LAST_CALL if ending else keep), None
+            wire, first = first or self._commands.take(LAST_CALL if ending else keep), None
             if wire is None:
                 if ending:
                     return
@@ -153,27 +153,18 @@ class _WarmWorker:
             finally:
                 wire.close()
 
-    def _next(self, seconds: float) -> Wire | None:
-        try:
-            return self._commands.get(timeout=seconds)
-        except queue.Empty:
-            return None
-
     def _accept(self) -> None:
         while True:
             connection, _ = self._listener.accept()
             with contextlib.suppress(Unsafe, Gone, OSError):
                 check_peer(connection)
-                wire = Wire(connection, trusting=True)
-                wire.send(
-                    *greeting(self._facts, seconds_left=self._seconds_left(), patience=self._patience, retires=True)
-                )
-                self._commands.put(wire)
+                self._commands.add(Wire(connection, trusting=True), self._greeting)
 
-    def _seconds_left(self) -> float | None:
-        if self._progress is None:
-            return 0.0  # so far only the command that started this worker waits for it
-        return self._progress.seconds_left() if self._commands.empty() else None
+    def _greeting(self, place: int) -> Message:
+        left: float | None = 0.0  # until torch is imported, which every command would have to do without this worker
+        if self._progress is not None:
+            left = self._progress.seconds_left(waiting=len(self._commands))
+        return greeting(self._facts, seconds_left=left, patience=self._patience, place=place, retires=True)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ class Retire(Exception):
 
 
 def take_order(wire: Wire) -> CommandOrder | None:
-    """The first message of a command; None where it wants nothing or is gone. Raises Retire."""
+    """Tell a command that it is its turn: what it wants then, or None where it is gone. Raises Retire."""
     with contextlib.suppress(Gone):
+        wire.send("start")
         message = wire.receive_within(FIRST_MESSAGE)
         if message is not None and message[0] == "retire":
             raise Retire
@@ -82,6 +83,8 @@ class SessionProgress:
 
     def __init__(self) -> None:
         self._jobs, self._over, self._share, self._began = 0, 0, 0.0, 0.0
+        self._last: tuple[float, int] | None = None
+        """The seconds and the jobs of the order before."""
 
     def begin(self, jobs: int) -> None:
         self._jobs, self._over, self._share, self._began = jobs, 0, 0.0, time.monotonic()
@@ -93,20 +96,31 @@ class SessionProgress:
             self._share = len(event.jobs) * (event.index + 1) / event.count
 
     def end(self) -> None:
-        self._jobs = 0
+        self._last, self._jobs = (time.monotonic() - self._began, self._jobs), 0
 
-    def seconds_left(self) -> float | None:
-        """Seconds until the order is over, 0 without one; None where nothing is known yet."""
-        if not self._jobs:
+    def seconds_left(self, *, waiting: int = 0) -> float | None:
+        """Seconds until the order and those of `waiting` commands are over; None where nothing is known yet.
+
+        What is not known of an order is taken from the one before.
+        """
+        left = self._of_running()
+        if not waiting or left is None:
+            return left
+        return None if self._last is None else left + waiting * self._last[0]
+
+    def _of_running(self) -> float | None:
+        jobs = self._jobs
+        if not jobs:
             return 0.0
-        done = min(self._over + self._share, self._jobs)
-        return (time.monotonic() - self._began) * (self._jobs - done) / done if done else None
+        done, spent = min(self._over + self._share, jobs), time.monotonic() - self._began
+        if done:
+            return spent * (jobs - done) / done
+        return None if self._last is None else max(0.0, self._last[0] * jobs / self._last[1] - spent)
 
 
 def carry_out(order: CommandOrder, wire: Wire, cache: ModelCache, progress: SessionProgress) -> None:
     """Generate what a command wants, for as long as it is there to write it."""
     with contextlib.suppress(Gone):
-        wire.send("start")
         _carry_out(order, _Dialogue(wire), cache, progress)
 
 
