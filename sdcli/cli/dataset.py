@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdcli.cli.options.shared import JsonOpt, ModelOpt, ModelsFileOpt, QuietOpt, VerboseOpt
+from sdcli.cli.ui.buckets import bucket_fills_of, bucket_lines, bucket_row, framing_of
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.help import App
 from sdcli.cli.ui.progress import counted
 from sdcli.errors import BadImage, SdcliError, SomeFailed, UsageError
 from sdcli.io.files import expanded
 from sdcli.models.registry import load_registry
-from sdcli.training.config_files import settings_from
-from sdcli.training.settings import ImageSettings, cache_folder
+from sdcli.training.settings import cache_folder
 
 if TYPE_CHECKING:
-    from sdcli.data.buckets import BucketFill
     from sdcli.data.inspection import Inspection
     from sdcli.data.records import ImageSet
 
 app = App(help="Examine training images before training, cache their latents, and pack them into shards.")
 
-SIZE_STEP = 8
-"""Sides are multiples of this, in pixels, as for the models in latent space."""
 TINY = 64
 """Images with a shorter side, in pixels, are mentioned."""
 
@@ -114,7 +111,7 @@ def check(
     from sdcli.data.duplicates import same_bytes, similar
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    framing = _framing(resolution, bucket_reso_steps, train_batch_size, validation_split)
+    framing = framing_of(resolution, bucket_reso_steps, train_batch_size, validation_split)
     images = _open(data, split, image_column, caption_column, caption_extension)
     found = _examined(images, console, workers)
     lost_captions = 0 if unconditional else len(found.uncaptioned)
@@ -123,7 +120,7 @@ def check(
     captions = Counter(images[index].captions for index in _every(found) if images[index].captions)
     repeated = {texts: count for texts, count in captions.items() if count > 1} if not images.classes else {}
     tiny = [index for index in _every(found) if 0 < found.sizes[index].min() < TINY and images.kind == "pictures"]
-    fills = _fills(images, found, framing)
+    fills = bucket_fills_of(images, found, framing)
     problems = _problems(len(found.dropped), lost_captions, len(found.used), lost=0 if unconditional else found.lost)
     if json:
         names = lambda groups: [[images[index].name for index in group] for group in groups]  # noqa: E731
@@ -136,7 +133,7 @@ def check(
             similar=names(alike),
             repeated_captions=[{"captions": list(texts), "pictures": count} for texts, count in repeated.items()],
             tiny=[images[index].name for index in tiny],
-            buckets=[_bucket_row(fill) for fill in fills],
+            buckets=[bucket_row(fill) for fill in fills],
         )
     else:
         for line in found.report():
@@ -151,7 +148,7 @@ def check(
         if tiny:
             shown = ", ".join(images[index].name for index in tiny[:3])
             console.result(f"  note {len(tiny):,} are less than {TINY} pixels wide or high: {shown}")
-        for line in _bucket_lines(fills, train_batch_size):
+        for line in bucket_lines(fills, train_batch_size):
             console.result(line)
         if not problems:
             console.result("no problems")
@@ -182,7 +179,7 @@ def stats(
     With -m MODEL caption lengths are also counted in tokens of its text encoder.
     """
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    framing = _framing(resolution, bucket_reso_steps, train_batch_size, validation_split)
+    framing = framing_of(resolution, bucket_reso_steps, train_batch_size, validation_split)
     tokenizer = None
     if model is not None:
         from sdcli.encoders.tokenizer import load_tokenizer
@@ -199,14 +196,14 @@ def stats(
         counts = [tokenizer(caption).count for caption in captions]
         cut = sum(count > tokenizer.max_length - 2 for count in counts)
         tokens = {**_spread(counts), "limit": tokenizer.max_length - 2, "cut": cut}
-    fills = _fills(images, found, framing)
+    fills = bucket_fills_of(images, found, framing)
     if json:
         console.result(
             "",
             **found.as_dict(),
             captions={"total": len(captions), "words": words, "tokens": tokens},
             classes=dict(sorted(classes.items())),
-            buckets=[_bucket_row(fill) for fill in fills],
+            buckets=[bucket_row(fill) for fill in fills],
         )
         return
     for line in found.report():
@@ -222,7 +219,7 @@ def stats(
         console.result(f"classes: {len(classes):,}")
         for name, count in classes.most_common():
             console.result(f"  {count:>8,}  {name}")
-    for line in _bucket_lines(fills, train_batch_size):
+    for line in bucket_lines(fills, train_batch_size):
         console.result(line)
 
 
@@ -324,71 +321,6 @@ def _problems(dropped: int, uncaptioned: int, used: int, *, lost: int) -> list[s
     problems += [f"{lost:,} caption files or tables not read"] if lost else []
     problems += [f"{uncaptioned:,} without a caption (--unconditional allows that)"] if uncaptioned else []
     return problems or ([] if used else ["no images"])
-
-
-# Buckets
-
-
-def _framing(
-    resolution: str | None, step: int | None, batch_size: int | None, validation_split: float | None
-) -> ImageSettings | None:
-    """The settings of a training with buckets, None without --resolution. Raises UsageError."""
-    typed = {"train_batch_size": batch_size, "validation_split": validation_split, "bucket_reso_steps": step}
-    if resolution is None:
-        for name, value in typed.items():
-            if value is not None:
-                raise UsageError(f"--{name.replace('_', '-')} has no effect without --resolution")
-        return None
-    if validation_split is not None and batch_size is None:
-        raise UsageError("--validation-split has no effect without --train-batch-size")
-    values = {"train_batch_size": 1, **{name: value for name, value in typed.items() if value is not None}}
-    if batch_size is None:
-        values["validation_split"] = 0.0
-    return settings_from(ImageSettings, {"resolution": resolution.strip(), "enable_bucket": True, **values})
-
-
-def _fills(images: ImageSet, found: Inspection, framing: ImageSettings | None) -> list[BucketFill]:
-    """The buckets as the trainers make them."""
-    if framing is None:
-        return []
-    from sdcli.data.buckets import bucket_fills
-    from sdcli.training.inputs.image_data import bucketing_of, own_buckets, training_images
-
-    bucketing = bucketing_of(framing, framing.target_size((0, 0)), size_step=SIZE_STEP)
-    trained = training_images(images, found.used, framing)[0].tolist()
-    own = own_buckets(images, found, bucketing)
-    return bucket_fills(
-        [(int(found.sizes[index][0]), int(found.sizes[index][1])) for index in trained],
-        [own[index] for index in trained],
-        batch_size=framing.train_batch_size,
-        repeats=[images[index].repeats for index in trained],
-    )
-
-
-def _bucket_row(fill: BucketFill) -> dict[str, Any]:
-    width, height = fill.size
-    return {
-        "width": width,
-        "height": height,
-        "pictures": fill.images,
-        "repeats": fill.repeats,
-        "enlarged": fill.enlarged,
-        "merged": fill.merged,
-    }
-
-
-def _bucket_lines(fills: Sequence[BucketFill], batch_size: int | None) -> Iterator[str]:
-    if not fills:
-        return
-    images = sum(fill.images for fill in fills)
-    about = f" for {images:,} training images, in steps of {batch_size:,} samples" if batch_size is not None else ""
-    yield f"buckets: {len(fills)}{about}"
-    for fill in fills:
-        width, height = fill.size
-        enlarged = f", {fill.enlarged:,} smaller than it" if fill.enlarged else ""
-        merged = f", {fill.merged:,} of them from buckets too small for a step" if fill.merged else ""
-        repeated = f"; a step repeats {fill.repeats:,} samples" if batch_size is not None and fill.repeats else ""
-        yield f"  {fill.images:>8,}  {width}x{height}{enlarged}{merged}{repeated}"
 
 
 # Numbers
