@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,17 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(_sentence(error)) from None
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
+def parse_own_yaml(text: str) -> Any:
+    """YAML text of the package itself -> plain data: by libyaml where PyYAML has it, fifteen times as fast."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def read_yaml(file: Path, *, parse: Callable[[str], Any] = parse_yaml) -> dict[str, Any]:
     """A small YAML mapping, hostile input included. Raises NotFound and UsageError."""
     try:
         if file.stat().st_size > MAX_YAML_BYTES:
             raise UsageError(f"{file}: larger than {MAX_YAML_BYTES // 1024} KiB, the limit for such files")
-        data = parse_yaml(file.read_text(encoding="utf-8"))
+        data = parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFound(f"no models file {file}") from None
     except OSError as error:

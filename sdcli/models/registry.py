@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -14,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from sdcli.errors import BadWeights, NotFound, UsageError
 from sdcli.io.files import PACKAGE, expanded
 from sdcli.io.pickles import PICKLE_SUFFIXES, pickle_refused
-from sdcli.io.yaml_files import read_yaml
+from sdcli.io.yaml_files import parse_own_yaml, parse_yaml, read_yaml
 from sdcli.models.families import DEFAULT_FAMILY, FAMILIES, family_named, family_with_recipe, single_file_in
 from sdcli.models.families.family import Family, ModelKind
 from sdcli.models.fast_presets import FastPreset
@@ -210,7 +211,7 @@ def load_registry(models_file: Path | None = None) -> Registry:
         files.append(extra)
     default, named_by, models, controlnets = None, files[0], {}, {}
     for file in files:
-        read = read_registry_file(file)
+        read = _packaged_registry(file, *_state(file)) if file is files[0] else read_registry_file(file)
         models.update(read.models)
         controlnets.update(read.controlnets)
         if read.default is not None:
@@ -219,7 +220,7 @@ def load_registry(models_file: Path | None = None) -> Registry:
         raise UsageError(f"{files[0]}: default: missing")
     if default not in models:
         raise UsageError(f"{named_by}: default: no model {default!r}{did_you_mean(default, models)}")
-    return Registry(default=default, models=models, controlnets=controlnets, files=tuple(files))
+    return Registry.model_construct(default=default, models=models, controlnets=controlnets, files=tuple(files))
 
 
 class RegistryFile(NamedTuple):
@@ -230,9 +231,24 @@ class RegistryFile(NamedTuple):
     controlnets: dict[str, ControlNetSpec]
 
 
-def read_registry_file(file: Path) -> RegistryFile:
+@lru_cache(maxsize=1)
+def _packaged_registry(file: Path, *state: int) -> RegistryFile:
+    """The content of models.yaml as shipped, in this state of the file."""
+    return read_registry_file(file, parse=parse_own_yaml)
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """Numbers that change with a file."""
+    try:
+        found = file.stat()
+    except OSError:  # reading it says what is wrong
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def read_registry_file(file: Path, *, parse: Callable[[str], Any] = parse_yaml) -> RegistryFile:
     """Read and check one registry file. Raises NotFound and UsageError."""
-    data = read_yaml(file)
+    data = read_yaml(file, parse=parse)
     unknown = set(data) - {"schema", "default", "models", "controlnets"}
     if unknown:
         raise UsageError(
@@ -270,9 +286,10 @@ def _controlnet_spec(file: Path, name: str, entry: dict[str, Any]) -> ControlNet
 
 def _spec(file: Path, name: str, entry: dict[str, Any]) -> ModelSpec:
     try:
-        spec = ModelSpec(**dict(ModelEntry.model_validate({"name": name, **entry})))
+        checked = ModelEntry.model_validate({"name": name, **entry})
     except ValidationError as error:
         raise UsageError(f"{file}: models.{name}.{first_problem(error)}") from None
+    spec = ModelSpec.model_construct(**dict(checked))  # checked; a schema of its class is built where there is need
     if spec.defaults.scheduler not in SCHEDULERS:
         hint = did_you_mean(spec.defaults.scheduler, SCHEDULERS)
         raise UsageError(f"{file}: models.{name}.defaults.scheduler: no scheduler {spec.defaults.scheduler!r}{hint}")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sdcli.errors import NotFound, SdcliError, UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io.files import PACKAGE
-from sdcli.io.yaml_files import read_yaml
+from sdcli.io.yaml_files import parse_own_yaml, parse_yaml, read_yaml
+from sdcli.models import registry as registry_module
 from sdcli.models.registry import load_registry, packaged_registry_file, read_registry_file
 from sdcli.models.sources import FileSource, FolderSource, HubSource
 from sdcli.request.schedulers import SCHEDULERS
@@ -94,6 +95,23 @@ def test_any_text_is_read_or_refused_in_a_sentence(tmp_path_factory: pytest.Temp
     file.write_text(text, encoding="utf-8")
     with contextlib.suppress(SdcliError):
         read_registry_file(file)
+
+
+def test_the_packaged_file_means_the_same_to_both_parsers() -> None:
+    text = packaged_registry_file().read_text(encoding="utf-8")
+    assert parse_own_yaml(text) == parse_yaml(text)
+
+
+def test_a_changed_packaged_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "models.yaml"
+    monkeypatch.setattr(registry_module, "packaged_registry_file", lambda: file)
+    for name in ("first", "other"):
+        file.write_text(f"default: {name}\nmodels: {{{name}: {{source: {{kind: hub, repo: a/{name}}}}}}}\n")
+        assert load_registry().default == name
+        assert [*load_registry().models] == [name]
+    file.unlink()
+    with pytest.raises(NotFound, match="no models file"):
+        load_registry()
 
 
 def test_the_packaged_file_is_sound() -> None:
