@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.forked import run_forked
 
@@ -21,7 +21,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("SDCLI_MODELS_FILE", None)
 
 # A busy machine is slow, not wrong.
-settings.register_profile("sdcli", deadline=None)
+settings.register_profile("sdcli", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sdcli")
 
 REPOSITORY = Path(__file__).parent.parent

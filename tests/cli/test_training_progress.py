@@ -176,7 +176,7 @@ def test_on_a_terminal_a_bar_moves_and_rare_events_stay_above_it() -> None:
     assert out == "the result\n"  # rich's live displays take stdout over, too, when one does not stop them
     assert re.search(r"examining images \S+ 1000/1000", shown)
     assert re.search(r"training \S+ 60/60", shown)
-    assert re.search(r"training \S+ \d\d/60 0:0\d left", shown)
+    assert re.search(r"training \S+ \d\d/60 \d:\d\d left", shown)
     assert re.search(r"loss 0\.\d+, 4\.00 it/s, 51\.2 samples/s, waiting 2%, lr 1\.00e-04, 3\.0 GiB", shown)
     for line in ("step 30: validation loss 0.1234, psnr 21.5", "step 30: checkpoint in run/checkpoint-30 (0.2 s)"):
         assert shown.count(line) == 1

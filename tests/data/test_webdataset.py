@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,12 +97,21 @@ def test_links_folders_and_devices_are_passed_over(tmp_path: Path) -> None:
     assert listed(path) == [("x.tar:b", (), None)]
 
 
-def test_ten_thousand_members_are_indexed_in_well_under_a_second(tmp_path: Path) -> None:
+def seconds(act: Callable[[], object]) -> float:
+    """Processor time, which what else runs on the machine disturbs least."""
+    started = time.process_time()
+    act()
+    return time.process_time() - started
+
+
+def test_ten_thousand_members_are_indexed_about_as_quickly_as_tarfile_lists_them(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(tar_bytes([(f"{number:05d}.jpg", b"x" * 600) for number in range(10_000)]))
-    started = time.process_time()  # not disturbed by what else runs
+    with tarfile.open(path) as tar:
+        usual = seconds(tar.getmembers)
+        assert len(tar.getmembers()) == 10_000
+    assert seconds(lambda: open_images(path)) < 3 * usual
     assert len(open_images(path)) == 10_000
-    assert time.process_time() - started < 0.8
 
 
 def test_captions_come_from_txt_and_else_from_json(tmp_path: Path) -> None:

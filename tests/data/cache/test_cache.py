@@ -846,7 +846,7 @@ def test_images_are_read_ahead_of_the_encoder_and_not_without_bound(
     moments = autoencoder.moments
 
     def waiting(vae: Any, pixels: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        assert ahead.wait(10), "while the first image is encoded, the fourth is not read"
+        assert ahead.wait(60), "while the first image is encoded, the fourth is not read"
         encoded[0] += 1
         return moments(vae, pixels, **options)
 
