@@ -20,6 +20,7 @@ from sdcli.io.files import PACKAGE
 from sdcli.models.registry import load_registry, user_registry_file
 from sdcli.models.sources import FolderSource, HubSource
 from sdcli.models.user_registry import add_model, remove_model, set_default, source_of
+from tests.forked import run_forked
 
 HUB = {"kind": "hub", "repo": "maker/small"}
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,10 +45,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
 @pytest.fixture
 def models(environment: dict[str, str], tmp_path: Path) -> Run:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sdcli", "models", *arguments]
-        return subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-        )
+        return run_forked(["models", *arguments], cwd=tmp_path, timeout=240)
 
     return run
 

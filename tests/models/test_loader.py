@@ -70,8 +70,9 @@ def micro_configs(micro: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("micro_configs")
 def test_a_single_file_with_ldm_keys_is_the_same_model_as_its_diffusers_folder(micro: tuple[Path, Path]) -> None:
     folder, file = (load(source) for source in micro)
-    assert states(folder).keys() == states(file).keys()
-    assert all(torch.equal(tensor, states(file)[name]) for name, tensor in states(folder).items())
+    expected, found = states(folder), states(file)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     latents = []
     for model in (folder, file):
         request = GenerationRequest(prompt="a cat", seed=1, width=64, height=64, steps=2)

@@ -14,7 +14,7 @@ import pytest
 
 from sdcli.metadata.read import read_image
 from tests.server.running import PATIENCE, RunningServer, running_server
-from tests.server.test_jobs import LONG, wait_for
+from tests.server.test_jobs import LONG, SHORTER, wait_for
 
 INJECTED = Path(__file__).parent / "injected"
 
@@ -75,7 +75,7 @@ def test_a_crash_fails_its_job_with_a_sentence_and_the_worker_starts_again(fragi
 
 
 def test_kill_9_of_a_worker_fails_its_job_and_no_other(fragile: RunningServer) -> None:
-    first, second = (fragile.submit({**LONG, "seed": seed})["id"] for seed in (1, 2))
+    first, second = (fragile.submit({**SHORTER, "seed": seed})["id"] for seed in (1, 2))
     waiting = fragile.submit({"prompt": "waits", "seed": 5})["id"]
     for id in (first, second):
         wait_for(fragile, id, "step")
@@ -106,7 +106,7 @@ def test_two_workers_run_two_jobs_at_once(fragile: RunningServer) -> None:
 def test_idle_models_are_unloaded_and_loaded_again(fragile: RunningServer) -> None:
     lines = [f"worker {number} unloads its models" for number in (1, 2)]
     before = [fragile.log.count(line) for line in lines]
-    ids = [fragile.submit({**LONG, "seed": seed})["id"] for seed in (1, 2)]
+    ids = [fragile.submit({**SHORTER, "seed": seed})["id"] for seed in (1, 2)]
     assert [fragile.finished(id)["state"] for id in ids] == ["done", "done"], "one by each worker"
     until(lambda: all(fragile.log.count(line) > count for line, count in zip(lines, before, strict=True)))
     id = fragile.submit({"prompt": "x"})["id"]
@@ -129,7 +129,7 @@ def own(tmp_path: Path) -> Iterator[RunningServer]:
 
 
 def test_sigterm_finishes_the_running_job_and_refuses_others(own: RunningServer) -> None:
-    running = own.submit(LONG)["id"]
+    running = own.submit(SHORTER)["id"]
     waiting = own.submit({"prompt": "never"})["id"]
     wait_for(own, running, "step")
     ended: list[str] = []
@@ -151,6 +151,7 @@ def test_sigterm_finishes_the_running_job_and_refuses_others(own: RunningServer)
     assert any('"done"' in line for line in ended), "the running job was finished, and its followers heard of it"
 
 
+@pytest.mark.slow
 def test_what_is_not_finished_within_the_grace_is_cancelled(tmp_path: Path) -> None:
     with running_server(tmp_path, "--model", "tiny", "--grace", "0.2") as server:
         id = server.submit({**LONG, "num_images": 8})["id"]
@@ -180,7 +181,7 @@ def test_workers_do_not_outlive_a_server_that_is_killed(own: RunningServer) -> N
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
-        (("--device", "mps"), 2, "no mps device"),
+        pytest.param(("--device", "mps"), 2, "no mps device", marks=pytest.mark.slow),  # which only a worker finds out
         (("--model", "no-such-model"), 3, "no model"),
         (("--device", "cpu:0"), 2, "from 1 to 64"),
         (("--allow-origin", "example.org"), 2, "https://example.org"),
@@ -189,6 +190,7 @@ def test_workers_do_not_outlive_a_server_that_is_killed(own: RunningServer) -> N
 def test_a_server_that_cannot_work_ends_with_a_sentence(
     sdcli: object, tmp_path: Path, options: tuple[str, ...], code: int, sentence: str
 ) -> None:
-    ended = sdcli("serve", "--port", "0", *options, env={})  # type: ignore[operator]
+    new = {"env": {}} if "mps" in options else {}  # a forked process cannot spawn a worker
+    ended = sdcli("serve", "--port", "0", *options, **new)  # type: ignore[operator]
     assert ended.returncode == code
     assert sentence in ended.stderr

@@ -18,7 +18,9 @@ from tests.server.in_process import png
 from tests.server.running import RunningServer
 
 LONG = {"prompt": "x", "steps": 300, "seed": 3}
-"""Takes some seconds, so that there is time to do something meanwhile."""
+"""Takes some seconds, so that there is time to do something meanwhile. For jobs that are cancelled."""
+SHORTER = {**LONG, "steps": 100}
+"""Takes long enough to be seen at work. For jobs that run to their end."""
 
 
 def events(server: RunningServer, id: str, *, after: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -54,7 +56,7 @@ def test_a_job_ends_with_its_images(server: RunningServer) -> None:
 
 
 def test_the_events_tell_the_whole_story_in_order(server: RunningServer) -> None:
-    id = server.submit({"prompt": "x", "steps": 60}, previews=0.1, partial_images=2)["id"]
+    id = server.submit({"prompt": "x", "steps": 30}, previews=0.1, partial_images=2)["id"]
     found = list(events(server, id))
     kinds = list(dict.fromkeys(event["type"] for _, event in found))
     main = ["running", "step", "image", "end"]
@@ -62,11 +64,11 @@ def test_the_events_tell_the_whole_story_in_order(server: RunningServer) -> None
     assert [number for number, _ in found] == sorted({number for number, _ in found})
     steps = [event for _, event in found if event["type"] == "step"]
     assert [step["step"] for step in steps] == sorted(step["step"] for step in steps)
-    assert steps[-1]["step"] == steps[-1]["steps"] == 60
+    assert steps[-1]["step"] == steps[-1]["steps"] == 30
     assert all(step["per_second"] > 0 and step["seconds_left"] >= 0 for step in steps)
     assert [step["progress"] for step in steps] == sorted(step["progress"] for step in steps)
     assert steps[0]["seconds_left"] > steps[-1]["seconds_left"]
-    assert [event["step"] for _, event in found if event["type"] == "partial"] == [20, 40]
+    assert [event["step"] for _, event in found if event["type"] == "partial"] == [10, 20]
     last = [(number, event) for number, event in events(server, id, after=found[-2][0])]
     assert last == found[-1:], "a client that comes back gets the rest"
 
@@ -96,7 +98,7 @@ def test_cancelling_stops_between_steps_and_leaves_other_jobs(server: RunningSer
 
 
 def test_one_image_of_a_running_job_can_be_cancelled(server: RunningServer) -> None:
-    id = server.submit({**LONG, "num_images": 2})["id"]
+    id = server.submit({**SHORTER, "num_images": 2})["id"]
     wait_for(server, id, "step")
     server.http.delete(f"/v1/jobs/{id}/images/0")
     ended = server.finished(id)
@@ -121,15 +123,6 @@ def test_a_client_that_goes_away_cancels_its_job_only_if_it_asked_for_that(serve
         assert server.view(id)["progress"] > view["progress"] or server.view(id)["state"] == "done"
     server.http.delete(f"/v1/jobs/{id}")
     server.finished(id)
-
-
-def test_a_slow_reader_of_events_stops_nobody(server: RunningServer) -> None:
-    id = server.submit({**LONG, "num_images": 2})["id"]
-    with socket.create_connection(("127.0.0.1", server.port)) as follower:
-        follower.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        follower.sendall(f"GET /v1/jobs/{id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        assert server.finished(id)["state"] == "done"
-        assert server.generate(prompt="meanwhile")
 
 
 def test_a_job_that_takes_too_long_is_ended(server: RunningServer) -> None:

@@ -88,7 +88,7 @@ def test_an_address_of_an_image_leads_to_it_and_cannot_be_made_up(server: Runnin
 def test_partial_images_come_while_the_image_is_denoised(server: RunningServer, client: openai.OpenAI) -> None:
     before = server.metric("sdcli_images_total")
     shown: list[Image.Image] = []
-    extra = {"num_inference_steps": 300, "seed": 3}
+    extra = {"num_inference_steps": 80, "seed": 3}
     for event in client.images.generate(
         prompt="a fox", model="tiny", size="128x64", stream=True, partial_images=3, extra_body=extra
     ):
@@ -102,7 +102,7 @@ def test_partial_images_come_while_the_image_is_denoised(server: RunningServer, 
     assert event.usage.total_tokens == 0
     assert [image.size for image in shown] == [(128, 64)] * 4
     assert len({image.convert("RGB").tobytes() for image in shown}) == 4, "each is of another step"
-    whole = server.generate(prompt="a fox", size="128x64", steps=300, seed=3)
+    whole = server.generate(prompt="a fox", size="128x64", steps=80, seed=3)
     assert decoded(event.b64_json).tobytes() == Image.open(io.BytesIO(whole)).tobytes(), "watching changes nothing"
 
 
