@@ -38,7 +38,7 @@ EVERY = 1.0
 """Seconds between two reports of the throughput."""
 STARTS = 3
 """A worker whose process dies so often before it is ready is not used any more."""
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which it is reported that no worker has started."""
 
 

@@ -181,7 +181,7 @@ def test_a_killed_driver_leaves_no_process_and_resume_makes_the_same_set(
 
 @pytest.mark.slow
 def test_ctrl_c_stops_within_a_step_and_keeps_what_is_finished(expected: dict[str, bytes], tmp_path: Path) -> None:
-    many = ("--steps", "1000")
+    many = ("--steps", "900")
     with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL, *many) as running:
         running.busy_worker()
         time.sleep(1)
