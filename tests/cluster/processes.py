@@ -36,7 +36,7 @@ def alive(pids: Iterable[int]) -> set[int]:
     return found
 
 
-def gone(pids: Iterable[int], *, within: float = 20.0) -> set[int]:
+def gone(pids: Iterable[int], *, within: float = 90.0) -> set[int]:
     """Those of these processes that are still there after some seconds; returns as soon as none is."""
     deadline = time.monotonic() + within
     while (left := alive(pids)) and time.monotonic() < deadline:
