@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.processes import command_of, descendants, gone, listening
-from tests.conftest import Disk, Run
+from tests.conftest import Run
 
 REPOSITORY = Path(__file__).parents[2]
 JOURNAL = ".sdcli-journal.jsonl"
@@ -199,45 +199,6 @@ def test_ctrl_c_stops_within_a_step_and_keeps_what_is_finished(expected: dict[st
     assert code in (130, 0), err
     assert images(tmp_path / "some").items() <= expected.items()
     assert sorted(journal(tmp_path / "some")) == sorted(images(tmp_path / "some"))
-
-
-@pytest.mark.slow
-def test_a_full_disk_ends_the_run_as_in_one_process_and_resume_goes_on(
-    expected: dict[str, bytes], disk: Disk, tmp_path: Path
-) -> None:
-    size = sum(map(len, expected.values())) // 2
-    disk.resize(max(size, 64 * 1024) // 4096 * 4096)
-    (disk.path / "ballast").write_bytes(b"\0" * (max(size, 64 * 1024) // 4096 * 4096 - 8 * 4096))
-    with driver(tmp_path, *OPTIONS, "--outdir", str(disk.path), *LOCAL) as running:
-        code, _, err = running.end()
-    assert code == 8, err
-    assert "No space left on device" in err
-    disk.resize(2**30)
-    with driver(tmp_path, *OPTIONS, "--outdir", str(disk.path), *LOCAL, "--resume") as running:
-        code, _, err = running.end()
-    assert code == 0, err
-    assert images(disk.path) == expected
-
-
-@pytest.mark.slow
-def test_names_that_collide_are_numbered_as_in_one_process(sdcli: Run, prompts: Path, tmp_path: Path) -> None:
-    names = ("-o", "{seed}")
-    assert sdcli("generate", *OPTIONS, *names, "--outdir", "one", "--threads", "1").returncode == 0
-    with driver(tmp_path, *OPTIONS, *names, "--outdir", "out", *LOCAL) as running:
-        assert running.end()[0] == 0
-    assert images(tmp_path / "out") == images(tmp_path / "one")
-    assert len(images(tmp_path / "out")) == 8
-
-
-@pytest.mark.slow
-def test_two_threads_are_two_threads_on_a_worker_too(sdcli: Run, prompts: Path, tmp_path: Path) -> None:
-    """The number decides the bytes: with other numbers the images differ in their last bits."""
-    options = [one if one != "tiny" else "starter" for one in OPTIONS] + ["--steps", "2"]
-    for folder, more in {"one": ["--threads", "2"], "out": ["--threads", "2", "--cluster", "local"]}.items():
-        with driver(tmp_path, *options, "--outdir", folder, *more, "--no-server") as running:
-            code, _, err = running.end()
-            assert code == 0, err
-    assert images(tmp_path / "out") == images(tmp_path / "one")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from sdcli.cluster.scheduler import UnitScheduler
 from sdcli.cluster.units import ItemDone, Program, RunEvent, Throughput, Trouble, Unit, UnitFailed
 from sdcli.errors import Interrupted, NotFound, SdcliError, UsageError
 from tests.cluster.light import Harm
-from tests.cluster.processes import descendants, gone
+from tests.cluster.processes import gone
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -154,25 +153,6 @@ def test_what_the_cluster_has_no_room_for_is_refused_before_anything_waits_for_i
         assert (engine.workers, engine.device) == (3, "cpu")
     with RayEngine(ClusterSettings(head.address, threads=2)) as engine:
         assert engine.workers == 1
-
-
-@pytest.mark.slow
-def test_the_death_of_a_node_costs_an_attempt_and_no_item(head: Any, tmp_path: Path) -> None:
-    node = head.add_node(num_cpus=2, num_gpus=0)
-    killed: list[int] = []
-
-    def watch(event: RunEvent) -> None:
-        if isinstance(event, ItemDone) and not killed and int(event.values["pid"]) in descendants(raylet):
-            killed.append(raylet)
-            os.kill(raylet, signal.SIGKILL)
-
-    raylet = node.all_processes["raylet"][0].process.pid
-    work = units(30, {n: Harm("slow", 0) for n in range(30)}, size=8)
-    events = run(head, tmp_path, work, watch=watch, workers=5)
-    assert killed
-    assert set(rows(events)) == files(tmp_path) == set(range(240))
-    assert any("died" in text for text in troubles(events))
-    assert not [event for event in events if isinstance(event, UnitFailed)]
 
 
 def test_no_other_module_imports_ray_and_it_is_not_needed_to_be_told_what_is_missing(tmp_path: Path) -> None:
