@@ -25,11 +25,13 @@ from sdcli.cli.options.shared import (
     ModelsFileOpt,
     OfflineOpt,
     QuietOpt,
+    ShardOpt,
     VerboseOpt,
 )
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SomeFailed, UsageError
+from sdcli.generation.run_shard import RunShard
 from sdcli.io.files import expanded
 from sdcli.models.registry import ModelSpec, load_registry
 from sdcli.training.config_files import settings_from
@@ -149,6 +151,7 @@ def command(
     workers: WorkersOpt = None,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
+    shard: ShardOpt = None,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -158,7 +161,8 @@ def command(
     """Encode images and captions once, and keep latents and text states for training.
 
     Records are found by a digest of the image, its size, the VAE and the number format: training with the same settings
-    reads all of them, and a new image costs one encoding. An interrupted run can be repeated. --dtype auto is float32
+    reads all of them, and a new image costs one encoding. An interrupted run can be repeated, and runs at the same time
+    divide the work. --dtype auto is float32
     here; use bfloat16 for training with --mixed-precision bf16 on a CPU.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
@@ -177,13 +181,17 @@ def command(
         "cache_dir": cache_dir,
     }
     settings = settings_from(ImageSettings, {name: value for name, value in typed.items() if value is not None})
+    part = None if shard is None else RunShard.of(shard)
     spec = load_registry(models_file).find(model)
     if spec.kind.space != "latent":
         raise UsageError(f"{spec.name} works on pixels, without a VAE, so there are no latents to cache")
     stop = GracefulStop(console, unit="the batch in hand", kept="what was encoded is kept").install()
 
     from sdcli.cli.ui.training_progress import TrainingProgress
-    from sdcli.data.cache.fill import fill_latents, fill_texts
+    from sdcli.data.cache.claims import Claims
+    from sdcli.data.cache.division import places_of_shard
+    from sdcli.data.cache.fill import batch_size_for, fill_latents
+    from sdcli.data.cache.fill_texts import fill_texts
     from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
     from sdcli.data.cache.store import TensorStore
     from sdcli.models.loader import Part, load_model
@@ -200,17 +208,24 @@ def command(
         console.note(f"loading {spec.name}")
         number = "float32" if dtype == "auto" else dtype
         loaded = load_model(spec, device=device, dtype=number, offline=offline, parts=parts)
-        with TensorStore(folder, LATENTS) as latents, TensorStore(folder, TEXTS) as states:
+        vae = CacheVae(loaded.vae, loaded.identity("vae"))
+        used, sizes = found.used, [found.sizes[int(index)] for index in found.used]
+        if part is not None:
+            places = places_of_shard(sizes, part, batch=batch_size_for(vae, batch_size))
+            used, sizes = used[places], [sizes[int(place)] for place in places]
+        latents, states, claims = TensorStore(folder, LATENTS), TensorStore(folder, TEXTS), Claims(folder)
+        with latents, states, claims:
             filling = fill_latents(
                 found.images,
-                found.used,
-                [found.sizes[int(index)] for index in found.used],
-                vae=CacheVae(loaded.vae, loaded.identity("vae")),
+                used,
+                sizes,
+                vae=vae,
                 store=latents,
                 digests=found.digests,
                 flips=random_flip,
                 batch_size=batch_size,
                 workers=workers,
+                claims=claims,
                 stop=stop,
             )
             of_pictures = _shown(filling, "encoding images", display, console)
@@ -218,6 +233,7 @@ def command(
             if "text_encoder" in parts:
                 template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
                 texts = _texts(found, prefix=caption_prefix, template=template)
+                texts = texts if part is None else list(part.part(texts))
                 assert loaded.tokenizer is not None
                 items = (found.images[int(index)] for index in found.used)
                 rules = CaptionRules(prefix=caption_prefix, template=template)
@@ -226,9 +242,9 @@ def command(
                     console.warn(note)
                 identity = loaded.identity("text_encoder")
                 encoder = CacheTextEncoder(loaded.text_encoder, loaded.tokenizer, identity, spec.name)
-                filling = fill_texts(texts, encoder=encoder, store=states, stop=stop)
+                filling = fill_texts(texts, encoder=encoder, store=states, claims=claims, stop=stop)
                 of_texts = _shown(filling, "encoding captions", display, console)
-    _report(console, folder, found, of_pictures, of_texts)
+    _report(console, folder, found, of_pictures, of_texts, part)
 
 
 def _refuse_inside(folder: Path, data: str) -> None:
@@ -282,23 +298,29 @@ def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingProgres
 
 
 def _report(
-    console: Console, folder: Path, found: ImageData, of_pictures: CacheProgress, of_texts: CacheProgress | None
+    console: Console,
+    folder: Path,
+    found: ImageData,
+    of_pictures: CacheProgress,
+    of_texts: CacheProgress | None,
+    part: RunShard | None,
 ) -> None:
-    """Print the figures. Raises SomeFailed if images were dropped."""
+    """Print the figures. Raises SomeFailed if images were dropped; those that cannot be used are of the first shard."""
     assert of_pictures.latents is not None
     late = of_pictures.latents.dropped
     for one in late[:SHOWN]:
         console.warn(f"{one.name} is dropped: {one.reason}")
     if len(late) > SHOWN:
         console.warn(f"and {len(late) - SHOWN:,} more; --json lists all")
-    dropped = found.dropped + len(late)
+    unusable = found.dropped if part is None or part.index == 1 else 0
+    dropped = unusable + len(late)
     rows = {"latents": _row(of_pictures), **({"texts": _row(of_texts)} if of_texts is not None else {})}
     size = sum(entry.stat().st_size for name in rows for entry in _entries(folder / name))
     console.result(
         _line("pictures", of_pictures),
         cache_dir=os.fspath(folder),
         cache_bytes=size,
-        pictures=len(found.used) - len(late),
+        pictures=of_pictures.total - len(late),
         dropped=dropped,
         not_encoded=[{"name": one.name, "reason": one.reason} for one in late],
         **rows,
@@ -308,7 +330,7 @@ def _report(
             console.result(_line("texts", of_texts))
         console.note(f"the cache in {folder} has {size / 1e6:,.1f} MB")
     if dropped:
-        total = len(found.used) + found.dropped
+        total = of_pictures.total + unusable
         raise SomeFailed(f"{dropped:,} of {total:,} images were dropped; the others are in the cache")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,11 +16,14 @@ from sdcli.cli.options.shared import (
     OfflineOpt,
     OverwriteOpt,
     QuietOpt,
+    ShardOpt,
     VerboseOpt,
 )
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
+from sdcli.generation.journal import Journal
+from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.images.formats import FORMAT_OF, ImageFormat
 from sdcli.models.registry import load_registry
@@ -67,8 +70,17 @@ def command(
         ImageFormat | None, typer.Option("--format", help="File format.", show_default="png")
     ] = None,
     overwrite: OverwriteOpt = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Skip the images that an earlier run with --resume or --shard finished, and those that are there "
+            "already with the same bytes.",
+        ),
+    ] = False,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
+    shard: ShardOpt = None,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -84,6 +96,9 @@ def command(
         raise UsageError("use either -o or --outdir")
     if output is not None and (len(latents) > 1 or latents[0].is_dir()):
         raise UsageError("-o is for a single image; use --outdir for several files")
+    part = RunShard.of(shard) if shard is not None else WHOLE
+    if shard is not None and output is not None:
+        raise UsageError("-o names one file, which shards cannot write together; use --outdir with --shard")
     format = _format(output, image_format)
     registry = load_registry(models_file)
     if model is not None:
@@ -102,18 +117,26 @@ def command(
         scaled=scaled,
         tiled=tile,
         overwrite=overwrite,
+        resume=resume,
     )
     check_output(settings.outdir, settings.output)
+    journal = None
+    if resume or shard is not None:
+        folder = settings.outdir if output is None else output.parent
+        journal = Journal.open(folder, part.name if shard is not None else None)
     cache = ModelCache(RunSettings(device=device, dtype=dtype, offline=offline))
     alone = len(latents) == 1 and not latents[0].is_dir()
     errors: list[SdcliError] = []
     count = 0
-    for event in decode_files(files, registry, cache, settings, model=model, stop=stop):
+    ways: dict[str, Any] = {"model": model, "journal": journal, "shard": part, "stop": stop}
+    for event in decode_files(files, registry, cache, settings, **ways):
         if count == 1 and alone and errors:
             console.warn(str(errors[0]))  # it is not the only image, so it does not end the process
         count += 1
         errors += [event.error] if event.error is not None else []
         _report(event, console, printed=alone and count == 1)
+    if not count:
+        console.note(f"shard {part} has nothing to do: there are fewer files than shards")
     raise_for(errors, of=count)
 
 
@@ -139,6 +162,10 @@ def _report(event: DecodeResult, console: Console, *, printed: bool) -> None:
         if not printed:
             console.warn(str(event.error))
         return
+    if event.status == "skipped":
+        console.note(f"{event.path} is finished already")
+        if not console.json:
+            return
     console.result(
         event.path or "",
         **fields,

@@ -16,11 +16,13 @@ from sdcli.cli.options.shared import (
     ModelsFileOpt,
     OfflineOpt,
     QuietOpt,
+    ShardOpt,
     VerboseOpt,
 )
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SdcliError, UsageError, raise_for
+from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from sdcli.models.registry import load_registry
@@ -106,6 +108,7 @@ def command(
     ] = None,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
+    shard: ShardOpt = None,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -128,6 +131,9 @@ def command(
         raise UsageError("-o is for a single file; use --outdir or --pack for several images")
     if output is not None and output.suffix.lower() not in (".safetensors", ".latent"):
         raise UsageError(f"-o: {output.name!r} should end in .safetensors or .latent")
+    part = RunShard.of(shard) if shard is not None else WHOLE
+    if shard is not None and output is not None:
+        raise UsageError("-o names one file, which shards cannot write together; use --outdir with --shard")
     spec = load_registry(models_file).find(model)
     # images in other formats fail one by one: none is passed over
     files = input_files(images, suffixes=IMAGE_SUFFIXES | UNREAD_SUFFIXES, kind="images")
@@ -157,7 +163,7 @@ def command(
     decibels: list[float] = []
     count, printed = 0, None
     with cache.lease_vae(spec) as vae:
-        for event in encode_files(files, vae, settings, stop=stop):
+        for event in encode_files(files, vae, settings, shard=part, stop=stop):
             count += 1
             errors += [event.error] if event.error is not None else []
             decibels += [event.psnr] if event.psnr is not None else []
@@ -169,6 +175,8 @@ def command(
         mean = sum(decibels) / len(decibels)
         text = f"mean PSNR {_decibels(mean)} over {len(decibels)} images"
         console.result(text, status="summary", pictures=len(decibels), mean_psnr=_finite(mean))
+    if not count:
+        console.note(f"shard {part} has nothing to do: there are fewer batches than shards")
     raise_for(errors, of=count)
 
 

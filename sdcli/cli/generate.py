@@ -23,6 +23,7 @@ from sdcli.cli.options.flags import field_options
 from sdcli.cli.options.from_image import recorded_fields
 from sdcli.cli.options.prompts import dynamic_lines, left_as_text, prompt_lines
 from sdcli.cli.options.request_flags import CONTROL, FLAGS, IMAGE, MODEL, START
+from sdcli.cli.options.sharding import check_sharding, part_of, reports, start_journal
 from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
@@ -31,6 +32,7 @@ from sdcli.cli.options.shared import (
     OfflineOpt,
     OverwriteOpt,
     QuietOpt,
+    ShardOpt,
     VerboseOpt,
 )
 from sdcli.cli.refusals import refusals
@@ -43,10 +45,11 @@ from sdcli.cli.ui.signals import GracefulStop
 from sdcli.cli.ui.terminal_images import best_renderable
 from sdcli.cli.warm_worker import OPT_OUT, check_keep_warm, generate_events, seconds_of
 from sdcli.errors import UsageError, raise_for, same_for_all
-from sdcli.generation.events import Note, Phase, Progress
-from sdcli.generation.filenames import check_output, known_paths, output_settings
+from sdcli.generation.events import Note, Phase, Progress, Result
+from sdcli.generation.filenames import check_distinct_names, check_output, known_paths, output_settings
 from sdcli.generation.journal import Journal
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
+from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
 from sdcli.generation.writer import Writer
 from sdcli.images.formats import ImageFormat
@@ -207,6 +210,7 @@ def command(
         bool,
         _run("--no-server", help=f"Do not use a warm worker, of --keep-warm or `sdcli serve` (or set {OPT_OUT}=1)."),
     ] = False,
+    shard: ShardOpt = None,
     cluster: ClusterOpt = None,
     workers: WorkersOpt = None,
     threads: ThreadsOpt = None,
@@ -256,6 +260,9 @@ def command(
     explained = traced is not None or words is not None or preview is not None or show
     if explained and dry_run:
         raise UsageError("--trace, --heatmap, --preview and --show have no effect with --dry-run")
+    part = None if shard is None else RunShard.of(shard)
+    if part is not None:
+        check_sharding(prompts_file, template=output, sweep=sweep, keep_warm=keep_warm, cluster=cluster)
     kept = None if keep_warm is None else seconds_of(keep_warm)
     if kept is not None:
         if no_server or dry_run:
@@ -279,6 +286,7 @@ def command(
             explained,
             dry_run,
             kept,
+            part,
         )
         written = (output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt)
         if from_image is None or any((*others, *written)):
@@ -315,13 +323,7 @@ def command(
     )
     journal, source, base_seed = None, "", secrets.randbelow(2**32)
     if prompts_file is not None:
-        journal = Journal.open(settings.outdir)
-        source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
-        earlier = journal.base_seed(source) if resume else None
-        if earlier is None:
-            journal.begin_run(source, base_seed)
-        else:
-            base_seed = earlier
+        journal, source, base_seed = start_journal(prompts_file, settings, part)
     jobs = list(
         expand(
             swept(lines, axes, typed, base_seed=base_seed) if axes else lines,
@@ -336,16 +338,20 @@ def command(
     )
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
+    if part is not None:
+        check_distinct_names((job for job in jobs if isinstance(job, ResolvedJob)), settings)
     if dry_run:
-        _print_requests(jobs, console)
+        _print_requests(jobs if part is None else part_of(jobs, part, run), console)
     else:
         sheet = SweepSheet.of(jobs, axes, num_images=num_images) if axes else None
         if nodes is not None and stdin_bytes.cache_info().currsize:
             raise UsageError("--cluster takes no image from stdin, which the workers cannot read; save it as a file")
-        where: dict[str, Any] = {"use": not no_server, "keep": kept}
+        where: dict[str, Any] = {"use": not no_server and part is None, "keep": kept}
         if nodes is not None:
             where = {"cluster": nodes, "begun": (source, base_seed)}
-        _generate(jobs, run, settings, journal, console, sheet=sheet, preview=preview, show=show, where=where)
+        _generate(
+            jobs, run, settings, journal, console, sheet=sheet, preview=preview, show=show, where=where, part=part
+        )
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -384,22 +390,26 @@ def _generate(
     preview: str | None,
     show: bool,
     where: dict[str, Any],
+    part: RunShard | None,
 ) -> None:
     """Generate what can be generated, report it, and lay it out on the sheet of a sweep.
 
     `where`: options of `generate_events`, in this process or a warm worker, or of `cluster_events`.
 
-    Bad requests, unusable folders and missing models are reported before torch is imported.
+    Bad requests, unusable folders and missing models are reported before torch is imported. Of a shard, models are
+    not looked for: what one machine lacks must not change which batches the others have.
     """
     alone = len(jobs) == 1
-    refused = dict(refusals(jobs, settings))
-    errors = list(refused.values())
+    refused = dict(refusals(jobs, settings, models=part is None and not settings.resume))
+    errors = [error for index, error in refused.items() if reports(part, index)]
+    count = len(jobs) if part is None else len(errors)
     for job in jobs:
-        if job.index in refused:
+        if job.index in refused and reports(part, job.index):
             report_failure(job, refused[job.index], console, alone=same_for_all(errors, of=len(jobs)))
     good = [job for job in jobs if isinstance(job, ResolvedJob) and job.index not in refused]
     if not good:
-        raise_for(errors, of=len(jobs))
+        raise_for(errors, of=count)
+        return
     check_output(settings)
     if preview is not None and Path(preview).resolve() in [path.resolve() for path in known_paths(settings)]:
         raise UsageError(f"--preview and -o name the same file, {preview}")
@@ -423,9 +433,10 @@ def _generate(
             assert journal is not None
             events = cluster_events(good, run, settings, journal, console=console, bar=display, stop=stop, **where)
         else:
-            writer, previews = Writer(settings, journal), preview is not None
+            writer, previews = Writer(settings, journal, shard=part), preview is not None
             events = generate_events(good, run, writer, console, stop=stop, previews=previews, **where)
         for event in events:
+            count += part is not None and isinstance(event, Result)
             if isinstance(event, Phase):
                 display.phase(event)
             elif isinstance(event, Progress):
@@ -447,4 +458,6 @@ def _generate(
                     display.show(renderable(open_image(event.path)))
     if sheet is not None and paths:
         sheet.write(paths, settings, console)
-    raise_for(errors, of=len(jobs))
+    if part is not None and not count:
+        console.note(f"shard {part} has nothing to do: the run has fewer batches than shards")
+    raise_for(errors, of=count)

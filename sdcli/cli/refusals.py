@@ -12,10 +12,12 @@ from sdcli.models.hub.folders import folder_of
 from sdcli.models.registry import ControlNetSpec, ModelSpec
 
 
-def refusals(jobs: Sequence[ResolvedJob | BadJob], output: OutputSettings) -> Iterator[tuple[int, SdcliError]]:
+def refusals(
+    jobs: Sequence[ResolvedJob | BadJob], output: OutputSettings, *, models: bool
+) -> Iterator[tuple[int, SdcliError]]:
     """(index, error) of each job that is malformed, too large for its file format, or lacks a model on this machine.
 
-    With --resume models are not looked for: the images that an earlier run finished need none.
+    With --resume `models` are not looked for: the images that an earlier run finished need none.
     """
     missing: dict[tuple[type, str], SdcliError | None] = {}
     for job in jobs:
@@ -26,7 +28,7 @@ def refusals(jobs: Sequence[ResolvedJob | BadJob], output: OutputSettings) -> It
         if max(width, height) > MAX_SIDE[output.format]:
             yield job.index, UsageError(f"an image of {width}x{height} is too long for {output.format}; use png")
             continue
-        for spec in () if output.resume else (job.model, job.refiner, *job.controlnets.values()):
+        for spec in (job.model, job.refiner, *job.controlnets.values()) if models else ():
             if spec is None:
                 continue
             key = type(spec), spec.name

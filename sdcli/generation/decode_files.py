@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from torch import Tensor
 
 from sdcli.errors import BadLatents, SdcliError, Stop, UsageError, stop_if_asked
+from sdcli.generation.journal import Journal
 from sdcli.generation.loaded_vae import LoadedVae
 from sdcli.generation.model_cache import ModelCache
+from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.vae_output import OF_ONE_FILE, Status, file_name, swept
 from sdcli.images.formats import MAX_PIXELS, MAX_SIDE, SUFFIX_OF, ImageFormat
-from sdcli.io.files import check_new, write_whole
+from sdcli.io.files import AlreadyExists, check_new, write_whole
 from sdcli.metadata.embed import image_bytes
 from sdcli.models.registry import ModelSpec, Registry
-from sdcli.request.input_files import InputFile, Names
-from sdcli.vae.latent_files import LatentFile, read_latents
+from sdcli.request.input_files import InputFile, Names, input_digest
+from sdcli.vae.latent_files import LatentFile, count_of, read_latents
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class DecodeSettings:
     """Whether the latents in plain files, which do not record it, are scaled."""
     tiled: bool = False
     overwrite: bool = False
+    resume: bool = False
+    """Skip images that the journal knows as finished, and take those with the same bytes as such."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,28 @@ class DecodeResult:
     error: SdcliError | None = None
 
 
+@dataclass(frozen=True)
+class DecodeUnit:
+    """A latent file, and the names of its images; none where its header cannot be read."""
+
+    file: InputFile
+    names: tuple[PurePosixPath, ...] = ()
+
+
+def decode_units(files: Iterable[InputFile]) -> Iterator[DecodeUnit]:
+    """The files with the names of their images, which follow from the files' headers and no two images share."""
+    names = Names()
+    for file in files:
+        try:
+            count = count_of(file.path)
+        except OF_ONE_FILE:
+            yield DecodeUnit(file)
+            continue
+        suffixes = [f"-{index + 1}" for index in range(count)] if count > 1 else [""]
+        own = [names.claim(file.name.with_name(file.name.name + suffix)) for suffix in suffixes]
+        yield DecodeUnit(file, tuple(own))
+
+
 def decode_files(
     files: Iterable[InputFile],
     registry: Registry,
@@ -55,59 +85,130 @@ def decode_files(
     settings: DecodeSettings,
     *,
     model: str | None = None,
+    journal: Journal | None = None,
+    shard: RunShard = WHOLE,
     stop: Stop = lambda: None,
 ) -> Iterator[DecodeResult]:
-    """Decode latent files and write an image for each latent in them, holding one file at a time.
+    """Decode latent files and write an image for each latent in them, holding one file at a time; of a shard, its part.
 
-    Without a `model`, that of the file's record is taken where the registry knows it, else the default one.
+    Without a `model`, that of the file's record is taken where the registry knows it, else the default one. A
+    `journal`, which resuming needs, gets an entry for each image.
     Raises what `stop` answers, what loading a model raises, and CannotWrite for what concerns every image.
     """
-    names = Names()
-    for file in swept(files, settings.outdir, settings.output):
+    inputs = swept(files, settings.outdir, settings.output)
+    for unit in shard.part(decode_units(inputs)):
         stop_if_asked(stop)
-        try:
-            content = read_latents(file.path, scaled=settings.scaled)
-        except OF_ONE_FILE as error:
-            yield DecodeResult("failed", file.path, error=error)
-            continue
-        spec, notes = _model_of(file.path, content, registry, model)
-        with cache.lease_vae(spec) as vae:
-            try:
-                _check_fits(file.path, content.latents, vae, settings)
-            except OF_ONE_FILE as error:
-                yield DecodeResult("failed", file.path, error=error)
-                continue
-            if content.record is not None and content.record.vae != vae.identity:
-                notes += (
-                    f"{file.path} was made with another VAE ({_short(content.record.vae)}) than that of {spec.name} "
-                    f"({_short(vae.identity)}); the colours may be off",
-                )
-            for index, latents in enumerate(content.unscaled(vae.scaling_factor, vae.shift_factor)):
-                stop_if_asked(stop)
-                suffix = f"-{index + 1}" if len(content.latents) > 1 else ""
-                name = names.claim(file.name.with_name(file.name.name + suffix))
-                yield _decoded(file.path, index, latents, name, vae, settings, notes if index == 0 else ())
+        yield from decode_unit(unit, registry, cache, settings, model=model, journal=journal, stop=stop)
+    stop_if_asked(stop)
 
 
-def _decoded(
-    source: Path,
-    index: int,
-    latents: Tensor,
-    name: PurePosixPath,
-    vae: LoadedVae,
+def decode_unit(
+    unit: DecodeUnit,
+    registry: Registry,
+    cache: ModelCache,
     settings: DecodeSettings,
-    notes: tuple[str, ...],
-) -> DecodeResult:
-    path = settings.output or settings.outdir / file_name(name, SUFFIX_OF[settings.format])
+    *,
+    model: str | None = None,
+    journal: Journal | None = None,
+    stop: Stop = lambda: None,
+) -> Iterator[DecodeResult]:
+    """Decode the latents of one file; see `decode_files`."""
+    path = unit.file.path
     try:
-        check_new(path, overwrite=settings.overwrite)
-        image, more = vae.decode(latents, tiled=settings.tiled)
-        write_whole(path, image_bytes(image, settings.format, None), overwrite=settings.overwrite)
+        content = read_latents(path, scaled=settings.scaled)
+        if len(content.latents) != len(unit.names):
+            raise BadLatents(f"{path} was changed during the run")
     except OF_ONE_FILE as error:
-        return DecodeResult("failed", source, index, path, notes=notes, error=error)
-    return DecodeResult(
-        "done", source, index, path, width=image.width, height=image.height, model=vae.spec.name, notes=notes + more
-    )
+        yield DecodeResult("failed", path, error=error)
+        return
+    spec, notes = _model_of(path, content, registry, model)
+    with cache.lease_vae(spec) as vae:
+        try:
+            _check_fits(path, content.latents, vae, settings)
+        except OF_ONE_FILE as error:
+            yield DecodeResult("failed", path, error=error)
+            return
+        if content.record is not None and content.record.vae != vae.identity:
+            notes += (
+                f"{path} was made with another VAE ({_short(content.record.vae)}) than that of {spec.name} "
+                f"({_short(vae.identity)}); the colours may be off",
+            )
+        digest = None if journal is None else input_digest(str(path))
+        latents = content.unscaled(vae.scaling_factor, vae.shift_factor)
+        for index, (one, name) in enumerate(zip(latents, unit.names, strict=True)):
+            stop_if_asked(stop)
+            target = settings.output or settings.outdir / file_name(name, SUFFIX_OF[settings.format])
+            part = _Part(path, index, one, target, notes if index == 0 else ())
+            entry = None if journal is None else _Recorded(journal, f"{digest} {index}")
+            yield _decoded(part, vae, settings, entry)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One latent [C, h, w] of a file, and where its image goes."""
+
+    source: Path
+    index: int
+    latents: Tensor
+    path: Path
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The journal of a run that can be resumed, and which latent of which file an entry is about."""
+
+    journal: Journal
+    source: str
+
+    def finished(self, path: Path, key: str, vae: LoadedVae) -> bool:
+        """Whether an earlier run wrote the image."""
+        name = partial(self._name, path)
+        return self.journal.finished(self._key(key), lambda: vae.identity, taken=set(), name=name) is not None
+
+    def note(self, path: Path, key: str, vae: LoadedVae, data: bytes) -> None:
+        """Record that an image is about to appear."""
+        self.journal.note(self._key(key), vae.identity, self._name(path), data)
+
+    def _key(self, settings: str) -> str:
+        return hashlib.sha256(f"decode 1 {self.source} {settings}".encode()).hexdigest()
+
+    def _name(self, path: Path) -> str:
+        return os.path.relpath(path, self.journal.folder)
+
+
+def _decoded(part: _Part, vae: LoadedVae, settings: DecodeSettings, recorded: _Recorded | None) -> DecodeResult:
+    path, (_, height, width) = part.path, part.latents.shape
+    shown: dict[str, Any] = {"width": width * vae.cell, "height": height * vae.cell, "model": vae.spec.name}
+    key = f"{settings.format} {settings.scaled} {settings.tiled} {vae.dtype} {vae.scaling_factor}"
+    try:
+        if not settings.resume:
+            check_new(path, overwrite=settings.overwrite)
+        elif recorded is not None and recorded.finished(path, key, vae):
+            return DecodeResult("skipped", part.source, part.index, path, **shown)
+        image, more = vae.decode(part.latents, tiled=settings.tiled)
+        data = image_bytes(image, settings.format, None)
+        if settings.resume and _holds(path, data):
+            return DecodeResult("skipped", part.source, part.index, path, **shown)
+        check_new(path, overwrite=settings.overwrite)
+        if recorded is not None:
+            recorded.note(path, key, vae, data)
+        try:
+            write_whole(path, data, overwrite=settings.overwrite)
+        except AlreadyExists:
+            if not (settings.resume and _holds(path, data)):  # else by another process, a moment ago
+                raise
+    except OF_ONE_FILE as error:
+        return DecodeResult("failed", part.source, part.index, path, notes=part.notes, error=error)
+    return DecodeResult("done", part.source, part.index, path, notes=part.notes + more, **shown)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a file has exactly these bytes: the image, written by a process that could not report it."""
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:
+        return False
 
 
 def _model_of(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sdcli.errors import BadImage, BadLatents, BadOutput, NotFound, SdcliError, Stop, UsageError, stop_if_asked
 from sdcli.generation.loaded_vae import LoadedVae
+from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.vae_output import OF_ONE_FILE, Status, file_name, swept
-from sdcli.images.image_files import open_image
+from sdcli.images.image_files import open_image, upright_size
 from sdcli.images.metrics import distance
 from sdcli.images.pixels import Fit, fit, to_pixels
 from sdcli.io.files import AlreadyExists, write_whole
@@ -61,33 +62,122 @@ class EncodeResult:
     error: SdcliError | None = None
 
 
-def encode_files(
-    files: Iterable[InputFile], vae: LoadedVae, settings: EncodeSettings, *, stop: Stop = lambda: None
-) -> Iterator[EncodeResult]:
-    """Encode images and write latent files, holding one batch of them at a time.
+@dataclass(frozen=True)
+class EncodeUnit:
+    """Images that are encoded together, and with --pack the number of their file, from 1."""
 
-    A file that an earlier run wrote from the same bytes with the same VAE and settings is skipped.
-    Raises what `stop` answers, and CannotWrite for what concerns every image.
+    files: tuple[InputFile, ...]
+    pack: int = 0
+
+
+def encode_units(files: Iterable[InputFile], settings: EncodeSettings, *, cell: int) -> Iterator[EncodeUnit]:
+    """Neighbours of equal size together, as many as a batch or a packed file holds; `cell` is that of the VAE.
+
+    Only neighbours, since waiting for more of each size would remember ever more images. They follow from the images'
+    headers, and from neither what is finished nor what can be decoded: a run that continues or is divided has the units
+    of one that ran through. An image that is unreadable by its header is a unit of its own. Raises UsageError where one
+    file would hold too many.
     """
+    one_file = settings.pack and settings.output is not None
+    limit = MAX_PACK if one_file else settings.batch_size or (PACK if settings.pack else 1)
+    unit: list[InputFile] = []
+    size, number = None, 1
+    for file in files:
+        own = _size_of(file.path, settings, cell) if limit > 1 or settings.pack else (0, 0)
+        if own is None:
+            yield EncodeUnit((file,))
+            continue
+        if unit and one_file and len(unit) == limit:
+            raise UsageError(f"one file holds at most {MAX_PACK} images; without -o, --pack writes several files")
+        if unit and not one_file and own != size:
+            yield EncodeUnit(tuple(unit), number)
+            unit, number = [], number + 1
+        unit.append(file)
+        size = own
+        if len(unit) == limit and not one_file:
+            yield EncodeUnit(tuple(unit), number)
+            unit, number = [], number + 1
+    if unit:
+        yield EncodeUnit(tuple(unit), number)
+
+
+def _size_of(path: Path, settings: EncodeSettings, cell: int) -> tuple[int, int] | None:
+    """Width and height of an image as it is encoded, by its header; None where it cannot be."""
+    try:
+        width, height = upright_size(path)
+    except OF_ONE_FILE:
+        return None
+    size = settings.size or (width // cell * cell, height // cell * cell)
+    return size if all(size) else None
+
+
+def check_encoding(vae: LoadedVae, settings: EncodeSettings) -> None:
+    """Raise UsageError for settings that the VAE cannot honour."""
     if settings.sample_seed is not None and not vae.has_distribution:
         raise UsageError(f"the VAE of {vae.spec.name} has no distribution to draw from; leave --sample out")
     if settings.size is not None and any(side % vae.cell for side in settings.size):
         raise UsageError(f"--size takes multiples of {vae.cell} with the VAE of {vae.spec.name}")
+
+
+def encode_files(
+    files: Iterable[InputFile],
+    vae: LoadedVae,
+    settings: EncodeSettings,
+    *,
+    shard: RunShard = WHOLE,
+    stop: Stop = lambda: None,
+) -> Iterator[EncodeResult]:
+    """Encode images and write latent files, holding one batch of them at a time; of a shard, its part of the batches.
+
+    A file that an earlier run wrote from the same bytes with the same VAE and settings is skipped.
+    Raises what `stop` answers, and CannotWrite for what concerns every image.
+    """
+    check_encoding(vae, settings)
     inputs = swept(files, settings.outdir, settings.output)
-    batches = _batches((_prepared(file, vae, settings) for file in inputs), settings)
-    number = 0
-    for batch in batches:
+    for unit in shard.part(encode_units(inputs, settings, cell=vae.cell)):
         stop_if_asked(stop)
-        if isinstance(batch, EncodeResult):
-            yield batch
-        elif settings.pack:
-            number += 1
-            yield from _write_pack(
-                batch, settings.output or settings.outdir / f"pack-{number:05}.safetensors", vae, settings
-            )
-        else:
-            yield from _write_each(batch, vae, settings)
+        yield from encode_unit(unit, vae, settings)
     stop_if_asked(stop)
+
+
+def encode_unit(unit: EncodeUnit, vae: LoadedVae, settings: EncodeSettings) -> Iterator[EncodeResult]:
+    """Encode the images of a unit that are not finished, and write them; yields one result for each of its images."""
+    prepared = [_prepared(file, vae, settings) for file in unit.files]
+    yield from (item for item in prepared if isinstance(item, EncodeResult))
+    wanted = [item for item in prepared if isinstance(item, _Fitted)]
+    if not wanted:
+        return
+    if settings.pack:
+        yield from _packed(unit, wanted, vae, settings)
+        return
+    batches: dict[tuple[int, int], list[_Fitted]] = {}
+    for file, item in zip(unit.files, prepared, strict=True):
+        one = _mate(file, item, vae, settings) if isinstance(item, EncodeResult) else item
+        if one is not None:  # of one size, unless a file has changed since its header was read
+            batches.setdefault(one.image.size, []).append(one)
+    for batch in batches.values():
+        if any(one.wanted for one in batch):
+            yield from _write_each(batch, vae, settings)
+
+
+def _packed(
+    unit: EncodeUnit, fitted: list[_Fitted], vae: LoadedVae, settings: EncodeSettings
+) -> Iterator[EncodeResult]:
+    size, same = fitted[0].image.size, []
+    for item in fitted:
+        if unit.pack and item.image.size == size:
+            same.append(item)
+            continue
+        problem = (
+            f"{item.source} is {_shown(item.image.size)} pixels, the others in this file {_shown(size)}; "
+            "--size makes them equal"
+            if unit.pack
+            else f"{item.source} was changed during the run"
+        )
+        yield EncodeResult("failed", item.source, error=BadImage(problem))
+    if same:
+        path = settings.output or settings.outdir / f"pack-{unit.pack:05}.safetensors"
+        yield from _write_pack(same, path, vae, settings)
 
 
 @dataclass(frozen=True)
@@ -98,6 +188,19 @@ class _Fitted:
     path: Path | None
     image: Image.Image
     facts: Source
+    wanted: bool = True
+    """Whether its latents are to be written; others are encoded along, so that the batch is that of an earlier run."""
+
+
+def _mate(file: InputFile, result: EncodeResult, vae: LoadedVae, settings: EncodeSettings) -> _Fitted | None:
+    """A finished image of a batch, to be encoded along with the others; None for one that failed."""
+    if result.status != "skipped" or result.facts is None:
+        return None
+    try:
+        image = _fitted(file.path, open_image(file.path), vae, settings)
+    except OF_ONE_FILE:
+        return None
+    return _Fitted(file.path, result.path, image, result.facts, wanted=False)
 
 
 def _prepared(file: InputFile, vae: LoadedVae, settings: EncodeSettings) -> _Fitted | EncodeResult:
@@ -137,45 +240,15 @@ def _fitted(path: Path, image: Image.Image, vae: LoadedVae, settings: EncodeSett
         raise BadImage(f"{path}: {error}") from None
 
 
-def _batches(
-    prepared: Iterable[_Fitted | EncodeResult], settings: EncodeSettings
-) -> Iterator[list[_Fitted] | EncodeResult]:
-    """Neighbours of equal size together, as many as a batch or a packed file holds.
-
-    Only neighbours, since waiting for more of each size would hold ever more images in memory.
-    """
-    one_file = settings.pack and settings.output is not None
-    limit = MAX_PACK if one_file else settings.batch_size or (PACK if settings.pack else 1)
-    batch: list[_Fitted] = []
-    for item in prepared:
-        if isinstance(item, EncodeResult):
-            yield item
-            continue
-        if batch and one_file and len(batch) == limit:
-            raise UsageError(f"one file holds at most {MAX_PACK} images; without -o, --pack writes several files")
-        if batch and item.image.size != batch[0].image.size and one_file:
-            theirs, ours = _shown(item.image.size), _shown(batch[0].image.size)
-            problem = f"{item.source} is {theirs} pixels, the others in this file {ours}; --size makes them equal"
-            yield EncodeResult("failed", item.source, error=BadImage(problem))
-            continue
-        if batch and (item.image.size != batch[0].image.size or len(batch) == limit):
-            yield batch
-            batch = []
-        batch.append(item)
-        if len(batch) == limit and not one_file:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _write_each(batch: list[_Fitted], vae: LoadedVae, settings: EncodeSettings) -> Iterator[EncodeResult]:
     try:
         latents, notes = _encode(batch, vae, settings)
     except OF_ONE_FILE as error:
-        yield from (EncodeResult("failed", item.source, item.path, error=error) for item in batch)
+        yield from (EncodeResult("failed", item.source, item.path, error=error) for item in batch if item.wanted)
         return
     for item, row in zip(batch, latents, strict=True):
+        if not item.wanted:
+            continue
         assert item.path is not None
         facts = item.facts.model_copy(update={"fallbacks": notes})
         try:
@@ -184,7 +257,11 @@ def _write_each(batch: list[_Fitted], vae: LoadedVae, settings: EncodeSettings) 
             write_whole(item.path, data, overwrite=settings.overwrite)
             psnr = _psnr_of(item.image, row, vae) if settings.check else None
         except OF_ONE_FILE as error:
-            yield EncodeResult("failed", item.source, item.path, error=error)
+            record = _matching(item.path, [item.facts.sha256], vae, settings)
+            if isinstance(error, AlreadyExists) and record is not None:  # by another process, a moment ago
+                yield _skipped(item.source, item.path, 0, record, vae, settings)
+            else:
+                yield EncodeResult("failed", item.source, item.path, error=error)
             continue
         yield EncodeResult("done", item.source, item.path, facts, psnr, notes)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdcli.errors import UsageError
 from sdcli.generation.settings import DEFAULT_TEMPLATE, OutputSettings
 from sdcli.images.formats import FORMAT_OF, SUFFIX_OF, ImageFormat
 from sdcli.io.files import check_folder, check_new, expanded
 from sdcli.request.schema import did_you_mean
+
+if TYPE_CHECKING:
+    from sdcli.generation.resolve.jobs import ResolvedJob
 
 FIELDS = ("index", "seed", "prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "custom_id")
 MAX_PROMPT_BYTES = 80
@@ -91,8 +94,49 @@ def is_literal(template: str) -> bool:
     return all(field is None for _, field, _, _ in string.Formatter().parse(template))
 
 
+def name_of(job: ResolvedJob, output: OutputSettings) -> PurePosixPath:
+    """The relative path of a job's image, where it is free. Raises UsageError for one that cannot be made."""
+    request = job.request
+    width, height = request.final_size
+    fields = {
+        "index": job.index,
+        "seed": request.seed,
+        "prompt": request.prompt,
+        "model": request.model,
+        "width": width,
+        "height": height,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "scheduler": request.scheduler,
+        "custom_id": job.custom_id or "none",
+    }
+    return image_name(output.template, fields, suffix=SUFFIX_OF[output.format])
+
+
+def check_distinct_names(jobs: Iterable[ResolvedJob], output: OutputSettings) -> None:
+    """Raise UsageError where two jobs would write one file, which only a run that writes both can number.
+
+    A template whose file names begin with the index needs no look at the jobs; of another one every name is looked at.
+    """
+    if _BEGINS_WITH_INDEX.match(output.template.rpartition("/")[2]):
+        return
+    seen: dict[int, int] = {}
+    for job in jobs:
+        name = str(name_of(job, output)).casefold()
+        first = seen.setdefault(hash(name), job.index)
+        if first != job.index:
+            raise UsageError(
+                f"images {first} and {job.index} would both be {name}; where a run is divided, each needs its own "
+                "name: put {index} into the template, as in -o '{index:05}-{prompt}'"
+            )
+
+
+_BEGINS_WITH_INDEX = re.compile(r"\{index(?::0?\d*d?)?\}(?:$|\{\{|\}\}|[^\d{}])")
+"""Whatever follows, the digits at the beginning of such a name tell its job from all others."""
+
+
 def image_name(template: str, fields: Mapping[str, Any], *, suffix: str) -> PurePosixPath:
-    """A relative path for one image; `suffix` (".png") is added unless the template has it.
+    """A relative path for an image; `suffix` (".png") is added unless the template has it.
 
     Raises UsageError where the path would leave the output folder.
     """

@@ -1,27 +1,38 @@
 """The journal of finished images: an append-only file beside them, written before each image appears.
 
 Where several processes write into one folder, each has a part of the journal, a file of its own: appending to one file
-from many machines is not atomic on network file systems. Readers see all parts as one journal.
+from many machines is not atomic on network file systems. Readers see all parts as one journal. What was read is held as
+two numbers an entry, not as text: a journal may have millions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-from collections import defaultdict
+import time
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdcli.errors import CannotWrite
-from sdcli.io.rows import append_row, json_rows
+from sdcli.io.files import sha256
+from sdcli.io.rows import MAX_LINE, append_row, json_rows
 
 NAME = ".sdcli-journal.jsonl"
 PART = ".sdcli-journal-{}.jsonl"
 """The name of a part."""
+SHARD = "shard-"
+"""How the names of the parts begin that shards of a run write."""
+_BEGINS = b'{"request": "'
+"""How the line of an image begins, followed by the request's key of 64 hex digits."""
+_FILE_BITS = 20
+"""Bits of a position that name the file; the others are the offset of the line in it."""
 
 
 class _Entry(NamedTuple):
@@ -38,6 +49,28 @@ def entry_of(request_key: str, job_key: str | None, path: str, data: bytes) -> d
     return {"request": request_key, "job": job_key, "path": path, "sha256": hashlib.sha256(data).hexdigest()}
 
 
+class _Run(NamedTuple):
+    """The line that a run writes of itself."""
+
+    time: float
+    source: str
+    base_seed: int
+    plan: str | None
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """The files of a journal as they were when it was first read."""
+
+    files: list[Path]
+    runs: list[_Run]
+    """In the order in which they began."""
+    keys: array[int]
+    """The beginnings of the requests' keys, ascending; of equal ones the older line comes first."""
+    positions: array[int]
+    """Where the line of each of `keys` is."""
+
+
 @dataclass
 class Journal:
     """The journal of one output folder.
@@ -49,53 +82,80 @@ class Journal:
     folder: Path
     part: str | None = None
     """The name of this process's own part; None writes into the journal itself."""
-    _finished: dict[str, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
-    _base_seeds: dict[str, int] = field(default_factory=dict)
     _begun: dict[str, Any] | None = None
     """The run's own entry, until the first image is written."""
+    _known: dict[str, int] = field(default_factory=dict)
+    """The base seeds of the runs that began here."""
 
     @classmethod
     def open(cls, folder: Path, part: str | None = None) -> Journal:
-        """Read the journal of a folder with all its parts, the one that was changed last at the end, or begin one."""
-        journal = cls(folder, part)
-        for file in journal._files():
-            for entry in journal._rows(file):
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    if "base_seed" in entry:
-                        journal._base_seeds[entry["source"]] = int(entry["base_seed"])
-                    else:
-                        finished = _Entry(str(entry["path"]), str(entry["sha256"]), entry.get("job"))
-                        journal._finished[entry["request"]].append(finished)
-        return journal
+        """The journal of a folder with all its parts, or an empty one; read when something is looked for in it."""
+        return cls(folder, part)
+
+    @cached_property
+    def _contents(self) -> _Contents:
+        return _read(self.folder)
 
     def base_seed(self, source: str) -> int | None:
         """The base seed of the last run of this prompts file."""
-        return self._base_seeds.get(source)
+        if source in self._known:
+            return self._known[source]
+        return next((run.base_seed for run in reversed(self._contents.runs) if run.source == source), None)
 
     def begin_run(self, source: str, base_seed: int) -> None:
         """Set the base seed of a run, to be written with its first image: a run without any replaces no other's."""
-        self._base_seeds[source] = base_seed
-        self._begun = {"source": source, "base_seed": base_seed}
+        self._known[source] = base_seed
+        self._begun = {"source": source, "base_seed": base_seed, "time": round(time.time(), 3)}
 
-    def finished(self, request_key: str, job_key: Callable[[], str | None], *, taken: set[str]) -> str | None:
+    def share_plan(self, digest: str, *, changed: bool) -> bool:
+        """Write the plan of a divided run, for its other shards; whether they have the same one, as far as is known.
+
+        Where the plan may have `changed` since an earlier run it is written in any case, and compared with the one that
+        was written last; otherwise with all of them. Raises CannotWrite.
+        """
+        assert self._begun is not None
+        source = self._begun["source"]
+        known = self._plans(source)
+        same = set(known[-1:] if changed else known) <= {digest}
+        if same or changed:
+            self._begun["plan"] = digest
+            self.add([])
+        if same and not changed:
+            vars(self).pop("_contents", None)  # another shard may have begun at the same moment
+            same = set(self._plans(source)) <= {digest}
+        return same
+
+    def _plans(self, source: str) -> list[str]:
+        """In the order in which their shards began."""
+        return [run.plan for run in self._contents.runs if run.source == source and run.plan is not None]
+
+    def finished(
+        self,
+        request_key: str,
+        job_key: Callable[[], str | None],
+        *,
+        taken: set[str],
+        name: Callable[[], str | None] | None = None,
+    ) -> str | None:
         """The path, relative to the folder, of a whole image of this job that is not in `taken` yet.
 
         `job_key` covers the weights, too. It is called only where an entry has one (older ones do not), and gives None
-        where the weights are not here to be compared.
+        where the weights are not here to be compared. With a `name` only an image at the path that it gives counts.
         """
-        for entry in self._finished.get(request_key, ()):
+        for entry in self._entries(request_key):
             if (
                 entry.path not in taken
+                and (name is None or name() == entry.path)
                 and (entry.job is None or job_key() in (None, entry.job))
-                and self._is_whole(entry)
+                and _digest(self.folder / entry.path) == entry.sha256
             ):
                 return entry.path
         return None
 
     def entry(self, request_key: str, path: str) -> dict[str, Any] | None:
         """The entry of the image at a path, if it is whole and that of this request."""
-        for entry in self._finished.get(request_key, ()):
-            if entry.path == path and self._is_whole(entry):
+        for entry in self._entries(request_key):
+            if entry.path == path and _digest(self.folder / path) == entry.sha256:
                 return {"request": request_key, "job": entry.job, "path": path, "sha256": entry.sha256}
         return None
 
@@ -115,47 +175,39 @@ class Journal:
     def take_in_parts(self) -> None:
         """Append what the parts hold to the journal itself, and remove them. To be called when no run writes into them.
 
-        Raises CannotWrite.
+        The parts of shards stay, since another shard may be at work. Raises CannotWrite.
         """
-        for file in self._files():
-            if file.name == NAME:
-                continue
-            size, rows = file.stat().st_size, list(self._rows(file))
-            sources = {row.get("source") for row in rows if "base_seed" in row}
-            last = [{"source": one, "base_seed": self._base_seeds[one]} for one in sources if one in self._base_seeds]
-            self._append([*(row for row in rows if "base_seed" not in row), *last])  # the part may be older than that
-            with contextlib.suppress(OSError):
-                if file.stat().st_size == size:
-                    file.unlink()
+        for path in _files(self.folder)[1:]:
+            if not path.name.startswith(PART.format(SHARD).removesuffix(".jsonl")):
+                self._take_in(path)
+        vars(self).pop("_contents", None)
 
-    def _files(self) -> list[Path]:
-        """The files of the journal, in the order of their last changes."""
-        names = [NAME]
-        with contextlib.suppress(OSError):  # a folder that cannot be listed may still hold a journal
-            names += [name for name in os.listdir(self.folder) if fnmatch(name, PART.format("*"))]
-        changed: list[tuple[int, str]] = []
-        for name in names:
-            try:
-                changed.append((os.stat(self.folder / name).st_mtime_ns, name))
-            except FileNotFoundError:
-                continue
-            except OSError:
-                changed.append((0, name))  # opening it will say why
-        return [self.folder / name for _, name in sorted(changed)]
-
-    def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The entries of a file, as they are. Raises CannotWrite."""
+    def _take_in(self, path: Path) -> None:
         try:
             with open(path, "rb") as file:
-                yield from (dict(row.values) for row in json_rows(file) if not row.problem)
-        except FileNotFoundError:
-            return
+                rows = [dict(row.values) for row in json_rows(file) if not row.problem]
+                size = file.tell()
         except OSError as error:
             raise CannotWrite(f"cannot read {path}: {error.strerror}") from None
+        self._append(rows)
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == size:
+                path.unlink()
 
-    def _is_whole(self, entry: _Entry) -> bool:
-        file = self.folder / entry.path
-        return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == entry.sha256
+    def _entries(self, request_key: str) -> Iterator[_Entry]:
+        """The entries of a request, the oldest first."""
+        contents, wanted = self._contents, _beginning(request_key)
+        place = bisect_left(contents.keys, wanted)
+        while place < len(contents.keys) and contents.keys[place] == wanted:
+            position = contents.positions[place]
+            number, offset = position & ((1 << _FILE_BITS) - 1), position >> _FILE_BITS
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with open(contents.files[number], "rb") as file:
+                    file.seek(offset)
+                    entry = json.loads(file.readline(MAX_LINE))
+                if entry["request"] == request_key:
+                    yield _Entry(str(entry["path"]), str(entry["sha256"]), entry.get("job"))
+            place += 1
 
     def _append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Append entries, and wait until they are on the disk."""
@@ -171,3 +223,69 @@ class Journal:
                 os.close(descriptor)
         except OSError as error:
             raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return sha256(file) if file.is_file() else None
+    except OSError:
+        return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The file of the journal itself, and those of its parts."""
+    return [folder / NAME, *sorted(folder.glob(PART.format("*")))]
+
+
+def _read(folder: Path) -> _Contents:
+    """All files of a folder's journal, with one look at each line. Raises CannotWrite."""
+    files = [path for path in _files(folder) if path.exists()]
+    keys, positions = array("Q"), array("Q")
+    runs: list[_Run] = []
+    for number, path in enumerate(files):
+        try:
+            with open(path, "rb") as file:
+                offset = 0
+                for line in iter(partial(file.readline, MAX_LINE), b""):
+                    key = _key_of(line, runs)
+                    if key is not None:
+                        keys.append(key)
+                        positions.append(offset << _FILE_BITS | number)
+                    offset += len(line)
+        except OSError as error:
+            raise CannotWrite(f"cannot read {path}: {error.strerror}") from None
+    runs.sort(key=lambda run: run.time)
+    return _Contents(files, runs, *_sorted(keys, positions))
+
+
+def _key_of(line: bytes, runs: list[_Run]) -> int | None:
+    """The beginning of the key in the line of an image; the line of a run is added to `runs`."""
+    if line.startswith(_BEGINS) and line[77:78] == b'"':
+        with contextlib.suppress(ValueError):
+            return int(line[13:29], 16)
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        entry = json.loads(line)
+        if "base_seed" in entry:
+            runs.append(_Run(float(entry.get("time", 0)), entry["source"], int(entry["base_seed"]), entry.get("plan")))
+        else:
+            return _beginning(entry["request"])
+    return None
+
+
+def _beginning(key: str) -> int:
+    """The first 64 bits of a request's key, or of the digest of a key of another form."""
+    if len(key) == 64:
+        with contextlib.suppress(ValueError):
+            return int(key[:16], 16)
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
+
+
+def _sorted(keys: array[int], positions: array[int]) -> tuple[array[int], array[int]]:
+    if not keys:
+        return keys, positions
+    import numpy as np  # only where there is something to sort: most runs begin in an empty folder
+
+    order = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable")
+    columns = (np.frombuffer(column, dtype=np.uint64)[order] for column in (keys, positions))
+    first, second = (array("Q", column.tobytes()) for column in columns)
+    return first, second

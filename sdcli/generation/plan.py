@@ -6,12 +6,16 @@ with them the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.request.input_files import is_latents
+from sdcli.request.schema import ResolvedRequest
 
 PER_IMAGE = {
     *("prompt", "negative_prompt", "prompt_template", "seed", "variation_seed", "variation_strength"),
@@ -54,30 +58,81 @@ class Batch:
         return tuple(job for job in self.jobs if job.index in self.wanted)
 
 
-def plan(jobs: Sequence[ResolvedJob], limits: Limits) -> list[Batch]:
+def plan(jobs: Iterable[ResolvedJob], limits: Limits) -> list[Batch]:
     """Batches of jobs whose requests differ in the fields of `PER_IMAGE` alone.
 
     The same jobs and limits always give the same batches. Models come in the order of their first job, and so do, for
     each model, the LoRAs, ControlNets and IP-Adapters that go with it.
     """
-    groups: dict[tuple[Any, ...], list[ResolvedJob]] = {}
-    for job in jobs:
-        groups.setdefault(batch_key(job), []).append(job)
-    models, weights = (_places(jobs, kind) for kind in (models_of, _weights_of))
-    batches = []
-    for group in sorted(groups.values(), key=lambda g: (models[models_of(g[0])], weights[_weights_of(g[0])])):
-        size = batch_size_of(group[0], limits)
-        batches += [Batch.of(group[start : start + size]) for start in range(0, len(group), size)]
-    return batches
+    return list(planned(jobs, limits, at_once=None))
+
+
+def planned(jobs: Iterable[ResolvedJob], limits: Limits, *, at_once: int | None) -> Iterator[Batch]:
+    """The batches of `plan`, while the jobs are read; of more than `at_once` jobs in another order.
+
+    So many jobs are held, and those of incomplete batches. The batches of each `at_once` jobs that are complete come in
+    the order of `plan`; the others wait for more jobs of their kind. So batches have the same images in either case.
+    """
+    groups: dict[tuple[Any, ...], _Group] = {}
+    models: dict[tuple[str | None, ...], int] = {}
+    weights: dict[tuple[Any, ...], int] = {}
+    waiting = iter(jobs)
+    while some := list(itertools.islice(waiting, at_once)):
+        for job in some:
+            key = batch_key(job)
+            group = groups.get(key)
+            if group is None:
+                order = (
+                    models.setdefault(models_of(job), len(models)),
+                    weights.setdefault(_weights_of(job), len(weights)),
+                )
+                group = groups[key] = _Group(batch_size_of(job, limits), order)
+            group.jobs.append(job)
+        for group in sorted(groups.values(), key=lambda group: group.order):
+            yield from group.take(complete=at_once is not None)
+        groups = {key: group for key, group in groups.items() if group.jobs}
+    for group in sorted(groups.values(), key=lambda group: group.order):
+        yield from group.take(complete=False)
+
+
+@dataclass
+class _Group:
+    """Jobs that can be denoised in one batch of `size`, as far as they are not in one."""
+
+    size: int
+    order: tuple[int, int]
+    """The places of the model, and of it with everything else that is loaded."""
+    jobs: list[ResolvedJob] = field(default_factory=list)
+
+    def take(self, *, complete: bool) -> Iterator[Batch]:
+        """The batches, or the `complete` ones, whose jobs leave the group."""
+        end = len(self.jobs) // self.size * self.size if complete else len(self.jobs)
+        taken, self.jobs = self.jobs[:end], self.jobs[end:]
+        for start in range(0, end, self.size):
+            yield Batch.of(taken[start : start + self.size])
+
+
+def plan_digest(batches: Iterable[Batch]) -> str:
+    """64 hex digits that are equal for equal batches of equal requests in the same order."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for job in batch.jobs:
+            digest.update(f"{job.index} {job.request.key()}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def batch_key(job: ResolvedJob) -> tuple[Any, ...]:
     """What two jobs have in common that can be denoised in one batch."""
     request = job.request
-    shared = tuple(value for name, value in request if name not in PER_IMAGE)
+    shared = _shared_fields(vars(request))
     controls = tuple(one.model_copy(update={"image": None}) for one in request.controls)
     adapters = tuple(one.adapting for one in request.ip_adapters)
     return shared, request.masked, is_latents(request.init_image), controls, adapters
+
+
+_shared_fields = operator.itemgetter(*(name for name in ResolvedRequest.model_fields if name not in PER_IMAGE))
+"""Of a run of millions, each job is asked for these."""
 
 
 def batch_size_of(job: ResolvedJob, limits: Limits) -> int:
@@ -104,8 +159,3 @@ def _weights_of(job: ResolvedJob) -> tuple[Any, ...]:
     request = job.request
     adapters = tuple(one.adapting for one in request.ip_adapters)
     return models_of(job), request.loras, adapters, tuple(control.model for control in request.controls)
-
-
-def _places(jobs: Sequence[ResolvedJob], kind: Any) -> dict[Any, int]:
-    """Each different value of `kind` -> its place in the order of the jobs."""
-    return {value: place for place, value in enumerate(dict.fromkeys(map(kind, jobs)))}

@@ -21,7 +21,7 @@ from sdcli.errors import (
     UsageError,
     stop_if_asked,
 )
-from sdcli.generation.events import Cancelled, Event, Failed, Generated, Phase, Result
+from sdcli.generation.events import Cancelled, Event, Failed, Generated, Note, Phase, Result
 from sdcli.generation.image_file import image_file
 from sdcli.generation.model_cache import Lease, ModelCache
 from sdcli.generation.observers import observers_for
@@ -44,7 +44,7 @@ def generate(
     over: Collection[int] = (),
     written: Mapping[int, Path] = MappingProxyType({}),
 ) -> Iterator[Event]:
-    """Generate every job and write its image; yields one Result for each job.
+    """Generate every job, or those of the writer's shard, and write its image; yields one Result for each of them.
 
     Where the writer resumes an earlier run, finished jobs are skipped. Batches are planned over all jobs, finished ones
     included, so that a resumed run generates the missing images with the same batch mates, and so to the same bytes,
@@ -53,12 +53,17 @@ def generate(
     the jobs that need no Result any more, and `written` the images of others, which lack side files alone. Raises the
     reason to end, an error that concerns every job (the only model cannot be loaded), and CannotWrite.
     """
-    images = {**writer.finished(jobs), **written}
+    batches, note = writer.divided(plan(jobs, cache.limits))
+    if note:
+        yield Note(note, ())
+    own = {job.index for batch in batches for job in batch.jobs}
+    images = {**writer.finished(jobs, own), **written}
     done = {index for index, path in images.items() if all(file.exists() for file in writer.side_files(path))}
     done.update(over)
-    one_model = len({models_of(job) for job in jobs}) == 1  # without which there is nothing to continue with
+    # without its only model there is nothing to continue with
+    one_model = len({models_of(batch.jobs[0]) for batch in batches}) == 1
     unloadable: dict[tuple[str | None, ...], SdcliError] = {}
-    for whole in plan(jobs, cache.limits):
+    for whole in batches:
         for job in whole.jobs:
             if job.index in done and job.index not in over:
                 yield Result("skipped", job, path=images[job.index], side_files=writer.side_files(images[job.index]))

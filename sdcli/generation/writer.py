@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
 from sdcli.errors import BadOutput, OutOfMemory, UsageError
 from sdcli.generation.events import SideFile
-from sdcli.generation.filenames import image_name, is_literal
+from sdcli.generation.filenames import is_literal, name_of
 from sdcli.generation.journal import Journal
+from sdcli.generation.plan import Batch, plan_digest
 from sdcli.generation.resolve.jobs import ResolvedJob, key_of
+from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import OutputSettings
-from sdcli.images.formats import SUFFIX_OF
 from sdcli.io.files import AlreadyExists, check_new, numbered, write_whole
 from sdcli.io.temporary_files import sweep
 from sdcli.models.weight_digests import weights_digest
@@ -27,8 +28,11 @@ from sdcli.models.weight_digests import weights_digest
 class Writer:
     """Writes the images of one run into one folder. With a journal, a later run finds the finished ones."""
 
-    def __init__(self, output: OutputSettings, journal: Journal | None = None) -> None:
-        self.output = output
+    def __init__(
+        self, output: OutputSettings, journal: Journal | None = None, *, shard: RunShard | None = None
+    ) -> None:
+        """`shard`: the part of the run that is written here; it needs a journal, where it tells its plan."""
+        self.output, self.shard = output, shard
         self._journal = journal
         self._names: set[str] = set()
         """Names that this run wrote or keeps, which are not replaced even where files may be overwritten."""
@@ -39,22 +43,51 @@ class Writer:
     def has_journal(self) -> bool:
         return self._journal is not None
 
-    def finished(self, jobs: Sequence[ResolvedJob]) -> dict[int, Path]:
+    def divided(self, batches: Sequence[Batch]) -> tuple[Sequence[Batch], str]:
+        """The batches of the whole run -> those of this writer's shard, and a note for the user, or "".
+
+        Raises UsageError where another shard in this folder made another plan: together they would not give one run. A
+        run that resumes may have another plan than before, since its prompts file may have grown; then it is a note.
+        """
+        if self._journal is None or self.shard is None:
+            return batches, ""
+        note = ""
+        if not self._journal.share_plan(plan_digest(batches), changed=self.output.resume):
+            note = (
+                f"another shard in {self.output.outdir} divides other batches, so that together they would not give "
+                "one run: its prompts, options, input files, --batch-size or kind of device differ"
+            )
+            if not self.output.resume:
+                raise UsageError(f"{note}; make them equal and choose another --outdir, or use --resume")
+            note += "; that is well if all of these were changed for all shards since"
+        return list(self.shard.part(batches)), note
+
+    def finished(self, jobs: Sequence[ResolvedJob], own: Container[int] | None = None) -> dict[int, Path]:
         """The whole images of an earlier run, by the indices of their jobs; none unless the run resumes one.
 
-        Temporary files that a killed run left are removed on the way.
+        Of equal requests each image goes to the job whose name it has, where there is one. Where the run is a shard,
+        `own` are the indices of its jobs; only their images, and those that could be theirs, are looked at. Temporary
+        files that a killed run left are removed on the way.
         """
         if self._journal is None or not self.output.resume:
             return {}
         sweep(self.output.outdir)
+        keys = {job.index: job.request.key() for job in jobs}
+        if own is not None and self.shard is not None:
+            wanted = {key for index, key in keys.items() if index in own}
+            jobs = [job for job in jobs if keys[job.index] in wanted]
         found: dict[int, Path] = {}
         taken: set[str] = set()
         digest = cache(weights_digest)
-        for job in jobs:
-            path = self._journal.finished(job.request.key(), partial(key_of, job, digest), taken=taken)
-            if path is not None:
-                taken.add(path)
-                found[job.index] = self.output.outdir / path
+        for by_name in (True, False):
+            for job in jobs:
+                if job.index in found:
+                    continue
+                key, name = partial(key_of, job, digest), partial(_name_or_none, job, self.output)
+                path = self._journal.finished(keys[job.index], key, taken=taken, name=name if by_name else None)
+                if path is not None:
+                    taken.add(path)
+                    found[job.index] = self.output.outdir / path
         self._names |= {path.lower() for path in taken}
         return found
 
@@ -103,11 +136,7 @@ class Writer:
 
     def _free_names(self, job: ResolvedJob) -> Iterator[tuple[int, str]]:
         """(number, name) of the names of an image, as they are tried, without those that this run has used."""
-        request = job.request
-        size = dict(zip(("width", "height"), request.final_size, strict=True))
-        own = {"index": job.index, "custom_id": job.custom_id or "none"}
-        fields = {**request.model_dump(), **size, **own}
-        name = image_name(self.output.template, fields, suffix=SUFFIX_OF[self.output.format])
+        name = name_of(job, self.output)
         for number in itertools.count(1):
             candidate = str(numbered(name, number))
             if candidate.lower() not in self._names:
@@ -131,3 +160,11 @@ class Writer:
         except (BadOutput, OutOfMemory, UsageError) as error:
             raise type(error)(f"{image} is generated, but not all of its side files: {error}") from error
         return tuple(written)
+
+
+def _name_or_none(job: ResolvedJob, output: OutputSettings) -> str | None:
+    """The name of a job's image; None where it cannot have one, which writing it reports."""
+    try:
+        return str(name_of(job, output))
+    except UsageError:
+        return None

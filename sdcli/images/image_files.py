@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sdcli.errors import BadImage, SdcliError
 from sdcli.images.formats import MAX_PIXELS
@@ -105,6 +105,22 @@ def upright_rgb(image: Image.Image) -> Image.Image:
             "holds 32-bit whole numbers, whose black and white levels are unknown; save it with 8 or 16 bits"
         )
     return _rgb(_upright(image))
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height that `open_image` gives, from the file's header alone: nothing is decoded.
+
+    Raises NotFound and BadImage. An orientation that a PNG has only after its pixels is not seen.
+    """
+    check_readable(path)
+    try:
+        with open_safely(path, formats=READABLE) as image:
+            with contextlib.suppress(Exception):  # damaged EXIF; the base class's method, since that of PNG decodes
+                if Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+                    return image.height, image.width
+            return image.size
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
 
 
 def pixels_digest(image: Image.Image) -> str:

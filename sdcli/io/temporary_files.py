@@ -25,7 +25,7 @@ _NAME = re.compile(r"\.sdcli-(?:([0-9a-f]{8})-)?([0-9]+)-.*\.tmp", re.DOTALL)
 
 def temporary_path(folder: Path, label: str = "") -> Path:
     """A name in `folder` that nothing has yet, and that `sweep` recognizes; `label` is for people."""
-    parts = (".sdcli", _machine(), str(os.getpid()), secrets.token_hex(4), *([label] if label else []))
+    parts = (".sdcli", machine(), str(os.getpid()), secrets.token_hex(4), *([label] if label else []))
     return folder / f"{'-'.join(parts)}.tmp"
 
 
@@ -41,17 +41,17 @@ def sweep(folder: Path, *, of_this_process: bool = False) -> None:
             if match is None:
                 continue
             path, process = Path(entry.path), int(match[2])
-            if match[1] == _machine():
-                abandoned = of_this_process if process == os.getpid() else not _alive(process)
+            if match[1] == machine():
+                abandoned = of_this_process if process == os.getpid() else not alive(process)
             else:
-                now = _clock(folder) if now is None else now
+                now = file_clock(folder) if now is None else now
                 abandoned = now - max(_changes(path), default=now) > STALE_SECONDS
             if abandoned:
                 _remove(path)
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """Where this process's id is unique: 8 hex digits for the host, its boot and, in a container, its process table."""
     facts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not Linux: the host's name must do
@@ -59,7 +59,7 @@ def _machine() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
     """Whether this machine has a process of that number."""
     try:
         os.kill(process, 0)
@@ -70,7 +70,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _clock(folder: Path) -> float:
+def file_clock(folder: Path) -> float:
     """The time by the file system, which on a shared one is the server's. Raises OSError."""
     probe = temporary_path(folder, "clock")
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

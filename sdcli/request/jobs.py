@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +66,47 @@ def combinations(lines: Iterable[Line], typed: Mapping[str, Any], wildcards: Wil
         for some in itertools.product(*several):
             chosen = {name: text for name, text in zip(DYNAMIC, some, strict=True) if texts[name]}
             yield replace(line, fields={**line.fields, **chosen})
+
+
+class Occurrences:
+    """How often each of many keys occurred, in some 20 bytes a key.
+
+    Keys are hexadecimal and told apart by their first 64 bits, which are those of digests.
+    """
+
+    def __init__(self) -> None:
+        self._slots = array("Q", bytes(8 * 1024))
+        """A hash table with the keys; 0 is an empty slot."""
+        self._used = 0
+        self._again: Counter[int] = Counter()
+        """The further occurrences of those that occurred more than once."""
+
+    def add(self, key: str) -> int:
+        """Count an occurrence; its number, from 1."""
+        number = int(key[:16], 16) or 1
+        place = self._place(number)
+        if self._slots[place]:
+            self._again[number] += 1
+            return 1 + self._again[number]
+        self._slots[place] = number
+        self._used += 1
+        if 3 * self._used > 2 * len(self._slots):
+            self._grow()
+        return 1
+
+    def _place(self, number: int) -> int:
+        """The slot of a key, or the empty one that it gets."""
+        slots, mask = self._slots, len(self._slots) - 1
+        place = number & mask
+        while slots[place] not in (0, number):
+            place = (place + 1) & mask
+        return place
+
+    def _grow(self) -> None:
+        old, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
+        for number in old:
+            if number:
+                self._slots[self._place(number)] = number
 
 
 def derived_seed(base_seed: int, key: str, occurrence: int) -> int:

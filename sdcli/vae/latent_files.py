@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -102,6 +104,22 @@ def read_record(path: Path) -> LatentRecord | None:
     return _record(path, _header(path))
 
 
+def count_of(path: Path) -> int:
+    """How many latents a file holds, by its header alone. Raises NotFound and BadLatents."""
+    if path.suffix.lower() == ".npy":
+        _refuse_pickles(path)
+        with _reading_numpy(path), open(path, "rb") as file:
+            shape = _numpy_header(file)[0]
+    else:
+        header = _header(path)
+        names = [name for name in header if name not in ("__metadata__", _MARKER)]
+        name = _TENSOR if _TENSOR in names else names[0] if len(names) == 1 else None
+        shape = tuple(header[name].get("shape", ())) if name is not None else ()
+    if len(shape) not in (3, 4):
+        raise BadLatents(f"{path} holds no latents [C, h, w] or [B, C, h, w]")
+    return int(shape[0]) if len(shape) == 4 else 1
+
+
 def read_latents(path: Path, *, scaled: bool | None = None) -> LatentFile:
     """The latents in a file of sdcli or ComfyUI (`.latent`), or in a plain `.safetensors` or `.npy` file.
 
@@ -192,13 +210,9 @@ def _read_tensor(path: Path, name: str, header: dict[str, Any]) -> Tensor:
 
 def _read_numpy(path: Path) -> Tensor:
     """Checks the header first: numpy allocates the size it announces before it looks at the file's size."""
-    try:
+    with _reading_numpy(path):
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read_header(file, max_header_size=MAX_NUMPY_HEADER)
+            shape, dtype = _numpy_header(file)
             if dtype.hasobject:
                 raise BadLatents(f"{path} holds pickled objects, which can run any program when they are opened")
             if dtype.kind != "f":
@@ -208,6 +222,21 @@ def _read_numpy(path: Path) -> Tensor:
                 raise BadLatents(f"{path} is cut short: its header announces {shape}, but {left:,} bytes follow")
         with np.errstate(over="ignore"):  # numbers too large become infinite, which is refused later
             return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    raise AssertionError("unreachable")
+
+
+def _numpy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an array in a file, which is then at its first number."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file, max_header_size=MAX_NUMPY_HEADER)
+    return shape, dtype
+
+
+@contextlib.contextmanager
+def _reading_numpy(path: Path) -> Iterator[None]:
+    try:
+        yield
     except SdcliError:
         raise
     except Exception as error:  # numpy reads the header as a Python expression, which fails in a dozen ways

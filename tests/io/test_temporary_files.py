@@ -24,7 +24,7 @@ def dead() -> int:
 
 def of_another_machine(process: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
-        patch.setattr(temporary_files, "_machine", lambda: "0" * 8)
+        patch.setattr(temporary_files, "machine", lambda: "0" * 8)
         return temporary_of(process, folder)
 
 

@@ -32,3 +32,13 @@ OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace existin
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print results as JSON, one object per line.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and warnings, no progress.")]
 VerboseOpt = Annotated[bool, typer.Option("--verbose", "-v", help="Print more details, and tracebacks of errors.")]
+ShardOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        rich_help_panel="The run",
+        help="Carry out part I (from 1) of the N parts of this run, which other processes or machines with the same "
+        "command divide among them; together they write the files of one run.",
+    ),
+]

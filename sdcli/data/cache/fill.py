@@ -1,4 +1,4 @@
-"""Fills the cache: encodes images to latents and texts to hidden states, except those that it already contains.
+"""Fills the cache of latents: encodes images, except those that it already contains.
 
 Threads read and decode images ahead of the encoder. Whatever ends the work, everything encoded is on the disk (after
 `kill -9`, all but the current shard), and the next run continues from there.
@@ -6,12 +6,11 @@ Threads read and decode images ahead of the encoder. Whatever ends the work, eve
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -20,22 +19,21 @@ import torch
 from torch import Tensor
 
 from sdcli.data.buckets import Size, resize_and_crop
+from sdcli.data.cache.claims import Claims
+from sdcli.data.cache.division import WAITING, Division, chunks_by_size, unit_length
 from sdcli.data.cache.keys import (
-    HIDDEN,
     LOGVAR,
     MEAN,
-    CacheTextEncoder,
     CacheVae,
     Crop,
     LatentIndex,
     LatentKeys,
-    TextKeys,
 )
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.cache.vae_encoder import VaeEncoder
 from sdcli.data.records import DroppedItem, ImageSet
-from sdcli.errors import BadImage, BadOutput, NotFound, Stop, stop_if_asked
+from sdcli.errors import BadImage, NotFound, Stop, stop_if_asked
 from sdcli.images.image_files import image_from_bytes
 from sdcli.images.pixels import to_pixels
 from sdcli.vae.autoencoder import Moments
@@ -73,6 +71,7 @@ def fill_latents(
     flips: bool = False,
     batch_size: int | None = None,
     workers: int | None = None,
+    claims: Claims | None = None,
     stop: Stop = lambda: None,
 ) -> Generator[CacheProgress, None, None]:
     """Encode the `used` items of a set, each at its size of `sizes` (width, height), with a centre crop.
@@ -81,7 +80,8 @@ def fill_latents(
     of the mirrored images as well. `digests` are the SHA-256 of the images' bytes in hexadecimal, by item, as
     `examine` knows them: an image whose latents are all in the store is not read. Images of
     equal size are encoded `batch_size` at a time (default: 1 on the CPU, where more is not faster, else 8). Batch sizes
-    differ in rounding, so only with 1 latents never depend on the other images.
+    differ in rounding, so only with 1 latents never depend on the other images. With `claims` the work is divided with
+    other processes that fill this store at the same time; what they encode counts as reused.
 
     An image that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` returns, CannotWrite,
     OutOfMemory, and Offline where streamed images cannot be fetched.
@@ -91,65 +91,37 @@ def fill_latents(
     filling = _Filling(images, items, sizes, LatentKeys.of(vae), store, digests, ways)
     encoder = VaeEncoder(vae.network)
     store.refresh()
-    filling.settle_known()
-    yield filling.progress(notes=_damage(store))
-    batches = _Batches(batch_size or (1 if vae.device.type == "cpu" else 8))
+    filling.settle_known(np.arange(len(items)))
+    yield filling.progress(notes=damage_notes(store))
+    batches = _Batches(batch_size_for(vae, batch_size))
+    division = Division(store, claims, stop)
+    units = [np.arange(len(items))] if claims is None else filling.units(batches.limit)
+    waited = False
     try:
-        for prepared in filling.read_ahead(workers or _cpus(), held=batches.limit):
-            stop_if_asked(stop)
-            for waiting in filling.claim(prepared):
-                batch = batches.add(waiting)
-                if batch:
-                    filling.keep(batch, encoder([one.pixels for one in batch]))
-            yield filling.progress(notes=encoder.notes())
-        for batch in batches.rest():
-            stop_if_asked(stop)
-            filling.keep(batch, encoder([one.pixels for one in batch]))
-            yield filling.progress(notes=encoder.notes())
+        for unit in division.turns(units, name=filling.name_of, is_done=filling.is_done):
+            if unit is None:
+                yield filling.progress(notes=() if waited else (WAITING,))
+                waited = True
+                continue
+            for prepared in filling.read_ahead(unit, workers or _cpus(), held=batches.limit):
+                stop_if_asked(stop)
+                for waiting in filling.claim(prepared):
+                    batch = batches.add(waiting)
+                    if batch:
+                        filling.keep(batch, encoder([one.pixels for one in batch]))
+                yield filling.progress(notes=encoder.notes())
+            for batch in batches.rest():
+                stop_if_asked(stop)
+                filling.keep(batch, encoder([one.pixels for one in batch]))
+                yield filling.progress(notes=encoder.notes())
     finally:
-        store.flush()
+        division.flush()
     yield filling.progress(latents=filling.index())
 
 
-def fill_texts(
-    texts: Iterable[str],
-    *,
-    encoder: CacheTextEncoder,
-    store: TensorStore,
-    batch_size: int | None = None,
-    stop: Stop = lambda: None,
-) -> Generator[CacheProgress, None, None]:
-    """Encode texts, each once: hidden states [L, D] in the encoder's number format, as `generate` computes them.
-
-    One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. Raises what `stop` returns,
-    CannotWrite, and BadOutput where the text encoder gives NaN, in float32 too.
-    """
-    keys, began = TextKeys.of(encoder), time.perf_counter()
-    store.refresh()
-    wanted = {keys.key(text): text for text in texts}
-    numbers = store.find(np.frombuffer(b"".join(wanted), dtype=np.uint8).reshape(-1, KEY_BYTES))
-    absent = [key for key, number in zip(wanted, numbers, strict=True) if number < 0]
-    at_once = batch_size or (1 if encoder.device.type == "cpu" else 64)
-    reused = len(wanted) - len(absent)
-
-    def progress(encoded: int, notes: tuple[str, ...] = ()) -> CacheProgress:
-        seconds = time.perf_counter() - began
-        return CacheProgress(reused + encoded, len(wanted), encoded, reused, seconds=seconds, notes=notes)
-
-    yield progress(0, _damage(store))
-    try:
-        for start in range(0, len(absent), at_once):
-            stop_if_asked(stop)
-            batch = absent[start : start + at_once]
-            states = _hidden_states(encoder, [wanted[key] for key in batch])
-            for key, hidden in zip(batch, states, strict=True):
-                store.add(key, {HIDDEN: hidden})
-            yield progress(start + len(batch))
-    finally:
-        store.flush()
-
-
-# Images
+def batch_size_for(vae: CacheVae, batch_size: int | None = None) -> int:
+    """Images that are encoded at once: more are not faster on the CPU."""
+    return batch_size or (1 if vae.device.type == "cpu" else 8)
 
 
 @dataclass(frozen=True)
@@ -209,20 +181,44 @@ class _Filling:
         width, height = (int(side) for side in self.sizes[place])
         return tuple(self.makes.key(digest, Crop((width, height), flip=flip)) for flip in self.flips)
 
-    def settle_known(self) -> None:
-        """Settle the images whose digest is known and whose latents are all in the store."""
+    def units(self, batch: int) -> list[np.ndarray]:
+        """The images, by their places, in parts that processes can claim; their latents are those of one part."""
+        return chunks_by_size(self.sizes, unit_length(len(self.used), batch))
+
+    def name_of(self, unit: np.ndarray) -> str:
+        """The name of a unit, which is the same in other processes for the same images and VAE."""
+        digest = hashlib.sha256(f"{self.makes} {self.flips}\n".encode())
+        for place in unit:
+            index = int(self.used[place])
+            content = self.digests[index] if self.digests is not None else ""
+            width, height = self.sizes[place]
+            digest.update(f"{content or self.images[index].name} {width}x{height}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:32]
+
+    def is_done(self, unit: np.ndarray) -> bool:
+        """Whether no image of a unit is open any more; those that the store has meanwhile are settled."""
+        self.settle_known(unit)
+        return not (self.states[unit] == _OPEN).any()
+
+    def settle_known(self, unit: np.ndarray) -> None:
+        """Settle the images of a unit whose digest is known and whose latents are all in the store."""
         if self.digests is None:
             return
-        known = [place for place, index in enumerate(self.used) if self.digests[index]]
+        open_ = unit[self.states[unit] == _OPEN]
+        known = [int(place) for place in open_ if self.digests[self.used[place]]]
+        if not known:
+            return
         for place in known:
+            if self.keys[place].any():
+                continue
             self._set_keys(place, self.keys_of(place, bytes.fromhex(self.digests[self.used[place]])))
         there = self.store.find(self.keys[known].reshape(-1, KEY_BYTES)).reshape(len(known), -1) >= 0
         for place in np.array(known, dtype=np.int64)[there.all(axis=1)]:
             self._settle(int(place), _REUSED)
 
-    def read_ahead(self, workers: int, *, held: int) -> Iterator[_Prepared]:
-        """The remaining images in order, read and decoded by threads; at most `workers` + 2 `held` in memory."""
-        todo = deque(int(place) for place in np.flatnonzero(self.states == _OPEN))
+    def read_ahead(self, unit: np.ndarray, workers: int, *, held: int) -> Iterator[_Prepared]:
+        """The open images of a unit in order, read and decoded by threads; at most `workers` + 2 `held` in memory."""
+        todo = deque(int(place) for place in unit[self.states[unit] == _OPEN])
         pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="read-ahead")
         running: deque[Future[_Prepared]] = deque()
         try:
@@ -340,25 +336,8 @@ class _Batches:
             yield self._gathered.popitem()[1]
 
 
-# Texts
-
-
-@torch.inference_mode()
-def _hidden_states(encoder: CacheTextEncoder, texts: Sequence[str]) -> Tensor:
-    """[B, L, D] on the CPU in the model's dtype. Raises BadOutput."""
-    ids = torch.tensor([encoder.tokenizer(text).ids for text in texts], device=encoder.device)
-    states: Tensor = encoder.network(ids)
-    if not states.isfinite().all() and encoder.dtype != torch.float32:
-        states = copy.deepcopy(encoder.network).float()(ids).to(encoder.dtype)
-    if not states.isfinite().all():
-        raise BadOutput(f"the text encoder of {encoder.model} gives NaN or infinite numbers; is the model damaged?")
-    return states.cpu()
-
-
-# Both
-
-
-def _damage(store: TensorStore) -> tuple[str, ...]:
+def damage_notes(store: TensorStore) -> tuple[str, ...]:
+    """A sentence for each damaged file of the store."""
     ending = "is damaged and ignored; its content is computed again, and it can be deleted"
     return tuple(f"{path} {ending}" for path in store.damaged)
 

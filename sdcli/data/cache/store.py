@@ -114,6 +114,11 @@ class TensorStore:
         """The number of records on the disk."""
         return len(self._index.keys)
 
+    @property
+    def pending(self) -> int:
+        """Records that were added and are not on the disk yet."""
+        return len(self._pending)
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._pending or self._number(key) >= 0
 

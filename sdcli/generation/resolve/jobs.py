@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +14,7 @@ from sdcli.generation.resolve.inputs import Measure, find_loras
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
 from sdcli.models.weight_digests import weights_digest
-from sdcli.request.jobs import DYNAMIC, Line, derived_seed
+from sdcli.request.jobs import DYNAMIC, Line, Occurrences, derived_seed
 from sdcli.request.schema import MAX_SEED, GenerationRequest, ResolvedRequest, parse_request
 from sdcli.request.wildcards import Wildcards
 
@@ -99,7 +98,7 @@ def expand(
     the same file gets the same seeds again when it was reordered or extended in between.
     """
     find, find_controlnet = cache(registry.find), cache(registry.find_controlnet)
-    seen: Counter[str] = Counter()
+    seen = Occurrences()
     index = 0
     for line in lines:
         fields = dict(line.fields)
@@ -119,12 +118,7 @@ def expand(
             if refiner is not None:
                 refiner.require_supported()
             controlnets = {control.model: find_controlnet(control.model) for control in request.controls}
-            key = request.key()
-            seen[key] += 1
-            seeds = {"seed": request.seed if request.seed is not None else derived_seed(base_seed, key, seen[key])}
-            if request.variation_strength is not None:
-                derived = derived_seed(base_seed, f"{key}:variation", seen[key])
-                seeds["variation_seed"] = request.variation_seed if request.variation_seed is not None else derived
+            seeds = _seeds(request, base_seed, seen)
             counted = list(seeds)[-1]
             if seeds[counted] + count - 1 > MAX_SEED:
                 first = seeds[counted]
@@ -144,6 +138,20 @@ def expand(
         for image in images:
             index += 1
             yield ResolvedJob(index, image, spec, refiner, controlnets, custom_id, line.number or None)
+
+
+def _seeds(request: GenerationRequest, base_seed: int, seen: Occurrences) -> dict[str, int]:
+    """The seed of a request, and its variation seed where it varies; those that it leaves open are derived."""
+    given = {"seed": request.seed}
+    if request.variation_strength is not None:
+        given["variation_seed"] = request.variation_seed
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) == len(given):
+        return found
+    key = request.key()
+    occurrence = seen.add(key)
+    derived = {"seed": key, "variation_seed": f"{key}:variation"}
+    return {name: found.get(name, derived_seed(base_seed, derived[name], occurrence)) for name in given}
 
 
 def _texts(request: GenerationRequest, wildcards: Wildcards, *, seed: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,7 +211,7 @@ class _RemoteWriter(Writer):
         super().__init__(order.output)
         self._order, self._dialogue = order, dialogue
 
-    def finished(self, jobs: Sequence[ResolvedJob]) -> dict[int, Path]:
+    def finished(self, jobs: Sequence[ResolvedJob], own: Container[int] | None = None) -> dict[int, Path]:
         return self._order.finished
 
     def begin(self, jobs: Sequence[ResolvedJob]) -> None:

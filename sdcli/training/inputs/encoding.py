@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from sdcli.data.cache.fill import CacheProgress, fill_latents, fill_texts
+from sdcli.data.cache.fill import CacheProgress, fill_latents
+from sdcli.data.cache.fill_texts import fill_texts
 from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, CacheTextEncoder, CacheVae, TextKeys
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.records import Item

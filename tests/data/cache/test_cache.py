@@ -36,7 +36,8 @@ from typer.testing import CliRunner
 from sdcli.cli import dataset_cache
 from sdcli.data.buckets import resize_and_crop
 from sdcli.data.cache import store as cache_store
-from sdcli.data.cache.fill import CacheProgress, fill_latents, fill_texts
+from sdcli.data.cache.fill import CacheProgress, fill_latents
+from sdcli.data.cache.fill_texts import fill_texts
 from sdcli.data.cache.keys import (
     CachedLatents,
     CachedTexts,
