@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from sdcli.errors import CannotWrite
 from sdcli.io.files import sha256
-from sdcli.io.rows import MAX_LINE, append_row, json_rows
+from sdcli.io.rows import MAX_LINE, append_rows, json_rows
 
 NAME = ".sdcli-journal.jsonl"
 PART = ".sdcli-journal-{}.jsonl"
@@ -216,8 +216,7 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                for entry in entries:
-                    append_row(descriptor, entry)
+                append_rows(descriptor, entries)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

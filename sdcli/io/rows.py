@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -18,6 +19,8 @@ from sdcli.io.json_files import parse_object
 MAX_LINE = 2**24
 """Bytes of a line, and letters of a CSV cell."""
 csv.field_size_limit(MAX_LINE)  # a setting of the process, so it is made once
+ROWS_OF_WRITE = 500
+"""Rows that are appended in one write: so few bytes go out whole."""
 _NOT_UTF8 = "is not UTF-8 text"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -137,13 +140,21 @@ def _lines_of(file: BinaryIO) -> Iterator[str]:
 
 
 def append_row(descriptor: int, values: Mapping[str, Any]) -> None:
-    """Append a line of JSON in one write to a file opened with O_RDWR and O_APPEND.
+    """Append a line of JSON in one write to a file opened with O_RDWR and O_APPEND; see `append_rows`."""
+    append_rows(descriptor, [values])
+
+
+def append_rows(descriptor: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines of JSON to a file opened with O_RDWR and O_APPEND, in one write for some hundred of them.
 
     A last line that a killed process left unfinished is ended first, so that it costs itself only.
     Raises OSError, and ValueError for NaN and infinities.
     """
-    size = os.fstat(descriptor).st_size
-    torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-    line = b"\n" * torn + json.dumps(values, allow_nan=False).encode() + b"\n"
-    if os.write(descriptor, line) != len(line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    waiting = iter(rows)
+    while some := list(itertools.islice(waiting, ROWS_OF_WRITE)):
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        lines = b"".join(json.dumps(values, allow_nan=False).encode() + b"\n" for values in some)
+        data = b"\n" * torn + lines
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
