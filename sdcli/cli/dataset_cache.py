@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdcli.cli.cache_runs import CacheRun, fill_here, fill_on_workers
 from sdcli.cli.dataset import (
     CaptionColumnOpt,
     CaptionExtensionOpt,
@@ -17,6 +18,8 @@ from sdcli.cli.dataset import (
     SplitOpt,
     WorkersOpt,
 )
+from sdcli.cli.options.cluster import ClusterOpt, GpusOpt, ThreadsOpt, cluster_settings
+from sdcli.cli.options.sharding import check_divided
 from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
@@ -30,9 +33,11 @@ from sdcli.cli.options.shared import (
 )
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
-from sdcli.errors import SomeFailed, UsageError
+from sdcli.errors import SdcliError, SomeFailed, UsageError, raise_for
 from sdcli.generation.run_shard import RunShard
+from sdcli.generation.settings import RunSettings
 from sdcli.io.files import expanded
+from sdcli.io.threads import use_threads
 from sdcli.models.registry import ModelSpec, load_registry
 from sdcli.training.config_files import settings_from
 from sdcli.training.settings import ImageSettings, cache_folder
@@ -152,6 +157,9 @@ def command(
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
     shard: ShardOpt = None,
+    cluster: ClusterOpt = None,
+    threads: ThreadsOpt = None,
+    gpus_per_worker: GpusOpt = None,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -182,69 +190,34 @@ def command(
     }
     settings = settings_from(ImageSettings, {name: value for name, value in typed.items() if value is not None})
     part = None if shard is None else RunShard.of(shard)
+    of_cluster = workers if cluster is not None else None
+    nodes = cluster_settings(cluster, workers=of_cluster, threads=threads, gpus=gpus_per_worker, device=device)
+    check_divided(shard, cluster, None)
+    if nodes is None and threads is not None:
+        use_threads(threads)
     spec = load_registry(models_file).find(model)
     if spec.kind.space != "latent":
         raise UsageError(f"{spec.name} works on pixels, without a VAE, so there are no latents to cache")
     stop = GracefulStop(console, unit="the batch in hand", kept="what was encoded is kept").install()
 
     from sdcli.cli.ui.training_progress import TrainingProgress
-    from sdcli.data.cache.claims import Claims
-    from sdcli.data.cache.division import places_of_shard
-    from sdcli.data.cache.fill import batch_size_for, fill_latents
-    from sdcli.data.cache.fill_texts import fill_texts
-    from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
-    from sdcli.data.cache.store import TensorStore
-    from sdcli.models.loader import Part, load_model
-    from sdcli.training.inputs.captions import CaptionRules
-    from sdcli.training.inputs.encoding import cut_captions, texts_of
 
     folder = cache_folder(settings.cache_dir)
     _refuse_inside(folder, data)
+    errors: list[SdcliError] = []
     with TrainingProgress(console) as display:
         found = _opened(data, settings, spec, display)
         if found.images.kind != "pictures":
             raise UsageError(f"{data} holds latents already; training reads them as they are")
-        parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.family.reads_text else ("vae",)
-        console.note(f"loading {spec.name}")
-        number = "float32" if dtype == "auto" else dtype
-        loaded = load_model(spec, device=device, dtype=number, offline=offline, parts=parts)
-        vae = CacheVae(loaded.vae, loaded.identity("vae"))
-        used, sizes = found.used, [found.sizes[int(index)] for index in found.used]
-        if part is not None:
-            places = places_of_shard(sizes, part, batch=batch_size_for(vae, batch_size))
-            used, sizes = used[places], [sizes[int(place)] for place in places]
-        latents, states, claims = TensorStore(folder, LATENTS), TensorStore(folder, TEXTS), Claims(folder)
-        with latents, states, claims:
-            filling = fill_latents(
-                found.images,
-                used,
-                sizes,
-                vae=vae,
-                store=latents,
-                digests=found.digests,
-                flips=random_flip,
-                batch_size=batch_size,
-                workers=workers,
-                claims=claims,
-                stop=stop,
-            )
-            of_pictures = _shown(filling, "encoding images", display, console)
-            of_texts = None
-            if "text_encoder" in parts:
-                template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
-                texts = _texts(found, prefix=caption_prefix, template=template)
-                texts = texts if part is None else list(part.part(texts))
-                assert loaded.tokenizer is not None
-                items = (found.images[int(index)] for index in found.used)
-                rules = CaptionRules(prefix=caption_prefix, template=template)
-                note = cut_captions(texts_of(items, rules), loaded.tokenizer)
-                if note:
-                    console.warn(note)
-                identity = loaded.identity("text_encoder")
-                encoder = CacheTextEncoder(loaded.text_encoder, loaded.tokenizer, identity, spec.name)
-                filling = fill_texts(texts, encoder=encoder, store=states, claims=claims, stop=stop)
-                of_texts = _shown(filling, "encoding captions", display, console)
+        run = RunSettings(device=device, dtype=dtype, batch_size=batch_size, offline=offline)
+        template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
+        what = CacheRun(data, found, settings, spec, run, folder, caption_prefix, template)
+        if nodes is None:
+            of_pictures, of_texts = fill_here(what, display, console, part=part, workers=workers, stop=stop)
+    if nodes is not None:
+        of_pictures, of_texts, errors = fill_on_workers(what, nodes, console, stop=stop)
     _report(console, folder, found, of_pictures, of_texts, part)
+    raise_for(errors, of=of_pictures.total + (of_texts.total if of_texts is not None else 0))
 
 
 def _refuse_inside(folder: Path, data: str) -> None:
@@ -272,29 +245,6 @@ def _reported(events: Generator[Event, None, ImageData], display: TrainingProgre
         except StopIteration as ended:
             found: ImageData = ended.value
             return found
-
-
-def _texts(found: ImageData, *, prefix: str, template: str) -> list[str]:
-    """Every text that training can sample, with the empty one for dropped captions."""
-    from sdcli.training.inputs.captions import CaptionRules
-
-    rules = CaptionRules(prefix=prefix, template=template)
-    return list(dict.fromkeys(text for captions in found.texts() for text in rules.all_texts(captions) or ()))
-
-
-def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingProgress, console: Console) -> CacheProgress:
-    """Consume the progress, showing it on stderr; return the last one."""
-    from sdcli.training.events import Preparation
-
-    last = None
-    for progress in filling:
-        if last is None or progress.done != last.done:
-            display.report(Preparation(what, progress.done, progress.total))
-        for note in progress.notes:
-            console.warn(note)
-        last = progress
-    assert last is not None
-    return last
 
 
 def _report(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdcli.cli.options.cluster import ClusterOpt, GpusOpt, ThreadsOpt, WorkersOpt, cluster_settings
+from sdcli.cli.options.sharding import check_divided
 from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
@@ -26,11 +29,13 @@ from sdcli.generation.journal import Journal
 from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.images.formats import FORMAT_OF, ImageFormat
-from sdcli.models.registry import load_registry
-from sdcli.request.input_files import input_files
+from sdcli.io.threads import use_threads
+from sdcli.models.registry import Registry, load_registry
+from sdcli.request.input_files import InputFile, input_files
 
 if TYPE_CHECKING:
-    from sdcli.generation.decode_files import DecodeResult
+    from sdcli.cluster.ray_engine import ClusterSettings
+    from sdcli.generation.decode_plan import DecodeResult, DecodeSettings
 
 LATENTS = frozenset({".safetensors", ".latent", ".npy"})
 
@@ -74,13 +79,17 @@ def command(
         bool,
         typer.Option(
             "--resume",
-            help="Skip the images that an earlier run with --resume or --shard finished, and those that are there "
-            "already with the same bytes.",
+            help="Skip the images that an earlier run with --resume, --shard or --cluster finished, and those that are "
+            "there already with the same bytes.",
         ),
     ] = False,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
     shard: ShardOpt = None,
+    cluster: ClusterOpt = None,
+    workers: WorkersOpt = None,
+    threads: ThreadsOpt = None,
+    gpus_per_worker: GpusOpt = None,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -97,8 +106,10 @@ def command(
     if output is not None and (len(latents) > 1 or latents[0].is_dir()):
         raise UsageError("-o is for a single image; use --outdir for several files")
     part = RunShard.of(shard) if shard is not None else WHOLE
-    if shard is not None and output is not None:
-        raise UsageError("-o names one file, which shards cannot write together; use --outdir with --shard")
+    nodes = cluster_settings(cluster, workers=workers, threads=threads, gpus=gpus_per_worker, device=device)
+    check_divided(shard, cluster, output)
+    if nodes is None and threads is not None:
+        use_threads(threads)
     format = _format(output, image_format)
     registry = load_registry(models_file)
     if model is not None:
@@ -106,8 +117,7 @@ def command(
     files = input_files(latents, suffixes=LATENTS, kind="latent files")
     stop = GracefulStop(console).install()
 
-    from sdcli.generation.decode_files import DecodeSettings, decode_files
-    from sdcli.generation.model_cache import ModelCache
+    from sdcli.generation.decode_plan import DecodeSettings
     from sdcli.generation.vae_output import check_output
 
     settings = DecodeSettings(
@@ -124,12 +134,16 @@ def command(
     if resume or shard is not None:
         folder = settings.outdir if output is None else output.parent
         journal = Journal.open(folder, part.name if shard is not None else None)
-    cache = ModelCache(RunSettings(device=device, dtype=dtype, offline=offline))
+    run = RunSettings(device=device, dtype=dtype, offline=offline)
     alone = len(latents) == 1 and not latents[0].is_dir()
     errors: list[SdcliError] = []
     count = 0
-    ways: dict[str, Any] = {"model": model, "journal": journal, "shard": part, "stop": stop}
-    for event in decode_files(files, registry, cache, settings, **ways):
+    ways: dict[str, Any] = {"model": model, "stop": stop}
+    if nodes is not None:
+        events = _on_cluster(files, registry, run, settings, nodes, console, **ways)
+    else:
+        events = _here(files, registry, run, settings, journal=journal, shard=part, **ways)
+    for event in events:
         if count == 1 and alone and errors:
             console.warn(str(errors[0]))  # it is not the only image, so it does not end the process
         count += 1
@@ -138,6 +152,32 @@ def command(
     if not count:
         console.note(f"shard {part} has nothing to do: there are fewer files than shards")
     raise_for(errors, of=count)
+
+
+def _here(
+    files: Iterator[InputFile], registry: Registry, run: RunSettings, settings: DecodeSettings, **ways: Any
+) -> Iterator[DecodeResult]:
+    from sdcli.generation.decode_files import decode_files
+    from sdcli.generation.model_cache import ModelCache
+
+    yield from decode_files(files, registry, ModelCache(run), settings, **ways)
+
+
+def _on_cluster(
+    files: Iterator[InputFile],
+    registry: Registry,
+    run: RunSettings,
+    settings: DecodeSettings,
+    cluster: ClusterSettings,
+    console: Console,
+    **ways: Any,
+) -> Iterator[DecodeResult]:
+    from sdcli.cli.cluster_results import results_of_cluster
+    from sdcli.cluster.files_driver import decode
+
+    found = list(files)
+    events = decode(found, registry, run, settings, cluster, **ways)
+    yield from results_of_cluster(events, console, total=len(found), things="files")
 
 
 def _format(output: Path | None, image_format: ImageFormat | None) -> ImageFormat:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from sdcli.cli.options.cluster import ClusterOpt, GpusOpt, ThreadsOpt, WorkersOpt, cluster_settings
+from sdcli.cli.options.sharding import check_divided
 from sdcli.cli.options.shared import (
     DeviceOpt,
     DTypeOpt,
@@ -21,16 +24,18 @@ from sdcli.cli.options.shared import (
 )
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
-from sdcli.errors import SdcliError, UsageError, raise_for
+from sdcli.errors import SdcliError, Stop, UsageError, raise_for
 from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from sdcli.models.registry import load_registry
-from sdcli.request.input_files import input_files
+from sdcli.io.threads import use_threads
+from sdcli.models.registry import ModelSpec, load_registry
+from sdcli.request.input_files import InputFile, input_files
 from sdcli.request.schema import parse_size
 
 if TYPE_CHECKING:
-    from sdcli.generation.encode_files import EncodeResult
+    from sdcli.cluster.ray_engine import ClusterSettings
+    from sdcli.generation.encode_plan import EncodeResult, EncodeSettings
 
 INPUT, OUTPUT, RUN = "Images", "Output", "The run"
 
@@ -109,6 +114,10 @@ def command(
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
     shard: ShardOpt = None,
+    cluster: ClusterOpt = None,
+    workers: WorkersOpt = None,
+    threads: ThreadsOpt = None,
+    gpus_per_worker: GpusOpt = None,
     models_file: ModelsFileOpt = None,
     offline: OfflineOpt = False,
     as_json: JsonOpt = False,
@@ -132,15 +141,16 @@ def command(
     if output is not None and output.suffix.lower() not in (".safetensors", ".latent"):
         raise UsageError(f"-o: {output.name!r} should end in .safetensors or .latent")
     part = RunShard.of(shard) if shard is not None else WHOLE
-    if shard is not None and output is not None:
-        raise UsageError("-o names one file, which shards cannot write together; use --outdir with --shard")
+    nodes = cluster_settings(cluster, workers=workers, threads=threads, gpus=gpus_per_worker, device=device)
+    check_divided(shard, cluster, output)
+    if nodes is None and threads is not None:
+        use_threads(threads)
     spec = load_registry(models_file).find(model)
     # images in other formats fail one by one: none is passed over
     files = input_files(images, suffixes=IMAGE_SUFFIXES | UNREAD_SUFFIXES, kind="images")
     stop = GracefulStop(console).install()
 
-    from sdcli.generation.encode_files import EncodeSettings, encode_files
-    from sdcli.generation.model_cache import ModelCache
+    from sdcli.generation.encode_plan import EncodeSettings
     from sdcli.generation.vae_output import check_output
 
     settings = EncodeSettings(
@@ -156,21 +166,25 @@ def command(
         overwrite=overwrite,
     )
     check_output(settings.outdir, settings.output)
-    console.note(f"loading the VAE of {spec.name}")
-    cache = ModelCache(RunSettings(device=device, dtype=dtype, offline=offline))
+    run = RunSettings(device=device, dtype=dtype, offline=offline)
+    if nodes is not None:
+        events = _on_cluster(files, spec, run, settings, nodes, console, stop)
+    else:
+        console.note(f"loading the VAE of {spec.name}")
+        events = _here(files, spec, run, settings, part, stop)
     alone = len(images) == 1 and not images[0].is_dir()
     errors: list[SdcliError] = []
     decibels: list[float] = []
-    count, printed = 0, None
-    with cache.lease_vae(spec) as vae:
-        for event in encode_files(files, vae, settings, shard=part, stop=stop):
-            count += 1
-            errors += [event.error] if event.error is not None else []
-            decibels += [event.psnr] if event.psnr is not None else []
-            named = event.path == printed and not as_json and not check  # a packed file is printed once
-            if not named or event.error is not None:
-                _report(event, console, alone=alone)
-            printed = event.path if event.error is None else printed
+    count, packs = 0, set[Path | None]()
+    for event in events:
+        count += 1
+        errors += [event.error] if event.error is not None else []
+        decibels += [event.psnr] if event.psnr is not None else []
+        named = event.path in packs and not as_json and not check  # a packed file is printed once
+        if not named or event.error is not None:
+            _report(event, console, alone=alone)
+        if pack and event.error is None:
+            packs.add(event.path)
     if decibels:
         mean = sum(decibels) / len(decibels)
         text = f"mean PSNR {_decibels(mean)} over {len(decibels)} images"
@@ -178,6 +192,38 @@ def command(
     if not count:
         console.note(f"shard {part} has nothing to do: there are fewer batches than shards")
     raise_for(errors, of=count)
+
+
+def _here(
+    files: Iterator[InputFile],
+    spec: ModelSpec,
+    run: RunSettings,
+    settings: EncodeSettings,
+    part: RunShard,
+    stop: Stop,
+) -> Iterator[EncodeResult]:
+    from sdcli.generation.encode_files import encode_files
+    from sdcli.generation.model_cache import ModelCache
+
+    with ModelCache(run).lease_vae(spec) as vae:
+        yield from encode_files(files, vae, settings, shard=part, stop=stop)
+
+
+def _on_cluster(
+    files: Iterator[InputFile],
+    spec: ModelSpec,
+    run: RunSettings,
+    settings: EncodeSettings,
+    cluster: ClusterSettings,
+    console: Console,
+    stop: Stop,
+) -> Iterator[EncodeResult]:
+    from sdcli.cli.cluster_results import results_of_cluster
+    from sdcli.cluster.files_driver import encode
+
+    found = list(files)
+    events = encode(found, spec, run, settings, cluster, stop=stop)
+    yield from results_of_cluster(events, console, total=len(found), things="images")
 
 
 def _size(text: str) -> tuple[int, int]:

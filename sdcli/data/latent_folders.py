@@ -21,7 +21,8 @@ from sdcli.data.folder_listing import (
 from sdcli.data.records import Item, Items, Kind, ListedImages, captioned_by_class, file_stamp, read_file
 from sdcli.data.unread import name_unread
 from sdcli.errors import BadLatents, NotFound
-from sdcli.vae.latent_files import LatentFile, LatentRecord, read_latents, read_record
+from sdcli.vae.latent_files import LatentFile, read_latents, read_record
+from sdcli.vae.latent_record import LatentRecord
 
 
 @dataclass(frozen=True, eq=False)

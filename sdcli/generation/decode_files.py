@@ -7,75 +7,24 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sdcli.errors import BadLatents, SdcliError, Stop, UsageError, stop_if_asked
+from sdcli.errors import BadLatents, Stop, UsageError, stop_if_asked
+from sdcli.generation.decode_plan import DecodeResult, DecodeSettings, DecodeUnit, decode_units
 from sdcli.generation.journal import Journal
 from sdcli.generation.loaded_vae import LoadedVae
 from sdcli.generation.model_cache import ModelCache
 from sdcli.generation.run_shard import WHOLE, RunShard
-from sdcli.generation.vae_output import OF_ONE_FILE, Status, file_name, swept
-from sdcli.images.formats import MAX_PIXELS, MAX_SIDE, SUFFIX_OF, ImageFormat
+from sdcli.generation.vae_output import OF_ONE_FILE, file_name, swept
+from sdcli.images.formats import MAX_PIXELS, MAX_SIDE, SUFFIX_OF
 from sdcli.io.files import AlreadyExists, check_new, write_whole
 from sdcli.metadata.embed import image_bytes
 from sdcli.models.registry import ModelSpec, Registry
-from sdcli.request.input_files import InputFile, Names, input_digest
-from sdcli.vae.latent_files import LatentFile, count_of, read_latents
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How latents become images, and where these go."""
-
-    outdir: Path = Path("outputs")
-    output: Path | None = None
-    format: ImageFormat = "png"
-    scaled: bool | None = None
-    """Whether the latents in plain files, which do not record it, are scaled."""
-    tiled: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    """Skip images that the journal knows as finished, and take those with the same bytes as such."""
-
-
-@dataclass(frozen=True)
-class DecodeResult:
-    """The end of one latent [C, h, w], or of a whole file that could not be read (then `index` is None)."""
-
-    status: Status
-    source: Path
-    index: int | None = None
-    path: Path | None = None
-    width: int = 0
-    height: int = 0
-    model: str = ""
-    notes: tuple[str, ...] = ()
-    error: SdcliError | None = None
-
-
-@dataclass(frozen=True)
-class DecodeUnit:
-    """A latent file, and the names of its images; none where its header cannot be read."""
-
-    file: InputFile
-    names: tuple[PurePosixPath, ...] = ()
-
-
-def decode_units(files: Iterable[InputFile]) -> Iterator[DecodeUnit]:
-    """The files with the names of their images, which follow from the files' headers and no two images share."""
-    names = Names()
-    for file in files:
-        try:
-            count = count_of(file.path)
-        except OF_ONE_FILE:
-            yield DecodeUnit(file)
-            continue
-        suffixes = [f"-{index + 1}" for index in range(count)] if count > 1 else [""]
-        own = [names.claim(file.name.with_name(file.name.name + suffix)) for suffix in suffixes]
-        yield DecodeUnit(file, tuple(own))
+from sdcli.request.input_files import InputFile, input_digest
+from sdcli.vae.latent_files import LatentFile, read_latents
 
 
 def decode_files(

@@ -172,13 +172,15 @@ class Journal:
         self._append([*begun, *entries])
         self._begun = None
 
-    def take_in_parts(self) -> None:
+    def take_in_parts(self, beginning: str = "") -> None:
         """Append what the parts hold to the journal itself, and remove them. To be called when no run writes into them.
 
-        The parts of shards stay, since another shard may be at work. Raises CannotWrite.
+        With a `beginning` those whose names begin so. The parts of shards stay in any case, since another shard may be
+        at work. Raises CannotWrite.
         """
+        ours, theirs = (PART.format(name).removesuffix(".jsonl") for name in (beginning, SHARD))
         for path in _files(self.folder)[1:]:
-            if not path.name.startswith(PART.format(SHARD).removesuffix(".jsonl")):
+            if path.name.startswith(ours) and not path.name.startswith(theirs):
                 self._take_in(path)
         vars(self).pop("_contents", None)
 

@@ -17,8 +17,10 @@ from PIL import Image
 
 import sdcli
 from sdcli.errors import SdcliError
-from sdcli.generation.decode_files import DecodeSettings, decode_files
-from sdcli.generation.encode_files import EncodeSettings, encode_files
+from sdcli.generation.decode_files import decode_files
+from sdcli.generation.decode_plan import DecodeSettings
+from sdcli.generation.encode_files import encode_files
+from sdcli.generation.encode_plan import EncodeSettings
 from sdcli.generation.events import Result
 from sdcli.generation.model_cache import ModelCache
 from sdcli.generation.resolve.jobs import ResolvedJob, expand

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+Fit = Literal["crop", "pad", "stretch"]
+"""How an image of another aspect ratio is brought to a size."""
 
 MAX_PIXELS = 8192 * 8192
 """Of the largest image that is generated or read."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from sdcli.errors import BadImage
+from sdcli.images.formats import Fit
 
-Fit = Literal["crop", "pad", "stretch"]
 CELL = 8
 """Pixels per side of one latent cell of Stable Diffusion's VAEs."""
 

@@ -2,74 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sdcli.errors import BadLatents, BadWeights, NotFound, SdcliError, UsageError
-from sdcli.images.pixels import Fit
+from sdcli.errors import BadLatents, UsageError
 from sdcli.io.json_files import parse_json
-from sdcli.io.pickles import PICKLE_SUFFIXES, is_pickle
-from sdcli.io.weight_files import FLOATS, check_header
+from sdcli.io.weight_files import FLOATS
 from sdcli.request.schema import first_problem
+from sdcli.vae.latent_headers import MARKER, TENSOR, header_of, numpy_header, reading_numpy, refuse_pickles
+from sdcli.vae.latent_record import LatentRecord
 
 SCHEMA = 1
 SUFFIXES = frozenset({".safetensors", ".latent", ".npy"})
 COMFYUI_FACTOR = 0.18215
 """The factor that scaled ComfyUI's first `.latent` files, those without the marker tensor."""
 
-_TENSOR, _MARKER, _RECORD = "latent_tensor", "latent_format_version_0", "sdcli"
-MAX_NUMPY_HEADER = 10_000
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
-
-
-class Source(_Frozen):
-    """The image that a latent was encoded from. Sizes are pixels; the fitted size is what the VAE saw."""
-
-    name: str
-    sha256: str
-    width: int
-    height: int
-    fitted_width: int
-    fitted_height: int
-    fit: Fit
-    fallbacks: tuple[str, ...] = ()
-
-
-class LatentRecord(_Frozen):
-    """The record of how a latent file was made."""
-
-    schema_version: Literal[1] = Field(1, alias="schema")
-    kind: Literal["latents"] = "latents"
-    model: str
-    vae: str
-    """The identity of the VAE's weights: `sha256:...` or `random:...`."""
-    scaling_factor: float = Field(gt=0)
-    scaled: bool = False
-    """Whether the numbers are multiplied by the scaling factor; those that sdcli writes are not."""
-    sample: Literal["mean", "sample"]
-    seed: int | None = None
-    size: tuple[int, int] | None = None
-    """The requested size; None if every image kept its own."""
-    dtype: str = "float32"
-    """The dtype that the VAE computed in."""
-    stored: Literal["float32", "float16"] = "float32"
-    """The dtype of the stored tensor."""
-    source: tuple[Source, ...]
+_RECORD = "sdcli"
 
 
 @dataclass(frozen=True)
@@ -92,7 +50,7 @@ def latent_bytes(latents: Tensor, record: LatentRecord) -> bytes:
 
     The empty marker tensor tells ComfyUI's LoadLatent to use the latents as they are.
     """
-    tensors = {_TENSOR: latents.contiguous(), _MARKER: torch.zeros(0)}
+    tensors = {TENSOR: latents.contiguous(), MARKER: torch.zeros(0)}
     return save(tensors, metadata={_RECORD: json.dumps(record.model_dump(by_alias=True))})
 
 
@@ -101,23 +59,7 @@ def read_record(path: Path) -> LatentRecord | None:
 
     Raises NotFound, and BadLatents for a damaged file.
     """
-    return _record(path, _header(path))
-
-
-def count_of(path: Path) -> int:
-    """How many latents a file holds, by its header alone. Raises NotFound and BadLatents."""
-    if path.suffix.lower() == ".npy":
-        _refuse_pickles(path)
-        with _reading_numpy(path), open(path, "rb") as file:
-            shape = _numpy_header(file)[0]
-    else:
-        header = _header(path)
-        names = [name for name in header if name not in ("__metadata__", _MARKER)]
-        name = _TENSOR if _TENSOR in names else names[0] if len(names) == 1 else None
-        shape = tuple(header[name].get("shape", ())) if name is not None else ()
-    if len(shape) not in (3, 4):
-        raise BadLatents(f"{path} holds no latents [C, h, w] or [B, C, h, w]")
-    return int(shape[0]) if len(shape) == 4 else 1
+    return _record(path, header_of(path))
 
 
 def read_latents(path: Path, *, scaled: bool | None = None) -> LatentFile:
@@ -128,21 +70,21 @@ def read_latents(path: Path, *, scaled: bool | None = None) -> LatentFile:
     `scaled` is missing or contradicts the file.
     """
     if path.suffix.lower() == ".npy":
-        _refuse_pickles(path)
+        refuse_pickles(path)
         return LatentFile(latents=_checked(path, _read_numpy(path)), scaled=_required(path, scaled))
-    header = _header(path)
+    header = header_of(path)
     record = _record(path, header)
-    names = [name for name in header if name not in ("__metadata__", _MARKER)]
-    if _TENSOR in names:
+    names = [name for name in header if name not in ("__metadata__", MARKER)]
+    if TENSOR in names:
         _check_agrees(path, scaled, record.scaled if record is not None else False)
-        latents = _checked(path, _read_tensor(path, _TENSOR, header))
+        latents = _checked(path, _read_tensor(path, TENSOR, header))
         if record is not None:
             if len(record.source) not in (0, len(latents)):
                 raise BadLatents(f"{path} holds {len(latents)} latents, its record lists {len(record.source)} images")
             return LatentFile(latents=latents, scaled=record.scaled, record=record)
-        return LatentFile(latents=latents if _MARKER in header else latents * (1.0 / COMFYUI_FACTOR), scaled=False)
+        return LatentFile(latents=latents if MARKER in header else latents * (1.0 / COMFYUI_FACTOR), scaled=False)
     if len(names) != 1:
-        raise BadLatents(f"{path} holds {len(names)} tensors; a latent file holds one, or one called {_TENSOR}")
+        raise BadLatents(f"{path} holds {len(names)} tensors; a latent file holds one, or one called {TENSOR}")
     return LatentFile(latents=_checked(path, _read_tensor(path, names[0], header)), scaled=_required(path, scaled))
 
 
@@ -158,29 +100,6 @@ def _required(path: Path, scaled: bool | None) -> bool:
 def _check_agrees(path: Path, scaled: bool | None, recorded: bool) -> None:
     if scaled is not None and scaled != recorded:
         raise UsageError(f"{path} records that its latents are {'' if recorded else 'un'}scaled; leave the option out")
-
-
-def _refuse_pickles(path: Path) -> None:
-    try:
-        if not path.is_file():
-            raise NotFound(f"no file {path}") if not path.exists() else BadLatents(f"{path} is not a regular file")
-        with open(path, "rb") as file:
-            start, size = file.read(8), path.stat().st_size
-    except (OSError, ValueError) as error:
-        raise BadLatents(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if is_pickle(start, size=size) or path.suffix.lower() in PICKLE_SUFFIXES:
-        raise BadLatents(
-            f"{path} is a pickle, which can run any program when it is opened; "
-            "save the latents with safetensors.torch.save_file instead"
-        )
-
-
-def _header(path: Path) -> dict[str, Any]:
-    _refuse_pickles(path)
-    try:
-        return check_header(path)
-    except BadWeights as error:
-        raise BadLatents(str(error)) from None
 
 
 def _record(path: Path, header: dict[str, Any]) -> LatentRecord | None:
@@ -210,9 +129,9 @@ def _read_tensor(path: Path, name: str, header: dict[str, Any]) -> Tensor:
 
 def _read_numpy(path: Path) -> Tensor:
     """Checks the header first: numpy allocates the size it announces before it looks at the file's size."""
-    with _reading_numpy(path):
+    with reading_numpy(path):
         with open(path, "rb") as file:
-            shape, dtype = _numpy_header(file)
+            shape, dtype = numpy_header(file)
             if dtype.hasobject:
                 raise BadLatents(f"{path} holds pickled objects, which can run any program when they are opened")
             if dtype.kind != "f":
@@ -223,24 +142,6 @@ def _read_numpy(path: Path) -> Tensor:
         with np.errstate(over="ignore"):  # numbers too large become infinite, which is refused later
             return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
     raise AssertionError("unreachable")
-
-
-def _numpy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an array in a file, which is then at its first number."""
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(file, max_header_size=MAX_NUMPY_HEADER)
-    return shape, dtype
-
-
-@contextlib.contextmanager
-def _reading_numpy(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SdcliError:
-        raise
-    except Exception as error:  # numpy reads the header as a Python expression, which fails in a dozen ways
-        raise BadLatents(f"{path} is not a numpy array: {error}") from None
 
 
 def _checked(path: Path, tensor: Tensor) -> Tensor:

@@ -80,10 +80,14 @@ def test_each_line_that_cannot_be_generated_is_reported_by_one_shard(sdcli: Run,
 
 def test_more_shards_than_batches_leave_some_without_work(sdcli: Run, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a fox\n")
-    done = sdcli("generate", "--prompts-file", "p.txt", "-m", "tiny", "--steps", "1", "--shard", "2/5")
+    options = ("generate", "--prompts-file", "p.txt", "-m", "tiny", "--steps", "2")
+    done = sdcli(*options, "--shard", "2/5")
     assert (done.returncode, done.stdout) == (0, "")
     assert "shard 2/5 has nothing to do" in done.stderr
-    assert sdcli("generate", "--prompts-file", "p.txt", *TINY, "--shard", "1/5").stdout.count("\n") == 1
+    assert sdcli(*options, "--shard", "1/5").stdout.count("\n") == 1
+    other = sdcli(*options, "--seed", "3", "--shard", "3/5")
+    assert (other.returncode, other.stdout) == (2, ""), "it has another plan than the shards before it"
+    assert "divides other batches" in other.stderr
 
 
 def test_options_that_shards_cannot_honour_are_refused(sdcli: Run, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from PIL import Image
 from sdcli.data.records import Item, Items, Strings, UnusableEntry, captions_of_file, captions_of_value
 from sdcli.data.sources import open_images
 from sdcli.errors import BadImage, BadLatents, NotFound, UsageError
-from sdcli.vae.latent_files import LatentRecord, Source, latent_bytes
+from sdcli.vae.latent_files import latent_bytes
+from sdcli.vae.latent_record import LatentRecord, Source
 
 
 def image_bytes(number: int = 0, size: tuple[int, int] = (12, 10), *, format: str = "PNG") -> bytes:

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdcli.errors import BadLatents, NotFound, SdcliError, UsageError
-from sdcli.vae.latent_files import LatentRecord, Source, latent_bytes, read_latents, read_record
+from sdcli.vae.latent_files import latent_bytes, read_latents, read_record
+from sdcli.vae.latent_record import LatentRecord, Source
 
 LATENTS = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)) * 5
 

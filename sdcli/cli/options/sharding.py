@@ -37,6 +37,15 @@ def check_sharding(
         )
 
 
+def check_divided(shard: str | None, cluster: str | None, output: Path | None) -> None:
+    """Raise UsageError for what a run in parts cannot honour: two ways to divide it, and one file for all."""
+    if shard is not None and cluster is not None:
+        raise UsageError("--shard does not go with --cluster, which divides the work itself")
+    if output is not None and (shard is not None or cluster is not None):
+        flag = "--shard" if shard is not None else "--cluster"
+        raise UsageError(f"-o names one file, which several processes cannot write; use --outdir with {flag}")
+
+
 def start_journal(prompts_file: str, output: OutputSettings, shard: RunShard | None) -> tuple[Journal, str, int]:
     """The journal of the output folder, with this run begun in it, the file's name there, and the run's base seed.
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -38,6 +38,8 @@ from sdcli.images.image_files import image_from_bytes
 from sdcli.images.pixels import to_pixels
 from sdcli.vae.autoencoder import Moments
 
+Digests = Sequence[str] | Mapping[int, str]
+"""The SHA-256 of files in hexadecimal, by item; "" where it is not known."""
 NOT_FINITE = "its latents are not finite (NaN or too large), in float32 too"
 
 
@@ -67,11 +69,12 @@ def fill_latents(
     *,
     vae: CacheVae,
     store: TensorStore,
-    digests: Sequence[str] | None = None,
+    digests: Digests | None = None,
     flips: bool = False,
     batch_size: int | None = None,
     workers: int | None = None,
     claims: Claims | None = None,
+    unit: int | None = None,
     stop: Stop = lambda: None,
 ) -> Generator[CacheProgress, None, None]:
     """Encode the `used` items of a set, each at its size of `sizes` (width, height), with a centre crop.
@@ -81,7 +84,8 @@ def fill_latents(
     `examine` knows them: an image whose latents are all in the store is not read. Images of
     equal size are encoded `batch_size` at a time (default: 1 on the CPU, where more is not faster, else 8). Batch sizes
     differ in rounding, so only with 1 latents never depend on the other images. With `claims` the work is divided with
-    other processes that fill this store at the same time; what they encode counts as reused.
+    other processes that fill this store at the same time; what they encode counts as reused. `unit` images are claimed
+    at once, by default a number that follows from how many there are.
 
     An image that cannot be read, or whose latents are not finite, is dropped. Raises what `stop` returns, CannotWrite,
     OutOfMemory, and Offline where streamed images cannot be fetched.
@@ -95,15 +99,16 @@ def fill_latents(
     yield filling.progress(notes=damage_notes(store))
     batches = _Batches(batch_size_for(vae, batch_size))
     division = Division(store, claims, stop)
-    units = [np.arange(len(items))] if claims is None else filling.units(batches.limit)
+    length = unit or unit_length(len(items), batches.limit)
+    units = [np.arange(len(items))] if claims is None else chunks_by_size(sizes, length)
     waited = False
     try:
-        for unit in division.turns(units, name=filling.name_of, is_done=filling.is_done):
-            if unit is None:
+        for places in division.turns(units, name=filling.name_of, is_done=filling.is_done):
+            if places is None:
                 yield filling.progress(notes=() if waited else (WAITING,))
                 waited = True
                 continue
-            for prepared in filling.read_ahead(unit, workers or _cpus(), held=batches.limit):
+            for prepared in filling.read_ahead(places, workers or _cpus(), held=batches.limit):
                 stop_if_asked(stop)
                 for waiting in filling.claim(prepared):
                     batch = batches.add(waiting)
@@ -160,7 +165,7 @@ class _Filling:
     sizes: Sequence[Size] | np.ndarray
     makes: LatentKeys
     store: TensorStore
-    digests: Sequence[str] | None
+    digests: Digests | None
     flips: tuple[bool, ...]
     keys: np.ndarray = field(init=False)
     states: np.ndarray = field(init=False)
@@ -180,10 +185,6 @@ class _Filling:
     def keys_of(self, place: int, digest: bytes) -> tuple[bytes, ...]:
         width, height = (int(side) for side in self.sizes[place])
         return tuple(self.makes.key(digest, Crop((width, height), flip=flip)) for flip in self.flips)
-
-    def units(self, batch: int) -> list[np.ndarray]:
-        """The images, by their places, in parts that processes can claim; their latents are those of one part."""
-        return chunks_by_size(self.sizes, unit_length(len(self.used), batch))
 
     def name_of(self, unit: np.ndarray) -> str:
         """The name of a unit, which is the same in other processes for the same images and VAE."""
@@ -205,13 +206,13 @@ class _Filling:
         if self.digests is None:
             return
         open_ = unit[self.states[unit] == _OPEN]
-        known = [int(place) for place in open_ if self.digests[self.used[place]]]
+        known = [int(place) for place in open_ if self.digests[int(self.used[place])]]
         if not known:
             return
         for place in known:
             if self.keys[place].any():
                 continue
-            self._set_keys(place, self.keys_of(place, bytes.fromhex(self.digests[self.used[place]])))
+            self._set_keys(place, self.keys_of(place, bytes.fromhex(self.digests[int(self.used[place])])))
         there = self.store.find(self.keys[known].reshape(-1, KEY_BYTES)).reshape(len(known), -1) >= 0
         for place in np.array(known, dtype=np.int64)[there.all(axis=1)]:
             self._settle(int(place), _REUSED)

@@ -27,13 +27,14 @@ def fill_texts(
     store: TensorStore,
     batch_size: int | None = None,
     claims: Claims | None = None,
+    unit: int | None = None,
     stop: Stop = lambda: None,
 ) -> Generator[CacheProgress, None, None]:
     """Encode texts, each once: hidden states [L, D] in the encoder's number format, as `generate` computes them.
 
-    One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. `claims` are those of
-    `fill_latents`. Raises what `stop` returns, CannotWrite, and BadOutput where the text encoder gives NaN, in float32
-    too.
+    One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. `claims` and `unit` are
+    those of `fill_latents`. Raises what `stop` returns, CannotWrite, and BadOutput where the text encoder gives NaN, in
+    float32 too.
     """
     keys, began = TextKeys.of(encoder), time.perf_counter()
     store.refresh()
@@ -54,16 +55,16 @@ def fill_texts(
         return hashlib.sha256(b"".join(unit)).hexdigest()[:32]
 
     yield progress(damage_notes(store))
-    length = len(wanted) if claims is None else unit_length(len(wanted), at_once)
+    length = len(wanted) if claims is None else unit or unit_length(len(wanted), at_once)
     units = in_parts(list(wanted), max(1, length))
     division = Division(store, claims, stop)
     try:
-        for unit in division.turns(units, name=name_of, is_done=is_done):
-            if unit is None:
+        for some in division.turns(units, name=name_of, is_done=is_done):
+            if some is None:
                 yield progress(() if waited else (WAITING,))
                 waited = True
                 continue
-            for batch in in_parts([key for key in unit if key in absent], at_once):
+            for batch in in_parts([key for key in some if key in absent], at_once):
                 stop_if_asked(stop)
                 states = _hidden_states(encoder, [wanted[key] for key in batch])
                 for key, hidden in zip(batch, states, strict=True):

@@ -59,7 +59,8 @@ from sdcli.data.records import ImageSet
 from sdcli.data.sources import open_images
 from sdcli.encoders.conditioning import ClipReader, TextEncoding
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, NotFound, SomeFailed, UsageError
-from sdcli.generation.encode_files import EncodeSettings, encode_files
+from sdcli.generation.encode_files import encode_files
+from sdcli.generation.encode_plan import EncodeSettings
 from sdcli.generation.loaded_vae import LoadedVae
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.generation.settings import RunSettings

@@ -41,7 +41,8 @@ from sdcli.request.jobs import Line
 from sdcli.request.schema import GenerationRequest, parse_request
 from sdcli.training.model_parts import load_to_train, refuse_shifted
 from sdcli.vae import autoencoder
-from sdcli.vae.latent_files import LatentRecord, latent_bytes, read_latents
+from sdcli.vae.latent_files import latent_bytes, read_latents
+from sdcli.vae.latent_record import LatentRecord
 from tests.hub_server import cached
 from tests.oracle import TWO, UNGUIDED, comparable, latents, load_pipeline, reference_latents, reference_of, requests_of
 from tests.service import generate_files
