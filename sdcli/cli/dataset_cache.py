@@ -16,7 +16,6 @@ from sdcli.cli.dataset import (
     DataArg,
     ImageColumnOpt,
     SplitOpt,
-    WorkersOpt,
 )
 from sdcli.cli.options.cluster import ClusterOpt, GpusOpt, ThreadsOpt, cluster_settings
 from sdcli.cli.options.sharding import check_divided
@@ -153,7 +152,17 @@ def command(
             help="Images to encode at once.",
         ),
     ] = None,
-    workers: WorkersOpt = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            max=100_000,
+            rich_help_panel=RUN,
+            help="Threads that read images; with --cluster the worker processes.",
+            show_default="one per CPU",
+        ),
+    ] = None,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
     shard: ShardOpt = None,

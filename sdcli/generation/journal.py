@@ -105,7 +105,7 @@ class Journal:
     def begin_run(self, source: str, base_seed: int) -> None:
         """Set the base seed of a run, to be written with its first image: a run without any replaces no other's."""
         self._known[source] = base_seed
-        self._begun = {"source": source, "base_seed": base_seed, "time": round(time.time(), 3)}
+        self._begun = {"source": source, "base_seed": base_seed, "time": time.time()}
 
     def share_plan(self, digest: str, *, changed: bool) -> bool:
         """Write the plan of a divided run, for its other shards; whether they have the same one, as far as is known.
