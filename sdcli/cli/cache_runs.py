@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from sdcli.training.settings import ImageSettings
 if TYPE_CHECKING:
     from sdcli.cli.ui.training_progress import TrainingProgress
     from sdcli.cluster.ray_engine import ClusterSettings
-    from sdcli.data.cache.fill import CacheProgress
+    from sdcli.data.cache.progress import CacheProgress
+    from sdcli.data.records import DroppedItem
     from sdcli.training.inputs.image_data import ImageData
 
 
@@ -48,6 +49,17 @@ class CacheRun:
         return list(dict.fromkeys(text for captions in self.found.texts() for text in rules.all_texts(captions) or ()))
 
 
+@dataclass(frozen=True)
+class CacheOutcome:
+    """What became of a run: images, texts where there is a text encoder, and images that could not be encoded."""
+
+    pictures: CacheProgress
+    texts: CacheProgress | None
+    dropped: Sequence[DroppedItem]
+    errors: Sequence[SdcliError] = ()
+    """One for each image or text that no worker could encode."""
+
+
 def fill_here(
     what: CacheRun,
     display: TrainingProgress,
@@ -56,8 +68,8 @@ def fill_here(
     part: RunShard | None,
     workers: int | None,
     stop: Stop,
-) -> tuple[CacheProgress, CacheProgress | None]:
-    """Encode images and texts, or those of a shard, in this process; what became of them."""
+) -> CacheOutcome:
+    """Encode images and texts, or those of a shard, in this process."""
     from sdcli.data.cache.claims import Claims
     from sdcli.data.cache.division import places_of_shard
     from sdcli.data.cache.fill import batch_size_for, fill_latents
@@ -94,8 +106,10 @@ def fill_here(
             stop=stop,
         )
         of_pictures = _shown(filling, "encoding images", display, console)
+        assert of_pictures.latents is not None
+        dropped = of_pictures.latents.dropped
         if "text_encoder" not in parts:
-            return of_pictures, None
+            return CacheOutcome(of_pictures, None, dropped)
         texts = what.texts if part is None else list(part.part(what.texts))
         assert loaded.tokenizer is not None
         items = (found.images[int(index)] for index in found.used)
@@ -106,19 +120,14 @@ def fill_here(
         identity = loaded.identity("text_encoder")
         encoder = CacheTextEncoder(loaded.text_encoder, loaded.tokenizer, identity, spec.name)
         filling = fill_texts(texts, encoder=encoder, store=states, claims=claims, stop=stop)
-        return of_pictures, _shown(filling, "encoding captions", display, console)
+        return CacheOutcome(of_pictures, _shown(filling, "encoding captions", display, console), dropped)
 
 
-def fill_on_workers(
-    what: CacheRun, cluster: ClusterSettings, console: Console, *, stop: Stop
-) -> tuple[CacheProgress, CacheProgress | None, list[SdcliError]]:
-    """Encode images and texts on a cluster; what became of them, and an error for each that no worker could encode."""
-    import numpy as np
-
+def fill_on_workers(what: CacheRun, cluster: ClusterSettings, console: Console, *, stop: Stop) -> CacheOutcome:
+    """Encode images and texts on a cluster. Imports no torch."""
     from sdcli.cli.cluster_results import results_of_cluster
     from sdcli.cluster.cache_driver import CacheSetup, CacheTally, CacheWork, Kind, fill_on_cluster
-    from sdcli.data.cache.fill import CacheProgress
-    from sdcli.data.cache.keys import LatentIndex
+    from sdcli.data.cache.progress import CacheProgress
 
     spec, found, texts = what.spec, what.found, what.texts
     sizes = [found.sizes[int(index)] for index in found.used]
@@ -134,13 +143,12 @@ def fill_on_workers(
     seconds = time.perf_counter() - began
 
     def progress(tally: CacheTally) -> CacheProgress:
-        none = np.zeros(0, dtype=np.int64)
-        index = LatentIndex(none, np.zeros((0, 1, 32), dtype=np.uint8), tuple(tally.dropped))
         encoded, reused, dropped = tally.encoded, tally.reused, len(tally.dropped)
         done = encoded + reused + dropped
-        return CacheProgress(done, tally.total, encoded, reused, dropped, seconds=seconds, latents=index)
+        return CacheProgress(done, tally.total, encoded, reused, dropped, seconds=seconds)
 
-    return progress(tallies["latents"]), progress(tallies["texts"]) if reads else None, errors
+    of_texts = progress(tallies["texts"]) if reads else None
+    return CacheOutcome(progress(tallies["latents"]), of_texts, tallies["latents"].dropped, errors)
 
 
 def _shown(filling: Iterable[CacheProgress], what: str, display: TrainingProgress, console: Console) -> CacheProgress:

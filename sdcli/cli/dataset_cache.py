@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdcli.cli.cache_runs import CacheRun, fill_here, fill_on_workers
+from sdcli.cli.cache_runs import CacheOutcome, CacheRun, fill_here, fill_on_workers
 from sdcli.cli.dataset import (
     CaptionColumnOpt,
     CaptionExtensionOpt,
@@ -32,7 +32,7 @@ from sdcli.cli.options.shared import (
 )
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
-from sdcli.errors import SdcliError, SomeFailed, UsageError, raise_for
+from sdcli.errors import SomeFailed, UsageError, raise_for
 from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.io.files import expanded
@@ -43,7 +43,7 @@ from sdcli.training.settings import ImageSettings, cache_folder
 
 if TYPE_CHECKING:
     from sdcli.cli.ui.training_progress import TrainingProgress
-    from sdcli.data.cache.fill import CacheProgress
+    from sdcli.data.cache.progress import CacheProgress
     from sdcli.training.events import Event
     from sdcli.training.inputs.image_data import ImageData
 
@@ -213,7 +213,6 @@ def command(
 
     folder = cache_folder(settings.cache_dir)
     _refuse_inside(folder, data)
-    errors: list[SdcliError] = []
     with TrainingProgress(console) as display:
         found = _opened(data, settings, spec, display)
         if found.images.kind != "pictures":
@@ -222,11 +221,11 @@ def command(
         template = prompt_template if prompt_template is not None else spec.defaults.prompt_template
         what = CacheRun(data, found, settings, spec, run, folder, caption_prefix, template)
         if nodes is None:
-            of_pictures, of_texts = fill_here(what, display, console, part=part, workers=workers, stop=stop)
+            outcome = fill_here(what, display, console, part=part, workers=workers, stop=stop)
     if nodes is not None:
-        of_pictures, of_texts, errors = fill_on_workers(what, nodes, console, stop=stop)
-    _report(console, folder, found, of_pictures, of_texts, part)
-    raise_for(errors, of=of_pictures.total + (of_texts.total if of_texts is not None else 0))
+        outcome = fill_on_workers(what, nodes, console, stop=stop)
+    _report(console, folder, found, outcome, part)
+    raise_for(outcome.errors, of=outcome.pictures.total + (outcome.texts.total if outcome.texts is not None else 0))
 
 
 def _refuse_inside(folder: Path, data: str) -> None:
@@ -256,17 +255,9 @@ def _reported(events: Generator[Event, None, ImageData], display: TrainingProgre
             return found
 
 
-def _report(
-    console: Console,
-    folder: Path,
-    found: ImageData,
-    of_pictures: CacheProgress,
-    of_texts: CacheProgress | None,
-    part: RunShard | None,
-) -> None:
+def _report(console: Console, folder: Path, found: ImageData, outcome: CacheOutcome, part: RunShard | None) -> None:
     """Print the figures. Raises SomeFailed if images were dropped; those that cannot be used are of the first shard."""
-    assert of_pictures.latents is not None
-    late = of_pictures.latents.dropped
+    of_pictures, of_texts, late = outcome.pictures, outcome.texts, outcome.dropped
     for one in late[:SHOWN]:
         console.warn(f"{one.name} is dropped: {one.reason}")
     if len(late) > SHOWN:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from sdcli.cluster.cache_driver import CacheSetup, ImageUnit, TextUnit
 from sdcli.cluster.units import Attempt, FromWork, Remark, Row, Work, Working
 from sdcli.data.cache.claims import Claims
-from sdcli.data.cache.fill import CacheProgress, fill_latents
+from sdcli.data.cache.fill import fill_latents
 from sdcli.data.cache.fill_texts import fill_texts
 from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
+from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.store import TensorStore
 from sdcli.errors import Interrupted
 from sdcli.models.loader import Part, load_model

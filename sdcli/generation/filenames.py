@@ -6,6 +6,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -140,14 +141,17 @@ def image_name(template: str, fields: Mapping[str, Any], *, suffix: str) -> Pure
 
     Raises UsageError where the path would leave the output folder.
     """
-    safe = {name: slug(value) if isinstance(value, str) else value for name, value in fields.items()}
+    named = _fields_of(template)  # of a run of millions, no other texts are made fit for names
+    safe = {name: slug(value) if isinstance(value, str) else value for name, value in fields.items() if name in named}
     try:
         rendered = template.format_map(safe)
     except (ValueError, TypeError) as error:
         raise UsageError(f"the output template {template!r} does not fit: {error}") from None
     _check_inside(rendered, template)
-    *folders, name = (_portable(part) for part in PurePosixPath(rendered).parts)
-    if FORMAT_OF.get(Path(name).suffix.lower()) == FORMAT_OF[suffix]:
+    parts = PurePosixPath(rendered).parts if _is_path(rendered) else (rendered,)
+    *folders, name = (_portable(part) for part in parts)
+    dot = name.rfind(".")
+    if FORMAT_OF.get(name[dot:].lower() if dot > 0 else "") == FORMAT_OF[suffix]:
         name, suffix = name[: name.rindex(".")], name[name.rindex(".") :]
     return PurePosixPath(*folders, _cut(name, MAX_NAME_BYTES) + suffix)
 
@@ -158,7 +162,19 @@ def slug(text: str) -> str:
     return _cut("-".join(words), MAX_PROMPT_BYTES).strip("-_") or "picture"
 
 
+@cache
+def _fields_of(template: str) -> frozenset[str]:
+    return frozenset(field for _, field, _, _ in string.Formatter().parse(template) if field is not None)
+
+
+def _is_path(rendered: str) -> bool:
+    """Whether a name is more than one part, or a special one; looked at for each image, so without pathlib."""
+    return not rendered.strip(".") or any(letter in rendered for letter in "/\\:")
+
+
 def _check_inside(path: str, template: str) -> None:
+    if not _is_path(path):
+        return
     parts = PureWindowsPath(path).parts  # knows both kinds of slashes, and drives
     if PureWindowsPath(path).anchor or path.startswith("/") or ".." in parts:
         raise UsageError(f"the output template {template!r} leaves the output folder")

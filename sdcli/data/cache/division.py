@@ -1,17 +1,22 @@
-"""How the work of filling a cache is divided: into units that processes claim, and into shards of a run."""
+"""How the work of filling a cache is divided: into units that processes claim, and into shards of a run.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from sdcli.data.buckets import Size
 from sdcli.data.cache.claims import Claims
-from sdcli.data.cache.store import TensorStore
 from sdcli.errors import Stop, stop_if_asked
 from sdcli.generation.run_shard import RunShard
+
+if TYPE_CHECKING:
+    from sdcli.data.cache.store import TensorStore
 
 MOST_OF_UNIT = 256
 """Images or texts that are claimed at once."""

@@ -29,6 +29,7 @@ from sdcli.data.cache.keys import (
     LatentIndex,
     LatentKeys,
 )
+from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.cache.vae_encoder import VaeEncoder
@@ -41,25 +42,6 @@ from sdcli.vae.autoencoder import Moments
 Digests = Sequence[str] | Mapping[int, str]
 """The SHA-256 of files in hexadecimal, by item; "" where it is not known."""
 NOT_FINITE = "its latents are not finite (NaN or too large), in float32 too"
-
-
-@dataclass(frozen=True)
-class CacheProgress:
-    """Progress in images (or texts). An image and its mirrored version count as one."""
-
-    done: int
-    total: int
-    encoded: int = 0
-    reused: int = 0
-    dropped: int = 0
-    seconds: float = 0.0
-    """Since the start."""
-    waiting: float = 0.0
-    """Seconds in which the encoder waited for images."""
-    notes: tuple[str, ...] = ()
-    """New messages: damaged files of the cache, and fallbacks for lack of memory or precision."""
-    latents: LatentIndex | None = None
-    """The index of the latents; in the last value only, when everything is on the disk."""
 
 
 def fill_latents(

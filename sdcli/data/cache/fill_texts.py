@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sdcli.data.cache.claims import Claims
 from sdcli.data.cache.division import WAITING, Division, in_parts, unit_length
-from sdcli.data.cache.fill import CacheProgress, damage_notes
+from sdcli.data.cache.fill import damage_notes
 from sdcli.data.cache.keys import HIDDEN, CacheTextEncoder, TextKeys
+from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.errors import BadOutput, Stop, stop_if_asked

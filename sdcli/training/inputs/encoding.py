@@ -9,9 +9,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from sdcli.data.cache.fill import CacheProgress, fill_latents
+from sdcli.data.cache.fill import fill_latents
 from sdcli.data.cache.fill_texts import fill_texts
 from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, CacheTextEncoder, CacheVae, TextKeys
+from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.records import Item
 from sdcli.encoders.tokenizer import ClipTokenizer

@@ -36,7 +36,7 @@ from typer.testing import CliRunner
 from sdcli.cli import dataset_cache
 from sdcli.data.buckets import resize_and_crop
 from sdcli.data.cache import store as cache_store
-from sdcli.data.cache.fill import CacheProgress, fill_latents
+from sdcli.data.cache.fill import fill_latents
 from sdcli.data.cache.fill_texts import fill_texts
 from sdcli.data.cache.keys import (
     CachedLatents,
@@ -51,6 +51,7 @@ from sdcli.data.cache.keys import (
     check_same_vae,
     sample_latents,
 )
+from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.records import Records
 from sdcli.data.cache.shards import DamagedCache
 from sdcli.data.cache.store import TensorStore
