@@ -29,8 +29,19 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.cluster.run import run_units
-from sdcli.cluster.scheduler import Scheduler
-from sdcli.cluster.units import Attempt, Died, Ended, FromWorker, ItemDone, Program, Ready, Row, Throughput, Unit
+from sdcli.cluster.scheduler import UnitScheduler
+from sdcli.cluster.units import (
+    Attempt,
+    FromWorker,
+    ItemDone,
+    ItemRow,
+    Program,
+    Throughput,
+    Unit,
+    UnitEnded,
+    WorkerDied,
+    WorkerReady,
+)
 from sdcli.cluster.units import UnitFailed as Failed
 from sdcli.generation.filenames import name_of
 from sdcli.generation.journal import Journal, entry_of
@@ -102,7 +113,7 @@ class SimulatedEngine:
         self.deaths = self.attempts = 0
 
     def start(self, number: int, program: Program) -> None:
-        self._messages.append((number, Ready("node", number, 0.0)))
+        self._messages.append((number, WorkerReady("node", number, 0.0)))
 
     def submit(self, number: int, attempt: Attempt) -> None:
         self._busy[number] = attempt
@@ -121,13 +132,13 @@ class SimulatedEngine:
             attempt = self._busy.pop(number)
             if attempt.number == 1 and not self._rng.randrange(DEATHS):
                 self.deaths += 1
-                yield number, Died("simulated")
+                yield number, WorkerDied("simulated")
                 continue
             for item in attempt.items:
                 if item not in attempt.done:
                     key = f"{item:064x}"
-                    yield number, Row(item, {"entry": entry_of(key, key, attempt.payload[1][item], b"image")})
-            yield number, Ended()
+                    yield number, ItemRow(item, {"entry": entry_of(key, key, attempt.payload[1][item], b"image")})
+            yield number, UnitEnded()
 
 
 # The measurements
@@ -153,7 +164,7 @@ def running(count: int) -> dict[str, Any]:
     """A whole run on simulated workers, its journal on the disk, synced once a second as the driver does."""
     with tempfile.TemporaryDirectory() as folder:
         engine, journal = SimulatedEngine(WORKERS), Journal.open(Path(folder))
-        scheduler = Scheduler(units_of(count, OutputSettings(outdir=Path(folder))))
+        scheduler = UnitScheduler(units_of(count, OutputSettings(outdir=Path(folder))))
         program = Program("simulated:start", None, folder, unit="batch")
         rows = failed = 0
         entries: list[dict[str, Any]] = []

@@ -19,7 +19,7 @@ import numpy as np
 from sdcli.cluster.files_driver import probe_file, results_of
 from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
 from sdcli.cluster.run import run_units
-from sdcli.cluster.scheduler import Scheduler
+from sdcli.cluster.scheduler import UnitScheduler
 from sdcli.cluster.units import ItemDone, Program, Throughput, Trouble, Unit, UnitFailed
 from sdcli.data.cache.division import chunks_by_size, in_parts, unit_length
 from sdcli.data.records import DroppedItem
@@ -118,7 +118,7 @@ def fill_on_cluster(
         if not first:
             return
         program = Program(CACHE, replace(setup, run=run), os.getcwd(), str(probe), unit="part")
-        scheduler = Scheduler(itertools.chain(first, units))
+        scheduler = UnitScheduler(itertools.chain(first, units))
         events = run_units(engine, scheduler, program, stop=stop, most=len(first))
         yield from results_of(events, done, failed)
 

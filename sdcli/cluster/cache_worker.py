@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from sdcli.cluster.cache_driver import CacheSetup, ImageUnit, TextUnit
-from sdcli.cluster.units import Attempt, FromWork, Remark, Row, Work, Working
+from sdcli.cluster.units import Attempt, FromWork, ItemRow, Work, Working, WorkRemark
 from sdcli.data.cache.claims import Claims
 from sdcli.data.cache.fill import fill_latents
 from sdcli.data.cache.fill_texts import fill_texts
@@ -17,7 +17,7 @@ from sdcli.models.loader import Part, load_model
 from sdcli.training.inputs.image_data import list_data
 
 
-class _Stopped(Interrupted):
+class _FillingStopped(Interrupted):
     """The driver wants no more records."""
 
 
@@ -47,9 +47,9 @@ class _CacheWorker:
                 last = None
                 for progress in self._filling(attempt.payload, claims, cancelled):
                     last = progress
-                    yield from (Remark(note) for note in progress.notes)
+                    yield from (WorkRemark(note) for note in progress.notes)
                     yield Working(progress.done / max(1, progress.total))
-            except _Stopped:
+            except _FillingStopped:
                 return
         assert last is not None
         yield from self._rows(attempt, last)
@@ -58,7 +58,7 @@ class _CacheWorker:
         self, unit: ImageUnit | TextUnit, claims: Claims, cancelled: Callable[[], bool]
     ) -> Iterator[CacheProgress]:
         def stop() -> Interrupted | None:
-            return _Stopped() if cancelled() else None
+            return _FillingStopped() if cancelled() else None
 
         if isinstance(unit, TextUnit):
             assert self._encoder is not None
@@ -78,7 +78,7 @@ class _CacheWorker:
             stop=stop,
         )
 
-    def _rows(self, attempt: Attempt, last: CacheProgress) -> Iterator[Row]:
+    def _rows(self, attempt: Attempt, last: CacheProgress) -> Iterator[ItemRow]:
         """A row for each item: dropped with its reason, encoded here, or in the cache already."""
         unit: ImageUnit | TextUnit = attempt.payload
         dropped: dict[str, str] = {}
@@ -90,7 +90,7 @@ class _CacheWorker:
         encoded = last.encoded
         for item, name in zip(attempt.items, names, strict=True):
             if name in dropped:
-                yield Row(item, {"name": name, "reason": dropped[name]})
+                yield ItemRow(item, {"name": name, "reason": dropped[name]})
             else:
-                yield Row(item, {"encoded": encoded > 0})
+                yield ItemRow(item, {"encoded": encoded > 0})
                 encoded -= 1

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
-from sdcli.cluster.run import Engine, run_units
-from sdcli.cluster.scheduler import Scheduler
+from sdcli.cluster.run import ClusterEngine, run_units
+from sdcli.cluster.scheduler import UnitScheduler
 from sdcli.cluster.units import ItemDone, Program, Remarked, RunEvent, Throughput, Trouble, Unit, UnitFailed
 from sdcli.errors import CannotWrite, SdcliError, Stop, unpacked_error
 from sdcli.generation.decode_plan import DecodeResult, DecodeSettings, DecodeUnit, decode_units
@@ -76,7 +76,7 @@ def encode(
     inputs = swept(files, settings.outdir, settings.output)
     units = _encode_units(encode_units(inputs, settings, cell=spec.kind.cell))
 
-    def program(engine: Engine, probe: Path) -> Program:
+    def program(engine: ClusterEngine, probe: Path) -> Program:
         setup = EncodeSetup(spec, replace(run, device=_device(engine)), settings, probe.stat().st_mtime)
         return Program(ENCODE, setup, os.getcwd(), str(probe))
 
@@ -110,7 +110,7 @@ def decode(
     inputs = swept(files, settings.outdir, settings.output)
     units = (Unit(number, (number,), unit) for number, unit in enumerate(decode_units(inputs), start=1))
 
-    def program(engine: Engine, probe: Path) -> Program:
+    def program(engine: ClusterEngine, probe: Path) -> Program:
         ours = replace(run, device=_device(engine))
         setup = DecodeSetup(registry, model, ours, settings, part, probe.stat().st_mtime)
         return Program(DECODE, setup, os.getcwd(), str(probe), unit="file")
@@ -130,7 +130,7 @@ def _run(
     units: Iterator[Unit],
     cluster: ClusterSettings,
     folder: Path,
-    program: Callable[[Engine, Path], Program],
+    program: Callable[[ClusterEngine, Path], Program],
     done: Callable[[ItemDone], Iterator[R]],
     failed: Callable[[UnitFailed], Iterator[R]],
     stop: Stop,
@@ -139,7 +139,7 @@ def _run(
         first = list(itertools.islice(units, engine.workers))  # no more workers than units
         if not first:
             return
-        scheduler = Scheduler(itertools.chain(first, units), one_need=True)
+        scheduler = UnitScheduler(itertools.chain(first, units), one_need=True)
         events = run_units(engine, scheduler, program(engine, probe), stop=stop, most=len(first))
         yield from results_of(events, done, failed)
 
@@ -181,7 +181,7 @@ def _encode_units(units: Iterable[EncodeUnit]) -> Iterator[Unit]:
         first += len(unit.files)
 
 
-def _device(engine: Engine) -> str:
+def _device(engine: ClusterEngine) -> str:
     device: str = getattr(engine, "device", "cpu")
     return device
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcli.cluster.files_driver import DecodeSetup, EncodeSetup
-from sdcli.cluster.units import Attempt, FromWork, Row, Work
+from sdcli.cluster.units import Attempt, FromWork, ItemRow, Work
 from sdcli.errors import Interrupted, OutOfMemory, SdcliError, packed_error
 from sdcli.generation.decode_files import decode_unit
 from sdcli.generation.decode_plan import DecodeResult, DecodeUnit
@@ -38,14 +38,14 @@ def start_encoding(setup: EncodeSetup) -> Work:
                 if isinstance(result.error, OutOfMemory):  # another worker may have more
                     too_large = result.error
                 elif pair[1] not in attempt.done:
-                    yield Row(pair[1], _encoded(result, setup.began))
+                    yield ItemRow(pair[1], _encoded(result, setup.began))
         if too_large is not None:
             raise too_large
 
     return work
 
 
-class _Stopped(Interrupted):
+class _DecodingStopped(Interrupted):
     """The driver wants no more images."""
 
 
@@ -62,14 +62,14 @@ def start_decoding(setup: DecodeSetup) -> Work:
         results = []
         try:
             for result in decode_unit(
-                unit, setup.registry, cache, settings, **ways, stop=lambda: _Stopped() if cancelled() else None
+                unit, setup.registry, cache, settings, **ways, stop=lambda: _DecodingStopped() if cancelled() else None
             ):
                 if isinstance(result.error, OutOfMemory):
                     raise result.error
                 results.append(_decoded(result, setup.began))
-        except _Stopped:
+        except _DecodingStopped:
             return
-        yield Row(attempt.items[0], {"results": results})
+        yield ItemRow(attempt.items[0], {"results": results})
 
     return work
 

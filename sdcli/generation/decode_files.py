@@ -88,7 +88,7 @@ def decode_unit(
             stop_if_asked(stop)
             target = settings.output or settings.outdir / file_name(name, SUFFIX_OF[settings.format])
             part = _Part(path, index, one, target, notes if index == 0 else ())
-            entry = None if journal is None else _Recorded(journal, f"{digest} {index}")
+            entry = None if journal is None else _DecodeEntry(journal, f"{digest} {index}")
             yield _decoded(part, vae, settings, entry)
 
 
@@ -104,7 +104,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _DecodeEntry:
     """The journal of a run that can be resumed, and which latent of which file an entry is about."""
 
     journal: Journal
@@ -126,7 +126,7 @@ class _Recorded:
         return os.path.relpath(path, self.journal.folder)
 
 
-def _decoded(part: _Part, vae: LoadedVae, settings: DecodeSettings, recorded: _Recorded | None) -> DecodeResult:
+def _decoded(part: _Part, vae: LoadedVae, settings: DecodeSettings, recorded: _DecodeEntry | None) -> DecodeResult:
     path, (_, height, width) = part.path, part.latents.shape
     shown: dict[str, Any] = {"width": width * vae.cell, "height": height * vae.cell, "model": vae.spec.name}
     key = f"{settings.format} {settings.scaled} {settings.tiled} {vae.dtype} {vae.scaling_factor}"

@@ -49,7 +49,7 @@ def entry_of(request_key: str, job_key: str | None, path: str, data: bytes) -> d
     return {"request": request_key, "job": job_key, "path": path, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-class _Run(NamedTuple):
+class _RunEntry(NamedTuple):
     """The line that a run writes of itself."""
 
     time: float
@@ -59,11 +59,11 @@ class _Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Contents:
+class _JournalContents:
     """The files of a journal as they were when it was first read."""
 
     files: list[Path]
-    runs: list[_Run]
+    runs: list[_RunEntry]
     """In the order in which they began."""
     keys: array[int]
     """The beginnings of the requests' keys, ascending; of equal ones the older line comes first."""
@@ -93,7 +93,7 @@ class Journal:
         return cls(folder, part)
 
     @cached_property
-    def _contents(self) -> _Contents:
+    def _contents(self) -> _JournalContents:
         return _read(self.folder)
 
     def base_seed(self, source: str) -> int | None:
@@ -238,11 +238,11 @@ def _files(folder: Path) -> list[Path]:
     return [folder / NAME, *sorted(folder.glob(PART.format("*")))]
 
 
-def _read(folder: Path) -> _Contents:
+def _read(folder: Path) -> _JournalContents:
     """All files of a folder's journal, with one look at each line. Raises CannotWrite."""
     files = [path for path in _files(folder) if path.exists()]
     keys, positions = array("Q"), array("Q")
-    runs: list[_Run] = []
+    runs: list[_RunEntry] = []
     for number, path in enumerate(files):
         try:
             with open(path, "rb") as file:
@@ -256,10 +256,10 @@ def _read(folder: Path) -> _Contents:
         except OSError as error:
             raise CannotWrite(f"cannot read {path}: {error.strerror}") from None
     runs.sort(key=lambda run: run.time)
-    return _Contents(files, runs, *_sorted(keys, positions))
+    return _JournalContents(files, runs, *_sorted(keys, positions))
 
 
-def _key_of(line: bytes, runs: list[_Run]) -> int | None:
+def _key_of(line: bytes, runs: list[_RunEntry]) -> int | None:
     """The beginning of the key in the line of an image; the line of a run is added to `runs`."""
     if line.startswith(_BEGINS) and line[77:78] == b'"':
         with contextlib.suppress(ValueError):
@@ -267,7 +267,9 @@ def _key_of(line: bytes, runs: list[_Run]) -> int | None:
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         entry = json.loads(line)
         if "base_seed" in entry:
-            runs.append(_Run(float(entry.get("time", 0)), entry["source"], int(entry["base_seed"]), entry.get("plan")))
+            runs.append(
+                _RunEntry(float(entry.get("time", 0)), entry["source"], int(entry["base_seed"]), entry.get("plan"))
+            )
         else:
             return _beginning(entry["request"])
     return None
