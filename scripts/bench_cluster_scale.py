@@ -271,9 +271,9 @@ def main() -> None:
             row["microseconds_per_image"] = round(1e6 * row["cpu_seconds"] / count, 2)
             row |= {name: round(value, 3) for name, value in row.items() if isinstance(value, float)}
             print(f"{stage:12} {count:>11,}  {shown(row)}", file=sys.stderr)
-    if options.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    else:
+            if options.write:
+                RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    if not options.write:
         print(json.dumps(result, indent=1))
 
 
