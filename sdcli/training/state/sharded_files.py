@@ -55,7 +55,7 @@ def write_one_by_one(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
         file.write(len(spelled).to_bytes(8, "little") + spelled)
         for name in names:
             data = whole(tensors[name]).detach().cpu().contiguous()
-            file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def sort_metadata(path: Path, *, durable: bool = False) -> None:
@@ -155,7 +155,7 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 class _quietly(warnings.catch_warnings):
     """Without the library's remarks about how it is called."""
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         super().__enter__()
         warnings.simplefilter("ignore")
         logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
