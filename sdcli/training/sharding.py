@@ -143,7 +143,8 @@ def _shard(network: nn.Module, mesh: Any, policy: Any) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
     if mesh.device_type != "cuda":
-        # gloo has no average: it summed the gradients, silently (pytorch issue 162338); so sum and divide
+        # pytorch issue 162338: gloo summed the gradients instead of averaging them; torch 2.13 did not when tried here,
+        # but whether it does is no longer asked: they are summed, then divided
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
