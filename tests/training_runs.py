@@ -17,6 +17,7 @@ from sdcli.training.config_files import settings_from
 from sdcli.training.controlnet.session import ControlNetSession
 from sdcli.training.controlnet.settings import ControlNetSettings
 from sdcli.training.events import Event
+from sdcli.training.forecast import Forecast
 from sdcli.training.memory import unet_memory
 from sdcli.training.orders import SaveRequest
 from sdcli.training.session import Session
@@ -120,10 +121,10 @@ def train_unet(
         return run_session(session, resume=resume, stop=stop, save=save, see=see)
 
 
-_estimates: dict[str, int] = {}
+_estimates: dict[str, Forecast] = {}
 
 
-def estimated_once(task: UnetTask, settings: UnetSettings, *, size: tuple[int, int]) -> int:
+def estimated_once(task: UnetTask, settings: UnetSettings, *, size: tuple[int, int]) -> Forecast:
     """The estimated memory of a step, which takes a quarter of a short run: once for each kind of network and step."""
     network = task.networks["unet"]
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)

@@ -178,7 +178,7 @@ def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> 
         lost: list[CannotWrite | ReaderGone] = []
         for event in session.prepare(resume=call.resume, stop=stop):
             display.report(event)
-        for line in session.plan_lines():
+        for line in session.plan_lines(devices=call.dry_run):
             console.note(line)
         if call.dry_run:
             if session.is_main:

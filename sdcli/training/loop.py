@@ -10,7 +10,6 @@ caller shows and logs.
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,14 +25,15 @@ from torch import Tensor, nn
 from sdcli.errors import BadOutput, SdcliError, Stop, UsageError
 from sdcli.io import rng
 from sdcli.io.devices import cpu_has_bfloat16_kernels, pick_device
-from sdcli.training.events import CheckpointSaved, Event, RunEnd, RunNote, RunStart
+from sdcli.training.averages import average_of, moving_average, trained_parameters
+from sdcli.training.events import Event, RunEnd, RunNote, RunStart
 from sdcli.training.inputs.feed import Feed, Share, on_device
 from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
 from sdcli.training.orders import Orders, SaveRequest, agree, agree_on_failure
+from sdcli.training.saving import Saving
 from sdcli.training.settings import TrainSettings
-from sdcli.training.state.checkpoint import save_checkpoint
-from sdcli.training.state.merged_model import is_merged, write_merged
-from sdcli.training.state.model_links import link_model_folder
+from sdcli.training.sharding import shard
+from sdcli.training.state.rows import has_rows
 from sdcli.training.state.training_state import TrainingState
 from sdcli.training.step_metrics import Means
 from sdcli.training.task import Batch, Losses, Networks, OptimizerPhase, Task
@@ -77,7 +77,10 @@ def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
     )
     if accelerator.distributed_type.value not in {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"}:
         kind = accelerator.distributed_type.value
-        raise UsageError(f"accelerate is configured for {kind}, whose sharded states sdcli cannot save; use plain DDP")
+        raise UsageError(
+            f"accelerate is configured for {kind}, whose states sdcli cannot save; configure plain DDP, and spread the "
+            "weights by --sharding full"
+        )
     if settings.num_processes is not None and settings.num_processes != accelerator.num_processes:
         raise UsageError(
             f"--num-processes is {settings.num_processes}, but a launcher started {accelerator.num_processes}; "
@@ -115,7 +118,9 @@ class Trainer:
             name: frozenset(key for key, p in network.named_parameters() if p.requires_grad)
             for name, network in task.networks.items()
         }
-        self.averages = {name: _average_of(task.networks[name]) for name in task.averaged if settings.use_ema}
+        sharded = settings.sharding == "full" and self.accelerator.num_processes > 1
+        self.sharding = shard(task, self.accelerator, settings) if sharded else None
+        self.averages = {name: self._average_of(name) for name in task.averaged if settings.use_ema}
         self.state = TrainingState(
             networks=task.networks,
             averages=self.averages,
@@ -123,14 +128,35 @@ class Trainer:
             optimizers={phase.name: make_optimizer(phase.groups, settings) for phase in task.phases},
             names={phase.name: parameter_names(phase.groups) for phase in task.phases},
         )
-        self._ema = {name: _moving_average(average, settings) for name, average in self.averages.items()}
+        self._ema = {name: moving_average(average, settings) for name, average in self.averages.items()}
         self._watching = Watching(task, self.run, self._final_networks)
+        self.saving = Saving(
+            task,
+            self.accelerator,
+            self.state,
+            self.sharding,
+            self.run,
+            links=self.links,
+            merged=self.merged,
+            write_merged=self.write_merged,
+            facts={**self.facts, "batch": settings.total_batch_size(self.accelerator.num_processes)},
+            keep=self.plan.keep,
+            before=self.before_checkpoint,
+            failed=self._watching.failed,
+        )
         self._saved = 0
         """The step of the newest checkpoint."""
 
     def resume(self, checkpoint: Path) -> int:
         """Restore a complete checkpoint; returns the number of steps it has done. Raises BadWeights."""
-        done = self.state.restore(checkpoint, scaler=self.accelerator.scaler)
+        done, error = 0, None
+        try:
+            done = self.state.restore(checkpoint, scaler=self.accelerator.scaler)
+        except Exception as problem:
+            error = problem
+        failure = agree_on_failure(self.accelerator, error, other="another process could not restore the checkpoint")
+        if error is not None or failure is not None:
+            raise error or failure  # type: ignore[misc]
         for ema in self._ema.values():
             ema.optimization_step = done
         self._saved = done
@@ -153,7 +179,7 @@ class Trainer:
         save = SaveRequest() if save is None else save
         settings, task, accelerator, plan = self.settings, self.task, self.accelerator, self.plan
         world = accelerator.num_processes
-        networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
+        networks = {name: self._prepared(network) for name, network in task.networks.items()}
         optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in self.state.optimizers.items()}
         rate = learning_rate(settings, plan.steps)
         share = Share(settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.process_index, world)
@@ -173,8 +199,8 @@ class Trainer:
         with Feed(
             task, share=share, first_step=done, device=accelerator.device, workers=settings.dataloader_num_workers
         ) as feed:
-            if done and accelerator.is_main_process:
-                yield from self._write_merged(self.run / f"checkpoint-{done}")
+            if done:
+                yield from self.saving.merge(done)
             orders = yield from self._watch(done, "validation" in owed, "samples" in owed, stop, save)
             while not plan.ends_at(done) and orders.reason is None:
                 started, waited = time.perf_counter(), feed.waited
@@ -189,7 +215,7 @@ class Trainer:
                     figures |= self._optimize(phase, computed, optimizers[phase.name], batches, done, rate(done))
                 done += 1
                 for name, ema in self._ema.items():
-                    ema.step(_trained(task.networks[name]))
+                    ema.step(trained_parameters(task.networks[name]))
                 means.add(figures, seconds=time.perf_counter() - started, waited=feed.waited - waited)
                 late = plan.seconds is not None and time.monotonic() - began > plan.seconds
                 orders = agree(accelerator, Orders(stop(), late, save.wanted))
@@ -230,7 +256,10 @@ class Trainer:
             return stop() is not None or (save.wanted and self._saved != done)
 
         if self.accelerator.is_main_process:
-            yield from self._watching.report(done, validate=validate, sample=sample, give_way=urgent)
+            with self.saving.helped():
+                yield from self._watching.report(done, validate=validate, sample=sample, give_way=urgent)
+        else:
+            self.saving.help()
         orders = agree(self.accelerator, Orders(stop(), save=save.wanted))
         if orders.reason is not None or orders.save:
             yield from self._checkpoint_unless_saved(done, save)
@@ -275,14 +304,20 @@ class Trainer:
         else:
             self.accelerator.unscale_gradients(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if has_rows(norm):
+            norm = norm.full_tensor()
         return norm if isinstance(norm, Tensor) else torch.tensor(float(norm))
 
     @contextlib.contextmanager
     def _without_gradient_sync(self, networks: Networks) -> Iterator[None]:
-        """Do not exchange gradients between processes, for all micro-batches of a step but the last."""
+        """Do not exchange gradients between processes, for all micro-batches of a step but the last.
+
+        With --sharding they are exchanged for each, so that no process ever holds all of them.
+        """
         with contextlib.ExitStack() as stack:
             for network in networks.values():
-                stack.enter_context(self.accelerator.no_sync(network))
+                if self.sharding is None:
+                    stack.enter_context(self.accelerator.no_sync(network))
             yield
 
     def _mean(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -294,57 +329,24 @@ class Trainer:
 
     def _final_networks(self) -> Networks:
         """The networks of the finished model: the moving averages where there are some, else the trained ones."""
-        return {**self.task.networks, **self.averages}
+        return self.saving.whole({**self.task.networks, **self.averages})
+
+    def _prepared(self, network: nn.Module) -> Any:
+        """The network with autocast, and with DDP unless FSDP2 is in it."""
+        if self.sharding is None:
+            return self.accelerator.prepare(network)
+        return self.accelerator.prepare_model(network, evaluation_mode=True)
+
+    def _average_of(self, name: str) -> nn.Module:
+        return average_of(self.task.networks[name]) if self.sharding is None else self.sharding.average_of(name)
 
     def _checkpoint_unless_saved(self, done: int, save: SaveRequest, *, hurried: bool = False) -> Iterator[Event]:
         if self._saved != done:
             if hasattr(self.task, "hurried"):
                 self.task.hurried = hurried
-            yield from self._checkpoint(done)
+            yield from self.saving.checkpoint(done)
             self._saved = done
         save.wanted = False
-
-    def _checkpoint(self, done: int) -> Iterator[Event]:
-        began = time.monotonic()
-        path = self.run / f"checkpoint-{done}"
-        notes: list[str] = []
-        if self.accelerator.is_main_process:
-            self.before_checkpoint()
-
-            def write(folder: Path) -> None:
-                self.task.save(folder, self.task.networks, self.averages)
-                self.state.save(folder, done=done, scaler=self.accelerator.scaler)
-
-            path = save_checkpoint(
-                self.run,
-                done,
-                write,
-                facts={**self.facts, "batch": self.settings.total_batch_size(self.accelerator.num_processes)},
-                keep=self.plan.keep,
-                report=lambda path, reason: notes.append(f"{path} {reason}; it was not deleted"),
-            )
-            link_model_folder(self.run, self.links)
-            seconds = time.monotonic() - began
-            yield from self._write_merged(path)
-        else:
-            seconds = time.monotonic() - began
-        self.accelerator.wait_for_everyone()
-        for note in notes:
-            yield RunNote(note)
-        yield CheckpointSaved(done, path, seconds)
-
-    def _write_merged(self, checkpoint: Path) -> Iterator[Event]:
-        """Write the merged model of a LoRA, which only people need: what fails is a warning, made good by a resume."""
-        write = self.write_merged
-        if write is None or is_merged(self.run, checkpoint, self.merged):
-            return
-        try:
-            write_merged(
-                self.run, checkpoint, lambda folder: write(folder, self.task.networks, self.averages), self.merged
-            )
-        except SdcliError as error:
-            self._watching.failed["merged models"] += 1
-            yield RunNote(f"{error}; the run goes on, and --resume writes it again")
 
     def _not_finite(self, phase: OptimizerPhase, loss: float, done: int) -> str:
         names = [self.task.item_name(draw.index) for draw in self.task.draws(done)]
@@ -392,27 +394,3 @@ def _precision_note(settings: TrainSettings, device: torch.device) -> str | None
 
 def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
-
-
-def _trained(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def _average_of(network: nn.Module) -> nn.Module:
-    """A copy of the network for its moving average, sharing the frozen parameters."""
-    shared: dict[int, Any] = {id(p): p for p in network.parameters() if not p.requires_grad}
-    return copy.deepcopy(network, shared)
-
-
-def _moving_average(average: nn.Module, settings: TrainSettings) -> Any:
-    """diffusers' EMAModel, working directly on the copy's parameters."""
-    from diffusers.training_utils import EMAModel
-
-    parameters = _trained(average)
-    ema = EMAModel(
-        parameters, decay=settings.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=settings.ema_power, foreach=True
-    )
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    ema.shadow_params = parameters
-    return ema

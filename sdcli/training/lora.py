@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sdcli.encoders.clip import stored_name
 from sdcli.errors import UsageError
 from sdcli.models.families.family import Family
+from sdcli.training.state.rows import whole
 from sdcli.training.state.state_files import write_tensors
 
 ADAPTER = "default"
@@ -65,7 +66,9 @@ def add_lora(network: nn.Module, shape: LoraShape, *, seed: int) -> None:
 def lora_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The LoRA's tensors by PEFT's names: `<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]."""
     return {
-        name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in network.state_dict().items() if ".lora_" in name
+        name.replace(f".{ADAPTER}.", "."): whole(tensor)
+        for name, tensor in network.state_dict().items()
+        if ".lora_" in name
     }
 
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdcli.training.controlnet.task import ControlNetTask
+from sdcli.training.forecast import Forecast
 from sdcli.training.settings import TrainSettings
+from sdcli.training.sharding import HALF, largest_block
 from sdcli.training.unet.task import UnetTask
 from sdcli.training.vae.task import VaeTask, plain
 from sdcli.vae.autoencoder import cell, latent_channels
 
-MARGIN = 1.15
-"""Factor for buffers of convolutions and unused memory of the allocator."""
-RUNTIME_BYTES = 600 * 2**20
-"""Python, torch and the libraries."""
 MOMENTS = {"adamw": 2.0, "muon": 1.1, "adamw-8bit": 0.5, "sgd": 1.0}
 """The size of the optimizers' states relative to the trained weights."""
 
 
-def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
-    """Estimated peak bytes of a step; `size` is the width and height of the largest bucket in pixels."""
+def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int]) -> Forecast:
+    """The memory of a step; `size` is the width and height of the largest bucket in pixels."""
     unet: Any = task.networks["unet"]
 
     def run(network: Any) -> None:
@@ -31,11 +30,11 @@ def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int
         task.family.call(network, inputs.pop("sample"), inputs.pop("timestep"), inputs)
 
     frozen = [part for part in (task.frozen_text_encoder, task.vae) if part is not None]
-    return _total([*task.networks.values(), *frozen], settings, _activations([unet], run, settings))
+    return forecast(task.networks.values(), settings, activations([unet], run, settings), frozen=frozen)
 
 
-def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
-    """Estimated peak bytes of a step; `size` is the width and height of the largest bucket in pixels."""
+def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tuple[int, int]) -> Forecast:
+    """The memory of a step; `size` is the width and height of the largest bucket in pixels."""
     unet: Any = task.unet
 
     def run(controlnet: Any, frozen: Any) -> None:
@@ -44,9 +43,9 @@ def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tu
         down, middle = controlnet(**inputs, controlnet_cond=pixels, return_dict=False)
         frozen(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
 
-    activations = _activations([task.networks["controlnet"], unet], run, settings)
+    kept = activations([task.networks["controlnet"], unet], run, settings)
     frozen = [part for part in (unet, task.frozen_text_encoder, task.vae) if part is not None]
-    return _total([*task.networks.values(), *frozen], settings, activations)
+    return forecast(task.networks.values(), settings, kept, frozen=frozen)
 
 
 def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[int, int]) -> dict[str, Any]:
@@ -66,33 +65,79 @@ def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[in
     return inputs
 
 
-def vae_memory(task: VaeTask, settings: TrainSettings, *, size: tuple[int, int]) -> int:
-    """Estimated peak bytes of a step; `size` is the width and height of the largest bucket in pixels."""
+def vae_memory(task: VaeTask, settings: TrainSettings, *, size: tuple[int, int]) -> Forecast:
+    """The memory of a step; `size` is the width and height of the largest bucket in pixels."""
     vae: Any = plain(task.networks)
 
     def run(network: Any) -> None:
         output = network.encode(torch.empty(settings.train_batch_size, 3, size[1], size[0]))
         network.decode(output.latents if hasattr(output, "latents") else output.latent_dist.mean)
 
-    return _total(task.networks.values(), settings, _activations([vae], run, settings))
+    return forecast(task.networks.values(), settings, activations([vae], run, settings), shardable=False)
 
 
-def _total(networks: Iterable[nn.Module], settings: TrainSettings, activations: int) -> int:
-    parts = list(networks)
-    weights = sum(t.numel() * t.element_size() for part in parts for t in part.state_dict().values())
-    trained = sum(p.numel() * 4 for part in parts for p in part.parameters() if p.requires_grad)
-    copies = 1 + MOMENTS[settings.optimizer] + (1 if settings.use_ema else 0)
-    return int((weights + trained * copies + activations) * MARGIN) + RUNTIME_BYTES
+def forecast(
+    networks: Iterable[nn.Module],
+    settings: TrainSettings,
+    kept: Activations,
+    *,
+    frozen: Iterable[nn.Module] = (),
+    shardable: bool = True,
+) -> Forecast:
+    """The memory of a step of trained networks, with frozen ones around them and what is kept for the backward pass."""
+    trained = list(networks)
+    changing = sum(p.numel() * 4 for network in trained for p in network.parameters() if p.requires_grad)
+    in_work = 0
+    if shardable:
+        half = settings.mixed_precision in HALF
+        in_work = sum(_in_work(*largest_block(network, _numbers), 2 if half else 4) for network in trained)
+    return Forecast(
+        weights=sum(map(_bytes_of, trained)),
+        frozen=sum(map(_bytes_of, frozen)),
+        gradients=changing,
+        optimizer=int(changing * MOMENTS[settings.optimizer]),
+        average=changing if settings.use_ema else 0,
+        activations=kept.bytes,
+        casts=kept.casts,
+        in_work=in_work if shardable else None,
+    )
 
 
-def _activations(likes: Sequence[Any], run: Callable[..., None], settings: TrainSettings) -> int:
-    """Bytes that a forward pass saves for the backward pass, counted with fake tensors, which have no data.
+def _in_work(block: int, rest: int, size: int) -> int:
+    """Bytes of whole weights and gradients that FSDP2 holds at its peak; `size` is that of a number while it computes.
+
+    Of the largest block: its weights, those of the next one, which are on their way, the buffer that they arrive in,
+    the gradients, and the buffer that these leave by, in float32. What is in no block is held for the whole step.
+    """
+    return 2 * rest * size + max(block * (4 * size + 4), rest * 4)
+
+
+def _numbers(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _bytes_of(network: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a forward pass keeps for the backward pass, in bytes."""
+
+    bytes: int
+    casts: int = 0
+    """Copies of weights in half precision, which autocast makes; FSDP2 needs none."""
+
+
+def activations(likes: Sequence[Any], run: Callable[..., None], settings: TrainSettings) -> Activations:
+    """What a forward pass keeps for the backward pass, counted with fake tensors, which have no data.
 
     Layers without trained weights in or before them save nothing, so frozen networks of `likes` are frozen here, too.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     saved: dict[int, int] = {}
+    casts: set[int] = set()
     alive: list[Tensor] = []
     with FakeTensorMode():
         networks = [type(like).from_config(like.config) for like in likes]
@@ -106,6 +151,8 @@ def _activations(likes: Sequence[Any], run: Callable[..., None], settings: Train
             storage = tensor.untyped_storage()
             if storage._cdata not in own:  # views of one storage count once
                 saved[storage._cdata] = storage.nbytes()
+                if _is_weight(tensor.grad_fn):
+                    casts.add(storage._cdata)
                 alive.append(tensor)  # so that its id is not reused
             return tensor
 
@@ -114,4 +161,12 @@ def _activations(likes: Sequence[Any], run: Callable[..., None], settings: Train
             torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision != "no"),
         ):
             run(*networks)
-    return sum(saved.values())
+    of_casts = sum(saved[one] for one in casts)
+    return Activations(sum(saved.values()) - of_casts, of_casts)
+
+
+def _is_weight(node: Any) -> bool:
+    """Whether a tensor is a weight in another precision or shape, by the node of the graph that made it."""
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return node is not None and type(node).__name__ == "AccumulateGrad"

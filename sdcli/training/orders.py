@@ -42,14 +42,19 @@ def agree(accelerator: Accelerator, mine: Orders) -> Orders:
     return Orders(reason, bool(late), bool(save))
 
 
-def agree_on_failure(accelerator: Accelerator, mine: Exception | None) -> SdcliError | None:
-    """The error of any process while it prepared its samples, as a sentence; None where all of them have theirs."""
+def agree_on_failure(
+    accelerator: Accelerator, mine: Exception | None, *, other: str = "another process could not prepare its samples"
+) -> SdcliError | None:
+    """The error of any process while it prepared its samples, as a sentence; None where all of them have theirs.
+
+    `other` is the sentence of a process that has none itself. For other work than samples it is the only one to use.
+    """
     own = None if mine is None else _as_sentence(mine)
     if accelerator.num_processes == 1:
         return own
     (code,) = _strongest(accelerator, [0 if own is None else own.exit_code])
     if own is None and code:
-        own = SdcliError("another process could not prepare its samples")
+        own = SdcliError(other)
         own.exit_code = code
     return own
 

@@ -37,6 +37,7 @@ MAY_CHANGE = frozenset(
         "num_train_epochs",
         "max_hours",
         "device",
+        "sharding",
         "dataloader_num_workers",
         "cache_dir",
         "checkpointing_steps",

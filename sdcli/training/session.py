@@ -19,6 +19,7 @@ from sdcli.io.devices import free_memory
 from sdcli.models.registry import Registry
 from sdcli.training import run_folder
 from sdcli.training.events import Event, RunEnd, RunNote
+from sdcli.training.forecast import Forecast
 from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.orders import SaveRequest, agree_on_names
@@ -47,8 +48,8 @@ class RunSetup:
     """RUN/<part> -> its folder or file in a checkpoint."""
     write_frozen: Callable[[Path], None]
     """Writes the parts that training does not change, model_index.json and sdcli.json into RUN."""
-    memory_bytes: int
-    """Estimated peak memory on the device."""
+    memory: Forecast
+    """The estimated memory of a step."""
     merged: Mapping[str, str] = field(default_factory=dict)
     """RUN/<part> -> its folder in the merged model of a LoRA, which `write_merged` writes beside the checkpoints."""
     write_merged: Callable[[Path, Networks, Networks], None] | None = None
@@ -141,8 +142,14 @@ class Session(ABC, Generic[S]):
         """Samples of one optimizer step, over all processes."""
         return self.settings.total_batch_size(self.accelerator.num_processes)
 
+    @property
+    def sharding(self) -> str:
+        """How the weights are spread; over one process they are not."""
+        return self.settings.sharding if self.accelerator.num_processes > 1 else "none"
+
     def plan(self) -> dict[str, Any]:
         """The run's plan in figures, for --dry-run --json."""
+        processes = self.accelerator.num_processes
         return {
             "command": self.command,
             "run": str(self.run),
@@ -151,15 +158,18 @@ class Session(ABC, Generic[S]):
             "batch": self.batch,
             "samples": self.setup.samples,
             "steps_per_epoch": round(self.setup.samples / self.batch, 2),
-            "processes": self.accelerator.num_processes,
+            "processes": processes,
             "device": self.accelerator.device.type,
-            "memory_bytes": self.setup.memory_bytes,
+            "sharding": self.sharding,
+            "memory_bytes": self.setup.memory.peak(processes, self.sharding),
+            "memory": self.setup.memory.of_device(processes, self.sharding),
+            "memory_bytes_by_devices": {str(count): peaks for count, peaks in self.setup.memory.by_devices(processes)},
             "free_bytes": free_memory(self.accelerator.device),
             **self.setup.facts,
         }
 
-    def plan_lines(self) -> Iterator[str]:
-        """The run's plan in sentences."""
+    def plan_lines(self, *, devices: bool = False) -> Iterator[str]:
+        """The run's plan in sentences; `devices`: also the memory on other numbers of devices."""
         plan = self.plan()
         steps = f"{plan['steps']:,} steps" if plan["steps"] else f"{self.settings.max_hours:g} hours"
         resumed = f" from step {plan['done']:,}" if plan["done"] else ""
@@ -168,12 +178,20 @@ class Session(ABC, Generic[S]):
             f"{plan['steps_per_epoch']:g} steps"
         )
         need, free = plan["memory_bytes"], plan["free_bytes"]
-        yield f"needs about {need / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free"
+        each = f" on each of {plan['processes']} devices" if plan["processes"] > 1 else ""
+        yield f"needs about {need / 2**30:.1f} GiB of memory{each}; {free / 2**30:.1f} GiB are free"
+        yield "a step holds " + ", ".join(f"{what} {_gib(size)}" for what, size in plan["memory"].items() if size)
+        if self.settings.sharding == "full" and self.sharding == "none":
+            yield "--sharding full has one process here, which holds everything; add --num-processes or a launcher"
         if need > free:
             yield (
                 "that may not fit: a smaller --train-batch-size, --gradient-checkpointing, --mixed-precision bf16 or "
                 "--rank (a LoRA) need less"
             )
+        if devices or need > free or plan["processes"] > 1:
+            for count, peaks in self.setup.memory.by_devices(plan["processes"]):
+                sharded = f", with --sharding full {_gib(peaks['full'])}" if "full" in peaks else ""
+                yield f"on {'one device' if count == 1 else f'each of {count} devices'}: {_gib(peaks['none'])}{sharded}"
 
     def train(self, *, stop: Stop, save: SaveRequest | None = None) -> Iterator[Event]:
         """Write RUN's frozen parts, then train, save and log. Raises what `loop.Trainer.train` raises."""
@@ -332,6 +350,10 @@ _MOVED = (
 def fingerprint(values: Mapping[str, Any]) -> str:
     """A short digest of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"
 
 
 def _batch_until(checkpoint: CheckpointInfo, settings: TrainSettings) -> int:

@@ -86,6 +86,11 @@ class TrainSettings(BaseModel):
     num_processes: int | None = setting(
         None, "processes on this machine, one per GPU (default: 1, or those of `accelerate launch`)", MACHINE, ge=1
     )
+    sharding: Literal["none", "full"] = setting(
+        "none",
+        "spread weights, gradients, optimizer state and averages over the processes (full: FSDP2), or not (none: DDP)",
+        MACHINE,
+    )
     dataloader_num_workers: int = setting(0, "worker processes that prepare samples; 0: a thread", MACHINE, ge=0)
 
     checkpointing_steps: int = setting(500, "steps between checkpoints", KEEP, ge=1, also=("--save-every-n-steps",))
@@ -133,6 +138,14 @@ class TrainSettings(BaseModel):
             raise ValueError("--adam-beta2 and --adam-epsilon have no effect with --optimizer sgd")
         if not self.use_ema and {"ema_decay", "ema_power"} & self.given():
             raise ValueError("--ema-decay and --ema-power have no effect without --use-ema")
+        if self.sharding == "full":
+            for flag, given, why in (
+                ("--optimizer adamw-8bit", self.optimizer == "adamw-8bit", "its states are blocks across rows"),
+                ("--channels-last", self.channels_last, "FSDP2 needs contiguous weights"),
+                ("--compile", self.compile, "the compiled gradients could not be compared with uncompiled ones"),
+            ):
+                if given:
+                    raise ValueError(f"--sharding full cannot be combined with {flag}: {why}")
         return self
 
 

@@ -103,7 +103,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 {"model": model},
                 {"noise schedule": schedule_facts(model.scheduler_config)},
             ),
-            memory_bytes=controlnet_memory(task, settings, size=data.largest()),
+            memory=controlnet_memory(task, settings, size=data.largest()),
             facts={
                 "data": self.data,
                 "pictures": len(data.trained),

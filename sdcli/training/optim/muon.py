@@ -2,7 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix before
 the update. torch.optim.Muon takes matrices only; here a convolution is treated as a matrix with a row for each output
-channel, and other parameters (biases, norms, embeddings, the first and last layer) get AdamW.
+channel, and other parameters (biases, norms, embeddings, the first and last layer) get AdamW. With --sharding full the
+update of a matrix is gathered, one at a time; every process orthogonalises it and changes its own rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from sdcli.training.state.rows import has_rows, like_rows
 
 MOMENTUM = 0.95
 STEPS = 5
@@ -77,10 +80,14 @@ class MuonWithAdamW(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["step"] += 1
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov momentum
+        update: Any = gradient.lerp(momentum, MOMENTUM)  # Nesterov momentum
+        if has_rows(update):
+            update = update.full_tensor()
+        direction = orthogonal(update.flatten(1))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * 0.2 * math.sqrt(max(direction.shape))
-        parameter.add_(direction.to(parameter.dtype).reshape(parameter.shape), alpha=-rate)
+        change = direction.to(parameter.dtype).reshape(parameter.shape)
+        parameter.add_(like_rows(parameter, change) if has_rows(parameter) else change, alpha=-rate)
 
     @contextmanager
     def _without_matrices(self) -> Iterator[None]:

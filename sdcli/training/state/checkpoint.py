@@ -58,7 +58,7 @@ class CheckpointInfo:
 def save_checkpoint(
     run: Path,
     step: int,
-    write: Callable[[Path], None],
+    write: Callable[[Path], Mapping[str, str] | None],
     *,
     facts: Mapping[str, Any],
     keep: int | None,
@@ -66,6 +66,7 @@ def save_checkpoint(
 ) -> Path:
     """Save RUN/checkpoint-<step> with the files that `write` makes, point RUN/current at it, delete the oldest.
 
+    `write` may return the SHA-256 of files that it knows, by their relative names; the others are computed.
     `facts` (JSON) go into its manifest. At most `keep` complete checkpoints stay (None: all); the newest complete one,
     the one just saved and broken ones are never deleted. An existing checkpoint of the same step stays if its files are
     equal, is replaced atomically if they differ, and is kept as checkpoint-<step>.broken if it is broken. Returns the
@@ -79,8 +80,8 @@ def save_checkpoint(
         make_folder(run)
         _sweep(run)
         temporary.mkdir()
-        write(temporary)
-        seal(temporary, Manifest(step, {}, copied))
+        known = write(temporary)
+        seal(temporary, Manifest(step, {}, copied), known=known)
         _publish(temporary, path, report=report)
         swap_current(run, path.name)
     except BaseException as error:

@@ -64,7 +64,7 @@ def verify(folder: Path, *, content: bool = True) -> Manifest:
             expected = manifest.files[name]["size"]
             if size != expected:
                 raise BrokenCheckpoint(f"is damaged: {_shown(name)} has {size:,} bytes of {expected:,}")
-        for name, digest in _digests(folder, sizes).items() if content else ():
+        for name, digest in digests_of(folder, sizes).items() if content else ():
             if digest != manifest.files[name]["sha256"]:
                 raise BrokenCheckpoint(f"is damaged: {_shown(name)} has changed (its SHA-256 differs)")
     except (OSError, RecursionError) as error:
@@ -102,10 +102,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Sync everything in a folder to the disk, then its manifest. Raises OSError, and ValueError for links."""
+def seal(folder: Path, manifest: Manifest, *, known: Mapping[str, str] | None = None) -> None:
+    """Sync everything in a folder to the disk, then its manifest. Raises OSError, and ValueError for links.
+
+    `known`: the SHA-256 of files that other processes wrote, synced and read again.
+    """
     sizes = sync_tree(folder)
-    digests = _digests(folder, sizes)
+    known = known or {}
+    digests = {**known, **digests_of(folder, {name: size for name, size in sizes.items() if name not in known})}
     files = {name: {"size": size, "sha256": digests[name]} for name, size in sizes.items()}
     # unbuffered, so that a failed write raises here
     with open(folder / MANIFEST, "xb", buffering=0) as file:
@@ -161,7 +165,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _digests(folder: Path, sizes: Mapping[str, int]) -> dict[str, str]:
+def digests_of(folder: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     """The SHA-256 of files, computed in threads, because one core hashes slower than a fast disk reads."""
 
     def digest(name: str) -> str:

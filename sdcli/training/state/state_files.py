@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sdcli.errors import BadOutput, BadWeights, UsageError
 from sdcli.io.weight_files import check_header
+from sdcli.training.state.rows import has_rows, local
+from sdcli.training.state.sharded_files import sort_metadata, write_one_by_one
 
 Tensors = dict[str, Tensor]
 IMPLEMENTATION_SETTINGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
@@ -28,7 +30,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
     Raises BadOutput for NaN and infinity, and UsageError for a state with other values than tensors and numbers.
     """
     optimizer = _own(optimizer)
-    parameters = _named(optimizer, names)
+    parameters = named_parameters(optimizer, names)
     if len(optimizer.state.keys() - set(parameters.values())):
         raise _unsaveable(optimizer, "a state of no parameter")
     tensors: Tensors = {}
@@ -77,7 +79,7 @@ def load_optimizer(
     for NaN and infinity; the optimizer is unchanged then.
     """
     optimizer = _own(optimizer)
-    parameters = _named(optimizer, names)
+    parameters = named_parameters(optimizer, names)
     try:
         _check(optimizer, parameters, tensors, facts)
         settings = [_settings(group, index, tensors, facts) for index, group in enumerate(optimizer.param_groups)]
@@ -101,30 +103,18 @@ def load_optimizer(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file and its folder; meant for the inside of a checkpoint, which syncs it.
 
-    Tensors that share memory are copied. Raises OSError and SafetensorError, which `save_checkpoint` turns into
+    Tensors that share memory are copied; of those of which each process holds some rows the first process writes the
+    whole (see `sharding.Sharding.helped`). Raises OSError and SafetensorError, which `save_checkpoint` turns into
     CannotWrite.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {"format": "pt", **(metadata or {})}
+    if any(has_rows(tensor) for tensor in tensors.values()):
+        write_one_by_one(path, tensors, entries)
+        return
     # by its full name, so that a test can make it fail
-    safetensors.torch.save_file(_separate(tensors), path, metadata={"format": "pt", **(metadata or {})})
-    _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata entries of a file, whose order the library changes from process to process.
-
-    So equal content gives equal bytes, and two runs can be compared by the digests of their files.
-    """
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if len(header.get("__metadata__", {})) < 2:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        spelled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(spelled) <= size:
-            file.seek(8)
-            file.write(spelled.ljust(size))
+    safetensors.torch.save_file(_separate(tensors), path, metadata=entries)
+    sort_metadata(path)
 
 
 def read_state(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -139,7 +129,7 @@ def read_state(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise BadOutput for NaN or infinite values; call it before tensors are saved."""
+    """Raise BadOutput for NaN or infinite values in this process; call it before tensors are saved."""
     bad = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if bad:
         raise BadOutput(
@@ -161,7 +151,8 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [group for group in optimizer.param_groups for _ in group["params"]]
 
 
-def _named(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+def named_parameters(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """An optimizer's parameters by their names, which are given in its order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(names) != len(parameters) or len(set(names)) != len(names):
         raise ValueError(f"{len(set(names))} different names for the {len(parameters)} parameters of an optimizer")
@@ -311,6 +302,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _finite(tensor: Tensor) -> bool:
+    tensor = local(tensor)
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor

@@ -10,6 +10,7 @@ from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.encoding import cut_captions
+from sdcli.training.memory import Activations, forecast
 from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
 from sdcli.training.origin import origin
 from sdcli.training.session import RunSetup, Session, fingerprint
@@ -70,8 +71,14 @@ class TextSession(Session[TextSettings]):
             links=files.links(),
             write_frozen=files.write,
             origin=origin({"model": model}, {"teacher": teacher.identity if teacher is not None else None}),
-            memory_bytes=parameters * 4 * (5 if settings.use_ema else 4)
-            + settings.train_batch_size * tokenizer.max_length * width * 4 * 30 * encoder.config.num_hidden_layers,
+            memory=forecast(
+                task.networks.values(),
+                settings,
+                Activations(
+                    settings.train_batch_size * tokenizer.max_length * width * 4 * 30 * encoder.config.num_hidden_layers
+                ),
+                frozen=() if task.original is None else (task.original,),
+            ),
             facts={
                 "data": self.data,
                 "captions": len(captions.texts),

@@ -82,7 +82,7 @@ class UnetSession(Session[UnetSettings]):
                 replaced=() if loras else networks,
             ),
             write_frozen=files.write,
-            memory_bytes=unet_memory(task, settings, size=data.largest()),
+            memory=unet_memory(task, settings, size=data.largest()),
             facts={
                 "data": self.data,
                 "pictures": len(data.trained),

@@ -100,7 +100,7 @@ class VaeSession(Session[VaeSettings]):
                 {"configuration": vae_config(settings.from_scratch) if settings.from_scratch is not None else None},
                 {} if settings.lpips is None else {"lpips": settings.lpips.expanduser()},
             ),
-            memory_bytes=vae_memory(task, settings, size=data.largest()),
+            memory=vae_memory(task, settings, size=data.largest()),
             facts={
                 "data": self.data,
                 "pictures": len(data.trained),

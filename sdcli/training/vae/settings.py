@@ -40,6 +40,10 @@ class VaeSettings(ImageSettings):
     def _every_vae_setting_has_an_effect(self) -> Self:
         if self.model is not None and self.from_scratch is not None:
             raise ValueError("give either --model or --from-scratch")
+        if self.sharding == "full":
+            raise ValueError(
+                "--sharding full is for UNets, ControlNets and text encoders; a VAE fits any device, so leave it out"
+            )
         captions = {"caption_column", "caption_extension"} & self.given()
         if captions:
             raise ValueError(f"--{min(captions).replace('_', '-')} has no effect: a VAE is trained without captions")
