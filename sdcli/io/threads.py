@@ -21,7 +21,7 @@ def wait_without_spinning() -> None:
 
 
 def use_threads(count: int) -> None:
-    """Let torch compute with so many threads, as `OMP_NUM_THREADS` does from outside; the bytes are the same."""
+    """Let torch compute with so many threads, as the variable `OMP_NUM_THREADS` does, for the same bytes."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     if (torch := sys.modules.get("torch")) is not None:  # which has read that variable already
         torch.set_num_threads(count)
