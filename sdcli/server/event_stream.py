@@ -27,8 +27,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(source, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+    def __init__(self, source: AsyncGenerator[bytes, None], status_code: int = 200) -> None:
+        # FastAPI reads the status code of its OpenAPI description from this signature.
+        super().__init__(source, status_code, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

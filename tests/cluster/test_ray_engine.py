@@ -80,6 +80,7 @@ def files(folder: Path) -> set[int]:
     return {int(path.stem) for path in folder.glob("*.json")}
 
 
+@pytest.mark.slow
 def test_each_kind_of_harm_costs_an_attempt_and_no_item(head: Any, tmp_path: Path) -> None:
     harm = {2: Harm("kill", 1, after=1), 5: Harm("exit", 1), 8: Harm("raise", 1, after=1), 11: Harm("full", 1)}
     events = run(head, tmp_path, units(20, harm))
@@ -96,6 +97,7 @@ def test_each_kind_of_harm_costs_an_attempt_and_no_item(head: Any, tmp_path: Pat
     assert last.seconds["engine"] > 0
 
 
+@pytest.mark.slow
 def test_a_poisoned_unit_is_tried_on_three_workers_and_the_rest_goes_on(head: Any, tmp_path: Path) -> None:
     events = run(head, tmp_path, units(8, {0: Harm("kill", after=1)}))
     (failure,) = (event for event in events if isinstance(event, UnitFailed))

@@ -85,6 +85,7 @@ def per_process(changes: dict[str, Any], processes: int) -> dict[str, Any]:
     return {"sharding": "full", **changes, "train_batch_size": 4 // processes}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_samples(tmp_path: Path, data: Path) -> None:
     names = ("sgd without clipping", "averages, accumulation, checkpointing")
     runs = {name: per_process({**SAME, **VARIANTS[name]}, 2) for name in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ from sdcli.models.sources import FolderSource
 from sdcli.request.jobs import read_lines
 from sdcli.request.schema import GenerationRequest
 from sdcli.training.evaluation import evaluating
-from tests.cli.test_startup import HEAVY, RUNNER
-from tests.conftest import REPOSITORY, Run
+from tests.cli.test_startup import run
+from tests.conftest import Run
 from tests.oracle import latents, load_pipeline, prompts, requests_of
 from tests.schedulers import DIFFUSION_SCHEDULERS
 from tests.service import generate_files, generate_images, results
@@ -607,13 +606,10 @@ def test_a_class_is_the_prompt(command: Callable[..., Any], folders: dict[str, P
 
 
 def test_a_dry_run_tells_everything_and_loads_nothing_heavy(folders: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RUNNER, json.dumps(HEAVY), "generate", "-m", str(folders["grey"]), "--dry-run"]
-    env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    request = json.loads(done.stdout)
+    ((_, code, loaded, out, err),) = run([["generate", "-m", str(folders["grey"]), "--dry-run"]], tmp_path)
+    assert (code, loaded) == (0, []), err
+    request = json.loads(out)
     assert (request["width"], request["steps"], request["scheduler"], request["prompt"]) == (28, 50, "ddim", "")
-    assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
 @pytest.mark.slow
