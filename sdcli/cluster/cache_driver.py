@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sdcli.cluster.files_driver import probe_file, results_of
+from sdcli.cluster.files_driver import results_of
 from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
-from sdcli.cluster.run import run_units
+from sdcli.cluster.run import probe_file, run_units
 from sdcli.cluster.scheduler import UnitScheduler
 from sdcli.cluster.units import ItemDone, Program, Throughput, Trouble, Unit, UnitFailed
 from sdcli.data.cache.division import chunks_by_size, in_parts, unit_length

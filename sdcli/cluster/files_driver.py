@@ -6,7 +6,6 @@ on who does it. Workers write the files themselves; a file that an earlier attem
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import secrets
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
-from sdcli.cluster.run import ClusterEngine, run_units
+from sdcli.cluster.run import ClusterEngine, probe_file, run_units
 from sdcli.cluster.scheduler import UnitScheduler
 from sdcli.cluster.units import ItemDone, Program, Remarked, RunEvent, Throughput, Trouble, Unit, UnitFailed
-from sdcli.errors import CannotWrite, SdcliError, Stop, unpacked_error
+from sdcli.errors import SdcliError, Stop, unpacked_error
 from sdcli.generation.decode_plan import DecodeResult, DecodeSettings, DecodeUnit, decode_units
 from sdcli.generation.encode_plan import EncodeResult, EncodeSettings, EncodeUnit, encode_units
 from sdcli.generation.journal import Journal
 from sdcli.generation.settings import RunSettings
 from sdcli.generation.vae_output import swept
-from sdcli.io.temporary_files import temporary_path
 from sdcli.models.registry import ModelSpec, Registry
 from sdcli.request.input_files import InputFile
 from sdcli.vae.latent_record import Source
@@ -158,20 +156,6 @@ def results_of(
                 yield Trouble(text)
             case Trouble() | Throughput():
                 yield event
-
-
-@contextlib.contextmanager
-def probe_file(folder: Path) -> Iterator[Path]:
-    """A file in the output folder, by which a worker knows that it sees the same folder. Raises CannotWrite."""
-    path = temporary_path(folder, "probe")
-    try:
-        path.touch(exist_ok=False)
-    except OSError as error:
-        raise CannotWrite(f"cannot write into {folder}: {error.strerror}") from None
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _encode_units(units: Iterable[EncodeUnit]) -> Iterator[Unit]:

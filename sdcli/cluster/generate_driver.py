@@ -6,7 +6,6 @@ generates it and whenever.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
-from sdcli.cluster.run import ClusterEngine, run_units
+from sdcli.cluster.run import ClusterEngine, probe_file, run_units
 from sdcli.cluster.scheduler import UnitScheduler
 from sdcli.cluster.units import ItemDone, Program, Remarked, Throughput, Trouble, Unit, UnitFailed
-from sdcli.errors import CannotWrite, Interrupted, Stop, unpacked_error
+from sdcli.errors import Interrupted, Stop, unpacked_error
 from sdcli.generation.events import Note, Result
 from sdcli.generation.journal import Journal
 from sdcli.generation.plan import Batch, Limits, models_of, plan
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.writer import Writer
-from sdcli.io.temporary_files import temporary_path
 
 WORKER = "sdcli.cluster.generate_worker:start"
 
@@ -99,7 +97,7 @@ def _on(
     batches = [batch for whole in plan(jobs, limits) if (batch := whole.without(set(finished))).wanted]
     scheduler = UnitScheduler(_units(batches, writer), one_need=len({models_of(job) for job in jobs}) == 1)
     entries: list[dict[str, object]] = []  # safe in the workers' parts of the journal, so they can wait for a second
-    with _probe(output.outdir) as probe:
+    with probe_file(output.outdir) as probe:
         setup = GenerateSetup(run, output, limits.on_gpu, part, begun)
         program = Program(WORKER, setup, os.getcwd(), str(probe))
         over = False
@@ -149,20 +147,6 @@ def _result(done: ItemDone, outdir: Path) -> Result:
     if "error" in values:
         return Result(values["status"], job, error=unpacked_error(values["error"]))
     return Result("done", job, outdir / values["path"], values["seconds"], tuple(values["fallbacks"]))
-
-
-@contextlib.contextmanager
-def _probe(folder: Path) -> Iterator[Path]:
-    """A file in the output folder, by which a worker knows that it sees the same folder. Raises CannotWrite."""
-    path = temporary_path(folder, "probe")
-    try:
-        path.touch(exist_ok=False)
-    except OSError as error:
-        raise CannotWrite(f"cannot write into {folder}: {error.strerror}") from None
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _remove_parts(folder: Path, part: str) -> None:

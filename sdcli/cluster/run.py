@@ -6,8 +6,10 @@ does a unit must not mind finding its files there. Each item has exactly one `It
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from sdcli.cluster.scheduler import UnitAssignment, UnitScheduler
@@ -30,7 +32,8 @@ from sdcli.cluster.units import (
     Working,
     WorkRemark,
 )
-from sdcli.errors import Interrupted, SdcliError, Stop, unpacked_error
+from sdcli.errors import CannotWrite, Interrupted, SdcliError, Stop, unpacked_error
+from sdcli.io.temporary_files import temporary_path
 
 WAIT = 0.2
 """Seconds between two looks for a signal while the workers work."""
@@ -66,6 +69,20 @@ def run_units(
     """
     workers = engine.workers if most is None else min(engine.workers, most)
     yield from _ClusterRun(engine, scheduler, program, stop).events(workers)
+
+
+@contextlib.contextmanager
+def probe_file(folder: Path) -> Iterator[Path]:
+    """A file in the output folder, by which a worker knows that it sees the same folder. Raises CannotWrite."""
+    path = temporary_path(folder, "probe")
+    try:
+        path.touch(exist_ok=False)
+    except OSError as error:
+        raise CannotWrite(f"cannot write into {folder}: {error.strerror}") from None
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class _ProcessState:

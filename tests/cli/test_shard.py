@@ -209,9 +209,11 @@ def test_shards_of_encode_and_decode_are_one_run(sdcli: Run, tmp_path: Path, opt
     encode = ("encode", "images", "-m", "tiny", "-q", *options)
     assert sdcli(*encode, "--outdir", "whole").returncode == 7
     processes = [start(tmp_path, *encode, "--outdir", "parts", "--shard", f"{index}/3") for index in (1, 2, 3)]
-    assert sum(process.wait() for process in processes) in (7, 14), "the two bad images fail in one shard or in two"
+    codes = {process.wait() for process in processes}
+    assert codes & {1, 7}, "the bad images fail in their shards, with 1 where a shard has nothing else"
+    assert codes <= {0, 1, 7}
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
-    assert len(digests(tmp_path / "whole")) > 1
+    assert digests(tmp_path / "whole")
     decode = ("decode", "whole", "-m", "tiny", "-q")
     assert sdcli(*decode, "--outdir", "images-whole").returncode == 0
     ended([start(tmp_path, *decode, "--outdir", "images-parts", "--shard", f"{index}/3") for index in (1, 2, 3)])

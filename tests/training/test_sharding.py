@@ -66,7 +66,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def check_parity(one: Path, many: Path, *, step: int = 3, tolerance: float = 1e-5) -> None:
     for (loss, norm), (other_loss, other_norm) in zip(figures(one), figures(many), strict=True):
-        assert other_loss == pytest.approx(loss, abs=tolerance)
+        assert other_loss == pytest.approx(loss, abs=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)
     expected, found = weights(one / f"checkpoint-{step}"), weights(many / f"checkpoint-{step}")
     assert expected
@@ -103,7 +103,8 @@ def test_every_way_of_training_is_that_of_one_process(tmp_path: Path, data: Path
     together(processes, several, tmp_path, str(data), str(tmp_path / "many"), runs)
     for name, changes in VARIANTS.items():
         train_unet(data, tmp_path / name, train_batch_size=4, **SAME, **changes)
-        check_parity(tmp_path / name, tmp_path / "many" / name)
+        # Muon makes its updates in bfloat16, where the last digit of a gradient can be a digit of the update.
+        check_parity(tmp_path / name, tmp_path / "many" / name, tolerance=3e-5 if name == "muon" else 1e-5)
 
 
 # Resuming

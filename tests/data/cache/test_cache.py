@@ -1094,7 +1094,7 @@ def test_of_two_fillings_of_one_folder_that_are_killed_all_that_was_written_is_u
 ) -> None:
     for seed in range(24):
         sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
-    processes = [start(pause=0.02), start(pause=0.03)]
+    processes = [start(pause=0.1), start(pause=0.15)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
