@@ -72,7 +72,9 @@ def check_parity(one: Path, many: Path, *, step: int = 3, tolerance: float = 1e-
     assert expected
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        assert float((found[name] - tensor).abs().max()) < tolerance, name
+        difference = (found[name] - tensor).abs()
+        assert float(difference.max()) < tolerance, name
+        assert float(difference.mean()) < 1e-5, name
 
 
 def several(rank: int, data: str, folder: str, runs: dict[str, dict[str, Any]]) -> None:
@@ -104,7 +106,7 @@ def test_every_way_of_training_is_that_of_one_process(tmp_path: Path, data: Path
     for name, changes in VARIANTS.items():
         train_unet(data, tmp_path / name, train_batch_size=4, **SAME, **changes)
         # Muon makes its updates in bfloat16, where the last digit of a gradient can be a digit of the update.
-        check_parity(tmp_path / name, tmp_path / "many" / name, tolerance=3e-5 if name == "muon" else 1e-5)
+        check_parity(tmp_path / name, tmp_path / "many" / name, tolerance=1e-4 if name == "muon" else 1e-5)
 
 
 # Resuming
