@@ -27,6 +27,8 @@ from sdcli.server.warm.place import ANSWER, Place, Unsafe
 if TYPE_CHECKING:
     from PIL import Image
 
+RETIRE = 60.0
+"""Seconds that a worker has to read that it shall end; it may be importing torch."""
 ASK_AGAIN = 0.1
 """Seconds between two looks for a signal while the worker works."""
 
@@ -88,7 +90,7 @@ def connect(place: Place, *, retire: bool = False, seconds: float = ANSWER) -> W
             if ending:
                 wire.send("retire")
                 with contextlib.suppress(Gone):
-                    wire.receive_within(seconds)  # "start"; until then it may not have read the message
+                    wire.receive_within(RETIRE)  # "start"; until then it has not read the message
             raise NoWorker(f"it has another {other}", replaceable=ending, outdated=ending)
         if left is None or left > facts["patience"]:
             raise NoWorker("it is busy")
