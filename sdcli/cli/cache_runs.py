@@ -71,8 +71,8 @@ def fill_here(
 ) -> CacheOutcome:
     """Encode images and texts, or those of a shard, in this process."""
     from sdcli.data.cache.claims import Claims
-    from sdcli.data.cache.division import places_of_shard
-    from sdcli.data.cache.fill import batch_size_for, fill_latents
+    from sdcli.data.cache.division import images_at_once, places_of_shard
+    from sdcli.data.cache.fill import fill_latents
     from sdcli.data.cache.fill_texts import fill_texts
     from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
     from sdcli.data.cache.store import TensorStore
@@ -88,7 +88,7 @@ def fill_here(
     vae = CacheVae(loaded.vae, loaded.identity("vae"))
     used, sizes = found.used, [found.sizes[int(index)] for index in found.used]
     if part is not None:
-        places = places_of_shard(sizes, part, batch=batch_size_for(vae, run.batch_size))
+        places = places_of_shard(sizes, part, batch=run.batch_size or images_at_once(vae.device.type))
         used, sizes = used[places], [sizes[int(place)] for place in places]
     latents, states, claims = TensorStore(what.folder, LATENTS), TensorStore(what.folder, TEXTS), Claims(what.folder)
     with latents, states, claims:

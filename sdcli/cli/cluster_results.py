@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from sdcli.cli.ui.cluster_progress import ClusterProgress
@@ -18,14 +18,26 @@ def results_of_cluster(
 ) -> Iterator[R]:
     """The events that are results, of `total` items called `things`; the others go to stderr."""
     with ProgressBar(console) as bar:
-        progress = ClusterProgress(bar, console, things=things)
-        for event in events:
-            match event:
-                case Throughput():
-                    progress.show(event, total=total)
-                case Trouble():
-                    console.warn(event.text)
-                    console.detail(event.detail.rstrip()) if event.detail else None
-                case _:
-                    yield event
-        progress.end()
+        yield from with_progress(events, bar, console, total=lambda: total, things=things)
+
+
+def with_progress(
+    events: Iterable[R | Trouble | Throughput],
+    bar: ProgressBar,
+    console: Console,
+    *,
+    total: Callable[[], int],
+    things: str,
+) -> Iterator[R]:
+    """The same with a bar that exists; `total` is asked whenever progress is shown."""
+    progress = ClusterProgress(bar, console, things=things)
+    for event in events:
+        match event:
+            case Throughput():
+                progress.show(event, total=total())
+            case Trouble():
+                console.warn(event.text)
+                console.detail(event.detail.rstrip()) if event.detail else None
+            case _:
+                yield event
+    progress.end()

@@ -6,7 +6,6 @@ is what a process claims that fills the cache without a cluster, so that runs of
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sdcli.cluster.files_driver import results_of
-from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
-from sdcli.cluster.run import probe_file, run_units
-from sdcli.cluster.scheduler import UnitScheduler
+from sdcli.cluster.ray_engine import ClusterSettings
+from sdcli.cluster.results import results_on_cluster
+from sdcli.cluster.run import ClusterEngine
 from sdcli.cluster.units import ItemDone, Program, Throughput, Trouble, Unit, UnitFailed
-from sdcli.data.cache.division import chunks_by_size, in_parts, unit_length
+from sdcli.data.cache.division import chunks_by_size, images_at_once, in_parts, texts_at_once, unit_length
 from sdcli.data.records import DroppedItem
 from sdcli.errors import SdcliError, Stop
 from sdcli.generation.settings import RunSettings
@@ -109,25 +107,24 @@ def fill_on_cluster(
         kind: Kind = "texts" if isinstance(event.unit.payload, TextUnit) else "latents"
         yield CacheFailed(kind, len(event.items), event.error)
 
-    setup.folder.mkdir(parents=True, exist_ok=True)
-    with RayEngine(cluster) as engine, probe_file(setup.folder) as probe:
-        batch = setup.run.batch_size or (1 if engine.device == "cpu" else 8)
+    def units(engine: ClusterEngine, probe: Path) -> tuple[Iterator[Unit], Program]:
+        batch = setup.run.batch_size or images_at_once(engine.device)
         run = replace(setup.run, device=engine.device, batch_size=batch)
-        units = units_of(work, batch=batch)
-        first = list(itertools.islice(units, engine.workers))
-        if not first:
-            return
         program = Program(CACHE, replace(setup, run=run), os.getcwd(), str(probe), unit="part")
-        scheduler = UnitScheduler(itertools.chain(first, units))
-        events = run_units(engine, scheduler, program, stop=stop, most=len(first))
-        yield from results_of(events, done, failed)
+        return units_of(work, images=batch, texts=texts_at_once(engine.device)), program
+
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    yield from results_on_cluster(units, cluster, setup.folder, done=done, failed=failed, stop=stop)
 
 
-def units_of(work: CacheWork, *, batch: int) -> Iterator[Unit]:
-    """The units, images first. Each run begins somewhere else, so that two do not wait for each other's claims."""
+def units_of(work: CacheWork, *, images: int, texts: int) -> Iterator[Unit]:
+    """The units, of whole batches of so many images or texts, images first.
+
+    Each run begins somewhere else, so that two do not wait for each other's claims.
+    """
     digests = work.digests
     used = np.asarray(work.used, dtype=np.int64)
-    chunks = chunks_by_size(work.sizes, unit_length(len(used), batch))
+    chunks = chunks_by_size(work.sizes, unit_length(len(used), images))
     start = random.randrange(len(chunks)) if chunks else 0
     number = item = 0
     for chunk in (*chunks[start:], *chunks[:start]):
@@ -137,10 +134,10 @@ def units_of(work: CacheWork, *, batch: int) -> Iterator[Unit]:
         number, first = number + 1, item
         item += len(places)
         yield Unit(number, tuple(range(first, item)), unit)
-    for texts in in_parts(work.texts, unit_length(len(work.texts), 1 if batch == 1 else 64)):
+    for part in in_parts(work.texts, unit_length(len(work.texts), texts)):
         number, first = number + 1, item
-        item += len(texts)
-        yield Unit(number, tuple(range(first, item)), TextUnit(tuple(texts)))
+        item += len(part)
+        yield Unit(number, tuple(range(first, item)), TextUnit(tuple(part)))
 
 
 def _add(tallies: dict[Kind, CacheTally], event: ItemDone) -> None:

@@ -6,18 +6,17 @@ on who does it. Workers write the files themselves; a file that an earlier attem
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sdcli.cluster.ray_engine import ClusterSettings, RayEngine
-from sdcli.cluster.run import ClusterEngine, probe_file, run_units
-from sdcli.cluster.scheduler import UnitScheduler
-from sdcli.cluster.units import ItemDone, Program, Remarked, RunEvent, Throughput, Trouble, Unit, UnitFailed
+from sdcli.cluster.ray_engine import ClusterSettings
+from sdcli.cluster.results import results_on_cluster
+from sdcli.cluster.run import ClusterEngine
+from sdcli.cluster.units import ItemDone, Program, Throughput, Trouble, Unit, UnitFailed
 from sdcli.errors import SdcliError, Stop, unpacked_error
 from sdcli.generation.decode_plan import DecodeResult, DecodeSettings, DecodeUnit, decode_units
 from sdcli.generation.encode_plan import EncodeResult, EncodeSettings, EncodeUnit, encode_units
@@ -29,8 +28,6 @@ from sdcli.request.input_files import InputFile
 from sdcli.vae.latent_record import Source
 
 ENCODE, DECODE = "sdcli.cluster.files_worker:start_encoding", "sdcli.cluster.files_worker:start_decoding"
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,11 @@ def encode(
     Raises the reason of `stop`, an error that concerns every image, and CannotWrite.
     """
     inputs = swept(files, settings.outdir, settings.output)
-    units = _encode_units(encode_units(inputs, settings, cell=spec.kind.cell))
 
-    def program(engine: ClusterEngine, probe: Path) -> Program:
-        setup = EncodeSetup(spec, replace(run, device=_device(engine)), settings, probe.stat().st_mtime)
-        return Program(ENCODE, setup, os.getcwd(), str(probe))
+    def work(engine: ClusterEngine, probe: Path) -> tuple[Iterator[Unit], Program]:
+        setup = EncodeSetup(spec, replace(run, device=engine.device), settings, probe.stat().st_mtime)
+        units = _encode_units(encode_units(inputs, settings, cell=spec.kind.cell))
+        return units, Program(ENCODE, setup, os.getcwd(), str(probe))
 
     def done(event: ItemDone) -> Iterator[EncodeResult]:
         yield _encoded(_file_of(event.unit, event.item), event.values)
@@ -85,7 +82,7 @@ def encode(
         files = (_file_of(event.unit, item) for item in event.items)
         yield from (EncodeResult("failed", file.path, error=event.error) for file in files)
 
-    yield from _run(units, cluster, settings.outdir, program, done, failed, stop)
+    yield from results_on_cluster(work, cluster, settings.outdir, done=done, failed=failed, stop=stop)
 
 
 def decode(
@@ -106,12 +103,12 @@ def decode(
         Journal.open(settings.outdir).take_in_parts()  # of runs that were killed
     part = secrets.token_hex(4)
     inputs = swept(files, settings.outdir, settings.output)
-    units = (Unit(number, (number,), unit) for number, unit in enumerate(decode_units(inputs), start=1))
 
-    def program(engine: ClusterEngine, probe: Path) -> Program:
-        ours = replace(run, device=_device(engine))
+    def work(engine: ClusterEngine, probe: Path) -> tuple[Iterator[Unit], Program]:
+        ours = replace(run, device=engine.device)
         setup = DecodeSetup(registry, model, ours, settings, part, probe.stat().st_mtime)
-        return Program(DECODE, setup, os.getcwd(), str(probe), unit="file")
+        units = (Unit(number, (number,), unit) for number, unit in enumerate(decode_units(inputs), start=1))
+        return units, Program(DECODE, setup, os.getcwd(), str(probe), unit="file")
 
     def done(event: ItemDone) -> Iterator[DecodeResult]:
         yield from (_decoded(event.unit.payload, values) for values in event.values["results"])
@@ -120,42 +117,8 @@ def decode(
         unit: DecodeUnit = event.unit.payload
         yield DecodeResult("failed", unit.file.path, error=event.error)
 
-    yield from _run(units, cluster, settings.outdir, program, done, failed, stop)
+    yield from results_on_cluster(work, cluster, settings.outdir, done=done, failed=failed, stop=stop)
     Journal.open(settings.outdir).take_in_parts(part)
-
-
-def _run(
-    units: Iterator[Unit],
-    cluster: ClusterSettings,
-    folder: Path,
-    program: Callable[[ClusterEngine, Path], Program],
-    done: Callable[[ItemDone], Iterator[R]],
-    failed: Callable[[UnitFailed], Iterator[R]],
-    stop: Stop,
-) -> Iterator[R | Trouble | Throughput]:
-    with RayEngine(cluster) as engine, probe_file(folder) as probe:
-        first = list(itertools.islice(units, engine.workers))  # no more workers than units
-        if not first:
-            return
-        scheduler = UnitScheduler(itertools.chain(first, units), one_need=True)
-        events = run_units(engine, scheduler, program(engine, probe), stop=stop, most=len(first))
-        yield from results_of(events, done, failed)
-
-
-def results_of(
-    events: Iterable[RunEvent], done: Callable[[ItemDone], Iterator[R]], failed: Callable[[UnitFailed], Iterator[R]]
-) -> Iterator[R | Trouble | Throughput]:
-    """The results in the events of a run, and what the user is to see of the rest."""
-    for event in events:
-        match event:
-            case ItemDone():
-                yield from done(event)
-            case UnitFailed():
-                yield from failed(event)
-            case Remarked(text=text):
-                yield Trouble(text)
-            case Trouble() | Throughput():
-                yield event
 
 
 def _encode_units(units: Iterable[EncodeUnit]) -> Iterator[Unit]:
@@ -163,11 +126,6 @@ def _encode_units(units: Iterable[EncodeUnit]) -> Iterator[Unit]:
     for number, unit in enumerate(units, start=1):
         yield Unit(number, tuple(range(first, first + len(unit.files))), unit)
         first += len(unit.files)
-
-
-def _device(engine: ClusterEngine) -> str:
-    device: str = getattr(engine, "device", "cpu")
-    return device
 
 
 def _file_of(unit: Unit, item: int) -> InputFile:

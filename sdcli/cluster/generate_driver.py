@@ -129,7 +129,7 @@ def _on(
             if over:
                 for number in range(1, engine.workers + 1):
                     engine.kill(number)
-                _remove_parts(output.outdir, part)
+                journal.remove_parts(f"{part}-")
 
 
 def _units(batches: Sequence[Batch], writer: Writer) -> Iterator[Unit]:
@@ -147,9 +147,3 @@ def _result(done: ItemDone, outdir: Path) -> Result:
     if "error" in values:
         return Result(values["status"], job, error=unpacked_error(values["error"]))
     return Result("done", job, outdir / values["path"], values["seconds"], tuple(values["fallbacks"]))
-
-
-def _remove_parts(folder: Path, part: str) -> None:
-    """Remove what this run's workers noted, all of which is in the journal itself now."""
-    for file in folder.glob(f".sdcli-journal-{part}-*.jsonl"):
-        file.unlink(missing_ok=True)

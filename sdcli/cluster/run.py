@@ -50,6 +50,7 @@ class ClusterEngine(Protocol):
 
     seconds: float
     workers: int
+    device: str
 
     def start(self, number: int, program: Program) -> None: ...
     def submit(self, number: int, attempt: Attempt) -> None: ...

@@ -178,11 +178,20 @@ class Journal:
         With a `beginning` those whose names begin so. The parts of shards stay in any case, since another shard may be
         at work. Raises CannotWrite.
         """
-        ours, theirs = (PART.format(name).removesuffix(".jsonl") for name in (beginning, SHARD))
-        for path in _files(self.folder)[1:]:
-            if path.name.startswith(ours) and not path.name.startswith(theirs):
-                self._take_in(path)
+        for path in self._parts(beginning):
+            self._take_in(path)
         vars(self).pop("_contents", None)
+
+    def remove_parts(self, beginning: str) -> None:
+        """Remove the parts whose names begin so, where the journal itself has all that they hold."""
+        for path in self._parts(beginning):
+            path.unlink(missing_ok=True)
+
+    def _parts(self, beginning: str) -> list[Path]:
+        """The parts whose names begin so, without those of shards."""
+        ours, theirs = (PART.format(name).removesuffix(".jsonl") for name in (beginning, SHARD))
+        names = _files(self.folder)[1:]
+        return [path for path in names if path.name.startswith(ours) and not path.name.startswith(theirs)]
 
     def _take_in(self, path: Path) -> None:
         try:

@@ -27,6 +27,16 @@ WAITING = "waiting for what other processes encode for this cache"
 U = TypeVar("U")
 
 
+def images_at_once(device: str) -> int:
+    """Images of one size that are encoded together on a kind of device: more are not faster on the CPU."""
+    return 1 if device == "cpu" else 8
+
+
+def texts_at_once(device: str) -> int:
+    """Texts that are encoded together: one on the CPU, where the states are bit for bit those of `generate`."""
+    return 1 if device == "cpu" else 64
+
+
 def unit_length(count: int, batch: int) -> int:
     """The length of a unit of `count` images: whole batches, the same for all who fill the cache with these images."""
     wanted = min(MOST_OF_UNIT, -(-count // UNITS))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdcli.data.buckets import Size, resize_and_crop
 from sdcli.data.cache.claims import Claims
-from sdcli.data.cache.division import WAITING, Division, chunks_by_size, unit_length
+from sdcli.data.cache.division import WAITING, Division, chunks_by_size, images_at_once, unit_length
 from sdcli.data.cache.keys import (
     LOGVAR,
     MEAN,
@@ -79,7 +79,7 @@ def fill_latents(
     store.refresh()
     filling.settle_known(np.arange(len(items)))
     yield filling.progress(notes=damage_notes(store))
-    batches = _Batches(batch_size_for(vae, batch_size))
+    batches = _Batches(batch_size or images_at_once(vae.device.type))
     division = Division(store, claims, stop)
     length = unit or unit_length(len(items), batches.limit)
     units = [np.arange(len(items))] if claims is None else chunks_by_size(sizes, length)
@@ -104,11 +104,6 @@ def fill_latents(
     finally:
         division.flush()
     yield filling.progress(latents=filling.index())
-
-
-def batch_size_for(vae: CacheVae, batch_size: int | None = None) -> int:
-    """Images that are encoded at once: more are not faster on the CPU."""
-    return batch_size or (1 if vae.device.type == "cpu" else 8)
 
 
 @dataclass(frozen=True)

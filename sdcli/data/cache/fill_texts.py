@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdcli.data.cache.claims import Claims
-from sdcli.data.cache.division import WAITING, Division, in_parts, unit_length
+from sdcli.data.cache.division import WAITING, Division, in_parts, texts_at_once, unit_length
 from sdcli.data.cache.fill import damage_notes
 from sdcli.data.cache.keys import HIDDEN, CacheTextEncoder, TextKeys
 from sdcli.data.cache.progress import CacheProgress
@@ -41,7 +41,7 @@ def fill_texts(
     store.refresh()
     wanted = {keys.key(text): text for text in texts}
     absent = _absent(list(wanted), store)
-    at_once = batch_size or (1 if encoder.device.type == "cpu" else 64)
+    at_once = batch_size or texts_at_once(encoder.device.type)
     total, encoded, waited = len(wanted), 0, False
 
     def progress(notes: tuple[str, ...] = ()) -> CacheProgress:
