@@ -60,6 +60,7 @@ class Claims:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+        self._sweep()
         with contextlib.suppress(OSError):  # others may have claims in it
             self.folder.rmdir()
 
@@ -134,6 +135,12 @@ class Claims:
         except OSError as error:
             raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
         return True
+
+    def _sweep(self) -> None:
+        """Remove the claims of processes that are gone, also where what they were about was done before."""
+        with contextlib.suppress(CannotWrite):
+            for path in list(self.folder.glob("*.json")):
+                self._take_over(path)
 
     def _is_abandoned(self, path: Path, owner: tuple[str, int] | None) -> bool:
         if owner is not None and owner[0] == machine() and not alive(owner[1]):
