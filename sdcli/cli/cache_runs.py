@@ -74,18 +74,15 @@ def fill_here(
     from sdcli.data.cache.division import images_at_once, places_of_shard
     from sdcli.data.cache.fill import fill_latents
     from sdcli.data.cache.fill_texts import fill_texts
-    from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
+    from sdcli.data.cache.keys import LATENTS, TEXTS
+    from sdcli.data.cache.networks import load_encoders
     from sdcli.data.cache.store import TensorStore
-    from sdcli.models.loader import Part, load_model
     from sdcli.training.inputs.captions import CaptionRules
     from sdcli.training.inputs.encoding import cut_captions, texts_of
 
     spec, found, run = what.spec, what.found, what.run
-    parts: tuple[Part, ...] = ("vae", "text_encoder") if spec.family.reads_text else ("vae",)
     console.note(f"loading {spec.name}")
-    number = "float32" if run.dtype == "auto" else run.dtype
-    loaded = load_model(spec, device=run.device, dtype=number, offline=run.offline, parts=parts)
-    vae = CacheVae(loaded.vae, loaded.identity("vae"))
+    vae, encoder = load_encoders(spec, run, texts=spec.family.reads_text)
     used, sizes = found.used, [found.sizes[int(index)] for index in found.used]
     if part is not None:
         places = places_of_shard(sizes, part, batch=run.batch_size or images_at_once(vae.device.type))
@@ -108,17 +105,14 @@ def fill_here(
         of_pictures = _shown(filling, "encoding images", display, console)
         assert of_pictures.latents is not None
         dropped = of_pictures.latents.dropped
-        if "text_encoder" not in parts:
+        if encoder is None:
             return CacheOutcome(of_pictures, None, dropped)
         texts = what.texts if part is None else list(part.part(what.texts))
-        assert loaded.tokenizer is not None
         items = (found.images[int(index)] for index in found.used)
         rules = CaptionRules(prefix=what.prefix, template=what.template)
-        note = cut_captions(texts_of(items, rules), loaded.tokenizer)
+        note = cut_captions(texts_of(items, rules), encoder.tokenizer)
         if note:
             console.warn(note)
-        identity = loaded.identity("text_encoder")
-        encoder = CacheTextEncoder(loaded.text_encoder, loaded.tokenizer, identity, spec.name)
         filling = fill_texts(texts, encoder=encoder, store=states, claims=claims, stop=stop)
         return CacheOutcome(of_pictures, _shown(filling, "encoding captions", display, console), dropped)
 

@@ -9,11 +9,11 @@ from sdcli.cluster.units import Attempt, FromWork, ItemRow, Work, Working, WorkR
 from sdcli.data.cache.claims import Claims
 from sdcli.data.cache.fill import fill_latents
 from sdcli.data.cache.fill_texts import fill_texts
-from sdcli.data.cache.keys import LATENTS, TEXTS, CacheTextEncoder, CacheVae
+from sdcli.data.cache.keys import LATENTS, TEXTS
+from sdcli.data.cache.networks import load_encoders
 from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.store import TensorStore
 from sdcli.errors import Interrupted
-from sdcli.models.loader import Part, load_model
 from sdcli.training.inputs.image_data import list_data
 
 
@@ -28,18 +28,9 @@ def start(setup: CacheSetup) -> Work:
 
 class _CacheWorker:
     def __init__(self, setup: CacheSetup) -> None:
-        run = setup.run
-        parts: tuple[Part, ...] = ("vae", "text_encoder") if setup.texts else ("vae",)
-        dtype = "float32" if run.dtype == "auto" else run.dtype
-        loaded = load_model(setup.spec, device=run.device, dtype=dtype, offline=run.offline, parts=parts)
+        self._vae, self._encoder = load_encoders(setup.spec, setup.run, texts=setup.texts)
         self._setup, self._images = setup, list_data(setup.data, setup.settings)
-        self._vae = CacheVae(loaded.vae, loaded.identity("vae"))
         self._latents, self._states = TensorStore(setup.folder, LATENTS), TensorStore(setup.folder, TEXTS)
-        self._encoder: CacheTextEncoder | None = None
-        if setup.texts:
-            assert loaded.tokenizer is not None
-            identity = loaded.identity("text_encoder")
-            self._encoder = CacheTextEncoder(loaded.text_encoder, loaded.tokenizer, identity, setup.spec.name)
 
     def do(self, attempt: Attempt, cancelled: Callable[[], bool]) -> Iterator[FromWork]:
         with Claims(self._setup.folder) as claims:

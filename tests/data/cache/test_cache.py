@@ -10,8 +10,6 @@ import pickle
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +73,7 @@ from sdcli.request.input_files import input_files
 from sdcli.request.schema import GenerationRequest
 from sdcli.training.settings import cache_folder
 from sdcli.vae import autoencoder
-from tests.conftest import REPOSITORY
+from tests.data.cache.filling import Start, begin, filling_processes
 
 SIZE = (32, 32)
 DTYPES = [
@@ -1011,64 +1009,11 @@ def test_a_text_encoder_that_gives_nan_is_refused(tmp_path: Path, tiny_folder: P
 
 # Processes
 
-FILL = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from sdcli.vae import autoencoder
-from sdcli.data.cache.store import TensorStore
-from sdcli.data.cache.fill import fill_latents
-from sdcli.data.cache.keys import CacheVae
-from sdcli.data.sources import open_images
-from sdcli.models.loader import load_model
-from sdcli.models.registry import load_registry
-
-model, data, cache, pause = sys.argv[1:5]
-loaded = load_model(load_registry().find(model), device="cpu", dtype="float32", parts=("vae",))
-images = open_images(data)
-moments = autoencoder.moments
-def slow(vae, pixels, **options):
-    time.sleep(float(pause))
-    return moments(vae, pixels, **options)
-autoencoder.moments = slow
-store = TensorStore(Path(cache), "latents", shard_bytes=1500)
-used = np.arange(len(images))
-print("ready", flush=True)
-sys.stdin.readline()
-vae = CacheVae(loaded.vae, loaded.identity("vae"))
-for last in fill_latents(images, used, [(32, 32)] * len(used), vae=vae, store=store):
-    pass
-print(last.encoded, last.reused, len(last.latents.items), flush=True)
-"""
-
 
 @pytest.fixture
-def start(tiny_folder: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    running: list[subprocess.Popen[str]] = []
-
-    def run(*, pause: float) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", FILL, str(tiny_folder), str(tmp_path / "data"), str(tmp_path / "cache")]
-        process = subprocess.Popen(
-            [*command, str(pause)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        )
-        running.append(process)
-        return process
-
-    yield run
-    for process in running:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def begin(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
+def start(tiny_folder: Path, tmp_path: Path) -> Iterator[Start]:
+    with filling_processes(tiny_folder, tmp_path) as processes:
+        yield processes
 
 
 def wait_for_shards(folder: Path, count: int) -> None:
@@ -1090,15 +1035,12 @@ def check_against_an_undisturbed_filling(tmp_path: Path, model: LoadedModel, ind
 
 @pytest.mark.slow
 def test_of_two_fillings_of_one_folder_that_are_killed_all_that_was_written_is_used(
-    tmp_path: Path, model: LoadedModel, start: Callable[..., subprocess.Popen[str]], encodes: list[int]
+    tmp_path: Path, model: LoadedModel, start: Start, encodes: list[int]
 ) -> None:
     for seed in range(24):
         sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
     processes = [start(pause=0.1), start(pause=0.15)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        begin(process)
+    begin(*processes)
     wait_for_shards(tmp_path / "cache", 4)
     for process in processes:
         process.send_signal(signal.SIGKILL)
@@ -1115,16 +1057,12 @@ def test_of_two_fillings_of_one_folder_that_are_killed_all_that_was_written_is_u
 
 @pytest.mark.slow
 def test_two_processes_that_fill_one_folder_at_once_leave_the_union(
-    tmp_path: Path, model: LoadedModel, start: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, model: LoadedModel, start: Start
 ) -> None:
     for seed in range(24):
         sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
     processes = [start(pause=0.05), start(pause=0.06)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # when both are ready: the first could be done before the other has started
-        begin(process)
+    begin(*processes)  # when both are ready: the first could be done before the other has started
     for process in processes:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0
@@ -1139,14 +1077,12 @@ def test_two_processes_that_fill_one_folder_at_once_leave_the_union(
 
 @pytest.mark.slow
 def test_a_filling_that_is_killed_over_and_over_comes_to_its_end(
-    tmp_path: Path, model: LoadedModel, start: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, model: LoadedModel, start: Start
 ) -> None:
     for seed in range(24):
         sample(tmp_path / "data" / f"{seed:02}.png", seed=seed)
     for turn in range(5):
         process = start(pause=0.005)
-        assert process.stdout is not None
-        process.stdout.readline()
         begin(process)
         wait_for_shards(tmp_path / "cache", turn + 1)
         time.sleep(0.004 * turn)  # another moment each time, in the midst of a write too

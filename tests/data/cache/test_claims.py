@@ -24,12 +24,26 @@ from sdcli.data.cache.store import TensorStore
 from sdcli.errors import CannotWrite
 from sdcli.generation.run_shard import RunShard
 from tests.conftest import REPOSITORY, Run
+from tests.data.cache.filling import begin, filling_processes
 
 # Claims
 
 
 def files(folder: Path) -> list[Path]:
     return sorted((folder / "claims").glob("*")) if (folder / "claims").exists() else []
+
+
+def test_the_claim_of_a_process_that_is_gone_goes_with_the_next_one_even_if_its_work_was_done(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from sdcli.data.cache.claims import Claims; "
+    code += "assert Claims(Path(sys.argv[1])).take('done'); os._exit(0)"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    )
+    with Claims(tmp_path) as other:
+        assert other.take("b")
+        with Claims(tmp_path) as one:
+            assert list(one.turns(["done"], name=str, is_done=lambda unit: True)) == []
+        assert [path.stem for path in files(tmp_path)] == ["b"], "that of a process that is alive stays"
 
 
 def test_a_unit_has_one_holder_until_it_is_given_back(tmp_path: Path) -> None:
@@ -163,38 +177,6 @@ def test_units_are_whole_batches_of_one_size_and_hold_every_image_once() -> None
 
 # Processes
 
-FILL = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from sdcli.vae import autoencoder
-from sdcli.data.cache.claims import Claims
-from sdcli.data.cache.store import TensorStore
-from sdcli.data.cache.fill import fill_latents
-from sdcli.data.cache.keys import CacheVae
-from sdcli.data.sources import open_images
-from sdcli.models.loader import load_model
-from sdcli.models.registry import load_registry
-
-model, data, cache, pause = sys.argv[1:5]
-loaded = load_model(load_registry().find(model), device="cpu", dtype="float32", parts=("vae",))
-images = open_images(data)
-moments = autoencoder.moments
-def slow(vae, pixels, **options):
-    time.sleep(float(pause))
-    return moments(vae, pixels, **options)
-autoencoder.moments = slow
-store = TensorStore(Path(cache), "latents", shard_bytes=1500)
-used = np.arange(len(images))
-print("ready", flush=True)
-sys.stdin.readline()
-vae = CacheVae(loaded.vae, loaded.identity("vae"))
-with Claims(Path(cache)) as claims:
-    for last in fill_latents(images, used, [(32, 32)] * len(used), vae=vae, store=store, claims=claims):
-        if last.encoded == 1:
-            print("began", flush=True)
-print(last.encoded, last.reused, len(last.latents.items), flush=True)
-"""
 COUNT = 24
 
 
@@ -204,36 +186,12 @@ def start(tiny_folder: Path, tmp_path: Path) -> Iterator[Callable[..., subproces
         coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.fromarray(coarse).resize((40, 32), Image.Resampling.BICUBIC).save(tmp_path / "data" / f"{seed:02}.png")
-    running: list[subprocess.Popen[str]] = []
+    with filling_processes(tiny_folder, tmp_path) as processes:
 
-    def run(cache: str = "cache", *, pause: float = 0.05) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", FILL, str(tiny_folder), str(tmp_path / "data"), str(tmp_path / cache)]
-        process = subprocess.Popen(
-            [*command, str(pause)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        )
-        running.append(process)
-        return process
+        def run(cache: str = "cache", *, pause: float = 0.05) -> subprocess.Popen[str]:
+            return processes(cache, pause=pause, claims=True)
 
-    yield run
-    for process in running:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def begin(*processes: subprocess.Popen[str]) -> None:
-    """Let processes that are ready begin at the same moment."""
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+        yield run
 
 
 def counts(process: subprocess.Popen[str]) -> tuple[int, int]:
