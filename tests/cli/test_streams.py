@@ -314,3 +314,21 @@ def test_a_terminal_shows_no_control_characters_of_a_path(monkeypatch: pytest.Mo
     monkeypatch.setattr(console.sys, "stdout", terminal)  # type: ignore[attr-defined]
     Console().result(Path("a\x1b[31m\udce9.png"), "\t3 dB")
     assert terminal.getvalue() == "a�[31m\\xe9.png\t3 dB\n"
+
+
+def test_a_line_that_went_out_just_before_a_signal_is_not_printed_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(number: int, data: bytes) -> int:
+        write(number, data)
+        raise KeyboardInterrupt
+
+    write, descriptor = os.write, os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    out = io.TextIOWrapper(io.BufferedWriter(_StdoutBytes(descriptor)))
+    out.write("image.png\n")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "write", interrupted)
+        out.flush()
+    out.flush()
+    os.close(descriptor)
+    assert (tmp_path / "out").read_text() == "image.png\n"

@@ -140,6 +140,9 @@ class _StdoutBytes(_Descriptor):
         except OSError as error:
             self._failed = True
             raise CannotWrite(f"cannot write to stdout: {error.strerror}") from None
+        except BaseException:  # of a signal's handler, perhaps after the bytes went out: they must not go out twice
+            self._failed = True
+            raise
 
 
 class _StderrBytes(_Descriptor):
