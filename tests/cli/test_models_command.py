@@ -232,18 +232,18 @@ def test_a_source_is_told_by_how_it_looks(
 
 @pytest.mark.slow
 def test_the_default_is_of_files_that_every_command_reads(
-    models: Run, environment: dict[str, str], tmp_path: Path
+    models: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = tmp_path / "lab.yaml"
     lab.write_text("models:\n  lab: {source: {kind: random, architecture: tiny, seed: 1}}\n")
-    environment["SDCLI_MODELS_FILE"] = str(lab)
+    monkeypatch.setenv("SDCLI_MODELS_FILE", str(lab))
     refused = models("default", "lab")
     assert (refused.returncode, "no model 'lab' in the models files" in refused.stderr) == (3, True)
     own = tmp_path / "config/sdcli/models.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("default: lab\n")
     assert models("default").stdout.strip() == "lab"  # a file on top may hold it
-    del environment["SDCLI_MODELS_FILE"]
+    monkeypatch.delenv("SDCLI_MODELS_FILE")
     assert models("default").returncode == 2
     assert models("default", "tiny").returncode == 0  # and this mends it
     assert models("default").stdout.strip() == "tiny"
