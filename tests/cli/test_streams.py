@@ -326,9 +326,10 @@ def test_a_line_that_went_out_just_before_a_signal_is_not_printed_twice(
     write, descriptor = os.write, os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
     out = io.TextIOWrapper(io.BufferedWriter(_StdoutBytes(descriptor)))
     out.write("image.png\n")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "write", interrupted)
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         out.flush()
+    monkeypatch.setattr(os, "write", write)
     out.flush()
     os.close(descriptor)
     assert (tmp_path / "out").read_text() == "image.png\n"
