@@ -20,7 +20,8 @@ models into a folder (8 GB for the first size, 7 GB and 4 GB for stable-diffusio
 
 `--programs` chooses some, `--parts step` or `decode` one of the two. A run that was ended goes on where it was when it
 is called again: it keeps what each finished process measured, until all have. With `--seconds` it ends by itself,
-before a process that might not be done by then.
+before a process that might not be done by then. A process during which other work took more than a tenth of a core does
+not count; the next call runs it again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -53,6 +55,8 @@ PROGRAMS = {
     "sd.cpp-q8_0": "stable-diffusion.cpp, q8_0",
 }
 FLOOR = "floor"
+MOST_OTHERS = 0.1
+"""The share of one core that other processes may take meanwhile; beyond it, the next call runs the process again."""
 PREPARE = {
     "openvino": converted.prepare_openvino,
     "onnxruntime": converted.prepare_onnxruntime,
@@ -115,15 +119,18 @@ def compare(arguments: argparse.Namespace) -> None:
     runs = [] if arguments.restart else runs_held(held, settings)
     for number, name in turns_left(runs, arguments, time.perf_counter()):
         print(f"round {number + 1}: {name} ...", file=sys.stderr, flush=True)
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), cpu_of_others()
         figures = run_worker(name)
-        runs.append({"round": number, "program": name, "took_s": time.perf_counter() - begun, **figures})
+        took, others = time.perf_counter() - begun, cpu_of_others() - busy
+        runs.append({"round": number, "program": name, "took_s": took, "others_s": others, **figures})
+        if others > MOST_OTHERS * took:
+            print(f"other processes took {others:.1f} s of CPU meanwhile: not counted", file=sys.stderr)
         print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
         held.write_text(json.dumps({"settings": settings, "runs": runs}, indent=2) + "\n")
-    if missing := len(turns(arguments)) - sum(run["program"] != FLOOR for run in runs):
+    if missing := len(turns(arguments)) - sum(run["program"] != FLOOR for run in counted(runs)):
         print(f"{missing} processes are left: call this again", file=sys.stderr)
         return
-    result = summary(settings, runs, arguments)
+    result = summary(settings, counted(runs), arguments)
     show(result)
     if arguments.json:
         written = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
@@ -159,7 +166,8 @@ def turns_left(runs: Sequence[Figures], arguments: argparse.Namespace, begun: fl
 
     A process is expected to take as long as that program did before, or else as the longest of all.
     """
-    left = [turn for turn in turns(arguments) if turn not in {(run["round"], run["program"]) for run in runs}]
+    done = {(run["round"], run["program"]) for run in counted(runs)}
+    left = [turn for turn in turns(arguments) if turn not in done]
     if left:
         yield sum(run["program"] == FLOOR for run in runs), FLOOR
     for number, name in left:
@@ -168,6 +176,21 @@ def turns_left(runs: Sequence[Figures], arguments: argparse.Namespace, begun: fl
         if arguments.seconds and time.perf_counter() - begun + expected > arguments.seconds:
             return
         yield number, name
+
+
+def counted(runs: Sequence[Figures]) -> list[Figures]:
+    """By rounds, without processes that other work overlapped; of the floor, a maximum, all."""
+    alone = [run for run in runs if run["program"] == FLOOR or run["others_s"] <= MOST_OTHERS * run["took_s"]]
+    return sorted(alone, key=lambda run: run["round"])
+
+
+def cpu_of_others() -> float:
+    """Seconds of CPU that all processes but this one and those it started took, and the host kept; 0 but on Linux."""
+    if sys.platform != "linux":
+        return 0.0
+    user, nice, system, _idle, _wait, irq, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    ours = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK") - ours
 
 
 def run_worker(name: str) -> Figures:
@@ -188,9 +211,7 @@ def summary(settings: Figures, runs: Sequence[Figures], arguments: argparse.Name
     return {
         **{name: value for name, value in settings.items() if name != "programs"},
         "floor": {
-            "gflops": statistics.median(rates),
-            "least_gflops": min(rates),
-            "most_gflops": max(rates),
+            "gflops": max(rates),
             **{f"{part}_tflop": floors[0][f"{part}_tflop"] for part in PARTS},
         },
         "programs": {name: program_summary(name, by_program, arguments) for name in arguments.programs},

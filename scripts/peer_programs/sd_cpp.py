@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.metadata
 import itertools
 import re
 import resource
@@ -131,7 +132,7 @@ def run_sd_cpp(arguments: argparse.Namespace) -> Figures:
         DECODE: [decode_seconds("".join(log))],
         "load_s": loaded - started,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "version": f"{package.sd_version().decode()} ({package.sd_commit().decode()})",
+        "version": f"{importlib.metadata.version('stable-diffusion-cpp-python')} of the Python package",
         "note_output": f"an image of {len(steps)} steps, as pixels of 0 to 1",
     }
 

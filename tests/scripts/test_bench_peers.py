@@ -40,7 +40,9 @@ class Processes:
         self.started: list[str] = []
         self.dies_before = dies_before
         self.broken: set[str] = set()
+        self.busy = 0.0
         monkeypatch.setattr(bench, "run_worker", self.run)
+        monkeypatch.setattr(bench, "cpu_of_others", lambda: self.busy)
 
     def run(self, name: str) -> dict[str, Any]:
         if len(self.started) == self.dies_before:
@@ -97,6 +99,34 @@ def test_a_run_that_was_ended_goes_on_where_it_was(
     third = Processes(monkeypatch, bench)
     assert len(call(bench, monkeypatch, tmp_path)) == 2, "a complete comparison is not continued"
     assert third.started == ["floor", *STEPS, *STEPS]
+
+
+def test_a_process_that_other_work_overlapped_is_run_again(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    processes = Processes(monkeypatch, bench)
+    run = processes.run
+
+    def beside_others(name: str) -> dict[str, Any]:
+        processes.busy += 5 if processes.started.count("diffusers") == 1 and name == "openvino" else 0
+        return run(name)
+
+    monkeypatch.setattr(bench, "run_worker", beside_others)
+    assert call(bench, monkeypatch, tmp_path) == []
+    monkeypatch.setattr(bench, "run_worker", run)
+    processes.started.clear()
+    [result] = call(bench, monkeypatch, tmp_path)
+    assert processes.started == ["floor", "openvino"]
+    assert result["programs"]["openvino"]["step"]["s"] == pytest.approx(2.2), "1.1 in this call, 3.3 in the first"
+    assert result["programs"]["openvino"]["step"]["ratio"] == pytest.approx((0.25 + 0.5) / 2), "1.1 of 4.4, 3.3 of 6.6"
+
+
+def test_the_cpu_of_others_leaves_out_what_was_started_here(bench: ModuleType) -> None:
+    begun, before = bench.time.perf_counter(), bench.cpu_of_others()
+    subprocess.run([sys.executable, "-c", "for _ in range(3_000_000): pass"], check=True)
+    cores = bench.os.cpu_count()
+    took = bench.time.perf_counter() - begun
+    assert -0.2 <= bench.cpu_of_others() - before <= cores * took + 0.2
 
 
 def test_figures_of_different_settings_are_not_mixed(
@@ -199,10 +229,9 @@ def test_steps_of_stable_diffusion_cpp_are_timed_between_its_reports(
         StableDiffusion=StableDiffusion,
         sd_log_callback=lambda function: function,
         sd_set_log_callback=lambda function, _data: callbacks.append(function),
-        sd_version=lambda: b"9",
-        sd_commit=lambda: b"abc",
     )
     monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", package)  # type: ignore[arg-type]
+    monkeypatch.setattr(bench.sd_cpp.importlib.metadata, "version", lambda _name: "9")
     monkeypatch.setattr(bench.sd_cpp.time, "perf_counter", lambda: clock[0])
     arguments = argparse.Namespace(
         work=tmp_path, worker="sd.cpp-q8_0", size=64, repeats=2, threads=2, sd_cpp_flash=False, sd_cpp_direct=False
