@@ -18,6 +18,7 @@ from tests.forked import run_forked
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # --mixed-precision auto is the same on every CPU
 os.environ.pop("SDCLI_MODELS_FILE", None)
 
 # A busy machine is slow, not wrong.

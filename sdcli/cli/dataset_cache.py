@@ -179,8 +179,8 @@ def command(
 
     Records are found by a digest of the image, its size, the VAE and the number format: training with the same settings
     reads all of them, and a new image costs one encoding. An interrupted run can be repeated, and runs at the same time
-    divide the work. --dtype auto is float32
-    here; use bfloat16 for training with --mixed-precision bf16 on a CPU.
+    divide the work. --dtype auto is what training with --mixed-precision auto reads: bfloat16 on CPUs with instructions
+    for it, else float32. For training on a CPU with --mixed-precision bf16 or no, use bfloat16 or float32.
     """
     console = Console(quiet=quiet, verbose=verbose, json=as_json)
     typed = {

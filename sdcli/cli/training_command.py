@@ -209,7 +209,7 @@ class _AlreadyPrinted(SdcliError):
 
 
 def _resolved(trainer: TrainingCommand[S], call: TrainingCall) -> tuple[str, Path, S]:
-    from sdcli.training.run_folder import recorded
+    from sdcli.training.run_folder import recorded, with_recorded_precision
 
     typed = dict(call.typed)
     given = read_config(call.config, trainer.kind) if call.config is not None else {}
@@ -228,7 +228,8 @@ def _resolved(trainer: TrainingCommand[S], call: TrainingCall) -> tuple[str, Pat
         data = data if data is not None else begun_with
     if data is None:
         raise UsageError(f"nothing to train on; try: sdcli {trainer.name} DATA -o {output}")
-    return str(data), run, settings_from(trainer.kind, _over(_over(before, given), typed))
+    values = with_recorded_precision(_over(_over(before, given), typed), before)
+    return str(data), run, settings_from(trainer.kind, values)
 
 
 def _over(values: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,10 @@ import torch
 from sdcli.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = ("no", "bf16", "fp16")
+"""Number formats of training's forward and backward passes; with no, float32."""
+LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""The environment variable in which `accelerate launch` passes its --mixed_precision on."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,6 +39,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+
+
+def pick_precision(device: torch.device) -> str:
+    """What `--mixed-precision auto` is: bf16 on CPUs that multiply bfloat16 natively, else no.
+
+    Under `accelerate launch` it is what that was told (`--mixed_precision`, by default no): no, bf16 or fp16.
+    """
+    launched = os.environ.get(LAUNCHED_PRECISION, "").lower()
+    if launched in PRECISIONS:
+        return launched
+    half = device.type == "cpu" and cpu_has_bfloat16() and cpu_has_bfloat16_kernels()
+    return "bf16" if half else "no"
 
 
 def cpu_has_bfloat16() -> bool:

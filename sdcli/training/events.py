@@ -29,6 +29,8 @@ class RunStart:
     """Samples of one optimizer step, over all processes."""
     parameters: int
     trainable: int
+    mixed_precision: str = "no"
+    """The precision of the forward and backward passes: no, bf16 or fp16."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sdcli.training.events import Event, RunEnd, RunNote, RunStart
 from sdcli.training.inputs.feed import Feed, Share, on_device
 from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
 from sdcli.training.orders import Orders, SaveRequest, agree, agree_on_failure
+from sdcli.training.precision import with_precision
 from sdcli.training.saving import Saving
 from sdcli.training.settings import TrainSettings
 from sdcli.training.sharding import shard
@@ -66,6 +67,7 @@ def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
     Raises UsageError.
     """
     device = pick_device(settings.device)
+    settings = with_precision(settings)
     if settings.mixed_precision == "fp16" and device.type != "cuda":
         raise UsageError("--mixed-precision fp16 needs a CUDA device; bf16 works everywhere")
     accelerator = Accelerator(
@@ -193,6 +195,7 @@ class Trainer:
             trainable=sum(
                 p.numel() for phase in task.phases for group in phase.groups for p in group["params"].values()
             ),
+            mixed_precision=accelerator.mixed_precision,
         )
         computed, note = self._compiled(networks)
         yield from (RunNote(text) for text in (note, _precision_note(settings, accelerator.device)) if text)

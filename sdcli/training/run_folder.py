@@ -126,6 +126,13 @@ def recorded(run: Path, *, command: str, kind: type[TrainSettings]) -> tuple[str
     return data, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+def with_recorded_precision(values: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a resumed run, where `--mixed-precision auto` is what the run began with, on any machine."""
+    if values.get("mixed_precision") == "auto" and "mixed_precision" in before:
+        return {**values, "mixed_precision": before["mixed_precision"]}
+    return values
+
+
 def check_unchanged(before: TrainSettings, now: TrainSettings, *, batch: tuple[int, int]) -> None:
     """Raise UsageError for settings that would change the run. `batch`: the samples of a step before and now.
 

@@ -23,6 +23,7 @@ from sdcli.training.forecast import Forecast
 from sdcli.training.launch import MARK
 from sdcli.training.loop import Plan, Trainer, make_accelerator
 from sdcli.training.orders import SaveRequest, agree_on_names
+from sdcli.training.precision import check_same_precision, with_precision
 from sdcli.training.reporting import Reporting, start_trackers
 from sdcli.training.run_folder import absolute_data, with_absolute_paths
 from sdcli.training.run_log import RunLog, read_log
@@ -68,10 +69,14 @@ class Session(ABC, Generic[S]):
     """The names that --from-scratch knows."""
 
     def __init__(self, data: str, run: Path, settings: S, registry: Registry) -> None:
-        self.data, self.run, self.settings, self.registry = data, run, settings, registry
+        self.data, self.run, self.settings, self.registry = data, run, with_precision(settings), registry
         self._stack = contextlib.ExitStack()
         trackers = list(settings.report_to) or None
-        self.accelerator = make_accelerator(settings, log_with=trackers, project_dir=str(run) if trackers else None)
+        self.accelerator = make_accelerator(
+            self.settings, log_with=trackers, project_dir=str(run) if trackers else None
+        )
+        if settings.mixed_precision == "auto":
+            check_same_precision(self.accelerator, self.settings.mixed_precision)
         self._setup: RunSetup | None = None
         self._checkpoint: CheckpointInfo | None = None
 
@@ -160,6 +165,7 @@ class Session(ABC, Generic[S]):
             "steps_per_epoch": round(self.setup.samples / self.batch, 2),
             "processes": processes,
             "device": self.accelerator.device.type,
+            "mixed_precision": self.settings.mixed_precision,
             "sharding": self.sharding,
             "memory_bytes": self.setup.memory.peak(processes, self.sharding),
             "memory": self.setup.memory.of_device(processes, self.sharding),

@@ -28,6 +28,10 @@ DATA, SHAPE, STEPS, OPTIMIZER, OBJECTIVE, MODEL, WATCH, KEEP, MACHINE = (
 )
 DEFAULT_STEPS = 1000
 
+Precision = Literal["auto", "no", "bf16", "fp16"]
+FixedPrecision = Literal["no", "bf16", "fp16"]
+"""Of trainers for which bfloat16 has not been shown to learn as well as float32, so that `auto` would be a guess."""
+
 LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -76,8 +80,11 @@ class TrainSettings(BaseModel):
     ema_decay: float = setting(0.9999, "highest decay of the moving average", OPTIMIZER, ge=0, lt=1)
     ema_power: float = setting(0.75, "the decay rises as 1 - (1 + step)^-power up to --ema-decay", OPTIMIZER)
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
-        "no", "precision of the forward and backward passes; fp16 needs CUDA", MACHINE
+    mixed_precision: Precision = setting(
+        "auto",
+        "precision of the forward and backward passes; auto: bf16 on CPUs with instructions for bfloat16, else no; "
+        "fp16 needs CUDA",
+        MACHINE,
     )
     gradient_checkpointing: bool = setting(False, "save memory by computing activations twice", MACHINE)
     channels_last: bool = setting(False, "memory layout of convolutions; faster in half precision", MACHINE)
@@ -147,6 +154,11 @@ class TrainSettings(BaseModel):
                 if given:
                     raise ValueError(f"--sharding full cannot be combined with {flag}: {why}")
         return self
+
+
+def fixed_precision() -> Any:
+    """The setting of trainers without `auto`."""
+    return setting("no", "precision of the forward and backward passes; fp16 needs CUDA", MACHINE)
 
 
 class ImageSettings(TrainSettings):

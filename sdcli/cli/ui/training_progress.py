@@ -66,8 +66,9 @@ class TrainingProgress(ProgressBar):
         steps = f"{event.steps:,} steps" if event.steps is not None else "until the time is over, steps"
         after = f", continuing after step {event.start_step:,}" if event.start_step else ""
         trainable = "" if event.trainable == event.parameters else f"{event.trainable:,} of "
+        precision = "" if event.mixed_precision == "no" else f", in {event.mixed_precision}"
         self._console.note(
-            f"training {trainable}{event.parameters:,} parameters, {steps} of {event.batch} samples{after}"
+            f"training {trainable}{event.parameters:,} parameters, {steps} of {event.batch} samples{precision}{after}"
         )
         self._enter("training", event.steps)
 

@@ -7,11 +7,13 @@ from typing import Self
 
 from pydantic import model_validator
 
-from sdcli.training.settings import DATA, MODEL, OBJECTIVE, TrainSettings, setting
+from sdcli.training.settings import DATA, MODEL, OBJECTIVE, FixedPrecision, TrainSettings, fixed_precision, setting
 
 
 class TextSettings(TrainSettings):
     """Settings of `sdcli train-text-encoder`."""
+
+    mixed_precision: FixedPrecision = fixed_precision()
 
     caption_column: str | None = setting(None, "column with the caption (default: text or caption)", DATA)
     caption_extension: str = setting(".txt", "extension of the caption files next to images", DATA)

@@ -7,11 +7,13 @@ from typing import Self
 
 from pydantic import model_validator
 
-from sdcli.training.settings import MODEL, OBJECTIVE, ImageSettings, setting
+from sdcli.training.settings import MODEL, OBJECTIVE, FixedPrecision, ImageSettings, fixed_precision, setting
 
 
 class VaeSettings(ImageSettings):
     """Settings of `sdcli train-vae`."""
+
+    mixed_precision: FixedPrecision = fixed_precision()
 
     model: str | None = setting(None, "model whose VAE to fine-tune (default: the embedded model)", MODEL)
     from_scratch: str | None = setting(None, "start from random weights: a vae/config.json, or kl, tiny, sd15", MODEL)
