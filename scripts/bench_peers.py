@@ -10,7 +10,7 @@ stable-diffusion.cpp makes whole images only. The time of a step is that between
 a decode is the one in its log, once in each process; what is compared is an image after `--repeats` and one more steps.
 
 The other programs are no dependencies of sdcli. They go into an environment of their own, beside sdcli, and their
-models into a folder (8 GB for the first size, 7 GB and 4 GB for stable-diffusion.cpp for each further one):
+models into a folder (7 GB for each size, and 4 GB for stable-diffusion.cpp; it is prepared for a number of `--repeats`):
 
     python -m venv /tmp/peers
     /tmp/peers/bin/pip install -e . openvino onnx onnxscript onnxruntime
@@ -123,7 +123,7 @@ def compare(arguments: argparse.Namespace) -> None:
         figures = run_worker(name)
         took, others = time.perf_counter() - begun, cpu_of_others() - busy
         runs.append({"round": number, "program": name, "took_s": took, "others_s": others, **figures})
-        if others > MOST_OTHERS * took:
+        if not alone(runs[-1]):
             print(f"other processes took {others:.1f} s of CPU meanwhile: not counted", file=sys.stderr)
         print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
         held.write_text(json.dumps({"settings": settings, "runs": runs}, indent=2) + "\n")
@@ -179,9 +179,12 @@ def turns_left(runs: Sequence[Figures], arguments: argparse.Namespace, begun: fl
 
 
 def counted(runs: Sequence[Figures]) -> list[Figures]:
-    """By rounds, without processes that other work overlapped; of the floor, a maximum, all."""
-    alone = [run for run in runs if run["program"] == FLOOR or run["others_s"] <= MOST_OTHERS * run["took_s"]]
-    return sorted(alone, key=lambda run: run["round"])
+    """By rounds, without processes that other work overlapped; of the floor all, since its operations count anyway."""
+    return sorted((run for run in runs if run["program"] == FLOOR or alone(run)), key=lambda run: run["round"])
+
+
+def alone(run: Figures) -> bool:
+    return bool(run["others_s"] <= MOST_OTHERS * run["took_s"])
 
 
 def cpu_of_others() -> float:
@@ -207,11 +210,11 @@ def run_worker(name: str) -> Figures:
 def summary(settings: Figures, runs: Sequence[Figures], arguments: argparse.Namespace) -> Figures:
     floors = [run for run in runs if run["program"] == FLOOR]
     by_program = {name: [run for run in runs if run["program"] == name] for name in arguments.programs}
-    rates = [run["gflops"] for run in floors]
+    rates = [run["gflops"] for run in floors if alone(run)]
     return {
         **{name: value for name, value in settings.items() if name != "programs"},
         "floor": {
-            "gflops": max(rates),
+            "gflops": max(rates, default=None),
             **{f"{part}_tflop": floors[0][f"{part}_tflop"] for part in PARTS},
         },
         "programs": {name: program_summary(name, by_program, arguments) for name in arguments.programs},
@@ -262,22 +265,25 @@ def difference_to_sdcli(name: str, part: str, arguments: argparse.Namespace) -> 
 def show(result: Figures) -> None:
     floor = result["floor"]
     print(f"{MODEL}, {result['size']}x{result['size']}, {result['threads']} threads; {result['machine']}")
-    print(f"products of float32 matrices: {floor['gflops']:.0f} GFLOP/s")
+    rate = floor["gflops"]
+    print(f"products of float32 matrices: {f'{rate:.0f} GFLOP/s' if rate else 'other work overlapped them'}")
     for part in result["parts"]:
-        least = floor[f"{part}_tflop"] * 1e3 / floor["gflops"]
-        print(f"{part}: {floor[f'{part}_tflop']:.3f} TFLOP, so {least:.2f} s at that rate")
+        tflop = floor[f"{part}_tflop"]
+        least = tflop * 1e3 / rate if rate else None
+        print(f"{part}: {tflop:.3f} TFLOP" + (f", so {least:.2f} s at that rate" if least else ""))
         for name, figures in result["programs"].items():
             print(f"  {PROGRAMS[name]:40}" + (row(figures[part], least) if part in figures else figures["failed"]))
 
 
-def row(figures: Figures, least: float) -> str:
-    """One line of the table: seconds, ratio to sdcli, share of the floor, difference."""
+def row(figures: Figures, least: float | None) -> str:
+    """One line of the table: seconds, ratio to sdcli, share of the floor (`least` seconds), difference."""
     spread = f"({figures['least_s']:.2f} to {figures['most_s']:.2f})"
     ratio = f"{figures['ratio']:6.2f} of sdcli's" if "ratio" in figures else " " * 17
     far = ""
     if "mean_difference" in figures:
         far = f"  differs by {figures['mean_difference']:.1e} (at most {figures['largest_difference']:.1e})"
-    return f"{figures['s']:8.2f} s {spread:18}{ratio}{least / figures['s']:7.0%} of the floor{far}"
+    share = f"{least / figures['s']:7.0%} of the floor" if least else ""
+    return f"{figures['s']:8.2f} s {spread:18}{ratio}{share}{far}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,7 +110,15 @@ def run_floor(arguments: argparse.Namespace) -> Figures:
 
 
 def operations(arguments: argparse.Namespace) -> dict[str, float]:
-    """TFLOP of both parts, counted on tensors without data; a multiplication with its addition is two."""
+    """TFLOP of both parts, counted once on tensors without data; a multiplication with its addition is two."""
+    kept = arguments.work / f"operations-{arguments.size}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(count_operations(arguments)))
+    counted: dict[str, float] = json.loads(kept.read_text())
+    return counted
+
+
+def count_operations(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode

@@ -121,6 +121,22 @@ def test_a_process_that_other_work_overlapped_is_run_again(
     assert result["programs"]["openvino"]["step"]["ratio"] == pytest.approx((0.25 + 0.5) / 2), "1.1 of 4.4, 3.3 of 6.6"
 
 
+def test_a_rate_that_other_work_overlapped_is_left_out(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes = Processes(monkeypatch, bench)
+    run = processes.run
+
+    def beside_others(name: str) -> dict[str, Any]:
+        processes.busy += 5 if name == "floor" else 0
+        return run(name)
+
+    monkeypatch.setattr(bench, "run_worker", beside_others)
+    [result] = call(bench, monkeypatch, tmp_path)
+    assert result["floor"] == {"gflops": None, "step_tflop": 0.1, "decode_tflop": 0.2}
+    assert "of the floor" not in capsys.readouterr().out
+
+
 def test_the_cpu_of_others_leaves_out_what_was_started_here(bench: ModuleType) -> None:
     begun, before = bench.time.perf_counter(), bench.cpu_of_others()
     subprocess.run([sys.executable, "-c", "for _ in range(3_000_000): pass"], check=True)
