@@ -10,7 +10,7 @@ stable-diffusion.cpp makes whole images only. The time of a step is that between
 a decode is the one in its log, once in each process; what is compared is an image after `--repeats` and one more steps.
 
 The other programs are no dependencies of sdcli. They go into an environment of their own, beside sdcli, and their
-models into a folder (7 GB for each size, and 4 GB for stable-diffusion.cpp; it is prepared for a number of `--repeats`):
+models into a folder (7 GB for each size, and 4 GB for stable-diffusion.cpp, prepared for one number of `--repeats`):
 
     python -m venv /tmp/peers
     /tmp/peers/bin/pip install -e . openvino onnx onnxscript onnxruntime
