@@ -42,7 +42,7 @@ EVERY = 1.0
 STARTS = 3
 """A worker whose process dies so often before it is ready is not used any more."""
 PATIENCE = 60.0
-"""Seconds after which it is reported that no worker has started."""
+"""Seconds after which it is reported that no worker has started, and from which on such workers are not awaited."""
 
 
 class ClusterEngine(Protocol):
@@ -116,8 +116,9 @@ class _ClusterRun:
     def events(self, workers: int) -> Iterator[RunEvent]:
         for number in range(1, workers + 1):
             self._processes[number] = _ProcessState()
+            self._scheduler.expect(number)
             self._engine.start(number, self._program)
-        reported, warned = 0.0, False
+        reported = 0.0
         while True:
             if self._stopping is None and (reason := self._stop()) is not None:
                 self._stopping = reason
@@ -135,9 +136,10 @@ class _ClusterRun:
             if time.monotonic() - reported > EVERY:
                 reported = time.monotonic()
                 yield self._throughput()
-            if not warned and self._first_ready is None and time.monotonic() - self._began > PATIENCE:
-                warned = True
-                yield Trouble("no worker has started yet; the cluster may have no free CPUs or GPUs")
+            if self._scheduler.patient and time.monotonic() - self._began > PATIENCE:
+                self._scheduler.patient = False
+                if self._first_ready is None:
+                    yield Trouble("no worker has started yet; the cluster may have no free CPUs or GPUs")
         yield self._throughput()
         if self._stopping is not None:
             raise self._stopping

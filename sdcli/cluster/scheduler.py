@@ -81,6 +81,12 @@ class UnitScheduler:
         self._unusable: dict[str, SdcliError] = {}
         self._failed: list[UnitFailed] = []
         self._one_need, self._exhausted = one_need, False
+        self.patient = True
+        """Whether workers that cannot write wait for those that have not started yet, instead of ending the run."""
+
+    def expect(self, worker: int) -> None:
+        """A worker is being started for the first time."""
+        self._workers.setdefault(worker, _WorkerRecord())
 
     def ready(self, worker: int) -> None:
         """A worker has a new process, which takes units from now on."""
@@ -97,7 +103,10 @@ class UnitScheduler:
 
     def idle(self) -> list[int]:
         """The workers that can take a unit."""
-        return [number for number, state in self._workers.items() if state.ready and state.busy is None]
+        free = [number for number, state in self._workers.items() if state.ready and state.busy is None]
+        if self._awaits_others():
+            return [number for number in free if not isinstance(self._workers[number].error, CannotWrite)]
+        return free
 
     def busy(self) -> list[int]:
         """The workers that have a unit."""
@@ -214,6 +223,10 @@ class UnitScheduler:
     def _ready(self) -> list[int]:
         return [number for number, state in self._workers.items() if state.ready]
 
+    def _awaits_others(self) -> bool:
+        """Whether there are workers that may be able to do what the others cannot, as they have not started yet."""
+        return self.patient and any(not one.starts for one in self._workers.values())
+
     def _busy(self, worker: int) -> _Attempts:
         attempts = self._workers[worker].busy
         assert attempts is not None
@@ -221,7 +234,8 @@ class UnitScheduler:
 
     def _verdict(self, state: _WorkerRecord) -> Verdict:
         everyone = [one for one in self._workers.values() if one.starts]
-        if state.error is not None and all(isinstance(one.error, CannotWrite) for one in everyone):
+        cannot_write = all(isinstance(one.error, CannotWrite) for one in everyone)
+        if state.error is not None and cannot_write and not self._awaits_others():
             raise state.error
         sound = any(one.proven and not one.strikes for one in everyone)
         if sound and len(state.strikes) >= STRIKES:

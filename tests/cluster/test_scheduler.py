@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 
@@ -168,6 +169,41 @@ def test_where_no_worker_can_write_the_run_ends_with_that() -> None:
     with pytest.raises(CannotWrite, match="disk full"):
         run(engine, UnitScheduler(units(40)))
     assert len(engine.attempts) < 10
+
+
+@pytest.mark.parametrize("others", ["start", "cannot be used", "never start"])
+def test_a_worker_that_cannot_write_waits_for_those_that_have_not_started(
+    others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcli.cluster.run.PATIENCE", 0.2)
+
+    class Late(Workers):
+        """Of which the second one starts, if ever, when the first has failed."""
+
+        asked = False
+
+        def start(self, number: int, program: Program) -> None:
+            if number == 1 or self.attempts:
+                super().start(number, program)
+
+        def poll(self, seconds: float) -> Iterator[tuple[int, FromWorker]]:
+            yield from super().poll(seconds)
+            if self.attempts and not self._messages and not self.asked and others != "never start":
+                self.asked = True
+                self.start(2, PROGRAM)
+            time.sleep(0.001)
+
+    def answer(worker: int, attempt: Attempt) -> list[FromWorker]:
+        return [UnitEnded(packed_error(CannotWrite("disk full")))] if worker == 1 else done(worker, attempt)
+
+    reason = WorkerUnusable(packed_error(NotFound("node has no folder /data")))
+    engine = Late(2, answer, unusable={2: reason} if others == "cannot be used" else None)
+    if others == "start":
+        assert sorted(items_done(run(engine, UnitScheduler(units(10))))) == list(range(20))
+    else:
+        with pytest.raises(CannotWrite, match="disk full"):
+            run(engine, UnitScheduler(units(10)))
+        assert len(engine.attempts) == 2
 
 
 def test_what_all_units_need_and_nobody_can_load_ends_the_run() -> None:
