@@ -4,10 +4,10 @@
     python scripts/bench_cluster_scale.py --images 10000000   # some minutes on one core
     python scripts/bench_cluster_scale.py --write             # docs/bench/cluster-scale.json, which keeps other sizes
 
-The planner, the names, the scheduler, the driver's loop and the journal are those of `sdcli generate --cluster`; the
-workers are simulated: they answer at once, and some of them die. Each size is measured in a process of its own, which
-reports its time per image and its largest memory. What a driver does once for each line of the prompts file, the
-resolution of its request, takes longer than all of that; it is a stage of its own (--only resolving).
+The list of jobs, the planner, the names, the scheduler, the driver's loop and the journal are those of `sdcli generate
+--cluster`; the workers are simulated: they answer at once, and some of them die. Each size is measured in a process of
+its own, which reports its time per image and its largest memory. What a driver does once for each line of the prompts
+file, the resolution of its request, takes longer than all of that; it is a stage of its own (--only resolving).
 """
 
 from __future__ import annotations
@@ -24,38 +24,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdcli.cluster.run import run_units
-from sdcli.cluster.scheduler import UnitScheduler
-from sdcli.cluster.units import (
-    Attempt,
-    FromWorker,
-    ItemDone,
-    ItemRow,
-    Program,
-    Throughput,
-    Unit,
-    UnitEnded,
-    WorkerDied,
-    WorkerReady,
-)
-from sdcli.cluster.units import UnitFailed as Failed
-from sdcli.generation.filenames import name_of
+from sdcli.cluster.generate_driver import ClusterEvent, generate_on
+from sdcli.cluster.units import Attempt, FromWorker, ItemRow, Program, UnitEnded, WorkerDied, WorkerReady
+from sdcli.generation.events import Result
 from sdcli.generation.journal import Journal, entry_of
-from sdcli.generation.plan import Limits, models_of, planned
+from sdcli.generation.plan import BatchPlaces, Limits
+from sdcli.generation.resolve.job_spool import JobSpool
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
-from sdcli.generation.settings import OutputSettings
+from sdcli.generation.settings import OutputSettings, RunSettings
+from sdcli.generation.writer import Writer
 from sdcli.models.registry import load_registry
 from sdcli.request.jobs import Line, Occurrences, read_lines
 
 SIZES = (10_000, 100_000, 1_000_000)
 WORKERS = 1000
 BATCH = 8
-AT_ONCE = 65_536
-"""Jobs that the planner holds at once."""
 DEATHS = 20_000
 """One of so many units kills its worker at the first attempt."""
 PROMPT = "a red fox in the snow, highly detailed"
@@ -86,15 +73,12 @@ def jobs_of(count: int) -> Iterator[ResolvedJob]:
     every, rng = kinds(), random.Random(1)
     for index in range(1, count + 1):
         kind = every[rng.randrange(24)]
-        yield ResolvedJob(index, kind.request, kind.model)
+        yield ResolvedJob(index, kind.request.model_copy(update={"seed": index}), kind.model)
 
 
-def units_of(count: int, output: OutputSettings) -> Iterator[Unit]:
-    """The units of a run, each with the names of its images, as the driver makes them."""
-    for number, batch in enumerate(planned(jobs_of(count), Limits(BATCH), at_once=AT_ONCE), start=1):
-        names = {job.index: str(name_of(job, output)) for job in batch.jobs}
-        needs = " ".join(name for name in models_of(batch.jobs[0]) if name is not None)
-        yield Unit(number, tuple(names), (batch.jobs, names), needs)
+def spooled(count: int) -> Sequence[ResolvedJob]:
+    """The jobs where the driver has them: on the disk."""
+    return JobSpool(jobs_of(count)).resolved()
 
 
 # The cluster
@@ -137,7 +121,9 @@ class SimulatedEngine:
             for item in attempt.items:
                 if item not in attempt.done:
                     key = f"{item:064x}"
-                    yield number, ItemRow(item, {"entry": entry_of(key, key, attempt.payload[1][item], b"image")})
+                    entry = entry_of(key, key, attempt.payload.names[item], b"image")
+                    values = {"status": "done", "path": entry["path"], "seconds": 0.0, "fallbacks": []}
+                    yield number, ItemRow(item, {**values, "entry": entry})
             yield number, UnitEnded()
 
 
@@ -155,38 +141,36 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def planning(count: int) -> dict[str, Any]:
-    """Jobs -> units with names, without doing anything with them."""
-    units, seconds = timed(lambda: sum(1 for _ in units_of(count, OutputSettings())))
-    return {"units": units, "cpu_seconds": seconds}
+    """Jobs into the file, and which of them make a batch."""
+    jobs, writing = timed(lambda: spooled(count))
+    batches, seconds = timed(lambda: sum(1 for _ in BatchPlaces(jobs, Limits(BATCH))))
+    return {"batches": batches, "cpu_seconds": writing + seconds, "writing_cpu_seconds": writing}
 
 
 def running(count: int) -> dict[str, Any]:
     """A whole run on simulated workers, its journal on the disk, synced once a second as the driver does."""
     with tempfile.TemporaryDirectory() as folder:
         engine, journal = SimulatedEngine(WORKERS), Journal.open(Path(folder))
-        scheduler = UnitScheduler(units_of(count, OutputSettings(outdir=Path(folder))))
-        program = Program("simulated:start", None, folder, unit="batch")
-        rows = failed = 0
-        entries: list[dict[str, Any]] = []
-
-        def work() -> None:
-            nonlocal rows, failed
-            for event in run_units(engine, scheduler, program, stop=lambda: None):
-                if isinstance(event, ItemDone):
-                    rows += 1
-                    entries.append(event.values["entry"])
-                elif isinstance(event, Failed):
-                    failed += len(event.items)
-                elif isinstance(event, Throughput):
-                    journal.add(entries)
-                    entries.clear()
-            journal.add(entries)
-
-        _, seconds = timed(work)
-        assert (rows, failed) == (count, 0), (rows, failed)
+        writer = Writer(OutputSettings(outdir=Path(folder)), journal)
+        jobs, writing = timed(lambda: spooled(count))
+        done, seconds = timed(lambda: sum(_is_done(event) for event in _run(engine, jobs, writer, journal)))
+        assert done == count, done
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         deaths = {"deaths": engine.deaths, "attempts": engine.attempts}
-        return {"cpu_seconds": seconds, "journal_bytes_per_image": size / count, **deaths}
+        return {"cpu_seconds": writing + seconds, "journal_bytes_per_image": size / count, **deaths}
+
+
+def _run(
+    engine: SimulatedEngine, jobs: Sequence[ResolvedJob], writer: Writer, journal: Journal
+) -> Iterator[ClusterEvent]:
+    begun = ("prompts.jsonl", 0)
+    return generate_on(
+        engine, jobs, RunSettings(), writer, journal, Limits(BATCH), finished={}, begun=begun, stop=lambda: None
+    )
+
+
+def _is_done(event: ClusterEvent) -> bool:
+    return isinstance(event, Result) and event.status == "done"
 
 
 def resuming(count: int) -> dict[str, Any]:
@@ -221,13 +205,11 @@ def resolving(count: int) -> dict[str, Any]:
         path = Path(folder) / "prompts.jsonl"
         with open(path, "w") as file:
             file.writelines(json.dumps({"prompt": f"a red fox number {n}", "steps": 20}) + "\n" for n in range(count))
-        options: dict[str, Any] = {"num_images": 1, "base_seed": 0}
-        lines, reading = timed(lambda: list(read_lines(str(path))))
         before, registry = memory(), load_registry()
-        jobs, seconds = timed(lambda: list(expand(lines, {"model": "starter"}, registry, **options)))
-        assert sum(isinstance(job, ResolvedJob) for job in jobs) == count
-        held = (memory() - before) / count
-        return {"cpu_seconds": seconds + reading, "reading_cpu_seconds": reading, "bytes_held_per_image": held}
+        found = expand(read_lines(str(path)), {"model": "starter"}, registry, num_images=1, base_seed=0)
+        jobs, seconds = timed(lambda: JobSpool(found).resolved())
+        assert len(jobs) == count
+        return {"cpu_seconds": seconds, "bytes_held_per_image": (memory() - before) / count}
 
 
 STAGES: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from sdcli.errors import UsageError, raise_for, same_for_all
 from sdcli.generation.events import Note, Phase, Progress, Result
 from sdcli.generation.filenames import check_distinct_names, check_output, known_paths, output_settings
 from sdcli.generation.journal import Journal
+from sdcli.generation.resolve.job_spool import JobSpool
 from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
@@ -311,8 +313,8 @@ def command(
     choices = Wildcards(wildcards) if dynamic else None
     if choices is not None:
         lines = dynamic_lines(lines, example, axes, choices, all_combinations=all_combinations)
-    elif (note := left_as_text(lines)) is not None:
-        console.note(note)
+    else:
+        lines = left_as_text(lines, console.note)
     settings = replace(
         output_settings(output, outdir, image_format),
         overwrite=overwrite,
@@ -324,18 +326,17 @@ def command(
     journal, source, base_seed = None, "", secrets.randbelow(2**32)
     if prompts_file is not None:
         journal, source, base_seed = start_journal(prompts_file, settings, part)
-    jobs = list(
-        expand(
-            swept(lines, axes, typed, base_seed=base_seed) if axes else lines,
-            typed,
-            registry,
-            num_images=num_images,
-            base_seed=base_seed,
-            measure=_measure,
-            lora_dir=lora_dir,
-            wildcards=None if all_combinations else choices,
-        )
+    expanded = expand(
+        swept(lines, axes, typed, base_seed=base_seed) if axes else lines,
+        typed,
+        registry,
+        num_images=num_images,
+        base_seed=base_seed,
+        measure=_measure,
+        lora_dir=lora_dir,
+        wildcards=None if all_combinations else choices,
     )
+    jobs: Sequence[ResolvedJob | BadJob] = list(expanded) if nodes is None else JobSpool(expanded)
     if not jobs:
         raise UsageError(f"no prompts in {prompts_file}")
     if part is not None:
@@ -369,7 +370,7 @@ def _measure(start: ImageInput, cell: int) -> tuple[int, int]:
     return measure(start, cell)
 
 
-def _print_requests(jobs: list[ResolvedJob | BadJob], console: Console) -> None:
+def _print_requests(jobs: Sequence[ResolvedJob | BadJob], console: Console) -> None:
     for job in jobs:
         if isinstance(job, BadJob):
             console.warn(str(job.error))
@@ -380,7 +381,7 @@ def _print_requests(jobs: list[ResolvedJob | BadJob], console: Console) -> None:
 
 
 def _generate(
-    jobs: list[ResolvedJob | BadJob],
+    jobs: Sequence[ResolvedJob | BadJob],
     run: RunSettings,
     settings: OutputSettings,
     journal: Journal | None,
@@ -403,10 +404,14 @@ def _generate(
     refused = dict(refusals(jobs, settings, models=part is None and not settings.resume))
     errors = [error for index, error in refused.items() if reports(part, index)]
     count = len(jobs) if part is None else len(errors)
-    for job in jobs:
+    for job in jobs if refused else ():
         if job.index in refused and reports(part, job.index):
             report_failure(job, refused[job.index], console, alone=same_for_all(errors, of=len(jobs)))
-    good = [job for job in jobs if isinstance(job, ResolvedJob) and job.index not in refused]
+    good: Sequence[ResolvedJob]
+    if isinstance(jobs, JobSpool):
+        good = jobs.resolved(without=refused)
+    else:
+        good = [job for job in jobs if isinstance(job, ResolvedJob) and job.index not in refused]
     if not good:
         raise_for(errors, of=count)
         return
@@ -451,7 +456,8 @@ def _generate(
             else:
                 report(event, console)
                 assert event.path is not None
-                paths[event.job.index] = event.path
+                if sheet is not None:
+                    paths[event.job.index] = event.path
                 if renderable is not None and event.status == "done":
                     from sdcli.images.image_files import open_image
 

@@ -1,14 +1,15 @@
 """Images on a cluster, the driver's side: batches become units, rows become results. Imports no torch.
 
 The batches are planned once, over all jobs, so an image has the same batch mates, and with them the same bytes, whoever
-generates it and whenever.
+generates it and whenever. Of jobs that are not in memory, such as `JobSpool` gives, only those in work are read.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from sdcli.cluster.units import ItemDone, Program, Remarked, Throughput, Trouble
 from sdcli.errors import Interrupted, Stop, unpacked_error
 from sdcli.generation.events import Note, Result
 from sdcli.generation.journal import Journal
-from sdcli.generation.plan import Batch, Limits, models_of, plan
+from sdcli.generation.plan import Batch, BatchPlaces, Limits, models_of
 from sdcli.generation.resolve.jobs import ResolvedJob
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.writer import Writer
@@ -79,10 +80,12 @@ def generate(
         return
     with RayEngine(cluster) as engine:
         limits = Limits(run.batch_size, on_gpu=engine.device == "cuda")
-        yield from _on(engine, jobs, replace(run, device=engine.device), writer, journal, limits, finished, begun, stop)
+        yield from generate_on(
+            engine, jobs, replace(run, device=engine.device), writer, journal, limits, finished, begun, stop
+        )
 
 
-def _on(
+def generate_on(
     engine: ClusterEngine,
     jobs: Sequence[ResolvedJob],
     run: RunSettings,
@@ -93,16 +96,19 @@ def _on(
     begun: tuple[str, int],
     stop: Stop,
 ) -> Iterator[ClusterEvent]:
+    """The same on an engine, without what is `finished`; the batches are planned for the `limits` of its devices."""
     output, part = writer.output, secrets.token_hex(4)
-    batches = [batch for whole in plan(jobs, limits) if (batch := whole.without(set(finished))).wanted]
-    scheduler = UnitScheduler(_units(batches, writer), one_need=len({models_of(job) for job in jobs}) == 1)
+    places = BatchPlaces(jobs, limits)
+    units = _units(jobs, places, finished, writer)
+    first = list(itertools.islice(units, engine.workers))  # no more workers than units
+    scheduler = UnitScheduler(itertools.chain(first, units), one_need=places.models == 1)
     entries: list[dict[str, object]] = []  # safe in the workers' parts of the journal, so they can wait for a second
     with probe_file(output.outdir) as probe:
         setup = GenerateSetup(run, output, limits.on_gpu, part, begun)
         program = Program(WORKER, setup, os.getcwd(), str(probe))
         over = False
         try:
-            for event in run_units(engine, scheduler, program, stop=stop, most=len(batches)):
+            for event in run_units(engine, scheduler, program, stop=stop, most=len(first)):
                 match event:
                     case ItemDone():
                         if "entry" in event.values:
@@ -132,10 +138,19 @@ def _on(
                 journal.remove_parts(f"{part}-")
 
 
-def _units(batches: Sequence[Batch], writer: Writer) -> Iterator[Unit]:
-    """The units of batches. Names are chosen in the order of the plan, which no worker can change."""
-    for number, batch in enumerate(batches, start=1):
-        wanted = batch.wanted_jobs
+def _units(
+    jobs: Sequence[ResolvedJob], plan: Iterable[Sequence[int]], finished: Container[int], writer: Writer
+) -> Iterator[Unit]:
+    """The units of batches, made as they are needed, so that only the jobs of those in work are in memory.
+
+    Names are chosen in the order of the plan, which no worker can change.
+    """
+    number = 0
+    for places in plan:
+        batch = Batch.of([jobs[place] for place in places]).without(finished)
+        if not batch.wanted:
+            continue
+        wanted, number = batch.wanted_jobs, number + 1
         order = BatchOrder(batch.jobs, writer.reserve(wanted))
         needs = " ".join(name for name in models_of(batch.jobs[0]) if name is not None)
         yield Unit(number, tuple(job.index for job in wanted), order, needs)

@@ -119,7 +119,7 @@ def check_distinct_names(jobs: Iterable[ResolvedJob], output: OutputSettings) ->
 
     A template whose file names begin with the index needs no look at the jobs; of another one every name is looked at.
     """
-    if _BEGINS_WITH_INDEX.match(output.template.rpartition("/")[2]):
+    if begins_with_index(output.template):
         return
     seen: dict[int, int] = {}
     for job in jobs:
@@ -130,6 +130,11 @@ def check_distinct_names(jobs: Iterable[ResolvedJob], output: OutputSettings) ->
                 f"images {first} and {job.index} would both be {name}; where a run is divided, each needs its own "
                 "name: put {index} into the template, as in -o '{index:05}-{prompt}'"
             )
+
+
+def begins_with_index(template: str) -> bool:
+    """Whether the names of a template differ for all jobs, as the file name begins with the index."""
+    return _BEGINS_WITH_INDEX.match(template.rpartition("/")[2]) is not None
 
 
 _BEGINS_WITH_INDEX = re.compile(r"\{index(?::0?\d*d?)?\}(?:$|\{\{|\}\}|[^\d{}])")

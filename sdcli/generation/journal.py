@@ -129,6 +129,12 @@ class Journal:
         """In the order in which their shards began."""
         return [run.plan for run in self._contents.runs if run.source == source and run.plan is not None]
 
+    def has(self, request_key: str) -> bool:
+        """Whether there may be an entry of this request."""
+        keys, wanted = self._contents.keys, _beginning(request_key)
+        place = bisect_left(keys, wanted)
+        return place < len(keys) and keys[place] == wanted
+
     def finished(
         self,
         request_key: str,

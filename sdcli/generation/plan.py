@@ -7,9 +7,9 @@ with them the same bytes.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +49,9 @@ class Batch:
         """A batch of which every image is wanted."""
         return cls(tuple(jobs), frozenset(job.index for job in jobs))
 
-    def without(self, finished: frozenset[int] | set[int]) -> Batch:
+    def without(self, finished: Container[int]) -> Batch:
         """The same batch, of which the images of these jobs are not wanted."""
-        return Batch(self.jobs, self.wanted - finished)
+        return Batch(self.jobs, frozenset(index for index in self.wanted if index not in finished))
 
     @property
     def wanted_jobs(self) -> tuple[ResolvedJob, ...]:
@@ -64,21 +64,18 @@ def plan(jobs: Iterable[ResolvedJob], limits: Limits) -> list[Batch]:
     The same jobs and limits always give the same batches. Models come in the order of their first job, and so do, for
     each model, the LoRAs, ControlNets and IP-Adapters that go with it.
     """
-    return list(planned(jobs, limits, at_once=None))
+    known = list(jobs)
+    return [Batch.of([known[place] for place in places]) for places in BatchPlaces(known, limits)]
 
 
-def planned(jobs: Iterable[ResolvedJob], limits: Limits, *, at_once: int | None) -> Iterator[Batch]:
-    """The batches of `plan`, while the jobs are read; of more than `at_once` jobs in another order.
+class BatchPlaces:
+    """The batches of `plan` as the places of their jobs, of which one after another is looked at."""
 
-    So many jobs are held, and those of incomplete batches. The batches of each `at_once` jobs that are complete come in
-    the order of `plan`; the others wait for more jobs of their kind. So batches have the same images in either case.
-    """
-    groups: dict[tuple[Any, ...], _Group] = {}
-    models: dict[tuple[str | None, ...], int] = {}
-    weights: dict[tuple[Any, ...], int] = {}
-    waiting = iter(jobs)
-    while some := list(itertools.islice(waiting, at_once)):
-        for job in some:
+    def __init__(self, jobs: Iterable[ResolvedJob], limits: Limits) -> None:
+        groups: dict[tuple[Any, ...], _Group] = {}
+        models: dict[tuple[str | None, ...], int] = {}
+        weights: dict[tuple[Any, ...], int] = {}
+        for place, job in enumerate(jobs):
             key = batch_key(job)
             group = groups.get(key)
             if group is None:
@@ -87,29 +84,25 @@ def planned(jobs: Iterable[ResolvedJob], limits: Limits, *, at_once: int | None)
                     weights.setdefault(_weights_of(job), len(weights)),
                 )
                 group = groups[key] = _Group(batch_size_of(job, limits), order)
-            group.jobs.append(job)
-        for group in sorted(groups.values(), key=lambda group: group.order):
-            yield from group.take(complete=at_once is not None)
-        groups = {key: group for key, group in groups.items() if group.jobs}
-    for group in sorted(groups.values(), key=lambda group: group.order):
-        yield from group.take(complete=False)
+            group.places.append(place)
+        self._groups = sorted(groups.values(), key=lambda group: group.order)
+        self.models = len(models)
+        """How many models the jobs need, one after another."""
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        for group in self._groups:
+            for start in range(0, len(group.places), group.size):
+                yield group.places[start : start + group.size]
 
 
 @dataclass
 class _Group:
-    """Jobs that can be denoised in one batch of `size`, as far as they are not in one."""
+    """Jobs that can be denoised in one batch of `size`."""
 
     size: int
     order: tuple[int, int]
     """The places of the model, and of it with everything else that is loaded."""
-    jobs: list[ResolvedJob] = field(default_factory=list)
-
-    def take(self, *, complete: bool) -> Iterator[Batch]:
-        """The batches, or the `complete` ones, whose jobs leave the group."""
-        end = len(self.jobs) // self.size * self.size if complete else len(self.jobs)
-        taken, self.jobs = self.jobs[:end], self.jobs[end:]
-        for start in range(0, end, self.size):
-            yield Batch.of(taken[start : start + self.size])
+    places: array[int] = field(default_factory=lambda: array("I"))
 
 
 def plan_digest(batches: Iterable[Batch]) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
 from sdcli.errors import BadOutput, OutOfMemory, UsageError
 from sdcli.generation.events import SideFile
-from sdcli.generation.filenames import is_literal, name_of
+from sdcli.generation.filenames import begins_with_index, is_literal, name_of
 from sdcli.generation.journal import Journal
 from sdcli.generation.plan import Batch, plan_digest
 from sdcli.generation.resolve.jobs import ResolvedJob, key_of
@@ -36,6 +36,7 @@ class Writer:
         self._journal = journal
         self._names: set[str] = set()
         """Names that this run wrote or keeps, which are not replaced even where files may be overwritten."""
+        self._distinct = begins_with_index(output.template)
         self._keys: dict[int, str | None] = {}
         """Keys of the jobs that are being generated, for the journal."""
 
@@ -72,22 +73,31 @@ class Writer:
         if self._journal is None or not self.output.resume:
             return {}
         sweep(self.output.outdir)
-        keys = {job.index: job.request.key() for job in jobs}
+        wanted: set[str] | None = None
         if own is not None and self.shard is not None:
-            wanted = {key for index, key in keys.items() if index in own}
-            jobs = [job for job in jobs if keys[job.index] in wanted]
+            wanted = {job.request.key() for job in jobs if job.index in own}
         found: dict[int, Path] = {}
         taken: set[str] = set()
         digest = cache(weights_digest)
-        for by_name in (True, False):
-            for job in jobs:
-                if job.index in found:
-                    continue
-                key, name = partial(key_of, job, digest), partial(_name_or_none, job, self.output)
-                path = self._journal.finished(keys[job.index], key, taken=taken, name=name if by_name else None)
-                if path is not None:
-                    taken.add(path)
-                    found[job.index] = self.output.outdir / path
+
+        def look(job: ResolvedJob, request_key: str, name: Callable[[], str | None] | None) -> bool:
+            assert self._journal is not None
+            path = self._journal.finished(request_key, partial(key_of, job, digest), taken=taken, name=name)
+            if path is not None:
+                taken.add(path)
+                found[job.index] = self.output.outdir / path
+            return path is not None
+
+        others: list[tuple[int, str]] = []
+        """Jobs with entries of their requests, none of which has their name: their places, and the requests' keys."""
+        for place, job in enumerate(jobs):
+            key = job.request.key()
+            if not self._journal.has(key) or (wanted is not None and key not in wanted):
+                continue
+            if not look(job, key, partial(_name_or_none, job, self.output)):
+                others.append((place, key))
+        for place, key in others:
+            look(jobs[place], key, None)
         self._names |= {path.lower() for path in taken}
         return found
 
@@ -112,8 +122,10 @@ class Writer:
         names: dict[int, str] = {}
         for job in jobs:
             with contextlib.suppress(UsageError):
-                names[job.index] = next(name for _, name in self._free_names(job) if self._may_write(name))
-                self._names.add(names[job.index].lower())
+                number, name = next(one for one in self._free_names(job) if self._may_write(one[1]))
+                names[job.index] = name
+                if number > 1 or not self._distinct:  # names that no other job can have need not be held
+                    self._names.add(name.lower())
         return names
 
     def write(self, job: ResolvedJob, data: bytes) -> Path:

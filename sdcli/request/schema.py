@@ -305,6 +305,13 @@ class ResolvedRequest(GenerationRequest):
         parsed = partial(parse_prompts, self.full_prompt, self.negative_prompt, syntax=self.prompt_syntax)
         self._prompts = {steps: parsed(steps=steps) for steps in self.passes}
 
+    def with_checked(self, fields: Mapping[str, Any]) -> Self:
+        """A copy with the fields of a request that was resolved before; its prompts are parsed when they are used."""
+        copied = super().model_copy(update=fields)
+        if not PARSED_FROM.isdisjoint(fields):
+            copied._prompts = {}
+        return copied
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with some fields changed, not checked again; its prompts are parsed again where they changed."""
         copied = super().model_copy(update=update, deep=deep)
@@ -315,6 +322,8 @@ class ResolvedRequest(GenerationRequest):
     @property
     def prompts(self) -> Mapping[int, Prompts]:
         """The parsed prompts of each pass, by its number of steps."""
+        if not self._prompts:
+            self.model_post_init(None)
         return self._prompts
 
     @property

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdcli.errors import UsageError
+from sdcli.errors import CannotWrite, UsageError
 from sdcli.generation.filenames import check_distinct_names, name_of
 from sdcli.generation.journal import Journal, entry_of
-from sdcli.generation.plan import Batch, Limits, plan, plan_digest, planned
-from sdcli.generation.resolve.jobs import ResolvedJob, expand
+from sdcli.generation.plan import Batch, BatchPlaces, Limits, plan, plan_digest
+from sdcli.generation.resolve.job_spool import JobSpool
+from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import OutputSettings
 from sdcli.generation.writer import Writer
@@ -66,40 +70,71 @@ def test_a_number_from_zero_is_told_to_count_from_one() -> None:
     assert RunShard.of(" 4 / 4 ") == RunShard(4, 4)
 
 
-# The plan in parts
+# Jobs that are not in memory
 
 
-@given(
-    kinds=st.lists(st.sampled_from([(16, 1), (16, 2), (32, 1), (48, 3)]), max_size=60),
-    at_once=st.integers(1, 70),
-    size=st.integers(1, 5),
+ODD: tuple[dict[str, Any], ...] = (
+    {},
+    {"prompt": "a (cat:1.3), [day:night:0.5]", "negative_prompt": "blur"},
+    {"model": "starter", "steps": 3, "eta": 0.0, "scheduler": "ddim"},
+    {"eta": -0.0, "scheduler": "ddim"},
+    {"prompt_template": "{prompt}, a photo", "width": 32, "height": 32, "loras": ()},
+    {"variation_strength": 0.25, "variation_seed": 5},
+    {"custom_id": "seven", "steps": 2, "upscale": "2x"},
 )
-def test_a_plan_made_in_parts_has_the_batches_of_one_made_at_once(
-    kinds: list[tuple[int, int]], at_once: int, size: int
-) -> None:
-    registry, limits = load_registry(), Limits(size)
-    jobs = jobs_of(registry, [{"width": side, "height": side, "steps": steps} for side, steps in kinds])
-    whole, parts = plan(jobs, limits), list(planned(iter(jobs), limits, at_once=at_once))
-    assert {indices(batch) for batch in parts} == {indices(batch) for batch in whole}
-    assert len(parts) == len(whole)
-    if at_once >= len(jobs):
-        complete = [batch for batch in whole if len(batch.jobs) == size]
-        rest = [batch for batch in whole if len(batch.jobs) < size]
-        assert list(map(indices, parts)) == list(map(indices, [*complete, *rest]))
 
 
-def test_a_plan_in_parts_reads_no_further_than_it_must(registry: Registry) -> None:
-    jobs = jobs_of(registry, [{"seed": seed} for seed in range(20)])
-    read: list[int] = []
+@given(chosen=st.lists(st.sampled_from(range(len(ODD))), max_size=30), templates=st.integers(1, 4))
+@settings(max_examples=25)
+def test_jobs_come_back_from_the_disk_as_they_were(chosen: list[int], templates: int) -> None:
+    lines = [
+        Line(number, {"prompt": f"a fox {number}", "model": "tiny", "seed": number, **ODD[kind]})
+        for number, kind in enumerate(chosen)
+    ]
+    lines.insert(len(lines) // 2, Line(99, {}, "no such line"))
+    jobs = list(expand(lines, {}, load_registry(), num_images=2, base_seed=0))
+    with mock.patch("sdcli.generation.resolve.job_spool.TEMPLATES", templates):
+        spool = JobSpool(iter(jobs))
+    assert len(spool) == len(jobs) == 2 * len(chosen) + 1
+    assert spool_in_use(spool[:]) == jobs == spool_in_use([spool[place] for place in range(-len(jobs), 0)])
+    assert [job.index for job in spool.resolved()] == [job.index for job in jobs if isinstance(job, ResolvedJob)]
+    good = spool.resolved(without=range(0, 100, 3))
+    for job, found in zip([job for job in jobs if isinstance(job, ResolvedJob) and job.index % 3], good, strict=True):
+        assert (found.request.key(), repr(found.request)) == (job.request.key(), repr(job.request))
+        assert found.model is job.model
+    for size in (1, 3):
+        whole = plan(list(good), Limits(size))
+        places = BatchPlaces(good, Limits(size))
+        assert [tuple(good[place].index for place in some) for some in places] == list(map(indices, whole))
+        assert places.models == len({job.request.model for job in good})
 
-    def counted() -> Any:
-        for job in jobs:
-            read.append(job.index)
+
+def spool_in_use(jobs: Sequence[ResolvedJob | BadJob]) -> Sequence[ResolvedJob | BadJob]:
+    """The jobs when their prompts, which are parsed as they are needed, have been parsed."""
+    return [job for job in jobs if isinstance(job, BadJob) or job.request.prompts]
+
+
+def test_a_spool_of_jobs_holds_none_of_them(registry: Registry) -> None:
+    """But for the requests that the others differ from."""
+
+    def jobs() -> Iterator[ResolvedJob]:
+        for job in jobs_of(registry, [{"seed": seed} for seed in range(300)]):
+            alive.append(weakref.ref(job.request))
             yield job
 
-    batches = planned(counted(), Limits(2), at_once=5)
-    assert indices(next(batches)) == (1, 2)
-    assert len(read) == 5
+    alive: list[Any] = []
+    spool = JobSpool(jobs())
+    assert len(spool) == 300
+    gc.collect()
+    assert sum(one() is not None for one in alive) <= 1
+
+
+def test_a_full_disk_for_the_list_of_jobs_is_reported(registry: Registry) -> None:
+    with (
+        mock.patch("tempfile.TemporaryFile", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(CannotWrite, match=r"cannot write the list of jobs into .*: No space left on device"),
+    ):
+        JobSpool(jobs_of(registry, [{}]))
 
 
 def test_batches_come_model_by_model_as_the_models_first_came(registry: Registry) -> None:

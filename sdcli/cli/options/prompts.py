@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sdcli.errors import UsageError
@@ -15,12 +15,15 @@ from sdcli.request.wildcards import Wildcards
 
 def prompt_lines(
     prompts: Sequence[str], prompts_file: str | None, typed: Mapping[str, Any], registry: Registry
-) -> list[Line]:
-    """A line per prompt or per entry of the file. Raises UsageError where a model needs a prompt and there is none."""
+) -> Iterable[Line]:
+    """A line per prompt or, read as they are needed, per entry of the file.
+
+    Raises UsageError where a model needs a prompt and there is none.
+    """
     if prompts_file is not None:
         if prompts:
             raise UsageError("use either prompts or --prompts-file")
-        return list(read_lines(prompts_file))
+        return read_lines(prompts_file)
     if not prompts and "prompt" not in typed:
         spec = registry.find(typed.get("model"))
         if spec.kind.classes:
@@ -31,11 +34,12 @@ def prompt_lines(
 
 
 def dynamic_lines(
-    lines: list[Line], typed: Mapping[str, Any], axes: Sequence[Axis], choices: Wildcards, *, all_combinations: bool
+    lines: Iterable[Line], typed: Mapping[str, Any], axes: Sequence[Axis], choices: Wildcards, *, all_combinations: bool
 ) -> list[Line]:
     """The lines, or a line for each combination. Raises UsageError if no prompt has alternatives."""
     if all_combinations and any(axis.field in DYNAMIC for axis in axes):
         raise UsageError("use either --all-combinations or a --sweep of prompts")
+    lines = list(lines)
     texts = [{**typed, **line.fields}.get(name) for line in lines for name in DYNAMIC]
     texts += [value for axis in axes if axis.field in DYNAMIC for value in axis.values]
     if not any(_may_choose(choices, text) for text in texts if isinstance(text, str)):
@@ -43,14 +47,17 @@ def dynamic_lines(
     return list(combinations(lines, dict(typed), choices)) if all_combinations else lines
 
 
-def left_as_text(lines: Sequence[Line]) -> str | None:
-    """A note about alternatives in the prompts, where none are chosen without --dynamic-prompts; None without any."""
-    texts = (line.fields.get(name) for line in lines for name in DYNAMIC)
-    found = next(filter(None, (_ALTERNATIVES.search(text) for text in texts if isinstance(text, str))), None)
-    if found is None:
-        return None
-    option = "--wildcards DIR" if found[0].startswith("__") else "--dynamic-prompts"
-    return f"{found[0]} is text in the prompt; with {option} one of its alternatives is chosen"
+def left_as_text(lines: Iterable[Line], note: Callable[[str], None]) -> Iterator[Line]:
+    """The lines; the first alternatives in their prompts are noted, as none are chosen without --dynamic-prompts."""
+    noted = False
+    for line in lines:
+        texts = () if noted else (line.fields.get(name) for name in DYNAMIC)
+        found = next(filter(None, (_ALTERNATIVES.search(text) for text in texts if isinstance(text, str))), None)
+        if found is not None:
+            noted = True
+            option = "--wildcards DIR" if found[0].startswith("__") else "--dynamic-prompts"
+            note(f"{found[0]} is text in the prompt; with {option} one of its alternatives is chosen")
+        yield line
 
 
 _ALTERNATIVES = re.compile(
