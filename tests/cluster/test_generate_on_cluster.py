@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import command_of, descendants, gone, listening
+from tests.cluster.driver import LOCAL, driver
+from tests.cluster.processes import listening
 from tests.conftest import Run
 
-REPOSITORY = Path(__file__).parents[2]
 JOURNAL = ".sdcli-journal.jsonl"
 PROMPTS = [f"a fox number {number}" for number in range(8)]
 OPTIONS = ("-m", "tiny", "--seed", "3", "--batch-size", "2", "--prompts-file", "prompts.txt")
-LOCAL = ("--cluster", "local", "--workers", "2")
 LOOPBACK = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
 """127.0.0.1 and ::1 in the kernel's hex."""
 
@@ -51,60 +46,6 @@ def journal(folder: Path) -> list[str]:
     return [row["path"] for row in rows if "path" in row]
 
 
-class Driver:
-    """A running `sdcli generate` in a session of its own, like a command in a terminal."""
-
-    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        command = [sys.executable, "-m", "sdcli", "generate", *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True
-        )
-        self.seen: set[int] = set()
-
-    def look(self) -> set[int]:
-        """The processes of the cluster, now; `seen` are all so far."""
-        now = {pid for pid in descendants(self.process.pid) if "ray" in command_of(pid)}
-        self.seen |= now
-        return now
-
-    def workers(self) -> list[int]:
-        return [pid for pid in self.look() if command_of(pid).startswith("ray::ClusterWorker")]
-
-    def busy_worker(self) -> int:
-        """A worker that runs a unit."""
-        while True:
-            assert self.process.poll() is None, self.process.communicate()
-            found = [pid for pid in self.workers() if ".run" in command_of(pid)]
-            if found:
-                return found[0]
-            time.sleep(0.005)
-
-    def wait_for_image(self, folder: Path, count: int = 1) -> None:
-        while len(list(folder.glob("*.png"))) < count:
-            assert self.process.poll() is None, self.process.communicate()
-            self.look()
-            time.sleep(0.005)
-
-    def end(self, timeout: float = 240) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr; nothing of the cluster is left."""
-        out, err = self.process.communicate(timeout=timeout)
-        assert not gone(self.seen), [command_of(pid) for pid in self.seen]
-        return self.process.returncode, out, err
-
-
-@contextlib.contextmanager
-def driver(folder: Path, *arguments: str) -> Iterator[Driver]:
-    running = Driver(folder, arguments)
-    try:
-        yield running
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.process.pid, signal.SIGKILL)
-        running.process.wait()
-        gone(running.seen)
-
-
 @pytest.fixture
 def expected(sdcli: Run, prompts: Path, tmp_path: Path) -> dict[str, bytes]:
     """The images of one process with one thread."""
@@ -118,7 +59,7 @@ def expected(sdcli: Run, prompts: Path, tmp_path: Path) -> dict[str, bytes]:
 def test_two_workers_make_the_images_of_one_process(expected: dict[str, bytes], sdcli: Run, tmp_path: Path) -> None:
     """And nothing of the cluster is seen: not on stdout, not by other machines, not by another user, not afterwards."""
     before = sessions()
-    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL, "-v") as running:
+    with driver(tmp_path, "generate", *OPTIONS, "--outdir", "out", *LOCAL, "-v") as running:
         running.busy_worker()
         mapped = Path(f"/proc/{running.process.pid}/maps").read_text()
         assert "libtorch" not in mapped, "the driver needs no torch"
@@ -148,7 +89,7 @@ def test_two_workers_make_the_images_of_one_process(expected: dict[str, bytes], 
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_no_image(expected: dict[str, bytes], tmp_path: Path) -> None:
-    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL) as running:
+    with driver(tmp_path, "generate", *OPTIONS, "--outdir", "out", *LOCAL) as running:
         os.kill(running.busy_worker(), signal.SIGKILL)
         code, out, err = running.end()
     assert code == 0, err
@@ -163,7 +104,7 @@ def test_a_killed_worker_costs_no_image(expected: dict[str, bytes], tmp_path: Pa
 def test_a_killed_driver_leaves_no_process_and_resume_makes_the_same_set(
     expected: dict[str, bytes], cluster: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL) as running:
+    with driver(tmp_path, "generate", *OPTIONS, "--outdir", "out", *LOCAL) as running:
         running.wait_for_image(tmp_path / "out")
         running.process.kill()
         code, _, _ = running.end()
@@ -171,7 +112,7 @@ def test_a_killed_driver_leaves_no_process_and_resume_makes_the_same_set(
     kept = {name: (tmp_path / "out" / name).read_bytes() for name in os.listdir(tmp_path / "out") if "png" in name}
     assert 0 < len(kept) < len(expected)
     assert kept.items() <= expected.items()
-    with driver(tmp_path, *OPTIONS, "--outdir", "out", *cluster, "--resume", "--json") as running:
+    with driver(tmp_path, "generate", *OPTIONS, "--outdir", "out", *cluster, "--resume", "--json") as running:
         code, out, err = running.end()
     assert code == 0, err
     statuses = [json.loads(line)["status"] for line in out.splitlines()]
@@ -182,7 +123,7 @@ def test_a_killed_driver_leaves_no_process_and_resume_makes_the_same_set(
 @pytest.mark.slow
 def test_ctrl_c_stops_within_a_step_and_keeps_what_is_finished(expected: dict[str, bytes], tmp_path: Path) -> None:
     many = ("--steps", "900")
-    with driver(tmp_path, *OPTIONS, "--outdir", "out", *LOCAL, *many) as running:
+    with driver(tmp_path, "generate", *OPTIONS, "--outdir", "out", *LOCAL, *many) as running:
         running.busy_worker()
         time.sleep(1)
         began = time.monotonic()
@@ -192,7 +133,7 @@ def test_ctrl_c_stops_within_a_step_and_keeps_what_is_finished(expected: dict[st
     assert time.monotonic() - began < 15
     assert "stopping after the current step" in err
     assert err.rstrip().endswith("sdcli: interrupted after the current step; finished images are kept")
-    with driver(tmp_path, *OPTIONS, "--outdir", "some", *LOCAL) as running:
+    with driver(tmp_path, "generate", *OPTIONS, "--outdir", "some", *LOCAL) as running:
         running.wait_for_image(tmp_path / "some")
         os.killpg(running.process.pid, signal.SIGINT)
         code, _, err = running.end()
