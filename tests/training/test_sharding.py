@@ -22,7 +22,15 @@ from sdcli.training.state.sharded_files import sort_metadata, write_one_by_one
 from sdcli.training.unet.settings import UnetSettings
 from sdcli.training.vae.settings import VaeSettings
 from tests.training.ranks import run_ranks, together, training
-from tests.training_runs import MICRO_UNET, captioned_images, grey_images, same_checkpoint, train_pixels, train_unet
+from tests.training_runs import (
+    MICRO_UNET,
+    captioned_images,
+    grey_images,
+    same_checkpoint,
+    train_controlnet,
+    train_pixels,
+    train_unet,
+)
 
 SAME: dict[str, Any] = {
     "max_train_steps": 3, "validation_split": 0.0, "sample_steps": 1, "sample_prompts": ("a picture",),
@@ -107,6 +115,23 @@ def test_every_way_of_training_is_that_of_one_process(tmp_path: Path, data: Path
         train_unet(data, tmp_path / name, train_batch_size=4, **SAME, **changes)
         # Muon makes its updates in bfloat16, where the last digit of a gradient can be a digit of the update.
         check_parity(tmp_path / name, tmp_path / "many" / name, tolerance=1e-4 if name == "muon" else 1e-5)
+
+
+def conditioned(rank: int, data: str, run: str, changes: dict[str, Any]) -> None:
+    """`sdcli train-controlnet` in a rank."""
+    train_controlnet(Path(data), Path(run), **changes)
+
+
+@pytest.mark.slow
+def test_a_controlnet_on_two_processes_is_that_of_one(tmp_path: Path, data: Path) -> None:
+    """SGD, as AdamW makes a whole step of the rounding of a gradient that is nearly zero, as many are at first."""
+    changes = {**SAME, "preprocessor": "softedge", "optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
+    together(2, conditioned, tmp_path, str(data), str(tmp_path / "two"), per_process(changes, 2))
+    train_controlnet(data, tmp_path / "one", train_batch_size=4, **changes)
+    check_parity(tmp_path / "one", tmp_path / "two")
+    first = weights(tmp_path / "one" / "checkpoint-3")
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in first.items() if "controlnet_mid_block" in name)
+    assert list((tmp_path / "two" / "checkpoint-3" / "state").glob("optimizer_controlnet/shard-00002-*"))
 
 
 # Resuming
