@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sdcli.data.cache.store import TensorStore
-from tests.cluster.driver import driver, limit
+from tests.cluster.driver import address_space, driver, limit
 from tests.cluster.processes import command_of
 from tests.conftest import REPOSITORY, Run
 
@@ -134,3 +137,26 @@ def test_the_death_of_a_node_costs_no_image(nodes: Any, sdcli: Run, tmp_path: Pa
     assert code == 0, err
     assert "died: its node is gone" in err or "died: its process is gone" in err  # whichever Ray notices first
     assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+def test_a_batch_that_needs_more_memory_than_any_worker_has_fails_alone(nodes: Any, sdcli: Run, tmp_path: Path) -> None:
+    """It is tried on three processes, each with a real limit, which the other images stay below."""
+    lines = [json.dumps({"prompt": f"a fox number {number}"}) for number in range(8)]
+    large = json.dumps({"prompt": "an enormous fox", "width": 6144, "height": 6144})
+    (tmp_path / "small.jsonl").write_text("\n".join(lines))
+    (tmp_path / "mixed.jsonl").write_text("\n".join([*lines[:3], large, *lines[3:]]))
+    assert sdcli(*GENERATE, "small.jsonl", *ONE, "--outdir", "one").returncode == 0
+    limited: set[int] = set()
+    roots = [raylet_of(nodes.head_node)]
+    with driver(tmp_path, *GENERATE, "mixed.jsonl", *on(nodes), "--outdir", "many", roots=roots) as running:
+        while running.process.poll() is None:
+            for pid in set(running.workers()) - limited:
+                if ".run" in command_of(pid):
+                    with contextlib.suppress(OSError):
+                        limit(pid, resource.RLIMIT_AS, address_space(pid) + 200 * 2**20)
+                        limited.add(pid)
+            time.sleep(0.02)
+        code, _, err = running.end()
+    assert code == 7, err
+    assert "image 4: out of memory while denoising a single image; try a smaller --size (tried 3 times)" in err
+    assert sorted(files(tmp_path / "many").values()) == sorted(files(tmp_path / "one").values())
