@@ -19,7 +19,7 @@ from PIL import Image
 from sdcli.data.cache.store import TensorStore
 from tests.cluster.driver import address_space, driver, limit
 from tests.cluster.processes import command_of
-from tests.conftest import REPOSITORY, Run
+from tests.conftest import REPOSITORY, Disk, Run
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -160,3 +160,22 @@ def test_a_batch_that_needs_more_memory_than_any_worker_has_fails_alone(nodes: A
     assert code == 7, err
     assert "image 4: out of memory while denoising a single image; try a smaller --size (tried 3 times)" in err
     assert sorted(files(tmp_path / "many").values()) == sorted(files(tmp_path / "one").values())
+
+
+def test_a_disk_that_is_full_for_all_ends_the_run_as_in_one_process_and_resume_goes_on(
+    nodes: Any, disk: Disk, sdcli: Run, tmp_path: Path
+) -> None:
+    prompts(tmp_path)
+    assert sdcli(*GENERATE, "prompts.txt", *ONE, "--outdir", "one").returncode == 0
+    expected = files(tmp_path / "one")
+    size = -(-sum(map(len, expected.values())) // 4096) * 4096
+    disk.resize(size)
+    work = (*GENERATE, "prompts.txt", "--outdir", disk.path)
+    with driver(tmp_path, *work, *on(nodes), roots=[raylet_of(nodes.head_node)]) as running:
+        code, _, err = running.end()
+    assert code == 8, err
+    assert "No space left on device" in err
+    disk.resize(2**30)
+    again = sdcli(*work, *ONE, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert {path.name: path.read_bytes() for path in disk.path.glob("*.png")} == expected
