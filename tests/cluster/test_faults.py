@@ -19,7 +19,8 @@ from PIL import Image
 from sdcli.data.cache.store import TensorStore
 from tests.cluster.driver import address_space, driver, limit
 from tests.cluster.processes import command_of
-from tests.conftest import REPOSITORY, Disk, Run
+from tests.cluster.ray_nodes import cluster_of_one_node
+from tests.conftest import Disk, Run
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -31,16 +32,8 @@ GENERATE = ("generate", "-m", "tiny", "--seed", "3", "--batch-size", "2", "--ste
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """A cluster of one node with room for two workers, which the tests of this file share."""
-    from ray.cluster_utils import Cluster
-
-    config = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    node = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "_system_config": config}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+    with cluster_of_one_node(2) as cluster:
         yield cluster
-        cluster.shutdown()
 
 
 def raylet_of(node: Any) -> int:

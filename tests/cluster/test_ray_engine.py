@@ -20,6 +20,7 @@ from sdcli.cluster.units import ItemDone, Program, RunEvent, Throughput, Trouble
 from sdcli.errors import Interrupted, NotFound, SdcliError, UsageError
 from tests.cluster.light import Harm
 from tests.cluster.processes import gone
+from tests.cluster.ray_nodes import cluster_of_one_node
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -27,16 +28,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def head() -> Iterator[Any]:
     """A cluster of one node with three CPUs, which the tests of this file share; workers are new in each."""
-    from ray.cluster_utils import Cluster
-
-    config = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    node = {"num_cpus": 3, "num_gpus": 0, "include_dashboard": False, "_system_config": config}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+    with cluster_of_one_node(3) as cluster:
         yield cluster
-        cluster.shutdown()
 
 
 def program(folder: Path, start: str = "tests.cluster.light:start", **fields: Any) -> Program:
