@@ -21,6 +21,7 @@ def cluster_of_one_node(cpus: int) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # a worker that cannot write would leave truncated bytecode
         cluster = Cluster(initialize_head=True, head_node_args=node)
         yield cluster
         cluster.shutdown()
