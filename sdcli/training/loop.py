@@ -30,7 +30,6 @@ from sdcli.training.events import Event, RunEnd, RunNote, RunStart
 from sdcli.training.inputs.feed import Feed, Share, on_device
 from sdcli.training.optim.optimizer import learning_rate, make_optimizer, parameter_names, set_learning_rate
 from sdcli.training.orders import Orders, SaveRequest, agree, agree_on_failure
-from sdcli.training.precision import with_precision
 from sdcli.training.saving import Saving
 from sdcli.training.settings import TrainSettings
 from sdcli.training.sharding import shard
@@ -64,10 +63,9 @@ class Plan:
 def make_accelerator(settings: TrainSettings, **extras: Any) -> Accelerator:
     """The accelerator of a run: device, precision, processes. The loop itself accumulates gradients.
 
-    Raises UsageError.
+    The precision is chosen before, not `auto` any more. Raises UsageError.
     """
     device = pick_device(settings.device)
-    settings = with_precision(settings)
     if settings.mixed_precision == "fp16" and device.type != "cuda":
         raise UsageError("--mixed-precision fp16 needs a CUDA device; bf16 works everywhere")
     accelerator = Accelerator(

@@ -89,7 +89,8 @@ class ToyTask:
 
 
 def settings(**changes: Any) -> TrainSettings:
-    return TrainSettings(**{"train_batch_size": 4, "device": "cpu", "max_train_steps": 8, **changes})
+    usual = {"train_batch_size": 4, "device": "cpu", "max_train_steps": 8, "mixed_precision": "no"}
+    return TrainSettings(**{**usual, **changes})
 
 
 def trainer(run: Path, task: ToyTask, chosen: TrainSettings, **plan: Any) -> Trainer:

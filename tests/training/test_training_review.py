@@ -239,7 +239,7 @@ def test_a_new_folder_below_new_folders_is_free(tmp_path: Path) -> None:
 def test_a_launcher_of_other_processes_than_asked_is_refused() -> None:
     fresh_accelerator()
     with pytest.raises(UsageError, match="--num-processes is 3, but a launcher started 1"):
-        make_accelerator(TrainSettings(num_processes=3, device="cpu"))
+        make_accelerator(TrainSettings(num_processes=3, device="cpu", mixed_precision="no"))
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(capsys: pytest.CaptureFixture[str]) -> None:

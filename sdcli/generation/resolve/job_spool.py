@@ -1,6 +1,6 @@
 """Many jobs in a temporary file instead of in memory: of each, what its request has other than one before it.
 
-A resolved request takes some 4 KB of memory, and a job in the file a tenth of that; in memory stay 8 bytes a job.
+A resolved request takes some 4 KB of memory, and a job in the file some 80 bytes; in memory stay 8 bytes a job.
 """
 
 from __future__ import annotations
