@@ -66,7 +66,8 @@ def unpack(source: Path, work: Path) -> None:
     """The inverse of `pack`."""
     whole = io.BytesIO(b"".join(path.read_bytes() for path in sorted(source.glob("part-*"))))
     with tarfile.open(fileobj=whole) as archive:
-        archive.extractall(work, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python 3.11 has from 3.11.4 on
+        archive.extractall(work)
     np.save(work / "sprites.npy", decode_sprites((work / "sprites.webp").read_bytes()))
     (work / "sprites.webp").unlink()
     for path in work.glob("*.gz"):
