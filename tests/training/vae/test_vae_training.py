@@ -106,9 +106,14 @@ def batch_of(task: VaeTask, step: int = 0) -> dict[str, Any]:
 
 
 def settings(**changes: Any) -> TrainSettings:
-    return TrainSettings(
-        **{"train_batch_size": 4, "device": "cpu", "max_train_steps": 6, "learning_rate": 2e-3, **changes}
-    )
+    usual = {
+        "train_batch_size": 4,
+        "device": "cpu",
+        "max_train_steps": 6,
+        "learning_rate": 2e-3,
+        "mixed_precision": "no",
+    }
+    return TrainSettings(**{**usual, **changes})
 
 
 def trained(run: Path, task: VaeTask, chosen: TrainSettings, *, resume: bool = False, **plan: Any) -> list[Event]:
