@@ -110,7 +110,7 @@ def fill_here(
         texts = what.texts if part is None else list(part.part(what.texts))
         items = (found.images[int(index)] for index in found.used)
         rules = CaptionRules(prefix=what.prefix, template=what.template)
-        note = cut_captions(texts_of(items, rules), encoder.tokenizer)
+        note = cut_captions(texts_of(items, rules), encoder.network.tokenizers[0])
         if note:
             console.warn(note)
         filling = fill_texts(texts, encoder=encoder, store=states, claims=claims, stop=stop)

@@ -84,13 +84,19 @@ def resize_and_crop(
     rounded to whole pixels, so an image that needs no resizing keeps its pixels. `flip` mirrors the result.
     """
     width, height = size
-    scale = max(width / image.width, height / image.height)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    covering, (left, top) = crop_place(image.size, size, at=at)
     if covering != image.size:
         image = image.resize(covering, Image.Resampling.LANCZOS)
-    left, top = round(at[0] * (image.width - width)), round(at[1] * (image.height - height))
     cut = image.crop((left, top, left + width, top + height))
     return ImageOps.mirror(cut) if flip else cut
+
+
+def crop_place(original: Size, size: Size, *, at: tuple[float, float] = (0.5, 0.5)) -> tuple[Size, tuple[int, int]]:
+    """What `resize_and_crop` does to an image of a size: the size that it resizes to, and the crop's left and top."""
+    (across, down), (width, height) = original, size
+    scale = max(width / across, height / down)
+    covering = (max(width, round(across * scale)), max(height, round(down * scale)))
+    return covering, (round(at[0] * (covering[0] - width)), round(at[1] * (covering[1] - height)))
 
 
 @dataclass(frozen=True)

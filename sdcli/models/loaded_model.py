@@ -100,12 +100,13 @@ def model_in_memory(
     spec: ModelSpec,
     *,
     scheduler_config: Mapping[str, Any],
-    tokenizer: ClipTokenizer | None = None,
+    tokenizers: Mapping[str, ClipTokenizer] | None = None,
+    settings: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     identity: str = "memory",
     **networks: nn.Module,
 ) -> LoadedModel:
-    """A model of networks made in memory: `unet`, and `vae` and `text_encoder` (with a tokenizer) if it has them.
+    """A model of networks made in memory: `unet`, and `vae` and text encoders (with tokenizers) if it has them.
 
     What it generates from, and on what, is read from the networks' own configurations; of the spec its name, defaults
     and, where it fits, family are used, and its source need not exist. `classes` names the classes of a
@@ -127,6 +128,7 @@ def model_in_memory(
         dtype=parameter.dtype,
         scheduler_config=scheduler_config,
         parts=networks,
-        tokenizers={"text_encoder": tokenizer} if tokenizer is not None else {},
+        tokenizers=tokenizers or {},
         identities=dict.fromkeys(networks, finished(identity)),
+        settings=settings or {},
     )

@@ -264,14 +264,14 @@ def _spelled(name: str) -> str:
 def _unet_names(unet: Any, layer: str) -> Iterator[str]:
     yield layer
     yield layer.removesuffix(".0")  # to_out.0 is to_out in the oldest files
-    per_block = unet.config.get("layers_per_block")
-    if isinstance(per_block, int):
-        yield ldm_name(layer, layers_per_block=per_block, attended=_attended(unet))
+    if isinstance(unet.config.get("layers_per_block"), int):
+        yield original_name(unet, layer)
 
 
-def _attended(unet: Any) -> frozenset[int]:
-    """The up blocks that have attention layers."""
-    return frozenset(number for number, block in enumerate(unet.up_blocks) if hasattr(block, "attentions"))
+def original_name(unet: Any, layer: str) -> str:
+    """A layer of a UNet whose blocks have equally many layers, by its name in the original code; see `ldm_name`."""
+    attended = frozenset(number for number, block in enumerate(unet.up_blocks) if hasattr(block, "attentions"))
+    return ldm_name(layer, layers_per_block=unet.config["layers_per_block"], attended=attended)
 
 
 _TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from sdcli.encoders.clip import stored_name
 from sdcli.errors import UsageError
 from sdcli.models.families.family import Family
+from sdcli.models.lora import original_name
 from sdcli.training.state.rows import whole
 from sdcli.training.state.state_files import write_tensors
 
@@ -97,7 +99,9 @@ def write_lora(
     for part, network in networks.items():
         tensors = lora_tensors(network)
         peft |= to_diffusers(tensors, shapes[part], prefix=family.lora_names[part].diffusers)
-        kohya |= to_kohya(tensors, alpha=shapes[part].alpha, prefix=family.lora_names[part].kohya)
+        names = family.lora_names[part]
+        rename = partial(original_name, network) if names.original else stored_name
+        kohya |= to_kohya(tensors, alpha=shapes[part].alpha, prefix=names.kohya, rename=rename)
     write_tensors(
         folder / "pytorch_lora_weights.safetensors",
         peft,
@@ -128,12 +132,17 @@ def to_diffusers(tensors: Mapping[str, Tensor], shape: LoraShape, *, prefix: str
     }
 
 
-def to_kohya(tensors: Mapping[str, Tensor], *, alpha: float, prefix: str) -> dict[str, Tensor]:
-    """PEFT's names -> kohya's: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
+def to_kohya(
+    tensors: Mapping[str, Tensor], *, alpha: float, prefix: str, rename: Callable[[str], str] = stored_name
+) -> dict[str, Tensor]:
+    """PEFT's names -> kohya's: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+    `rename` gives the path of a layer in kohya's network.
+    """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, kind = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
-        layer = f"{prefix}_{stored_name(path).replace('.', '_')}"
+        layer = f"{prefix}_{rename(path).replace('.', '_')}"
         renamed[f"{layer}.lora_{'down' if kind == 'A' else 'up'}.weight"] = tensor
         renamed[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return renamed

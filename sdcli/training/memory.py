@@ -17,6 +17,8 @@ from sdcli.training.unet.task import UnetTask
 from sdcli.training.vae.task import VaeTask, plain
 from sdcli.vae.autoencoder import cell, latent_channels
 
+SIZES = 6
+"""The numbers of `time_ids` in SDXL's conditioning."""
 MOMENTS = {"adamw": 2.0, "muon": 1.1, "adamw-8bit": 0.5, "sgd": 1.0}
 """The size of the optimizers' states relative to the trained weights."""
 
@@ -60,6 +62,12 @@ def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[in
     }
     if text_width is not None:
         inputs["encoder_hidden_states"] = torch.empty(batch, 77, text_width)
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(batch, pooled),
+            "time_ids": torch.empty(batch, SIZES),
+        }
     if config.get("num_class_embeds"):
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
     return inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sdcli.encoders.clip import ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
 from sdcli.io.files import PACKAGE, expanded, write_whole
@@ -28,7 +29,7 @@ from sdcli.models.model_defaults import ModelDefaults
 from sdcli.models.registry import ModelSpec
 from sdcli.request.schema import did_you_mean
 from sdcli.training.run_folder import write_json
-from sdcli.training.text_encoder.network import use_stored_names
+from sdcli.training.text_encoder.network import text_encoder_class, use_stored_names
 from sdcli.training.text_encoder.vocabulary import add_vocabulary_files
 from sdcli.vae.autoencoder import cell, latent_channels, shift_factor
 
@@ -140,14 +141,18 @@ def fitted_config(
     return fitted
 
 
-def load_to_train(spec: ModelSpec, *, device: str, needs: Part = "unet") -> LoadedModel:
-    """Load a model in float32 to be trained. Raises what `load_model` raises.
+def load_to_train(spec: ModelSpec, command: str, *, device: str, needs: Part = "unet") -> LoadedModel:
+    """Load a model in float32 to be trained by a command. Raises what `load_model` raises.
 
-    Raises UsageError for a family that no trainer supports; if the spec names the family, before the weights are read.
+    Raises UsageError for a family that it does not train; if the spec names the family, before the weights are read.
     """
-    spec.family.refuse("train", spec.name)
+    for name in ("train", command):
+        spec.family.refuse(name, spec.name)
     model = load_model(spec, device=device, dtype="float32", needs=needs)
-    model.family.refuse("train", spec.name)
+    for name in ("train", command):
+        model.family.refuse(name, spec.name)
+    if model.family.is_refiner(model):
+        raise UsageError(f"{spec.name} is a refiner, which sdcli does not train")
     return refuse_shifted(model)
 
 
@@ -176,6 +181,8 @@ class ModelFiles:
     averaged: tuple[str, ...] = ()
     """Those of them that have a moving average."""
     classes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The model_index.json of the base model."""
 
     @classmethod
     def around(cls, model: LoadedModel | None, *, trained: Mapping[str, str], averaged: tuple[str, ...]) -> ModelFiles:
@@ -184,7 +191,7 @@ class ModelFiles:
         generates = model is not None and "unet" in model.parts
         if model is not None:
             family = model.family if generates else family
-            parts = [*model.parts, *(["tokenizer"] if model.tokenizer is not None else [])]
+            parts = [*{**model.parts, **dict.fromkeys(text_parts(model))}]
             _, components = family.components()
             frozen = {components[part].folder: (model, part) for part in parts if part not in trained}
         return cls(
@@ -196,6 +203,7 @@ class ModelFiles:
             trained=trained,
             averaged=averaged,
             classes=model.spec.kind.classes if model is not None else (),
+            settings=model.settings if model is not None else {},
         )
 
     def links(self) -> dict[str, str]:
@@ -237,14 +245,16 @@ class ModelFiles:
             "_diffusers_version": metadata.version("diffusers"),
             "scheduler": ["diffusers", scheduler],
             **components,
-            **self.family.index,
+            **{name: self.settings.get(name, usual) for name, usual in self.family.index.items()},
         }
 
 
 def _class_name(model: LoadedModel, part: str) -> str:
     """The class of a part as model_index.json names it."""
-    fixed = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
-    return fixed.get(part) or type(model.parts[part]).__name__
+    if part.startswith("tokenizer"):
+        return "CLIPTokenizer"
+    network = model.parts[part]
+    return text_encoder_class(network) if isinstance(network, ClipTextEncoder) else type(network).__name__
 
 
 def write_part(folder: Path, model: LoadedModel, part: str) -> None:
@@ -258,8 +268,9 @@ def write_part(folder: Path, model: LoadedModel, part: str) -> None:
         shutil.copytree(source / part, folder)
         if part.startswith("text_encoder"):
             use_stored_names(folder)
-    elif part == "tokenizer":
+    elif part.startswith("tokenizer"):
         shutil.copytree(PACKAGE / "encoders/clip_tokenizer", folder, dirs_exist_ok=True)
+        _write_padding(folder, model.tokenizers[part.replace("tokenizer", "text_encoder")])
     else:
         from sdcli.training.unet.task import write_network
 
@@ -267,6 +278,14 @@ def write_part(folder: Path, model: LoadedModel, part: str) -> None:
         write_network(folder, network, network.state_dict())
     if part.startswith("tokenizer"):
         add_vocabulary_files(folder)
+
+
+def _write_padding(folder: Path, tokenizer: ClipTokenizer) -> None:
+    """Make a copy of CLIP's own tokenizer pad as one of OpenCLIP does."""
+    file = folder / "tokenizer_config.json"
+    config, pad = read_json_object(file), tokenizer.tokenizer.id_to_token(tokenizer.pad_id)
+    if config["pad_token"] != pad:
+        file.write_text(json.dumps({**config, "pad_token": pad}), encoding="utf-8")
 
 
 def generation_defaults(
@@ -288,8 +307,13 @@ def generation_defaults(
     }
 
 
-def tokenizer_of(model: LoadedModel) -> ClipTokenizer:
-    """The tokenizer of a model with text. Raises UsageError."""
-    if model.tokenizer is None:
+def tokenizers_of(model: LoadedModel) -> tuple[ClipTokenizer, ...]:
+    """The tokenizers of a model's text encoders. Raises UsageError for a model without."""
+    if not model.tokenizers:
         raise UsageError(f"{model.spec.name} has no text encoder")
-    return model.tokenizer
+    return tuple(model.tokenizers.values())
+
+
+def text_parts(model: LoadedModel) -> list[str]:
+    """The text encoders of a model and their tokenizers, by their names."""
+    return [name for part in model.tokenizers for name in (part, part.replace("text_encoder", "tokenizer"))]

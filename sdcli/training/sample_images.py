@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,12 @@ class SampleSheet:
     defaults: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
     frozen: Mapping[str, nn.Module]
-    """`vae` and `text_encoder`, if the model has them and they are not trained; the `unet` of a ControlNet."""
+    """The VAE and the text encoders, if the model has them and they are not trained; the `unet` of a ControlNet."""
     family: Family
-    tokenizer: ClipTokenizer | None = None
+    tokenizers: Mapping[str, ClipTokenizer] = field(default_factory=dict)
+    """Text encoder -> its tokenizer."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The model_index.json of the base model."""
     classes: Sequence[str] | None = None
     steps: int | None = None
     maps: Sequence[Image.Image] = ()
@@ -70,7 +73,8 @@ class SampleSheet:
         model = model_in_memory(
             spec,
             scheduler_config=self.scheduler_config,
-            tokenizer=self.tokenizer,
+            tokenizers=self.tokenizers,
+            settings=self.settings,
             classes=self.classes,
             identity=f"{self.name} step {step}",
             **parts,

@@ -78,7 +78,7 @@ def test_all_texts_holds_whatever_a_sample_can_get(captions: list[str], seed: in
     every = rules.all_texts(captions)
     assert every is not None
     assert rules.text(captions, seed=seed, counter=counter) in every
-    fixed = TextConditioning(Images([tuple(captions)]), rules, seed, tokenizer=Recorder()).fixed(0)  # type: ignore[arg-type]
+    fixed = TextConditioning(Images([tuple(captions)]), rules, seed, tokenizers=(Recorder(),)).fixed(0)  # type: ignore[arg-type]
     assert Recorder.texts[-1] in every
     assert fixed["ids"].dtype == torch.int64
 
@@ -143,11 +143,11 @@ class Recorder:
         return SimpleNamespace(ids=[len(text), 1, 2])
 
 
-class States(dict[str, torch.Tensor]):
+class States(dict[str, dict[str, torch.Tensor]]):
     """Cached states, in half precision."""
 
-    def __missing__(self, text: str) -> torch.Tensor:
-        return torch.full((3, 2), float(len(text)), dtype=torch.bfloat16)
+    def __missing__(self, text: str) -> dict[str, torch.Tensor]:
+        return {"hidden": torch.full((3, 2), float(len(text)), dtype=torch.bfloat16)}
 
 
 def test_text_states_come_from_the_cache_in_float32() -> None:

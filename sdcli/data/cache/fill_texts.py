@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 from sdcli.data.cache.claims import Claims
 from sdcli.data.cache.division import WAITING, Division, in_parts, texts_at_once, unit_length
 from sdcli.data.cache.fill import damage_notes
-from sdcli.data.cache.keys import HIDDEN, CacheTextEncoder, TextKeys
+from sdcli.data.cache.keys import CacheTextEncoder, TextKeys
 from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
+from sdcli.encoders.caption_encoder import token_ids
 from sdcli.errors import BadOutput, Stop, stop_if_asked
 
 
@@ -31,7 +32,7 @@ def fill_texts(
     unit: int | None = None,
     stop: Stop = lambda: None,
 ) -> Generator[CacheProgress, None, None]:
-    """Encode texts, each once: hidden states [L, D] in the encoder's number format, as `generate` computes them.
+    """Encode texts, each once: their states in the encoder's number format, as `generate` computes them.
 
     One at a time on the CPU, where the states are bit for bit those of `generate`, else 64. `claims` and `unit` are
     those of `fill_latents`. Raises what `stop` returns, CannotWrite, and BadOutput where the text encoder gives NaN, in
@@ -67,9 +68,9 @@ def fill_texts(
                 continue
             for batch in in_parts([key for key in some if key in absent], at_once):
                 stop_if_asked(stop)
-                states = _hidden_states(encoder, [wanted[key] for key in batch])
-                for key, hidden in zip(batch, states, strict=True):
-                    store.add(key, {HIDDEN: hidden})
+                states = _states(encoder, [wanted[key] for key in batch])
+                for place, key in enumerate(batch):
+                    store.add(key, {name: rows[place] for name, rows in states.items()})
                 absent.difference_update(batch)
                 encoded += len(batch)
                 yield progress()
@@ -84,12 +85,16 @@ def _absent(keys: Sequence[bytes], store: TensorStore) -> set[bytes]:
 
 
 @torch.inference_mode()
-def _hidden_states(encoder: CacheTextEncoder, texts: Sequence[str]) -> Tensor:
-    """[B, L, D] on the CPU in the model's dtype. Raises BadOutput."""
-    ids = torch.tensor([encoder.tokenizer(text).ids for text in texts], device=encoder.device)
-    states: Tensor = encoder.network(ids)
-    if not states.isfinite().all() and encoder.dtype != torch.float32:
-        states = copy.deepcopy(encoder.network).float()(ids).to(encoder.dtype)
-    if not states.isfinite().all():
+def _states(encoder: CacheTextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
+    """The encoder's output for some texts, on the CPU in the model's dtype. Raises BadOutput."""
+    ids = torch.stack([token_ids(encoder.network.tokenizers, text) for text in texts]).to(encoder.device)
+    states: dict[str, Tensor] = encoder.network(ids)
+    if not _finite(states) and encoder.dtype != torch.float32:
+        states = {name: rows.to(encoder.dtype) for name, rows in copy.deepcopy(encoder.network).float()(ids).items()}
+    if not _finite(states):
         raise BadOutput(f"the text encoder of {encoder.model} gives NaN or infinite numbers; is the model damaged?")
-    return states.cpu()
+    return {name: rows.cpu() for name, rows in states.items()}
+
+
+def _finite(states: Mapping[str, Tensor]) -> bool:
+    return all(bool(rows.isfinite().all()) for rows in states.values())

@@ -23,15 +23,15 @@ from sdcli.data.cache.shards import KEY_BYTES
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.latent_folders import LatentFiles
 from sdcli.data.records import DroppedItem
-from sdcli.encoders.clip import ClipTextEncoder
+from sdcli.encoders.caption_encoder import CaptionEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.lean_diffusers import VAE
 
 LATENTS, TEXTS = "latents", "texts"
 """The kinds of records, each a sub-folder of the cache."""
-MEAN, LOGVAR, HIDDEN = "mean", "logvar", "hidden"
-"""The names of a record's tensors: latents have the first two, text states the last."""
+MEAN, LOGVAR = "mean", "logvar"
+"""The names of the tensors in records of latents; those of texts are the text encoder's."""
 
 _NOT_ARITHMETIC = frozenset(
     {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
@@ -69,12 +69,11 @@ class CacheVae(_CacheNetwork):
 
 @dataclass(frozen=True, eq=False)
 class CacheTextEncoder(_CacheNetwork):
-    """The text encoder whose hidden states are cached."""
+    """The text encoders whose hidden states are cached."""
 
-    network: ClipTextEncoder
-    tokenizer: ClipTokenizer
-    identity: str
-    """Of its weights; see `CacheVae`."""
+    network: CaptionEncoder
+    identities: tuple[str, ...]
+    """Of the weights of each; see `CacheVae`."""
     model: str
     """The model's name, for error messages."""
 
@@ -117,18 +116,21 @@ class LatentKeys:
 
 @dataclass(frozen=True)
 class TextKeys:
-    """The keys of texts under one text encoder."""
+    """The keys of texts under a model's text encoders."""
 
     encoder: str
-    """Weights and configuration of the network and of its tokenizer."""
+    """Weights and configuration of the networks and of their tokenizers."""
     dtype: str
 
     @classmethod
     def of(cls, encoder: CacheTextEncoder) -> Self:
         """The keys under a loaded text encoder."""
-        config = _digest(dataclasses.asdict(encoder.network.config))
-        parts = (_weights(encoder.network, encoder.identity), config, _tokenizer(encoder.tokenizer))
-        return cls(" ".join(parts), _name(encoder.dtype))
+        parts = []
+        for reader, identity in zip(encoder.network.readers, encoder.identities, strict=True):
+            config = _digest(dataclasses.asdict(reader.network.config))
+            parts += [_weights(reader.network, identity), config, _tokenizer(reader.tokenizer)]
+        zeros = ["zeros for the empty text"] if encoder.network.zeros_for_empty else []
+        return cls(" ".join(parts + zeros), _name(encoder.dtype))
 
     def key(self, text: str) -> bytes:
         """The key of a text, as the text encoder gets it."""
@@ -215,7 +217,7 @@ class CachedLatents:
 
 
 class CachedTexts:
-    """Cached text states: text -> hidden states [L, D], in their stored dtype.
+    """Cached text states: text -> what the `CaptionEncoder` gave, without the batch's dimension, in the stored dtype.
 
     `texts` are all that will be used; they are in memory if they fit into `budget` bytes, otherwise read from the
     disk each time. Can be pickled. Raises NotFound for a text that is not in the cache, and DamagedCache.
@@ -236,11 +238,11 @@ class CachedTexts:
         """Whether they are in memory."""
         return self._records.held
 
-    def __getitem__(self, text: str) -> Tensor:
+    def __getitem__(self, text: str) -> dict[str, Tensor]:
         number = int(self._store.find(np.frombuffer(self._keys.key(text), dtype=np.uint8)[None])[0])
         if number not in self._records:
             raise NotFound(f"the cache has no state of the text {text!r}")
-        return self._records[number][HIDDEN]
+        return self._records[number]
 
 
 @dataclass(frozen=True)

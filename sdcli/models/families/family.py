@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from sdcli.encoders.caption_encoder import CaptionEncoder
     from sdcli.encoders.conditioning import ClipReader, Encode
     from sdcli.vae.latent_space import Space
 
@@ -163,6 +164,13 @@ def text_encoding(model: Loaded) -> Encode:
     return TextEncoding(model.spec.name, clip_readers(model))
 
 
+def caption_encoder(model: Loaded) -> CaptionEncoder:
+    """All CLIP text encoders of a model."""
+    from sdcli.encoders.caption_encoder import CaptionEncoder
+
+    return CaptionEncoder(clip_readers(model))
+
+
 def clip_readers(model: Loaded) -> list[ClipReader]:
     """The CLIP text encoders of a model that are loaded, with their tokenizers."""
     from sdcli.encoders.conditioning import ClipReader
@@ -240,6 +248,8 @@ class LoraNames:
 
     kohya: str
     diffusers: str
+    original: bool = False
+    """Whether kohya's dialect has the layers' names of the original code (`input_blocks_4_1_...`) for the part."""
 
 
 LORA_NAMES: Mapping[str, LoraNames] = {
@@ -268,7 +278,7 @@ class Family:
     optional: frozenset[str] = frozenset()
     """Parts that may be absent, all of them together."""
     index: Mapping[str, Any] = field(default_factory=dict)
-    """Further entries of the model_index.json that `train-unet` writes."""
+    """Further entries of the model_index.json that `train-unet` writes, unless the base model has other values."""
     supported: bool = True
     process: Process = "diffusion"
     kind: ModelKind = ModelKind()
@@ -313,6 +323,8 @@ class Family:
     """(part, its configuration, the run's dtype) -> the dtype that is safe for the part."""
     encoding: Callable[[Loaded], Encode] = text_encoding
     """How prompts become conditioning."""
+    caption_encoder: Callable[[Loaded], CaptionEncoder] = caption_encoder
+    """What training encodes captions with, as `encoding` does."""
     space: Callable[[Loaded], Space] = latents_or_pixels
     """Where the model denoises, and the way to pixels."""
     call: Callable[[Callable[..., Any], Tensor, Tensor, Mapping[str, Any]], Tensor] = call_unet

@@ -11,6 +11,7 @@ from sdcli.models.families.family import (
     Components,
     Family,
     Loaded,
+    LoraNames,
     PreviewVae,
     SingleFile,
     clip_readers,
@@ -20,6 +21,7 @@ from sdcli.models.families.family import (
 if TYPE_CHECKING:
     import torch
 
+    from sdcli.encoders.caption_encoder import CaptionEncoder
     from sdcli.encoders.conditioning import Encode
 
 COMPONENTS: Components = {
@@ -39,8 +41,18 @@ def encoding(model: Loaded) -> Encode:
 
     parts: Any = model.parts
     unet = parts["unet"].config if "unet" in parts else {}
-    zeros = model.settings.get(ZEROS, True) is True
-    return SdxlEncoding(model.spec.name, clip_readers(model), unet=unet, zeros_for_empty=zeros)
+    return SdxlEncoding(model.spec.name, clip_readers(model), unet=unet, zeros_for_empty=_zeros_for_empty(model))
+
+
+def caption_encoder(model: Loaded) -> CaptionEncoder:
+    """Captions through both text encoders; dropped ones are what `generate` takes for an empty negative prompt."""
+    from sdcli.encoders.caption_encoder import CaptionEncoder
+
+    return CaptionEncoder(clip_readers(model), zeros_for_empty=_zeros_for_empty(model))
+
+
+def _zeros_for_empty(model: Loaded) -> bool:
+    return model.settings.get(ZEROS, True) is True
 
 
 def part_dtype(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +69,14 @@ SDXL = Family(
     pipelines=dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), COMPONENTS),
     optional=frozenset({"text_encoder", "tokenizer"}),
     takes_refiners=True,
-    refuses={"train": "{model} is of the sdxl family, which sdcli generates with but does not train yet"},
+    index={ZEROS: True},
+    refuses={
+        "train-controlnet": "{model} is of the sdxl family, for which sdcli trains no ControlNets yet",
+        "train-text-encoder": "{model} has two text encoders; train-text-encoder trains models of one",
+        "train_text_encoder": "--train-text-encoder: {model} has two text encoders, which train-unet does not train",
+    },
+    lora_names={"unet": LoraNames("lora_unet", "unet", original=True)},
+    lora_architecture="stable-diffusion-xl-v1-base/lora",
     open_clip=frozenset({"text_encoder_2"}),
     single_files=(
         SingleFile(
@@ -108,5 +127,6 @@ SDXL = Family(
     describe=sd1.describe,
     part_dtype=part_dtype,
     encoding=encoding,
+    caption_encoder=caption_encoder,
     is_refiner=lambda model: "text_encoder_2" in model.parts and "text_encoder" not in model.parts,
 )

@@ -165,10 +165,9 @@ class ControlNetSession(Session[ControlNetSettings]):
 
     def _model(self) -> LoadedModel:
         spec = self.registry.find(self.settings.model)
-        spec.family.refuse("train-controlnet", spec.name)
         if spec.kind.inpaints:
             raise UsageError(f"{spec.name} is an inpainting model; train the ControlNet with its base model instead")
-        return model_parts.load_to_train(spec, device=str(self.accelerator.device))
+        return model_parts.load_to_train(spec, self.command, device=str(self.accelerator.device))
 
     def _controlnet(self, model: LoadedModel) -> nn.Module:
         """The network to train, with gradients."""
@@ -210,7 +209,7 @@ class ControlNetSession(Session[ControlNetSettings]):
             scheduler_config=model.scheduler_config,
             family=model.family,
             frozen={"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder},
-            tokenizer=model.tokenizer,
+            tokenizers=model.tokenizers,
             steps=settings.sample_steps,
             maps=[from_pixels(task.source.fixed(index, resolution)["map"]) for index in chosen],
         )

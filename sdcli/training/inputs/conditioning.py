@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdcli.data.cache.keys import CachedTexts
 from sdcli.data.records import ImageSet
+from sdcli.encoders.caption_encoder import token_ids
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io import rng
 from sdcli.training.inputs.captions import CaptionRules
@@ -39,14 +40,18 @@ class NoConditioning:
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """Captions as text states `hidden` [L, D] from the cache, or as token `ids` [L] that are encoded in the loop."""
+    """Captions as text states from the cache, or as token `ids` [encoders, L] that are encoded in the loop.
+
+    Text states are `hidden` [L, D] and, of models with several text encoders, `pooled` [P].
+    """
 
     images: ImageSet
     rules: CaptionRules
     seed: int
     states: CachedTexts | None = None
     """Cached text states; None to tokenize instead."""
-    tokenizer: ClipTokenizer | None = None
+    tokenizers: tuple[ClipTokenizer, ...] = ()
+    """Of the text encoders, for captions that are not cached."""
     ignored: bool = False
     """Use the empty caption for every sample: unconditional training of a network with text conditioning."""
 
@@ -60,9 +65,8 @@ class TextConditioning:
 
     def _tensors(self, text: str) -> dict[str, Tensor]:
         if self.states is not None:
-            return {"hidden": self.states[text].float()}
-        assert self.tokenizer is not None
-        return {"ids": torch.tensor(self.tokenizer(text).ids)}
+            return {name: numbers.float() for name, numbers in self.states[text].items()}
+        return {"ids": token_ids(self.tokenizers, text)}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torch import nn
 
 from sdcli.data.cache.fill import fill_latents
 from sdcli.data.cache.fill_texts import fill_texts
-from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, CacheTextEncoder, CacheVae, TextKeys
+from sdcli.data.cache.keys import LATENTS, TEXTS, CachedLatents, CachedTexts, CacheVae, TextKeys
+from sdcli.data.cache.networks import cache_text_encoder
 from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.store import TensorStore
 from sdcli.data.records import Item
+from sdcli.encoders.caption_encoder import CaptionEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.io.devices import free_memory
 from sdcli.models.loaded_model import LoadedModel
@@ -83,24 +85,23 @@ def encode_captions(
         prefix=settings.caption_prefix,
         template=settings.prompt_template if settings.prompt_template is not None else template,
     )
-    tokenizer: ClipTokenizer = model_parts.tokenizer_of(text_of)
-    texts = TextConditioning(data.images, rules, settings.seed, tokenizer=tokenizer, ignored=ignored)
+    tokenizers = model_parts.tokenizers_of(text_of)
+    texts = TextConditioning(data.images, rules, settings.seed, tokenizers=tokenizers, ignored=ignored)
     if not ignored:
-        note = cut_captions(texts_of((data.images[int(index)] for index in data.used), rules), tokenizer)
+        note = cut_captions(texts_of((data.images[int(index)] for index in data.used), rules), tokenizers[0])
         if note:
             yield RunNote(note)
     countable = [rules.all_texts(() if ignored else captions) for captions in data.texts()]
     if trained or None in countable:
         return texts
     wanted = sorted({text for some in countable if some for text in some})
-    config = text_of.text_encoder.config
+    encoder = cache_text_encoder(text_of)
     # independent of free memory: a resumed run must compute the same
-    if len(wanted) * config.max_position_embeddings * config.hidden_size * 4 > MAX_TEXT_BYTES:
+    if len(wanted) * encoder.network.numbers * 4 > MAX_TEXT_BYTES:
         size = f"{MAX_TEXT_BYTES / 2**30:.0f} GiB"
         yield RunNote(f"captions are encoded at each step, because their text states would take more than {size}")
         return texts
     store = TensorStore(cache_folder(settings.cache_dir), TEXTS)
-    encoder = CacheTextEncoder(text_of.text_encoder, tokenizer, text_of.identity("text_encoder"), text_of.spec.name)
     yield from _shown(fill_texts(wanted, encoder=encoder, store=store), "encoding captions")
     states = CachedTexts(store, TextKeys.of(encoder), wanted, budget=_budget())
     return TextConditioning(data.images, rules, settings.seed, states=states, ignored=ignored)
@@ -130,11 +131,12 @@ def computes_in_half(*, settings: DenoiserSettings, device: torch.device) -> boo
     return device.type == "cpu" and settings.mixed_precision == "bf16"
 
 
-def frozen_text_encoder(text_of: LoadedModel, conditioning: SampleConditioning, *, half: bool) -> nn.Module | None:
-    """The text encoder for token ids, in bfloat16 with `half`; None where text states are cached."""
+def frozen_text_encoder(text_of: LoadedModel, conditioning: SampleConditioning, *, half: bool) -> CaptionEncoder | None:
+    """The text encoders for token ids, in bfloat16 with `half`; None where text states are cached."""
     if not isinstance(conditioning, TextConditioning) or conditioning.states is not None:
         return None
-    return _in_half(text_of.text_encoder) if half else text_of.text_encoder
+    encoder = text_of.family.caption_encoder(text_of)
+    return _in_half(encoder) if half else encoder
 
 
 def _in_half(frozen: N) -> N:

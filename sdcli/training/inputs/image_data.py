@@ -32,6 +32,8 @@ class ImageData:
     held_out: np.ndarray
     sizes: dict[int, tuple[int, int]]
     """The bucket of each usable image, by index: width and height in pixels."""
+    originals: np.ndarray
+    """int [N, 2]: the width and height of each image as it is stored."""
     digests: tuple[str, ...]
     """The SHA-256 of each image's bytes, by index."""
     dropped: int
@@ -156,6 +158,7 @@ def examine_data(
         trained=trained,
         held_out=held_out,
         sizes=own_buckets(images, found, bucketing),
+        originals=found.sizes,
         digests=found.digests,
         dropped=len(found.dropped),
         sampling=sampling,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from sdcli.data.buckets import Bucketing, resize_and_crop
+from sdcli.data.buckets import Bucketing, crop_place, resize_and_crop
 from sdcli.data.cache.keys import CachedLatents, EncodedLatents, sample_latents
 from sdcli.data.records import Item
 from sdcli.images.image_files import image_from_bytes
@@ -96,6 +98,38 @@ class Latents:
     def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
         mean, _ = self.cached[index, False]
         return {"x0": mean.float() * self.scaling}
+
+
+@dataclass(frozen=True)
+class WithSizes:
+    """A source whose items also have `time_ids` float32 [6], the sizes that SDXL's UNet is conditioned on.
+
+    They are height and width of the original, top and left of the crop in the resized image, and height and width of
+    the crop: Podell et al. 2023 (arXiv 2307.01952), section 2.2, as in diffusers' train_text_to_image_sdxl.py.
+    """
+
+    source: ImageSource
+    originals: np.ndarray
+    """int [N, 2]: the width and height of each image as it is stored."""
+    bucketing: Bucketing
+    seed: int
+    flip: bool = False
+
+    def item(self, draw: Draw) -> dict[str, Tensor]:
+        assert draw.size is not None
+        at = self.bucketing.crop_position(rng.scalars(self.seed, draw.counter, "crop"))
+        mirrored = self.flip and flipped(self.seed, draw.counter)
+        return {**self.source.item(draw), "time_ids": self._sizes(draw.index, draw.size, at, mirrored)}
+
+    def fixed(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {**self.source.fixed(index, size), "time_ids": self._sizes(index, size, (0.5, 0.5), False)}
+
+    def _sizes(self, index: int, size: tuple[int, int], at: tuple[float, float], mirrored: bool) -> Tensor:
+        across, down = (int(side) for side in self.originals[index])
+        covering, (left, top) = crop_place((across, down), size, at=at)
+        if mirrored:  # the crop is mirrored, so it is as if the image had been mirrored and cropped on the other side
+            left = covering[0] - size[0] - left
+        return torch.tensor([down, across, top, left, size[1], size[0]], dtype=torch.float32)
 
 
 @dataclass(frozen=True)

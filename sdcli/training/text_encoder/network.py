@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdcli.encoders.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, stored_name
+from sdcli.encoders.clip import ACTIVATIONS, ClipTextConfig, ClipTextEncoder, ProjectedClipTextEncoder, stored_name
 from sdcli.encoders.tokenizer import ClipTokenizer
 from sdcli.errors import UsageError
 from sdcli.io import rng
@@ -105,24 +105,32 @@ def first_end(token_ids: Tensor, end_id: int) -> Tensor:
 
 
 def write_text_encoder(folder: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and model.safetensors, in float32, in the layout of transformers' CLIPTextModel.
+    """Write config.json and model.safetensors, in float32, in the layout of transformers' CLIP text encoders.
 
     The weights' names have the prefix that older transformers need, and newer ones read as well. `network` is a
     ClipTextEncoder; `tensors` are its weights, or others of the same names. Meant for the inside of a checkpoint: the
     files are not written atomically.
     """
     assert isinstance(network, ClipTextEncoder)
+    width = network.config.hidden_size
+    if isinstance(network, ProjectedClipTextEncoder):
+        width = len(network.text_projection.weight)
     config = {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [text_encoder_class(network)],
         "model_type": "clip_text_model",
         **dataclasses.asdict(network.config),
-        "projection_dim": network.config.hidden_size,
+        "projection_dim": width,
         "attention_dropout": 0.0,
         "dtype": "float32",
     }
     stored = {stored_name(name): tensor.detach().float() for name, tensor in tensors.items()}
     write_tensors(folder / "model.safetensors", stored)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def text_encoder_class(network: ClipTextEncoder) -> str:
+    """Its class in transformers, which model_index.json and config.json name."""
+    return "CLIPTextModelWithProjection" if isinstance(network, ProjectedClipTextEncoder) else "CLIPTextModel"
 
 
 def use_stored_names(folder: Path) -> None:

@@ -11,7 +11,7 @@ from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.encoding import cut_captions
 from sdcli.training.memory import Activations, forecast
-from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizer_of
+from sdcli.training.model_parts import ModelFiles, load_to_train, tokenizers_of
 from sdcli.training.origin import origin
 from sdcli.training.session import RunSetup, Session, fingerprint
 from sdcli.training.settings import cache_folder
@@ -94,8 +94,8 @@ class TextSession(Session[TextSettings]):
         """The base model (None when training from random weights), the text encoder to train, and the tokenizer."""
         settings = self.settings
         if settings.model is not None:
-            model = load_to_train(self.registry.find(settings.model), device="cpu", needs="text_encoder")
-            tokenizer = tokenizer_of(model)
+            model = load_to_train(self.registry.find(settings.model), self.command, device="cpu", needs="text_encoder")
+            (tokenizer,) = tokenizers_of(model)
             return model, copy_text_encoder(model.text_encoder, tokenizer), tokenizer
         tokenizer = train_vocabulary(captions.texts, size=settings.vocab_size, max_length=settings.max_length)
         config = ClipTextConfig(

@@ -40,6 +40,12 @@ class TrainedModel:
     classes: tuple[str, ...] = ()
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether the UNet is conditioned on the sizes of images, as SDXL's is."""
+        unet: Any = self.unet
+        return unet.config.get("addition_embed_type") == "text_time"
+
+    @property
     def size_step(self) -> int:
         """Pixels that the sides of images must be a multiple of."""
         if self.base_of is not None:
@@ -62,7 +68,9 @@ def trained_model(settings: UnetSettings, registry: Registry, *, device: str) ->
 
 def _from_model(settings: UnetSettings, registry: Registry, device: str) -> TrainedModel:
     spec = registry.find(settings.model)
-    loaded = model_parts.load_to_train(spec, device=device)
+    loaded = model_parts.load_to_train(spec, "train-unet", device=device)
+    if settings.train_text_encoder:
+        loaded.family.refuse("train_text_encoder", spec.name)
     kind = loaded.spec.kind
     if settings.unconditional and kind.classes:
         raise UsageError(f"{spec.name} is class-conditional; --unconditional needs --from-scratch")
@@ -86,6 +94,8 @@ def _from_scratch(settings: UnetSettings, registry: Registry, device: str) -> Tr
     assert settings.from_scratch is not None
     config = model_parts.unet_config(settings.from_scratch)
     is_text = config.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
+    if config.get("addition_embed_type") is not None:
+        raise UsageError("--from-scratch: SDXL's kind of UNet is only fine-tuned; name a model of it by --model")
     if settings.space == "pixel" and is_text:
         raise UsageError("--space pixel trains a UNet2DModel: --from-scratch pixel, pixel-grey, or its config.json")
     if settings.class_conditional and is_text:

@@ -20,7 +20,7 @@ from sdcli.training.inputs.conditioning import ClassConditioning, NoConditioning
 from sdcli.training.inputs.encoding import computes_in_half, encode_captions, encode_images, frozen_text_encoder
 from sdcli.training.inputs.image_data import ImageData, examine_data, list_data, merge_buckets
 from sdcli.training.inputs.order import Order
-from sdcli.training.inputs.sources import ImageSource, Latents, NormalizedPixels, Pixels
+from sdcli.training.inputs.sources import ImageSource, Latents, NormalizedPixels, Pixels, WithSizes
 from sdcli.training.lora import TEXT_TARGETS, LoraShape, add_lora
 from sdcli.training.memory import unet_memory
 from sdcli.training.model_parts import ModelFiles
@@ -66,6 +66,8 @@ class UnetSession(Session[UnetSettings]):
         source, conditioning = yield from self._inputs(model, data)
         if isinstance(source, Latents) and isinstance(source.cached, CachedLatents):
             data = data.only(source.cached.items)
+        if model.takes_sizes:
+            source = WithSizes(source, data.originals, data.bucketing, settings.seed, flip=settings.random_flip)
         order = data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer)
         files = self._files(model, networks)
         task = self._task(model, schedule, data, source, conditioning, networks, loras, order)
@@ -217,7 +219,7 @@ class UnetSession(Session[UnetSettings]):
         if model.vae_of is not None:
             frozen["vae"] = model.vae_of.vae
         if model.text_of is not None and not settings.train_text_encoder:
-            frozen["text_encoder"] = model.text_of.text_encoder
+            frozen |= {part: model.text_of.parts[part] for part in model.text_of.tokenizers}
         prompts = settings.sample_prompts or default_prompts(
             data.texts(), model.classes, unconditional=settings.unconditional or model.text_of is None
         )
@@ -228,7 +230,8 @@ class UnetSession(Session[UnetSettings]):
             scheduler_config=model.scheduler_config,
             frozen=frozen,
             family=model.family,
-            tokenizer=model.text_of.tokenizer if model.text_of is not None else None,
+            tokenizers=model.text_of.tokenizers if model.text_of is not None else {},
+            settings=files.settings,
             classes=model.classes or None,
             steps=settings.sample_steps,
         )
@@ -241,9 +244,11 @@ class UnetSession(Session[UnetSettings]):
         if model.vae_of is not None:
             frozen[components["vae"].folder] = (model.vae_of, "vae")
         if model.text_of is not None:
-            frozen["tokenizer"] = (model.text_of, "tokenizer")
-            if "text_encoder" not in networks:
-                frozen["text_encoder"] = (model.text_of, "text_encoder")
+            frozen |= {
+                components[part].folder: (model.text_of, part)
+                for part in model_parts.text_parts(model.text_of)
+                if part not in networks
+            }
         return ModelFiles(
             family=model.family,
             space=space,
@@ -261,6 +266,7 @@ class UnetSession(Session[UnetSettings]):
             },
             averaged=tuple(networks) if settings.use_ema else (),
             classes=model.classes,
+            settings=model.base_of.settings if model.base_of is not None else {},
         )
 
 
@@ -271,7 +277,8 @@ def _configuration(settings: UnetSettings) -> dict[str, Any] | None:
 
 def _frozen_weights(model: TrainedModel, networks: dict[str, nn.Module], loras: dict[str, LoraShape]) -> dict[str, str]:
     """The digests of the weights that are not trained, including those that a LoRA is added to."""
-    of = {"vae": model.vae_of, "text_encoder": model.text_of, "unet": model.base_of}
+    texts = dict.fromkeys(model.text_of.tokenizers, model.text_of) if model.text_of is not None else {}
+    of = {"vae": model.vae_of, **texts, "unet": model.base_of}
     return {
         part: loaded.identity(part)
         for part, loaded in of.items()

@@ -13,6 +13,8 @@ from torch.utils.data import default_collate
 
 from sdcli.data.cache.keys import sample_latents
 from sdcli.diffusion.noise_schedule import NoiseSchedule, Schedule, add_noise
+from sdcli.encoders.caption_encoder import HIDDEN, POOLED, CaptionEncoder
+from sdcli.encoders.condition import Conditioning
 from sdcli.io import rng
 from sdcli.io.lean_diffusers import VAE
 from sdcli.models.families.family import Family
@@ -75,7 +77,7 @@ class UnetTask:
     family: Family
     held_out: Sequence[tuple[int, tuple[int, int]]] = ()
     """Indices of the validation images, each with its width and height."""
-    frozen_text_encoder: nn.Module | None = None
+    frozen_text_encoder: CaptionEncoder | None = None
     """Encodes `ids` if text states are not cached."""
     vae: VAE | None = None
     """Encodes `pixels` if latents are not cached; None in pixel space."""
@@ -146,19 +148,27 @@ class UnetTask:
         t = self.objective.schedule.times(batch["t"])
         return self.family.call(networks["unet"], noised, t, self.conditioning_arguments(networks, batch))
 
-    def conditioning_arguments(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+    def conditioning_arguments(self, networks: Networks, batch: Batch) -> dict[str, Any]:
         """The conditioning as keyword arguments of diffusers' networks."""
         if "label" in batch:
             return {"class_labels": batch["label"]}
-        if "hidden" in batch:
-            return {"encoder_hidden_states": batch["hidden"]}
-        if "ids" not in batch:
+        texts = self._texts(networks, batch)
+        if not texts:
             return {}
+        inputs = {"encoder_hidden_states": texts[HIDDEN]}
+        if POOLED in texts:
+            inputs |= {"text_embeds": texts[POOLED], "time_ids": batch["time_ids"]}
+        return Conditioning(inputs).arguments()
+
+    def _texts(self, networks: Networks, batch: Batch) -> Mapping[str, Tensor]:
+        """The captions' states: cached ones, or those that the text encoders give now; {} without captions."""
+        if "ids" not in batch:
+            return {name: batch[name] for name in (HIDDEN, POOLED) if name in batch}
         if "text_encoder" in networks:
-            return {"encoder_hidden_states": networks["text_encoder"](batch["ids"])}
+            return {HIDDEN: networks["text_encoder"](batch["ids"][:, 0])}
         assert self.frozen_text_encoder is not None
         with torch.no_grad():
-            return {"encoder_hidden_states": self.frozen_text_encoder(batch["ids"]).float()}
+            return {name: states.float() for name, states in self.frozen_text_encoder(batch["ids"]).items()}
 
     @torch.no_grad()
     def _encoded(self, pixels: Tensor, noise: Tensor | None) -> Tensor:

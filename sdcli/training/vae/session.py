@@ -117,7 +117,7 @@ class VaeSession(Session[VaeSettings]):
         settings = self.settings
         if settings.from_scratch is not None:
             return None, new_vae(vae_config(settings.from_scratch), seed=settings.seed), DEFAULT_SIZE
-        model = load_to_train(self.registry.find(settings.model), device="cpu", needs="vae")
+        model = load_to_train(self.registry.find(settings.model), self.command, device="cpu", needs="vae")
         model.vae.requires_grad_(True)
         defaults = model.spec.defaults
         return model, model.vae, (defaults.width, defaults.height) if "unet" in model.parts else DEFAULT_SIZE

@@ -49,6 +49,7 @@ from sdcli.data.cache.keys import (
     check_same_vae,
     sample_latents,
 )
+from sdcli.data.cache.networks import cache_text_encoder
 from sdcli.data.cache.progress import CacheProgress
 from sdcli.data.cache.records import Records
 from sdcli.data.cache.shards import DamagedCache
@@ -139,8 +140,7 @@ def vae_of(model: LoadedModel) -> CacheVae:
 
 
 def text_encoder_of(model: LoadedModel) -> CacheTextEncoder:
-    assert model.tokenizer is not None
-    return CacheTextEncoder(model.text_encoder, model.tokenizer, model.identity("text_encoder"), model.spec.name)
+    return cache_text_encoder(model)
 
 
 def fill(
@@ -952,8 +952,8 @@ def test_a_cached_text_is_what_generate_computes_bit_for_bit(tmp_path: Path, mod
     for text in CAPTIONS:
         request = resolve(GenerationRequest(prompt=text, prompt_syntax="plain"), model.spec)
         expected = encoding([request], guided=False, steps=request.passes[0]).at(1).inputs["encoder_hidden_states"][0]
-        assert same_bits(texts[text], expected)
-        assert same_bits(pickle.loads(pickle.dumps(texts))[text], expected)
+        assert same_bits(texts[text]["hidden"], expected)
+        assert same_bits(pickle.loads(pickle.dumps(texts))[text]["hidden"], expected)
     with pytest.raises(NotFound, match="'absent'"):
         texts["absent"]
     with pytest.raises(NotFound, match="lacks 1 of 2 texts, first 'absent'"):
@@ -1129,7 +1129,7 @@ def test_the_command_fills_both_caches_and_says_what_it_did(
     texts = CachedTexts(
         TensorStore(tmp_path / "cache", "texts"), TextKeys.of(text_encoder_of(model)), ["", "fox 3", "animal"]
     )
-    assert texts["animal"].shape == (77, 32)
+    assert texts["animal"]["hidden"].shape == (77, 32)
 
 
 def test_the_command_ends_with_7_where_images_were_dropped(

@@ -264,7 +264,7 @@ def test_its_scheduler_is_refused_for_diffusion_models(tiny_folder: Path) -> Non
 def test_other_commands_refuse_it(loaded_pipelines: dict[bool, Pipeline]) -> None:
     model = loaded_pipelines[False].model
     with pytest.raises(UsageError, match="sd3 family, which sdcli generates with but does not train yet"):
-        load_to_train(model.spec, device="cpu")
+        load_to_train(model.spec, "train-unet", device="cpu")
     with pytest.raises(UsageError, match="shifts its latents"):
         refuse_shifted(model)
     with pytest.raises(UsageError, match="trained with flow matching"):

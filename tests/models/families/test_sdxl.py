@@ -270,13 +270,18 @@ def test_what_does_not_fit_together_is_told_in_a_sentence(
         latents(load_pipeline(tmp_path / "model"), **SMALL, guidance_scale=5.0)
 
 
-def test_training_refuses_sdxl_before_it_reads_its_weights(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_what_sdxl_does_not_train_is_refused_before_its_weights_are_read(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
     spec = spec_of_folder(shutil.copytree(folders["base"], tmp_path / "model"))
     (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UsageError, match="does not train yet"):
-        load_to_train(spec, device="cpu")
-    with pytest.raises(UsageError, match="does not train yet"):  # where nothing said so beforehand
-        load_to_train(spec_of_folder(folders["base"]).model_copy(update={"family": SD1}), device="cpu", needs="vae")
+    with pytest.raises(UsageError, match="no ControlNets yet"):
+        load_to_train(spec, "train-controlnet", device="cpu")
+    unknown = spec_of_folder(folders["base"]).model_copy(update={"family": SD1})
+    with pytest.raises(UsageError, match="trains models of one"):  # where nothing said so beforehand
+        load_to_train(unknown, "train-text-encoder", device="cpu", needs="vae")
+    with pytest.raises(UsageError, match="is a refiner, which sdcli does not train"):
+        load_to_train(spec_of_folder(folders["refiner"]), "train-unet", device="cpu")
     with pytest.raises(UsageError, match="has 2 text encoders"):
         load_model(spec, dtype="float32", device="cpu", parts=("vae", "text_encoder"))
 
@@ -286,8 +291,8 @@ def test_a_repository_that_no_entry_describes_is_what_its_files_say(folders: dic
     spec, same = load_registry().find("somebody/finetune"), spec_of_folder(folders["base"])
     assert (spec.family.name, spec.kind, spec.defaults) == ("sdxl", same.kind, same.defaults)
     (snapshot / "unet/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UsageError, match="does not train yet"):
-        load_to_train(spec, device="cpu")
+    with pytest.raises(UsageError, match="no ControlNets yet"):
+        load_to_train(spec, "train-controlnet", device="cpu")
     (snapshot / "unet/config.json").write_text("{")  # `models pull`, which finds it by its name too, mends it
     assert load_registry().find("somebody/finetune").family.name == "sd1"
 
