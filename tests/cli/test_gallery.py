@@ -141,6 +141,7 @@ def test_the_same_folder_gives_the_same_page_and_nothing_is_replaced_unasked(tmp
     assert Parts(first.decode()).data["pictures"][0]["url"] == "../a.png"
 
 
+@pytest.mark.slow
 def test_broken_images_and_circles_of_links_do_not_end_it(sdcli: Run, tmp_path: Path) -> None:
     whole = sample(tmp_path / "in" / "deep" / "whole.png").read_bytes()
     (tmp_path / "in" / "cut.png").write_bytes(whole[:-30])

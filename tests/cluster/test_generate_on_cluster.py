@@ -56,6 +56,7 @@ def expected(sdcli: Run, prompts: Path, tmp_path: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_images_of_one_process(expected: dict[str, bytes], sdcli: Run, tmp_path: Path) -> None:
     """And nothing of the cluster is seen: not on stdout, not by other machines, not by another user, not afterwards."""
     before = sessions()

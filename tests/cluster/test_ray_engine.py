@@ -120,6 +120,7 @@ def test_a_stop_ends_within_a_step_and_leaves_no_worker(head: Any, tmp_path: Pat
     assert not gone(pids)
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_share_the_folder_is_not_used(head: Any, tmp_path: Path) -> None:
     with RayEngine(ClusterSettings(head.address, workers=1, device="cpu")) as engine:
         missing = program(tmp_path, here=str(tmp_path / "elsewhere"))

@@ -84,6 +84,7 @@ def test_another_word_in_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch
         load_denoiser(load_registry().find("tiny"), device="cpu", dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_the_record_names_the_attention_and_verifying_uses_it(
     sdcli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_the_record_names_the_attention_and_verifying_uses_it(
         assert verified.stdout.strip() == f"{way}.png: identical", verified.stderr
 
 
+@pytest.mark.slow
 def test_a_record_from_before_the_attention_was_recorded_is_of_the_sliced_one(
     sdcli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_it_equals_the_whole_network_with_its_deep_features_held(pipeline: Pipel
         assert torch.equal(got, latents(pipeline, **fields))
 
 
+@pytest.mark.slow
 def test_it_equals_the_reference_with_a_last_block_without_attention_and_on_sdxl(tmp_path: Path) -> None:
     for folder in (save_tiny_pipeline(tmp_path / "plain"), save_tiny_sdxl(tmp_path / "sdxl")):
         other = oracle.load_pipeline(folder)
@@ -97,6 +98,7 @@ def test_it_equals_the_reference_with_a_last_block_without_attention_and_on_sdxl
             assert torch.equal(got, latents(other))
 
 
+@pytest.mark.slow
 def test_with_a_controlnet_the_first_skip_connections_get_their_residuals_of_each_step(tmp_path: Path) -> None:
     folder = save_tiny_pipeline(tmp_path / "model", **CROSS)
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "map.png")
@@ -111,6 +113,7 @@ def test_with_a_controlnet_the_first_skip_connections_get_their_residuals_of_eac
     assert not torch.equal(got, latents(pipeline, reuse=2))
 
 
+@pytest.mark.slow
 def test_with_an_ip_adapter_the_last_layers_attend_to_the_image_in_each_step(tmp_path: Path) -> None:
     folder = save_tiny_pipeline(tmp_path / "model", **CROSS)
     adapter = save_tiny_ip_adapter(tmp_path / "adapters", folder)
@@ -159,6 +162,7 @@ def test_with_schedulers_that_call_twice_a_step_is_whole_once(pipeline: Pipeline
     assert len(deep) == 4
 
 
+@pytest.mark.slow
 def test_each_pass_and_the_refiner_begin_with_a_whole_step(pipeline: Pipeline, tmp_path: Path) -> None:
     middle = pipeline.model.unet.mid_block
     with calls_of(middle) as deep:
@@ -172,6 +176,7 @@ def test_each_pass_and_the_refiner_begin_with_a_whole_step(pipeline: Pipeline, t
     assert (len(first), len(second)) == (1, 1)
 
 
+@pytest.mark.slow
 def test_init_images_masks_and_inpainting_models_take_it(pipeline: Pipeline, tmp_path: Path) -> None:
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "start.png")
     start = {"init_image": str(tmp_path / "start.png"), "steps": 8, "strength": 0.8}
@@ -210,6 +215,7 @@ def images(cache: ModelCache, jobs: list[ResolvedJob], *gone: int) -> dict[int, 
     return found
 
 
+@pytest.mark.slow
 def test_cancelled_batch_mates_change_no_bytes_and_repeated_runs_are_equal() -> None:
     cache, jobs = cache_of(), jobs_of("a", "b", "c", reuse=3)
     whole, again, left = images(cache, jobs), images(cache, jobs), images(cache, jobs, 0, 2)

@@ -451,6 +451,7 @@ def test_a_signal_ends_the_stream_after_the_image_in_hand(
     assert "stopping after the current image" in printed.err
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_files_and_the_next_one_completes_them() -> None:
     folder = folder_of(60)
     good("encode", folder, "-m", "tiny", "--outdir", "expected")

@@ -121,6 +121,7 @@ def test_every_image_of_a_batch_verifies_alone(registry: Registry, tmp_path: Pat
         assert verify_image(path, registry, RunSettings(device="cpu")).identical
 
 
+@pytest.mark.slow
 def test_an_image_of_other_weights_does_not_verify_and_they_are_named(registry: Registry, tmp_path: Path) -> None:
     sample(registry, tmp_path, jobs_of(registry, "a cat", model="tiny", seed=3))
     tiny = registry.models["tiny"]
@@ -158,6 +159,7 @@ def oom_above(limit: int, original: Any) -> Any:
     return sample
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_denoising_halves_the_batch(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

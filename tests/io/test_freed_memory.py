@@ -35,6 +35,7 @@ print(*faults, kept - start, resident() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_a_step_takes_the_memory_of_the_step_before_and_unloading_returns_it() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=REPOSITORY, capture_output=True, text=True, check=True)

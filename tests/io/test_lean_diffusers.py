@@ -42,6 +42,7 @@ def imported(*folders: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_optional_packages_that_need_all_of_torch_do_not_end_the_start(tmp_path: Path) -> None:
     """Each of them imports torch._dynamo.utils, which the stand-in does not have, and reports that it was imported."""
     for name in OPTIONAL:
@@ -83,6 +84,7 @@ print(_is_package_available("PIL", get_dist_name=True))
 """
 
 
+@pytest.mark.slow
 def test_what_was_left_out_at_the_start_is_there_when_it_is_needed(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", AFTERWARDS]

@@ -51,6 +51,7 @@ def lightning(state: Any) -> dict[str, Any]:
     return {"epoch": 3, "global_step": 100, "state_dict": state, "optimizer_states": [{"lr": 1e-4}], "callbacks": {}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     ["plain", "legacy", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("lightning", "nested"))],
@@ -147,6 +148,7 @@ def test_what_holds_no_weights_is_told(content: Any, sentence: str) -> None:
         _tensors(_unwrapped(content), torch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["zip", pytest.param("pickle", marks=pytest.mark.slow)])
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, format: str) -> None:
     canary = tmp_path / "canary"

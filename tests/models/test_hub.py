@@ -109,6 +109,7 @@ def test_a_pulled_model_is_whole_verifies_and_is_found_by_other_tools(
     assert found.stdout.strip() == str(folder), found.stderr
 
 
+@pytest.mark.slow
 def test_a_controlnet_is_pulled_by_its_name_and_its_pickles_are_left(
     server: HubServer, models: Run, tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_a_second_pull_downloads_nothing(server: HubServer, models: Run) -> None
     assert server.weight_bytes_sent() == before
 
 
+@pytest.mark.slow
 def test_a_broken_line_is_taken_up_again_within_the_pull(
     server: HubServer, models: Run, model_files: dict[str, bytes]
 ) -> None:
@@ -267,6 +269,7 @@ def test_without_a_record_the_hashes_in_the_cache_are_compared(models: Run, tmp_
     assert models("verify", NAME).returncode == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_on_the_hub_is_told(server: HubServer, models: Run, model_files: dict[str, bytes]) -> None:
     first = models("pull", NAME)
     config = model_files["unet/config.json"] + b"\n"
@@ -359,6 +362,7 @@ def test_offline_forbids_the_network_and_is_content_with_the_cache(server: HubSe
     assert len(server.log) == requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["short", pytest.param("other", marks=pytest.mark.slow)])
 def test_bytes_that_are_not_what_the_hub_announced_are_refused(
     server: HubServer, models: Run, tmp_path: Path, model_files: dict[str, bytes], kind: str
@@ -461,6 +465,7 @@ def test_weights_of_the_variant_come_first_and_plain_ones_fill_in() -> None:
     assert weight_files(present, "text_encoder/model", variant=None) == []
 
 
+@pytest.mark.slow
 def test_a_partial_sdxl_names_the_first_missing_file(tmp_path: Path) -> None:
     from tests.tiny import save_tiny_sdxl
 
@@ -509,6 +514,7 @@ def test_a_controlnet_without_its_shards_or_its_configuration_is_not_whole(tmp_p
     assert first_missing(tmp_path, spec) is None
 
 
+@pytest.mark.slow
 def test_the_cache_is_where_huggingface_hub_has_it(tmp_path: Path) -> None:
     code = "from huggingface_hub.constants import HF_HUB_CACHE as theirs; from sdcli.models.hub import cache; "
     code += "print(theirs, cache.cache_folder())"
@@ -570,6 +576,7 @@ def test_a_listing_that_lies_about_small_files_is_refused() -> None:
         wanted_files(sizes, variant=None, repo=NAME)
 
 
+@pytest.mark.slow
 def test_the_lora_of_a_preset_and_a_preview_vae_come_when_they_are_asked_for(
     server: HubServer, models: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:

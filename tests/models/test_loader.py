@@ -81,6 +81,7 @@ def test_a_single_file_with_ldm_keys_is_the_same_model_as_its_diffusers_folder(m
     assert torch.equal(*latents)
 
 
+@pytest.mark.slow
 def test_old_spellings_of_vae_attention_and_text_model_are_read(tmp_path: Path, tiny_folder: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "old")
     expected = states(load(tmp_path / "old"))
@@ -97,6 +98,7 @@ def test_old_spellings_of_vae_attention_and_text_model_are_read(tmp_path: Path, 
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_shards_and_variants_are_the_same_model(tmp_path: Path, tiny_folder: Path) -> None:
     expected = states(load(tiny_folder))
     shutil.copytree(tiny_folder, tmp_path / "sharded")
@@ -281,6 +283,7 @@ def test_identities_are_the_digests_of_the_files(tiny_folder: Path) -> None:
     assert load_model(load_registry().find("tiny"), device="cpu").identity("unet") == "random:tiny:0"
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_every_time_and_differ_by_seed() -> None:
     tiny = load_registry().models["tiny"]
     first, second = (states(load_model(tiny, device="cpu")) for _ in range(2))
@@ -324,6 +327,7 @@ def test_lean_imports_leave_out_what_is_slow_and_change_no_bit(tmp_path: Path) -
     assert torch.equal(torch.load(tmp_path / "latents.pt", weights_only=True), step.latents)
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_sd2_kind_is_painted_as_diffusers_does(tmp_path: Path) -> None:
     """Another activation, a padding token of its own, linear projections: what sets SD 2.x apart."""
     from diffusers import StableDiffusionPipeline

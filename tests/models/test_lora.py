@@ -169,6 +169,7 @@ def same_weights(one: LoadedModel, other: LoadedModel, *parts: str) -> bool:
 # Oracles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [save_kohya, save_diffusers])
 def test_latents_equal_those_of_diffusers_with_the_lora_fused(
     tmp_path: Path, tiny_folder: Path, model: LoadedModel, save: Any
@@ -373,6 +374,7 @@ def test_batches_hold_jobs_with_the_same_loras(loras: Path) -> None:
     assert indices(plan(jobs, Limits())) == [[1, 3], [2, 4]]
 
 
+@pytest.mark.slow
 def test_a_lora_that_fits_in_part_is_told_and_one_that_does_not_fails_its_jobs_alone(
     tmp_path: Path, loras: Path
 ) -> None:
@@ -398,6 +400,7 @@ def test_a_lora_that_fits_in_part_is_told_and_one_that_does_not_fails_its_jobs_a
     assert "made for another model family" in str(results[0].error)
 
 
+@pytest.mark.slow
 def test_a_lora_paints_with_the_lcm_scheduler(tmp_path: Path, loras: Path) -> None:
     fields = {"prompt": "a cat", "scheduler": "lcm", "steps": 4, "guidance_scale": 1.0}
     *_, result = painted(tmp_path, jobs_of({**fields, "loras": [str(loras / "one.safetensors")]}))

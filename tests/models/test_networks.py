@@ -39,6 +39,7 @@ def test_a_copy_of_such_a_network_computes_with_its_own_weights() -> None:
     assert not torch.equal(network(x), changed(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [False, True])
 def test_a_model_in_bfloat16_uses_them_only_without_bfloat16_kernels(
     monkeypatch: pytest.MonkeyPatch, kernels: bool

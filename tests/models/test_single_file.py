@@ -86,6 +86,7 @@ def shipped(micro: tuple[str, Path, Path], monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(family_configs, "shipped_configs", lambda name: configs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shipped")
 def test_a_single_file_is_the_same_model_as_its_diffusers_folder(micro: tuple[str, Path, Path]) -> None:
     name, folder, file = micro
@@ -120,6 +121,7 @@ def test_each_missing_part_is_named(micro: tuple[str, Path, Path], tmp_path: Pat
             load(tmp_path / "one.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shipped")
 def test_v_prediction_is_read_off_the_file(micro: tuple[str, Path, Path], tmp_path: Path) -> None:
     name, _, file = micro
@@ -170,6 +172,7 @@ def test_the_shipped_configurations_are_those_of_the_published_models(
     assert found == sizes
 
 
+@pytest.mark.slow
 def test_a_single_file_of_nine_channels_is_loaded_as_an_inpainting_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

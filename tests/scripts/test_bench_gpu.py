@@ -69,6 +69,7 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(
     assert "the figures mean nothing" in page
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_and_keeps_its_rows(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -258,6 +258,7 @@ def test_tarballs_of_npm_pack_are_read_unpacked(packages: Path, tmp_path: Path) 
     assert (tmp_path / "out" / "metadata.jsonl").read_bytes() == (whole / "metadata.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_error_is_a_sentence(packages: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")

@@ -250,6 +250,7 @@ def test_an_enlarged_vae_starts_with_the_old_latents_and_the_old_image(
         assert torch.allclose(window[..., :40, -40:], drawn[..., :40, -40:], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_latents_return_from_the_unet_the_nearer_the_less_noise_was_added(
     scripts: dict[str, ModuleType], large_work: Path
 ) -> None:
@@ -305,6 +306,7 @@ def test_the_learning_rate_of_an_enlarged_vae_rises_stays_and_falls_to_zero(scri
     assert plan.rate(5, encoder=True) == 0, "an encoder that is not trained at all"
 
 
+@pytest.mark.slow
 def test_training_an_enlarged_vae_continues_as_if_it_had_not_been_interrupted(
     scripts: dict[str, ModuleType], tmp_path: Path, starter_vae: AutoencoderTiny
 ) -> None:
@@ -375,6 +377,7 @@ def test_plurals(scripts: dict[str, ModuleType], name: str, plural: str) -> None
     assert scripts["words"].plural(name) == plural
 
 
+@pytest.mark.slow
 def test_texts_of_the_text_encoder_have_the_words_that_captions_leave_out(
     scripts: dict[str, ModuleType], work: Path, tmp_path: Path
 ) -> None:

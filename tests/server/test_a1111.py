@@ -177,6 +177,7 @@ def test_no_address_and_no_path_is_opened(server: RunningServer) -> None:
         assert (answer.status_code, answer.json()["error"]) == (404, "model_not_found")
 
 
+@pytest.mark.slow
 def test_each_sampler_of_the_list_is_taken_with_a_schedule_of_the_list(server: RunningServer) -> None:
     schedules = [one["name"] for one in server.http.get(f"{API}/schedulers").json()]
     for sampler in server.http.get(f"{API}/samplers").json():
@@ -212,6 +213,7 @@ def test_png_info_is_the_text_of_the_image(server: RunningServer, api: webuiapi.
 LONG = {"prompt": "a", "steps": 999, "width": 512, "height": 512, "sampler_name": "DDIM"}
 
 
+@pytest.mark.slow
 def test_progress_is_that_of_the_task_and_interrupt_ends_it(server: RunningServer, api: webuiapi.WebUIApi) -> None:
     thread, answers = in_thread(lambda: post(server, "txt2img", **LONG, force_task_id="mine"))
     ask = lambda **more: server.http.post("/internal/progress", json={"id_task": "mine", **more}).json()  # noqa: E731

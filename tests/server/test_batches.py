@@ -48,6 +48,7 @@ def test_jobs_of_one_shape_become_one_batch_and_the_metadata_says_so(
     assert joining.metric("sdcli_jobs_joined_total") == 3
 
 
+@pytest.mark.slow
 def test_a_job_that_is_cancelled_leaves_the_batch_and_the_others_go_on(joining: RunningServer) -> None:
     ids = [joining.submit({"prompt": "x", "seed": seed, "steps": 60}, previews=0.1)["id"] for seed in range(3)]
     wait_for(joining, ids[1], "step")

@@ -35,6 +35,7 @@ def until(condition: object) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_several_images_goes_on_with_fewer(fragile: RunningServer, tmp_path: Path) -> None:
     id = fragile.submit({"prompt": "CROWDED", "num_images": 4})["id"]
     assert fragile.finished(id)["state"] == "done"
@@ -66,6 +67,7 @@ def test_a_bug_in_a_worker_is_in_the_log_and_not_in_the_answer(fragile: RunningS
     assert fragile.generate(prompt="afterwards")
 
 
+@pytest.mark.slow
 def test_a_crash_fails_its_job_with_a_sentence_and_the_worker_starts_again(fragile: RunningServer) -> None:
     ended = fragile.finished(fragile.submit({"prompt": "CRASH"})["id"])
     assert ended["images"][0]["kind"] == "worker_died"
@@ -103,6 +105,7 @@ def test_two_workers_run_two_jobs_at_once(fragile: RunningServer) -> None:
         fragile.finished(id)
 
 
+@pytest.mark.slow
 def test_idle_models_are_unloaded_and_loaded_again(fragile: RunningServer) -> None:
     lines = [f"worker {number} unloads its models" for number in (1, 2)]
     before = [fragile.log.count(line) for line in lines]

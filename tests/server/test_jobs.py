@@ -73,6 +73,7 @@ def test_the_events_tell_the_whole_story_in_order(server: RunningServer) -> None
     assert last == found[-1:], "a client that comes back gets the rest"
 
 
+@pytest.mark.slow
 def test_previews_and_partial_images_can_be_fetched(server: RunningServer) -> None:
     id = server.submit(LONG, previews=0.1, partial_images=1)["id"]
     for path, kind in ((f"/v1/jobs/{id}/preview", "preview"), (f"/v1/jobs/{id}/partials/0", "partial")):
@@ -97,6 +98,7 @@ def test_cancelling_stops_between_steps_and_leaves_other_jobs(server: RunningSer
     assert server.http.delete(f"/v1/jobs/{other}").json()["state"] == "done"
 
 
+@pytest.mark.slow
 def test_one_image_of_a_running_job_can_be_cancelled(server: RunningServer) -> None:
     id = server.submit({**SHORTER, "num_images": 2})["id"]
     wait_for(server, id, "step")

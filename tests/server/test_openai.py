@@ -85,6 +85,7 @@ def test_an_address_of_an_image_leads_to_it_and_cannot_be_made_up(server: Runnin
     assert httpx.get(f"{server.url}/v1/images/files/{id}.{int(number) + 1}.{rest}").status_code == 404
 
 
+@pytest.mark.slow
 def test_partial_images_come_while_the_image_is_denoised(server: RunningServer, client: openai.OpenAI) -> None:
     before = server.metric("sdcli_images_total")
     shown: list[Image.Image] = []

@@ -225,6 +225,7 @@ def test_many_jobs_leave_connections_to_cancel_them(page: Browser, idle: IdleSer
     page.wait_for("document.querySelectorAll('#gallery img[src]').length === 7")
 
 
+@pytest.mark.slow
 def test_a_job_and_the_settings_survive_a_reload(page: Browser, idle: IdleServer) -> None:
     enter(page, prompt=PROMPT, negative_prompt="fog", width="72", scheduler="", guidance_scale="7..3")
     page.run("$('scheduler').value = 'euler'; $('scheduler').dispatchEvent(new Event('input', {bubbles: true}))")
@@ -263,6 +264,7 @@ def test_an_image_that_was_deleted_stays_away_after_a_reload(page: Browser, idle
     assert page.run("[...document.querySelectorAll('.seed')].map(one => one.textContent)") == ["1", "3"]
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_is_told_and_its_return_noticed(chromium: Browser) -> None:
     with idle_server() as idle:
         opened(chromium, idle.url)
@@ -303,6 +305,7 @@ def test_an_error_is_the_servers_sentence_beside_its_field(page: Browser, idle: 
 # Images that go in
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("touch", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_drawn_mask_reaches_the_server_white_where_it_was_painted(
     page: Browser, idle: IdleServer, tmp_path: Path, touch: bool
@@ -358,6 +361,7 @@ def test_a_large_init_image_is_made_to_fit_the_limits(chromium: Browser, tmp_pat
         assert (request.width, request.height) == (184, 88)
 
 
+@pytest.mark.slow
 def test_a_dropped_image_gives_its_settings_or_becomes_the_init_image(
     page: Browser, idle: IdleServer, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_job_that_is_tied_to_a_client_ends_with_its_reading(idle: IdleServer) 
         until(lambda: cancelled == [job])
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_slowly_is_not_dropped(idle: IdleServer) -> None:
     job = running_job(idle)
     with follower(idle, job, buffer=2**16) as slow:

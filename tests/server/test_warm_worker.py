@@ -81,19 +81,19 @@ def told(err: str) -> list[str]:
     [
         ["fox", "cat", "-n", "2", "--outdir", "there"],
         ["fox", "--format", "jpeg", "--json"],
-        ["fox", "--format", "webp", "--no-metadata", "-o", "{seed}/{prompt}"],
-        ["a fox in snow", "--trace", "2", "--heatmap", "fox,snow", "--json"],
-        ["fox", "--init-image", "start.png", "--strength", "0.5", "--batch-size", "2", "-n", "3"],
         ["--prompts-file", "bad.jsonl", "--json"],
         *(
             pytest.param(arguments, marks=pytest.mark.slow)
             for arguments in (
+                ["fox", "--format", "webp", "--no-metadata", "-o", "{seed}/{prompt}"],
+                ["a fox in snow", "--trace", "2", "--heatmap", "fox,snow", "--json"],
+                ["fox", "--init-image", "start.png", "--strength", "0.5", "--batch-size", "2", "-n", "3"],
                 ["--prompts-file", "prompts.txt", "-n", "2"],
                 ["fox", "--sweep", "steps=2,3", "-o", "swept-{steps}.png"],
                 ["fox " * 100],
+                ["fox", "--strict-prompt", "cat " * 100],
             )
         ),
-        ["fox", "--strict-prompt", "cat " * 100],
     ],
     ids=lambda arguments: " ".join(arguments)[:40],
 )
@@ -128,6 +128,7 @@ def test_what_is_refused_is_refused_before_a_worker_is_asked(
         assert list(runtime.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_image_from_stdin_reaches_the_worker(warm: Path, tmp_path: Path) -> None:
     image = tmp_path / "in.png"
     Image.radial_gradient("L").convert("RGB").resize((64, 64)).save(image)

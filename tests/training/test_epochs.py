@@ -178,6 +178,7 @@ def prepared(data: Path, run: Path, **changes: Any) -> tuple[UnetSession, list[s
     return session, notes
 
 
+@pytest.mark.slow
 def test_the_case_of_small_buckets(tmp_path: Path) -> None:
     chosen = {"train_batch_size": 16, "enable_bucket": True, "resolution": "128", "bucket_reso_steps": 32}
     session, notes = prepared(CASES / "buckets", tmp_path / "run", **chosen, num_train_epochs=2.0)
@@ -194,11 +195,13 @@ def test_the_case_of_small_buckets(tmp_path: Path) -> None:
     assert shown == session.setup.facts["buckets"]
 
 
+@pytest.mark.slow
 def test_fewer_images_than_a_step_are_told(tmp_path: Path) -> None:
     _, notes = prepared(CASES / "plain", tmp_path / "run", train_batch_size=16)
     assert any("a step of 16 samples repeats images, because there are only 8 of 64x64" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_long_captions_are_told_and_counted(tmp_path: Path) -> None:
     _, notes = prepared(CASES / "long_captions", tmp_path / "run")
     (note,) = [note for note in notes if "captions have more than" in note]
@@ -211,6 +214,7 @@ def test_a_lone_folder_is_no_caption_for_the_trainer(tmp_path: Path) -> None:
         prepared(CASES / "lone_folder", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_kohyas_repeats_are_samples_of_an_epoch(tmp_path: Path) -> None:
     session, notes = prepared(CASES / "kohya_repeats", tmp_path / "run", validation_split=0.0)
     assert session.setup.samples == 2 * 10 + 5 * 1
@@ -244,6 +248,7 @@ def test_a_limit_of_samples_is_drawn_by_the_seed_from_all_classes() -> None:
     assert drawn(6, 3) == drawn(6, 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_drew_its_samples_in_another_way_is_not_resumed(tmp_path: Path) -> None:
     """As of a version without merged buckets, whose checkpoints say nothing about samples."""
     files: dict[str, bytes | str] = {}

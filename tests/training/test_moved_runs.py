@@ -56,6 +56,7 @@ def recorded(run: Path) -> dict[str, Any]:
 # Limits that a resume changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits", [{"max_train_steps": 4}, {"max_train_steps": None, "num_train_epochs": 1.34}, {"max_hours": 1.0}]
 )
@@ -205,6 +206,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copied_run_goes_on_as_the_original_would(
     tmp_path: Path, begun: Path, images: Path, copy: Callable[[Path, Path], None]

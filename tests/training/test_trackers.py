@@ -51,6 +51,7 @@ def test_tensorboard_reads_the_figures_of_the_log(run: Path) -> None:
             assert [written[step] for step in steps] == pytest.approx(values, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_event_files_lie_in_run_and_nowhere_else(run: Path) -> None:
     elsewhere = [file for file in run.parent.rglob("events.out.*") if not file.is_relative_to(run)]
     assert not elsewhere

@@ -179,6 +179,7 @@ def train_here(data: Path, run: Path, *, resume: bool = False) -> None:
     train_latents(data, run, max_train_steps=3, resume=resume, cache_dir=data.parent / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [train_here, pytest.param(train_as_a_command, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_during_training_is_exit_code_8_and_space_lets_it_go_on(
     tmp_path: Path, images: Path, disk: Disk, train: Callable[..., None]

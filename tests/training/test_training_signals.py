@@ -377,6 +377,7 @@ class Scheduled(Watched):
         return loss
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=10, deadline=None)
 @given(intervals=INTERVALS, events=EVENTS)
 def test_any_schedule_with_signals_and_faults_gives_the_same_bits(

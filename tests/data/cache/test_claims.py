@@ -212,6 +212,7 @@ def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
     return {key: {name: tensor.numpy().tobytes() for name, tensor in store.get(key).items()} for key in keys}
 
 
+@pytest.mark.slow
 def test_two_runs_that_fill_one_cache_at_once_encode_each_image_once(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

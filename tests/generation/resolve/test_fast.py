@@ -178,6 +178,7 @@ def test_a_prompts_file_takes_it_line_by_line_and_the_digest_is_that_of_the_lora
 # Generating
 
 
+@pytest.mark.slow
 def test_an_image_records_it_and_is_generated_again_without_the_preset(sdcli: Run, models_file: Path) -> None:
     common = ("--models-file", models_file, "--size", "64x64", "--quiet")
     made = sdcli("generate", "a cat", "-m", "mine", "--fast", "--seed", "1", "-o", "fast.png", *common)
@@ -197,6 +198,7 @@ def test_an_image_records_it_and_is_generated_again_without_the_preset(sdcli: Ru
     assert (models_file.parent / "again.png").read_bytes() == (models_file.parent / "fast.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_from_an_image_it_decides_the_recorded_settings_anew(sdcli: Run, models_file: Path) -> None:
     common = ("--models-file", models_file, "--size", "64x64", "--quiet")
     slow = ("--steps", "7", "--reuse", "2", "--guidance-scale", "5..3")

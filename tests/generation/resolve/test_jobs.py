@@ -127,6 +127,7 @@ def test_the_key_of_a_job_covers_the_weights_of_all_its_models(tiny_folder: Path
     assert key_of(job) is None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_generates_again_with_weights_that_have_changed(
     sdcli: Run, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -212,6 +212,7 @@ def test_t5_in_float16_keeps_its_widest_sums_in_float32(folders: dict[bool, Path
     }
 
 
+@pytest.mark.slow
 def test_an_image_is_recorded_and_verifies(folders: dict[bool, Path], tmp_path: Path) -> None:
     registry, run = load_registry(), RunSettings(device="cpu", dtype="float32")
     fields = {**SMALL, "prompt": "a cat", "model": str(folders[True])}

@@ -412,6 +412,7 @@ def test_an_image_with_a_refiner_is_recorded_and_verifies(folders: dict[str, Pat
     assert "Refiner switch at: 0.8" in parameters_text(record)
 
 
+@pytest.mark.slow
 def test_another_refiner_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None:
     cache = cache_of(dtype="float32")
     base, refiner = (spec_of_folder(folders[name]) for name in ("base", "refiner"))

@@ -634,6 +634,7 @@ def test_a_power_failure_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path,
     stage.check(tmp_path / "certain", finished=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("omitted", ["files", "the folder", "RUN"])
 def test_the_model_of_a_disk_notices_a_missing_fsync(tmp_path: Path, omitted: str) -> None:
     stage = Stage(tmp_path, NEXT)

@@ -61,6 +61,7 @@ def tokenizers(folder: Path) -> tuple[ClipTokenizer, ClipTokenizer, CLIPTokenize
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(text=st.text(max_size=120) | st.lists(st.sampled_from([*WORDS, START, END, "<|", "# v", "\x85"])).map(" ".join))
 def test_the_vocabulary_its_files_and_transformers_give_the_same_ids(saved: Path, text: str) -> None:
@@ -132,6 +133,7 @@ def test_captions_that_hold_control_tokens_teach_nothing_of_them() -> None:
     assert with_tokens.tokenizer.to_str() == train_vocabulary(captions(), size=600, max_length=24).tokenizer.to_str()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["encoders/clip_tokenizer", "starter/tokenizer"])
 def test_a_shipped_tokenizer_saved_again_gives_the_same_ids(tmp_path: Path, folder: str) -> None:
     first = load_tokenizer(PACKAGE / folder)

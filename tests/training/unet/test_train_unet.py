@@ -259,6 +259,7 @@ def test_missing_captions_are_an_error_before_the_first_step(tmp_path: Path, ima
     train_unet(images, tmp_path / "unconditional", max_train_steps=1, unconditional=True)
 
 
+@pytest.mark.slow
 def test_broken_images_are_counted_and_never_fatal(tmp_path: Path, images: Path) -> None:
     before = {path.name: path.read_bytes() for path in images.iterdir()}
     (images / "2.png").write_bytes(before["2.png"][:200])
@@ -424,6 +425,7 @@ def test_kill_9_and_resume_give_the_same_bytes_as_no_kill(tmp_path: Path, images
     assert same_checkpoint(tmp_path / "straight" / "checkpoint-12", tmp_path / "cut" / "checkpoint-12")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )

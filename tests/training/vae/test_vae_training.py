@@ -657,6 +657,7 @@ def test_latents_without_a_deviation_have_no_scaling_factor() -> None:
         measure_scaling_factor(task.vae, [torch.zeros(1, 3, 16, 16)])
 
 
+@pytest.mark.slow
 def test_images_of_files_are_trained_on_with_workers_as_without(tmp_path: Path) -> None:
     from sdcli.data.buckets import Bucketing
     from sdcli.data.sources import open_images
