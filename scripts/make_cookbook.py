@@ -58,8 +58,8 @@ def images() -> list[str]:
 
 def draw_mask(path: Path) -> None:
     """White with a black disc in the middle."""
-    mask = Image.new("L", (128, 128), 255)
-    ImageDraw.Draw(mask).ellipse((14, 14, 114, 114), fill=0)
+    mask = Image.new("L", (256, 256), 255)
+    ImageDraw.Draw(mask).ellipse((28, 28, 228, 228), fill=0)
     mask.save(path)
 
 

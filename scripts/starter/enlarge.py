@@ -1,8 +1,9 @@
 """Give the starter's VAE twice the resolution: 256x256 pixels for the same latents, so that the UNet stays as it is.
 
-    python scripts/starter/enlarge.py WORK WORK/vae256 --steps 6000
+    python scripts/starter/enlarge.py WORK WORK/vae256 --model RUN --steps 3700
 
-WORK is the folder that sprites.py, pairs.py (WORK/pairs and, of another seed, WORK/check) and perception.py wrote.
+RUN is the starter with a VAE of 128x128, the last run of recipes/starter/cpu. WORK is the folder that sprites.py,
+pairs.py (WORK/pairs and, of another seed, WORK/check) and perception.py wrote.
 Encoder and decoder get one more stage each and start from the starter's weights: at first the encoder returns nearly
 the latents that it had for the image reduced to 128x128, and the decoder an enlarged image. The encoder learns to
 return exactly those latents. The decoder learns to draw the drawing from its latents and from those that the UNet
@@ -42,7 +43,10 @@ from sdcli.images.contact_sheet import contact_sheet
 from sdcli.models.loader import load_model
 from sdcli.models.registry import load_registry
 from sdcli.training.vae import losses
+from sdcli.vae.autoencoder import cell
 
+SMALL_CELL = 8
+"""Pixels a side of a latent cell of the VAE that is enlarged."""
 WINDOW = 128
 """Pixels per side of the windows that the decoder is trained on."""
 CELL = 8
@@ -393,7 +397,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="the folder with pairs/, check/ and perception.pt")
     parser.add_argument("out", type=Path, help="the folder to write to; an unfinished run in it continues")
-    parser.add_argument("--model", default="starter", help="the model whose VAE is enlarged (%(default)s)")
+    parser.add_argument(
+        "--model", required=True, help="the model whose VAE is enlarged: the last run of another recipe"
+    )
     parser.add_argument("--steps", type=int, default=6000, help="training steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="windows per step (%(default)s)")
     parser.add_argument(
@@ -410,6 +416,8 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     plan = Plan(chosen.steps, chosen.batch, chosen.encoder_steps, chosen.sharpen_start)
     old = load_model(load_registry().find(chosen.model), device="cpu", dtype="float32", parts=("vae",)).vae
+    if cell(old) != SMALL_CELL:
+        parser.error(f"the latent cells of {chosen.model} have {cell(old)} pixels a side; those of a VAE to enlarge, 8")
     training = Training(plan, old.requires_grad_(False), partial(load_perception, chosen.work / "perception.pt"))
     training.load(chosen.out)
     pairs, held_out = Pairs(chosen.work / "pairs"), Pairs(chosen.work / "check")

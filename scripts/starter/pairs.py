@@ -1,6 +1,6 @@
 """Write drawings of 256x256 with the latents that the starter has of them, to train a larger decoder on.
 
-    python scripts/starter/pairs.py WORK WORK/pairs --count 8000 --seed 21
+    python scripts/starter/pairs.py WORK WORK/pairs --model RUN --count 6000 --seed 21
 
 WORK is the folder that `sprites.py --side 256` wrote. Shard n of OUT is nnn-images.npy, uint8 [scenes, 256, 256, 3],
 and nnn-latents.npy, float16 [scenes, 3, 8, 16, 16], not scaled: the encoder's latents of the drawing at 128x128, and
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder for the shards")
     parser.add_argument("--count", type=int, default=8000, help="number of scenes (%(default)s)")
     parser.add_argument("--seed", type=int, default=21, help="random seed (%(default)s)")
-    parser.add_argument("--model", default="starter", help="the model whose latents these are (%(default)s)")
+    parser.add_argument("--model", required=True, help="the model whose latents these are, for images of 128x128")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     composer = Composer(chosen.work)

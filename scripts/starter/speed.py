@@ -25,7 +25,7 @@ from sdcli.models.registry import load_registry
 from sdcli.vae.autoencoder import decode, moments
 
 BATCH = 9
-WHOLE, WITHIN, ENCODE, DECODE = "whole process", "within a batch", "encode 128x128, warm", "decode 128x128, warm"
+WHOLE, WITHIN, ENCODE, DECODE = "whole process", "within a batch", "encode 256x256, warm", "decode 256x256, warm"
 TARGETS = {WHOLE: 3.0, WITHIN: 1.0, ENCODE: 0.1, DECODE: 0.1}
 """Seconds."""
 
@@ -54,7 +54,7 @@ def main() -> None:
 def vae_seconds(rounds: int) -> tuple[list[float], list[float]]:
     """Seconds to encode and to decode one image, each the median of ten consecutive calls."""
     vae = load_model(load_registry().find("starter"), device="cpu", dtype="float32", parts=("vae",)).parts["vae"]
-    pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     latents = moments(vae, pixels)[0]
     found: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):

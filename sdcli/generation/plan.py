@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdcli.generation.resolve.jobs import ResolvedJob
+from sdcli.models.families.family import ModelKind
 from sdcli.request.input_files import is_latents
 from sdcli.request.schema import ResolvedRequest
 
@@ -131,11 +132,14 @@ _shared_fields = operator.itemgetter(*(name for name in ResolvedRequest.model_fi
 def batch_size_of(job: ResolvedJob, limits: Limits) -> int:
     """The most images of a batch of such jobs."""
     width, height = job.request.final_size
-    return limits.batch_size or automatic_batch_size(width * height, on_gpu=limits.on_gpu)
+    larger = max(1, job.model.kind.cell // ModelKind.cell) ** 2  # the denoiser has less to do for as many pixels
+    return limits.batch_size or automatic_batch_size(width * height // larger, on_gpu=limits.on_gpu)
 
 
 def automatic_batch_size(pixels: int, *, on_gpu: bool) -> int:
     """Images per batch: from size and device alone, not from what is free now, so that it is always the same.
+
+    `pixels` of an image are those of Stable Diffusion, whose latent cells have 8 pixels a side.
 
     A CPU is busy with one 512x512 image, and gains from batches only for small ones; a GPU needs several.
     """

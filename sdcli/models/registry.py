@@ -357,10 +357,15 @@ def described(spec: ModelSpec) -> ModelSpec:
 
 
 def _folder_described(source: Source, family: Family) -> ModelFolder | None:
-    """The description of a diffusers folder, also of one in the hub's cache. Raises what reading it raises."""
+    """The description of a diffusers folder, also of the embedded one or one in the hub's cache.
+
+    Raises what reading it raises.
+    """
     match source:
         case FolderSource(path=path):
             pass
+        case EmbeddedSource(folder=name):
+            path = PACKAGE / name
         case HubSource():
             path = snapshot_folder(source)
         case _:

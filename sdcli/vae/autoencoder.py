@@ -119,9 +119,12 @@ def fits_in_memory(vae: VAE, height: int, width: int) -> bool:
 @contextlib.contextmanager
 def _tiles(vae: VAE, tile: int = TILE) -> Iterator[None]:
     """Make the VAE work in overlapping tiles of at most `tile` latent cells per side, inside the block."""
-    before = (vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size)
-    vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = True, tile, tile * cell(vae)
+    settings = {"use_tiling": True, "tile_latent_min_size": tile, "tile_sample_min_size": tile * cell(vae)}
+    if isinstance(vae, AutoencoderTiny):
+        settings["spatial_scale_factor"] = cell(vae)  # diffusers 0.42 has 2 ** out_channels there, 8 for RGB images
+    before = {name: getattr(vae, name) for name in settings}
+    vars(vae).update(settings)
     try:
         yield
     finally:
-        vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = before
+        vars(vae).update(before)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from sdcli.vae.latent_space import PixelSpace, Space
 
 FEW_CELLS = 256
-"""Latents of at most this many cells are decoded exactly; 16x16 cells are an image of 128x128 pixels."""
+"""Latents of at most this many cells are decoded exactly; 16x16 cells are 128x128 pixels, the starter's 256x256."""
 
 
 def latent_preview(space: Space, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_the_first_command_of_the_readme_paints_an_astronaut(sdcli: Run, tmp_pat
     assert result.returncode == 0, result.stderr
     (path,) = result.stdout.splitlines()
     with Image.open(tmp_path / path) as image:
-        assert image.size == (128, 128)
+        assert image.size == (256, 256)
         assert "an astronaut riding a horse" in image.text["parameters"]
 
 

@@ -73,7 +73,7 @@ def test_the_list_imports_no_heavy_library(environment: dict[str, str]) -> None:
 
 def test_show_prints_the_entry_and_its_files(models: Run) -> None:
     shown = json.loads(models("show", "starter", "--json").stdout)
-    assert (shown["defaults"]["width"], shown["defaults"]["prompt_template"]) == (128, "{prompt}")
+    assert (shown["defaults"]["width"], shown["defaults"]["prompt_template"]) == (256, "{prompt}")
     assert "unet/diffusion_pytorch_model.safetensors" in [file["file"] for file in shown["files"]]
     unknown = models("show", "sd51")
     assert unknown.returncode == 3

@@ -17,7 +17,7 @@ from sdcli.generation import run_batch as run_batch_module
 from sdcli.generation.events import Event, Note, Phase, Progress, Result
 from sdcli.generation.filenames import check_output
 from sdcli.generation.journal import Journal
-from sdcli.generation.plan import Limits, automatic_batch_size, plan
+from sdcli.generation.plan import Limits, automatic_batch_size, batch_size_of, plan
 from sdcli.generation.resolve.jobs import ResolvedJob, expand
 from sdcli.generation.settings import OutputSettings, RunSettings
 from sdcli.generation.verify import verify_image
@@ -364,3 +364,14 @@ def test_the_automatic_batch_size_depends_on_size_and_device_alone() -> None:
     assert automatic_batch_size(128 * 128, on_gpu=False) == 8
     assert automatic_batch_size(4096 * 4096, on_gpu=False) == 1
     assert automatic_batch_size(512 * 512, on_gpu=True) == 16
+
+
+def test_the_automatic_batch_size_is_that_of_the_latents(registry: Registry) -> None:
+    """The starter has 16 pixels a side of a latent cell, so its 256x256 are as much work as 128x128 of others."""
+    sizes = {}
+    for model, side in (("starter", 256), ("starter", 512), ("tiny", 256)):
+        line = Line(1, {"prompt": "x", "model": model, "width": side, "height": side})
+        (job,) = expand([line], {}, registry, num_images=1, base_seed=1)
+        assert isinstance(job, ResolvedJob)
+        sizes[model, side] = batch_size_of(job, Limits())
+    assert sizes == {("starter", 256): 8, ("starter", 512): 2, ("tiny", 256): 2}

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -223,26 +224,35 @@ def test_the_width_of_an_outline_is_that_of_the_blur(scripts: dict[str, ModuleTy
 
 
 @pytest.fixture(scope="module")
-def starter_vae() -> AutoencoderTiny:
-    spec = load_registry().find("starter")
-    return load_model(spec, device="cpu", dtype="float32", parts=("vae",)).vae.requires_grad_(False)
+def half_vae() -> AutoencoderTiny:
+    """A VAE of the starter's latents for images of 128x128, as the starter's was before it was enlarged."""
+    torch.manual_seed(1)
+    widths = (32,) * 4
+    vae = AutoencoderTiny(
+        latent_channels=8,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(0, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 0),
+    )
+    return vae.requires_grad_(False)
 
 
 def test_an_enlarged_vae_starts_with_the_old_latents_and_the_old_image(
-    scripts: dict[str, ModuleType], large_work: Path, starter_vae: AutoencoderTiny
+    scripts: dict[str, ModuleType], large_work: Path, half_vae: AutoencoderTiny
 ) -> None:
     torch.manual_seed(0)
-    new = scripts["enlarge"].enlarged(starter_vae)
+    new = scripts["enlarge"].enlarged(half_vae)
     assert cell(new) == 16
     image = scripts["scenes"].Composer(large_work).scene(1, 2)[1][None]
     large = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        wanted = starter_vae.encoder(scripts["pairs"].halved(image) * 2 - 1)
+        wanted = half_vae.encoder(scripts["pairs"].halved(image) * 2 - 1)
         found = new.encoder(large)
         assert found.shape == wanted.shape == (1, 8, 16, 16)
         assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
         drawn = new.decoder(wanted)
-        enlarged = torch.nn.functional.interpolate(starter_vae.decoder(wanted), scale_factor=2.0)
+        enlarged = torch.nn.functional.interpolate(half_vae.decoder(wanted), scale_factor=2.0)
         assert drawn.shape == (1, 3, 256, 256)
         assert (drawn - enlarged).square().mean().sqrt() < 0.02
         # a window is that part of the whole, except near its inner borders
@@ -252,10 +262,11 @@ def test_an_enlarged_vae_starts_with_the_old_latents_and_the_old_image(
 
 @pytest.mark.slow
 def test_latents_return_from_the_unet_the_nearer_the_less_noise_was_added(
-    scripts: dict[str, ModuleType], large_work: Path
+    scripts: dict[str, ModuleType], large_work: Path, half_vae: AutoencoderTiny
 ) -> None:
     pairs = scripts["pairs"]
-    denoise = pairs.Denoise(load_model(load_registry().find("starter"), device="cpu", dtype="float32"))
+    model = load_model(load_registry().find("starter"), device="cpu", dtype="float32")
+    denoise = pairs.Denoise(replace(model, parts={**model.parts, "vae": half_vae}))
     images, latents = pairs.shard(scripts["scenes"].Composer(large_work), denoise, 3, range(4))
     assert images.shape == (4, 256, 256, 3)
     assert latents.shape == (4, 3, 8, 16, 16)
@@ -308,7 +319,7 @@ def test_the_learning_rate_of_an_enlarged_vae_rises_stays_and_falls_to_zero(scri
 
 @pytest.mark.slow
 def test_training_an_enlarged_vae_continues_as_if_it_had_not_been_interrupted(
-    scripts: dict[str, ModuleType], tmp_path: Path, starter_vae: AutoencoderTiny
+    scripts: dict[str, ModuleType], tmp_path: Path, half_vae: AutoencoderTiny
 ) -> None:
     enlarge = scripts["enlarge"]
     (tmp_path / "pairs").mkdir()
@@ -323,7 +334,7 @@ def test_training_an_enlarged_vae_continues_as_if_it_had_not_been_interrupted(
     def perception() -> Any:
         return network
 
-    whole = enlarge.Training(plan, starter_vae, perception)
+    whole = enlarge.Training(plan, half_vae, perception)
     before = {name: value.clone() for name, value in whole.vae.state_dict().items()}
     for _ in range(3):
         whole.advance(pairs)
@@ -332,10 +343,10 @@ def test_training_an_enlarged_vae_continues_as_if_it_had_not_been_interrupted(
     )
     assert set(whole.figures) == {"encoder", "l1", "structure", "perception", "real", "fake"}
 
-    first = enlarge.Training(plan, starter_vae, perception)
+    first = enlarge.Training(plan, half_vae, perception)
     first.advance(pairs)
     first.save(tmp_path)
-    second = enlarge.Training(plan, starter_vae, perception)
+    second = enlarge.Training(plan, half_vae, perception)
     second.load(tmp_path)
     assert second.step == 1
     second.advance(pairs)
