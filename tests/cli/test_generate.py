@@ -92,7 +92,7 @@ def test_the_schedulers_are_listed_with_a_line_each(sdcli: Run) -> None:
         ([], 2, "nothing to generate"),
         (["x", "--steps", "0"], 2, "--steps"),
         (["x", "--steps", "many"], 2, "--steps"),
-        (["x", "--size", "100x100"], 2, "multiple of 8"),
+        (["x", "--size", "100x100"], 2, "multiple of 16"),
         (["x", "--size", "big"], 2, "WIDTHxHEIGHT"),
         (["x", "--size", "64x64", "--width", "64"], 2, "either --size or --width"),
         (["x", "--scheduler", "eulr"], 2, "did you mean 'euler'"),

@@ -79,6 +79,7 @@ def plans(draw: st.DrawFn) -> Plan:
         trained=np.arange(len(sizes)),
         held_out=np.array([], dtype=np.int64),
         sizes=dict(enumerate(sizes)),
+        originals=np.array(sizes),
         digests=tuple("" for _ in sizes),
         dropped=0,
     )
