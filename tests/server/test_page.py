@@ -227,7 +227,7 @@ def test_many_jobs_leave_connections_to_cancel_them(page: Browser, idle: IdleSer
 
 @pytest.mark.slow
 def test_a_job_and_the_settings_survive_a_reload(page: Browser, idle: IdleServer) -> None:
-    enter(page, prompt=PROMPT, negative_prompt="fog", width="72", scheduler="", guidance_scale="7..3")
+    enter(page, prompt=PROMPT, negative_prompt="fog", width="80", scheduler="", guidance_scale="7..3")
     page.run("$('scheduler').value = 'euler'; $('scheduler').dispatchEvent(new Event('input', {bubbles: true}))")
     page.run("$('add').value = 'clip_skip'; $('add').dispatchEvent(new Event('change', {bubbles: true}))")
     page.type("2")
@@ -246,7 +246,7 @@ def test_a_job_and_the_settings_survive_a_reload(page: Browser, idle: IdleServer
     page.wait_for("document.querySelectorAll('#gallery img[src]').length === 2")
     again = submitted(page, idle)
     kept = {name: getattr(again.images[0].request, name) for name in ("negative_prompt", "width", "scheduler")}
-    assert kept == {"negative_prompt": "fog", "width": 72, "scheduler": "euler"}
+    assert kept == {"negative_prompt": "fog", "width": 80, "scheduler": "euler"}
     assert (again.images[0].request.guidance_end, again.images[0].request.clip_skip) == (3, 2)
 
 
