@@ -349,16 +349,16 @@ def test_a_mask_can_be_drawn_with_keys(page: Browser, idle: IdleServer, tmp_path
 
 @pytest.mark.slow
 def test_a_large_init_image_is_made_to_fit_the_limits(chromium: Browser, tmp_path: Path) -> None:
-    with idle_server(max_pixels=128 * 128) as idle:
+    with idle_server(max_pixels=256 * 256) as idle:
         page = opened(chromium, idle.url)
-        Image.new("RGB", (400, 200), "teal").save(tmp_path / "photo.bmp")
+        Image.new("RGB", (800, 400), "teal").save(tmp_path / "photo.bmp")
         page.choose("#start-file", tmp_path / "photo.bmp")
         page.wait_for("!$('with-start').hidden")
-        assert "photo.png, 362 × 181, scaled down from 400 × 200" in text_of(page, "#start-text")
+        assert "photo.png, 724 × 362, scaled down from 800 × 400" in text_of(page, "#start-text")
         enter(page, prompt=PROMPT)
         request = submitted(page, idle).images[0].request
-        assert Image.open(io.BytesIO(request.init_image.data)).size == (362, 181)
-        assert (request.width, request.height) == (184, 88)
+        assert Image.open(io.BytesIO(request.init_image.data)).size == (724, 362)
+        assert (request.width, request.height) == (368, 176)
 
 
 @pytest.mark.slow
