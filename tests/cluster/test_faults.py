@@ -83,7 +83,7 @@ def test_one_worker_that_cannot_write_and_one_that_is_killed_cost_no_file(
 ) -> None:
     """Names that collide are numbered as in one process, too."""
     prompts(tmp_path)
-    draw(tmp_path / "images", 16)
+    draw(tmp_path / "images", 48)
     if command == "decode":
         encode = sdcli("encode", "images", "-m", "tiny", *ONE, "--outdir", "latents")
         assert encode.returncode == 0, encode.stderr
