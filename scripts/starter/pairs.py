@@ -2,7 +2,8 @@
 
     python scripts/starter/pairs.py WORK WORK/pairs --model RUN --count 6000 --seed 21
 
-WORK is the folder that `sprites.py --side 256` wrote. Shard n of OUT is nnn-images.npy, uint8 [scenes, 256, 256, 3],
+RUN is the starter with a VAE of 128x128. WORK is the folder that `sprites.py --side 256` wrote. Shard n of OUT is
+nnn-images.npy, uint8 [scenes, 256, 256, 3],
 and nnn-latents.npy, float16 [scenes, 3, 8, 16, 16], not scaled: the encoder's latents of the drawing at 128x128, and
 those that the UNet returns after noise of a low and of a high strength was added and removed by DDIM steps with the
 scene's caption. Such latents are what a decoder meets in use: nearly, but not exactly, those of a drawing. Existing

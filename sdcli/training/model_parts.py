@@ -245,7 +245,8 @@ class ModelFiles:
             "_diffusers_version": metadata.version("diffusers"),
             "scheduler": ["diffusers", scheduler],
             **components,
-            **{name: self.settings.get(name, usual) for name, usual in self.family.index.items()},
+            **self.family.index,
+            **{name: self.settings.get(name, usual) for name, usual in self.family.settings.items()},
         }
 
 

@@ -278,7 +278,9 @@ class Family:
     optional: frozenset[str] = frozenset()
     """Parts that may be absent, all of them together."""
     index: Mapping[str, Any] = field(default_factory=dict)
-    """Further entries of the model_index.json that `train-unet` writes, unless the base model has other values."""
+    """Further entries of the model_index.json that `train-unet` writes."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of model_index.json that the family reads, and their usual values; `train-unet` keeps the base's."""
     supported: bool = True
     process: Process = "diffusion"
     kind: ModelKind = ModelKind()

@@ -69,7 +69,7 @@ SDXL = Family(
     pipelines=dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), COMPONENTS),
     optional=frozenset({"text_encoder", "tokenizer"}),
     takes_refiners=True,
-    index={ZEROS: True},
+    settings={ZEROS: True},
     refuses={
         "train-controlnet": "{model} is of the sdxl family, for which sdcli trains no ControlNets yet",
         "train-text-encoder": "{model} has two text encoders; train-text-encoder trains models of one",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -22,14 +23,15 @@ from sdcli.encoders.tokenizer import load_tokenizer
 from sdcli.errors import UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io import rng
+from sdcli.models.loaded_model import LoadedModel
 from sdcli.models.loader import load_model
-from sdcli.models.registry import ModelSpec, load_registry
+from sdcli.models.registry import ModelSpec, load_registry, spec_of_folder
 from sdcli.models.sources import RandomSource
 from sdcli.request.schema import GenerationRequest
 from sdcli.training.config_files import settings_from
 from sdcli.training.inputs.captions import CaptionRules
 from sdcli.training.inputs.sources import WithSizes, flipped
-from sdcli.training.model_parts import text_parts, write_part
+from sdcli.training.model_parts import ModelFiles, text_parts, write_part
 from sdcli.training.state.checkpoint import newest_checkpoint
 from sdcli.training.task import Draw
 from sdcli.training.unet.session import UnetSession
@@ -53,6 +55,10 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return captioned_images(tmp_path / "pictures", sizes=SIZES)
+
+
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(spec_of_folder(folder), device="cpu", dtype="float32")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -167,6 +173,21 @@ def test_the_run_is_a_model_folder_of_diffusers_and_of_sdcli(
     done = sdcli("generate", "a cat", "-m", run, "--steps", "2", "-o", "cat.png", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["width"] == 64
+
+
+def test_the_run_keeps_what_the_family_reads_of_the_base_and_names_no_part_that_it_lacks(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    xl = ModelFiles.around(loaded(save_tiny_sdxl(tmp_path / "xl", zeros_for_empty=False)), trained={}, averaged=())
+    xl.write(tmp_path / "run-xl")
+    assert json.loads((tmp_path / "run-xl/model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "checked")
+    index = json.loads((folder / "model_index.json").read_text())
+    named = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (folder / "model_index.json").write_text(json.dumps({**index, **named}))
+    ModelFiles.around(loaded(folder), trained={}, averaged=()).write(tmp_path / "run")
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "run").safety_checker is None
 
 
 @pytest.mark.slow
