@@ -150,7 +150,7 @@ def planning(count: int) -> dict[str, Any]:
 def running(count: int) -> dict[str, Any]:
     """A whole run on simulated workers, its journal on the disk, synced once a second as the driver does."""
     with tempfile.TemporaryDirectory() as folder:
-        engine, journal = SimulatedEngine(WORKERS), Journal.open(Path(folder))
+        engine, journal = SimulatedEngine(WORKERS), Journal(Path(folder))
         writer = Writer(OutputSettings(outdir=Path(folder)), journal)
         jobs, writing = timed(lambda: spooled(count))
         done, seconds = timed(lambda: sum(_is_done(event) for event in _run(engine, jobs, writer, journal)))
@@ -183,7 +183,7 @@ def resuming(count: int) -> dict[str, Any]:
                 key = hashlib.sha256(str(number).encode()).hexdigest()
                 entry = {"request": key, "job": key, "path": f"{number:05}-1-a-red-fox.png", "sha256": digest}
                 file.write(json.dumps(entry) + "\n")
-        journal = Journal.open(path)
+        journal = Journal(path)
         (path / "one.png").write_bytes(b"image")
         _, seconds = timed(lambda: journal.base_seed("prompts.txt"))
         some = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(0, count, max(1, count // 5000))]

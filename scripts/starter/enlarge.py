@@ -45,12 +45,12 @@ from sdcli.models.registry import load_registry
 from sdcli.training.vae import losses
 from sdcli.vae.autoencoder import cell
 
-SMALL_CELL = 8
+CELL = 8
 """Pixels a side of a latent cell of the VAE that is enlarged."""
 WINDOW = 128
 """Pixels per side of the windows that the decoder is trained on."""
-CELL = 8
-"""Pixels per cell of the states from which a window is cut."""
+STRIDE = 8
+"""Pixels per cell of the states in the decoder from which a window is cut."""
 SHARES = (0.35, 0.35, 0.3)
 """Shares of latents in the decoder's training: the encoder's, and the UNet's after little and much noise."""
 TRUST = (1.0, 0.7, 0.3)
@@ -179,7 +179,7 @@ def decode_window(decoder: nn.Module, latents: Tensor, windows: Tensor) -> Tenso
     layers = decoder.layers
     split = [number for number, layer in enumerate(layers) if isinstance(layer, nn.Upsample)][1]
     states = layers[:split](torch.tanh(latents / 3) * 3)  # as DecoderTiny.forward
-    side = WINDOW // CELL
+    side = WINDOW // STRIDE
     cut = [one[:, y : y + side, x : x + side] for one, (y, x) in zip(states, windows.tolist(), strict=True)]
     return layers[split:](torch.stack(cut)) * 2 - 1
 
@@ -225,10 +225,10 @@ class Pairs:
             images, latents = self.shards[source.integers(len(self.shards))]
             row = source.integers(len(latents))
             image = images[row]
-            last = (image.shape[0] - WINDOW) // CELL
+            last = (image.shape[0] - WINDOW) // STRIDE
             # the most detailed of three, because a decoder learns little from a white background
             spots = [tuple(int(place) for place in source.integers(0, last + 1, 2)) for _ in range(3)]
-            cut = [image[y * CELL : y * CELL + WINDOW, x * CELL : x * CELL + WINDOW] for y, x in spots]
+            cut = [image[y * STRIDE : y * STRIDE + WINDOW, x * STRIDE : x * STRIDE + WINDOW] for y, x in spots]
             chosen = max(range(3), key=lambda one: float(cut[one][::4, ::4].std()))
             kind = source.choice(3, p=SHARES)
             rows.append(torch.from_numpy(latents[row, kind].astype(np.float32)))
@@ -416,7 +416,7 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     plan = Plan(chosen.steps, chosen.batch, chosen.encoder_steps, chosen.sharpen_start)
     old = load_model(load_registry().find(chosen.model), device="cpu", dtype="float32", parts=("vae",)).vae
-    if cell(old) != SMALL_CELL:
+    if cell(old) != CELL:
         parser.error(f"the latent cells of {chosen.model} have {cell(old)} pixels a side; those of a VAE to enlarge, 8")
     training = Training(plan, old.requires_grad_(False), partial(load_perception, chosen.work / "perception.pt"))
     training.load(chosen.out)

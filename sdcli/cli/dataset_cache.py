@@ -36,7 +36,6 @@ from sdcli.errors import SomeFailed, UsageError, raise_for
 from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.io.files import expanded
-from sdcli.io.threads import use_threads
 from sdcli.models.registry import ModelSpec, load_registry
 from sdcli.training.config_files import settings_from
 from sdcli.training.settings import ImageSettings, cache_folder
@@ -202,8 +201,6 @@ def command(
     of_cluster = workers if cluster is not None else None
     nodes = cluster_settings(cluster, workers=of_cluster, threads=threads, gpus=gpus_per_worker, device=device)
     check_divided(shard, cluster, None)
-    if nodes is None and threads is not None:
-        use_threads(threads)
     spec = load_registry(models_file).find(model)
     if spec.kind.space != "latent":
         raise UsageError(f"{spec.name} works on pixels, without a VAE, so there are no latents to cache")

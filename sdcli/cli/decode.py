@@ -29,7 +29,6 @@ from sdcli.generation.journal import Journal
 from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.images.formats import FORMAT_OF, ImageFormat
-from sdcli.io.threads import use_threads
 from sdcli.models.registry import Registry, load_registry
 from sdcli.request.input_files import InputFile, input_files
 
@@ -108,8 +107,6 @@ def command(
     part = RunShard.of(shard) if shard is not None else WHOLE
     nodes = cluster_settings(cluster, workers=workers, threads=threads, gpus=gpus_per_worker, device=device)
     check_divided(shard, cluster, output)
-    if nodes is None and threads is not None:
-        use_threads(threads)
     format = _format(output, image_format)
     registry = load_registry(models_file)
     if model is not None:
@@ -133,7 +130,7 @@ def command(
     journal = None
     if resume or shard is not None:
         folder = settings.outdir if output is None else output.parent
-        journal = Journal.open(folder, part.name if shard is not None else None)
+        journal = Journal(folder, part.name if shard is not None else None)
     run = RunSettings(device=device, dtype=dtype, offline=offline)
     alone = len(latents) == 1 and not latents[0].is_dir()
     errors: list[SdcliError] = []

@@ -28,7 +28,6 @@ from sdcli.errors import SdcliError, Stop, UsageError, raise_for
 from sdcli.generation.run_shard import WHOLE, RunShard
 from sdcli.generation.settings import RunSettings
 from sdcli.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from sdcli.io.threads import use_threads
 from sdcli.models.registry import ModelSpec, load_registry
 from sdcli.request.input_files import InputFile, input_files
 from sdcli.request.schema import parse_size
@@ -143,8 +142,6 @@ def command(
     part = RunShard.of(shard) if shard is not None else WHOLE
     nodes = cluster_settings(cluster, workers=workers, threads=threads, gpus=gpus_per_worker, device=device)
     check_divided(shard, cluster, output)
-    if nodes is None and threads is not None:
-        use_threads(threads)
     spec = load_registry(models_file).find(model)
     # images in other formats fail one by one: none is passed over
     files = input_files(images, suffixes=IMAGE_SUFFIXES | UNREAD_SUFFIXES, kind="images")

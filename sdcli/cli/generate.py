@@ -55,7 +55,6 @@ from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import OutputSettings, RunSettings, TraceFormat, TraceSettings
 from sdcli.generation.writer import Writer
 from sdcli.images.formats import ImageFormat
-from sdcli.io.threads import use_threads
 from sdcli.models.registry import load_registry
 from sdcli.request.fields import ImageInput
 from sdcli.request.input_files import stdin_bytes
@@ -251,8 +250,6 @@ def command(
         refuse_with_cluster(preview=preview, show=show, keep_warm=keep_warm)
         if prompts_file is None:
             raise UsageError("--cluster needs --prompts-file, whose journal says which images are finished")
-    elif threads is not None:
-        use_threads(threads)
     registry, axes = load_registry(models_file), [parse_axis(text) for text in sweep or ()]
     dynamic = dynamic_prompts or all_combinations or wildcards is not None
     if trace_format is not None and trace is None:

@@ -100,7 +100,7 @@ def decode(
     Raises the reason of `stop`, an error that concerns every file, and CannotWrite.
     """
     if settings.resume:
-        Journal.open(settings.outdir).take_in_parts()  # of runs that were killed
+        Journal(settings.outdir).take_in_parts()  # of runs that were killed
     part = secrets.token_hex(4)
     inputs = swept(files, settings.outdir, settings.output)
 
@@ -118,7 +118,7 @@ def decode(
         yield DecodeResult("failed", unit.file.path, error=event.error)
 
     yield from results_on_cluster(work, cluster, settings.outdir, done=done, failed=failed, stop=stop)
-    Journal.open(settings.outdir).take_in_parts(part)
+    Journal(settings.outdir).take_in_parts(part)
 
 
 def _encode_units(units: Iterable[EncodeUnit]) -> Iterator[Unit]:

@@ -81,7 +81,7 @@ class _BatchWork:
 
     def _written_before(self, order: BatchOrder, left: set[int]) -> Iterator[ItemRow]:
         """Rows of images that an earlier attempt wrote, just before it could say so."""
-        journal = Journal.open(self._setup.output.outdir)
+        journal = Journal(self._setup.output.outdir)
         for job in order.jobs:
             name = order.names.get(job.index)
             if job.index in left and name is not None and (entry := journal.entry(job.request.key(), name)) is not None:
@@ -131,7 +131,7 @@ class ReservedWriter(Writer):
                 return entry_of(key, job_key, name, data)
         except OSError:
             return None
-        return Journal.open(self.output.outdir).entry(key, name)
+        return Journal(self.output.outdir).entry(key, name)
 
 
 class _Share:

@@ -73,7 +73,7 @@ class _JournalContents:
 
 @dataclass
 class Journal:
-    """The journal of one output folder.
+    """The journal of one output folder, with all its parts; it is read when something is looked for in it.
 
     An entry is written, with the digest of the file's bytes, before the file gets its name; so after a crash an entry
     whose file is there with this digest is finished, and any other is not. A torn last line is ignored.
@@ -86,11 +86,6 @@ class Journal:
     """The run's own entry, until the first image is written."""
     _known: dict[str, int] = field(default_factory=dict)
     """The base seeds of the runs that began here."""
-
-    @classmethod
-    def open(cls, folder: Path, part: str | None = None) -> Journal:
-        """The journal of a folder with all its parts, or an empty one; read when something is looked for in it."""
-        return cls(folder, part)
 
     @cached_property
     def _contents(self) -> _JournalContents:

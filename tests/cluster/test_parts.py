@@ -35,7 +35,7 @@ def test_the_parts_of_a_journal_are_read_as_one_and_taken_in(tmp_path: Path) -> 
         journal.note("key", None, f"{number}.png", b"%d" % number)
     assert len(list(tmp_path.glob(".sdcli-journal*"))) == 3
     for _ in range(2):
-        read = Journal.open(tmp_path)
+        read = Journal(tmp_path)
         taken: set[str] = set()
         while (path := read.finished("key", lambda: None, taken=taken)) is not None:
             taken.add(path)
@@ -53,7 +53,7 @@ def test_the_base_seed_is_that_of_the_last_run_wherever_it_was_noted(later: str,
         file = tmp_path / (NAME if name == "journal" else ".sdcli-journal-run-1.jsonl")
         os.utime(file, (1000 + seconds, 1000 + seconds))
     for _ in range(2):
-        read = Journal.open(tmp_path)
+        read = Journal(tmp_path)
         assert read.base_seed("prompts.txt") == 101
         read.take_in_parts()
 

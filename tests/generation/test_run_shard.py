@@ -198,7 +198,7 @@ def test_a_journal_is_read_from_all_its_parts_whatever_is_broken_in_them(tmp_pat
     expected = {}
     for number, key in enumerate(keys):
         part = None if number % 4 == 0 else f"shard-{number % 4}-of-3"
-        journal = Journal.open(tmp_path, part)
+        journal = Journal(tmp_path, part)
         data = f"image {number}".encode()
         journal.note(key, None, f"{number}.png", data)
         (tmp_path / f"{number}.png").write_bytes(data)
@@ -208,7 +208,7 @@ def test_a_journal_is_read_from_all_its_parts_whatever_is_broken_in_them(tmp_pat
             file.write(b'not json\n[1]\n{"request": 3}\n\xff\xfe\n{"request": "torn')
     (tmp_path / "7.png").write_bytes(b"another image")
     del expected[keys[7]]
-    journal = Journal.open(tmp_path)
+    journal = Journal(tmp_path)
     found = {key: journal.finished(key, lambda: None, taken=set()) for key in keys}
     assert {key: path for key, path in found.items() if path is not None} == expected
     assert journal.finished("0" * 64, lambda: None, taken=set()) is None
@@ -219,19 +219,19 @@ def test_the_last_run_counts_whichever_part_it_is_in(tmp_path: Path, monkeypatch
     times = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr("sdcli.generation.journal.time.time", lambda: next(times))
     for seed, part in ((30, "b"), (10, None), (20, "c")):
-        journal = Journal.open(tmp_path, part)
+        journal = Journal(tmp_path, part)
         journal.begin_run("prompts.txt", seed)
         journal.note("00" * 32, None, "a.png", b"")
-    assert Journal.open(tmp_path).base_seed("prompts.txt") == 30
-    assert Journal.open(tmp_path).base_seed("other.txt") is None
+    assert Journal(tmp_path).base_seed("prompts.txt") == 30
+    assert Journal(tmp_path).base_seed("other.txt") is None
 
 
 def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     first, second = "ab" * 8 + "0" * 48, "ab" * 8 + "1" * 48
     for key in (first, second):
-        Journal.open(tmp_path).note(key, None, f"{key}.png", key.encode())
+        Journal(tmp_path).note(key, None, f"{key}.png", key.encode())
         (tmp_path / f"{key}.png").write_bytes(key.encode())
-    journal = Journal.open(tmp_path)
+    journal = Journal(tmp_path)
     assert [journal.finished(key, lambda: None, taken=set()) for key in (first, second)] == [
         f"{first}.png", f"{second}.png",
     ]  # fmt: skip
@@ -243,11 +243,11 @@ def test_of_equal_requests_each_keeps_the_image_of_its_own_name(registry: Regist
     output = OutputSettings(outdir=tmp_path, resume=True)
     second = str(name_of(jobs[1], output))
     (tmp_path / second).write_bytes(b"image")
-    Journal.open(tmp_path).add([entry_of(jobs[1].request.key(), None, second, b"image")])
-    found = Writer(output, Journal.open(tmp_path)).finished(jobs)
+    Journal(tmp_path).add([entry_of(jobs[1].request.key(), None, second, b"image")])
+    found = Writer(output, Journal(tmp_path)).finished(jobs)
     assert found == {2: tmp_path / second}
     for index, expected in ((1, set()), (2, {2})):
-        writer = Writer(output, Journal.open(tmp_path), shard=RunShard(index, 2))
+        writer = Writer(output, Journal(tmp_path), shard=RunShard(index, 2))
         assert writer.finished(jobs, own={index}).keys() & {index} == expected
 
 
@@ -256,7 +256,7 @@ def test_shards_of_different_plans_are_refused_or_with_resume_warned_about(regis
 
     def divided(index: int, limits: Limits, *, resume: bool = False) -> tuple[list[tuple[int, ...]], str]:
         shard = RunShard(index, 2)
-        journal = Journal.open(tmp_path, shard.name)
+        journal = Journal(tmp_path, shard.name)
         journal.begin_run("prompts.txt", 0)
         writer = Writer(OutputSettings(outdir=tmp_path, resume=resume), journal, shard=shard)
         batches, note = writer.divided(plan(jobs, limits))

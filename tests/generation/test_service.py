@@ -319,7 +319,7 @@ def test_a_resumed_run_overwrites_no_image_that_it_keeps(registry: Registry, tmp
     first, second = jobs_of(registry, "a", "b", model="tiny", seed=1, steps=2)
     output = {"template": "Picture{steps}", "overwrite": True, "resume": True}
     for jobs in ([first], [first, second]):
-        generate_files(jobs, tmp_path, run={"batch_size": 1}, journal=Journal.open(tmp_path), **output)
+        generate_files(jobs, tmp_path, run={"batch_size": 1}, journal=Journal(tmp_path), **output)
     assert list(images(tmp_path)) == ["Picture2-2.png", "Picture2.png"]
 
 

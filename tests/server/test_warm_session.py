@@ -161,7 +161,7 @@ def test_the_journal_of_a_run_that_lost_its_worker_has_each_image_once(
     jobs = jobs_of(3, steps=1)
     for died in (4, 8, 12):
         folder = tmp_path / str(died)
-        by_worker(cache, jobs, folder, messages=died, journal=Journal.open(folder))
+        by_worker(cache, jobs, folder, messages=died, journal=Journal(folder))
         lines = (folder / ".sdcli-journal.jsonl").read_text().splitlines()
         assert len(lines) == len(set(lines)) == 3
         assert len(list(folder.glob("*.png"))) == 3

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdcli.errors import UsageError
+from sdcli.io.threads import use_threads
 
 if TYPE_CHECKING:
     from sdcli.cluster.ray_engine import ClusterSettings
@@ -60,11 +61,13 @@ GpusOpt = Annotated[
 def cluster_settings(
     address: str | None, *, workers: int | None, threads: int | None, gpus: float | None, device: str
 ) -> ClusterSettings | None:
-    """What the options ask for; None without --cluster. Raises UsageError."""
+    """What the options ask for; None without --cluster, and `threads` applies to this process. Raises UsageError."""
     if address is None:
         for name, value in {"--workers": workers, "--gpus-per-worker": gpus}.items():
             if value is not None:
                 raise UsageError(f"{name} has no effect without --cluster")
+        if threads is not None:
+            use_threads(threads)
         return None
     from sdcli.cluster.ray_engine import ClusterSettings
 

@@ -51,7 +51,7 @@ def start_journal(prompts_file: str, output: OutputSettings, shard: RunShard | N
 
     A run that resumes keeps the base seed of the one before; shards have the same one without knowing of each other.
     """
-    journal = Journal.open(output.outdir, None if shard is None else shard.name)
+    journal = Journal(output.outdir, None if shard is None else shard.name)
     source = "-" if prompts_file == "-" else str(Path(prompts_file).resolve())
     earlier = journal.base_seed(source) if output.resume else None
     base_seed = earlier if earlier is not None else secrets.randbelow(2**32) if shard is None else BASE_SEED

@@ -168,10 +168,10 @@ def test_an_old_entry_of_the_journal_counts_whatever_the_weights_are(tmp_path: P
     (tmp_path / "2.png").write_bytes(b"new")
     old = {"request": "r", "path": "1.png", "sha256": hashlib.sha256(b"old").hexdigest()}
     (tmp_path / NAME).write_text(json.dumps(old) + "\n")
-    journal = Journal.open(tmp_path)
+    journal = Journal(tmp_path)
     assert journal.finished("r", lambda: pytest.fail("no weights are asked for"), taken=set()) == "1.png"
     journal.note("r", "key", "2.png", b"new")
-    journal = Journal.open(tmp_path)
+    journal = Journal(tmp_path)
     assert journal.finished("r", lambda: "other", taken={"1.png"}) is None
     assert journal.finished("r", lambda: "key", taken={"1.png"}) == "2.png"
     assert journal.finished("r", lambda: None, taken={"1.png"}) == "2.png", "there are no weights to compare"

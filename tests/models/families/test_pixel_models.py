@@ -579,7 +579,7 @@ def test_lines_of_a_file_need_no_prompt_and_are_resumed(folders: dict[str, Path]
         assert isinstance(bad, BadJob)
         assert "line 3: " in str(bad.error)
         good = [job for job in jobs if isinstance(job, ResolvedJob)]
-        return results(generate_files(good, tmp_path, resume=True, journal=Journal.open(tmp_path)))
+        return results(generate_files(good, tmp_path, resume=True, journal=Journal(tmp_path)))
 
     first = run()
     assert sorted(result.status for result in first) == ["done", "done", "done"]
