@@ -69,3 +69,20 @@ def test_arguments_come_first() -> None:
     for path in ("sdcli generate", "sdcli train-unet"):
         context = COMMANDS[path].make_context(path, [], resilient_parsing=True)
         assert next(iter(option_sections(COMMANDS[path], context))) == "Arguments"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--dtype", "int8", "'int8' is not one of 'auto', 'float32', 'bfloat16', 'float16'."),
+        ("--steps", "0", "should be greater than or equal to 1"),
+        ("--steps", "many", "should be a valid integer, unable to parse string as an integer"),
+    ],
+)
+def test_a_refusal_begins_with_what_is_wrong_and_not_with_the_name_of_an_exception(
+    option: str, value: str, sentence: str
+) -> None:
+    command = COMMANDS["sdcli generate"]
+    with pytest.raises(typer.BadParameter) as refused:
+        command.make_context("generate", ["a fox", option, value])
+    assert refused.value.message == sentence

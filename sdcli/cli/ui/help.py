@@ -1,4 +1,4 @@
-"""Help pages in plain text: options by section, ranges and defaults as people write them."""
+"""Help pages in plain text: options by section, ranges and defaults as people write them; and what is refused."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ METAVARS = {"int": "N", "float": "NUMBER", "str": "TEXT", "path": "PATH"}
 
 
 class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:  # in pydantic's words
+            error.message = error.message.removeprefix("Value error, ").removeprefix("Input ")
+            raise
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write(option_sections(self, ctx), formatter)
 
