@@ -35,10 +35,14 @@ class CaptionEncoder(nn.Module):
         return [ClipReader(*pair) for pair in zip(self.tokenizers, self.networks, strict=True)]  # type: ignore[arg-type]
 
     @property
+    def width(self) -> int:
+        """How many numbers the hidden state of a token is."""
+        return sum(reader.network.config.hidden_size for reader in self.readers)
+
+    @property
     def numbers(self) -> int:
         """How many numbers the hidden states of a caption are."""
-        configs = [reader.network.config for reader in self.readers]
-        return configs[0].max_position_embeddings * sum(config.hidden_size for config in configs)
+        return int(self.readers[0].network.config.max_position_embeddings) * self.width
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         """Token ids [B, encoders, L] of `token_ids` -> `hidden` [B, L, D] and, of several encoders, `pooled` [B, P]."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from sdcli.encoders.clip import ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
-from sdcli.errors import UsageError
+from sdcli.errors import BadWeights, UsageError
 from sdcli.io.files import PACKAGE, expanded, write_whole
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import UNet2DConditionModel, UNet2DModel
@@ -145,6 +145,7 @@ def load_to_train(spec: ModelSpec, command: str, *, device: str, needs: Part = "
     """Load a model in float32 to be trained by a command. Raises what `load_model` raises.
 
     Raises UsageError for a family that it does not train; if the spec names the family, before the weights are read.
+    Raises BadWeights for a UNet that takes other text states than its text encoders give.
     """
     for name in ("train", command):
         spec.family.refuse(name, spec.name)
@@ -153,6 +154,12 @@ def load_to_train(spec: ModelSpec, command: str, *, device: str, needs: Part = "
         model.family.refuse(name, spec.name)
     if model.family.is_refiner(model):
         raise UsageError(f"{spec.name} is a refiner, which sdcli does not train")
+    if {"unet", "text_encoder"} <= model.parts.keys():
+        wanted = model.family.text_width(model.unet.config)
+        given = model.family.caption_encoder(model).width
+        if isinstance(wanted, int) and wanted != given:
+            made = f"its UNet takes text states of {wanted} numbers, and those of its text encoders have {given}"
+            raise BadWeights(f"{spec.name}: {made}")
     return refuse_shifted(model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sdcli.data.buckets import Bucketing, resize_and_crop
 from sdcli.data.cache.store import TensorStore
 from sdcli.encoders.caption_encoder import token_ids
 from sdcli.encoders.tokenizer import load_tokenizer
-from sdcli.errors import UsageError
+from sdcli.errors import BadWeights, UsageError
 from sdcli.generation.resolve.resolve import resolve
 from sdcli.io import rng
 from sdcli.models.loaded_model import LoadedModel
@@ -38,7 +39,7 @@ from sdcli.training.unet.session import UnetSession
 from sdcli.training.unet.settings import UnetSettings
 from tests.conftest import Run
 from tests.oracle import load_pipeline
-from tests.tiny import save_tiny_sdxl
+from tests.tiny import save_tiny_pipeline, save_tiny_sdxl
 from tests.training.ranks import together, training
 from tests.training.test_sharding import check_parity, per_process
 from tests.training_runs import QUICK, captioned_images, fresh_accelerator, same_checkpoint, train_unet
@@ -261,6 +262,13 @@ def test_two_processes_with_sharded_weights_train_as_one(tmp_path: Path, sdxl: P
     together(2, training, tmp_path, str(data), str(tmp_path / "two"), per_process(changes, 2))
     train_unet(data, tmp_path / "one", train_batch_size=4, **changes)
     check_parity(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("save", [save_tiny_sdxl, save_tiny_pipeline])
+def test_a_unet_for_other_text_encoders_is_refused(tmp_path: Path, data: Path, save: Callable[..., Path]) -> None:
+    other = save(tmp_path / "model", cross_attention_dim=24)
+    with pytest.raises(BadWeights, match="its UNet takes text states of 24 numbers, and those of"):
+        train_unet(data, tmp_path / "run", model=str(other))
 
 
 def test_what_is_not_trained_is_refused(tmp_path: Path, sdxl: Path, data: Path) -> None:
