@@ -91,7 +91,11 @@ def command(
     ] = None,
     pack: Annotated[
         bool,
-        typer.Option("--pack", rich_help_panel=OUTPUT, help="Write one file per 16 images instead of one per image."),
+        typer.Option(
+            "--pack",
+            rich_help_panel=OUTPUT,
+            help="Write one file per 16 images (or per --batch-size) instead of one per image.",
+        ),
     ] = False,
     half: Annotated[
         bool, typer.Option("--half", rich_help_panel=OUTPUT, help="Store 16-bit instead of 32-bit numbers.")

@@ -286,6 +286,8 @@ def command(
             dry_run,
             kept,
             part,
+            safety != "auto",
+            lora_dir,
         )
         written = (output, outdir, image_format, overwrite, no_metadata, batch_size, strict_prompt)
         if from_image is None or any((*others, *written)):
@@ -297,10 +299,12 @@ def command(
         verdict.raise_if_different()
         return
 
+    own, recorded = typed, {}
     if from_image is not None:
         replaced = {*typed, *(name for axis in axes for value in axis.values for name in axis.fields(value))}
         change: dict[str, Any] = {"without": without, "typed": typed, "replaced": replaced}
-        typed = {**recorded_fields(from_image, **change, console=console, lora_dir=lora_dir), **typed}
+        recorded = recorded_fields(from_image, **change, console=console, lora_dir=lora_dir)
+        typed = {**recorded, **own}
     elif without is not None:
         raise UsageError("--without needs --from IMAGE, whose settings it drops")
     if resume and prompts_file is None:
@@ -311,7 +315,7 @@ def command(
     if choices is not None:
         lines = dynamic_lines(lines, example, axes, choices, all_combinations=all_combinations)
     else:
-        lines = left_as_text(lines, console.note)
+        lines = left_as_text(lines, typed, console.note)
     settings = replace(
         output_settings(output, outdir, image_format),
         overwrite=overwrite,
@@ -325,13 +329,14 @@ def command(
         journal, source, base_seed = start_journal(prompts_file, settings, part)
     expanded = expand(
         swept(lines, axes, typed, base_seed=base_seed) if axes else lines,
-        typed,
+        own,
         registry,
         num_images=num_images,
         base_seed=base_seed,
         measure=_measure,
         lora_dir=lora_dir,
         wildcards=None if all_combinations else choices,
+        recorded=recorded,
     )
     jobs: Sequence[ResolvedJob | BadJob] = list(expanded) if nodes is None else JobSpool(expanded)
     if not jobs:
@@ -368,13 +373,15 @@ def _measure(start: ImageInput, cell: int) -> tuple[int, int]:
 
 
 def _print_requests(jobs: Sequence[ResolvedJob | BadJob], console: Console) -> None:
+    errors = [job.error for job in jobs if isinstance(job, BadJob)]
+    alone = same_for_all(errors, of=len(jobs))
     for job in jobs:
-        if isinstance(job, BadJob):
-            console.warn(str(job.error))
-        else:
+        if not isinstance(job, BadJob):
             fields = job.request.typed()
             console.result(readable_json(fields), **fields)
-    raise_for([job.error for job in jobs if isinstance(job, BadJob)], of=len(jobs))
+        elif not alone:  # else `raise_for` says it
+            console.warn(str(job.error))
+    raise_for(errors, of=len(jobs))
 
 
 def _generate(
@@ -424,6 +431,7 @@ def _generate(
     stop = GracefulStop(console, unit="the current step" if "cluster" in where else "the current image").install()
     renderable = best_renderable() if show else None
     paths: dict[int, Path] = {}
+    kept = 0
     with GenerationProgress(console, images=preview == TERMINAL) as display:
         watched = None
         if preview is not None:
@@ -452,6 +460,7 @@ def _generate(
                 report_failure(event.job, event.error, console, alone=alone, status=event.status)
             else:
                 report(event, console)
+                kept += event.status == "skipped"
                 assert event.path is not None
                 if sheet is not None:
                     paths[event.job.index] = event.path
@@ -459,6 +468,8 @@ def _generate(
                     from sdcli.images.image_files import open_image
 
                     display.show(renderable(open_image(event.path)))
+    if kept:
+        console.note(f"{kept} of {len(good)} images were finished before, and stay as they are")
     if sheet is not None and paths:
         sheet.write(paths, settings, console)
     if part is not None and not count:

@@ -11,12 +11,12 @@ import typer
 from sdcli.cli.options.shared import JsonOpt, OverwriteOpt, QuietOpt, VerboseOpt
 from sdcli.cli.ui.console import Console
 from sdcli.errors import SdcliError, SomeFailed, UsageError
+from sdcli.images.formats import FORMAT_OF
 from sdcli.io.files import write_whole
 
 if TYPE_CHECKING:
     from sdcli.metadata.read import ImageInfo
 
-SUFFIXES = {"png": {".png"}, "jpeg": {".jpg", ".jpeg"}, "webp": {".webp"}}
 TOOLS = {
     "sdcli": "sdcli",
     "a1111": "A1111's text",
@@ -48,7 +48,8 @@ def command(
 ) -> None:
     """Print the settings stored in images by sdcli, A1111, ComfyUI, InvokeAI and other tools (docs/interop.md).
 
-    --strip writes a copy without metadata instead; the pixels are not encoded again.
+    --strip writes a copy without metadata instead; the pixels are not encoded again, and settings that are hidden in
+    them stay, with a warning.
     """
     if (output is not None or overwrite) and not strip:
         raise UsageError(f"{'--output' if output is not None else '--overwrite'} has no effect without --strip")
@@ -107,10 +108,12 @@ def _strip(path: Path, output: Path | None, console: Console, *, overwrite: bool
     from sdcli.metadata.strip import strip
 
     info = read_image(path)
-    if output is not None and output.suffix.lower() not in SUFFIXES[info.format]:
+    if output is not None and FORMAT_OF.get(output.suffix.lower()) != info.format:
         raise UsageError(f"the copy of {path} is a {info.format} image, so its name cannot be {output.name!r}")
     copy = output if output is not None else path.with_name(f"{path.stem}-stripped{path.suffix}")
     write_whole(copy, strip(path.read_bytes()), overwrite=overwrite)
+    if read_image(copy).source is not None:
+        console.warn(f"{copy} still has settings: they are hidden in its pixels, which stay as they are")
     console.result(str(copy), path=str(path), status="ok", stripped=str(copy))
 
 

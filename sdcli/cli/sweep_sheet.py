@@ -50,7 +50,7 @@ class SweepSheet:
         images = [open_image(file) if file is not None else empty((1, 1)) for file in files]
         sheet = contact_sheet(images, columns=self.columns, labels=labels, label_lines=LABEL_LINES)
         on_it = [
-            {"name": str(file or ""), "request": request.typed() if request is not None else None}
+            {"name": str(file or ""), "request": request.typed() if request and settings.metadata else None}
             for file, request in zip(files, requests, strict=True)
         ]
         for number in itertools.count(1):

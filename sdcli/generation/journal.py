@@ -17,10 +17,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from sdcli.errors import CannotWrite
+from sdcli.images.formats import FORMAT_OF, ImageFormat
 from sdcli.io.files import sha256
 from sdcli.io.rows import MAX_LINE, append_rows, json_rows
 
@@ -136,9 +137,10 @@ class Journal:
         job_key: Callable[[], str | None],
         *,
         taken: set[str],
+        format: ImageFormat | None = None,
         name: Callable[[], str | None] | None = None,
     ) -> str | None:
-        """The path, relative to the folder, of a whole image of this job that is not in `taken` yet.
+        """The path, relative to the folder, of a whole image of this job (of this format) that is not in `taken` yet.
 
         `job_key` covers the weights, too. It is called only where an entry has one (older ones do not), and gives None
         where the weights are not here to be compared. With a `name` only an image at the path that it gives counts.
@@ -146,6 +148,7 @@ class Journal:
         for entry in self._entries(request_key):
             if (
                 entry.path not in taken
+                and format in (None, FORMAT_OF.get(PurePath(entry.path).suffix.lower()))
                 and (name is None or name() == entry.path)
                 and (entry.job is None or job_key() in (None, entry.job))
                 and _digest(self.folder / entry.path) == entry.sha256

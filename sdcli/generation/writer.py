@@ -82,7 +82,8 @@ class Writer:
 
         def look(job: ResolvedJob, request_key: str, name: Callable[[], str | None] | None) -> bool:
             assert self._journal is not None
-            path = self._journal.finished(request_key, partial(key_of, job, digest), taken=taken, name=name)
+            key = partial(key_of, job, digest)
+            path = self._journal.finished(request_key, key, taken=taken, format=self.output.format, name=name)
             if path is not None:
                 taken.add(path)
                 found[job.index] = self.output.outdir / path

@@ -56,8 +56,9 @@ def a1111_text(
         "Version": f"sdcli {version}",
     }
     line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in pairs.items() if value is not None)
-    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    prompt = " ".join([request.full_prompt, *map(tag, request.loras)])
+    written = literal if request.prompt_syntax == "plain" else str
+    negative = f"\nNegative prompt: {written(request.negative_prompt)}" if request.negative_prompt else ""
+    prompt = " ".join([written(request.full_prompt), *map(tag, request.loras)])
     return f"{prompt}{negative}\n{line}".strip()
 
 

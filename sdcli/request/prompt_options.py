@@ -145,14 +145,17 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
             if _REFUSED[plain] and not any(value is off or (value == off and type(value) is type(off)) for off in _OFF):
                 raise UsageError(f"{name}: {_REFUSED[plain]}")
             continue
-        if plain in COUNTS and value is not None:
-            counts[plain] = _whole(name, value)
+        if plain in COUNTS:
+            if value is not None:
+                counts[plain] = whole_count(name, value)
             continue
         field = _NAMES.get(plain, plain)
         if plain in SAMPLER or field_name(field) == "scheduler":
             samplers[plain] = value
         elif field_name(field) in ("seed", "variation_seed") and value in (-1, "-1") and value is not True:
-            continue  # random, in the web UI and in kohya's scripts
+            if field in found:
+                raise UsageError(f"{field} is given twice")
+            found[field] = None  # random, in the web UI and in kohya's scripts
         elif field in found:
             raise UsageError(f"{field} is given twice")
         else:
@@ -185,9 +188,11 @@ def _scheduler(given: Mapping[str, Any]) -> Any:
     raise UsageError(f"{name}: no scheduler for {f'{value} {kind}' if kind else value} (--scheduler help lists them)")
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,6}\s*", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
+def whole_count(name: str, value: Any) -> int:
+    """A number of images from 1 to 100,000: an int, or text such as 4 and 4.0, as tables have it. Raises UsageError."""
+    number = value
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,6}(\.0*)?\s*", value):
+        number = int(float(value))
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 100_000:
         raise UsageError(f"{name}: should be a whole number from 1 to 100000, not {value!r:.60}")
-    return value
+    return number

@@ -137,10 +137,11 @@ def scheduler_of_a1111(sampler: str, schedule_type: str | None = None) -> str | 
 
     The schedule's type is beside the name, or, as older versions write it, at its end (`DPM++ 2M Karras`).
     """
+    for suffix in SCHEDULE_SUFFIXES:
+        if sampler.lower().endswith(f" {suffix.lower()}"):
+            sampler, schedule_type = sampler[: -len(suffix) - 1], suffix
     if schedule_type is None:
-        for suffix in SCHEDULE_SUFFIXES:
-            if sampler.lower().endswith(f" {suffix.lower()}"):
-                sampler, schedule_type = sampler[: -len(suffix) - 1], suffix
+        pass
     elif schedule_type.lower() == "automatic":
         schedule_type = next((kind for name, kind in AUTOMATIC.items() if name.lower() == sampler.lower()), None)
     elif schedule_type.lower() in ("uniform", "normal"):

@@ -377,6 +377,8 @@ def canonical(fields: Mapping[str, Any]) -> dict[str, Any]:
             named = {} if value is None else dict(zip(("width", "height"), parse_size(str(value)), strict=True))
         elif field == "guidance_scale" and isinstance(value, str) and ".." in value:
             first, _, last = value.partition("..")
+            if last.startswith("."):
+                raise UsageError(f"guidance_scale: {value!r} is neither a number nor two of them, such as 7..3")
             named = {field: first, "guidance_end": last}
         elif field not in known:
             raise UsageError(f"a request has no field {name!r}{did_you_mean(field, known)}")

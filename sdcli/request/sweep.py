@@ -56,7 +56,8 @@ def swept(lines: Iterable[Line], axes: Sequence[Axis], typed: Mapping[str, Any],
 
     Raises UsageError for a field that has a value already, and for too many combinations.
     """
-    named = [name for axis in axes for name in axis.fields(axis.values[0])]
+    each = [dict.fromkeys(name for value in axis.values for name in axis.fields(value)) for axis in axes]
+    named = [name for names in each for name in names]
     if len(set(named)) < len(named):
         raise UsageError("--sweep: a field is swept twice")
     found = list(lines)

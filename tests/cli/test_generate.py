@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdcli.cli.options.from_image import without_named, without_replaced
 from sdcli.errors import UsageError
 from sdcli.request.jobs import combinations, read_lines
 from sdcli.request.schedulers import SCHEDULERS
@@ -213,40 +212,6 @@ def test_from_leaves_out_what_is_named_and_what_needs_it(sdcli: Run, tmp_path: P
     assert (alone.returncode, "--without needs --from" in alone.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("without", "typed", "left"),
-    [
-        ("init-image", {}, {"steps", "refiner", "refiner_start"}),
-        ("mask", {}, {"init_image", "strength", "steps", "refiner", "refiner_start"}),
-        ("mask", {"extend": "left=64"}, {"init_image", "strength", "mask_blur", "steps", "refiner", "refiner_start"}),
-        ("refiner,steps", {}, {"init_image", "strength", "mask", "mask_blur"}),
-        ("extend", {}, {"init_image", "strength", "mask", "mask_blur", "steps", "refiner", "refiner_start"}),
-        ("refiner", {"refiner": "other"}, {"init_image", "strength", "mask", "mask_blur", "steps", "refiner_start"}),
-    ],
-)
-def test_what_needs_a_setting_that_is_left_out_goes_with_it(
-    without: str, typed: dict[str, str], left: set[str]
-) -> None:
-    names = ["init_image", "strength", "mask", "mask_blur", "steps", "refiner", "refiner_start"]
-    names += ["extend", "width"] if without == "extend" else []
-    assert without_named(dict.fromkeys(names, "value"), without, typed=typed).keys() == left
-
-
-@pytest.mark.parametrize(
-    ("asked", "stays"),
-    [
-        ({"seed"}, {"steps", "width", "guidance_scale", "guidance_end"}),
-        ({"extend"}, {"steps", "guidance_scale", "guidance_end"}),
-        ({"guidance_scale"}, {"steps", "width"}),
-        ({"guidance_end"}, {"steps", "width", "guidance_scale"}),
-    ],
-)
-def test_what_is_asked_anew_takes_the_place_of_what_was_recorded(asked: set[str], stays: set[str]) -> None:
-    assert (
-        without_replaced(dict.fromkeys(("steps", "width", "guidance_scale", "guidance_end"), 1), asked).keys() == stays
-    )
-
-
 def test_what_is_not_downloaded_is_told_once_whatever_needs_it(sdcli: Run, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "map.png")
     for needing in (["-m", "sd15", "-n", "3"], ["-m", "tiny", "--control", "canny=map.png"]):
@@ -361,6 +326,26 @@ def test_a_batch_killed_again_and_again_is_resumed_to_the_set_of_one_that_ran_th
 
 
 @pytest.mark.slow
+def test_a_resume_in_another_format_writes_the_images_in_it_and_says_how_many_stay(sdcli: Run, tmp_path: Path) -> None:
+    path = jobs_file(tmp_path, [{"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2}])
+    options = ("generate", "--prompts-file", path.name, *TINY, "--outdir", "out")
+    assert sdcli(*options).returncode == 0
+    same = sdcli(*options, "--resume")
+    assert (same.returncode, same.stdout, "2 of 2 images were finished before" in same.stderr) == (0, "", True)
+    other = sdcli(*options, "--resume", "--format", "webp")
+    assert len(other.stdout.splitlines()) == len(list((tmp_path / "out").glob("*.webp"))) == 2
+
+
+def test_a_dry_run_says_once_what_is_wrong_with_its_only_request(sdcli: Run) -> None:
+    found = sdcli("generate", "x", "-m", "tiny", "--size", "100x101", "--dry-run")
+    assert (found.returncode, found.stderr.count("should be a multiple")) == (2, 1), found.stderr
+
+
+def test_alternatives_in_a_typed_negative_prompt_are_noted_too(sdcli: Run) -> None:
+    found = sdcli("generate", "a", "-m", "tiny", "--negative-prompt", "{x|y}", "--dry-run")
+    assert "{x|y} is text in the prompt" in found.stderr
+
+
 def test_resume_goes_by_the_request_and_not_by_name_or_order(sdcli: Run, tmp_path: Path) -> None:
     path = jobs_file(tmp_path, 4)
     options = ("generate", "--prompts-file", path.name, *TINY, "--outdir", "out", "--resume", "--json")

@@ -15,6 +15,7 @@ from sdcli.metadata.read import read_image
 from sdcli.metadata.record import Record
 from sdcli.request.schema import GenerationRequest
 from tests.conftest import Run
+from tests.metadata.foreign_writers import stealth
 
 RECORD = Record(
     GenerationRequest(
@@ -94,6 +95,12 @@ def test_strip_writes_a_copy_that_says_nothing(sdcli: Run, tmp_path: Path, forma
     assert all(word not in copy.read_bytes() for word in (b"walrus", b"w\0a\0l\0r", b"sdcli"))
     assert read_image(copy).source is None
     assert Image.open(copy).tobytes() == Image.open(path).tobytes()
+
+
+def test_strip_says_what_it_leaves_in_the_pixels(sdcli: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(stealth("a walrus\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 64x64"))
+    done = sdcli("info", "a.png", "--strip")
+    assert (done.returncode, "they are hidden in its pixels" in " ".join(done.stderr.split())) == (0, True)
 
 
 def test_strip_never_overwrites_unless_asked(sdcli: Run, image: Path, tmp_path: Path) -> None:

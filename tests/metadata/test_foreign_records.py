@@ -103,6 +103,17 @@ def test_generate_goes_on_without_what_it_cannot_take_and_says_so(capsys: pytest
     assert f"not taken from {path}: lora = <lora:ink:0.8:lbw=OUTALL>: " in told
 
 
+def test_a_negative_prompt_that_has_no_effect_is_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a cat\nNegative prompt: ugly\nSteps: 4, Sampler: LCM, CFG scale: 1, Seed: 5, Size: 64x64"
+    (tmp_path / "a.png").write_bytes(write.png(write.text_chunk("parameters", text.encode(), "tEXt")))
+    how: dict[str, Any] = {"without": None, "replaced": set(), "lora_dir": None, "console": Console()}
+    assert "negative_prompt" not in recorded_fields(tmp_path / "a.png", typed={}, **how)
+    assert "its negative prompt, which has no effect" in " ".join(capsys.readouterr().err.split())
+    assert recorded_fields(tmp_path / "a.png", typed={"guidance_scale": 7}, **how)["negative_prompt"] == "ugly"
+
+
 def test_the_xmp_of_draw_things_is_read() -> None:
     info = read_image(CASES / "drawthings_xmp.png")
     assert info.source == "draw-things"

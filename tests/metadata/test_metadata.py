@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 from sdcli.errors import BadImage, NotFound, UsageError
 from sdcli.images.formats import ImageFormat
 from sdcli.images.image_files import pixels_digest
+from sdcli.metadata.a1111 import read_a1111
 from sdcli.metadata.embed import image_bytes, parameters_text
 from sdcli.metadata.read import read_image
 from sdcli.metadata.record import Record, parse_record, record_json
@@ -131,6 +132,15 @@ def test_pillow_alone_sees_a1111s_comment_and_the_xmp_packet(format: ImageFormat
 def test_the_models_hash_is_in_the_text_where_there_is_one() -> None:
     assert "Model hash: 0123456789, Model: starter" in parameters_text(record_of())
     assert "Model hash" not in parameters_text(Record(record_of().request, {"weights": "random:tiny:0"}))
+
+
+def test_a_plain_prompt_is_text_for_the_web_ui_too() -> None:
+    record = record_of("a (cat:1.2) AND [b|c]", prompt_syntax="plain", negative_prompt="(x)")
+    found = read_a1111(parameters_text(record))
+    assert found is not None
+    assert found.request is not None
+    assert found.request.prompt == r"a \(cat:1.2\) A\ND \[b|c\], glossy"
+    assert found.request.negative_prompt == r"\(x\)"
 
 
 # nothing

@@ -197,7 +197,7 @@ def test_a_bad_line_costs_itself_and_says_what_is_wrong(tmp_path: Path, line: st
 @pytest.mark.parametrize(
     ("line", "fields"),
     [
-        ('--prompt "a \\"b\\" \\\\ c" --seed -1', {"prompt": 'a "b" \\ c'}),
+        ('--prompt "a \\"b\\" \\\\ c" --seed -1', {"prompt": 'a "b" \\ c', "seed": None}),
         ("--prompt a  red fox --steps 3", {"prompt": "a  red fox", "steps": "3"}),
         ("--prompt it's a fox, it's red --steps 3", {"prompt": "it's a fox, it's red", "steps": "3"}),
         ("--prompt 'it'\"'\"'s' --steps 3", {"prompt": "it's", "steps": "3"}),
@@ -225,7 +225,13 @@ def test_options_of_a_line_are_read_as_their_tools_read_them(tmp_path: Path, lin
 def test_the_web_uis_own_json_is_read(tmp_path: Path) -> None:
     line = '{"prompt": "a", "sampler_name": "DPM++ 2M", "scheduler": "Karras", "n_iter": 2, "seed": -1, "styles": []}'
     (fields,) = fields_of(lines_of(tmp_path, line))
-    assert fields == {"prompt": "a", "scheduler": "dpmpp-2m-karras", "num_images": 2}
+    assert fields == {"prompt": "a", "scheduler": "dpmpp-2m-karras", "num_images": 2, "seed": None}
+
+
+@pytest.mark.parametrize("schedule", ["Automatic", "Karras", "Exponential"])
+def test_the_schedule_in_a_samplers_name_wins_over_the_one_beside_it(tmp_path: Path, schedule: str) -> None:
+    line = json.dumps({"prompt": "a", "sampler_name": "DPM++ 2M Karras", "scheduler": schedule, "n_iter": None})
+    assert fields_of(lines_of(tmp_path, line)) == [{"prompt": "a", "scheduler": "dpmpp-2m-karras"}]
 
 
 def test_every_scheduler_is_found_by_its_own_and_by_the_web_uis_name() -> None:

@@ -74,6 +74,9 @@ def test_every_combination_comes_once_and_a_line_keeps_its_seed(sizes: list[int]
     [
         (["steps=1,2"], {"steps": 3}, "steps has a value already"),
         (["steps=1,2", "steps=3"], {}, "swept twice"),
+        (["guidance-scale=5,7..3"], {"guidance_end": "2"}, "guidance_end has a value already"),
+        (["guidance-scale=5,7..3", "guidance-end=1,2"], {}, "swept twice"),
+        (["guidance-scale=5,7...3"], {}, "'7...3' is neither a number nor two of them"),
         (["prompt=a,b"], {}, "prompt has a value already"),
         (["steps=1..999x999", "eta=0..1x99"], {}, "98,901 combinations are more than 10,000"),
     ],
@@ -104,6 +107,14 @@ def test_what_failed_leaves_its_places_on_the_sheet_empty(tmp_path: Path) -> Non
         SweepSheet(sheet.places[:1] * 99_999, columns=9).check()
     with pytest.raises(UsageError, match="no line has its own number"):
         swept([Line(1, {"prompt": "a", "n": 2})], [parse_axis("steps=1,2")], {}, base_seed=0)
+
+
+def test_the_sheet_holds_no_settings_where_the_images_hold_none(tmp_path: Path) -> None:
+    line = Line(0, {"prompt": "walrus", "model": "tiny"})
+    jobs = list(expand([line], {}, load_registry(), num_images=1, base_seed=0))
+    sheet = SweepSheet.of(jobs, [parse_axis("steps=1")], num_images=1)
+    sheet.write({}, OutputSettings(outdir=tmp_path, metadata=False), Console(quiet=True))
+    assert b"walrus" not in (tmp_path / "sweep.png").read_bytes()
 
 
 @pytest.mark.slow

@@ -47,11 +47,11 @@ def dynamic_lines(
     return list(combinations(lines, dict(typed), choices)) if all_combinations else lines
 
 
-def left_as_text(lines: Iterable[Line], note: Callable[[str], None]) -> Iterator[Line]:
+def left_as_text(lines: Iterable[Line], typed: Mapping[str, Any], note: Callable[[str], None]) -> Iterator[Line]:
     """The lines; the first alternatives in their prompts are noted, as none are chosen without --dynamic-prompts."""
     noted = False
     for line in lines:
-        texts = () if noted else (line.fields.get(name) for name in DYNAMIC)
+        texts = () if noted else ({**typed, **line.fields}.get(name) for name in DYNAMIC)
         found = next(filter(None, (_ALTERNATIVES.search(text) for text in texts if isinstance(text, str))), None)
         if found is not None:
             noted = True

@@ -15,6 +15,8 @@ from sdcli.generation.resolve.resolve import resolve
 from sdcli.models.registry import ControlNetSpec, ModelSpec, Registry
 from sdcli.models.weight_digests import weights_digest
 from sdcli.request.jobs import DYNAMIC, Line, Occurrences, derived_seed
+from sdcli.request.prompt_options import whole_count
+from sdcli.request.replaced import given_fields
 from sdcli.request.schema import MAX_SEED, GenerationRequest, ResolvedRequest, parse_request
 from sdcli.request.wildcards import Wildcards
 
@@ -87,8 +89,10 @@ def expand(
     measure: Measure | None = None,
     lora_dir: Path | None = None,
     wildcards: Wildcards | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Iterator[ResolvedJob | BadJob]:
-    """Lines -> resolved jobs. A line's own fields win over the `typed` options; each image gets its own seed.
+    """Lines -> resolved jobs. A line's own fields win over the `typed` options, and these over the fields `recorded` in
+    an image, with all that belongs to what they replace; each image gets its own seed.
 
     Of images with a variation strength each gets its own variation seed instead. LoRAs that are named, not given as
     files, are those of `lora_dir`, or of the user's own folder. With `wildcards` the choices in the prompts of each
@@ -107,8 +111,8 @@ def expand(
         try:
             if line.problem is not None:
                 raise UsageError(line.problem)
-            count = _count(fields.pop("num_images", fields.pop("n", num_images)))
-            given = {**typed, **fields}
+            count = _count(fields, num_images)
+            given = given_fields(fields, typed, recorded or {})
             request = parse_request(given)
             spec = find(request.model)
             if given.get("prompt") is None and spec.family.takes_prompt:
@@ -160,12 +164,9 @@ def _texts(request: GenerationRequest, wildcards: Wildcards, *, seed: int) -> di
     return {name: wildcards.choose(text, seed=seed, purpose=name) for name, text in texts.items()}
 
 
-def _count(value: Any) -> int:
-    """How many images: a number, or a numeral as text. Raises UsageError."""
-    try:
-        count = 0 if isinstance(value, bool | float) else int(value)
-    except (TypeError, ValueError):
-        count = 0
-    if not 1 <= count <= 100_000:
-        raise UsageError(f"num_images: should be a whole number from 1 to 100000, not {value!r}")
-    return count
+def _count(fields: dict[str, Any], typed: int) -> int:
+    """Take the number of images out of a line's fields; without one it is the typed number. Raises UsageError."""
+    given = [fields.pop(name) for name in ("num_images", "n") if name in fields]
+    if len(given) > 1:
+        raise UsageError("num_images is given twice")
+    return typed if not given or given[0] is None else whole_count("num_images", given[0])

@@ -52,6 +52,24 @@ def test_a_number_of_another_kind_in_json_is_refused_with_its_line(tmp_path: Pat
     assert str(bad.error).startswith(f"line 2: {problem}")
 
 
+def test_how_many_images_is_said_once_and_may_be_null_or_as_tables_write_it(tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a", "n": 3, "num_images": 1}\n{"prompt": "b", "n": null}\n')
+    twice, one = jobs_of(tmp_path / "jobs.jsonl")
+    assert (isinstance(twice, BadJob), isinstance(one, ResolvedJob)) == (True, True)
+    assert "num_images is given twice" in str(twice.error)  # type: ignore[union-attr]
+    (tmp_path / "jobs.csv").write_text("prompt,num_images\na,2.0\n")
+    assert len(jobs_of(tmp_path / "jobs.csv")) == 2
+
+
+def test_a_random_seed_of_a_line_is_not_the_typed_one(tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text(
+        '{"prompt": "a", "seed": -1}\n{"prompt": "a", "seed": null}\n{"prompt": "a"}\n'
+    )
+    seeds = [job.request.seed for job in jobs_of(tmp_path / "jobs.jsonl", seed=7) if isinstance(job, ResolvedJob)]
+    assert len(set(seeds)) == 3
+    assert [seed == 7 for seed in seeds] == [False, False, True]
+
+
 @pytest.mark.parametrize("cell", ["2.9", "true", "two"])
 def test_a_csv_cell_that_is_no_whole_number_is_refused_with_its_line(tmp_path: Path, cell: str) -> None:
     for column in ("n", "seed"):
