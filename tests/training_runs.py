@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from sdcli.errors import Stop
 from sdcli.models.registry import load_registry
@@ -124,7 +125,9 @@ def train_unet(
 _estimates: dict[str, Forecast] = {}
 
 
-def estimated_once(task: UnetTask, settings: UnetSettings, *, size: tuple[int, int]) -> Forecast:
+def estimated_once(
+    task: UnetTask, settings: UnetSettings, *, size: tuple[int, int], kept: Iterable[nn.Module]
+) -> Forecast:
     """The estimated memory of a step, which takes a quarter of a short run: once for each kind of network and step."""
     network = task.networks["unet"]
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -132,7 +135,7 @@ def estimated_once(task: UnetTask, settings: UnetSettings, *, size: tuple[int, i
     values = settings.model_dump(mode="json")
     key = repr((dict(network.config), trained, task.vae is None, size, [values[name] for name in of_step]))
     if key not in _estimates:
-        _estimates[key] = unet_memory(task, settings, size=size)
+        _estimates[key] = unet_memory(task, settings, size=size, kept=kept)
     return _estimates[key]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -98,17 +99,29 @@ def keep_freed_memory(*, large: bool = False) -> None:
     320x320 in float32 on a 2-core AMD EPYC (Zen 3), in turns, page faults fell from 440-760 thousand to 0-40 thousand
     and the time to 0.86, and the peak rose from 1.2 to 1.6 GB. Without glibc nothing happens.
     """
-    m_trim_threshold, m_mmap_threshold, m_mmap_max, m_arena_max = -1, -3, -4, -8
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_mmap_threshold, 32 * 2**20)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        if large:
-            mallopt(m_mmap_max, 0)
-            mallopt(m_arena_max, 1)
+    _mallopt({M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 2**31 - 1})
+    if large:
+        _mallopt({M_MMAP_MAX: 0, M_ARENA_MAX: 1})
 
 
-def return_freed_memory() -> None:
-    """Return the memory that glibc keeps to the kernel, as after a model was unloaded; elsewhere nothing happens."""
+def return_freed_memory(*, always: bool = False) -> None:
+    """Return the memory that glibc keeps to the kernel, as after a model was unloaded; elsewhere nothing happens.
+
+    With `always` also what is freed later, in blocks of 1 MiB and more: the opposite of `keep_freed_memory`, for work
+    whose buffers are of many sizes, so that there is more room between them than in them.
+    """
+    if always:
+        _mallopt({M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20})
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+"""Of malloc.h."""
+
+
+def _mallopt(values: Mapping[int, int]) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for name, value in values.items():
+            mallopt(name, value)

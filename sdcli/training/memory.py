@@ -23,20 +23,27 @@ MOMENTS = {"adamw": 2.0, "muon": 1.1, "adamw-8bit": 0.5, "sgd": 1.0}
 """The size of the optimizers' states relative to the trained weights."""
 
 
-def unet_memory(task: UnetTask, settings: TrainSettings, *, size: tuple[int, int]) -> Forecast:
-    """The memory of a step; `size` is the width and height of the largest bucket in pixels."""
+def unet_memory(
+    task: UnetTask, settings: TrainSettings, *, size: tuple[int, int], kept: Iterable[nn.Module] = ()
+) -> Forecast:
+    """The memory of a step; `size` is the width and height of the largest bucket in pixels.
+
+    `kept`: frozen networks that stay in memory for the samples.
+    """
     unet: Any = task.networks["unet"]
 
     def run(network: Any) -> None:
         inputs = _inputs(unet.config, task, settings, size)
         task.family.call(network, inputs.pop("sample"), inputs.pop("timestep"), inputs)
 
-    frozen = [part for part in (task.frozen_text_encoder, task.vae) if part is not None]
+    frozen = [part for part in (task.frozen_text_encoder, task.vae, *kept) if part is not None]
     return forecast(task.networks.values(), settings, activations([unet], run, settings), frozen=frozen)
 
 
-def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tuple[int, int]) -> Forecast:
-    """The memory of a step; `size` is the width and height of the largest bucket in pixels."""
+def controlnet_memory(
+    task: ControlNetTask, settings: TrainSettings, *, size: tuple[int, int], kept: Iterable[nn.Module] = ()
+) -> Forecast:
+    """The memory of a step, as of `unet_memory`."""
     unet: Any = task.unet
 
     def run(controlnet: Any, frozen: Any) -> None:
@@ -45,9 +52,9 @@ def controlnet_memory(task: ControlNetTask, settings: TrainSettings, *, size: tu
         down, middle = controlnet(**inputs, controlnet_cond=pixels, return_dict=False)
         frozen(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
 
-    kept = activations([task.networks["controlnet"], unet], run, settings)
-    frozen = [part for part in (unet, task.frozen_text_encoder, task.vae) if part is not None]
-    return forecast(task.networks.values(), settings, kept, frozen=frozen)
+    saved = activations([task.networks["controlnet"], unet], run, settings)
+    frozen = [part for part in (unet, task.frozen_text_encoder, task.vae, *kept) if part is not None]
+    return forecast(task.networks.values(), settings, saved, frozen=frozen)
 
 
 def _inputs(config: Any, task: UnetTask, settings: TrainSettings, size: tuple[int, int]) -> dict[str, Any]:
@@ -100,8 +107,8 @@ def forecast(
         half = settings.mixed_precision in HALF
         in_work = sum(_in_work(*largest_block(network, _numbers), 2 if half else 4) for network in trained)
     return Forecast(
-        weights=sum(map(_bytes_of, trained)),
-        frozen=sum(map(_bytes_of, frozen)),
+        weights=_bytes_of(trained),
+        frozen=_bytes_of(frozen),
         gradients=changing,
         optimizer=int(changing * MOMENTS[settings.optimizer]),
         average=changing if settings.use_ema else 0,
@@ -124,8 +131,10 @@ def _numbers(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _bytes_of(network: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+def _bytes_of(networks: Iterable[nn.Module]) -> int:
+    """Bytes of the tensors of networks; those that several of them share count once."""
+    tensors = {id(one): one for network in networks for one in network.state_dict(keep_vars=True).values()}
+    return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
 @dataclass(frozen=True)

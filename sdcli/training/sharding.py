@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdcli.encoders.clip import ClipTextEncoder
+from sdcli.io.devices import return_freed_memory
 from sdcli.training.settings import TrainSettings
 from sdcli.training.state.rows import fetching, has_rows, local, whole
 from sdcli.training.task import Networks, Task
@@ -129,6 +130,8 @@ def shard(task: Task, accelerator: Accelerator, settings: TrainSettings) -> Shar
     }
     for network in task.networks.values():
         _shard(network, mesh, policy)
+    if mesh.device_type == "cpu":
+        return_freed_memory(always=True)  # whole blocks come and go; kept, they took twice what a step holds
     for phase in task.phases:
         for group in phase.groups:
             found = {key: names[id(parameter)] for key, parameter in group["params"].items()}

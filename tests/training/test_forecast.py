@@ -12,7 +12,7 @@ from sdcli.io.files import PACKAGE
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import UNet2DConditionModel
 from sdcli.training.forecast import Forecast
-from sdcli.training.memory import activations, forecast
+from sdcli.training.memory import Activations, activations, forecast
 from sdcli.training.sharding import blocks, largest_block
 from sdcli.training.unet.settings import UnetSettings
 
@@ -82,6 +82,12 @@ def test_copies_of_weights_in_half_precision_are_told_from_activations(precision
     settings = UnetSettings(mixed_precision=precision)
     kept = activations([Two()], lambda network: network(torch.empty(8, 64)), settings)
     assert (kept.bytes, kept.casts) == (2 * 8 * 64 * size, casts)
+
+
+def test_frozen_networks_count_once_however_many_need_them() -> None:
+    shared, trained = Two(), Two()
+    found = forecast([trained], UnetSettings(), Activations(0), frozen=[shared, nn.ModuleList([shared, Two()])])
+    assert found.frozen == 2 * found.weights == 2 * 2 * (64 * 64 + 64) * 4
 
 
 @pytest.mark.slow

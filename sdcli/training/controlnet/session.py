@@ -89,7 +89,7 @@ class ControlNetSession(Session[ControlNetSettings]):
             vae=model.vae,
             name_of=lambda index: data.images[index].name,
         )
-        task.sample_sheet = self._sample_sheet(model, task, data, resolution)
+        task.sample_sheet = sheet = self._sample_sheet(model, task, data, resolution)
         averaged = "_ema" if settings.use_ema else ""
         return RunSetup(
             task=task,
@@ -103,7 +103,7 @@ class ControlNetSession(Session[ControlNetSettings]):
                 {"model": model},
                 {"noise schedule": schedule_facts(model.scheduler_config)},
             ),
-            memory=controlnet_memory(task, settings, size=data.largest()),
+            memory=controlnet_memory(task, settings, size=data.largest(), kept=sheet.frozen.values()),
             facts={
                 "data": self.data,
                 "pictures": len(data.trained),

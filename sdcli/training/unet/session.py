@@ -71,7 +71,7 @@ class UnetSession(Session[UnetSettings]):
         order = data.order(batch=self.batch, seed=settings.seed, buffer=settings.shuffle_buffer)
         files = self._files(model, networks)
         task = self._task(model, schedule, data, source, conditioning, networks, loras, order)
-        task.sample_sheet = self._sample_sheet(model, data, files)
+        task.sample_sheet = sheet = self._sample_sheet(model, data, files)
         return RunSetup(
             task=task,
             samples=len(order),
@@ -84,7 +84,7 @@ class UnetSession(Session[UnetSettings]):
                 replaced=() if loras else networks,
             ),
             write_frozen=files.write,
-            memory=unet_memory(task, settings, size=data.largest()),
+            memory=unet_memory(task, settings, size=data.largest(), kept=sheet.frozen.values()),
             facts={
                 "data": self.data,
                 "pictures": len(data.trained),
