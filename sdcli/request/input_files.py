@@ -153,6 +153,8 @@ def stdin_bytes() -> bytes:
     data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise BadImage(f"stdin holds more than {MAX_FILE_BYTES // 1024**2} MiB, which no image here is")
+    if not data:
+        raise BadImage("- reads an image from stdin, which is empty, or was read already as the prompts file")
     return data
 
 

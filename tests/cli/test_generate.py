@@ -341,6 +341,12 @@ def test_a_dry_run_says_once_what_is_wrong_with_its_only_request(sdcli: Run) -> 
     assert (found.returncode, found.stderr.count("should be a multiple")) == (2, 1), found.stderr
 
 
+def test_stdin_is_not_both_the_prompts_file_and_an_image(sdcli: Run) -> None:
+    lines = '{"prompt": "a"}\n'
+    found = sdcli("generate", "--prompts-file", "-", "--init-image", "-", *TINY, "--dry-run", input=lines)
+    assert (found.returncode, "read already as the prompts file" in found.stderr) == (1, True), found.stderr
+
+
 def test_alternatives_in_a_typed_negative_prompt_are_noted_too(sdcli: Run) -> None:
     found = sdcli("generate", "a", "-m", "tiny", "--negative-prompt", "{x|y}", "--dry-run")
     assert "{x|y} is text in the prompt" in found.stderr
