@@ -7,12 +7,16 @@ Before and after each load the model generates in a loop without a server; the t
 the mean of both, because the speed of a machine changes. A load is so many clients, each of which submits a job of one
 image, follows its events, and fetches the file, over and over. What must hold (no failed job below the limit of the
 queue, the bytes after all that happened are those before) is checked; the exit code is 1 where it does not.
+
+The part "peer" loads the starter's own folder into a server of diffusers' pipeline (peer_programs/diffusers_server.py),
+and measures both servers in turns, with the same clients, prompts, seeds, steps, guidance and size.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -36,6 +40,10 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 SDCLI = [sys.executable, "-m", "sdcli"]
+PARTS = ("loads", "peer", "faults")
+PEER = ROOT / "scripts" / "peer_programs" / "diffusers_server.py"
+STARTER = {"steps": 10, "guidance_scale": 3.0, "size": 256}
+"""The starter's defaults, which sdcli's requests leave out."""
 QUEUE = 24
 """--max-queue of the servers: 64 clients exceed it, 16 do not."""
 
@@ -299,6 +307,87 @@ async def memory(server: BenchServer, model: str, images: int) -> dict[str, Any]
     return {"images": images, "mib_after_a_tenth": marks["tenth"], "mib_after_all": await server.memory()}
 
 
+class PeerServer:
+    """diffusers' server of the starter for the time of a `with` block."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = (folder / "peer.log").open("ab")
+        command = [sys.executable, str(PEER), str(ROOT / "sdcli" / "starter")]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
+
+    async def __aenter__(self) -> PeerServer:
+        assert self.process.stdout is not None
+        url = await asyncio.to_thread(self.process.stdout.readline)
+        self.http = httpx.AsyncClient(base_url=url.strip(), timeout=600, transport=httpx.AsyncHTTPTransport(retries=5))
+        await self.image("a fox", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.aclose()
+        self.process.terminate()
+        await asyncio.to_thread(self.process.wait)
+        self._log.close()
+
+    async def image(self, prompt: str, seed: int) -> bytes:
+        """The PNG file of one image. Raises HTTPStatusError."""
+        answer = await self.http.post("/v1/images/generations", json={"prompt": prompt, "seed": seed, **STARTER})
+        answer.raise_for_status()
+        return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+    def memory(self) -> float:
+        """The highest resident memory in MiB."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+async def load_peer(server: PeerServer, clients: int, seconds: float) -> dict[str, Any]:
+    """As `load`: so many clients for so long, each with one image after the other."""
+    times: list[float] = []
+    failed: Counter[str] = Counter()
+    numbers = iter(range(1, 10**9))
+    began = time.monotonic()
+    ended = began
+
+    async def client() -> None:
+        nonlocal ended
+        while time.monotonic() - began < seconds:
+            number, submitted = next(numbers), time.monotonic()
+            try:
+                assert (await server.image(f"a fox {number}", number)).startswith(b"\x89PNG")
+            except httpx.HTTPError as error:
+                failed[type(error).__name__] += 1
+                continue
+            ended = time.monotonic()
+            times.append(ended - submitted)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return {
+        "clients": clients,
+        "images_per_second": round(len(times) / (ended - began), 3) if times else 0.0,
+        "failed": dict(failed),
+        "seconds_p50": round(statistics.median(times), 3) if times else None,
+        "seconds_p95": round(sorted(times)[int(len(times) * 0.95)], 3) if times else None,
+        "highest_mib": round(server.memory(), 1),
+    }
+
+
+async def measure_peer(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The loads of both servers in turns; the other one waits meanwhile."""
+    rows: list[dict[str, Any]] = []
+    async with (
+        BenchServer(folder, "--device", "cpu", "--model", "starter", "--keep", "5") as own,
+        PeerServer(folder) as peer,
+    ):
+        for clients in (number for number in options.clients if number <= QUEUE):  # above, sdcli refuses some
+            mine = await load(own, "starter", clients, options.seconds)
+            other = await load_peer(peer, clients, options.seconds)
+            ratio = round(mine["images_per_second"] / other["images_per_second"], 2)
+            rows.append({"sdcli": mine | {"mib": await own.memory()}, "peer": other, "ratio": ratio})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        images = await asyncio.gather(*(peer.image("a fox", 7) for _ in range(6)))
+    return {"loads": rows, "peer_files_of_one_seed": len({hashlib.sha256(image).hexdigest() for image in images})}
+
+
 def problems_of(result: dict[str, Any]) -> list[str]:
     """What should have held and did not."""
     found = []
@@ -371,6 +460,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         if "loads" in options.parts:
             result["models"] = await measure_loads(options, Path(name))
+        if "peer" in options.parts:
+            result["peer"] = await measure_peer(options, Path(name))
         if "faults" in options.parts:
             async for part, found in measure_faults(options, Path(name)):
                 result[part] = found
@@ -380,7 +471,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["loads", "faults"], default=["loads", "faults"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", default=["tiny", "starter"])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=6, help="of each load")

@@ -43,7 +43,8 @@ def recorded_fields(
         if "prompt" not in info.request.model_fields_set:
             console.note(f"not taken from {image}: its prompt, which is not known; give one")
             del fields["prompt"]
-        if fields.get("negative_prompt") and fields.get("guidance_scale", 2) <= 1 and "guidance_scale" not in typed:
+        other = {"guidance_scale", "negative_prompt", "fast"} & {*typed, *replaced}
+        if fields.get("negative_prompt") and fields.get("guidance_scale", 2) <= 1 and not other:
             console.note(f"not taken from {image}: its negative prompt, which has no effect at guidance scale 1")
             del fields["negative_prompt"]
     if without is not None:
