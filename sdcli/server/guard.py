@@ -120,7 +120,7 @@ class Guard:
         return host in self._hosts or address.is_loopback or not self._settings.loopback
 
     def _same_origin(self, origin: str, host: str) -> bool:
-        return origin in self._settings.origins or urlsplit(origin).netloc.lower() == host.lower()
+        return origin in self._settings.origins or _netloc_of(origin) == host.lower()
 
     def _extra_headers(self, id: str, origin: str | None) -> Iterable[tuple[bytes, bytes]]:
         yield b"x-request-id", id.encode()
@@ -144,6 +144,14 @@ def _host_of(header: str) -> str:
     """The host of a Host header, without the port."""
     try:
         return (urlsplit(f"//{header}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _netloc_of(origin: str) -> str:
+    """The host and port of an Origin header; empty, which is no server's, for one that is malformed."""
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
 

@@ -81,7 +81,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         for failed in job.failed.values():
             raise failure_of(job, engine, failed)
         by_address = body.response_format == "url"
-        base = str(request.base_url).rstrip("/")
+        base = _base_url(request)
         data = [
             AnswerImage(url=f"{base}{links.path(job, number)}", seed=one.request.seed)
             if by_address
@@ -110,6 +110,12 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         return ModelAnswer(id=check_model(id, registry, settings), created=began)
 
     return router
+
+
+def _base_url(request: Request) -> str:
+    """The server's address as the client has it: behind a proxy with TLS, which says so, it begins with https."""
+    by_tls = request.headers.get("x-forwarded-proto", "").lower() == "https"
+    return str(request.base_url.replace(scheme="https") if by_tls else request.base_url).rstrip("/")
 
 
 async def _events(job: Job, engine: Engine, kind: str) -> AsyncGenerator[bytes, None]:

@@ -60,6 +60,7 @@ def http_config(app: Guard) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # X-Forwarded-For is what a client says of itself, and would buy it turns and others' jobs
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 * 1024,
     )

@@ -71,6 +71,8 @@ class ServerSettings:
             raise UsageError(
                 f"--host {self.host} opens the server to other machines; that needs a token: --token-file FILE"
             )
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise UsageError("the token should consist of ASCII characters, which every client can send in a header")
         for origin in self.origins:
             parts = urlsplit(origin)
             if parts.scheme not in {"http", "https"} or origin != f"{parts.scheme}://{parts.netloc}":

@@ -47,6 +47,22 @@ def test_a_page_of_another_origin_is_refused(origin: str, method: str) -> None:
     assert "access-control-allow-origin" not in refused.headers
 
 
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "http://[evil]", "//]"])
+@pytest.mark.parametrize("path", ["/v1/jobs/x", "/v1/models", "/sdapi/v1/options", "/healthz"])
+def test_an_origin_that_is_no_address_is_a_foreign_one(origin: str, path: str) -> None:
+    refused = answer(path, headers={"origin": origin})
+    assert (refused.status_code, refused.headers["content-type"]) == (403, "application/json")
+    assert ("detail" in refused.json()) == path.startswith("/sdapi")
+
+
+def test_a_client_cannot_say_that_it_has_another_address(server: RunningServer) -> None:
+    forged = {"x-forwarded-for": "203.0.113.7", "forwarded": "for=203.0.113.7", "x-real-ip": "203.0.113.7"}
+    server.http.get("/healthz", headers={**forged, "x-request-id": "forged-1"})
+    (line,) = server.logged("forged-1")
+    assert "203.0.113.7" not in line
+    assert "127.0.0.1" in line
+
+
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
 def test_a_page_that_embeds_the_server_gets_nothing(site: str) -> None:
     assert answer("/v1/jobs/x", headers={"sec-fetch-site": site}).status_code == 403
@@ -82,6 +98,12 @@ def test_a_public_address_without_a_token_is_refused(host: str) -> None:
     with pytest.raises(UsageError, match="token"):
         ServerSettings(host=host).check()
     ServerSettings(host=host, token="secret-word").check()
+
+
+@pytest.mark.parametrize("token", ["gehéim", "\u043f\u0430\u0440\u043e\u043b\u044c", "a\tb"])
+def test_a_token_that_no_header_can_hold_is_refused_at_the_start(token: str) -> None:
+    with pytest.raises(UsageError, match="ASCII"):
+        ServerSettings(token=token).check()
 
 
 def test_the_command_refuses_a_public_address_too(sdcli: object, tmp_path: Path) -> None:

@@ -259,6 +259,17 @@ def test_an_address_of_an_image_needs_no_token(strict_server: RunningServer) -> 
     assert httpx.get(f"{strict_server.url}/v1/images/files/job-00.0.{'0' * 32}.png").status_code == 404
 
 
+def test_an_address_begins_with_https_where_the_proxy_says_that_the_client_uses_it(server: RunningServer) -> None:
+    body = {"prompt": "a", "model": "tiny", "num_inference_steps": 1, "response_format": "url"}
+    found = {}
+    for protocol in ("https", "http", "javascript"):
+        headers = {"x-forwarded-proto": protocol, "host": "localhost:1234"}
+        made = server.http.post("/v1/images/generations", json=body, headers=headers).json()
+        found[protocol] = made["data"][0]["url"].partition("/v1/")[0]
+    plain = "http://localhost:1234"
+    assert found == {"https": "https://localhost:1234", "http": plain, "javascript": plain}
+
+
 @given(steps=st.integers(1, 1000), count=st.integers(0, 3))
 def test_there_are_as_many_as_fit_and_none_after_the_last_step(steps: int, count: int) -> None:
     chosen = partial_steps(steps, count)
