@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from sdcli.models.registry import Registry
+from sdcli.errors import SdcliError
+from sdcli.models.registry import ModelSpec, Registry
 from sdcli.request.schedulers import AUTOMATIC, SCHEDULE_SUFFIXES, SCHEDULERS, scheduler_of_a1111, schedulers_for
 from sdcli.request.schema import did_you_mean
 from sdcli.server.a1111_models import Img2Img, Txt2Img
@@ -37,6 +38,7 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: not value,
         "this server runs no scripts; ControlNets are `controls` of a job of POST /v1/jobs",
     ),
+    "comments": (lambda value: not value, "this server writes no comments into images"),
     "infotext": (lambda value: not value, "send the fields themselves"),
     "firstpass_image": (lambda value: not value, "this server takes no image of the first pass"),
     "disable_extra_networks": (lambda value: not value, "leave <lora:...> out of the prompt"),
@@ -82,7 +84,7 @@ def request_fields(body: Txt2Img, options: Options, registry: Registry, settings
         "width": body.width,
         "height": body.height,
         "scheduler": scheduler,
-        "eta": _eta(body, scheduler),
+        "eta": _eta(body, scheduler, options, registry),
         "clip_skip": _clip_skip(body, options),
         **_variation(body),
         **_refiner(body, registry, settings),
@@ -117,18 +119,25 @@ def _scheduler(body: Txt2Img, options: Options, registry: Registry) -> str | Non
         meant = name[len(bare) :].strip() or (AUTOMATIC.get(sampler) if automatic else schedule)
         hint = "send Uniform" if scheduler_of_a1111(sampler) else "send Karras"
         raise refused("scheduler", f"{sampler} is not here with the schedule {meant}; {hint}")
-    own = schedulers_for(registry.find(options.sd_model_checkpoint).family.process)
+    own = schedulers_for(_model(options, registry).family.process)
     return f"flow-{found}" if f"flow-{found}" in own else found
 
 
-def _eta(body: Txt2Img, scheduler: str | None) -> float | None:
+def _model(options: Options, registry: Registry) -> ModelSpec:
+    try:
+        return registry.find(options.sd_model_checkpoint)
+    except SdcliError as error:
+        raise refused("sd_model_checkpoint", str(error)) from None
+
+
+def _eta(body: Txt2Img, scheduler: str | None, options: Options, registry: Registry) -> float | None:
     """eta of the one sampler that takes it; 1 is what ancestral samplers have, and it means nothing to the others."""
-    row = SCHEDULERS.get(scheduler or "")
     if body.eta is None:
         return None
-    if row is not None and row.uses_eta:
+    row = SCHEDULERS[scheduler or _model(options, registry).defaults.scheduler]
+    if row.uses_eta:
         return body.eta
-    if row is not None and row.stochastic and body.eta != 1:
+    if row.stochastic and body.eta != 1:
         raise refused("eta", f"{row.a1111} has its noise as it is defined, which is 1")
     return None
 

@@ -53,6 +53,26 @@ def test_euler_is_that_of_flow_matching_for_such_a_model() -> None:
     assert fields(model="sd3-medium", sampler_name="Euler")["scheduler"] == "flow-euler"
 
 
+def test_eta_without_a_sampler_is_that_of_the_models_own() -> None:
+    own = {name: SCHEDULERS[spec.defaults.scheduler] for name, spec in REGISTRY.models.items()}
+    assert any(row.uses_eta for row in own.values())
+    assert any(row.stochastic for row in own.values())
+    for name, row in own.items():
+        if row.stochastic and not row.uses_eta:
+            with pytest.raises(ApiError, match="eta: "):
+                fields(model=name, eta=0.5)
+        else:
+            assert fields(model=name, eta=0.5).get("eta") == (0.5 if row.uses_eta else None)
+        assert "scheduler" not in fields(model=name, eta=1)
+
+
+@pytest.mark.parametrize("comments", [{"a": float("nan")}, {"a": 1}])
+def test_comments_are_refused_since_nothing_would_hold_them(comments: dict[str, Any]) -> None:
+    with pytest.raises(ApiError, match="comments"):
+        fields(comments=comments)
+    assert "comments" not in fields(comments={})
+
+
 def test_what_is_omitted_or_random_is_left_to_the_model() -> None:
     assert fields(seed=-1, subseed=5, subseed_strength=0, negative_prompt="", clip_skip=1) == {
         "prompt": "",
