@@ -32,7 +32,8 @@ log = logging.getLogger("sdcli.server.access")
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
 """Answered without a token: they give nothing away; supervisors have none, and the web page asks for it."""
 FORM_PATHS = frozenset({"/v1/images/edits"})
-"""Where a body may be form data with files; everywhere else it is JSON."""
+"""Where a body is form data with files; everywhere else it is JSON."""
+FORM_KIND = "multipart/form-data"
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """What an X-Request-ID of a client may look like to be taken over."""
 SIGNED_PATHS = ("/v1/images/files/",)
@@ -108,8 +109,9 @@ class Guard:
             raise Refused(413, f"the body is larger than {self._settings.max_body} bytes")
         if scope["method"] in METHODS_WITH_BODY and (length != "0" or "transfer-encoding" in headers):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json" and (kind != "multipart/form-data" or path not in FORM_PATHS):
-                raise Refused(415, "the body should be JSON (Content-Type: application/json)")
+            what, wanted = ("a form", FORM_KIND) if path in FORM_PATHS else ("JSON", "application/json")
+            if kind != wanted:
+                raise Refused(415, f"the body should be {what} (Content-Type: {wanted})")
 
     def _is_own_host(self, host: str) -> bool:
         """Whether a Host header means this server. A name of an attacker can point here, an address cannot."""

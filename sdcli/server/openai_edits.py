@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
+
+from starlette.datastructures import FormData
 
 from sdcli.errors import SdcliError, UsageError
 from sdcli.request.fields import ImageBytes
 from sdcli.server.native import ApiError
 from sdcli.server.openai_models import EditForm
 from sdcli.server.remote_fields import as_upload, checked_image
+
+
+def check_repeated(form: FormData) -> None:
+    """Raise ApiError for a field that comes several times, of which only the last one would count."""
+    counts = Counter(name for name, _ in form.multi_items())
+    for name, count in counts.items():
+        if count > 1 and name not in ("image", "image[]"):
+            raise ApiError(400, "bad_request", f"{name}: is given {count} times", param=name)
 
 
 async def edit_fields(form: EditForm, *, max_pixels: int) -> dict[str, Any]:

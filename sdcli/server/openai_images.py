@@ -29,7 +29,7 @@ from sdcli.server.event_stream import SIGN_OF_LIFE, STILL_WORKING, EventStream, 
 from sdcli.server.jobs import Job
 from sdcli.server.model_names import check_model, models_here
 from sdcli.server.native import MEDIA_TYPES, ApiError, submit
-from sdcli.server.openai_edits import edit_fields
+from sdcli.server.openai_edits import check_repeated, edit_fields
 from sdcli.server.openai_models import (
     AnswerImage,
     EditForm,
@@ -67,6 +67,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
     async def edits(
         form: Annotated[EditForm, Form(media_type="multipart/form-data")], request: Request
     ) -> ImagesAnswer:
+        check_repeated(await request.form())
         fields = await edit_fields(form, max_pixels=settings.max_upload_pixels)
         return await answer(form, fields, request, "image_edit")  # type: ignore[return-value]
 
