@@ -39,10 +39,10 @@ from sdcli.server.a1111_models import (
 )
 from sdcli.server.a1111_options import first_options
 from sdcli.server.a1111_tasks import ImageTask, Tasks
-from sdcli.server.blocking import failure_of, wait_for
+from sdcli.server.blocking import ClientGone, failure_of, wait_for
 from sdcli.server.dialects import AsciiAnswer
 from sdcli.server.engine import Engine
-from sdcli.server.native import ApiError, client_of, submit
+from sdcli.server.native import ApiError, client_of, require_room, submit
 from sdcli.server.remote_fields import image_in
 
 PREVIEW_EVERY = 2.0
@@ -69,26 +69,38 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
     router = APIRouter(tags=["AUTOMATIC1111"], responses=_FAILURES)
     settings, tasks = engine.settings, Tasks(engine)
     options = first_options(registry)
+    preparing = (
+        asyncio.Lock()
+    )  # images are decoded and filled in this process, where each takes a good part of a gigabyte
 
     @router.post("/sdapi/v1/txt2img", response_model=Images)
     async def txt2img(body: Txt2Img, request: Request) -> AsciiAnswer:
-        return await generate(body, {}, request)
+        return await generate(body, request)
 
     @router.post("/sdapi/v1/img2img", response_model=Images)
     async def img2img(body: Img2Img, request: Request) -> AsciiAnswer:
-        images = await asyncio.to_thread(image_fields, body, max_pixels=settings.max_upload_pixels)
-        return await generate(body, images, request)
+        return await generate(body, request)
 
-    async def generate(body: Txt2Img, images: dict[str, Any], request: Request) -> AsciiAnswer:
+    async def images_of(body: Img2Img, request: Request) -> dict[str, Any]:
+        require_room(engine)
+        async with preparing:
+            if await request.is_disconnected():
+                raise ClientGone
+            require_room(engine)
+            return await asyncio.to_thread(image_fields, body, settings)
+
+    async def generate(body: Txt2Img, request: Request) -> AsciiAnswer:
         nonlocal options
         overridden = body.override_settings or {}
         own = options.changed(overridden, registry, settings, where="override_settings.")
-        fields = {**request_fields(body, own, registry, settings), **images}
+        fields = request_fields(body, own, registry, settings)
+        if isinstance(body, Img2Img):
+            fields |= await images_of(body, request)
         wishes = {"format": own.samples_format, "preview_every": PREVIEW_EVERY}
         job = await submit(engine, registry, request, [fields], **wishes)
         if body.override_settings_restore_afterwards is False:
             options = options.changed(overridden, registry, settings)
-        kind = "img2img" if images else "txt2img"
+        kind = "img2img" if isinstance(body, Img2Img) else "txt2img"
         id = body.force_task_id or f"task({kind}-{secrets.token_hex(8)})"
         task = ImageTask(id, kind, job, body.batch_size or 1)
         tasks.add(task)
@@ -107,12 +119,12 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
         return tasks.progress(client_of(request), id_task, with_image=not skip_current_image)
 
     @router.post("/internal/progress")
-    async def task_progress(question: TaskQuestion) -> TaskProgress:
-        return tasks.task_progress(question)
+    async def task_progress(question: TaskQuestion, request: Request) -> TaskProgress:
+        return tasks.task_progress(client_of(request), question)
 
     @router.get("/internal/pending-tasks")
-    async def pending_tasks() -> AsciiAnswer:
-        ids = [task.id for task in tasks.waiting]
+    async def pending_tasks(request: Request) -> AsciiAnswer:
+        ids = [task.id for task in tasks.waiting(client_of(request))]
         return AsciiAnswer(PendingTasks(size=len(ids), tasks=ids).model_dump())
 
     @router.post("/sdapi/v1/interrupt")

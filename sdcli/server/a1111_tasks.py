@@ -1,5 +1,6 @@
 """The jobs of AUTOMATIC1111's dialect by their task ids, and how far they are. Its progress is not about one job by
-nature: without a task id a client gets its own running job, or else the numbers of someone else's, without the image.
+nature: without a task id a client gets its own running job, or else the numbers of someone else's, without its id and
+image. An id means something to its own client alone, so that nobody can find, end or replace the task of another one.
 """
 
 from __future__ import annotations
@@ -34,24 +35,26 @@ class ImageTask:
 
 
 class Tasks:
-    """The tasks of a server, the newest last."""
+    """The tasks of a server by client and id, the newest last."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._tasks: OrderedDict[str, ImageTask] = OrderedDict()
+        self._tasks: OrderedDict[tuple[str, str], ImageTask] = OrderedDict()
 
     def add(self, task: ImageTask) -> None:
-        self._tasks[task.id] = task
-        self._tasks.move_to_end(task.id)
+        key = task.job.client, task.id
+        self._tasks[key] = task
+        self._tasks.move_to_end(key)
         while len(self._tasks) > MAX_TASKS:
             self._tasks.popitem(last=False)
 
-    def find(self, id: str) -> ImageTask | None:
-        return self._tasks.get(id)
+    def find(self, client: str, id: str) -> ImageTask | None:
+        """The task of a client, or None where this client has none of that id."""
+        return self._tasks.get((client, id))
 
-    @property
-    def waiting(self) -> list[ImageTask]:
-        return [task for task in self._tasks.values() if task.job.state == "queued"]
+    def waiting(self, client: str) -> list[ImageTask]:
+        """The waiting tasks of a client."""
+        return [task for task in self._tasks.values() if task.job.state == "queued" and task.job.client == client]
 
     def running(self, client: str) -> list[ImageTask]:
         """The running tasks of a client."""
@@ -71,20 +74,20 @@ class Tasks:
             self._engine.cancel(task.job, frozenset(next(events, [0])), why="skipped")
 
     def _chosen(self, client: str, id: str | None) -> list[ImageTask]:
-        named = None if id is None else self.find(id)
+        named = None if id is None else self.find(client, id)
         return self.running(client) if id is None else [named] if named is not None and not named.job.over else []
 
     def progress(self, client: str, id: str | None, *, with_image: bool) -> ProgressAnswer:
         """How far a task is: the one with the id, else one of the client, else that of anyone; else idle."""
         if id is not None:
-            named = self.find(id)
+            named = self.find(client, id)
             return ProgressAnswer() if named is None or named.job.over else self._progress(named, with_image)
-        own = [*self.running(client), *(task for task in self.waiting if task.job.client == client)]
+        own = [*self.running(client), *self.waiting(client)]
         if own:
             return self._progress(own[0], with_image)
         others = [task for task in self._tasks.values() if task.job.state == "running"]
         if others:
-            return self._progress(others[0], False)
+            return _nameless(self._progress(others[0], False))
         return ProgressAnswer()
 
     def _progress(self, task: ImageTask, with_image: bool) -> ProgressAnswer:
@@ -113,9 +116,9 @@ class Tasks:
             textinfo=None if place is None else f"waiting, place {place} in the queue",
         )
 
-    def task_progress(self, question: TaskQuestion) -> TaskProgress:
+    def task_progress(self, client: str, question: TaskQuestion) -> TaskProgress:
         """How far the task of an id is, as the web UI's own page asks; without an id nothing is active."""
-        task = None if question.id_task is None else self.find(question.id_task)
+        task = None if question.id_task is None else self.find(client, question.id_task)
         if task is None:
             return TaskProgress(active=False, queued=False, completed=False, textinfo="Waiting...")
         job, place = task.job, self._engine.place(task.job)
@@ -136,6 +139,10 @@ class Tasks:
             live_preview=None if image is None else f"data:image/png;base64,{image}",
             id_live_preview=number if image is not None else question.id_live_preview,
         )
+
+
+def _nameless(progress: ProgressAnswer) -> ProgressAnswer:
+    return progress.model_copy(update={"state": progress.state.model_copy(update={"job": ""})})
 
 
 def preview_of(job: Job) -> str | None:

@@ -146,15 +146,18 @@ class Engine:
         for slot in self._slots:
             slot.worker.kill()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job. Raises QueueFull and Draining."""
+    def check_room(self) -> None:
+        """Raise QueueFull or Draining where `submit` would."""
         if self.draining:
             raise Draining
-        try:
-            self._queue.put(job.client, job)
-        except QueueFull:
+        if len(self._queue) >= self._queue.limit:
             self.metrics.refused.inc()
-            raise
+            raise QueueFull
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises QueueFull and Draining."""
+        self.check_room()
+        self._queue.put(job.client, job)
         job.timeout = min((one for one in (job.timeout, self.settings.timeout) if one is not None), default=None)
         self.store.add(job)
         self.metrics.accepted.inc()

@@ -147,14 +147,20 @@ async def submit(
     """Resolve requests and queue them as one job. Raises ApiError."""
     images = await asyncio.to_thread(resolve_images, requests, registry, engine.settings)
     job = Job(f"job-{secrets.token_hex(12)}", client_of(request), images, **wishes)
+    require_room(engine)
+    engine.submit(job)
+    return job
+
+
+def require_room(engine: Engine) -> None:
+    """Raise ApiError where no further job is taken now."""
     try:
-        engine.submit(job)
+        engine.check_room()
     except QueueFull:
         sentence = f"the queue is full ({engine.settings.max_queue} jobs)"
         raise ApiError(429, "queue_full", sentence, retry=engine.retry_after()) from None
     except Draining:
         raise ApiError(503, "stopping", "the server is stopping", retry=30) from None
-    return job
 
 
 def client_of(request: Request) -> str:

@@ -29,6 +29,15 @@ async def application(**settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient,
         yield http, engine
 
 
+@asynccontextmanager
+async def neighbour(http: httpx.AsyncClient, address: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the same application with another address."""
+    app = http._transport.app  # type: ignore[attr-defined]
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False, client=(address, 1))
+    async with httpx.AsyncClient(transport=transport, base_url=URL) as other:
+        yield other
+
+
 def answers(*requests: dict[str, Any], **settings: Any) -> list[httpx.Response]:
     """The answers to requests, given as httpx has them, one after the other."""
 
