@@ -87,6 +87,8 @@ class ImageView(BaseModel):
     state: Literal["waiting", "done", "failed", "cancelled"]
     url: str | None = None
     seed: int
+    custom_id: str | None = None
+    """That of its request."""
     seconds: float | None = None
     kind: str | None = None
     error: str | None = None
@@ -106,7 +108,7 @@ def resolve_images(
 ) -> tuple[ResolvedJob, ...]:
     """Requests as they came -> resolved jobs, counted from 0. Raises ApiError. Reads files, so it runs in a thread."""
     too_many = ApiError(400, "bad_request", f"a job has at most {settings.max_images} images here")
-    if len(requests) > settings.max_images:
+    if sum(map(_asked, requests)) > settings.max_images:
         raise too_many
     allowed = Allowed.of(registry, settings)
     try:
@@ -130,9 +132,15 @@ def resolve_images(
         if width * height > settings.max_pixels:
             raise ApiError(400, "bad_request", f"{width}x{height} is more than {settings.max_pixels} pixels")
         found.append(replace(job, index=len(found)))
-        if len(found) > settings.max_images:
-            raise too_many
     return tuple(found)
+
+
+def _asked(fields: dict[str, Any]) -> int:
+    """How many images a request asks for, at least 1; `expand` says what is wrong with a value that is no number."""
+    try:
+        return max(1, int(fields.get("num_images", fields.get("n", 1))))
+    except (TypeError, ValueError, OverflowError):
+        return 1
 
 
 def _bad_request(error: SdcliError) -> ApiError:
@@ -289,16 +297,18 @@ def view(job: Job, engine: Engine) -> JobView:
 
 
 def _image_view(job: Job, number: int) -> ImageView:
-    seed = job.images[number].request.seed
+    seed, custom_id = job.images[number].request.seed, job.images[number].custom_id
     if number in job.done:
         done = job.done[number]
         url = f"/v1/jobs/{job.id}/images/{number}"
-        return ImageView(state="done", url=url, seed=seed, seconds=done.seconds, request=done.request)
+        return ImageView(
+            state="done", url=url, seed=seed, custom_id=custom_id, seconds=done.seconds, request=done.request
+        )
     if number in job.failed:
         failed = job.failed[number]
         state: Literal["cancelled", "failed"] = "cancelled" if failed.kind == "cancelled" else "failed"
-        return ImageView(state=state, seed=seed, kind=failed.kind, error=failed.sentence)
-    return ImageView(state="waiting", seed=seed)
+        return ImageView(state=state, seed=seed, custom_id=custom_id, kind=failed.kind, error=failed.sentence)
+    return ImageView(state="waiting", seed=seed, custom_id=custom_id)
 
 
 def _with_urls(job: Job, event: dict[str, Any]) -> dict[str, Any]:

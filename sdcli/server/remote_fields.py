@@ -29,9 +29,15 @@ from sdcli.server.settings import ServerSettings
 if TYPE_CHECKING:
     from PIL import Image
 
-NAME = re.compile(r"[\w .+@-]{1,200}")
-"""What a name may consist of: no slash, backslash, colon or control character."""
+MAX_TEXT = 32_000
+"""Characters of a prompt, which is OpenAI's limit, too: the text encoders take minutes for megabytes of text."""
+MAX_NAME = 255
+"""Characters of a name, as of the name of a file."""
+MAX_CUSTOM_ID = 200
+_PATH = re.compile(r"\.|[^/\\\0]*[/\\\0]|[A-Za-z][A-Za-z0-9+.-]*:")
+"""How a path or an address begins: with a dot, with a part before a slash, or with a scheme or drive."""
 _IMAGES = ("init_image", "mask")
+_TEXTS = ("prompt", "negative_prompt", "prompt_template")
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,12 @@ def remote_fields(fields: Mapping[str, Any], *, allowed: Allowed) -> dict[str, A
     Raises UsageError that names the field, and NotFound for a name that is not known.
     """
     own = {name: value for name, value in fields.items() if name in OWN}
+    if own.get("custom_id") is not None:
+        _check_custom_id(own["custom_id"])
     safe = dict(canonical({name: value for name, value in fields.items() if name not in OWN}))
     if safe.get("ip_adapters"):
         raise UsageError("ip_adapters: IP-Adapters are files, which a remote request cannot name")
+    _check_lengths(safe)
     for name in ("model", "refiner"):
         if safe.get(name) is not None:
             _check_name(name, safe[name], allowed.models, "model")
@@ -132,6 +141,25 @@ def upload_size(image: ImageInput, cell: int) -> tuple[int, int]:
         raise UsageError(f"init_image: {error}") from None
 
 
+def _check_custom_id(value: Any) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    text = isinstance(value, str) and len(value) <= MAX_CUSTOM_ID and value.isprintable()
+    if not (whole and abs(value) < 2**63) and not text:
+        raise UsageError(f"custom_id: should be a line of at most {MAX_CUSTOM_ID} characters, or a whole number")
+
+
+def _check_lengths(fields: Mapping[str, Any]) -> None:
+    """Raise UsageError for a text that is too long, or becomes so inside its template."""
+    texts = {name: text for name in _TEXTS if isinstance(text := fields.get(name), str)}
+    for name, text in texts.items():
+        if len(text) > MAX_TEXT:
+            raise UsageError(f"{name}: has {len(text):,} characters; at most {MAX_TEXT:,} are taken")
+    prompt, template = texts.get("prompt", ""), texts.get("prompt_template", "")
+    joined = prompt.count("AND") + 1  # each part of an AND has a template of its own
+    if joined * len(template) + template.count("{prompt}") * len(prompt) > 2 * MAX_TEXT:
+        raise UsageError(f"prompt_template: with the prompt in it, it has more than {2 * MAX_TEXT:,} characters")
+
+
 def _lora(value: Any, folder: Path | None) -> Any:
     try:
         ref = LoraRef.model_validate(LoraRef.pieces(value) if isinstance(value, str) else value)
@@ -168,11 +196,12 @@ def _list(name: str, value: Any) -> list[Any]:
 
 def _check_name(field: str, value: Any, known: Mapping[str, Any], kind: str) -> None:
     """Raise UsageError for what is no name, and NotFound for one that the operator did not give."""
+    if isinstance(value, str) and value in known:
+        return
     _check_word(field, value)
-    if value not in known:
-        raise NotFound(f"{field}: no {kind} {value!r} here{did_you_mean(value, known)}")
+    raise NotFound(f"{field}: no {kind} {value!r} here{did_you_mean(value, known)}")
 
 
 def _check_word(field: str, value: Any) -> None:
-    if not isinstance(value, str) or not NAME.fullmatch(value) or value.startswith("."):
+    if not isinstance(value, str) or len(value) > MAX_NAME or _PATH.match(value):
         raise UsageError(f"{field}: should be a name that the server knows, never a path or an address")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 import socket
 import struct
+import time
 import zlib
 from pathlib import Path
 
+import httpx
 import pytest
 
-from sdcli.errors import UsageError
+from sdcli.errors import NotFound, UsageError
+from sdcli.request.fields import EmbeddingRef
 from sdcli.server import guard
+from sdcli.server.native import ApiError
+from sdcli.server.protocol import PreviewImage
+from sdcli.server.remote_fields import Allowed, remote_fields
 from sdcli.server.settings import ServerSettings
-from tests.server.in_process import answer, answers, job_of, png
+from tests.server.in_process import answer, answers, application, job_of, neighbour, png
 from tests.server.running import RunningServer
 
 TOKEN = {"authorization": "Bearer secret-word"}
@@ -255,12 +263,133 @@ def test_an_image_that_would_be_huge_is_refused_before_it_is_decoded(
         ({"width": 512, "height": 512}, {"max_pixels": 512 * 511}),
         ({"num_images": 17}, {}),
         ({"num_images": 100_000}, {}),
+        ({"n": "100000"}, {}),
+        ({"prompt": "x" * 32_001}, {}),
+        ({"negative_prompt": "x" * 32_001, "guidance_scale": 5}, {}),
+        ({"prompt_template": "{prompt}" * 5000}, {}),
+        ({"prompt_template": "{prompt}" * 3000, "prompt": "x" * 30_000}, {}),
+        ({"prompt_template": "{prompt}" + "x" * 30_000, "prompt": "a AND " * 5000}, {}),
+        ({"custom_id": "x" * 201}, {}),
+        ({"custom_id": {"a": 1}}, {}),
+        ({"custom_id": "\ud800"}, {}),
         ({"width": 1024, "height": 1024, "upscale": 4}, {}),
     ],
 )
 def test_a_request_for_too_much_is_refused(fields: dict[str, object], settings: dict[str, object]) -> None:
-    (refused,) = answers(job_of(**fields), **settings)
+    request = job_of(**fields)
+    body = json.dumps(request.pop("json"))  # in ASCII, which holds halves of characters, too
+    (refused,) = answers({**request, "content": body, "headers": {"content-type": "application/json"}}, **settings)
     assert refused.status_code == 400, refused.text
+
+
+def test_images_are_counted_before_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdcli.server.native.expand", lambda *_, **__: pytest.fail("made"))
+    one = {"model": "tiny", "prompt": "x", "num_images": 6}
+    for requests in ({**one, "num_images": 100_000}, [one] * 3):
+        (refused,) = answers({"method": "POST", "url": "/v1/jobs", "json": {"requests": requests}})
+        assert (refused.status_code, "at most 16 images" in refused.text) == (400, True)
+
+
+def test_a_prompt_of_the_largest_length_is_taken_and_no_longer_one_of_any_dialect() -> None:
+    assert answers(job_of(prompt="x" * 32_000))[0].status_code == 202
+    for url in ("/sdapi/v1/txt2img", "/v1/images/generations"):
+        (refused,) = answers({"method": "POST", "url": url, "json": {"prompt": "x" * 32_001}})
+        assert (refused.status_code, "prompt" in refused.text) == (400, True)
+
+
+def test_a_custom_id_comes_back_with_its_images() -> None:
+    lines = [{"model": "tiny", "prompt": "x", "custom_id": id} for id in ("a fox", 7, None)]
+    (made,) = answers({"method": "POST", "url": "/v1/jobs", "json": {"requests": lines}})
+    assert [image["custom_id"] for image in made.json()["images"]] == ["a fox", "7", None]
+
+
+def test_a_task_of_another_address_is_neither_seen_nor_ended_nor_replaced() -> None:
+    async def attack() -> None:
+        async with application() as (mine, engine), neighbour(mine, "10.0.0.9") as theirs:
+            body = {"prompt": "a", "force_task_id": "same"}
+            calls = []
+            for client in (mine, theirs):
+                calls.append(asyncio.create_task(client.post("/sdapi/v1/txt2img", json=body)))
+                while engine.waiting < len(calls):
+                    await asyncio.sleep(0.01)
+            own, other = engine._queue
+            own.preview = PreviewImage(own.id, 0, 1, b"mine")
+            await theirs.post("/sdapi/v1/interrupt", params={"id_task": "same"})
+            assert (own.state, other.state) == ("queued", "cancelled")
+            own.state = "running"  # of which the numbers alone are shown
+            shown = (await theirs.get("/sdapi/v1/progress")).json()
+            assert (shown["state"]["job"], shown["current_image"], shown["state"]["job_count"]) == ("", None, 1)
+            named = (await theirs.get("/sdapi/v1/progress", params={"id_task": "same"})).json()
+            assert (named["state"]["job_count"], named["current_image"]) == (0, None)
+            assert (await mine.get("/sdapi/v1/progress")).json()["state"]["job"] == "same"
+            own.state = "queued"
+            assert (await theirs.get("/internal/pending-tasks")).json() == {"size": 0, "tasks": []}
+            assert (await mine.get("/internal/pending-tasks")).json() == {"size": 1, "tasks": ["same"]}
+            await theirs.post("/sdapi/v1/skip", params={"id_task": "same"})
+            assert own.state == "queued"
+            async with neighbour(mine, "10.0.0.10") as third:
+                asked = {"id_task": "same", "live_preview": True}
+                assert not (await third.post("/internal/progress", json=asked)).json()["queued"]
+                assert (await mine.post("/internal/progress", json=asked)).json()["queued"]
+            await mine.post("/sdapi/v1/interrupt", params={"id_task": "same"})
+            assert [call.status_code for call in await asyncio.gather(*calls)] == [409, 409]
+
+    asyncio.run(attack())
+
+
+def test_an_image_is_prepared_only_for_a_job_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdcli.server.a1111.image_fields", lambda *_: pytest.fail("decoded"))
+    image = {"prompt": "a", "init_images": [png(8, 8)], "mask": png(8, 8)}
+    call = {"method": "POST", "url": "/sdapi/v1/img2img"}
+    wrong, full = answers({**call, "json": {**image, "sampler_name": "Eulers"}}, {**call, "json": image}, max_queue=0)
+    assert (wrong.status_code, full.status_code) == (404, 429)
+
+
+def test_images_are_prepared_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work: list[int] = []
+
+    def slow(*_: object) -> dict[str, object]:
+        at_work.append(1)
+        assert len(at_work) == 1
+        time.sleep(0.05)
+        at_work.pop()
+        raise ApiError(400, "bad_request", "prepared")
+
+    monkeypatch.setattr("sdcli.server.a1111.image_fields", slow)
+
+    async def ask() -> list[httpx.Response]:
+        async with application() as (http, _):
+            body = {"prompt": "a", "init_images": [png(8, 8)]}
+            return await asyncio.gather(*(http.post("/sdapi/v1/img2img", json=body) for _ in range(4)))
+
+    found = asyncio.run(ask())
+    assert [(one.status_code, one.json()["detail"]) for one in found] == [(400, "prepared")] * 4
+
+
+def test_an_image_that_would_become_too_large_is_refused_before_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdcli.server.a1111_images.filled", lambda *_: pytest.fail("filled"))
+    (refused,) = answers(
+        {
+            "method": "POST",
+            "url": "/sdapi/v1/img2img",
+            "json": {"prompt": "a", "init_images": [png(128, 64)], "mask": png(128, 64), "inpainting_mask_invert": 1},
+        },
+        max_pixels=4096,
+    )
+    assert (refused.status_code, "4096 pixels" in refused.text) == (400, True)
+
+
+def test_a_form_is_a_form_with_each_field_once() -> None:
+    call = {"method": "POST", "url": "/v1/images/edits"}
+    (not_a_form,) = answers({**call, "json": {"prompt": "a"}})
+    assert (not_a_form.status_code, "multipart/form-data" in not_a_form.text) == (415, True)
+    image = ("image", ("a.png", base64.b64decode(png(64, 64)), "image/png"))
+    for name in ("prompt", "size", "seed", "mask"):
+        text = [(name, (None, b"1")), (name, (None, b"2"))] if name != "mask" else []
+        files = [("mask", image[1])] * 2 if name == "mask" else []
+        prompt = [] if name == "prompt" else [("prompt", (None, b"a"))]
+        (refused,) = answers({**call, "files": [*prompt, *text, *files, image]})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name), refused.text
 
 
 @pytest.mark.parametrize(
@@ -302,7 +431,6 @@ def test_what_the_operator_gave_names_to_can_be_used(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     from sdcli.generation.settings import RunSettings
-    from sdcli.request.fields import EmbeddingRef
 
     save_file({"emb_params": np.zeros((1, 32), np.float32)}, tmp_path / "style.safetensors")
     (tmp_path / "loras").mkdir()
@@ -319,3 +447,43 @@ def test_what_the_operator_gave_names_to_can_be_used(tmp_path: Path) -> None:
     ]
     others = [job_of(embeddings=["style"]), job_of(loras=["hard"])]
     assert [answer.status_code for answer in answers(*by_name, *others, **settings)] == [202] * 4 + [404] * 2
+
+
+NAMES = ("x (v2)", "x [fp16]", "<cat-toy>", "x, y & z", "été", "x~1", "100%", "$HOME", "x: y")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_the_server_offers_is_taken_whatever_it_consists_of(name: str, tmp_path: Path) -> None:
+    ref = EmbeddingRef(path=str(tmp_path / "style.safetensors"), token=name)
+    (tmp_path / f"{name}.safetensors").touch()
+    allowed = Allowed({name: None}, {name: None}, tmp_path, {name: ref}, 64)
+    taken = remote_fields({"model": name, "refiner": name, "embeddings": [name]}, allowed=allowed)
+    assert taken == {"model": name, "refiner": name, "embeddings": [ref]}
+    control = {"model": name, "image": png(8, 8)}
+    assert remote_fields({"controls": [control]}, allowed=allowed)["controls"][0]["model"] == name
+    if ":" not in name:  # which stands between a LoRA and its weight
+        for loras in ([name], [f"{name}:0.5"], [{"path": name}]):
+            assert remote_fields({"loras": loras}, allowed=allowed) == {"loras": loras}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", ".x", "/x", "x/y", "../x", "\\x", "x\\y", "C:x", "C:\\x", "file:x", "hub:a", "http://x/y"),
+        *("x\0", "x" * 300, "~", "~/x", "y (v2)", "<dog>", "NUL", "\ud800"),
+    ],
+)
+def test_a_name_that_the_server_does_not_offer_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    for path in ("x", "y", "x.safetensors", "loras/.x.safetensors", "loras/x:y.safetensors"):
+        (tmp_path / path).touch()
+    allowed = Allowed({"z": None}, {"z": None}, tmp_path / "loras", {}, 64)
+    for fields in (
+        {"model": name},
+        {"refiner": name},
+        {"embeddings": [name]},
+        {"loras": [{"path": name}]},
+        {"controls": [{"model": name, "image": png(8, 8)}]},
+    ):
+        with pytest.raises((UsageError, NotFound)):
+            remote_fields(fields, allowed=allowed)
