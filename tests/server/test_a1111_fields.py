@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,8 @@ from PIL import Image
 from sdcli.models.registry import load_registry
 from sdcli.request.schedulers import AUTOMATIC, SCHEDULERS
 from sdcli.server.a1111_fields import request_fields
-from sdcli.server.a1111_images import filled
-from sdcli.server.a1111_models import Txt2Img
+from sdcli.server.a1111_images import filled, image_fields
+from sdcli.server.a1111_models import Img2Img, Txt2Img
 from sdcli.server.a1111_options import Options
 from sdcli.server.native import ApiError
 from sdcli.server.settings import ServerSettings
@@ -86,6 +88,33 @@ def test_a_second_pass_by_size_needs_the_same_proportions() -> None:
     assert fields(**second, hr_resize_x=128, hr_resize_y=256)["upscale"]["factor"] == 2
     with pytest.raises(ApiError, match="hr_resize_x"):
         fields(**second, hr_resize_x=128, hr_resize_y=128)
+
+
+@pytest.mark.parametrize(
+    ("upload", "mode", "wanted"),
+    [
+        ((512, 256), 0, (128, 64)),
+        ((512, 256), 1, (128, 64)),
+        ((512, 512), 1, (128, 128)),
+        ((512, 512), 0, (128, 64)),
+        ((64, 32), 1, (64, 32)),
+        ((999, 7), 1, (999, 7)),
+    ],
+)
+def test_an_image_is_filled_at_the_size_that_it_will_have(
+    upload: tuple[int, int], mode: int, wanted: tuple[int, int]
+) -> None:
+    mask = Image.new("L", upload, 0)
+    mask.paste(255, (0, 0, upload[0] // 2, upload[1]))
+    texts = []
+    for image in (Image.new("RGB", upload, "red"), mask):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        texts.append(base64.b64encode(file.getvalue()).decode())
+    body = Img2Img(init_images=texts[:1], mask=texts[1], width=128, height=64, resize_mode=mode)
+    made = image_fields(body, ServerSettings())
+    for name in ("init_image", "mask"):
+        assert Image.open(io.BytesIO(made[name].data)).size == wanted
 
 
 @given(
