@@ -15,7 +15,7 @@ from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.help import App
 from sdcli.cli.ui.progress import counted
 from sdcli.errors import BadImage, SdcliError, SomeFailed, UsageError
-from sdcli.io.files import expanded
+from sdcli.io.files import expanded, refuse_inside
 from sdcli.models.registry import load_registry
 from sdcli.training.settings import cache_folder
 
@@ -262,9 +262,8 @@ def shard(
     from sdcli.io.rng import permutation
 
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    target, folder = expanded(output).resolve(), expanded(data).resolve()
-    if folder.is_dir() and target.is_relative_to(folder):
-        raise UsageError(f"{output} is inside {data}, which is never changed; choose another folder")
+    target = expanded(output).resolve()
+    refuse_inside(output, data, choose="another folder")
     images = _open(data, split, image_column, caption_column, caption_extension)
     if images.kind != "pictures":
         raise UsageError(f"{data} holds latents; shards hold images")

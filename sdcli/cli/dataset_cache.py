@@ -35,7 +35,7 @@ from sdcli.cli.ui.signals import GracefulStop
 from sdcli.errors import SomeFailed, UsageError, raise_for
 from sdcli.generation.run_shard import RunShard
 from sdcli.generation.settings import RunSettings
-from sdcli.io.files import expanded
+from sdcli.io.files import refuse_inside
 from sdcli.models.registry import ModelSpec, load_registry
 from sdcli.training.config_files import settings_from
 from sdcli.training.settings import ImageSettings, cache_folder
@@ -209,7 +209,7 @@ def command(
     from sdcli.cli.ui.training_progress import TrainingProgress
 
     folder = cache_folder(settings.cache_dir)
-    _refuse_inside(folder, data)
+    refuse_inside(folder, data, choose="another --cache-dir")
     with TrainingProgress(console) as display:
         found = _opened(data, settings, spec, display)
         if found.images.kind != "pictures":
@@ -223,12 +223,6 @@ def command(
         outcome = fill_on_workers(what, nodes, console, stop=stop)
     _report(console, folder, found, outcome, part)
     raise_for(outcome.errors, of=outcome.pictures.total + (outcome.texts.total if outcome.texts is not None else 0))
-
-
-def _refuse_inside(folder: Path, data: str) -> None:
-    source = expanded(data)
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{folder} is inside {data}, which is never changed; choose another --cache-dir")
 
 
 def _opened(data: str, settings: ImageSettings, spec: ModelSpec, display: TrainingProgress) -> ImageData:

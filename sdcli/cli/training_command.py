@@ -25,7 +25,7 @@ from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.streams import ReaderGone
 from sdcli.cli.ui.training_signals import TrainingStop
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, SdcliError, UsageError
-from sdcli.io.files import expanded
+from sdcli.io.files import expanded, lies_inside, refuse_inside
 from sdcli.models.registry import Registry, load_registry
 from sdcli.training.config_files import read_config, settings_from
 from sdcli.training.settings import DATA, KEEP, MACHINE, MODEL, OBJECTIVE, OPTIMIZER, SHAPE, STEPS, WATCH, TrainSettings
@@ -149,14 +149,18 @@ class TrainingCall:
 def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> None:
     """Run one training command."""
     data, run, settings = _resolved(trainer, call)
+    unnamed = call.output is None and (call.dry_run or call.prove_resume)  # RUN is only a stand-in
     if call.prove_resume:
+        _refuse_inside(data, None if unnamed else run, settings)
         _prove_resume(trainer.name, data, run, settings, call.models_file, console)
         return
     from sdcli.training.launch import inside_a_launch, launch
     from sdcli.training.run_folder import check_free
 
-    if not call.resume and not inside_a_launch() and not (call.dry_run and call.output is None):
-        check_free(run)
+    if not call.resume and not inside_a_launch():
+        if not unnamed:
+            check_free(run)
+        _refuse_inside(data, None if unnamed else run, settings)
     if (settings.num_processes or 1) > 1 and not inside_a_launch():
         code = launch(sys.argv[1:], processes=settings.num_processes or 1)
         if code:
@@ -198,6 +202,15 @@ def train(trainer: TrainingCommand[S], call: TrainingCall, console: Console) -> 
         if lost and isinstance(lost[0], CannotWrite):
             raise CannotWrite(f"{lost[0]}; the run in {run} is complete")
         console.result(run, status="done", run=str(run))
+
+
+def _refuse_inside(data: str, run: Path | None, settings: TrainSettings) -> None:
+    """Refuse to write among the images: sample sheets would be trained on, and a resumed run would find other data."""
+    if run is not None:
+        refuse_inside(run, data, choose="another -o")
+    cache_dir: Path | None = getattr(settings, "cache_dir", None)
+    if cache_dir is not None:
+        refuse_inside(cache_dir, data, choose="another --cache-dir")
 
 
 class _AlreadyPrinted(SdcliError):
@@ -263,7 +276,8 @@ def _prove_resume(
     name: str, data: str, run: Path, settings: TrainSettings, models_file: Path | None, console: Console
 ) -> None:
     """Compare an uninterrupted run with a killed and resumed one, with the user's settings, in temporary folders."""
-    parent = run.parent if run.parent.is_dir() else Path(tempfile.gettempdir())
+    beside = run.parent.is_dir() and not lies_inside(run.parent, data)
+    parent = run.parent if beside else Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix=".sdcli-prove-", dir=parent))
     try:
         limits = {"max_train_steps": 2 * PROOF_STEPS, "num_train_epochs": None, "max_hours": None}

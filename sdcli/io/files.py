@@ -26,6 +26,18 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def lies_inside(folder: Path, data: str) -> bool:
+    """Whether a folder is in the folder DATA, or is it; DATA may also be a file, a pattern or a data set of the hub."""
+    source = expanded(data)
+    return source.is_dir() and expanded(folder).resolve().is_relative_to(source.resolve())
+
+
+def refuse_inside(folder: Path, data: str, *, choose: str) -> None:
+    """Raise UsageError for a folder to write into that `lies_inside` DATA; `choose` says what to change."""
+    if lies_inside(folder, data):
+        raise UsageError(f"{folder} is inside {data}, which is never changed; choose {choose}")
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, 64 hex digits. Raises OSError."""
     with open(path, "rb") as file:

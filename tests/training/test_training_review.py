@@ -14,7 +14,9 @@ import pytest
 import torch
 import typer
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from sdcli.cli.app import app
 from sdcli.cli.training_command import TrainingCall, TrainingCommand, _resolved, settings_options
 from sdcli.cli.ui.console import Console
 from sdcli.cli.ui.signals import GracefulStop
@@ -219,6 +221,18 @@ def test_a_folder_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path,
         cache = tmp_path / "cache"
         done = sdcli("train-unet", images, "-m", "tiny", "-o", tmp_path / run, "--cache-dir", cache, "--dry-run")
         assert (done.returncode, sentence in done.stderr, cache.exists()) == (code, True, False), done.stderr
+
+
+@pytest.mark.parametrize("option", ["-o", "--cache-dir"])
+def test_nothing_is_written_among_the_images(tmp_path: Path, images: Path, option: str) -> None:
+    before = sorted(images.rglob("*"))
+    places = {"-o": tmp_path / "run", "--cache-dir": tmp_path / "cache", option: images / "below" / "it"}
+    asked = ["train-unet", str(images), "-m", "tiny", *(str(part) for pair in places.items() for part in pair)]
+    refusal = CliRunner().invoke(app, asked).exception
+    assert isinstance(refusal, UsageError)
+    assert f"is inside {images}, which is never changed; choose another {option}" in str(refusal)
+    assert sorted(images.rglob("*")) == before
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
