@@ -128,10 +128,12 @@ def _tables_of(
 def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None, required: bool) -> dict[str, str]:
     """Image -> the image that its row names in another column, as paths relative to the set's root.
 
-    Empty if no table has such a column and it is not `required`. Raises UsageError and BadImage.
+    Empty if no table has such a column and it is not `required`. Raises BadImage, and UsageError, also for an image
+    whose rows name different ones: their captions are alternatives, and any of them would go with one map.
     """
     tree = scan(images.root)
-    known, found = set(tree.images), {}
+    known = set(tree.images)
+    found: dict[str, str] = {}
     tables = _tables_of(tree, [item.name for item in images], image_column=image_column, caption_column=None)
     for name, own in tables.items():
         folder = PurePosixPath(name).parent
@@ -144,12 +146,15 @@ def named_in_tables(images: LooseFiles, column: str, *, image_column: str | None
         other_of = {row.place: row.file for row in others.rows}
         for row in own.rows:
             with contextlib.suppress(UnusableEntry):  # reported when the images are listed and the maps decoded
-                target = other_of.get(row.place)
-                found.update(
-                    {}
-                    if target is None
-                    else {_target(tree.root, folder, row.file, known): _target(tree.root, folder, target, known)}
-                )
+                if row.place not in other_of:
+                    continue
+                image = _target(tree.root, folder, row.file, known)
+                target = _target(tree.root, folder, other_of[row.place], known)
+                if found.setdefault(image, target) != target:
+                    raise UsageError(
+                        f"{name} names both {found[image]} and {target} as {column} of {image}; an image has one: "
+                        "remove a row, or copy the image under another name"
+                    )
     return found
 
 

@@ -254,6 +254,23 @@ def test_a_column_of_a_table_names_the_maps(tmp_path: Path) -> None:
         with_maps_of_column(open_images(data), "edges", **given)  # type: ignore[arg-type]
 
 
+def test_an_image_whose_rows_name_different_maps_is_refused(tmp_path: Path) -> None:
+    data = captioned_images(tmp_path / "data", count=3)
+    for caption in data.glob("*.txt"):
+        caption.unlink()
+
+    def paired(*maps: str) -> str:
+        rows = [{"file_name": "0.png", "text": f"row {n}", "conditioning_image": f} for n, f in enumerate(maps)]
+        (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        images, found = with_maps_of_column(open_images(data), None, data=str(data), image_column=None, split="train")
+        assert images[0].captions == ("row 0", "row 1")
+        return found[0].name
+
+    assert paired("1.png", "1.png") == "1.png"
+    with pytest.raises(UsageError, match=r"metadata.jsonl names both 1.png and 2.png as conditioning_image of 0.png"):
+        paired("1.png", "2.png")
+
+
 def test_a_column_of_parquet_rows_holds_the_maps(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     captioned_images(tmp_path / "pictures", count=4)
