@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from sdcli.training.forecast import Forecast
 from sdcli.training.memory import unet_memory
 from sdcli.training.orders import SaveRequest
 from sdcli.training.session import Session
+from sdcli.training.state.checkpoint import newest_checkpoint
+from sdcli.training.state.manifest import MANIFEST
 from sdcli.training.unet.session import UnetSession
 from sdcli.training.unet.settings import UnetSettings
 from sdcli.training.unet.task import UnetTask
@@ -74,6 +77,21 @@ def grey_images(folder: Path, count: int = 6) -> Path:
         Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
     (folder.parent / "micro.json").write_text(json.dumps(MICRO_UNET))
     return folder
+
+
+def change_facts(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the facts in the newest checkpoint's manifest, to those of an earlier version."""
+    manifest = newest_checkpoint(run).path / MANIFEST
+    content = json.loads(manifest.read_bytes())
+    del content["digest"]
+    change(content["facts"])
+    digest = hashlib.sha256(_spelled(content)).hexdigest()
+    manifest.write_bytes(_spelled({**content, "digest": digest}))
+
+
+def _spelled(content: dict[str, Any]) -> bytes:
+    """A manifest's one spelling."""
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def run_session(

@@ -36,6 +36,11 @@ from sdcli.training.task import Networks, Task
 from sdcli.training.watching import WATCHED
 
 S = TypeVar("S", bound=TrainSettings)
+LATER_FACTS = {
+    "classes_fingerprint": "images have other classes",
+    "groups_fingerprint": "captions are alternatives of other captions",
+}
+"""Facts about the data that checkpoints of earlier versions lack, and what it means where they differ."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +332,12 @@ class Session(ABC, Generic[S]):
                 f"read in another way by this version of sdcli. Restore them, or start a new run from this one: "
                 f"-m {self.run} -o ANOTHER"
             )
+        for fact, what in LATER_FACTS.items():
+            if fact in checkpoint.facts and checkpoint.facts[fact] != self.setup.facts.get(fact):
+                raise UsageError(
+                    f"{self.data} changed since the run started: {what}. Restore them, or start a new run from this "
+                    f"one: -m {self.run} -o ANOTHER"
+                )
         base, present = checkpoint.facts.get("base", {}), self.setup.facts.get("base", {})
         changed = sorted(part for part in {*base, *present} if base.get(part) != present.get(part))
         if changed:

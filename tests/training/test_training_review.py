@@ -29,7 +29,9 @@ from sdcli.training.events import RunNote, SamplesSaved
 from sdcli.training.loop import make_accelerator
 from sdcli.training.run_folder import begin, check_free
 from sdcli.training.settings import TrainSettings
+from sdcli.training.state.checkpoint import newest_checkpoint
 from sdcli.training.task import Networks
+from sdcli.training.text_encoder.session import TextSession
 from sdcli.training.text_encoder.settings import TextSettings
 from sdcli.training.unet.session import UnetSession
 from sdcli.training.unet.settings import UnetSettings
@@ -37,7 +39,16 @@ from sdcli.training.unet.task import UnetTask
 from sdcli.training.vae.settings import VaeSettings
 from tests.conftest import Run
 from tests.forked import Forked
-from tests.training_runs import captioned_images, class_images, fresh_accelerator, train_unet
+from tests.training_runs import (
+    captioned_images,
+    change_facts,
+    class_images,
+    fresh_accelerator,
+    grey_images,
+    run_session,
+    train_pixels,
+    train_unet,
+)
 
 GREY: dict[str, Any] = {"space": "pixel", "from_scratch": "pixel-grey", "resolution": "16", "sample_steps": 2}
 
@@ -83,6 +94,56 @@ def test_a_model_without_condition_goes_on_and_paints_its_samples(tmp_path: Path
     assert any(isinstance(event, SamplesSaved) for event in events)
     with pytest.raises(UsageError, match="--sample-prompts has no effect"):
         train_unet(images, tmp_path / "other", max_train_steps=1, sample_prompts=("a cat",), **changes)
+
+
+@pytest.mark.slow
+def test_a_run_that_classes_condition_is_not_resumed_with_other_classes(tmp_path: Path) -> None:
+    data, run = grey_images(tmp_path / "pictures", 4), tmp_path / "run"
+
+    def labelled(*labels: str) -> None:
+        rows = [{"file_name": f"{n}.png", "text": f"number {n}", "label": label} for n, label in enumerate(labels)]
+        (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def resumed(steps: int) -> None:
+        train_pixels(data, run, resume=True, class_conditional=True, max_train_steps=steps)
+
+    labelled("cat", "cat", "dog", "dog")
+    train_pixels(data, run, class_conditional=True, max_train_steps=1)
+    labelled("cat", "dog", "cat", "dog")
+    with pytest.raises(UsageError, match="changed since the run started: images have other classes"):
+        resumed(2)
+    change_facts(run, lambda facts: facts.pop("classes_fingerprint"))
+    resumed(2)
+    assert newest_checkpoint(run).step == 2
+    train_pixels(data, tmp_path / "other", max_train_steps=1)
+    assert "classes_fingerprint" not in newest_checkpoint(tmp_path / "other").facts
+
+
+def test_a_temperature_without_distil_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "words.jsonl").write_text('{"text": ["a dog", "ein hund"]}\n')
+    fresh_accelerator()
+    settings = settings_from(TextSettings, {"model": "tiny", "objective": ("align",), "temperature": 0.1})
+    with pytest.raises(UsageError, match="--temperature has no effect without --objective distil"):
+        run_session(TextSession(str(tmp_path / "words.jsonl"), tmp_path / "run", settings, load_registry()))
+
+
+@pytest.mark.slow
+def test_a_text_encoder_is_not_resumed_on_other_groups_of_captions(tmp_path: Path) -> None:
+    words, run = tmp_path / "words.jsonl", tmp_path / "run"
+
+    def trained(groups: list[list[str]], steps: int, *, resume: bool = True) -> None:
+        words.write_text("\n".join(json.dumps({"text": group}) for group in groups))
+        fresh_accelerator()
+        values = {"model": "tiny", "objective": ("align",), "validation_split": 0.0, "max_train_steps": steps}
+        settings = settings_from(TextSettings, {**values, "train_batch_size": 2, "device": "cpu"})
+        run_session(TextSession(str(words), run, settings, load_registry()), resume=resume)
+
+    trained([["a dog", "ein hund"], ["a cat", "eine katze"]], 1, resume=False)
+    with pytest.raises(UsageError, match="captions are alternatives of other captions"):
+        trained([["a dog", "ein hund", "a cat"], ["eine katze"]], 2)
+    change_facts(run, lambda facts: facts.pop("groups_fingerprint"))
+    trained([["a dog", "ein hund"], ["a cat", "eine katze"]], 2)
+    assert "groups_fingerprint" in newest_checkpoint(run).facts
 
 
 def test_captions_for_a_new_pixel_model_are_refused(tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ class ImageData:
         named = ((self.images[int(index)], self.digests[int(index)]) for index in self.used)
         return {item.name: (digest, item.captions) for item, digest in named}
 
+    def labels(self) -> dict[str, str | None]:
+        """The class of every usable image by name."""
+        items = (self.images[int(index)] for index in self.used)
+        return {item.name: item.label for item in items}
+
     def buckets(self) -> dict[str, int]:
         """The number of training images in each bucket, by its size as `512x768`."""
         return dict(Counter(shown_size(self.sizes[index]) for index in self.trained.tolist()))

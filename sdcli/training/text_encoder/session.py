@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from sdcli.encoders.clip import ClipTextConfig, ClipTextEncoder
 from sdcli.encoders.tokenizer import ClipTokenizer
+from sdcli.errors import UsageError
 from sdcli.models.loaded_model import LoadedModel
 from sdcli.training.events import Event, Preparation, RunNote
 from sdcli.training.inputs.encoding import cut_captions
@@ -32,6 +33,8 @@ class TextSession(Session[TextSettings]):
     def build(self) -> Generator[Event, None, RunSetup]:
         settings = self.settings
         objectives = parse_objectives(settings.objective, teacher=settings.teacher is not None)
+        if self._checkpoint is None and "distil" not in objectives and "temperature" in settings.given():
+            raise UsageError("--temperature has no effect without --objective distil")
         captions = read_captions(
             self.data,
             caption_column=settings.caption_column,
@@ -87,6 +90,7 @@ class TextSession(Session[TextSettings]):
                 "vocabulary": encoder.config.vocab_size,
                 "trained_parameters": parameters,
                 "data_fingerprint": fingerprint({str(place): text for place, text in enumerate(captions.texts)}),
+                "groups_fingerprint": fingerprint({"groups": captions.groups}),
             },
         )
 

@@ -91,6 +91,7 @@ class UnetSession(Session[UnetSettings]):
                 "held_out": len(data.held_out),
                 "dropped": data.dropped,
                 "data_fingerprint": fingerprint(data.contents()),
+                **({"classes_fingerprint": fingerprint(data.labels())} if model.classes else {}),
                 "buckets": data.buckets(),
                 "sampling": data.sampling,
                 "trained_parameters": sum(

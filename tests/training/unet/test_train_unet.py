@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -21,20 +20,14 @@ from sdcli.models.registry import load_registry
 from sdcli.training.events import CheckpointSaved, RunNote, StepMetrics, ValidationMetrics
 from sdcli.training.run_log import read_log
 from sdcli.training.state.checkpoint import newest_checkpoint
-from sdcli.training.state.manifest import MANIFEST
 from tests.conftest import REPOSITORY, Run
 from tests.forked import Forked
-from tests.training_runs import captioned_images, class_images, same_checkpoint, train_unet
+from tests.training_runs import captioned_images, change_facts, class_images, same_checkpoint, train_unet
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     return captioned_images(tmp_path / "pictures")
-
-
-def spelled(content: dict[str, Any]) -> bytes:
-    """A manifest's one spelling."""
-    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def unet_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -292,12 +285,7 @@ def test_what_a_resumed_run_may_not_change_is_refused(tmp_path: Path, images: Pa
 def test_a_run_whose_checkpoints_name_processes_instead_of_a_batch_goes_on(tmp_path: Path, images: Path) -> None:
     run = tmp_path / "run"
     train_unet(images, run, max_train_steps=1)
-    manifest = newest_checkpoint(run).path / MANIFEST
-    content = json.loads(manifest.read_bytes())
-    del content["digest"], content["facts"]["batch"]
-    content["facts"]["processes"] = 1
-    digest = hashlib.sha256(spelled(content)).hexdigest()
-    manifest.write_bytes(spelled({**content, "digest": digest}))
+    change_facts(run, lambda facts: facts.update(processes=facts.pop("batch") // 2))
     with pytest.raises(UsageError, match="2 samples, but would now have 3"):
         train_unet(images, run, max_train_steps=2, train_batch_size=3, resume=True)
     train_unet(images, run, max_train_steps=2, resume=True)
