@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sdcli.data.folder_listing import Listing
 
+MAX_REPEATS = 999_999
 _FOLDER = re.compile(r"(\d{1,6})_(.+)")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sdcli.data.file_tree import unsupported
 from sdcli.data.folder_listing import CAPTION_LIKE
+from sdcli.data.kohya import MAX_REPEATS
 from sdcli.data.records import (
     MAX_CAPTION_BYTES,
     DroppedItem,
@@ -75,7 +76,8 @@ def open_shards(
     caption_extension: str = ".txt",
     dropped: Sequence[DroppedItem] = (),
 ) -> TarShards:
-    """List the images of tar shards in img2dataset's layout: `key.jpg`, `key.txt`, `key.json` with a `caption`.
+    """List the images of tar shards in img2dataset's layout: `key.jpg`, `key.txt`, `key.json` with a `caption`,
+    and with the `repeats` that `write_shards` notes.
 
     Only headers and captions are read. `names` are shown to people. A shard that is cut short or damaged
     is used up to there, and the rest is dropped.
@@ -90,7 +92,7 @@ def open_shards(
             lost += shard.dropped
             remarks += shard.remarks
             for sample in shard.samples:
-                items.append(Item(sample.name, sample.captions, sample.label, block))
+                items.append(Item(sample.name, sample.captions, sample.label, block, sample.repeats))
                 offsets.append(sample.image.offset)
                 lengths.append(sample.image.size)
     return TarShards(
@@ -110,6 +112,7 @@ class _Sample:
     image: Member
     captions: tuple[str, ...]
     label: str | None
+    repeats: int
 
 
 @dataclass
@@ -204,10 +207,11 @@ def _add_sample(
         label = label_of_value(record.get("label"))
         if label is None and ".cls" in members:
             label = label_of_value(_text(file, members[".cls"][0]).strip().partition("\n")[0])
+        repeats = _repeats(record)
     except UnusableEntry as problem:
         shard.drop(name, str(problem))
         return
-    shard.samples.append(_Sample(name, images[0], captions, label))
+    shard.samples.append(_Sample(name, images[0], captions, label, repeats))
     _count_unread(name, members, shard, caption_extension, captioned=bool(captions))
 
 
@@ -251,6 +255,16 @@ def _record(file: IO[bytes], members: dict[str, list[Member]]) -> dict[str, Any]
     if not isinstance(record, dict):
         raise UnusableEntry("its .json is not an object")
     return record
+
+
+def _repeats(record: dict[str, Any]) -> int:
+    """How often an image is sampled in an epoch, as `write_shards` notes it. Raises UnusableEntry."""
+    repeats = record.get("repeats")
+    if repeats is None:
+        return 1
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MAX_REPEATS:
+        raise UnusableEntry(f"the repeats in its .json are not a whole number from 1 to {MAX_REPEATS:,}")
+    return repeats
 
 
 def _text(file: IO[bytes], member: Member) -> str:

@@ -89,11 +89,13 @@ def _samples(images: ImageSet, indices: Iterable[int]) -> Iterator[list[tuple[st
     for number, index in enumerate(indices):
         item, data = images[index], images.read(index)
         key = f"{number:09d}"
-        record: dict[str, str] = {"name": item.name}
+        record: dict[str, str | int] = {"name": item.name}
         if item.captions:
             record["caption"] = item.captions[0]
         if item.label is not None:
             record["label"] = item.label
+        if item.repeats != 1:
+            record["repeats"] = item.repeats
         sample = [(f"{key}{_suffix_of(data, item.name)}", data)]
         if item.captions:
             sample.append((f"{key}.txt", "".join(f"{caption}\n" for caption in item.captions).encode()))

@@ -15,6 +15,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -245,6 +246,14 @@ def test_a_shard_that_shrinks_after_the_listing_is_told(tmp_path: Path) -> None:
         images.read(0)
 
 
+@pytest.mark.parametrize("repeats", [0, -1, 1_000_000, 1.5, True, "2"])
+def test_repeats_that_are_no_count_cost_their_sample(tmp_path: Path, repeats: Any) -> None:
+    record = json.dumps({"caption": "a", "repeats": repeats}).encode()
+    (tmp_path / "x.tar").write_bytes(tar_bytes([*sample("a")[:-1], ("a.json", record), *sample("b")]))
+    assert [name for name, *_ in listed(tmp_path)] == ["x.tar:b"]
+    assert "repeats in its .json are not a whole number" in dropped(tmp_path)["x.tar:a"]
+
+
 # Splits and patterns
 
 
@@ -291,7 +300,13 @@ def test_patterns_name_shards_and_missing_ones_are_dropped(tmp_path: Path) -> No
 
 captions = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip).filter(bool)
 sets = st.lists(
-    st.builds(Item, names, st.lists(captions, unique=True, min_size=1).map(tuple), st.none() | captions),
+    st.builds(
+        Item,
+        names,
+        st.lists(captions, unique=True, min_size=1).map(tuple),
+        st.none() | captions,
+        repeats=st.just(1) | st.integers(1, 999_999),
+    ),
     min_size=1,
     max_size=12,
 )
@@ -299,7 +314,7 @@ sets = st.lists(
 
 @settings(max_examples=40)
 @given(sets, st.integers(1, 5))
-def test_a_round_trip_gives_the_same_images_captions_and_labels(
+def test_a_round_trip_gives_the_same_images_captions_labels_and_repeats(
     tmp_path_factory: pytest.TempPathFactory, items: list[Item], limit: int
 ) -> None:
     images, root = Memory("memory", Items.of(items)), tmp_path_factory.mktemp("shards")
@@ -337,6 +352,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> 
     images = Memory("memory", Items.of([Item("a.png", ())]))
     folder_of(tmp_path / "full", {"x": "y"})
     with pytest.raises(AlreadyExists, match="new folder"):
+        assert back[index].repeats == item.repeats
         next(write_shards(images, tmp_path / "full", indices=[0]))
     (tmp_path / "empty").mkdir()
     list(write_shards(images, tmp_path / "empty", indices=[0]))
