@@ -26,9 +26,18 @@ from sdcli.data.records import (
     label_of_value,
     read_file,
 )
-from sdcli.data.tables import CAPTION_COLUMNS, LABEL_COLUMN, pick_column, plain_rows, pyarrow_modules
+from sdcli.data.tables import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMN,
+    class_names_of,
+    feature_type,
+    features_of,
+    named_label,
+    pick_column,
+    plain_rows,
+    pyarrow_modules,
+)
 from sdcli.errors import BadImage, NotFound, Offline, UsageError, first_line
-from sdcli.io.json_files import parse_json
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes", "pixel_values")
 RETRY_PAUSES = (1.0, 4.0, 15.0)
@@ -45,6 +54,8 @@ class ImageColumns:
     caption: str | None
     label: str | None
     class_names: tuple[str, ...] = ()
+    other_images: tuple[str, ...] = ()
+    """Further columns that the features declare as images, where nobody chose among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +205,15 @@ def open_rows(
                 columns = _columns(file, name, image_column, caption_column, features or {})
                 image_columns[-1] = columns.image
                 classes |= set(columns.class_names)
+                if columns.other_images:
+                    others = ", ".join(columns.other_images)
+                    remarks.append(
+                        Remark(
+                            name,
+                            f"has images in {columns.image} and {others}; {columns.image} is used, unless "
+                            "--image-column names another",
+                        )
+                    )
                 wanted = [column for column in (columns.caption, columns.label) if column is not None]
                 if not wanted:
                     present = ", ".join(file.schema_arrow.names)
@@ -256,11 +276,7 @@ def _group_size(group: Any, column: str) -> tuple[int, int]:
 def _item(name: str, values: Mapping[str, Any], columns: ImageColumns, *, block: int) -> Item:
     captions = captions_of_value(values.get(columns.caption)) if columns.caption is not None else ()
     label = values.get(columns.label) if columns.label is not None else None
-    if columns.class_names and isinstance(label, int):
-        if label >= len(columns.class_names):
-            raise UnusableEntry(f"its label is {label}, but there are only {len(columns.class_names)} classes")
-        label = columns.class_names[label] if label >= 0 else None  # -1 stands for an unknown class
-    return Item(name, captions, label_of_value(label), block)
+    return Item(name, captions, label_of_value(named_label(label, columns.class_names)), block)
 
 
 def _columns(
@@ -268,10 +284,12 @@ def _columns(
 ) -> ImageColumns:
     """The columns to use: those given, else by the features, else by usual names and types."""
     schema = file.schema_arrow
-    features = {**features, **_features_of(schema)}
-    declared = [column for column in schema.names if _feature_type(features.get(column)) == "Image"]
+    features = {**features, **features_of(schema)}
+    declared = [column for column in schema.names if feature_type(features.get(column)) == "Image"]
     typed = [field.name for field in schema if _holds_bytes(field.type)]
-    usual = [*declared, *(column for column in IMAGE_COLUMNS if column in typed), *(typed if len(typed) == 1 else [])]
+    known = [column for column in IMAGE_COLUMNS if column in declared]
+    usual = [*known, *declared, *(column for column in IMAGE_COLUMNS if column in typed)]
+    usual += typed if len(typed) == 1 else []
     image = pick_column(image_column, usual, schema.names, source=name, what="--image-column")
     if image is None:
         raise UsageError(
@@ -280,28 +298,16 @@ def _columns(
         )
     if image not in typed:
         raise UsageError(f"{name}: its column {image!r} holds {schema.field(image).type}, not the bytes of images")
-    named = {column: features[column] for column in schema.names if _feature_type(features.get(column)) == "ClassLabel"}
+    named = {column: features[column] for column in schema.names if feature_type(features.get(column)) == "ClassLabel"}
     label = LABEL_COLUMN if LABEL_COLUMN in schema.names else next(iter(named), None) if len(named) == 1 else None
-    class_names = named[label].get("names") if label in named else None
+    class_names = class_names_of(named.get(label))
     return ImageColumns(
         image=image,
         caption=pick_column(caption_column, CAPTION_COLUMNS, schema.names, source=name, what="--caption-column"),
         label=label,
-        class_names=tuple(map(str, class_names)) if isinstance(class_names, list) else (),
+        class_names=class_names,
+        other_images=tuple(column for column in declared if column != image) if image_column is None else (),
     )
-
-
-def _features_of(schema: Any) -> dict[str, Any]:
-    """Hugging Face's features in the schema's metadata; {} if there are none, or invalid ones."""
-    try:
-        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _feature_type(feature: Any) -> str | None:
-    return feature.get("_type") if isinstance(feature, dict) else None
 
 
 def _holds_bytes(kind: Any) -> bool:

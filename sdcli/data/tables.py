@@ -9,6 +9,7 @@ from typing import Any
 
 from sdcli.data.records import DroppedItem, UnusableEntry, captions_of_value, label_of_value
 from sdcli.errors import BadImage, UsageError
+from sdcli.io.json_files import parse_json
 from sdcli.io.rows import CsvFile, Row, json_rows
 from sdcli.io.text import utf8_stream
 from sdcli.request.schema import did_you_mean
@@ -51,6 +52,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
     Raises BadImage for a file that cannot be read at all, UsageError if a column is missing from all rows.
     """
     dropped: list[DroppedItem] = []
+    classes: tuple[str, ...] = ()
     columns = [image_column, caption_column, LABEL_COLUMN, *FILE_COLUMNS, *CAPTION_COLUMNS]
     try:
         match path.suffix:
@@ -61,7 +63,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
                 with open(path, "rb") as table:
                     lines = list(_rows_of_file(CsvFile(utf8_stream(table)), name, dropped))
             case _:
-                lines = list(_parquet_rows(path, name, columns))
+                classes, lines = _parquet_rows(path, name, columns)
     except OSError as error:
         raise BadImage(f"cannot read {path}: {error.strerror or error}") from None
     present = sorted({column for _, values in lines for column in values})
@@ -78,7 +80,7 @@ def read_table(path: Path, *, name: str, image_column: str | None = None, captio
         if not isinstance(file, str) or not file:
             dropped.append(DroppedItem(f"{name} {place}", f"has no {file_column}"))
             continue
-        rows.append(_row(place, file, values, text_column))
+        rows.append(_row(place, file, values, text_column, classes))
     return Table(tuple(rows), tuple(dropped), has_captions=text_column is not None, columns=tuple(present))
 
 
@@ -104,10 +106,11 @@ def pyarrow_modules() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _row(place: str, file: str, values: Mapping[str, Any], text_column: str | None) -> ImageRow:
+def _row(place: str, file: str, values: Mapping[str, Any], text_column: str | None, classes: Sequence[str]) -> ImageRow:
     try:
         captions = captions_of_value(values.get(text_column)) if text_column is not None else ()
-        return ImageRow(place, file, captions, label_of_value(values.get(LABEL_COLUMN)))
+        label = named_label(values.get(LABEL_COLUMN), classes)
+        return ImageRow(place, file, captions, label_of_value(label))
     except UnusableEntry as problem:
         return ImageRow(place, file, (), None, problem=str(problem))
 
@@ -122,17 +125,58 @@ def _rows_of_file(
             yield f"line {row.line}", row.values
 
 
-def _parquet_rows(path: Path, name: str, columns: Sequence[str | None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(
+    path: Path, name: str, columns: Sequence[str | None]
+) -> tuple[tuple[str, ...], list[tuple[str, Mapping[str, Any]]]]:
+    """The names of the classes, if Hugging Face's features give them to the labels, and the rows. Raises BadImage."""
     arrow, parquet = pyarrow_modules()
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
+            classes = class_names_of(features_of(file.schema_arrow).get(LABEL_COLUMN))
             table = file.read(columns=[column for column in names if column in columns])
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise BadImage(f"{name} cannot be read as a parquet file: {error}") from None
     present = dict.fromkeys(names)
-    for number, values in enumerate(plain_rows(table), start=1):
-        yield f"row {number}", {**present, **values}
+    rows = enumerate(plain_rows(table), start=1)
+    return classes, [(f"row {number}", {**present, **values}) for number, values in rows]
+
+
+def features_of(schema: Any) -> dict[str, Any]:
+    """Hugging Face's features in the schema's metadata; {} if there are none, or invalid ones."""
+    try:
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def feature_type(feature: Any) -> str | None:
+    return feature.get("_type") if isinstance(feature, dict) else None
+
+
+def class_names_of(feature: Any) -> tuple[str, ...]:
+    """The names of a feature of classes (`ClassLabel`), whose cells hold their places; () for any other."""
+    names = feature.get("names") if feature_type(feature) == "ClassLabel" else None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def named_label(label: Any, names: Sequence[str]) -> Any:
+    """The class name of a place among the names, None for -1, an unknown class; other labels as they are.
+
+    Raises UnusableEntry for a place behind the last name.
+    """
+    if not names or not isinstance(label, int):
+        return label
+    if label >= len(names):
+        raise UnusableEntry(f"its label is {label}, but there are only {len(names)} classes")
+    return names[label] if label >= 0 else None
+
+
+def holds_text(kind: Any) -> bool:
+    """Whether a pyarrow type is one of its three types of strings."""
+    types = pyarrow_modules()[0].types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def plain_rows(table: Any) -> list[dict[str, Any]]:

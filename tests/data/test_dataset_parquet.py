@@ -97,6 +97,31 @@ def test_captions_may_be_lists_and_columns_of_any_name(tmp_path: Path) -> None:
         open_images(tmp_path, image_column="label")
 
 
+def test_of_several_columns_of_images_the_usual_name_comes_first(tmp_path: Path) -> None:
+    cells = [{"bytes": data, "path": None} for data in IMAGES]
+    columns = {"conditioning_image": cells[::-1], "image": cells, "text": list("abcdefg")}
+    features = Features({"conditioning_image": Image(), "image": Image(), "text": Value("string")})
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "x.parquet")
+    images = open_images(tmp_path)
+    assert [images.read(index) for index in range(7)] == IMAGES
+    (remark,) = images.remarks
+    assert "has images in image and conditioning_image; image is used" in remark.text
+    chosen = open_images(tmp_path, image_column="conditioning_image")
+    assert (chosen.read(0), chosen.remarks) == (IMAGES[-1], ())
+
+
+def test_a_parquet_table_beside_images_names_their_classes(tmp_path: Path) -> None:
+    folder_of(tmp_path, {f"{number}.png": IMAGES[number] for number in range(4)})
+    features = Features({"file_name": Value("string"), "label": ClassLabel(names=["dog", "cat"])})
+    rows = {"file_name": [f"{number}.png" for number in range(4)], "label": [0, 1, 0, -1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "metadata.parquet")
+    assert [label for _, _, label in listed(tmp_path)] == ["dog", "cat", "dog", None]
+    table = pq.read_table(tmp_path / "metadata.parquet")
+    beyond = table.set_column(1, table.schema.field("label"), [[0, 1, 2, -1]])
+    pq.write_table(beyond, tmp_path / "metadata.parquet")
+    assert dropped(tmp_path)["2.png"].startswith("its label is 2, but there are only 2 classes")
+
+
 def test_labels_without_captions_are_the_captions(tmp_path: Path) -> None:
     hf_dataset().to_parquet(tmp_path / "x.parquet")
     assert [captions for _, captions, _ in listed(tmp_path)][:2] == [("dog",), ("cat",)]
