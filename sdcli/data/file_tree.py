@@ -150,6 +150,22 @@ def split_by_name(names: Sequence[str], *, split: str, source: str) -> tuple[tup
     return tuple(name for name in names if split_of[name] == split_called(split)), tuple(without_split)
 
 
+def split_of_files(files: Sequence[str], *, split: str, source: str) -> tuple[tuple[str, ...], tuple[DroppedItem, ...]]:
+    """Those of a file, or of the files of a pattern, that belong to a split, by a word of their name.
+
+    Where no name has such a word, their common folder's may have one. All of them are `train`, the default, as it was
+    the user who chose them. Raises UsageError if the requested split does not exist.
+    """
+    if split == ALL_SPLITS or split_called(split) == "train":
+        return tuple(files), ()
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    below = {os.path.relpath(os.path.abspath(file), common): file for file in files}
+    if not any(split_of_path(name) for name in below):
+        below = {f"{os.path.basename(common)}/{name}": file for name, file in below.items()}
+    names, silent = split_by_name(list(below), split=split, source=source)
+    return tuple(below[name] for name in names), silent
+
+
 def split_called(name: str) -> str | None:
     """The split that a word stands for, or None."""
     return next((split for split, words in SPLITS.items() if name.lower() in words), None)

@@ -9,7 +9,15 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from sdcli.data.file_tree import LATENT_SUFFIXES, Tree, scan, split_by_name, split_of_path
+from sdcli.data.file_tree import (
+    ALL_SPLITS,
+    LATENT_SUFFIXES,
+    Tree,
+    scan,
+    split_by_name,
+    split_of_files,
+    split_of_path,
+)
 from sdcli.data.folders import open_folder
 from sdcli.data.hub_datasets import HUB_DATA, open_hub
 from sdcli.data.latent_folders import open_latents
@@ -53,8 +61,8 @@ def open_images(
       it counts as a mistyped path unless it begins with `hf://datasets/`.
 
     Sub-folders called train, validation or test are splits, and so are files with such a word in their name; `split`
-    chooses one, or "all". Items that cannot be used are in `dropped`. Raises NotFound, UsageError for ambiguous data,
-    Offline for the hub, and BadLatents.
+    chooses one, or "all". Of a file or a pattern "train", the default, is all that it names. Items that cannot be
+    used are in `dropped`. Raises NotFound, UsageError for ambiguous data, Offline for the hub, and BadLatents.
     """
     source = os.fspath(data)
     path = expanded(source)
@@ -63,10 +71,10 @@ def open_images(
     if path.is_dir():
         return _open_folder(path, source=source, extension=extension, split=split, columns=columns)
     if os.path.lexists(path):
-        return _open_files([str(path)], source=source, extension=extension, columns=columns, dropped=())
+        return _open_given([str(path)], source=source, extension=extension, columns=columns, split=split)
     if re.search(r"[*?\[{]", source):
-        files, dropped = matches(os.path.expanduser(source))
-        return _open_files(files, source=source, extension=extension, columns=columns, dropped=dropped)
+        files, absent = matches(os.path.expanduser(source))
+        return _open_given(files, source=source, extension=extension, columns=columns, split=split, dropped=absent)
     hub = HUB_DATA.fullmatch(source)
     if hub is not None and (hub["sure"] or not path.parent.is_dir()):
         return open_hub(source, image_column=image_column, caption_column=caption_column, split=split)
@@ -118,6 +126,30 @@ def _beside(tree: Tree, names: Sequence[str], *, split: str) -> Iterator[Remark]
             yield Remark(name, "belongs to a shard and is not read: captions are in the shards")
         else:
             yield Remark(name, "is beside the shards or parquet files and is not read")
+
+
+def _open_given(
+    files: Sequence[str],
+    *,
+    source: str,
+    extension: str,
+    columns: ColumnNames,
+    split: str,
+    dropped: Sequence[DroppedItem] = (),
+) -> ParquetRows | TarShards:
+    """The files that DATA names one by one; those of a split where one is asked for."""
+    chosen, silent = split_of_files(files, split=split, source=source)
+    dropped = (*dropped, *silent)
+    opened = _open_files(chosen, source=source, extension=extension, columns=columns, dropped=dropped)
+    splits = sorted({found for name in _short_names(chosen) if (found := split_of_path(name)) is not None})
+    if split == ALL_SPLITS or len(splits) < 2:
+        return opened
+    mixed = Remark(
+        source,
+        f"matches files of several splits ({', '.join(splits)}), all of which are used; --split all "
+        "confirms that, and a pattern that matches the files of one split leaves out the others",
+    )
+    return replace(opened, remarks=(*opened.remarks, mixed))
 
 
 def _open_files(

@@ -267,6 +267,32 @@ def test_shards_of_a_split_are_chosen_by_their_names(tmp_path: Path) -> None:
         open_images(tmp_path, split="test")
 
 
+def test_files_of_a_pattern_are_of_the_split_that_their_names_say(tmp_path: Path) -> None:
+    root = tmp_path / "shards"
+    for name in ("train-0.tar", "test-0.tar", "odd.tar", "val/0.tar", "val/1.tar"):
+        folder_of(root, {name: tar_bytes(sample("a"))})
+    pattern = f"{root}/*.tar"
+    assert [name for name, *_ in listed(pattern, split="test")] == ["test-0.tar:a"]
+    assert dropped(pattern, split="test") == {"odd.tar": "belongs to no split, while other files do"}
+    with pytest.raises(UsageError, match="no split 'validation'; it has test, train"):
+        open_images(pattern, split="validation")
+    assert len(open_images(f"{root}/val/*.tar", split="valid")) == 2
+    assert len(open_images(root / "test-0.tar", split="test")) == 1
+    for data in (f"{root}/val/*.tar", root / "val" / "0.tar", root / "odd.tar"):
+        with pytest.raises(UsageError, match=r"has no split 'test'; it has (train|validation) \(--split\)"):
+            open_images(data, split="test")
+
+
+def test_a_pattern_that_mixes_splits_is_told(tmp_path: Path) -> None:
+    for name in ("train-0.tar", "test-0.tar"):
+        folder_of(tmp_path, {name: tar_bytes(sample("a"))})
+    mixed = open_images(f"{tmp_path}/*.tar")
+    assert len(mixed) == 2
+    assert ["matches files of several splits (test, train)" in one.text for one in mixed.remarks] == [True]
+    for data, split in ((f"{tmp_path}/*.tar", "all"), (f"{tmp_path}/te*.tar", "train"), (f"{tmp_path}/*.tar", "test")):
+        assert open_images(data, split=split).remarks == ()
+
+
 def test_braces_are_expanded_as_bash_does() -> None:
     patterns = [
         "x", "{0..3}", "s/{00000..00012}.tar", "{a,b}{1..2}", "{3..1}", "{0..10..5}", "{x,{y,z}q}.tar", "{a,}b",
@@ -326,6 +352,7 @@ def test_a_round_trip_gives_the_same_images_captions_labels_and_repeats(
     for index, item in enumerate(items):
         assert back[index].captions == item.captions
         assert back[index].label == item.label
+        assert back[index].repeats == item.repeats
         assert back.read(index) == images.read(index)
         assert back[index].block == index // limit
 
@@ -352,7 +379,6 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> 
     images = Memory("memory", Items.of([Item("a.png", ())]))
     folder_of(tmp_path / "full", {"x": "y"})
     with pytest.raises(AlreadyExists, match="new folder"):
-        assert back[index].repeats == item.repeats
         next(write_shards(images, tmp_path / "full", indices=[0]))
     (tmp_path / "empty").mkdir()
     list(write_shards(images, tmp_path / "empty", indices=[0]))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sdcli.data.file_tree import split_of_files
 from sdcli.data.records import MAX_CAPTION_BYTES, DroppedItem, UnusableEntry, captions_of_value
-from sdcli.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick_column, plain_rows
+from sdcli.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, holds_text, pick_column, plain_rows
 from sdcli.encoders.tokenizer import END, START
 from sdcli.errors import NotFound, UsageError
 from sdcli.io.files import expanded
@@ -69,6 +70,8 @@ def read_captions(
                     f"{path} is not a file of captions (.txt, .jsonl, .csv, .parquet) or a folder of images"
                 )
             rows = _image_rows(source, caption_column, caption_extension, split)
+    if path.is_file():
+        split_of_files([str(path)], split=split, source=str(source))
     return _grouped(rows, source=str(source))
 
 
@@ -151,7 +154,7 @@ def _parquet_rows(path: Path, column_name: str | None) -> Iterator[_Row | Droppe
     try:
         with parquet.ParquetFile(path) as file:
             column = _column(column_name, file.schema_arrow.names, path)
-            texts = [field.name for field in file.schema_arrow if arrow.types.is_string(field.type)]
+            texts = [field.name for field in file.schema_arrow if holds_text(field.type)]
             columns = [column, *(name for name in FILE_COLUMNS if name in texts and name != column)]
             first = 1
             for number in range(file.num_row_groups):

@@ -242,6 +242,25 @@ def test_a_spreadsheet_has_alternatives_as_rows_of_one_image(tmp_path: Path) -> 
         read_captions(path, caption_column="texts")
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_rows_of_one_image_are_alternatives_whatever_the_type_of_its_column(tmp_path: Path, kind: str) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = arrow.array(["1.jpg", "2.jpg", "1.jpg"]).cast(getattr(arrow, kind)())
+    table = arrow.table({"file_name": images, "text": ["a fox", "an owl", "a red fox"]})
+    parquet.write_table(table, tmp_path / "captions.parquet")
+    assert meanings(read_captions(tmp_path / "captions.parquet")) == [{"a fox", "a red fox"}, {"an owl"}]
+
+
+def test_a_file_of_captions_has_no_split_but_the_one_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("captions.txt", "test.txt"):
+        (tmp_path / "texts" / name).write_text("a fox\n")
+    for name, split in (("captions", "train"), ("captions", "all"), ("test", "train"), ("test", "test")):
+        assert read_captions(tmp_path / "texts" / f"{name}.txt", split=split).texts == ("a fox",)
+    with pytest.raises(UsageError, match=r"captions.txt has no split 'test'; it has train \(--split\)"):
+        read_captions(tmp_path / "texts" / "captions.txt", split="test")
+
+
 def test_a_parquet_file_may_hold_texts_or_lists(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "captions.parquet"
