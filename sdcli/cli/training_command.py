@@ -27,7 +27,7 @@ from sdcli.cli.ui.training_signals import TrainingStop
 from sdcli.errors import BadOutput, CannotWrite, Interrupted, SdcliError, UsageError
 from sdcli.io.files import expanded, lies_inside, refuse_inside
 from sdcli.models.registry import Registry, load_registry
-from sdcli.training.config_files import read_config, settings_from
+from sdcli.training.config_files import read_config, validated
 from sdcli.training.settings import DATA, KEEP, MACHINE, MODEL, OBJECTIVE, OPTIMIZER, SHAPE, STEPS, WATCH, TrainSettings
 
 if TYPE_CHECKING:
@@ -242,7 +242,8 @@ def _resolved(trainer: TrainingCommand[S], call: TrainingCall) -> tuple[str, Pat
     if data is None:
         raise UsageError(f"nothing to train on; try: sdcli {trainer.name} DATA -o {output}")
     values = with_recorded_precision(_over(_over(before, given), typed), before)
-    return str(data), run, settings_from(trainer.kind, values)
+    settings = validated(trainer.kind, values, file=call.config, of_file=given.keys() - typed.keys())
+    return str(data), run, settings
 
 
 def _over(values: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class TrainSettings(BaseModel):
     `None` means that the model or the data decide.
     """
 
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = setting(0, "seed of all randomness", STEPS, ge=0, le=2**63 - 1)
     train_batch_size: int = setting(16, "samples per process and micro-batch", STEPS, ge=1)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from sdcli.errors import BadOutput, BadWeights, Interrupted, Terminated
+from sdcli.errors import BadOutput, BadWeights, Interrupted, Terminated, UsageError
 from sdcli.io import rng
 from sdcli.training import loop
+from sdcli.training.config_files import settings_from
 from sdcli.training.events import CheckpointSaved, Event, RunEnd, RunNote, StepMetrics
 from sdcli.training.inputs.feed import Feed, Share
 from sdcli.training.inputs.order import Order
@@ -23,6 +24,7 @@ from sdcli.training.settings import TrainSettings
 from sdcli.training.state.checkpoint import newest_checkpoint
 from sdcli.training.state.state_files import read_state
 from sdcli.training.task import Batch, Draw, Losses, Networks, OptimizerPhase
+from sdcli.training.unet.settings import UnetSettings
 
 
 @pytest.fixture(autouse=True)
@@ -354,10 +356,6 @@ def test_the_feed_counts_the_time_that_was_waited(tmp_path: Path) -> None:
 
 
 def test_settings_are_what_toml_yaml_and_flags_say(tmp_path: Path) -> None:
-    from sdcli.errors import UsageError
-    from sdcli.training.config_files import settings_from
-    from sdcli.training.unet.settings import UnetSettings
-
     (tmp_path / "a.toml").write_text('learning-rate = 0.5\nrank = 4\nsample_prompts = ["a cat", "a dog"]\n')
     (tmp_path / "a.yaml").write_text("learning_rate: 0.5\nrank: 4\nsample-prompts: [a cat, a dog]\n")
     one = settings_from(UnetSettings, {"rank": 8}, config=tmp_path / "a.toml")
@@ -367,6 +365,49 @@ def test_settings_are_what_toml_yaml_and_flags_say(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_text("learning-rat = 0.5")
     with pytest.raises(UsageError, match=r"learning-rat.*did you mean 'learning_rate'"):
         settings_from(UnetSettings, {}, config=tmp_path / "b.toml")
+
+
+def test_every_name_of_a_flag_is_a_key_of_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("lr = 0.5\nnetwork-dim = 4\nmin-snr-gamma = 5\nsave_every_n_steps = 7\nresolution = 64\n")
+    found = settings_from(UnetSettings, {}, config=file)
+    assert (found.learning_rate, found.rank, found.snr_gamma, found.checkpointing_steps) == (0.5, 4, 5.0, 7)
+    assert found.target_size((1, 1)) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("lr: 0.5\nlearning-rate: 0.1\n", "'lr' and 'learning-rate' are the same setting; keep one of them"),
+        ("rank: true\n", "rank: should not be true"),
+        ("lr: false\n", "lr: should not be false"),
+        ("mixed-precision: no\n", "mixed-precision: should not be false; YAML reads words like no"),
+        ("resolution: true\n", "resolution: should not be true"),
+        ("output: 5\n", "output: should be a text in quotes, not 5"),
+        ("data: [a, b]\n", "data: should be a text in quotes"),
+        ("num_train_epochs: .inf\n", "num_train_epochs: should be a finite number"),
+        ("learning_rate: .nan\n", "learning_rate: should be"),
+        ("rank: 0\n", "rank: should be"),
+        ("max_train_steps: 2\nnum_train_epochs: 1\n", "give either --max-train-steps or --num-train-epochs"),
+    ],
+)
+def test_what_a_config_file_may_not_say_is_refused_with_its_name(tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(content)
+    with pytest.raises(UsageError) as refused:
+        settings_from(UnetSettings, {}, config=file)
+    assert str(refused.value).startswith(f"{file}: ")
+    assert sentence in str(refused.value)
+
+
+def test_a_file_is_named_for_its_own_values_only(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("rank: 0\n")
+    assert settings_from(UnetSettings, {"rank": 2}, config=file).rank == 2
+    with pytest.raises(UsageError, match=r"^rank: "):
+        settings_from(UnetSettings, {"rank": 0}, config=file)
+    with pytest.raises(UsageError, match="num_train_epochs: should be a finite number, not inf"):
+        settings_from(UnetSettings, {"num_train_epochs": float("inf")})
 
 
 def test_dataclasses_of_the_loop_are_values() -> None:
