@@ -171,6 +171,8 @@ def test_numbered_classes_are_no_repeats(tmp_path: Path, numbers: tuple[int, ...
         item = found[f"{number}_{'abc'[place]}"]
         assert item.repeats == repeats[place]
         assert item.captions == (f"{number}_{'abc'[place]}" if repeats[place] == 1 else "abc"[place],)
+    told = [remark.text for remark in images.remarks if "they are numbered classes" in remark.text]
+    assert len(told) == (repeats == (1,) * len(repeats))
 
 
 def test_a_folder_without_kohyas_number_makes_none_of_them_repeat(tmp_path: Path) -> None:
