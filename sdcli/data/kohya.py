@@ -66,8 +66,8 @@ def remark_folders(
     inside = {name.split("/")[below] if name.count("/") > below else "" for name in names}
     if not captioned and not folders and _count_up(inside):
         text = (
-            "and the folders beside it count up, so they are numbered classes, whose whole names are the captions; for "
-            "repeats as in kohya's scripts give the images caption files, or the folders other numbers"
+            "counts up with the folders beside it, so they are numbered classes, whose whole names are the captions; "
+            "for repeats as in kohya's scripts give the images caption files, or the folders other numbers"
         )
         listing.remark(f"{min(inside)}/", text)
     if not captioned and len(inside) == 1 and "" not in inside:

@@ -138,6 +138,9 @@ def _index(path: Path, name: str, caption_extension: str) -> _Shard:
         return _Shard(dropped=[DroppedItem(name, f"cannot be read: {error.strerror or error}")])
     if not shard.samples and not shard.dropped:
         shard.drop(name, "holds no images")
+    if any(sample.repeats > 1 for sample in shard.samples):
+        text = "holds images that count several times in an epoch, as the repeats in their .json say"
+        shard.remarks.append(Remark(name, text))
     for suffix, count in sorted(shard.unread.items()):
         shard.remarks.append(Remark(name, f"holds {count:,} members that are not read ({suffix})"))
     return shard

@@ -355,6 +355,8 @@ def test_a_round_trip_gives_the_same_images_captions_labels_and_repeats(
         assert back[index].repeats == item.repeats
         assert back.read(index) == images.read(index)
         assert back[index].block == index // limit
+    told = {one.name for one in back.remarks if "count several times" in one.text}
+    assert told == {f"{n // limit:05d}.tar" for n, item in enumerate(items) if item.repeats > 1}
 
 
 def test_equal_images_give_equal_bytes_and_shards_keep_to_their_size(tmp_path: Path) -> None:

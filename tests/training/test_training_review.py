@@ -200,6 +200,22 @@ def test_a_limit_in_a_config_file_replaces_the_one_the_run_began_with(tmp_path: 
     assert (data, settings.seed, settings.max_train_steps, settings.num_train_epochs) == ("pictures", 7, 3, None)
 
 
+def test_a_value_is_refused_with_the_name_of_the_file_that_it_is_from(tmp_path: Path) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text("network-dim: 0\n")
+    trainer = TrainingCommand("train-unet", UnetSettings, UnetSession, "DATA", "")
+
+    def asked(**typed: Any) -> None:
+        _resolved(trainer, TrainingCall("pictures", tmp_path / "run", config, False, False, False, typed, registry))
+
+    registry = load_registry()
+    with pytest.raises(UsageError, match=r"wrong.yaml: rank: "):
+        asked()
+    asked(rank=2)
+    with pytest.raises(UsageError, match=r"^num_train_epochs: should be a finite number, not inf"):
+        asked(rank=2, num_train_epochs=float("inf"))
+
+
 @pytest.mark.parametrize("kind", [UnetSettings, ControlNetSettings, VaeSettings, TextSettings])
 def test_every_name_of_every_setting_is_an_option(kind: type[TrainSettings]) -> None:
     @settings_options(kind)
