@@ -375,7 +375,7 @@ async def measure_peer(options: argparse.Namespace, folder: Path) -> dict[str, A
     """The loads of both servers in turns; the other one waits meanwhile."""
     rows: list[dict[str, Any]] = []
     async with (
-        BenchServer(folder, "--device", "cpu", "--model", "starter", "--keep", "5") as own,
+        BenchServer(folder, "--device", options.device, "--model", "starter", "--keep", "5", *options.serve) as own,
         PeerServer(folder) as peer,
     ):
         for clients in (number for number in options.clients if number <= QUEUE):  # above, sdcli refuses some
@@ -478,6 +478,14 @@ def main() -> None:
     parser.add_argument("--cancels", type=int, default=100, help="jobs that are cancelled or deserted")
     parser.add_argument("--kills", type=int, default=3, help="workers that are killed")
     parser.add_argument("--images", type=int, default=300, help="images while memory is watched")
+    parser.add_argument("--device", default="cpu", help="--device of sdcli serve in the part peer (%(default)s)")
+    parser.add_argument(
+        "--serve",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another option of it, as --serve=--batch-wait=50",
+    )
     parser.add_argument("--machine", default=platform.processor() or platform.machine())
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options = parser.parse_args()
