@@ -69,9 +69,7 @@ def routes(engine: Engine, registry: Registry) -> APIRouter:
     router = APIRouter(tags=["AUTOMATIC1111"], responses=_FAILURES)
     settings, tasks = engine.settings, Tasks(engine)
     options = first_options(registry)
-    preparing = (
-        asyncio.Lock()
-    )  # images are decoded and filled in this process, where each takes a good part of a gigabyte
+    preparing = asyncio.Lock()  # images are decoded and filled in this process, each in a good part of a gigabyte
 
     @router.post("/sdapi/v1/txt2img", response_model=Images)
     async def txt2img(body: Txt2Img, request: Request) -> AsciiAnswer:

@@ -27,6 +27,7 @@ from sdcli.generation.resolve.jobs import BadJob, ResolvedJob, expand
 from sdcli.images.formats import SUFFIX_OF, ImageFormat
 from sdcli.models.registry import Registry
 from sdcli.request.jobs import Line
+from sdcli.request.prompt_options import whole_count
 from sdcli.server.engine import Draining, Engine
 from sdcli.server.event_stream import SIGN_OF_LIFE, STILL_WORKING, EventStream, event_bytes, paced
 from sdcli.server.fair_queue import QueueFull
@@ -136,10 +137,11 @@ def resolve_images(
 
 
 def _asked(fields: dict[str, Any]) -> int:
-    """How many images a request asks for, at least 1; `expand` says what is wrong with a value that is no number."""
+    """How many images a request asks for; 1 for a value that is no such number, about which `expand` has a sentence."""
+    value = fields.get("num_images", fields.get("n"))
     try:
-        return max(1, int(fields.get("num_images", fields.get("n", 1))))
-    except (TypeError, ValueError, OverflowError):
+        return 1 if value is None else whole_count("num_images", value)
+    except UsageError:
         return 1
 
 

@@ -264,6 +264,7 @@ def test_an_image_that_would_be_huge_is_refused_before_it_is_decoded(
         ({"num_images": 17}, {}),
         ({"num_images": 100_000}, {}),
         ({"n": "100000"}, {}),
+        ({"n": "100000.0"}, {}),
         ({"prompt": "x" * 32_001}, {}),
         ({"negative_prompt": "x" * 32_001, "guidance_scale": 5}, {}),
         ({"prompt_template": "{prompt}" * 5000}, {}),
