@@ -31,6 +31,8 @@ class Forecast:
     """Other networks, whole on every device."""
     in_work: int | None = None
     """With --sharding full: the whole weights and gradients of blocks while they compute. None: it is not possible."""
+    on_cpu: bool = False
+    """Whether the copy of its rows that a process makes to write a checkpoint is in the memory of the device, too."""
 
     def of_device(self, devices: int, sharding: str) -> dict[str, int]:
         """Bytes of a step on each of the devices, by what they are for."""
@@ -57,13 +59,14 @@ class Forecast:
         """Estimated peak bytes of a device: of the step, or of the start and the samples where they need more.
 
         With --sharding full every process loads whole networks, of which it then keeps its rows; for validation and
-        samples the first process gathers them.
+        samples the first process gathers them, and for a checkpoint each copies its rows.
         """
         parts = self.of_device(devices, sharding)
         highest = sum(parts.values())
         if devices > 1 and sharding == "full":
             kept = highest - parts["activations"] - parts["exchange"]
-            highest = max(highest, kept + self.weights)
+            copied = (self.weights + self.optimizer + self.average) // devices if self.on_cpu else 0
+            highest = max(highest, kept + self.weights, kept + copied)
         return int(highest * MARGIN) + RUNTIME_BYTES
 
     def by_devices(self, own: int) -> Iterator[tuple[int, dict[str, int]]]:

@@ -115,6 +115,7 @@ def forecast(
         activations=kept.bytes,
         casts=kept.casts,
         in_work=in_work if shardable else None,
+        on_cpu=all(p.device.type == "cpu" for network in trained for p in network.parameters()),
     )
 
 

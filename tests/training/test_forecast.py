@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from sdcli.io.files import PACKAGE
 from sdcli.io.json_files import read_json_object
 from sdcli.io.lean_diffusers import UNet2DConditionModel
-from sdcli.training.forecast import Forecast
+from sdcli.training.forecast import MARGIN, RUNTIME_BYTES, Forecast
 from sdcli.training.memory import Activations, activations, forecast
 from sdcli.training.sharding import blocks, largest_block
 from sdcli.training.unet.settings import UnetSettings
@@ -46,6 +47,14 @@ def test_what_is_spread_shrinks_with_the_devices_and_the_rest_does_not() -> None
 def test_the_peak_is_that_of_the_whole_weights_where_a_step_needs_less() -> None:
     small = Forecast(weights=8 * GIB, gradients=0, optimizer=0, average=0, activations=0, in_work=0)
     assert small.peak(8, "full") > 1.1 * (8 + 1) * GIB
+
+
+def test_on_a_cpu_the_peak_is_that_of_a_checkpoint_where_its_copy_is_the_largest() -> None:
+    kept = WHOLE.of_device(2, "full")
+    of_rows = sum(kept[name] for name in ("weights", "gradients", "optimizer", "average"))
+    copied = (WHOLE.weights + WHOLE.optimizer + WHOLE.average) // 2
+    assert replace(WHOLE, on_cpu=True).peak(2, "full") == int((of_rows + copied) * MARGIN) + RUNTIME_BYTES
+    assert replace(WHOLE, on_cpu=True).peak(2, "none") == WHOLE.peak(2, "none")
 
 
 def test_almost_all_weights_are_in_blocks_and_each_weight_in_at_most_one() -> None:
