@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 32_000
 """Characters of a prompt, which is OpenAI's limit, too: the text encoders take minutes for megabytes of text."""
+MAX_PARTS = 64
+"""Parts of a prompt, joined by AND, each of which is a pass of its own in every step."""
 MAX_NAME = 255
 """Characters of a name, as of the name of a file."""
 MAX_CUSTOM_ID = 200
@@ -156,6 +158,8 @@ def _check_lengths(fields: Mapping[str, Any]) -> None:
             raise UsageError(f"{name}: has {len(text):,} characters; at most {MAX_TEXT:,} are taken")
     prompt, template = texts.get("prompt", ""), texts.get("prompt_template", "")
     joined = prompt.count("AND") + 1  # each part of an AND has a template of its own
+    if joined > MAX_PARTS:
+        raise UsageError(f"prompt: has {joined:,} parts that AND joins; at most {MAX_PARTS} are taken")
     if joined * len(template) + template.count("{prompt}") * len(prompt) > 2 * MAX_TEXT:
         raise UsageError(f"prompt_template: with the prompt in it, it has more than {2 * MAX_TEXT:,} characters")
 

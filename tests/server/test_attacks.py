@@ -270,6 +270,7 @@ def test_an_image_that_would_be_huge_is_refused_before_it_is_decoded(
         ({"prompt_template": "{prompt}" * 5000}, {}),
         ({"prompt_template": "{prompt}" * 3000, "prompt": "x" * 30_000}, {}),
         ({"prompt_template": "{prompt}" + "x" * 30_000, "prompt": "a AND " * 5000}, {}),
+        ({"prompt": "a AND " * 64}, {}),
         ({"custom_id": "x" * 201}, {}),
         ({"custom_id": {"a": 1}}, {}),
         ({"custom_id": "\ud800"}, {}),
