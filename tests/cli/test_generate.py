@@ -327,8 +327,17 @@ def test_a_batch_killed_again_and_again_is_resumed_to_the_set_of_one_that_ran_th
 
 @pytest.mark.slow
 def test_a_resume_in_another_format_writes_the_images_in_it_and_says_how_many_stay(sdcli: Run, tmp_path: Path) -> None:
-    path = jobs_file(tmp_path, [{"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2}])
-    options = ("generate", "--prompts-file", path.name, *TINY, "--outdir", "out")
+    options = (
+        "generate",
+        "--prompts-file",
+        jobs_file(tmp_path, 2).name,
+        "-m",
+        "tiny",
+        "--steps",
+        "2",
+        "--outdir",
+        "out",
+    )
     assert sdcli(*options).returncode == 0
     same = sdcli(*options, "--resume")
     assert (same.returncode, same.stdout, "2 of 2 images were finished before" in same.stderr) == (0, "", True)
@@ -352,6 +361,7 @@ def test_alternatives_in_a_typed_negative_prompt_are_noted_too(sdcli: Run) -> No
     assert "{x|y} is text in the prompt" in found.stderr
 
 
+@pytest.mark.slow
 def test_resume_goes_by_the_request_and_not_by_name_or_order(sdcli: Run, tmp_path: Path) -> None:
     path = jobs_file(tmp_path, 4)
     options = ("generate", "--prompts-file", path.name, *TINY, "--outdir", "out", "--resume", "--json")
