@@ -3,7 +3,8 @@
 `python -m tests.same_bytes_cases FOLDER [--only NAME]` works in FOLDER, which is to be empty, and prints JSON: case ->
 what came of it. `--write` records that in same_bytes.json, with which test_same_bytes.py compares. Of a picture the
 decoded pixels and the request of its record count, of a latent file or of weights the tensors; of all else only the
-name. The instruction sets are held at AVX2 and the threads at one, so that sums round alike on most CPUs.
+name. The instruction sets are held at AVX2 and the threads at one, so that sums round alike on the CPUs of one vendor.
+Each has its outcomes in the file, because the matrix products of Intel's library add in another order elsewhere.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from typer.main import get_command  # noqa: E402
 from sdcli.cli.app import app  # noqa: E402
 from sdcli.models import networks  # noqa: E402
 from sdcli.models.families import family as family_configs  # noqa: E402
+from tests.cpu import vendor  # noqa: E402
 from tests.ldm import ldm_checkpoint, ldm_controlnet, sd2_checkpoint, sdxl_checkpoint  # noqa: E402
 from tests.loras import random_pairs, save_diffusers, save_kohya, save_peft  # noqa: E402
 from tests.tiny import (  # noqa: E402
@@ -75,6 +77,7 @@ SHIPPED_CONFIGS = (family_configs, "shipped_configs")
 """Where a single file's configurations come from; those of miniatures are put there."""
 
 RECORDED = Path(__file__).with_name("same_bytes.json")
+"""Vendor of the CPU -> case -> outcome."""
 Outcome = dict[str, Any]
 Command = list[str]
 ANIMALS = ["cat", "dog", "red fox"]
@@ -834,8 +837,9 @@ def main() -> None:
         found = outcomes(asked.folder or Path(temporary), only=asked.only, times=asked.times)
         os.chdir(here)
     if asked.write:
-        kept = json.loads(RECORDED.read_text()) if asked.only is not None else {}
-        RECORDED.write_text(json.dumps({**kept, **found}, indent=1, sort_keys=True) + "\n")
+        every = json.loads(RECORDED.read_text())
+        kept = every.get(vendor(), {}) if asked.only is not None else {}
+        RECORDED.write_text(json.dumps({**every, vendor(): {**kept, **found}}, indent=1, sort_keys=True) + "\n")
     else:
         print(json.dumps(found, sort_keys=True))
 

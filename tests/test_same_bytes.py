@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.cpu import vendor
 
 RECORDED = Path(__file__).with_name("same_bytes.json")
 
@@ -26,11 +27,14 @@ def differences(name: str, before: Any, now: Any) -> list[str]:
 
 @pytest.mark.slow
 def test_requests_and_trainings_give_the_bytes_that_were_recorded(tmp_path: Path) -> None:
+    every = json.loads(RECORDED.read_text())
+    if vendor() not in every:
+        pytest.skip(f"no bytes are recorded for CPUs of {vendor()}; `python -m tests.same_bytes_cases --write` does")
     command = [sys.executable, "-m", "tests.same_bytes_cases", str(tmp_path / "work")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    recorded, found = json.loads(RECORDED.read_text()), json.loads(done.stdout)
+    recorded, found = every[vendor()], json.loads(done.stdout)
     assert recorded.keys() == found.keys()
     wrong = [line for name in recorded for line in differences(name, recorded[name], found[name])]
     assert not wrong, "\n".join(wrong)
