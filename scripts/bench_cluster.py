@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench_startup import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 SDCLI = [sys.executable, "-m", "sdcli"]
 STARTED = re.compile(
@@ -114,7 +116,7 @@ def measure(model: str, images: int, workers: int, batch: int, folder: Path) -> 
     folders = [folder / f"share-{number}" for number in range(workers)]
     equal = digests(folder / "one") == digests(folder / "cluster")
     return {
-        "machine": f"{os.cpu_count()}-core {cpu()}",
+        "machine": machine(),
         "python": platform.python_version(),
         "model": model,
         "images": images,
@@ -139,13 +141,6 @@ def measure(model: str, images: int, workers: int, batch: int, folder: Path) -> 
         "equal bytes": equal and len(digests(folder / "one")) == images,
         "images of processes at the same time": len(digests(*folders)),
     }
-
-
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def report(text: str) -> None:

@@ -19,6 +19,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -32,11 +33,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+from bench_startup import highest_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SDCLI = [sys.executable, "-m", "sdcli"]
@@ -180,43 +182,53 @@ class BenchServer:
         return {name: round(float(value) / 2**20, 1) for name, value in found}
 
 
+async def busy(clients: int, seconds: float, one: Callable[[int], Awaitable[bool]]) -> float:
+    """So many clients for so long, each calling `one` with new numbers; the seconds until the last true result."""
+    numbers = itertools.count(1)
+    began = ended = time.monotonic()
+
+    async def client() -> None:
+        nonlocal ended
+        while time.monotonic() - began < seconds:
+            if await one(next(numbers)):
+                ended = time.monotonic()
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return ended - began
+
+
 async def load(server: BenchServer, model: str, clients: int, seconds: float) -> dict[str, Any]:
     """So many clients for so long: images a second, states of jobs, refusals, and waits."""
     states: Counter[str] = Counter()
     waits: list[float] = []
     refused = 0
-    numbers = iter(range(1, 10**9))
-    began = time.monotonic()
-    ended = began
 
-    async def client() -> None:
-        nonlocal refused, ended
-        while time.monotonic() - began < seconds:
-            number = next(numbers)
-            submitted = time.monotonic()
-            answer = await server.submit(model=model, prompt=f"a fox {number}", seed=number)
-            if answer.status_code == 429:
-                assert int(answer.headers["retry-after"]) >= 1
-                refused += 1
-                await asyncio.sleep(random.uniform(0.2, 1.0))
-                continue
-            id = answer.json()["id"]
-            state = "lost"
-            async for event in server.events(id):
-                if event["type"] == "running":
-                    waits.append(time.monotonic() - submitted)
-                elif event["type"] == "end":
-                    state = event["state"]
-            if state == "done":
-                file = await server.http.get(f"/v1/jobs/{id}/images/0")
-                state = "done" if file.content.startswith(b"\x89PNG") else "no file"
-            states[state] += 1
-            ended = time.monotonic()
+    async def one(number: int) -> bool:
+        nonlocal refused
+        submitted = time.monotonic()
+        answer = await server.submit(model=model, prompt=f"a fox {number}", seed=number)
+        if answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+            refused += 1
+            await asyncio.sleep(random.uniform(0.2, 1.0))
+            return False
+        id = answer.json()["id"]
+        state = "lost"
+        async for event in server.events(id):
+            if event["type"] == "running":
+                waits.append(time.monotonic() - submitted)
+            elif event["type"] == "end":
+                state = event["state"]
+        if state == "done":
+            file = await server.http.get(f"/v1/jobs/{id}/images/0")
+            state = "done" if file.content.startswith(b"\x89PNG") else "no file"
+        states[state] += 1
+        return True
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    took = await busy(clients, seconds, one)
     return {
         "clients": clients,
-        "images_per_second": round(states["done"] / (ended - began), 3),
+        "images_per_second": round(states["done"] / took, 3),
         "done": states.pop("done", 0),
         "failed": dict(states),
         "refused": refused,
@@ -334,40 +346,30 @@ class PeerServer:
         answer.raise_for_status()
         return base64.b64decode(answer.json()["data"][0]["b64_json"])
 
-    def memory(self) -> float:
-        """The highest resident memory in MiB."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-
 
 async def load_peer(server: PeerServer, clients: int, seconds: float) -> dict[str, Any]:
     """As `load`: so many clients for so long, each with one image after the other."""
     times: list[float] = []
     failed: Counter[str] = Counter()
-    numbers = iter(range(1, 10**9))
-    began = time.monotonic()
-    ended = began
 
-    async def client() -> None:
-        nonlocal ended
-        while time.monotonic() - began < seconds:
-            number, submitted = next(numbers), time.monotonic()
-            try:
-                assert (await server.image(f"a fox {number}", number)).startswith(b"\x89PNG")
-            except httpx.HTTPError as error:
-                failed[type(error).__name__] += 1
-                continue
-            ended = time.monotonic()
-            times.append(ended - submitted)
+    async def one(number: int) -> bool:
+        submitted = time.monotonic()
+        try:
+            assert (await server.image(f"a fox {number}", number)).startswith(b"\x89PNG")
+        except httpx.HTTPError as error:
+            failed[type(error).__name__] += 1
+            return False
+        times.append(time.monotonic() - submitted)
+        return True
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    took = await busy(clients, seconds, one)
     return {
         "clients": clients,
-        "images_per_second": round(len(times) / (ended - began), 3) if times else 0.0,
+        "images_per_second": round(len(times) / took, 3) if times else 0.0,
         "failed": dict(failed),
         "seconds_p50": round(statistics.median(times), 3) if times else None,
         "seconds_p95": round(sorted(times)[int(len(times) * 0.95)], 3) if times else None,
-        "highest_mib": round(server.memory(), 1),
+        "highest_mib": round(highest_memory(server.process.pid) / 2**20, 1),
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_startup import machine
+from bench_startup import highest_memory, machine
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -120,15 +120,6 @@ def descendants(pid: int) -> Iterator[int]:
         yield from descendants(int(child))
 
 
-def resident(pid: int) -> int:
-    """The highest resident set of a process in bytes; 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
 def measure(folder: Path, name: str, processes: str, sharding: str, options: list[str]) -> dict[str, Any]:
     """One run: its forecast, the highest memory of a process, the losses, and the seconds of its last step."""
     options = [*options, "--num-processes", processes, "--sharding", sharding]
@@ -141,7 +132,7 @@ def measure(folder: Path, name: str, processes: str, sharding: str, options: lis
         highest: dict[int, int] = {}
         while run.poll() is None:
             for pid in descendants(run.pid):
-                highest[pid] = max(highest.get(pid, 0), resident(pid))
+                highest[pid] = max(highest.get(pid, 0), highest_memory(pid))
             time.sleep(0.2)
         if run.returncode:
             sys.exit(run.stderr.read() if run.stderr else "")

@@ -143,6 +143,15 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, tuple[str, float, float
     }
 
 
+def highest_memory(pid: int) -> int:
+    """The highest resident set of a process in bytes, on Linux; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
 def machine() -> str:
     """The number of usable cores and the processor's name, as far as the system reports it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

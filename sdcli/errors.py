@@ -107,6 +107,11 @@ def raise_for(errors: Sequence[SdcliError], *, of: int) -> None:
         raise SomeFailed(f"{len(errors)} of {of} images failed")
 
 
+def in_own_words(complaint: str) -> str:
+    """A message of pydantic's without the name of an exception, to stand behind the name of a field."""
+    return complaint.removeprefix("Value error, ").removeprefix("Input ")
+
+
 def packed_error(error: SdcliError) -> tuple[list[str], str]:
     """An error as plain values: the names of its classes, the most particular first, and its sentence."""
     return [kind.__name__ for kind in type(error).__mro__], str(error)

@@ -152,12 +152,10 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
         field = _NAMES.get(plain, plain)
         if plain in SAMPLER or field_name(field) == "scheduler":
             samplers[plain] = value
-        elif field_name(field) in ("seed", "variation_seed") and value in (-1, "-1") and value is not True:
-            if field in found:
-                raise UsageError(f"{field} is given twice")
-            found[field] = None  # random, in the web UI and in kohya's scripts
         elif field in found:
             raise UsageError(f"{field} is given twice")
+        elif field_name(field) in ("seed", "variation_seed") and value in (-1, "-1") and value is not True:
+            found[field] = None  # random, in the web UI and in kohya's scripts
         else:
             found[field if plain in _NAMES else name] = value
     if samplers:

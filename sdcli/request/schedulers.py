@@ -140,10 +140,9 @@ def scheduler_of_a1111(sampler: str, schedule_type: str | None = None) -> str | 
     for suffix in SCHEDULE_SUFFIXES:
         if sampler.lower().endswith(f" {suffix.lower()}"):
             sampler, schedule_type = sampler[: -len(suffix) - 1], suffix
-    if schedule_type is None:
-        pass
-    elif schedule_type.lower() == "automatic":
+    kind = (schedule_type or "").lower()
+    if kind == "automatic":
         schedule_type = next((kind for name, kind in AUTOMATIC.items() if name.lower() == sampler.lower()), None)
-    elif schedule_type.lower() in ("uniform", "normal"):
+    elif kind in ("uniform", "normal"):
         schedule_type = None
     return _A1111.get((sampler.lower(), schedule_type and schedule_type.lower()))

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from sdcli.errors import UsageError
+from sdcli.errors import UsageError, in_own_words
 from sdcli.request.fields import (
     Control,
     EmbeddingRef,
@@ -452,7 +452,7 @@ def first_problem(error: ValidationError) -> str:
     """Pydantic's first complaint as a sentence: `steps: should be at least 1, not 0`."""
     detail = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in detail["loc"] if part not in _INPUT_TYPES)
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = in_own_words(detail["msg"])
     given = detail.get("input")
     shown = (
         f", not {given!r}" if isinstance(given, (int, float)) or (isinstance(given, str) and len(given) < 60) else ""

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from fastapi.responses import JSONResponse
 
+from sdcli.errors import in_own_words
+
 Dialect = Literal["native", "openai", "a1111"]
 
 _OPENAI_TYPES = {
@@ -95,5 +97,5 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return where, f"{where}: there is no such field here"
     if first["type"] == "missing":
         return where, f"{where}: is missing" if where else "the body is missing"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = in_own_words(first["msg"])
     return where, f"{where}: {message}" if where else message

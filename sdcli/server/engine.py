@@ -150,9 +150,11 @@ class Engine:
         """Raise QueueFull or Draining where `submit` would."""
         if self.draining:
             raise Draining
-        if len(self._queue) >= self._queue.limit:
+        try:
+            self._queue.check_room()
+        except QueueFull:
             self.metrics.refused.inc()
-            raise QueueFull
+            raise
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises QueueFull and Draining."""

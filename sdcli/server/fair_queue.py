@@ -35,10 +35,14 @@ class FairQueue(Generic[Item]):
         for turn in range(max(map(len, lines), default=0)):
             yield from (line[turn] for line in lines if turn < len(line))
 
-    def put(self, client: str, item: Item) -> None:
-        """Add an item behind those of this client. Raises QueueFull."""
+    def check_room(self) -> None:
+        """Raise QueueFull where `put` would."""
         if len(self) >= self.limit:
             raise QueueFull
+
+    def put(self, client: str, item: Item) -> None:
+        """Add an item behind those of this client. Raises QueueFull."""
+        self.check_room()
         self._waiting.setdefault(client, deque()).append(item)
 
     def first(self, suits: Callable[[Item], bool] = lambda item: True) -> Item | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -157,15 +157,22 @@ async def submit(
     """Resolve requests and queue them as one job. Raises ApiError."""
     images = await asyncio.to_thread(resolve_images, requests, registry, engine.settings)
     job = Job(f"job-{secrets.token_hex(12)}", client_of(request), images, **wishes)
-    require_room(engine)
-    engine.submit(job)
+    with _refusals(engine):
+        engine.submit(job)
     return job
 
 
 def require_room(engine: Engine) -> None:
     """Raise ApiError where no further job is taken now."""
-    try:
+    with _refusals(engine):
         engine.check_room()
+
+
+@contextlib.contextmanager
+def _refusals(engine: Engine) -> Iterator[None]:
+    """The engine's refusals of a job as ApiError."""
+    try:
+        yield
     except QueueFull:
         sentence = f"the queue is full ({engine.settings.max_queue} jobs)"
         raise ApiError(429, "queue_full", sentence, retry=engine.retry_after()) from None

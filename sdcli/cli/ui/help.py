@@ -11,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from sdcli.errors import in_own_words
+
 LONGEST_NAME = 26
 """Columns for the names of options; the help of a longer one begins on the next line."""
 LONGEST_KIND = 50
@@ -27,8 +29,8 @@ class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except typer.BadParameter as error:  # in pydantic's words
-            error.message = error.message.removeprefix("Value error, ").removeprefix("Input ")
+        except typer.BadParameter as error:
+            error.message = in_own_words(error.message)
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -70,7 +70,7 @@ def read_captions(
                     f"{path} is not a file of captions (.txt, .jsonl, .csv, .parquet) or a folder of images"
                 )
             rows = _image_rows(source, caption_column, caption_extension, split)
-    if path.is_file():
+    if path.is_file():  # refuse a split that is not the file's
         split_of_files([str(path)], split=split, source=str(source))
     return _grouped(rows, source=str(source))
 
